@@ -1,0 +1,37 @@
+"""Packaging of hf_ilora: ranges live here, exact versions in requirements.lock."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="hf_ilora",
+    version="0.1.0",
+    description="Large-language-model recommenders that are cheap to serve: SASRec, iLoRA and DLLM2Rec as Hugging Face objects",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.7",
+        "transformers>=5.20,<6",
+        "accelerate>=1.12",
+        "datasets>=5.0",
+        "evaluate>=0.4.6",
+        "huggingface-hub>=2.0",
+        "safetensors>=0.6",
+        "numpy>=2.0",
+        "pandas>=2.2",
+        "pyarrow>=18",
+        "pyyaml>=6.0",
+    ],
+    extras_require={
+        "deepspeed": ["deepspeed>=0.19", "ninja>=1.11"],
+        "plot": ["matplotlib>=3.9"],
+        "tensorboard": ["tensorboard>=2.17"],
+        "dev": ["deepspeed>=0.19", "ninja>=1.11", "matplotlib>=3.9", "tensorboard>=2.17", "pytest>=8.0", "ruff>=0.12"],
+    },
+)

@@ -1,0 +1,44 @@
+"""hf_ilora: LLM recommenders, distilled into a SASRec that is cheap to serve.
+
+Every public name is imported on first use, so that ``import hf_ilora`` loads neither torch nor datasets.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Catalogue": "hf_ilora.models.catalogue",
+    "HitRatio": "hf_ilora.evaluation.metrics",
+    "MRR": "hf_ilora.evaluation.metrics",
+    "NDCG": "hf_ilora.evaluation.metrics",
+    "NextItemOutput": "hf_ilora.models.modeling_sasrec",
+    "PopularityConfig": "hf_ilora.models.configuration_counting",
+    "PopularityForNextItem": "hf_ilora.models.modeling_counting",
+    "Recall": "hf_ilora.evaluation.metrics",
+    "SASRecConfig": "hf_ilora.models.configuration_sasrec",
+    "SASRecForNextItem": "hf_ilora.models.modeling_sasrec",
+    "SASRecModel": "hf_ilora.models.modeling_sasrec",
+    "SequenceDatasets": "hf_ilora.data.sequences",
+    "TransitionCountsConfig": "hf_ilora.models.configuration_counting",
+    "TransitionCountsForNextItem": "hf_ilora.models.modeling_counting",
+    "build_sequences": "hf_ilora.data.sequences",
+    "compare_runs": "hf_ilora.evaluation.statistics",
+    "convert_reference_sasrec": "hf_ilora.models.convert_reference",
+    "load_interactions": "hf_ilora.data.interactions",
+    "load_movielens": "hf_ilora.data.movielens",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'hf_ilora' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
