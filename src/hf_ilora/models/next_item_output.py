@@ -1,0 +1,65 @@
+"""What every next-item model of ours returns, and how its scores become recommendations."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class NextItemOutput(ModelOutput):
+    """Output of a next-item model.
+
+    Args:
+        loss: scalar, when labels were given and the model is trained by gradients.
+        logits: (batch, num_items + 1), the scores of the next item after the last real one; column 0 (padding) is -inf.
+        last_hidden_state: (batch, length, hidden).
+        user_embedding: (batch, hidden), the hidden state at the last real item.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    user_embedding: torch.FloatTensor | None = None
+
+
+def top_k_items(
+    logits: torch.Tensor, input_ids: torch.Tensor, top_k: int, exclude_seen: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `top_k` best items of each user, best first; padding is never among them.
+
+    Args:
+        logits: (batch, num_items + 1); column 0 is padding. Left unchanged.
+        input_ids: (batch, length), the user's history, 0 = padding on either side.
+        top_k: number of items per user.
+        exclude_seen: leave out the items of `input_ids`.
+
+    Returns:
+        item_ids (batch, top_k) int64 in 1..num_items, scores (batch, top_k).
+
+    Raises:
+        ValueError: when a user has fewer than `top_k` items to recommend, or a score that is not finite among the best.
+    """
+    num_items = logits.shape[-1] - 1
+    if not 1 <= top_k <= num_items:
+        raise ValueError(f"top_k is {top_k}: expected 1 to {num_items}, the number of items in the catalogue")
+    if exclude_seen:
+        logits = logits.scatter(1, input_ids.long(), float("-inf"))
+    scores, positions = logits[:, 1:].topk(top_k, dim=-1)  # (batch, top_k) each
+    # One test for all that can go wrong: -inf is picked only when nothing else is left, and NaN sorts above everything.
+    if not torch.isfinite(scores).all():
+        _raise_for_scores(scores, num_items)
+    return positions + 1, scores
+
+
+def _raise_for_scores(scores: torch.Tensor, num_items: int) -> None:
+    row = int((~torch.isfinite(scores)).any(dim=-1).nonzero()[0])
+    if torch.isnan(scores[row]).any() or torch.isposinf(scores[row]).any():
+        raise ValueError(
+            f"the scores of row {row} hold NaN or inf: expected finite numbers; the model's weights or its input are broken"
+        )
+    available = int(torch.isfinite(scores[row]).sum())
+    raise ValueError(
+        f"top_k is {scores.shape[-1]}, but row {row} has {available} of {num_items} items left to recommend: "
+        "ask for fewer items or pass exclude_seen=False"
+    )
