@@ -56,7 +56,7 @@ def _raise_for_scores(scores: torch.Tensor, num_items: int) -> None:
     row = int((~torch.isfinite(scores)).any(dim=-1).nonzero()[0])
     if torch.isnan(scores[row]).any() or torch.isposinf(scores[row]).any():
         raise ValueError(
-            f"the scores of row {row} hold NaN or inf: expected finite numbers; the model's weights or its input are broken"
+            f"the scores of row {row} hold NaN or +inf: expected finite numbers; check the weights that were loaded"
         )
     available = int(torch.isfinite(scores[row]).sum())
     raise ValueError(
