@@ -1,0 +1,220 @@
+"""The catalogue of a model: what lets item ids 1..num_items speak titles and raw ids."""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+CATALOGUE_FILE = "items.parquet"
+
+_REQUIRED_COLUMNS = ("item_id", "raw_id", "title")
+_OPTIONAL_COLUMNS = {"year": pa.int32(), "genres": pa.list_(pa.string())}
+# Close matches compare every raw id with the unknown one: about a second per 100,000.
+_MAX_RAW_IDS_TO_COMPARE = 100_000
+
+
+class Catalogue:
+    """Titles and raw ids of the items 1..num_items.
+
+    Args:
+        table: columns `item_id` (1..num_items, each once, in any order), `raw_id` (integer or string, unique), `title`
+            (string) and optionally `year` (integer) and `genres` (list of strings).
+
+    Attributes:
+        table: the same as a `pyarrow.Table` in the order of item_id, with the types int64, int64 or string, string,
+            int32 and list<string>.
+
+    Raises:
+        ValueError: for a missing, foreign or mistyped column, gaps or repetitions in `item_id`, repeated or missing raw
+            ids, and missing titles.
+    """
+
+    def __init__(self, table: pa.Table):
+        self.table = _checked(table)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Catalogue) and self.table.equals(other.table)
+
+    def __repr__(self) -> str:
+        return f"Catalogue({len(self)} items: {', '.join(self.table.column_names)})"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the content, in hex; equal catalogues have equal fingerprints."""
+        digest = hashlib.sha256()
+        for name in self.table.column_names:
+            digest.update(json.dumps([name, self.table[name].to_pylist()]).encode())
+        return digest.hexdigest()
+
+    def titles(self, item_ids: Sequence[int]) -> list[str]:
+        """The titles of `item_ids`, a list, array or tensor of shape (items,).
+
+        Raises:
+            ValueError: for padding (0) and for ids outside 1..num_items.
+        """
+        return self._take("title", item_ids)
+
+    def raw_ids(self, item_ids: Sequence[int]) -> list[int] | list[str]:
+        """The raw ids of `item_ids`, a list, array or tensor of shape (items,).
+
+        Raises:
+            ValueError: for padding (0) and for ids outside 1..num_items.
+        """
+        return self._take("raw_id", item_ids)
+
+    def item_ids(self, raw_ids: Iterable[int] | Iterable[str]) -> list[int]:
+        """The item ids, 1..num_items, of `raw_ids`.
+
+        Raises:
+            ValueError: for a raw id that the catalogue does not hold, with the closest ones that it does.
+        """
+        if isinstance(raw_ids, str):
+            raise ValueError(f"raw_ids is the string {raw_ids!r}: expected a list of raw ids, such as [{raw_ids!r}]")
+        item_ids = []
+        for raw_id in raw_ids:
+            item_id = self._item_id_of.get(raw_id)
+            if item_id is None:
+                raise ValueError(self._unknown(raw_id))
+            item_ids.append(item_id)
+        return item_ids
+
+    @classmethod
+    def from_parquet(cls, path: str | os.PathLike) -> "Catalogue":
+        """Read a catalogue from a parquet file.
+
+        Raises:
+            FileNotFoundError: when there is no file at `path`.
+            ValueError: when it is not a whole parquet file, or its content is no catalogue.
+        """
+        try:
+            table = pq.ParquetFile(path).read()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"no catalogue at {path}: expected a parquet file of items") from error
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(
+                f"{path} is not a whole parquet file ({error}): write the catalogue again with Catalogue.to_parquet"
+            ) from error
+        try:
+            return cls(table)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_parquet(self, path: str | os.PathLike) -> None:
+        """Write the catalogue as parquet; an earlier file is replaced by a whole one or stays as it is."""
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            pq.write_table(self.table, unfinished)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @cached_property
+    def _item_id_of(self) -> dict[int, int] | dict[str, int]:
+        return {raw_id: row + 1 for row, raw_id in enumerate(self.table["raw_id"].to_pylist())}
+
+    def _take(self, column: str, item_ids: Sequence[int]) -> list:
+        ids = np.asarray(item_ids)
+        if ids.size == 0:
+            return []
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(
+                f"item_ids have shape {ids.shape} and type {ids.dtype}: expected integers of shape (items,)"
+            )
+        if (ids == 0).any():
+            raise ValueError(f"item id 0 is padding and has no {column}: leave padding out")
+        if ids.min() < 0 or ids.max() > len(self):
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(
+                f"item id {wrong} is outside the catalogue: expected 1 to {len(self)}; raw ids are mapped by item_ids()"
+            )
+        return self.table[column].take(pa.array(ids.astype(np.int64) - 1)).to_pylist()
+
+    def _unknown(self, raw_id) -> str:
+        expected = str if pa.types.is_string(self.table.schema.field("raw_id").type) else int
+        example = self.table["raw_id"][0].as_py()
+        message = f"raw id {raw_id!r} is not among the {len(self)} items of the catalogue"
+        if expected is str and not isinstance(raw_id, str):
+            return f"{message}: expected strings such as {example!r}, found {type(raw_id).__name__}"
+        if expected is int and isinstance(raw_id, str):
+            return f"{message}: expected integers such as {example}, found a string"
+        if expected is str and len(self) <= _MAX_RAW_IDS_TO_COMPARE:
+            close = difflib.get_close_matches(raw_id, self._item_id_of)
+            if close:
+                return f"{message}: closest are {', '.join(map(repr, close))}"
+        return f"{message}: leave it out, or use the catalogue of the data that holds it (raw ids such as {example!r})"
+
+
+def _checked(table: pa.Table) -> pa.Table:
+    found = table.column_names
+    missing = [name for name in _REQUIRED_COLUMNS if name not in found]
+    known = (*_REQUIRED_COLUMNS, *_OPTIONAL_COLUMNS)
+    foreign = [name for name in found if name not in known]
+    if missing or foreign or len(set(found)) < len(found):
+        raise ValueError(
+            f"a catalogue has the columns {', '.join(_REQUIRED_COLUMNS)} and optionally "
+            f"{', '.join(_OPTIONAL_COLUMNS)}, once each: found {', '.join(found) or 'none'}; rename, add or drop columns"
+        )
+    if table.num_rows == 0:
+        raise ValueError("the catalogue is empty: expected at least one item")
+    raw_type, title_type = table.schema.field("raw_id").type, table.schema.field("title").type
+    if not (pa.types.is_integer(raw_type) or _is_string(raw_type)):
+        raise ValueError(f"column raw_id has type {raw_type}: expected int64 or string")
+    if not _is_string(title_type):
+        raise ValueError(f"column title has type {title_type}: expected string")
+    if not pa.types.is_integer(table.schema.field("item_id").type):
+        raise ValueError(f"column item_id has type {table.schema.field('item_id').type}: expected int64")
+    for name in _REQUIRED_COLUMNS:
+        if table[name].null_count:
+            row = table[name].is_null().index(True).as_py()
+            raise ValueError(f"column {name} has no value in row {row}: every item needs one")
+    types = {
+        "item_id": pa.int64(),
+        "raw_id": pa.string() if _is_string(raw_type) else pa.int64(),
+        "title": pa.string(),
+        **{name: column_type for name, column_type in _OPTIONAL_COLUMNS.items() if name in found},
+    }
+    try:
+        table = table.select(list(types)).cast(pa.schema(types.items())).replace_schema_metadata(None)
+    except pa.ArrowException as error:
+        expected = ", ".join(f"{name} {column_type}" for name, column_type in types.items())
+        raise ValueError(f"the columns do not fit {expected}: {error}") from error
+    table = table.sort_by("item_id").combine_chunks()
+    _check_item_ids(table["item_id"].to_numpy())
+    counts = pc.value_counts(table["raw_id"])
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        raise ValueError(f"raw id {repeated[0]['values'].as_py()!r} occurs more than once: expected one row per item")
+    return table
+
+
+def _check_item_ids(sorted_ids: np.ndarray) -> None:
+    expected = np.arange(1, len(sorted_ids) + 1)
+    if (sorted_ids == expected).all():
+        return
+    row = int((sorted_ids != expected).argmax())
+    if row and sorted_ids[row] == sorted_ids[row - 1]:
+        problem = f"{sorted_ids[row]} occurs more than once"
+    elif sorted_ids[row] < expected[row]:
+        problem = f"{sorted_ids[row]} is below 1 (0 is padding)"
+    else:
+        problem = f"{expected[row]} is missing"
+    raise ValueError(f"item ids must be 1 to {len(sorted_ids)}, one per row: {problem}")
+
+
+def _is_string(column_type: pa.DataType) -> bool:
+    return pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
+
+
+__all__ = ["CATALOGUE_FILE", "Catalogue"]
