@@ -1,0 +1,140 @@
+"""Torch data sets over prepared splits: training windows, evaluation histories, and their collator."""
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+from transformers import TrainerCallback
+
+PADDING_ITEM_ID = 0
+IGNORED_LABEL = -100
+
+WINDOWS = ("random", "all", "last")
+TARGETS = ("all", "last")
+
+
+def flatten_lists(split: Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """A list column as one array: values (total,) and row boundaries (rows + 1,)."""
+    table = split.with_format("arrow")[:]
+    chunks = table.column(column).combine_chunks()
+    boundaries = chunks.offsets.to_numpy()
+    return chunks.flatten().to_numpy()[...], boundaries - boundaries[0]
+
+
+class TrainingWindows(TorchDataset):
+    """Windows of at most `max_length` inputs over the training sequences, with the next item as label.
+
+    Args:
+        split: rows with `history` (list of item ids, oldest first) and `target`.
+        max_length: inputs per window.
+        windows: which windows of a longer sequence an epoch sees. "random": one at a uniformly random place, another
+            one each epoch, so that training covers whole histories; "all": every item as a target once; "last": the
+            newest window only, as the published programs do.
+        targets: "all" labels every position, "last" only the newest (one label per row, for rows that are already
+            prefixes of each other).
+        seed: of the random places; the place depends on (seed, epoch, row) alone, so that a resumed run repeats it.
+
+    Items are dictionaries of `input_ids` and `labels`, int64 arrays of equal length.
+    """
+
+    def __init__(self, split: Dataset, max_length: int, windows: str = "random", targets: str = "all", seed: int = 0):
+        if windows not in WINDOWS or targets not in TARGETS:
+            raise ValueError(
+                f"windows={windows!r}, targets={targets!r}: expected one of {WINDOWS} and one of {TARGETS}"
+            )
+        if len(split) == 0:
+            raise ValueError("the training split is empty: no user has two training items; loosen the filters")
+        histories, boundaries = flatten_lists(split, "history")
+        lengths = np.diff(boundaries)
+        # Each sequence is its history with the target appended.
+        self.items = np.insert(histories, boundaries[1:], np.asarray(split.with_format("numpy")["target"][:]))
+        self.items = self.items.astype(np.int64)
+        self.max_length, self.windows, self.targets, self.seed = max_length, windows, targets, seed
+        sequence_starts = boundaries[:-1] + np.arange(len(lengths))
+        if windows == "all":
+            per_row = -(-lengths // max_length)  # windows of max_length inputs, aligned to the newest item
+            row = np.repeat(np.arange(len(lengths)), per_row)
+            from_newest = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+            last_inputs = lengths[row] - from_newest * max_length  # inputs that lie before the window's end
+            self.lengths = np.minimum(last_inputs, max_length)
+            self.starts = sequence_starts[row] + last_inputs - self.lengths
+        else:
+            self.lengths = np.minimum(lengths, max_length)
+            self.starts = sequence_starts + lengths - self.lengths
+        self._first_starts = sequence_starts
+        self._newest_starts = self.starts
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move the random windows to their places of this epoch."""
+        if self.windows == "random":
+            choices = self._newest_starts - self._first_starts + 1  # (rows,)
+            generator = np.random.default_rng((self.seed, epoch))
+            self.starts = self._first_starts + generator.integers(0, choices)
+
+    @property
+    def num_targets(self) -> int:
+        """Labelled positions per epoch."""
+        return int(self.lengths.sum()) if self.targets == "all" else len(self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        start, end = self.starts[index], self.starts[index] + self.lengths[index]
+        labels = self.items[start + 1 : end + 1]
+        if self.targets == "last":
+            labels = np.where(np.arange(len(labels)) == len(labels) - 1, labels, IGNORED_LABEL)
+        return {"input_ids": self.items[start:end], "labels": labels}
+
+
+class EvaluationHistories(TorchDataset):
+    """Validation or test rows for the Trainer: the newest items, the target as last label, and all seen items.
+
+    Args:
+        split: rows with `history` and `target`.
+        max_length: newest items that the model reads.
+    """
+
+    def __init__(self, split: Dataset, max_length: int):
+        if len(split) == 0:
+            raise ValueError("the evaluation split is empty: expected one row per user; loosen the filters")
+        histories, self.boundaries = flatten_lists(split, "history")
+        self.items = histories.astype(np.int64)
+        self.targets = np.asarray(split.with_format("numpy")["target"][:]).astype(np.int64)
+        self.max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        history = self.items[self.boundaries[index] : self.boundaries[index + 1]]
+        input_ids = history[-self.max_length :]
+        labels = np.full(len(input_ids), IGNORED_LABEL)
+        labels[-1] = self.targets[index]
+        return {"input_ids": input_ids, "labels": labels, "seen_items": history}
+
+
+class NextItemCollator:
+    """Pads rows on the right to the longest of the batch: every key becomes (batch, length) int64."""
+
+    padding = {"input_ids": PADDING_ITEM_ID, "labels": IGNORED_LABEL, "seen_items": PADDING_ITEM_ID}
+
+    def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+        batch = {}
+        for key in rows[0]:
+            lengths = np.array([len(row[key]) for row in rows])
+            padded = np.full((len(rows), lengths.max()), self.padding[key])  # (batch, length)
+            padded[np.arange(lengths.max()) < lengths[:, None]] = np.concatenate([row[key] for row in rows])
+            batch[key] = torch.from_numpy(padded)
+        return batch
+
+
+class WindowEpochCallback(TrainerCallback):
+    """Tells the training windows which epoch begins."""
+
+    def __init__(self, windows: TrainingWindows):
+        self.windows = windows
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.windows.set_epoch(int(state.epoch or 0))

@@ -1,0 +1,324 @@
+"""SASRec as a `PreTrainedModel`: a causal transformer over item ids that scores the next item."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
+
+from .configuration_sasrec import PADDING_ITEM_ID, SASRecConfig
+from .next_item_losses import chunked_cross_entropy, gbce_loss, sampled_softmax_loss
+from .next_item_model import NextItemPreTrainedModel
+from .next_item_output import NextItemOutput
+
+IGNORED_LABEL = -100
+
+
+class SASRecAttention(nn.Module):
+    """Causal multi-head attention over right-padded sequences; padding needs no mask, since it stands last."""
+
+    def __init__(self, config: SASRecConfig, output_projection: bool):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size) if output_projection else nn.Identity()
+
+    def forward(self, queries: torch.Tensor, keys_and_values: torch.Tensor) -> torch.Tensor:
+        batch, length, hidden = queries.shape
+        heads = (batch, length, self.num_heads, hidden // self.num_heads)
+        attended = F.scaled_dot_product_attention(
+            self.q_proj(queries).view(heads).transpose(1, 2),  # (batch, heads, length, head size)
+            self.k_proj(keys_and_values).view(heads).transpose(1, 2),
+            self.v_proj(keys_and_values).view(heads).transpose(1, 2),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+        )
+        return self.o_proj(attended.transpose(1, 2).reshape(batch, length, hidden))
+
+
+class SASRecFeedForward(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: nn.Module):
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, intermediate_size)
+        self.activation = activation
+        self.down_proj = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.up_proj(hidden_states)))
+
+
+class SASRecPreNormLayer(GradientCheckpointingLayer):
+    """The modern block: x + attention(LN(x)), then x + feed-forward(LN(x)), GELU, feed-forward 4 x as wide."""
+
+    def __init__(self, config: SASRecConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = SASRecAttention(config, output_projection=True)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = SASRecFeedForward(
+            config.hidden_size, config.intermediate_size or 4 * config.hidden_size, nn.GELU()
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = self.attention_norm(hidden_states)
+        hidden_states = hidden_states + self.dropout(self.attention(normed, normed))
+        feed_forward = self.feed_forward(self.feed_forward_norm(hidden_states))
+        return hidden_states + self.dropout(feed_forward)  # (batch, length, hidden)
+
+
+class SASRecReferenceLayer(GradientCheckpointingLayer):
+    """The block of LLaRA, iLoRA and DLLM2Rec, to the digit (dropout sits where the published program has it).
+
+    It departs from the SASRec paper: queries are normalised but keys and values are not, the residual is taken on the
+    normalised query, and the feed-forward has its own residual and layer normalisation inside.
+    """
+
+    def __init__(self, config: SASRecConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = SASRecAttention(config, output_projection=False)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = SASRecFeedForward(
+            config.hidden_size, config.intermediate_size or config.hidden_size, nn.ReLU()
+        )
+        self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        queries = self.attention_norm(hidden_states)
+        hidden_states = self.dropout(self.attention(queries, hidden_states)) + queries
+        normed = self.feed_forward_norm(hidden_states)
+        return self.output_norm(self.dropout(self.feed_forward(normed)) + normed)  # (batch, length, hidden)
+
+
+class NextItemHead(nn.Linear):
+    """Scores items against hidden states and computes the training loss with its own table.
+
+    Loss and scores live in one module's forward, because ZeRO-3 gathers a module's weights only around its forward.
+    """
+
+    def __init__(self, config: SASRecConfig):
+        super().__init__(config.hidden_size, config.num_items + 1, bias=config.head_bias)
+        self.config = config
+
+    def forward(self, hidden_states, targets=None, negatives=None, log_q=None):
+        """Scores, or the summed training loss when `targets` are given.
+
+        Args:
+            hidden_states: (positions, hidden).
+            targets: (positions,) item ids, or None.
+            negatives: (negatives,) or (positions, negatives) item ids, for the sampled losses.
+            log_q: (num_items + 1,) log probability of each item in the draw of negatives, or None.
+
+        Returns:
+            (positions, num_items + 1) scores with -inf for padding, or the scalar loss.
+        """
+        weight = self.weight
+        if self.config.score_temperature is not None:
+            hidden_states = F.normalize(hidden_states, dim=-1) / self.config.score_temperature
+            weight = F.normalize(weight, dim=-1)
+        if targets is None:
+            scores = F.linear(hidden_states, weight, self.bias)
+            return scores.index_fill(1, torch.zeros(1, dtype=torch.long, device=scores.device), float("-inf"))
+        if self.config.loss_type == "cross_entropy":
+            return chunked_cross_entropy(hidden_states, weight, self.bias, targets)
+        target_scores = (hidden_states * weight[targets]).sum(-1)  # (positions,)
+        if negatives.dim() == 1:
+            negative_scores = F.linear(hidden_states, weight[negatives])  # (positions, negatives)
+        else:
+            negative_scores = torch.einsum("ph,pnh->pn", hidden_states, weight[negatives])
+        if self.bias is not None:
+            target_scores, negative_scores = target_scores + self.bias[targets], negative_scores + self.bias[negatives]
+        collisions = negatives == targets.unsqueeze(1)  # (positions, negatives)
+        if self.config.loss_type == "sampled_softmax":
+            corrections = () if log_q is None else (log_q[targets], log_q[negatives])
+            return sampled_softmax_loss(target_scores, negative_scores, collisions, *corrections)
+        calibration = self.config.gbce_calibration if self.config.loss_type == "gbce" else 0.0
+        return gbce_loss(target_scores, negative_scores, collisions, self.config.num_items, calibration)
+
+
+class SASRecPreTrainedModel(NextItemPreTrainedModel):
+    config: SASRecConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["SASRecPreNormLayer", "SASRecReferenceLayer"]
+
+
+class SASRecModel(SASRecPreTrainedModel):
+    """The encoder: item ids in, one hidden state per position out."""
+
+    def __init__(self, config: SASRecConfig):
+        if config.num_items is None:
+            raise ValueError(
+                "SASRecConfig.num_items is None: expected the size of the catalogue, as in SequenceDatasets"
+            )
+        super().__init__(config)
+        self.item_embedding = nn.Embedding(config.num_items + 1, config.hidden_size, padding_idx=PADDING_ITEM_ID)
+        self.position_embedding = nn.Embedding(config.max_length, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        layer_class = SASRecPreNormLayer if config.block_type == "pre_norm" else SASRecReferenceLayer
+        self.layers = nn.ModuleList([layer_class(config) for _ in range(config.num_hidden_layers)])
+        # The reference block already ends in a layer normalisation.
+        self.final_norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.block_type == "pre_norm"
+            else nn.Identity()
+        )
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None) -> BaseModelOutput:
+        """(batch, length) item ids, padding on either side -> last_hidden_state (batch, length, hidden)."""
+        real, order, slots = padding_to_the_end(input_ids, attention_mask)
+        hidden_states = self.encode((input_ids * real).gather(1, order), real.sum(1))
+        return BaseModelOutput(last_hidden_state=restore_padding(hidden_states, real, slots))
+
+    def encode(self, item_ids, lengths):
+        """Hidden states of right-padded sequences: (batch, length) and (batch,) -> (batch, length, hidden)."""
+        length = item_ids.shape[1]
+        positions = torch.arange(length, device=item_ids.device).unsqueeze(0)  # (1, length)
+        if self.config.position_alignment == "newest":
+            positions = positions + (self.config.max_length - lengths).unsqueeze(1)  # (batch, length)
+            positions = positions.clamp(max=self.config.max_length - 1)  # padding stands behind the newest item
+        hidden_states = self.dropout(self.item_embedding(item_ids) + self.position_embedding(positions))
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return self.final_norm(hidden_states)
+
+
+class SASRecForNextItem(SASRecPreTrainedModel):
+    """SASRec with a head that scores the whole catalogue: the recommender that is served.
+
+    Args:
+        config: the architecture and the training loss.
+
+    The loss is averaged over the labelled positions, or over `num_items_in_batch` of them when the Trainer counts the
+    positions of a whole accumulated and distributed batch.
+    """
+
+    _tied_weights_keys = {"head.weight": "model.item_embedding.weight"}
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: SASRecConfig):
+        super().__init__(config)
+        self.model = SASRecModel(config)
+        self.head = NextItemHead(config)
+        if config.popularity_power:
+            self.register_buffer("item_counts", torch.zeros(config.num_items + 1))
+        self.post_init()
+
+    def set_item_counts(self, item_counts: torch.Tensor) -> None:
+        """Give the training counts, (num_items + 1,), that `popularity_power` draws negatives by."""
+        if item_counts.shape != self.item_counts.shape:
+            raise ValueError(
+                f"item_counts has shape {tuple(item_counts.shape)}: expected {tuple(self.item_counts.shape)}, "
+                "one count per item and one for padding"
+            )
+        self.item_counts.copy_(item_counts)
+        self.item_counts[PADDING_ITEM_ID] = 0
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        seen_items: torch.Tensor | None = None,
+    ) -> NextItemOutput:
+        """Score the next item of each history.
+
+        Args:
+            input_ids: (batch, length) item ids 1..num_items, 0 for padding on either side; length <= max_length.
+            attention_mask: (batch, length), 0 where padding stands; None means `input_ids != 0`.
+            labels: (batch, length), the next item at each position, -100 where there is none.
+            num_items_in_batch: number of labels to average over; None means those of this call.
+            seen_items: (batch, any); not read here. Evaluation batches carry it for the metrics.
+
+        Returns:
+            loss: scalar, when `labels` are given.
+            logits: (batch, num_items + 1) after the last real item, -inf for padding; None in a training step, whose
+                memory must not grow with the catalogue.
+            last_hidden_state: (batch, length, hidden), zero at padding.
+            user_embedding: (batch, hidden), the hidden state at the last real item.
+
+        Raises:
+            ValueError: when `input_ids` are longer than `max_length` or, on a CPU, outside the catalogue.
+        """
+        self._check_input(input_ids)
+        real, order, slots = padding_to_the_end(input_ids, attention_mask)
+        lengths = real.sum(1)  # (batch,)
+        hidden_states = self.model.encode((input_ids * real).gather(1, order), lengths)  # (batch, length, hidden)
+        last = (lengths - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, hidden_states.shape[-1])
+        user_embedding = hidden_states.gather(1, last).squeeze(1)  # (batch, hidden)
+        loss = None
+        if labels is not None:
+            loss = self._loss(hidden_states, labels.gather(1, order), num_items_in_batch)
+        logits = None if self.training and labels is not None else self.head(user_embedding)
+        return NextItemOutput(
+            loss=loss,
+            logits=logits,
+            last_hidden_state=restore_padding(hidden_states, real, slots),
+            user_embedding=user_embedding,
+        )
+
+    def _loss(self, hidden_states, labels, num_items_in_batch):
+        labelled = labels.ne(IGNORED_LABEL)  # (batch, length)
+        # Selecting waits for the device once per step; it saves the scores of every padded position.
+        positions, targets = hidden_states[labelled], labels[labelled]  # (positions, hidden), (positions,)
+        negatives, log_q = self._draw_negatives(len(targets))
+        loss = self.head(positions, targets, negatives, log_q)
+        return loss / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)
+
+    def _draw_negatives(self, num_positions: int):
+        config = self.config
+        if config.loss_type == "cross_entropy":
+            return None, None
+        shape = (config.num_negatives,)
+        if config.negative_sharing == "position":
+            shape = (num_positions, config.num_negatives)
+        if not config.popularity_power:
+            return torch.randint(1, config.num_items + 1, shape, device=self.device), None
+        if not self.item_counts.any():
+            raise ValueError("popularity_power needs item counts: call set_item_counts before training")
+        q = self.item_counts**config.popularity_power * (self.item_counts > 0)
+        drawn = torch.multinomial(q, math.prod(shape), replacement=True).view(shape)
+        return drawn, (q / q.sum()).log() if config.logq_correction else None
+
+    def _check_input(self, input_ids: torch.Tensor) -> None:
+        if input_ids.dim() != 2 or input_ids.shape[1] > self.config.max_length:
+            raise ValueError(
+                f"input_ids have shape {tuple(input_ids.shape)}: expected (batch, length) with length <= "
+                f"{self.config.max_length} (max_length); keep the newest items, as `recommend` does"
+            )
+        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
+            self.check_item_ids(input_ids)
+
+
+def padding_to_the_end(input_ids: torch.Tensor, attention_mask: torch.Tensor | None):
+    """Where padding stands and how to move it behind the real items.
+
+    Returns:
+        real: (batch, length) bool.
+        order: (batch, length), for `gather`: real items first, in their order.
+        slots: (batch, length), the place of each input position in that order.
+    """
+    real = input_ids.ne(PADDING_ITEM_ID) if attention_mask is None else attention_mask.bool()
+    order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    return real, order, (real.cumsum(1) - 1).clamp(min=0)
+
+
+def restore_padding(hidden_states: torch.Tensor, real: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Undo `padding_to_the_end`: (batch, length, hidden), zero where padding stands."""
+    aligned = hidden_states.gather(1, slots.unsqueeze(-1).expand_as(hidden_states))
+    return aligned * real.unsqueeze(-1)
+
+
+__all__ = ["SASRecForNextItem", "SASRecModel"]

@@ -1,0 +1,118 @@
+"""Losses of next-item prediction: pure functions of hidden states, an item table and targets.
+
+All return the SUM over positions, as a float32 scalar, so that the caller divides by the number of positions of the
+whole (accumulated, distributed) batch. Item ids run 1..num_items; row 0 of the table is padding and never competes.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# Score elements that the full cross-entropy holds at once: on a CPU a chunk that stays in the cache, on a GPU one
+# that fills the device.
+CHUNK_ELEMENTS = {"cpu": 2**20, "default": 2**26}
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Softmax cross-entropy over the catalogue that computes its gradient chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, targets, chunk_size):
+        item_weight = weight[1:]  # (items, hidden)
+        item_targets = (targets - 1).unsqueeze(1)  # (positions, 1)
+        needs_gradient = any(ctx.needs_input_grad[:3])
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        if needs_gradient:
+            grad_hidden = torch.empty_like(hidden_states)
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        for start in range(0, hidden_states.shape[0], chunk_size):
+            chunk = slice(start, start + chunk_size)
+            chunk_hidden, chunk_targets = hidden_states[chunk], item_targets[chunk]
+            scores = F.linear(chunk_hidden, item_weight, None if bias is None else bias[1:])  # (chunk, items)
+            log_probabilities = F.log_softmax(scores, dim=-1, dtype=torch.float32)
+            loss -= log_probabilities.gather(1, chunk_targets).sum()
+            if needs_gradient:
+                grad_scores = log_probabilities.exp_()
+                grad_scores.scatter_add_(1, chunk_targets, grad_scores.new_full(chunk_targets.shape, -1.0))
+                if grad_bias is not None:
+                    grad_bias[1:] += grad_scores.sum(0)
+                grad_scores = grad_scores.to(scores.dtype)
+                grad_hidden[chunk] = grad_scores @ item_weight.to(scores.dtype)
+                grad_weight[1:] += grad_scores.t() @ chunk_hidden.to(scores.dtype)
+        if needs_gradient:
+            ctx.has_bias = bias is not None
+            ctx.save_for_backward(
+                grad_hidden, grad_weight.to(weight.dtype), *([grad_bias.to(bias.dtype)] if ctx.has_bias else [])
+            )
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        gradients = [gradient * grad_loss.to(gradient.dtype) for gradient in ctx.saved_tensors]
+        return gradients[0], gradients[1], gradients[2] if ctx.has_bias else None, None, None
+
+
+def chunked_cross_entropy(hidden_states, weight, bias, targets, chunk_size=None):
+    """Cross-entropy of the next item over the whole catalogue, in memory that does not grow with positions x items.
+
+    Args:
+        hidden_states: (positions, hidden).
+        weight: (num_items + 1, hidden), the item table.
+        bias: (num_items + 1,) or None.
+        targets: (positions,), item ids 1..num_items.
+        chunk_size: positions per chunk; None takes as many as fit `CHUNK_ELEMENTS` scores.
+
+    Returns:
+        Scalar, summed over positions, float32.
+    """
+    if chunk_size is None:
+        budget = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS["default"])
+        chunk_size = max(1, budget // weight.shape[0])
+    return _ChunkedCrossEntropy.apply(hidden_states, weight, bias, targets, chunk_size)
+
+
+def sampled_softmax_loss(target_scores, negative_scores, collisions, target_log_q=None, negative_log_q=None):
+    """Cross-entropy of the target among itself and sampled negatives.
+
+    Args:
+        target_scores: (positions,).
+        negative_scores: (positions, negatives).
+        collisions: (positions, negatives) bool, where a negative is the target itself; these do not compete.
+        target_log_q: (positions,) or None, log probability of drawing the target as a negative.
+        negative_log_q: (negatives,) or (positions, negatives) or None, the same for the negatives.
+
+    Returns:
+        Scalar, summed over positions, float32.
+
+    Source: Bengio and Senecal 2008; logQ correction as in Yi et al., RecSys 2019, eq. 3.
+    """
+    if target_log_q is not None:
+        target_scores = target_scores - target_log_q
+        negative_scores = negative_scores - negative_log_q
+    negative_scores = negative_scores.float().masked_fill(collisions, float("-inf"))
+    target_scores = target_scores.float()
+    log_normaliser = torch.logaddexp(target_scores, negative_scores.logsumexp(-1))  # (positions,)
+    return (log_normaliser - target_scores).sum()
+
+
+def gbce_loss(target_scores, negative_scores, collisions, num_items, calibration):
+    """Generalised binary cross-entropy; `calibration=0` is plain BCE with several negatives.
+
+    Args:
+        target_scores: (positions,).
+        negative_scores: (positions, negatives).
+        collisions: (positions, negatives) bool, where a negative is the target itself; these count nothing.
+        num_items: size of the catalogue, for the sampling rate negatives / (num_items - 1).
+        calibration: t in [0, 1].
+
+    Returns:
+        Scalar, summed over positions, float32; each position averages over its target and its negatives.
+
+    Source: gSASRec (RecSys 2023), eq. 13 to 15.
+    """
+    num_negatives = negative_scores.shape[-1]
+    sampling_rate = min(1.0, num_negatives / max(1, num_items - 1))
+    beta = sampling_rate * (calibration * (1 - 1 / sampling_rate) + 1 / sampling_rate)
+    positive_loss = -beta * F.logsigmoid(target_scores.float())  # (positions,)
+    negative_loss = -F.logsigmoid(-negative_scores.float()).masked_fill(collisions, 0.0).sum(-1)  # (positions,)
+    return ((positive_loss + negative_loss) / (num_negatives + 1)).sum()

@@ -1,0 +1,93 @@
+"""What all recommenders of this package share: recommending, and a catalogue that travels with the weights."""
+
+import os
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from .catalogue import CATALOGUE_FILE, Catalogue
+from .next_item_output import top_k_items
+
+# Where the weights come from also says where the catalogue comes from.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class NextItemPreTrainedModel(PreTrainedModel):
+    """A model that scores the next item: `forward(input_ids, ...).logits` are (batch, num_items + 1).
+
+    Attributes:
+        catalogue: titles and raw ids of the items, or None; saved as `items.parquet` beside the weights.
+    """
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.catalogue: Catalogue | None = None
+
+    @torch.inference_mode()
+    def recommend(self, input_ids: torch.Tensor, top_k: int = 10, exclude_seen: bool = True):
+        """The `top_k` best next items of each history.
+
+        Args:
+            input_ids: (batch, length) item ids, 0 for padding on either side; of a long history the model reads
+                the newest `config.max_length` items, and all of them count as seen.
+            top_k: items per history.
+            exclude_seen: leave out the items of the history.
+
+        Returns:
+            item_ids (batch, top_k) int64, best first, and their scores (batch, top_k).
+
+        Raises:
+            ValueError: for ids outside the catalogue, an empty history, or `top_k` larger than what is left.
+        """
+        self.check_item_ids(input_ids)
+        if not input_ids.any(1).all():
+            row = int((~input_ids.any(1)).nonzero()[0])
+            raise ValueError(f"history {row} is empty: expected at least one item; recommend popular items instead")
+        was_training = self.training
+        if was_training:
+            self.eval()
+        logits = self(self.newest_items(input_ids)).logits
+        if was_training:
+            self.train()
+        return top_k_items(logits, input_ids, top_k, exclude_seen)
+
+    def newest_items(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The part of the histories that the model reads; (batch, length) -> (batch, <= max_length)."""
+        max_length = self.config.max_length
+        if input_ids.shape[1] <= max_length:
+            return input_ids
+        order = input_ids.ne(0).to(torch.uint8).argsort(dim=1, stable=True)  # padding first
+        return input_ids.gather(1, order)[:, -max_length:]
+
+    def check_item_ids(self, input_ids: torch.Tensor) -> None:
+        """Raise a ValueError when an id lies outside 0..num_items."""
+        lowest, highest = torch.aminmax(input_ids)
+        if lowest < 0 or highest > self.config.num_items:
+            wrong = int(lowest) if lowest < 0 else int(highest)
+            raise ValueError(
+                f"input_ids hold item {wrong}: expected ids 1..{self.config.num_items} of this model's catalogue, "
+                "0 for padding; map raw ids with model.catalogue.item_ids"
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """As in transformers; writes the catalogue beside the weights."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.catalogue is not None:
+            self.catalogue.to_parquet(os.path.join(save_directory, CATALOGUE_FILE))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers; reads the catalogue beside the weights, when there is one."""
+        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        path = cached_file(
+            pretrained_model_name_or_path,
+            CATALOGUE_FILE,
+            _raise_exceptions_for_missing_entries=False,
+            **hub_arguments,
+        )
+        if path is not None:
+            model.catalogue = Catalogue.from_parquet(path)
+        return loaded

@@ -1,0 +1,291 @@
+"""SASRec against a naive implementation, and the promises that its interface makes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_ilora import SASRecConfig, SASRecForNextItem, SASRecModel
+
+NUM_ITEMS = 40
+LEFT = torch.tensor([[0, 0, 7, 8, 9], [1, 2, 3, 4, 5], [0, 0, 0, 0, 11]])
+RIGHT = torch.tensor([[7, 8, 9, 0, 0], [1, 2, 3, 4, 5], [11, 0, 0, 0, 0]])
+
+
+def small_model(seed=0, **settings):
+    torch.manual_seed(seed)
+    settings = {"hidden_size": 16, "max_length": 8, "initializer_range": 0.3, **settings}
+    return SASRecForNextItem(SASRecConfig(num_items=NUM_ITEMS, **settings)).eval()
+
+
+def naive_user_embedding(model, items):
+    """One history without padding, head by head and position by position; an independent statement of the block."""
+    config, encoder = model.config, model.model
+    first = config.max_length - len(items) if config.position_alignment == "newest" else 0
+    hidden = torch.stack(
+        [encoder.item_embedding.weight[i] + encoder.position_embedding.weight[first + p] for p, i in enumerate(items)]
+    )
+    size = config.hidden_size // config.num_attention_heads
+    for layer in encoder.layers:
+        normed = layer.attention_norm(hidden)
+        source = normed if config.block_type == "pre_norm" else hidden
+        q, k, v = layer.attention.q_proj(normed), layer.attention.k_proj(source), layer.attention.v_proj(source)
+        attended = torch.zeros_like(hidden)
+        for head in range(config.num_attention_heads):
+            part = slice(head * size, (head + 1) * size)
+            for position in range(len(items)):
+                scores = torch.stack([q[position, part] @ k[j, part] / math.sqrt(size) for j in range(position + 1)])
+                weights = scores.exp() / scores.exp().sum()
+                attended[position, part] = sum(weights[j] * v[j, part] for j in range(position + 1))
+        up, down = layer.feed_forward.up_proj, layer.feed_forward.down_proj
+        if config.block_type == "pre_norm":
+            hidden = hidden + layer.attention.o_proj(attended)
+            hidden = hidden + down(F.gelu(up(layer.feed_forward_norm(hidden))))
+        else:
+            normed = layer.feed_forward_norm(attended + normed)
+            hidden = layer.output_norm(down(torch.relu(up(normed))) + normed)
+    return encoder.final_norm(hidden)[-1]
+
+
+@pytest.mark.parametrize("block_type", ["pre_norm", "reference"])
+@pytest.mark.parametrize("position_alignment", ["newest", "oldest"])
+@pytest.mark.parametrize("num_attention_heads", [1, 4])
+def test_user_embedding_equals_naive_implementation(block_type, position_alignment, num_attention_heads):
+    model = small_model(
+        block_type=block_type, position_alignment=position_alignment, num_attention_heads=num_attention_heads
+    )
+    with torch.no_grad():
+        output = model(LEFT)
+        for row, items in enumerate([[7, 8, 9], [1, 2, 3, 4, 5], [11]]):
+            torch.testing.assert_close(
+                output.user_embedding[row], naive_user_embedding(model, items), rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("block_type", ["pre_norm", "reference"])
+def test_padding_side_changes_nothing(block_type):
+    model = small_model(block_type=block_type)
+    with torch.no_grad():
+        left, right = model(LEFT), model(RIGHT)
+        wide = model(F.pad(RIGHT, (0, 3)))
+    torch.testing.assert_close(left.logits, right.logits)
+    torch.testing.assert_close(left.logits, wide.logits)
+    torch.testing.assert_close(left.user_embedding, right.user_embedding)
+    torch.testing.assert_close(left.last_hidden_state[0, 2:], right.last_hidden_state[0, :3])
+    assert left.last_hidden_state[0, :2].abs().sum() == 0
+
+
+def test_attention_mask_hides_items():
+    model = small_model()
+    with torch.no_grad():
+        masked = model(torch.tensor([[5, 7, 8, 9], [6, 1, 2, 3]]), attention_mask=torch.tensor([[0, 1, 1, 1]] * 2))
+        plain = model(torch.tensor([[7, 8, 9], [1, 2, 3]]))
+    torch.testing.assert_close(masked.logits, plain.logits)
+
+
+def test_later_items_do_not_reach_earlier_positions():
+    model = small_model(position_alignment="oldest")
+    with torch.no_grad():
+        before = model(torch.tensor([[1, 2, 3, 4]])).last_hidden_state
+        after = model(torch.tensor([[1, 2, 3, 30]])).last_hidden_state
+    torch.testing.assert_close(before[:, :3], after[:, :3])
+    assert not torch.allclose(before[:, 3], after[:, 3])
+
+
+def test_order_of_items_matters():
+    model = small_model()
+    with torch.no_grad():
+        assert not torch.allclose(model(torch.tensor([[1, 2, 3]])).logits, model(torch.tensor([[2, 1, 3]])).logits)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": False, "head_bias": True}, {"head_bias": True}])
+def test_logits_and_loss_by_definition(settings):
+    model = small_model(**settings)
+    labels = torch.tensor([[8, 9, 10, -100, -100], [2, 3, 4, 5, 6], [12, -100, -100, -100, -100]])
+    table = model.head.weight
+    bias = model.head.bias if model.config.head_bias else torch.zeros(NUM_ITEMS + 1)
+    with torch.no_grad():
+        output = model(RIGHT, labels=labels)
+        scores = output.last_hidden_state @ table.t() + bias  # (batch, length, items + 1)
+        expected = F.cross_entropy(
+            scores[..., 1:].flatten(0, 1), (labels - 1).clamp(min=-100).flatten(), reduction="none"
+        )
+        expected = expected[labels.flatten() != -100].mean()
+    torch.testing.assert_close(output.loss, expected)
+    assert torch.isneginf(output.logits[:, 0]).all()
+    torch.testing.assert_close(output.logits[0, 1:], scores[0, 2, 1:])
+    tied = table.data_ptr() == model.model.item_embedding.weight.data_ptr()
+    assert tied == model.config.tie_word_embeddings
+
+
+def test_score_temperature_scores_by_cosine():
+    model = small_model(score_temperature=0.1)
+    with torch.no_grad():
+        output = model(RIGHT)
+        expected = F.cosine_similarity(output.user_embedding.unsqueeze(1), model.head.weight[1:].unsqueeze(0), dim=-1)
+    torch.testing.assert_close(output.logits[:, 1:], expected / 0.1)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "negative_sharing", "popularity_power"),
+    [
+        ("cross_entropy", "batch", 0.0),
+        ("sampled_softmax", "batch", 0.0),
+        ("sampled_softmax", "position", 0.5),
+        ("gbce", "batch", 0.5),
+        ("gbce", "position", 0.0),
+        ("bce", "position", 0.0),
+    ],
+)
+def test_every_loss_learns_a_cycle(loss_type, negative_sharing, popularity_power):
+    """Item i is always followed by i + 1: after some steps the model must say so, whatever the loss."""
+    model = small_model(
+        loss_type=loss_type, negative_sharing=negative_sharing, popularity_power=popularity_power, num_negatives=20,
+        hidden_dropout=0.0, attention_dropout=0.0, head_bias=True,
+    ).train()  # fmt: skip
+    if popularity_power:
+        model.set_item_counts(torch.ones(NUM_ITEMS + 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    sequences = (torch.arange(NUM_ITEMS).unsqueeze(1) + torch.arange(5)) % NUM_ITEMS + 1  # (items, 5)
+    for _ in range(300):
+        output = model(sequences[:, :4], labels=sequences[:, 1:])
+        assert output.logits is None
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    best = model.eval()(sequences[:, :4]).logits.argmax(-1)
+    assert (best == sequences[:, 4]).float().mean() > 0.9
+
+
+def test_popularity_sampling_without_counts_says_what_to_do():
+    model = small_model(loss_type="sampled_softmax", popularity_power=0.5).train()
+    with pytest.raises(ValueError, match="set_item_counts"):
+        model(RIGHT, labels=RIGHT)
+
+
+@pytest.mark.parametrize("block_type", ["pre_norm", "reference"])
+def test_gradient_checkpointing_changes_no_gradient(block_type):
+    gradients = []
+    for checkpointing in (False, True):
+        model = small_model(block_type=block_type, hidden_dropout=0.0, attention_dropout=0.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(RIGHT, labels=RIGHT.masked_fill(RIGHT == 0, -100)).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
+def test_loss_of_parts_sums_to_the_loss_of_the_whole_batch():
+    model = small_model()
+    labels = RIGHT.masked_fill(RIGHT == 0, -100)
+    with torch.no_grad():
+        whole = model(RIGHT, labels=labels).loss
+        count = (labels != -100).sum()
+        parts = sum(model(RIGHT[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=count).loss for i in range(3))
+    torch.testing.assert_close(whole, parts)
+
+
+def test_recommend_excludes_seen_items_and_sorts():
+    model = small_model()
+    item_ids, scores = model.recommend(RIGHT, top_k=NUM_ITEMS - 5)
+    assert item_ids.shape == scores.shape == (3, NUM_ITEMS - 5)
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+    for row, history in zip(item_ids.tolist(), RIGHT.tolist(), strict=True):
+        assert not set(row) & set(history) and 0 not in row
+    with_seen, _ = model.recommend(RIGHT, top_k=NUM_ITEMS, exclude_seen=False)
+    assert sorted(with_seen[0].tolist()) == list(range(1, NUM_ITEMS + 1))
+
+
+def test_recommend_reads_the_newest_items_and_excludes_all():
+    model = small_model()
+    history = torch.arange(1, 13).unsqueeze(0)  # twelve items, eight are read
+    item_ids, scores = model.recommend(history, top_k=20)
+    expected = model(history[:, -8:]).logits
+    expected[:, :13] = float("-inf")
+    torch.testing.assert_close(scores, expected.topk(20).values)
+    padded, _ = model.recommend(F.pad(history, (0, 4)), top_k=20)
+    assert torch.equal(padded, item_ids)
+
+
+def test_recommend_ignores_dropout_and_keeps_the_mode():
+    model = small_model(hidden_dropout=0.9).train()
+    first, second = model.recommend(RIGHT)[1], model.recommend(RIGHT)[1]
+    assert torch.equal(first, second) and model.training
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "message"),
+    [
+        (torch.tensor([[1, NUM_ITEMS + 1]]), f"item {NUM_ITEMS + 1}: expected ids 1..{NUM_ITEMS}"),
+        (torch.tensor([[1, -3]]), "item -3"),
+        (torch.tensor([[1, 2], [0, 0]]), "history 1 is empty"),
+    ],
+)
+def test_recommend_refuses_bad_histories(input_ids, message):
+    with pytest.raises(ValueError, match=message):
+        small_model().recommend(input_ids)
+
+
+def test_forward_refuses_bad_input():
+    model = small_model()
+    with pytest.raises(ValueError, match="max_length"):
+        model(torch.ones(1, 9, dtype=torch.long))
+    with pytest.raises(ValueError, match="expected ids"):
+        model(torch.tensor([[NUM_ITEMS + 1]]))
+    with pytest.raises(ValueError, match="top_k"):
+        model.recommend(RIGHT, top_k=NUM_ITEMS + 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_size": 10, "num_attention_heads": 3}, "not divisible"),
+        ({"hidden_dropout": 1.0}, "hidden_dropout"),
+        ({"block_type": "post_norm"}, "pre_norm"),
+        ({"loss_type": "hinge"}, "cross_entropy"),
+        ({"score_temperature": -1.0}, "score_temperature"),
+        ({"num_items": 0}, "num_items"),
+        ({"pad_token_id": 5}, "pad_token_id"),
+        ({"max_length": "fifty"}, "max_length"),
+    ],
+)
+def test_config_refuses_bad_values(settings, message):
+    with pytest.raises(Exception, match=message):
+        SASRecConfig(**{"num_items": NUM_ITEMS, **settings})
+
+
+def test_model_without_catalogue_size_is_refused():
+    with pytest.raises(ValueError, match="num_items is None"):
+        SASRecModel(SASRecConfig())
+
+
+@pytest.mark.parametrize("settings", [{}, {"block_type": "reference", "tie_word_embeddings": False, "head_bias": True}])
+def test_save_and_load_give_equal_scores(tmp_path, settings):
+    model = small_model(**settings)
+    model.save_pretrained(tmp_path)
+    loaded, info = SASRecForNextItem.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(model(LEFT).logits, loaded.eval()(LEFT).logits)
+        assert not torch.allclose(model(LEFT).logits, small_model(seed=1, **settings)(LEFT).logits)
+
+
+def test_bfloat16_autocast_stays_close():
+    model = small_model()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(RIGHT, labels=RIGHT.masked_fill(RIGHT == 0, -100))
+    with torch.no_grad():
+        exact = model(RIGHT, labels=RIGHT.masked_fill(RIGHT == 0, -100))
+    torch.testing.assert_close(output.loss, exact.loss, rtol=3e-2, atol=3e-2)
+
+
+def test_padding_row_stays_zero_in_training():
+    model = small_model(tie_word_embeddings=True).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    padding = model.model.item_embedding.weight[0].detach().clone()
+    model(RIGHT, labels=RIGHT.masked_fill(RIGHT == 0, -100)).loss.backward()
+    optimizer.step()
+    torch.testing.assert_close(model.model.item_embedding.weight[0].detach(), padding)
+    assert padding.abs().sum() == 0
