@@ -1,0 +1,91 @@
+"""Ranking metrics as `evaluate.Metric`: built directly, `NDCG(k=10)`, without the Hub and without a network.
+
+Each is fed with ranks, `compute(predictions=ranks)` or `add_batch(predictions=ranks)` and then `compute()`: the 1-based
+position of the user's one relevant item, 1 for the top (`evaluation.ranking` computes them from scores). With one
+relevant item Recall@k equals HitRatio@k.
+"""
+
+import datasets
+import evaluate
+import torch
+
+from hf_ilora.evaluation.rank_metrics import metric_per_user
+
+
+class RankMetric(evaluate.Metric):
+    """Mean over users of a function of the target's rank.
+
+    Args:
+        k: cut-off, at least 1; None where the metric can go without.
+
+    Raises:
+        ValueError: for `k` < 1.
+    """
+
+    description = ""
+    short_name = ""
+
+    def __init__(self, k: int | None = 10, **kwargs):
+        if k is not None and k < 1:
+            raise ValueError(f"k is {k}: expected a cut-off of at least 1")
+        self.k = k
+        self.key = self.short_name if k is None else f"{self.short_name}@{k}"
+        super().__init__(keep_in_memory=True, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.description,
+            citation="",
+            inputs_description="predictions: integers, the 1-based rank of each user's target.",
+            # Arrow would cut 1.5 down to the integer 1 without a word; as a float it arrives whole and is refused.
+            features=datasets.Features({"predictions": datasets.Value("float64")}),
+        )
+
+    def _compute(self, predictions) -> dict[str, float]:
+        """Mean of the metric over all users, as {"ndcg@10": 0.1}.
+
+        Args:
+            predictions: (users,) integers >= 1.
+
+        Raises:
+            ValueError: for no predictions, ranks < 1 or ranks that are not whole numbers.
+        """
+        predictions = torch.as_tensor(predictions, dtype=torch.float64)
+        if not predictions.numel():
+            raise ValueError(f"{self.key} of no users: expected predictions, the rank of at least one user's target")
+        ranks = predictions.long()
+        if (ranks != predictions).any():
+            wrong = predictions[ranks != predictions][0].item()
+            raise ValueError(f"rank {wrong} is not a whole number: expected the 1-based position of the target")
+        return {self.key: metric_per_user(self.key, ranks).mean().item()}
+
+
+class HitRatio(RankMetric):
+    """Share of users whose target is among the first `k`: `HitRatio(k=10).compute(predictions=[1, 11])` is 0.5."""
+
+    description = "Share of users whose target is among the first k items."
+    short_name = "hit_ratio"
+
+
+class Recall(RankMetric):
+    """Share of relevant items among the first `k`, averaged over users; with one relevant item equal to `HitRatio`."""
+
+    description = "Share of a user's relevant items among the first k, averaged over users."
+    short_name = "recall"
+
+
+class NDCG(RankMetric):
+    """Mean of 1 / log2(rank + 1) within the first `k`: `NDCG(k=10).compute(predictions=[1, 3])` is 0.75."""
+
+    description = "Normalised discounted cumulative gain within the first k items, one relevant item per user."
+    short_name = "ndcg"
+
+
+class MRR(RankMetric):
+    """Mean of 1 / rank, over all ranks unless `k` is given: `MRR().compute(predictions=[1, 4])` is 0.625."""
+
+    description = "Mean reciprocal rank of the target."
+    short_name = "mrr"
+
+    def __init__(self, k: int | None = None, **kwargs):
+        super().__init__(k, **kwargs)

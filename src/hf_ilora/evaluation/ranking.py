@@ -1,0 +1,324 @@
+"""The rank of each user's target among the scores of a model, without ever holding users x items.
+
+A rank is 1-based. Ties count against the model: every other item that scores as much as the target stands before it.
+So constant scores put the target last, and no model gains by giving many items the same score.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel, reduce
+
+from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at, reciprocal_rank
+from hf_ilora.models.configuration_sasrec import PADDING_ITEM_ID
+
+IGNORED_LABEL = -100
+RANKINGS = ("masked", "unmasked", "candidates")
+
+
+@dataclass(frozen=True)
+class SplitRanks:
+    """Ranks of the targets of a split, in the order of its rows.
+
+    Args:
+        masked: (users,) int64, in the whole catalogue without the items of the history (the target itself stays).
+        unmasked: (users,) int64, in the whole catalogue.
+        candidates: (users,) int64, among the row's candidates.
+    """
+
+    masked: np.ndarray
+    unmasked: np.ndarray
+    candidates: np.ndarray
+
+
+def target_ranks(scores: torch.Tensor, target: torch.Tensor, seen_items: torch.Tensor | None = None) -> torch.Tensor:
+    """1 + the number of other items that score at least as much as the target.
+
+    Args:
+        scores: (batch, num_items + 1); column 0 is padding and never counts.
+        target: (batch,) item ids 1..num_items.
+        seen_items: (batch, any) item ids padded with 0, which do not count; the target counts though it was seen.
+
+    Returns:
+        (batch,) int64.
+
+    Raises:
+        ValueError: for shapes that do not fit, targets outside the catalogue, and NaN among the scores.
+    """
+    _check_scores(scores, target)
+    target_scores = scores.gather(1, target.unsqueeze(1))  # (batch, 1)
+    ranks = (scores[:, 1:] >= target_scores).sum(dim=1)  # (batch,), the target counts itself
+    if seen_items is None:
+        return ranks
+    return ranks - _seen_before_target(scores, target, seen_items)
+
+
+def candidate_ranks(scores: torch.Tensor, candidates: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """1 + the number of other candidates that score at least as much as the target.
+
+    Args:
+        scores: (batch, num_items + 1); column 0 is padding.
+        candidates: (batch, candidates) different item ids, the target among them.
+        target: (batch,) item ids 1..num_items.
+
+    Returns:
+        (batch,) int64 in 1..candidates.
+
+    Raises:
+        ValueError: for shapes that do not fit, ids outside the catalogue, a target that is not among its candidates,
+            a candidate that stands twice, and NaN among the scores.
+    """
+    _check_scores(scores, target)
+    num_items = scores.shape[1] - 1
+    if candidates.dim() != 2 or len(candidates) != len(target):
+        raise ValueError(
+            f"candidates have shape {tuple(candidates.shape)}: expected (batch, candidates) with batch {len(target)}"
+        )
+    _check_ids("candidates", candidates, num_items)
+    ordered = candidates.sort(dim=1).values
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        row = int((ordered[:, 1:] == ordered[:, :-1]).any(dim=1).nonzero()[0])
+        raise ValueError(f"candidates of row {row} hold an item twice: expected different items")
+    found = (candidates == target.unsqueeze(1)).any(dim=1)  # (batch,)
+    if not found.all():
+        row = int((~found).nonzero()[0])
+        raise ValueError(f"candidates of row {row} lack its target {int(target[row])}: expected it to be one of them")
+    target_scores = scores.gather(1, target.unsqueeze(1))  # (batch, 1)
+    return (scores.gather(1, candidates) >= target_scores).sum(dim=1)
+
+
+def _seen_before_target(scores: torch.Tensor, target: torch.Tensor, seen_items: torch.Tensor) -> torch.Tensor:
+    """How many different seen items, the target aside, score at least as much as the target: (batch,)."""
+    # Looking up the few seen items is cheaper than a second (batch, items) matrix with holes.
+    items = seen_items.masked_fill(seen_items == target.unsqueeze(1), PADDING_ITEM_ID).sort(dim=1).values
+    counts = items != PADDING_ITEM_ID  # (batch, seen)
+    counts[:, 1:] &= items[:, 1:] != items[:, :-1]
+    counts &= scores.gather(1, items) >= scores.gather(1, target.unsqueeze(1))
+    return counts.sum(dim=1)
+
+
+def _check_scores(scores: torch.Tensor, target: torch.Tensor) -> None:
+    if scores.dim() != 2 or target.shape != scores.shape[:1]:
+        raise ValueError(
+            f"scores have shape {tuple(scores.shape)} and target {tuple(target.shape)}: "
+            "expected (batch, num_items + 1) and (batch,)"
+        )
+    _check_ids("target", target, scores.shape[1] - 1)
+    highest = scores[:, 1:].amax(dim=1)  # (batch,); the maximum of a row with NaN is NaN
+    if torch.isnan(highest).any():
+        row = int(torch.isnan(highest).nonzero()[0])
+        raise ValueError(f"scores of row {row} hold NaN: expected numbers; check the weights that were loaded")
+
+
+def _check_ids(name: str, ids: torch.Tensor | np.ndarray, num_items: int) -> None:
+    if not len(ids):
+        return
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 1 or highest > num_items:
+        raise ValueError(
+            f"{name} holds item {lowest if lowest < 1 else highest}: expected ids 1..{num_items} of the model's "
+            "catalogue; evaluate a model on the data set it was made for"
+        )
+
+
+def rank_split(
+    model: torch.nn.Module, split, *, batch_size: int = 256, device: torch.device | str | None = None
+) -> SplitRanks:
+    """Rank the target of every row of an evaluation split, under all three protocols at once.
+
+    Rows are batched by length, so that little is spent on padding, and each batch is reduced to ranks before the next
+    one is scored: memory grows with the batch and the catalogue, not with users x items. Under several processes each
+    takes its share of the batches and all receive all ranks.
+
+    Args:
+        model: `forward(input_ids, attention_mask)` gives `.logits` (batch, num_items + 1), and `config` has
+            `num_items` and `max_length`, the number of newest items the model is handed. It may be wrapped for
+            distributed evaluation.
+        split: `datasets.Dataset` with the columns history (list of item ids, oldest first), target and candidates.
+        batch_size: rows per step and process.
+        device: where to score; None means where the model is.
+
+    Returns:
+        Ranks of all rows, in the split's order.
+
+    Raises:
+        ValueError: for missing columns, no rows, empty histories, ids outside the catalogue, candidates without the
+            target, and NaN among the scores.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: expected at least 1")
+    config = extract_model_from_parallel(model).config
+    rows = _EvaluationRows(split, config.num_items)
+    state = PartialState()
+    if device is None:
+        device = extract_model_from_parallel(model).device
+    # Longest first: if memory is short, it shows at once.
+    batches = np.split(rows.by_length(), range(batch_size, len(rows), batch_size))
+    ranks = torch.zeros(len(rows), len(RANKINGS), dtype=torch.int64, device=device)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for first in range(0, len(batches), state.num_processes):
+            mine = first + state.process_index
+            # A process without a batch of its own repeats one and drops it: under ZeRO-3 all must run every forward.
+            batch_rows = batches[min(mine, len(batches) - 1)]
+            batch_ranks = _rank_batch(model, rows, batch_rows, config.max_length, device)
+            if mine < len(batches):
+                ranks[torch.from_numpy(batch_rows).to(device)] = batch_ranks
+    model.train(was_training)
+    # Every row was ranked by one process and is zero in all others.
+    ranks = reduce(ranks, reduction="sum").cpu().numpy()
+    return SplitRanks(*(np.ascontiguousarray(ranks[:, column]) for column in range(len(RANKINGS))))
+
+
+def _rank_batch(model, rows: "_EvaluationRows", batch_rows: np.ndarray, max_length: int, device) -> torch.Tensor:
+    input_ids = rows.histories(batch_rows, max_length).to(device)  # (batch, newest)
+    seen_items = rows.histories(batch_rows, None).to(device)  # (batch, longest)
+    target = torch.from_numpy(rows.target[batch_rows]).to(device)  # (batch,)
+    candidates = torch.from_numpy(rows.candidates[batch_rows]).to(device)  # (batch, candidates)
+    attention_mask = (input_ids != PADDING_ITEM_ID).long()
+    scores = model(input_ids=input_ids, attention_mask=attention_mask).logits  # (batch, num_items + 1)
+    unmasked = target_ranks(scores, target)
+    masked = unmasked - _seen_before_target(scores, target, seen_items)
+    return torch.stack([masked, unmasked, candidate_ranks(scores, candidates, target)], dim=1)  # (batch, 3)
+
+
+class _EvaluationRows:
+    """A split as flat arrays; reading rows one by one from a `datasets.Dataset` would take longer than scoring."""
+
+    def __init__(self, split, num_items: int):
+        missing = [name for name in ("history", "target", "candidates") if name not in split.column_names]
+        if missing:
+            raise ValueError(
+                f"the split has no column {', '.join(missing)} (found: {', '.join(split.column_names)}): expected an "
+                "evaluation split of build_sequences, with history, target and candidates"
+            )
+        if not len(split):
+            raise ValueError("the split is empty: expected at least one row to evaluate")
+        table = split.select_columns(["history", "target", "candidates"]).with_format("arrow")[:]
+        self.items, self.starts = _flat_lists(table["history"])  # (total,), (users + 1,)
+        self.target = table["target"].to_numpy().astype(np.int64)  # (users,)
+        candidates, starts = _flat_lists(table["candidates"])
+        lengths = np.diff(starts)
+        if lengths.min() != lengths.max() or not lengths.max():
+            raise ValueError(
+                f"rows have {lengths.min()} to {lengths.max()} candidates: expected the same number, at least 1, in all"
+            )
+        self.candidates = candidates.reshape(len(lengths), -1).astype(np.int64)  # (users, candidates)
+        self.lengths = np.diff(self.starts)  # (users,)
+        if not self.lengths.min():
+            row = int(self.lengths.argmin())
+            raise ValueError(
+                f"history of row {row} is empty: drop users with fewer interactions (min_user_interactions)"
+            )
+        for name, ids in (("history", self.items), ("target", self.target), ("candidates", self.candidates)):
+            _check_ids(name, ids, num_items)
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def by_length(self) -> np.ndarray:
+        """Row numbers, longest history first: (users,)."""
+        return np.argsort(-self.lengths, kind="stable")
+
+    def histories(self, rows: np.ndarray, newest: int | None) -> torch.Tensor:
+        """The `newest` items of each row, oldest first, padded with 0 on the right: (rows, longest) int64."""
+        lengths = self.lengths[rows] if newest is None else np.minimum(self.lengths[rows], newest)
+        steps = np.arange(lengths.max())  # (longest,)
+        positions = (self.starts[rows + 1] - lengths)[:, None] + steps  # (rows, longest)
+        real = steps < lengths[:, None]
+        histories = np.where(real, self.items[np.where(real, positions, 0)], PADDING_ITEM_ID)
+        return torch.from_numpy(histories.astype(np.int64))
+
+
+def _flat_lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Values of a column of lists, one after the other, and where each row's begin, with the end: (rows + 1,)."""
+    column = column.combine_chunks()
+    lengths = column.value_lengths().to_numpy().astype(np.int64)
+    return column.flatten().to_numpy(), np.concatenate([[0], lengths.cumsum()])
+
+
+def ranks_from_logits(logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Reduce an evaluation batch of the Trainer to ranks: its `preprocess_logits_for_metrics`.
+
+    It needs `label_names=["labels", "seen_items"]`, and a config whose `keys_to_ignore_at_inference` names every
+    output but the logits.
+
+    Args:
+        logits: (batch, num_items + 1).
+        labels: the labels (batch, length), -100 but for the target at the last real position, and the seen items
+            (batch, any), padded with 0; across processes the Trainer pads both with -100.
+
+    Returns:
+        (batch, 2) int64: rank with the seen items masked, and without.
+
+    Raises:
+        ValueError: for a row without a label, and as `target_ranks`.
+    """
+    next_items, seen_items = labels
+    labelled = next_items != IGNORED_LABEL  # (batch, length)
+    if not labelled.any(dim=1).all():
+        row = int((~labelled.any(dim=1)).nonzero()[0])
+        raise ValueError(f"labels of row {row} are all {IGNORED_LABEL}: expected the target at the last real position")
+    last = (labelled * torch.arange(1, labelled.shape[1] + 1, device=labelled.device)).argmax(dim=1, keepdim=True)
+    target = next_items.gather(1, last).squeeze(1)  # (batch,)
+    unmasked = target_ranks(logits, target)
+    masked = unmasked - _seen_before_target(logits, target, seen_items.clamp(min=PADDING_ITEM_ID))
+    return torch.stack([masked, unmasked], dim=1)
+
+
+class RankingMetrics:
+    """`compute_metrics` of a Trainer with `batch_eval_metrics=True`, fed with the ranks of `ranks_from_logits`.
+
+    It keeps sums between the batches of one evaluation and forgets them with its result, so an evaluation that was
+    broken off must not be followed by another with the same object.
+
+    Args:
+        k: cut-off of NDCG and hit ratio.
+
+    Raises:
+        ValueError: for `k` < 1.
+    """
+
+    def __init__(self, k: int = 10):
+        if k < 1:
+            raise ValueError(f"k is {k}: expected a cut-off of at least 1")
+        self.k = k
+        self._sums, self._num_users = 0.0, 0
+
+    def __call__(self, eval_prediction, compute_result: bool = True) -> dict[str, float]:
+        """Add a batch, and give the means over all batches when it is the last.
+
+        Args:
+            eval_prediction: its `predictions` are (batch, 2) ranks, masked and unmasked.
+            compute_result: whether this is the last batch.
+
+        Returns:
+            ndcg@k, hit_ratio@k and mrr with the seen items masked, and the same with the prefix "unmasked_"; nothing
+            before the last batch.
+
+        Raises:
+            ValueError: for ranks < 1, or predictions of another shape.
+        """
+        ranks = torch.as_tensor(eval_prediction.predictions)
+        if ranks.dim() != 2 or ranks.shape[1] != 2:
+            raise ValueError(
+                f"predictions have shape {tuple(ranks.shape)}: expected (batch, 2) ranks; pass "
+                "preprocess_logits_for_metrics=ranks_from_logits to the Trainer"
+            )
+        values = torch.stack([ndcg_at(ranks, self.k), hit_at(ranks, self.k), reciprocal_rank(ranks)])  # (3, batch, 2)
+        self._sums = self._sums + values.sum(dim=1).cpu()  # (3, 2)
+        self._num_users += len(ranks)
+        if not compute_result:
+            return {}
+        means = (self._sums / self._num_users).tolist()
+        self._sums, self._num_users = 0.0, 0
+        names = (f"ndcg@{self.k}", f"hit_ratio@{self.k}", "mrr")
+        return {
+            prefix + name: means[row][column]
+            for column, prefix in enumerate(("", "unmasked_"))
+            for row, name in enumerate(names)
+        }
