@@ -1,0 +1,292 @@
+"""From the input tables to filtered, chronological histories in narrow integer codes."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+# Rows that are decoded at a time. Each batch carries the ids that occur in it, so a batch should hold many rows per id.
+_ROWS_PER_BATCH = 1 << 20
+
+
+@dataclass
+class CodedInteractions:
+    """Interactions in input order; a code is the rank of a raw id among all raw ids, from 0.
+
+    Raw ids rank numerically when they are integers and by code point when they are strings.
+    """
+
+    users: np.ndarray  # (interactions,) int32
+    items: np.ndarray  # (interactions,) int32
+    times: np.ndarray  # (interactions,) int64 or float64
+    user_ids: pa.Array  # (users,) int64 or string, ascending
+    item_ids: pa.Array  # (items,) int64 or string, ascending
+
+
+@dataclass
+class Histories:
+    """Chronological histories, one user after the other in the order of the raw user ids."""
+
+    items: np.ndarray  # (interactions,) int32, item ids 1..num_items, oldest first within a user
+    boundaries: np.ndarray  # (users + 1,) int64: user u has items[boundaries[u] : boundaries[u + 1]]
+    first_times: np.ndarray  # (users,)
+    last_times: np.ndarray  # (users,)
+    user_ids: pa.Array  # (users,) raw ids
+    item_ids: pa.Array  # (num_items,) raw ids of the items 1..num_items
+
+
+def read_interactions(interactions: Dataset, min_rating: float | None) -> CodedInteractions:
+    """Check the columns of `interactions` and encode them batch by batch.
+
+    Args:
+        interactions: columns `user_id` and `item_id` (integer or string), `timestamp` (integer or float, not negative)
+            and, for `min_rating`, `rating`.
+        min_rating: rows with a lower rating are ignored, as if they were absent; None: no row is.
+
+    Raises:
+        TypeError: for a column of another type.
+        ValueError: for missing columns, no rows, null values, and times that are negative or not finite.
+    """
+    columns = ["user_id", "item_id", "timestamp"] + (["rating"] if min_rating is not None else [])
+    _check_names(interactions, "interactions", columns)
+    _check_types(interactions, columns)
+    if len(interactions) == 0:
+        raise ValueError("interactions is empty: expected at least one row; check the source file and its filters")
+    users, items, times = [], [], []
+    for batch in interactions.select_columns(columns).with_format("arrow").iter(batch_size=_ROWS_PER_BATCH):
+        for name in columns:
+            if batch[name].null_count:
+                raise ValueError(
+                    f"column {name!r} of interactions has null values: expected a value in every row; drop those rows"
+                )
+        if min_rating is not None:
+            batch = batch.filter(_at_least(batch["rating"], min_rating))
+        users.extend(batch["user_id"].dictionary_encode().chunks)
+        items.extend(batch["item_id"].dictionary_encode().chunks)
+        times.append(_checked_times(batch["timestamp"].to_numpy()))
+    times = np.concatenate(times)
+    if len(times) == 0:
+        raise ValueError(
+            f"none of the {len(interactions)} interactions has a rating of at least min_rating={min_rating}: lower it"
+        )
+    users, user_ids = _rank_codes(users)
+    items, item_ids = _rank_codes(items)
+    return CodedInteractions(users, items, times, user_ids, item_ids)
+
+
+def read_items(items: Dataset, item_ids: pa.Array) -> pa.Table:
+    """Check the table of items against the raw ids that occur in the interactions.
+
+    Args:
+        items: columns `item_id` (of the type of `item_ids`), `title`, `year` and `genres`; only years may be null.
+        item_ids: what the interactions hold, (distinct items,) int64 or string.
+
+    Returns:
+        These four columns of `items`, typed int64 or string, string, int32 and list<string>.
+
+    Raises:
+        TypeError: for a column of another type.
+        ValueError: for missing columns, no rows, null values, repeated ids, and ids of interactions that are missing.
+    """
+    columns = ["item_id", "title", "year", "genres"]
+    _check_names(items, "items", columns)
+    if len(items) == 0:
+        raise ValueError("items is empty: expected one row per item; without titles, use the raw ids as titles")
+    table = items.with_format("arrow")[:].select(columns)
+    found = {name: table.schema.field(name).type for name in columns}
+    if not (pa.types.is_integer(found["item_id"]) or is_string(found["item_id"])):
+        raise TypeError(f"column 'item_id' of items is {found['item_id']}: expected integers or strings; cast it")
+    if is_string(found["item_id"]) != is_string(item_ids.type):
+        raise TypeError(
+            f"column 'item_id' is {found['item_id']} in items and {item_ids.type} in interactions: expected the same "
+            "type; cast one of them"
+        )
+    if not is_string(found["title"]):
+        raise TypeError(f"column 'title' of items is {found['title']}: expected strings; cast it")
+    for name in ("item_id", "title", "genres"):
+        if table[name].null_count:
+            raise ValueError(
+                f"column {name!r} of items has null values: expected a value for every item; fill them in or drop the "
+                "items and their interactions"
+            )
+    types = [("item_id", item_ids.type), ("title", pa.string()), ("year", pa.int32())]
+    try:
+        table = table.cast(pa.schema([*types, ("genres", pa.list_(pa.string()))]))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise TypeError(
+            f"columns 'year' and 'genres' of items are {found['year']} and {found['genres']}: expected int32 and "
+            f"list<string> ({error}); cast them"
+        ) from error
+    counts = pc.value_counts(table["item_id"])
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        raise ValueError(
+            f"{len(repeated)} item ids occur more than once in items, first {_first(repeated)}: expected one row per "
+            "item; drop the others"
+        )
+    unknown = item_ids.filter(pc.invert(pc.is_in(item_ids, value_set=table["item_id"])))
+    if len(unknown):
+        raise ValueError(
+            f"{len(unknown)} item ids of interactions are missing from items, first {_first(unknown)}: expected a row "
+            "for every item; add them, or drop their interactions"
+        )
+    return table
+
+
+def build_histories(
+    coded: CodedInteractions, min_user_interactions: int, min_item_interactions: int, drop_repeats: bool
+) -> Histories:
+    """Sort by user and time (ties in input order), filter, and number the remaining items from 1.
+
+    Args:
+        coded: what `read_interactions` returns; its large arrays are released on the way.
+        min_user_interactions, min_item_interactions: see `k_core`.
+        drop_repeats: keep only the first interaction of a user with an item, before anything is counted.
+
+    Raises:
+        ValueError: when no interaction is left.
+    """
+    order = np.lexsort((coded.times, coded.users))  # stable: ties of both keys stay in input order
+    users, items, times = coded.users[order], coded.items[order], coded.times[order]
+    del order
+    num_users, num_items = len(coded.user_ids), len(coded.item_ids)
+    if drop_repeats:
+        first = np.unique(users.astype(np.int64) * num_items + items, return_index=True)[1]
+        first.sort()
+        logger.info("drop_repeats: dropped %d of %d interactions", len(users) - len(first), len(users))
+        users, items, times = users[first], items[first], times[first]
+    keep = k_core(users, items, min_user_interactions, min_item_interactions)
+    if not keep.any():
+        raise ValueError(
+            f"no interaction is left of {len(users)} ({num_users} users, {num_items} items) with "
+            f"min_user_interactions={min_user_interactions} and min_item_interactions={min_item_interactions}: the "
+            f"longest history has {np.bincount(users).max()} interactions and the most frequent item "
+            f"{np.bincount(items).max()}; lower the thresholds"
+        )
+    if not keep.all():
+        users, items, times = users[keep], items[keep], times[keep]
+    user_counts = np.bincount(users, minlength=num_users)
+    kept_users, kept_items = user_counts > 0, np.bincount(items, minlength=num_items) > 0
+    logger.info(
+        "min_user_interactions=%d, min_item_interactions=%d: dropped %d of %d users, %d of %d items, %d of %d "
+        "interactions",
+        *(min_user_interactions, min_item_interactions),
+        *(num_users - kept_users.sum(), num_users, num_items - kept_items.sum(), num_items),
+        *(len(keep) - len(users), len(keep)),
+    )
+    boundaries = np.concatenate([[0], np.cumsum(user_counts[kept_users])])
+    return Histories(
+        items=np.cumsum(kept_items, dtype=np.int32)[items],  # counts from 1: 0 is padding
+        boundaries=boundaries,
+        first_times=times[boundaries[:-1]],
+        last_times=times[boundaries[1:] - 1],
+        user_ids=coded.user_ids.filter(pa.array(kept_users)),
+        item_ids=coded.item_ids.filter(pa.array(kept_items)),
+    )
+
+
+def k_core(users: np.ndarray, items: np.ndarray, min_user_interactions: int, min_item_interactions: int) -> np.ndarray:
+    """The largest set of interactions in which every user and every item has enough of them.
+
+    Args:
+        users, items: codes, (interactions,).
+        min_user_interactions, min_item_interactions: least interactions (repeats counted) of a user and of an item
+            among the interactions that are kept.
+
+    Returns:
+        bool (interactions,), True for those that are kept.
+    """
+    keep = np.ones(len(users), dtype=bool)
+    while True:
+        enough_of_user = np.bincount(users[keep], minlength=users.max() + 1) >= min_user_interactions
+        enough_of_item = np.bincount(items[keep], minlength=items.max() + 1) >= min_item_interactions
+        remaining = keep & enough_of_user[users] & enough_of_item[items]
+        if remaining.sum() == keep.sum():
+            return keep
+        keep = remaining
+
+
+def slice_indices(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The indices start, start + 1, ..., end - 1 of every slice, one slice after the other.
+
+    Args:
+        starts, ends: (slices,), ends not before starts.
+
+    Returns:
+        int64 (sum of the lengths,).
+    """
+    lengths = ends - starts
+    places = np.cumsum(lengths) - lengths  # where each slice begins in the result, (slices,)
+    return np.arange(lengths.sum()) + np.repeat(starts - places, lengths)
+
+
+def is_string(column_type: pa.DataType) -> bool:
+    return pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
+
+
+def _check_names(table: Dataset, name: str, columns: list[str]) -> None:
+    missing = [column for column in columns if column not in table.column_names]
+    if missing:
+        raise ValueError(
+            f"{name} has no column {', '.join(missing)}: expected {', '.join(columns)}, found "
+            f"{', '.join(table.column_names) or 'none'}; rename the columns or read the tables with load_interactions"
+        )
+
+
+def _check_types(interactions: Dataset, columns: list[str]) -> None:
+    schema = interactions.features.arrow_schema
+    for name in columns:
+        found = schema.field(name).type
+        if name in ("user_id", "item_id"):
+            if not (pa.types.is_integer(found) or is_string(found)):
+                raise TypeError(f"column {name!r} of interactions is {found}: expected integers or strings; cast it")
+        elif not (pa.types.is_integer(found) or pa.types.is_floating(found)):
+            unit = "seconds as " if name == "timestamp" else ""
+            raise TypeError(f"column {name!r} of interactions is {found}: expected {unit}integer or float; cast it")
+
+
+def _at_least(ratings: pa.ChunkedArray, min_rating: float) -> pa.ChunkedArray:
+    if pc.any(pc.is_nan(ratings.cast(pa.float64()))).as_py():
+        raise ValueError("column 'rating' of interactions has NaN values: expected numbers; drop those rows")
+    return pc.greater_equal(ratings, min_rating)
+
+
+def _checked_times(times: np.ndarray) -> np.ndarray:
+    """Times (rows,) as int64 or float64."""
+    if times.dtype.kind == "f":
+        times = times.astype(np.float64, copy=False)
+        wrong = ~(np.isfinite(times) & (times >= 0))
+    else:
+        wrong = times < 0
+        times = times.astype(np.int64, copy=False)
+    if wrong.any():
+        raise ValueError(
+            f"column 'timestamp' of interactions has {int(wrong.sum())} values that are negative or not finite, first "
+            f"{times[wrong.argmax()]}: expected seconds, 0 or more; drop or repair those rows"
+        )
+    return times
+
+
+def _first(values: pa.Array) -> str:
+    return ", ".join(map(repr, values[:3].to_pylist()))
+
+
+def _rank_codes(chunks: list[pa.DictionaryArray]) -> tuple[np.ndarray, pa.Array]:
+    """The rank of every value among the distinct values: int32 (rows,), and these values, ascending."""
+    chunks = pa.chunked_array(chunks).unify_dictionaries().chunks
+    values = chunks[0].dictionary
+    values = values.cast(pa.string() if is_string(values.type) else pa.int64())
+    order = pc.array_sort_indices(values)
+    ranks = np.empty(len(values), dtype=np.int32)
+    ranks[order.to_numpy()] = np.arange(len(values), dtype=np.int32)
+    codes = np.concatenate([ranks[chunk.indices.to_numpy()] for chunk in chunks])
+    return codes, values.take(order)
+
+
+__all__ = ["CodedInteractions", "Histories", "build_histories", "is_string", "k_core", "read_interactions"]
+__all__ += ["read_items", "slice_indices"]

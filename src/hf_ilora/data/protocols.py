@@ -1,0 +1,77 @@
+"""The split protocols: which slice of which history becomes a row of train, validation and test."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .filters import Histories, slice_indices
+
+PROTOCOLS = ("leave_one_out", "temporal_users")
+USER_ORDERS = ("first", "last")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one split: row r has the history items[starts[r] : ends[r]] and the target items[ends[r]]."""
+
+    users: np.ndarray  # (rows,), ascending
+    starts: np.ndarray  # (rows,)
+    ends: np.ndarray  # (rows,)
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+
+def leave_one_out(histories: Histories) -> dict[str, Rows]:
+    """Every user in every split: the last item is the test target, the one before it the validation target.
+
+    The item before that is the target of the train row, so that the train row holds the rest of the history.
+    """
+    users = np.arange(len(histories.user_ids))
+    starts, ends = histories.boundaries[:-1], histories.boundaries[1:]
+    return {
+        "train": Rows(users, starts, ends - 3),
+        "validation": Rows(users, starts, ends - 2),
+        "test": Rows(users, starts, ends - 1),
+    }
+
+
+def temporal_users(histories: Histories, order_users_by: str) -> dict[str, Rows]:
+    """The first 80% of the users in time train, the next 10% validate, the last 10% test.
+
+    Validation and test take the last interaction of each of their users as target, training takes every one.
+    The boundaries are rounded down: users 0..n*8//10-1 train and users n*8//10..n*9//10-1 validate.
+
+    Args:
+        histories: of all users.
+        order_users_by: the "first" or the "last" interaction of a user gives the time; ties: order of the raw user ids.
+
+    Source: LLaRA (SIGIR 2024), its MovieLens files, which agree with "first" and disagree with "last".
+    """
+    times = histories.first_times if order_users_by == "first" else histories.last_times
+    in_time = np.argsort(times, kind="stable")
+    validation_begins, test_begins = len(in_time) * 8 // 10, len(in_time) * 9 // 10
+    starts, ends = histories.boundaries[:-1], histories.boundaries[1:]
+
+    train_users = np.sort(in_time[:validation_begins])
+    targets = slice_indices(starts[train_users] + 1, ends[train_users])  # all but each user's first item
+    users = np.repeat(train_users, ends[train_users] - starts[train_users] - 1)
+    splits = {"train": Rows(users, starts[users], targets)}
+    for name, users in (
+        ("validation", np.sort(in_time[validation_begins:test_begins])),
+        ("test", np.sort(in_time[test_begins:])),
+    ):
+        splits[name] = Rows(users, starts[users], ends[users] - 1)
+    return splits
+
+
+def limit_histories(rows: Rows, max_history: int | None, min_history: int) -> Rows:
+    """Drop rows with a history of fewer than `min_history` items; keep the newest `max_history` items of the rest."""
+    keep = rows.ends - rows.starts >= min_history
+    users, starts, ends = rows.users[keep], rows.starts[keep], rows.ends[keep]
+    if max_history is not None:
+        starts = np.maximum(starts, ends - max_history)
+    return Rows(users, starts, ends)
+
+
+__all__ = ["PROTOCOLS", "USER_ORDERS", "Rows", "leave_one_out", "limit_histories", "temporal_users"]

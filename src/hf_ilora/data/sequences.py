@@ -1,0 +1,404 @@
+"""Sequence data sets: chronological histories split by a named protocol, with the catalogue of their items."""
+
+import itertools
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, DatasetInfo, Features, List, NamedSplit, Value
+from datasets.table import InMemoryTable
+
+from .candidates import sample_candidates
+from .filters import Histories, build_histories, read_interactions, read_items, slice_indices
+from .protocols import PROTOCOLS, USER_ORDERS, Rows, leave_one_out, limit_histories, temporal_users
+from .storage import (
+    CATALOGUE_FILE,
+    DESCRIPTION_FILE,
+    REMEDY,
+    SPLITS,
+    FolderReplacement,
+    content_digest,
+    json_digest,
+    read_description,
+    read_parquet,
+    write_description,
+    write_parquet,
+)
+
+logger = logging.getLogger(__name__)
+
+PADDING_ITEM_ID = 0
+
+# Bounds the memory that gathering histories takes beside the result.
+_ELEMENTS_PER_CHUNK = 1 << 22
+
+
+class SequenceDatasets(DatasetDict):
+    """The splits train, validation and test of one protocol, with the catalogue that explains their item ids.
+
+    Every split has the columns `user_id` (raw), `history` (list of int32 item ids, oldest first) and `target` (int32);
+    validation and test also have `candidates` (list of int32) unless they were switched off. Rows are in the order of
+    the raw user ids, and in time within a user. Item ids run 1..num_items; 0 is padding and never occurs.
+
+    Methods that `DatasetDict` brings, such as `map` and `filter`, return a plain `DatasetDict`.
+
+    Args:
+        splits: a Dataset for each of "train", "validation" and "test".
+        catalogue: columns `item_id` (int64, 1..num_items in order), `raw_id` (int64 or string), `title` (string),
+            `year` (int32, may be null) and `genres` (list of strings).
+        protocol: the settings that made the splits, JSON types only; `protocol["name"]` is the name.
+    """
+
+    def __init__(self, splits: dict[str, Dataset], catalogue: Dataset, protocol: dict):
+        if set(splits) != set(SPLITS):
+            raise ValueError(f"splits are {', '.join(sorted(splits)) or 'none'}: expected {', '.join(SPLITS)}")
+        super().__init__({name: splits[name] for name in SPLITS})
+        self.catalogue = catalogue
+        self.protocol = protocol
+
+    @property
+    def num_items(self) -> int:
+        """Items in the catalogue, which is the largest item id."""
+        return len(self.catalogue)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256, in hex, of the protocol, the catalogue and all rows in order.
+
+        It depends on values alone: every machine and every chunking gives the same. Each access reads the present
+        content, about a second for 20 million interactions.
+        """
+        digests = {name: content_digest(dataset) for name, dataset in self.items()}
+        return json_digest({"protocol": self.protocol, "catalogue": content_digest(self.catalogue), "splits": digests})
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write train, validation, test and items as parquet, and sequences.json, to `directory`.
+
+        The files are written to a hidden folder beside `directory`, which then takes its place: when the save fails or
+        is killed, an earlier output stays whole.
+
+        Raises:
+            ValueError: when `directory` is a file or holds files that no earlier save wrote: replacing the folder would
+                delete them.
+        """
+        with FolderReplacement(directory) as folder:
+            for name, dataset in self.items():
+                write_parquet(dataset, folder / f"{name}.parquet")
+            write_parquet(self.catalogue, folder / CATALOGUE_FILE)
+            counts = {name: len(dataset) for name, dataset in self.items()}
+            write_description(folder, self.protocol, self.num_items, counts, self.fingerprint)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> "SequenceDatasets":
+        """Read what `save` wrote, without recomputing it, and check that it is whole.
+
+        The tables are read into memory, about 300 MB for ML-20M under leave_one_out. Memory-mapping would need an Arrow
+        copy of every parquet file in a cache folder that nobody empties; this writes nothing.
+
+        Raises:
+            FileNotFoundError: when `directory`, or a file in it, is missing.
+            ValueError: for files that are damaged, of another version, or do not belong together.
+        """
+        directory = Path(directory)
+        description = read_description(directory)
+        protocol, num_items = description["protocol"], description["num_items"]
+
+        path = directory / CATALOGUE_FILE
+        table = read_parquet(path)
+        catalogue = _dataset(table, _catalogue_features(_raw_id_type(table, "raw_id")), "catalogue", path)
+        if not np.array_equal(table["item_id"].to_numpy(), np.arange(1, num_items + 1)):
+            raise ValueError(
+                f"{path} has {len(table)} items: expected the item ids 1 to {num_items} in order, the num_items of "
+                f"{DESCRIPTION_FILE}; {REMEDY}"
+            )
+        splits = {}
+        for name in SPLITS:
+            path, rows = directory / f"{name}.parquet", description["counts"][name]
+            table = read_parquet(path)
+            if len(table) != rows:
+                raise ValueError(f"{path} has {len(table)} rows: expected {rows}, as {DESCRIPTION_FILE} says; {REMEDY}")
+            with_candidates = name != "train" and protocol["num_candidates"] > 0
+            splits[name] = _dataset(table, _split_features(_raw_id_type(table, "user_id"), with_candidates), name, path)
+            _check_item_ids(table, num_items, path)
+        loaded = cls(splits, catalogue, protocol)
+        fingerprint = loaded.fingerprint
+        if fingerprint != description["fingerprint"]:
+            raise ValueError(
+                f"the files in {directory} have the fingerprint {fingerprint}: expected {description['fingerprint']}, "
+                f"as {DESCRIPTION_FILE} says; a file was changed or comes from another save: {REMEDY}"
+            )
+        return loaded
+
+
+def build_sequences(
+    interactions: Dataset,
+    items: Dataset,
+    protocol: str = "leave_one_out",
+    *,
+    min_user_interactions: int = 3,
+    min_item_interactions: int = 1,
+    max_history: int | None = None,
+    min_history: int | None = None,
+    num_candidates: int = 20,
+    candidate_seed: int = 0,
+    drop_repeats: bool = False,
+    min_rating: float | None = None,
+    order_users_by: str | None = None,
+) -> SequenceDatasets:
+    """Sort interactions into histories, filter them, and split them by a protocol.
+
+    Histories are chronological. Interactions of a user with the same timestamp stay in input order: the row that comes
+    first in `interactions` counts as the older one. (44% of the users of ML-100K have validation and test items with
+    the same timestamp, so the input order decides what is tested.) Nothing else depends on the order of the rows.
+
+    Protocols:
+        "leave_one_out": every user is in every split. The last item is the test target with all items before it as
+            history, the item before it the validation target. The train row is the rest: its last item is the target,
+            and users with only one item left have no train row. Histories are whole unless `max_history` is given.
+        "temporal_users": the first 80% of the users in time train, the next 10% validate and the last 10% test
+            (boundaries rounded down). Validation and test have one row per user, with the last interaction as target;
+            train has a row for every interaction. Histories are windows of the newest 10 items; rows with fewer than
+            3 are dropped. The published MovieLens-100K splits come from `min_rating=3`.
+
+    Args:
+        interactions: one row each, in input order: `user_id` and `item_id` (raw ids, integer or string), `timestamp`
+            (seconds, not negative) and, for `min_rating`, `rating`; other columns are not read.
+        items: columns `item_id` (raw, unique, every item of `interactions`), `title`, `year` (may be null), `genres`.
+        protocol: "leave_one_out" or "temporal_users".
+        min_user_interactions, min_item_interactions: users and items with fewer interactions are dropped, again and
+            again until none is left (k-core). Repeated interactions count.
+        max_history: newest items that a history keeps; None: all for leave_one_out, 10 for temporal_users.
+        min_history: rows with a shorter history are dropped; None: 1 for leave_one_out, 3 for temporal_users.
+        num_candidates: items per row in `candidates` of validation and test, the target included; the others are items
+            that the user never interacted with, in any split. 0 leaves the column out.
+        candidate_seed: of the candidates; a row's draw depends on the seed, the split, the user, the items of that user
+            and the size of the catalogue only.
+        drop_repeats: keep only the first interaction of a user with an item. By default repeats stay, so that a target
+            may also stand in its history.
+        min_rating: interactions with a lower `rating` are ignored, as if they were absent, for candidates too.
+        order_users_by: temporal_users only: the "first" or the "last" interaction of a user places the user in time;
+            None: "first", as in the published MovieLens splits. With "first" a training user may go on interacting
+            after test users began; with "last" no training target is younger than a test target. Ties: order of the
+            raw user ids.
+
+    Returns:
+        SequenceDatasets. The catalogue holds the items that occur in the filtered interactions, numbered from 1 in the
+        order of their raw ids (numeric for integers, by code point for strings).
+
+    Raises:
+        TypeError: for arguments or columns of the wrong type.
+        ValueError: for an unknown protocol, settings that contradict it, missing columns, empty tables, null or
+            negative values, items that are repeated or missing from `items`, filters that leave a split empty, and
+            users who left too few items unseen for `num_candidates`.
+
+    Source: leave_one_out: SASRec (ICDM 2018), section IV. temporal_users: LLaRA (SIGIR 2024), its released data.
+    """
+    settings = _checked_settings(
+        protocol,
+        min_user_interactions=min_user_interactions,
+        min_item_interactions=min_item_interactions,
+        max_history=max_history,
+        min_history=min_history,
+        num_candidates=num_candidates,
+        candidate_seed=candidate_seed,
+        drop_repeats=drop_repeats,
+        min_rating=min_rating,
+        order_users_by=order_users_by,
+    )
+    for name, table in (("interactions", interactions), ("items", items)):
+        if not isinstance(table, Dataset):
+            raise TypeError(
+                f"{name} is a {type(table).__name__}: expected a datasets.Dataset; load_interactions and "
+                "load_movielens return both tables"
+            )
+    coded = read_interactions(interactions, min_rating)
+    known_items = read_items(items, coded.item_ids)
+    histories = build_histories(coded, min_user_interactions, min_item_interactions, drop_repeats)
+    del coded
+    if protocol == "leave_one_out":
+        splits = leave_one_out(histories)
+    else:
+        splits = temporal_users(histories, settings["order_users_by"])
+    splits = {
+        name: limit_histories(rows, settings["max_history"], settings["min_history"]) for name, rows in splits.items()
+    }
+    logger.info(
+        "%s: %d users, %d items; rows: %s",
+        *(protocol, len(histories.user_ids), len(histories.item_ids)),
+        ", ".join(f"{len(rows)} {name}" for name, rows in splits.items()),
+    )
+    _check_splits(splits, len(histories.user_ids), settings)
+    datasets = {}
+    for name in SPLITS:
+        rows, candidates = splits.pop(name), None
+        if name != "train" and num_candidates > 0:
+            candidates = sample_candidates(histories, rows, num_candidates, candidate_seed, name)
+        datasets[name] = _split_dataset(histories, rows, candidates, name)
+    return SequenceDatasets(datasets, _catalogue(known_items, histories.item_ids), settings)
+
+
+def _checked_settings(protocol: str, **settings) -> dict:
+    """The settings as they are saved: checked, with the protocol's defaults in place of None."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol is {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
+    temporal = protocol == "temporal_users"
+    if settings["max_history"] is None and temporal:
+        settings["max_history"] = 10
+    if settings["min_history"] is None:
+        settings["min_history"] = 3 if temporal else 1
+    _check_integers(settings)
+    if settings["max_history"] is not None and settings["max_history"] < settings["min_history"]:
+        raise ValueError(
+            f"max_history={settings['max_history']} is below min_history={settings['min_history']}: expected a window "
+            "that holds the shortest history"
+        )
+    if not isinstance(settings["drop_repeats"], bool):
+        raise TypeError(f"drop_repeats is {settings['drop_repeats']!r}: expected True or False")
+    rating = settings["min_rating"]
+    if rating is not None and (isinstance(rating, bool) or not isinstance(rating, int | float)):
+        raise TypeError(f"min_rating is {rating!r}: expected a number or None")
+    if temporal:
+        if settings["order_users_by"] is None:
+            settings["order_users_by"] = "first"
+        if settings["order_users_by"] not in USER_ORDERS:
+            raise ValueError(
+                f"order_users_by is {settings['order_users_by']!r}: expected one of {', '.join(USER_ORDERS)}"
+            )
+    elif settings["order_users_by"] is not None:
+        raise ValueError("order_users_by applies to temporal_users only: leave it out for leave_one_out")
+    if not temporal and settings["min_user_interactions"] < 3:
+        raise ValueError(
+            f"min_user_interactions is {settings['min_user_interactions']}: leave_one_out needs 3 or more, because "
+            "every user has a test target, a validation target and at least one item before them"
+        )
+    return {"name": protocol, **settings}
+
+
+def _check_integers(settings: dict) -> None:
+    least = {
+        "min_user_interactions": 1,
+        "min_item_interactions": 1,
+        "min_history": 1,
+        "num_candidates": 0,
+        "candidate_seed": None,
+    }
+    if settings["max_history"] is not None:
+        least["max_history"] = 1
+    for name, lowest in least.items():
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}: expected an integer")
+        if lowest is not None and value < lowest:
+            raise ValueError(f"{name} is {value}: expected {lowest} or more")
+    if settings["num_candidates"] == 1:
+        raise ValueError("num_candidates is 1, the target alone: expected 2 or more, or 0 to leave candidates out")
+
+
+def _check_splits(splits: dict[str, Rows], num_users: int, settings: dict) -> None:
+    if settings["name"] == "temporal_users" and num_users < 10:
+        raise ValueError(
+            f"temporal_users divides {num_users} users: expected at least 10, for 80%, 10% and 10% of them; use more "
+            "data or loosen the filters"
+        )
+    for name, rows in splits.items():
+        if len(rows) == 0:
+            # Behind the history stand the target and, in the train split of leave_one_out, two more targets.
+            needed = settings["min_history"] + 1
+            if settings["name"] == "leave_one_out":
+                needed += {"train": 2, "validation": 1, "test": 0}[name]
+            raise ValueError(
+                f"the {name} split is empty: with min_history={settings['min_history']}, {settings['name']} expects "
+                f"users with at least {needed} interactions there, and none of its users has; use more data, loosen "
+                "the filters or lower min_history"
+            )
+
+
+def _split_dataset(histories: Histories, rows: Rows, candidates: np.ndarray | None, name: str) -> Dataset:
+    features = _split_features(str(histories.user_ids.type), candidates is not None)
+    elements = np.cumsum(rows.ends - rows.starts)
+    cuts = np.searchsorted(elements, np.arange(_ELEMENTS_PER_CHUNK, elements[-1], _ELEMENTS_PER_CHUNK), side="right")
+    batches = []
+    for first, last in itertools.pairwise(np.unique([0, *cuts, len(rows)])):
+        starts, ends = rows.starts[first:last], rows.ends[first:last]
+        columns = [
+            histories.user_ids.take(pa.array(rows.users[first:last])),
+            _list_array(histories.items[slice_indices(starts, ends)], ends - starts),
+            pa.array(histories.items[ends]),
+        ]
+        if candidates is not None:
+            block = candidates[first:last]
+            columns.append(_list_array(block.ravel(), np.full(len(block), block.shape[1])))
+        batches.append(pa.record_batch(columns, schema=features.arrow_schema))
+    return _dataset(pa.Table.from_batches(batches), features, name)
+
+
+def _list_array(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _catalogue(known_items: pa.Table, item_ids: pa.Array) -> Dataset:
+    rows = known_items.take(pc.index_in(item_ids, value_set=known_items["item_id"]))
+    rows = rows.rename_columns(["raw_id", "title", "year", "genres"])
+    rows = rows.add_column(0, "item_id", pa.array(np.arange(1, len(rows) + 1)))
+    return _dataset(rows, _catalogue_features(str(item_ids.type)), "catalogue")
+
+
+def _split_features(user_id_type: str, with_candidates: bool) -> Features:
+    columns = {"user_id": Value(user_id_type), "history": List(Value("int32")), "target": Value("int32")}
+    if with_candidates:
+        columns["candidates"] = List(Value("int32"))
+    return Features(columns)
+
+
+def _catalogue_features(raw_id_type: str) -> Features:
+    return Features(
+        {
+            "item_id": Value("int64"),
+            "raw_id": Value(raw_id_type),
+            "title": Value("string"),
+            "year": Value("int32"),
+            "genres": List(Value("string")),
+        }
+    )
+
+
+def _dataset(table: pa.Table, features: Features, name: str, path: Path | None = None) -> Dataset:
+    """A Dataset over `table`; `path` is where it was read from."""
+    expected = features.arrow_schema
+    if table.schema.names != expected.names or table.schema.types != expected.types:
+        found, expected = (
+            ", ".join(f"{field.name}: {field.type}" for field in each) for each in (table.schema, expected)
+        )
+        raise ValueError(f"{path or name} has the columns {found}: expected {expected}; {REMEDY}")
+    # Without a fingerprint of its own, Dataset would pickle and hash the whole table.
+    return Dataset(
+        InMemoryTable(table),
+        info=DatasetInfo(features=features),
+        split=NamedSplit(name),
+        fingerprint=content_digest(table)[:16],
+    )
+
+
+def _raw_id_type(table: pa.Table, column: str) -> str:
+    """The type of a raw id column that was read; int64 when there is none, for the comparison of columns to report."""
+    is_string = column in table.column_names and pa.types.is_string(table.schema.field(column).type)
+    return "string" if is_string else "int64"
+
+
+def _check_item_ids(table: pa.Table, num_items: int, path: Path) -> None:
+    for name in table.column_names[1:]:
+        for chunk in table[name].chunks:
+            item_ids = chunk.flatten() if pa.types.is_list(chunk.type) else chunk
+            lowest, highest = (bound.as_py() for bound in pc.min_max(item_ids).values())
+            if chunk.null_count or item_ids.null_count or lowest is None or lowest < 1 or highest > num_items:
+                raise ValueError(
+                    f"{path} has null values in {name}, or ids outside 1 to {num_items} ({lowest} to {highest}): "
+                    f"expected item ids of the catalogue; {REMEDY}"
+                )
+
+
+__all__ = ["PADDING_ITEM_ID", "SequenceDatasets", "build_sequences"]

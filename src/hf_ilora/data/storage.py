@@ -1,0 +1,192 @@
+"""How sequence data sets lie on disk: a folder of parquet files, replaced as a whole and checked when read."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+SPLITS = ("train", "validation", "test")
+CATALOGUE_FILE = "items.parquet"
+DESCRIPTION_FILE = "sequences.json"
+FORMAT_VERSION = 1
+REMEDY = "prepare the data again, or restore the file"
+
+_FILES = {*(f"{split}.parquet" for split in SPLITS), CATALOGUE_FILE, DESCRIPTION_FILE}
+# Rows per parquet row group, and rows hashed at a time.
+_ROWS_PER_BATCH = 1 << 17
+
+
+def content_digest(dataset: Dataset | pa.Table) -> str:
+    """sha256, in hex, of the column names and values: the same on every machine and for every chunking."""
+    if isinstance(dataset, Dataset):
+        batches = dataset.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH)
+    else:
+        batches = dataset.to_batches(max_chunksize=_ROWS_PER_BATCH)
+    hashers = {}
+    for batch in batches:
+        for name in batch.schema.names:
+            column = batch[name]
+            for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+                for part, values in _number_streams(name, chunk):
+                    little_endian = values.astype(values.dtype.newbyteorder("<"), copy=False)
+                    hashers.setdefault(part, hashlib.sha256()).update(np.ascontiguousarray(little_endian))
+    return json_digest({part: hasher.hexdigest() for part, hasher in hashers.items()})
+
+
+def json_digest(value: dict) -> str:
+    """sha256, in hex, of a dictionary of JSON types, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_parquet(dataset: Dataset, path: Path) -> None:
+    """Write `dataset`, batch by batch, with its features in the metadata."""
+    with pq.ParquetWriter(path, dataset.features.arrow_schema) as writer:
+        for batch in dataset.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH):
+            writer.write_table(batch)
+
+
+def read_parquet(path: Path) -> pa.Table:
+    """Read a whole file into memory.
+
+    Raises:
+        ValueError: when it is no whole parquet file.
+    """
+    try:
+        # ParquetFile, because pq.read_table would add columns for folder names such as "seed=3".
+        return pq.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} is not a whole parquet file ({error}): {REMEDY}") from error
+
+
+def write_description(folder: Path, protocol: dict, num_items: int, counts: dict[str, int], fingerprint: str) -> None:
+    description = {
+        "format_version": FORMAT_VERSION,
+        "protocol": protocol,
+        "num_items": num_items,
+        "counts": counts,
+        "fingerprint": fingerprint,
+    }
+    (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def read_description(directory: Path) -> dict:
+    """What `write_description` wrote to `directory`, after a check that all files are there.
+
+    Raises:
+        FileNotFoundError: when the folder or a file in it is missing.
+        ValueError: when the description is damaged or of another version.
+    """
+    if not directory.is_dir():
+        previous = _previous(directory.resolve())
+        remedy = f"a save was interrupted: rename {previous} to it" if previous.exists() else "prepare the data first"
+        raise FileNotFoundError(f"{directory} is not a folder: expected what SequenceDatasets.save wrote; {remedy}")
+    found = {path.name for path in directory.iterdir()}
+    if not found >= _FILES:
+        raise FileNotFoundError(
+            f"{directory} has no {', '.join(sorted(_FILES - found))}: expected {', '.join(sorted(_FILES))}, as "
+            "SequenceDatasets.save writes them; prepare the data again, or name another folder"
+        )
+    path = directory / DESCRIPTION_FILE
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): {REMEDY}") from error
+    version = description.get("format_version") if isinstance(description, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format_version {version}: expected {FORMAT_VERSION}; prepare the data again")
+    for key, expected in {"protocol": dict, "num_items": int, "counts": dict, "fingerprint": str}.items():
+        if not isinstance(description.get(key), expected):
+            raise ValueError(f"{path} has {key}={description.get(key)!r}: expected a {expected.__name__}; {REMEDY}")
+    if set(description["counts"]) != set(SPLITS):
+        raise ValueError(f"{path} has counts={description['counts']}: expected those of {', '.join(SPLITS)}; {REMEDY}")
+    if not isinstance(description["protocol"].get("num_candidates"), int):
+        raise ValueError(f"{path} has a protocol without num_candidates: expected an integer; {REMEDY}")
+    return description
+
+
+class FolderReplacement:
+    """Context manager: a hidden folder to write to, which takes the place of `directory` when the block succeeds.
+
+    When the block fails, or the process is killed, `directory` stays as it was. A kill between the two renames of the
+    exchange leaves the earlier folder under the name `.<name>.previous`; the next replacement moves it back first.
+
+    Raises:
+        ValueError: on entry, when `directory` is a file or holds files of other names than those of a saved data set:
+            replacing the folder would delete them.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = Path(directory).resolve()
+        self.previous = _previous(self.directory)
+        self.partial = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.partial")
+
+    def __enter__(self) -> Path:
+        if self.previous.exists() and not self.directory.exists():
+            self.previous.rename(self.directory)
+        self._check_replaceable()
+        shutil.rmtree(self.partial, ignore_errors=True)  # left by a killed process that had the same id
+        self.partial.mkdir(parents=True)
+        return self.partial
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        try:
+            if exception_type is None:
+                self._exchange()
+        finally:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _exchange(self) -> None:
+        if self.directory.exists():
+            shutil.rmtree(self.previous, ignore_errors=True)
+            self.directory.rename(self.previous)
+        try:
+            self.partial.rename(self.directory)
+        except OSError:
+            if self.previous.exists():
+                self.previous.rename(self.directory)
+            raise
+        shutil.rmtree(self.previous, ignore_errors=True)
+
+    def _check_replaceable(self) -> None:
+        if not self.directory.exists():
+            return
+        if not self.directory.is_dir():
+            raise ValueError(f"{self.directory} is a file: expected a folder to save to; choose another name")
+        foreign = sorted(path.name for path in self.directory.iterdir() if path.name not in _FILES)
+        if foreign:
+            raise ValueError(
+                f"{self.directory} holds {', '.join(foreign[:3])}{' and more' if len(foreign) > 3 else ''}: expected a "
+                "folder that is new, empty or written by an earlier save, because save replaces it; choose another"
+            )
+
+
+def _number_streams(part: str, array: pa.Array) -> Iterator[tuple[str, np.ndarray]]:
+    """The values of `array` as named streams of numbers; concatenating arrays concatenates their streams."""
+    if pa.types.is_list(array.type):
+        yield f"{part}.lengths", array.value_lengths().to_numpy()
+        yield from _number_streams(f"{part}.values", array.flatten())
+    elif pa.types.is_string(array.type):
+        yield f"{part}.lengths", pc.binary_length(array).to_numpy()
+        joined = pc.binary_join(pa.ListArray.from_arrays([0, len(array)], array), "")[0]
+        yield f"{part}.bytes", np.frombuffer(joined.as_buffer(), dtype=np.uint8)
+    else:
+        if part == "year":  # the only column that may be null
+            yield f"{part}.is_null", array.is_null().to_numpy(zero_copy_only=False).view(np.uint8)
+            array = array.fill_null(0)
+        yield part, array.to_numpy()
+
+
+def _previous(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.previous")
+
+
+__all__ = ["CATALOGUE_FILE", "DESCRIPTION_FILE", "REMEDY", "SPLITS", "FolderReplacement", "content_digest"]
+__all__ += ["json_digest", "read_description", "read_parquet", "write_description", "write_parquet"]
