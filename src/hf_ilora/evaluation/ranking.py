@@ -16,7 +16,6 @@ from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at, reciprocal_rank
 from hf_ilora.models.configuration_sasrec import PADDING_ITEM_ID
 
 IGNORED_LABEL = -100
-RANKINGS = ("masked", "unmasked", "candidates")
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def rank_split(
         device = extract_model_from_parallel(model).device
     # Longest first: if memory is short, it shows at once.
     batches = np.split(rows.by_length(), range(batch_size, len(rows), batch_size))
-    ranks = torch.zeros(len(rows), len(RANKINGS), dtype=torch.int64, device=device)
+    ranks = torch.zeros(len(rows), 3, dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
     with torch.inference_mode():
@@ -171,7 +170,7 @@ def rank_split(
     model.train(was_training)
     # Every row was ranked by one process and is zero in all others.
     ranks = reduce(ranks, reduction="sum").cpu().numpy()
-    return SplitRanks(*(np.ascontiguousarray(ranks[:, column]) for column in range(len(RANKINGS))))
+    return SplitRanks(*np.ascontiguousarray(ranks.T))
 
 
 def _rank_batch(model, rows: "_EvaluationRows", batch_rows: np.ndarray, max_length: int, device) -> torch.Tensor:

@@ -1,0 +1,137 @@
+"""Fits the baselines that cost nothing: popularity, and transition counts tuned on the validation split.
+
+    python recipes/prepare_data.py recipes/configs/ml-100k/data.yaml
+    python recipes/fit_counts.py --data_dir outputs/ml-100k/data --output_dir outputs/ml-100k/counts
+
+Both count the training rows only. The settings of the transition counts are searched one at a time, each time keeping
+the value with the best validation NDCG@10 (seen items masked), until a whole round brings nothing. The output folder
+holds the two models, `popularity` and `transition_counts`, with every trial in run.json beside them. The test split is
+not read: recipes/evaluate.py measures it.
+
+To stay with the definition "up to five steps, in the order of time":
+`--max_gap 5 --max_length 5 --backward_weight 0 --source_power 0`.
+"""
+
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hf_ilora import (
+    Catalogue,
+    PopularityConfig,
+    PopularityForNextItem,
+    SequenceDatasets,
+    TransitionCountsConfig,
+    TransitionCountsForNextItem,
+)
+from hf_ilora.evaluation.rank_metrics import ndcg_at
+from hf_ilora.evaluation.ranking import rank_split
+from hf_ilora.evaluation.statistics import summarize_ranks
+from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class FitArguments:
+    """What to fit on and where to put it."""
+
+    data_dir: str = field(metadata={"help": "folder written by recipes/prepare_data.py"})
+    output_dir: str = field(metadata={"help": "folder for the two models and run.json"})
+    batch_size: int = field(default=256, metadata={"help": "validation users scored at a time"})
+    max_rounds: int = field(default=3, metadata={"help": "rounds through the settings before the search stops"})
+
+
+@dataclass
+class SearchedValues:
+    """Values to try for each setting of the transition counts; the search starts from the first of each."""
+
+    max_gap: list[int] = field(default_factory=lambda: [5, 10, 20], metadata={"help": "largest distance of a pair"})
+    gap_decay: list[float] = field(
+        default_factory=lambda: [0.7, 0.5, 0.85, 0.95], metadata={"help": "decay of a pair with its distance"}
+    )
+    backward_weight: list[float] = field(
+        default_factory=lambda: [0.3, 0.0, 0.15, 0.6], metadata={"help": "weight of a pair in reverse order"}
+    )
+    source_power: list[float] = field(
+        default_factory=lambda: [0.5, 0.0, 0.25, 0.75], metadata={"help": "normalisation by the earlier item"}
+    )
+    target_power: list[float] = field(
+        default_factory=lambda: [0.25, 0.0, 0.4, 0.55], metadata={"help": "normalisation by the later item"}
+    )
+    max_length: list[int] = field(
+        default_factory=lambda: [5, 3, 10, 20], metadata={"help": "newest items of a history that are read"}
+    )
+    history_decay: list[float] = field(
+        default_factory=lambda: [0.7, 0.5, 0.8, 0.9], metadata={"help": "decay of an item's weight with its age"}
+    )
+
+
+def main() -> None:
+    arguments, searched = parse_arguments((FitArguments, SearchedValues))
+    set_up_logging(arguments.output_dir)
+    sequences = SequenceDatasets.load(arguments.data_dir)
+    folder = Path(arguments.output_dir)
+    with RunRecord(folder, [arguments, searched], seed=0) as record:
+        record.add_data(sequences.fingerprint)
+        # Rows that are every prefix of a history hold a pair many times: there the targets alone are counted.
+        targets_only = sequences.protocol["name"] == "temporal_users"
+        rows = training_rows(sequences["train"])
+        catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
+        validation = sequences["validation"]
+        with record.stage("search"):
+            config, trials = search(rows, sequences.num_items, validation, searched, arguments, targets_only)
+        record.add_metrics("search", {"trials": trials})
+        for name, model in (
+            (
+                "popularity",
+                PopularityForNextItem.fit(
+                    rows, PopularityConfig(num_items=sequences.num_items), targets_only=targets_only
+                ),
+            ),
+            ("transition_counts", TransitionCountsForNextItem.fit(rows, config, targets_only=targets_only)),
+        ):
+            model.catalogue = catalogue
+            model.save_pretrained(folder / name)
+            metrics = summarize_ranks(rank_split(model, validation, batch_size=arguments.batch_size))
+            record.add_metrics(f"validation_{name}", metrics)
+            logger.info("%s: validation NDCG@10 %.4f (seen items masked)", name, metrics["masked/ndcg@10"].mean)
+
+
+def training_rows(split) -> list[np.ndarray]:
+    """History and target of every training row, oldest item first."""
+    table = split.with_format("numpy")
+    return [np.append(row["history"], row["target"]) for row in table]
+
+
+def search(rows, num_items: int, validation, searched: SearchedValues, arguments: FitArguments, targets_only: bool):
+    """Best configuration, and every trial as settings with their validation NDCG@10."""
+    choices = asdict(searched)
+    best = {name: values[0] for name, values in choices.items()}
+    tried: dict[tuple, float] = {}
+
+    def quality(settings: dict) -> float:
+        key = tuple(settings.values())
+        if key not in tried:
+            config = TransitionCountsConfig(num_items=num_items, **settings)
+            model = TransitionCountsForNextItem.fit(rows, config, targets_only=targets_only)
+            ranks = rank_split(model, validation, batch_size=arguments.batch_size).masked
+            tried[key] = ndcg_at(torch.from_numpy(ranks), 10).mean().item()
+            logger.info("%.4f %s", tried[key], settings)
+        return tried[key]
+
+    for _ in range(arguments.max_rounds):
+        before = dict(best)
+        for name, values in choices.items():
+            best[name] = max(values, key=lambda value: quality(best | {name: value}))
+        if best == before:
+            break
+    trials = [dict(zip(choices, key, strict=True)) | {"ndcg@10": value} for key, value in tried.items()]
+    return TransitionCountsConfig(num_items=num_items, **best), trials
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Saved recommenders, checked before anything is measured with them."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from transformers import AutoModel
+from transformers.utils import CONFIG_NAME
+
+from hf_ilora.models.next_item_model import NextItemPreTrainedModel
+
+_MODEL_FILES = ("*.json", "*.safetensors", "*.parquet")
+
+
+def model_folder(name_or_path: str) -> Path:
+    """The folder of a saved model; a name on the Hub is downloaded first.
+
+    Args:
+        name_or_path: folder that `save_pretrained` wrote, or name of a model on the Hub.
+
+    Raises:
+        FileNotFoundError: when it is neither.
+        ValueError: for a folder without a model.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        folder = _downloaded(name_or_path)
+    if not (folder / CONFIG_NAME).is_file() or not any(folder.glob("*.safetensors")):
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise ValueError(
+            f"{name_or_path} holds {found}: expected {CONFIG_NAME} and *.safetensors, as save_pretrained writes them"
+        )
+    return folder
+
+
+def load_recommender(folder: str | os.PathLike) -> NextItemPreTrainedModel:
+    """Load a recommender of this package, in evaluation mode, and make sure that its weights are whole.
+
+    Args:
+        folder: what `model_folder` returned.
+
+    Raises:
+        ValueError: for another kind of model, unreadable files, and weights that are missing or foreign.
+    """
+    try:
+        model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"no model could be loaded from {folder}: {error}") from error
+    if not isinstance(model, NextItemPreTrainedModel):
+        raise ValueError(
+            f"{folder} holds a {type(model).__name__} (model_type {model.config.model_type}): expected a recommender "
+            "of hf_ilora, which scores the next item"
+        )
+    wrong = {kind: sorted(loading[f"{kind}_keys"]) for kind in ("missing", "unexpected") if loading[f"{kind}_keys"]}
+    if wrong:
+        listed = "; ".join(f"{kind} {', '.join(names[:5])}" for kind, names in wrong.items())
+        raise ValueError(
+            f"the weights in {folder} do not fit {type(model).__name__}: {listed}; save the model again with "
+            "save_pretrained, or load it with the version that wrote it"
+        )
+    return model.eval()
+
+
+def check_catalogue(model: NextItemPreTrainedModel, name: str, num_items: int, raw_ids: np.ndarray) -> bool:
+    """Make sure that a model and a data set mean the same items by the same ids.
+
+    Args:
+        model: with its catalogue, or without.
+        name: of the model, for the error.
+        num_items: size of the data set's catalogue.
+        raw_ids: (num_items,) raw ids of the data set, in the order of item ids.
+
+    Returns:
+        Whether raw ids could be compared: False for a model without a catalogue.
+
+    Raises:
+        ValueError: for another number of items, or other raw ids.
+    """
+    if model.config.num_items != num_items:
+        raise ValueError(
+            f"{name} knows {model.config.num_items} items and the data set has {num_items}: expected the data set that "
+            "the model was made for"
+        )
+    if model.catalogue is None:
+        return False
+    known = model.catalogue.table["raw_id"].to_numpy()
+    if known.dtype.kind != raw_ids.dtype.kind:
+        raise ValueError(
+            f"{name} has raw ids such as {known[0]!r} and the data set such as {raw_ids[0]!r}: expected the data set "
+            "that the model was made for"
+        )
+    different = np.flatnonzero(known != raw_ids)
+    if len(different):
+        item = int(different[0])
+        raise ValueError(
+            f"{len(different)} of {num_items} items of {name} have other raw ids than in the data set (item {item + 1} "
+            f"is {known[item]!r} there and {raw_ids[item]!r} here): expected the data set that the model was made for"
+        )
+    return True
+
+
+def _downloaded(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_MODEL_FILES)))
+    except (HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name} is no folder here and could not be fetched from the Hub ({error}): check the path or the name"
+        ) from error

@@ -1,0 +1,108 @@
+"""Ranks of every user as a parquet file, so that runs of different days can be compared user by user."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hf_ilora.evaluation.ranking import SplitRanks
+from hf_ilora.evaluation.written_files import written_whole
+
+RANKINGS = tuple(field.name for field in fields(SplitRanks))
+_METADATA_KEY = b"hf_ilora"
+
+
+@dataclass(frozen=True)
+class RanksSource:
+    """Where ranks come from.
+
+    Args:
+        model: name or folder of the model.
+        data_fingerprint: content hash of the data set (`SequenceDatasets.fingerprint`).
+        split: "validation" or "test".
+    """
+
+    model: str
+    data_fingerprint: str
+    split: str
+
+
+@dataclass(frozen=True)
+class SavedRanks:
+    """One row per user of an evaluation split, in its order.
+
+    Args:
+        table: user_id and the columns rank_masked, rank_unmasked and rank_candidates, int64.
+        source: the model and the data.
+    """
+
+    table: pa.Table
+    source: RanksSource
+
+    @classmethod
+    def from_ranks(cls, user_ids: pa.Array, ranks: SplitRanks, source: RanksSource) -> "SavedRanks":
+        """Put the ranks of a split beside its user ids, (users,)."""
+        columns = {f"rank_{ranking}": getattr(ranks, ranking) for ranking in RANKINGS}
+        return cls(pa.table({"user_id": user_ids, **columns}), source)
+
+    def ranks(self, ranking: str) -> np.ndarray:
+        """(users,) int64 ranks, "masked", "unmasked" or "candidates".
+
+        Raises:
+            ValueError: for another name.
+        """
+        if ranking not in RANKINGS:
+            raise ValueError(f"ranking is {ranking!r}: expected one of {', '.join(RANKINGS)}")
+        return self.table[f"rank_{ranking}"].to_numpy()
+
+    def check_same_users(self, other: "SavedRanks") -> None:
+        """Raise a ValueError unless both hold the same users of the same split of the same data."""
+        for name in ("data_fingerprint", "split"):
+            mine, theirs = asdict(self.source)[name], asdict(other.source)[name]
+            if mine != theirs:
+                raise ValueError(
+                    f"the runs differ in {name}: {self.source.model} has {mine}, {other.source.model} has {theirs}; "
+                    "evaluate both models on the same data set and split"
+                )
+        mine, theirs = self.table["user_id"], other.table["user_id"]
+        if not mine.equals(theirs):
+            common = len(set(mine.to_pylist()) & set(theirs.to_pylist()))
+            raise ValueError(
+                f"the runs have different users or orders: {self.source.model} has {len(mine)}, {other.source.model} "
+                f"has {len(theirs)}, {common} in common; evaluate both models on the same data set and split"
+            )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the parquet file; an earlier one is replaced by a whole one or stays as it is."""
+        metadata = {_METADATA_KEY: json.dumps(asdict(self.source)).encode()}
+        with written_whole(Path(path)) as unfinished:
+            pq.write_table(self.table.replace_schema_metadata(metadata), unfinished)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "SavedRanks":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: when there is no file at `path`.
+            ValueError: when the file is not one of saved ranks.
+        """
+        try:
+            table = pq.ParquetFile(path).read()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"no saved ranks at {path}: expected a parquet file of recipes/evaluate.py"
+            ) from error
+        except pa.ArrowException as error:
+            raise ValueError(f"{path} is not a whole parquet file ({error}): evaluate the model again") from error
+        expected = ["user_id", *(f"rank_{ranking}" for ranking in RANKINGS)]
+        metadata = table.schema.metadata or {}
+        if table.column_names != expected or _METADATA_KEY not in metadata:
+            raise ValueError(
+                f"{path} holds the columns {', '.join(table.column_names)}: expected saved ranks of "
+                f"recipes/evaluate.py, with {', '.join(expected)} and a note of their source"
+            )
+        return cls(table, RanksSource(**json.loads(metadata[_METADATA_KEY])))

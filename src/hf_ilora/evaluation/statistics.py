@@ -1,0 +1,221 @@
+"""How far a mean over users can be trusted, and whether two models differ on the same users."""
+
+import os
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from hf_ilora.evaluation.rank_metrics import metric_per_user
+from hf_ilora.evaluation.ranking import SplitRanks
+from hf_ilora.evaluation.saved_ranks import SavedRanks
+
+# Random numbers drawn at a time: 32 MB.
+_MAX_DRAWS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over users with its bootstrap interval.
+
+    Args:
+        mean: of the users measured.
+        low: lower end of the interval.
+        high: upper end of the interval.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """Two models on the same users; differences are second minus first.
+
+    Args:
+        mean_a: mean of the first.
+        mean_b: mean of the second.
+        difference: mean over users of b - a, with its bootstrap interval.
+        p_value: two-sided, of the hypothesis that the two are exchangeable for every user.
+        num_users: users compared.
+    """
+
+    mean_a: float
+    mean_b: float
+    difference: Interval
+    p_value: float
+    num_users: int
+
+
+def bootstrap_interval(
+    values: np.ndarray, *, confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap of the mean, over users.
+
+    A resample's mean depends only on how often each different value was drawn, and those counts are multinomial. As
+    ranking metrics take few different values, drawing counts is the same bootstrap at a fraction of its cost.
+
+    Args:
+        values: (users,) one number per user.
+        confidence: share of resampled means inside the interval, between 0 and 1.
+        num_resamples: number of resamples, at least 1.
+        seed: of the draws; equal seeds give equal intervals.
+
+    Returns:
+        The mean of `values` and the ends of the interval.
+
+    Raises:
+        ValueError: for no users, values that are not finite, and settings out of range.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
+    """
+    values = _checked("values", values)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}: expected a number between 0 and 1, such as 0.95")
+    _check_num_resamples(num_resamples)
+    different, counts = np.unique(values, return_counts=True)
+    generator = np.random.default_rng(seed)
+    means = np.empty(num_resamples)
+    for part in _parts(num_resamples, len(different)):
+        drawn = generator.multinomial(len(values), counts / len(values), size=part.stop - part.start)
+        means[part] = drawn @ different / len(values)  # (resamples,)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def summarize_ranks(
+    ranks: SplitRanks, k: int = 10, *, num_resamples: int = 2_000, seed: int = 0
+) -> dict[str, Interval]:
+    """The metrics of a split under all protocols, each with its 95% interval over users.
+
+    Args:
+        ranks: of all users.
+        k: cut-off, at least 1.
+        num_resamples: of each interval.
+        seed: of each interval.
+
+    Returns:
+        An interval by name, "ranking/metric": ndcg@k, hit_ratio@k, recall@k (equal to hit_ratio@k, as every user has
+        one relevant item) and mrr for the rankings "masked" and "unmasked", and "candidates/hit_ratio@1".
+
+    Raises:
+        ValueError: for `k` < 1.
+    """
+    full = [(ranking, name) for ranking in ("masked", "unmasked") for name in _full_ranking_metrics(k)]
+    ranks_of = asdict(ranks)
+    return {
+        f"{ranking}/{name}": bootstrap_interval(
+            metric_per_user(name, torch.from_numpy(ranks_of[ranking])).numpy(), num_resamples=num_resamples, seed=seed
+        )
+        for ranking, name in [*full, ("candidates", "hit_ratio@1")]
+    }
+
+
+def _full_ranking_metrics(k: int) -> tuple[str, ...]:
+    return f"ndcg@{k}", f"hit_ratio@{k}", f"recall@{k}", "mrr"
+
+
+def sign_flip_p_value(differences: np.ndarray, *, num_resamples: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p-value of a mean difference: how often chance signs give one at least as far from zero.
+
+    The observed signs count as one of the draws, so the value is never 0: its smallest is 1 / (num_resamples + 1).
+
+    Args:
+        differences: (users,) paired differences.
+        num_resamples: number of draws of all signs, at least 1.
+        seed: of the draws; equal seeds give equal values.
+
+    Returns:
+        p-value in (0, 1]; 1 when no user differs.
+
+    Raises:
+        ValueError: for no users, differences that are not finite, and `num_resamples` < 1.
+
+    Source: Fisher's randomisation test; Smucker et al., CIKM 2007, for ranking metrics.
+    """
+    differences = _checked("differences", differences)
+    _check_num_resamples(num_resamples)
+    # Users who differ by the same amount are alike: only the number of plus signs among them matters.
+    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    if not len(sizes):
+        return 1.0
+    observed = abs(differences.sum())
+    generator = np.random.default_rng(seed)
+    as_extreme = 0
+    for part in _parts(num_resamples, len(sizes)):
+        plus = generator.binomial(counts, 0.5, size=(part.stop - part.start, len(sizes)))
+        sums = (2 * plus - counts) @ sizes  # (resamples,)
+        # Sums in another order differ in the last digits; an equal one must count.
+        as_extreme += int((np.abs(sums) >= observed * (1 - 1e-12)).sum())
+    return (as_extreme + 1) / (num_resamples + 1)
+
+
+def compare_runs(
+    a: np.ndarray | str | os.PathLike,
+    b: np.ndarray | str | os.PathLike,
+    *,
+    metric: str = "ndcg@10",
+    ranking: str = "masked",
+    confidence: float = 0.95,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> RunComparison:
+    """Whether run `b` differs from run `a`, paired over users.
+
+    Args:
+        a: (users,) metric of each user, or the path of the ranks that `recipes/evaluate.py` saved.
+        b: the same of the other run, users in the same order.
+        metric: for saved ranks, the metric to compare, such as "ndcg@10", "hit_ratio@10" or "mrr".
+        ranking: for saved ranks, "masked", "unmasked" or "candidates".
+        confidence: of the interval of the difference.
+        num_resamples: of the bootstrap and of the p-value.
+        seed: of both.
+
+    Returns:
+        The means, the difference b - a with its interval, and the p-value.
+
+    Raises:
+        ValueError: for different users, data or splits, values that are not finite, an array beside a path, and
+            settings out of range.
+    """
+    saved = [isinstance(run, str | os.PathLike) for run in (a, b)]
+    if saved[0] != saved[1]:
+        raise ValueError("one run is an array and the other a path: expected both of one kind")
+    if all(saved):
+        first, second = SavedRanks.load(a), SavedRanks.load(b)
+        first.check_same_users(second)
+        a, b = (metric_per_user(metric, torch.from_numpy(run.ranks(ranking))).numpy() for run in (first, second))
+    a, b = _checked("a", a), _checked("b", b)
+    if len(a) != len(b):
+        raise ValueError(f"a has {len(a)} users and b has {len(b)}: expected the same users in the same order")
+    differences = b - a
+    return RunComparison(
+        mean_a=float(a.mean()),
+        mean_b=float(b.mean()),
+        difference=bootstrap_interval(differences, confidence=confidence, num_resamples=num_resamples, seed=seed),
+        p_value=sign_flip_p_value(differences, num_resamples=num_resamples, seed=seed),
+        num_users=len(a),
+    )
+
+
+def _checked(name: str, values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"{name} has shape {values.shape}: expected (users,), one number for at least one user")
+    if not np.isfinite(values).all():
+        user = int((~np.isfinite(values)).argmax())
+        raise ValueError(f"{name}[{user}] is {values[user]}: expected finite numbers")
+    return values
+
+
+def _check_num_resamples(num_resamples: int) -> None:
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples is {num_resamples}: expected at least 1; intervals want 1,000 or more")
+
+
+def _parts(num_resamples: int, num_different: int):
+    """Slices of the resamples, so that memory does not grow with resamples x different values."""
+    step = max(1, _MAX_DRAWS // num_different)
+    for start in range(0, num_resamples, step):
+        yield slice(start, min(start + step, num_resamples))
