@@ -115,7 +115,7 @@ def test_another_content_is_another_catalogue(changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"title": None}, "found item_id, raw_id, year, genres; rename, add or drop"),
+        ({"title": None}, "found item_id, raw_id, year, genres; rename or drop"),
         ({"price": pa.array([1, 2, 3])}, "found .*price"),
         ({"item_id": pa.array([1, 2, 4])}, "must be 1 to 3, one per row: 3 is missing"),
         ({"item_id": pa.array([1, 2, 2])}, "2 occurs more than once"),
