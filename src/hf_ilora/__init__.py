@@ -5,6 +5,8 @@ Every public name is imported on first use, so that ``import hf_ilora`` loads ne
 
 import importlib
 
+from ._registration import register_with_auto_classes
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -42,3 +44,6 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted({*globals(), *__all__})
+
+
+register_with_auto_classes()

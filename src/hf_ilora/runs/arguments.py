@@ -1,0 +1,211 @@
+"""Reads the settings of a recipe from a YAML file and the command line into its dataclasses.
+
+A recipe runs as ``recipe.py [config.yaml] [--field value ...]``, or with ``--config config.yaml``. The YAML is flat,
+its keys are the fields of the dataclasses, and the command line overrides it.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+_USAGE = "%(prog)s [config.yaml | --config config.yaml] [--field value ...]"
+
+
+def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
+    """Fills the dataclasses of a recipe from its YAML file and the command line.
+
+    Args:
+        dataclass_types: the dataclasses, `transformers.TrainingArguments` among them where the recipe trains. A field
+            name stands in one of them only.
+        argv: the command line without the program's name; None reads `sys.argv`.
+
+    Returns:
+        One instance per dataclass, in the order given.
+
+    Raises:
+        ValueError: a key or option is unknown, given twice or of the wrong type, a required field is missing, or the
+            YAML cannot be read. Range errors come from the dataclasses themselves.
+    """
+    config_file, options = _take_config_file(list(sys.argv[1:] if argv is None else argv))
+    parser = _RecipeParser(dataclass_types, usage=_USAGE, allow_abbrev=False)
+    settings = {} if config_file is None else read_config(config_file, dataclass_types)
+    parser.set_defaults(**(_process_group_defaults(dataclass_types) | settings))
+    for action in parser._actions:  # argparse has no other way to say that a required option has got its value
+        action.required = action.required and action.dest not in settings
+    *arguments, unknown = parser.parse_args_into_dataclasses(
+        options, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        names = [f"--{name}" for name in _fields(dataclass_types)]
+        raise ValueError(f"unknown options on the command line: {unknown}{_similar(unknown[0].split('=')[0], names)}")
+    return tuple(arguments)
+
+
+def read_config(config_file: str | Path, dataclass_types: Sequence[type]) -> dict[str, object]:
+    """Reads a YAML file whose keys are fields of the dataclasses, and checks keys and types.
+
+    Args:
+        config_file: a flat YAML mapping, UTF-8.
+        dataclass_types: the dataclasses that its keys belong to.
+
+    Returns:
+        The values by field name. Numbers that YAML reads as text (`5e-5`) are floats where a float is expected.
+
+    Raises:
+        ValueError: the file is missing, not a flat mapping, or holds an unknown key, a key twice or a wrong type.
+    """
+    config_file = Path(config_file)
+    if not config_file.is_file():
+        raise ValueError(f"configuration file {config_file} not found (looked in {Path.cwd()}): check the path")
+    try:
+        settings = yaml.load(config_file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config_file} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        found = "nothing" if settings is None else type(settings).__name__
+        raise ValueError(f"{config_file}: expected lines of `field: value`, found {found}")
+    fields = _fields(dataclass_types)
+    for name, value in settings.items():
+        if name not in fields:
+            raise ValueError(f"{config_file}: unknown key {name!r}{_similar(str(name), list(fields))}")
+        try:
+            settings[name] = _checked(value, fields[name])
+        except TypeError:
+            raise ValueError(
+                f"{config_file}: {name} expects {_type_name(fields[name])}, found {value!r} ({type(value).__name__})"
+                f"{_remedy(value)}"
+            ) from None
+    return settings
+
+
+class _RecipeParser(HfArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message}: see {self.prog} --help")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win in silence; here the second is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)  # raises on a key that cannot be one
+        keys = [self.construct_object(key_node, deep=True) for key_node, _ in node.value]
+        for key in mapping:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} is given twice: keep one", problem_mark=node.start_mark
+                )
+        return mapping
+
+
+def _take_config_file(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Splits the command line into the configuration file, if there is one, and the options."""
+    files, options = [], []
+    if argv and not argv[0].startswith("-"):
+        files.append(argv.pop(0))
+    while argv:
+        word = argv.pop(0)
+        if word == "--config":
+            if not argv:
+                raise ValueError("--config expects a YAML file after it, found the end of the command line")
+            files.append(argv.pop(0))
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        else:
+            options.append(word)
+    if len(files) > 1:
+        raise ValueError(f"expected one configuration file, found {len(files)}: {', '.join(files)}")
+    return (files[0] if files else None), options
+
+
+def _process_group_defaults(dataclass_types: Sequence[type]) -> dict[str, object]:
+    """What TrainingArguments must be told for the processes of one launch to find one another without an accelerator.
+
+    `accelerate launch` tells the processes it starts to use DeepSpeed, but not to use the CPU. On their own, each then
+    takes itself for the only one (world size 1), and under DeepSpeed every process reads all of the data.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return {}  # one process, and no need to import torch
+    import torch
+    from transformers import TrainingArguments
+
+    trains = any(issubclass(dataclass_type, TrainingArguments) for dataclass_type in dataclass_types)
+    if not trains or torch.accelerator.is_available():
+        return {}
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return {"ddp_backend": "gloo"}  # DeepSpeed is not used at all where use_cpu is set
+    return {"use_cpu": True}
+
+
+def _fields(dataclass_types: Sequence[type]) -> dict[str, object]:
+    """The type of every field that can be set, by field name."""
+    fields = {}
+    for dataclass_type in dataclass_types:
+        hints = typing.get_type_hints(dataclass_type)
+        fields.update({field.name: hints[field.name] for field in dataclasses.fields(dataclass_type) if field.init})
+    return fields
+
+
+def _checked(value: object, expected: object) -> object:
+    """The value as the expected type holds it; TypeError where it does not fit."""
+    origin, members = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        for member in members:
+            try:
+                return _checked(value, member)
+            except TypeError:
+                continue
+    elif origin is typing.Literal:
+        if any(value == member and type(value) is type(member) for member in members):
+            return value
+    elif origin is list and isinstance(value, list):
+        return [_checked(element, members[0]) for element in value]
+    elif expected is float:
+        return _as_float(value)
+    elif isinstance(expected, type) and issubclass(expected, Enum):
+        if value in [member.value for member in expected]:
+            return value
+    elif expected in (bool, int, str, dict, types.NoneType) or origin is dict:
+        kind = origin or expected
+        if type(value) is kind:  # not isinstance: to Python True is an int, to a user it is not
+            return value
+    raise TypeError
+
+
+def _as_float(value: object) -> float:
+    if type(value) in (int, float):
+        return float(value)
+    if type(value) is str:  # YAML 1.1 reads 5e-5 and 1e3 as text: they lack the point
+        try:
+            number = float(value)
+        except ValueError:
+            raise TypeError from None
+        if math.isfinite(number):
+            return number
+    raise TypeError
+
+
+def _type_name(expected: object) -> str:
+    return expected.__name__ if isinstance(expected, type) else str(expected).replace("typing.", "")
+
+
+def _remedy(value: object) -> str:
+    if isinstance(value, bool):
+        return ": YAML reads yes, no, on and off as true and false, so put quotes around a word"
+    if isinstance(value, int | float):
+        return ": put quotes around it if text is meant"
+    return ""
+
+
+def _similar(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=3)
+    return f": did you mean {' or '.join(close)}?" if close else f": expected one of {', '.join(sorted(names))}"

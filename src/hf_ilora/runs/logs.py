@@ -1,0 +1,58 @@
+"""One log format for a run's console and its `run.log`."""
+
+import logging
+import sys
+from pathlib import Path
+
+import datasets
+import transformers
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes above the progress bars instead of through them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:  # the contract of logging: a message that cannot be written must not end the run
+            self.handleError(record)
+
+
+class _RunFileHandler(logging.FileHandler):
+    """Marks the handler of this module, so that a second call replaces it."""
+
+
+def set_up_logging(output_dir: str | Path) -> None:
+    """Sends the log of the recipe, of hf_ilora, transformers and datasets, and warnings to the console and `run.log`.
+
+    The main process logs from INFO on, the others from WARNING on and to the console only. A second call replaces the
+    first. Call it after `parse_arguments`, which starts what the processes share.
+
+    Args:
+        output_dir: the folder of `run.log`, made if it does not exist; an existing log is continued.
+    """
+    is_main_process = PartialState().is_main_process
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, _ConsoleHandler | _RunFileHandler)]:
+        root.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [_ConsoleHandler()]
+    if is_main_process:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        handlers.append(_RunFileHandler(Path(output_dir) / "run.log", encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(_FORMAT))
+        root.addHandler(handler)
+    level = logging.INFO if is_main_process else logging.WARNING
+    root.setLevel(level)
+    logging.captureWarnings(True)
+    # Both libraries print through a handler of their own; one line must come out once, and in one format.
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.set_verbosity(level)
+    logging.getLogger("datasets").handlers.clear()
+    datasets.utils.logging.set_verbosity(level)

@@ -1,0 +1,188 @@
+"""Writes `run.json`: what was run, with which settings, on what data and software, and what came out."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+_PACKAGES = (
+    "hf_ilora",
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "evaluate",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "pyarrow",
+)
+
+
+class RunRecord:
+    """The `run.json` of one run, written at its start, after every stage and entry, and at its end.
+
+    Every process of a launch makes one; the main process alone writes. Make it after `parse_arguments`, which starts
+    what the processes share. As a context manager it sets the status: "running", then "finished", or "failed" with the
+    error; a run that was killed stays "running". What an earlier run left in the folder (a run that this one resumes)
+    is kept under "earlier_runs", without its configuration.
+
+    Args:
+        output_dir: the folder of `run.json`, made if it does not exist.
+        arguments: the dataclasses of the run. Values of fields that end in `_token` are left out.
+        seed: the seed that fixes the run.
+    """
+
+    def __init__(self, output_dir: str | Path, arguments: Sequence[object], *, seed: int):
+        state = PartialState()
+        self.is_main_process = state.is_main_process
+        self.path = Path(output_dir) / "run.json"
+        self.start = time.monotonic()
+        self.content = {
+            "status": "running",
+            "started": _now(),
+            "configuration": plain_configuration(arguments),
+            "seed": seed,
+            "data_fingerprint": None,
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+            "git": _git_state(Path(__file__).resolve().parents[3]),
+            "world_size": state.num_processes,
+            "device": str(state.device),
+            "threads": torch.get_num_threads(),
+            "durations_seconds": {},
+            "metrics": {},
+        }
+        if self.is_main_process:
+            earlier = _earlier_runs(self.path)
+            if earlier:
+                self.content["earlier_runs"] = earlier
+        self._write()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measures a stage of the run; a name that comes again adds to its time."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            durations = self.content["durations_seconds"]
+            durations[name] = round(durations.get(name, 0.0) + time.monotonic() - start, 3)
+            self._write()
+
+    def add_data(self, fingerprint: str) -> None:
+        """Records the fingerprint of the data the run reads."""
+        self.content["data_fingerprint"] = fingerprint
+        self._write()
+
+    def add_metrics(self, name: str, metrics: dict[str, object]) -> None:
+        """Records metrics under the name of what they measure, such as "test"."""
+        self.content["metrics"].setdefault(name, {}).update(metrics)
+        self._write()
+
+    def __enter__(self) -> "RunRecord":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.content["status"] = "finished" if error is None else "failed"
+        if error is not None:
+            self.content["error"] = f"{kind.__name__}: {error}"
+        self.content["durations_seconds"]["total"] = round(time.monotonic() - self.start, 3)
+        self._write()
+
+    def _write(self) -> None:
+        if not self.is_main_process:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_plain(self.content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        # A reader, or a run that is killed, finds the earlier file or the new one, and never a half.
+        temporary = self.path.with_name("run.json.partial")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def plain_configuration(arguments: Sequence[object]) -> dict[str, dict[str, object]]:
+    """The settings of a run by dataclass and field, in JSON's own types, without secrets."""
+    return {type(part).__name__: _plain(_configuration(part)) for part in arguments}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _configuration(part: object) -> dict[str, object]:
+    return {
+        field.name: getattr(part, field.name)
+        for field in dataclasses.fields(part)
+        if field.init and not field.name.endswith("_token")
+    }
+
+
+def _plain(value: object) -> object:
+    """The value in JSON's own types. JSON has no NaN and no infinity: they become text."""
+    if dataclasses.is_dataclass(value):
+        return _plain(_configuration(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(element) for key, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(element) for element in value]
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state(project: Path) -> dict[str, object] | None:
+    """Commit of the project and whether its files differ from it; None where the package is not run from a checkout."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(project), *command], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != project:
+            return None  # installed inside of somebody else's checkout
+        return {"commit": git("rev-parse", "HEAD"), "dirty": git("status", "--porcelain") != ""}
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, no repository, no commit
+        return None
+
+
+def _earlier_runs(path: Path) -> list[dict[str, object]]:
+    """What the runs before this one in the same folder left, oldest first."""
+    if not path.exists():
+        return []
+    try:
+        last = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: last[name] for name in ("status", "started", "seed", "git", "durations_seconds", "metrics")}
+        return [*last.get("earlier_runs", []), kept]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not the record of a run ({error!r}): move it away or choose another folder"
+        ) from error

@@ -1,0 +1,95 @@
+"""set_up_logging: one line per message, on the console and in run.log."""
+
+import logging
+import sys
+import warnings
+
+import datasets
+import pytest
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from hf_ilora.runs import logs as logs_module
+from hf_ilora.runs.logs import set_up_logging
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    loggers = [logging.getLogger(name) for name in ("", "transformers", "datasets")]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    yield
+    logging.captureWarnings(False)
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        for handler in set(logger.handlers) - set(handlers):
+            logger.removeHandler(handler)
+            handler.close()
+        logger.setLevel(level)
+        logger.propagate = propagate
+        for handler in handlers:
+            logger.addHandler(handler)
+
+
+def log_everything():
+    logging.getLogger("hf_ilora.data").info("from ours")
+    transformers.utils.logging.get_logger("transformers.trainer").info("from transformers")
+    datasets.utils.logging.get_logger("datasets.arrow").info("from datasets")
+    warnings.warn("from warnings", stacklevel=1)
+
+
+MESSAGES = ("from ours", "from transformers", "from datasets", "from warnings")
+
+
+def test_every_message_stands_once_on_the_console_and_in_the_file_with_its_time(tmp_path, capsys):
+    set_up_logging(tmp_path / "run")
+    log_everything()
+    console, file = capsys.readouterr().err, (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
+    for text in (console, file):
+        assert [text.count(message) for message in MESSAGES[:3]] == [1, 1, 1]
+        assert "UserWarning: from warnings" in text
+    assert console == file
+    assert all(line[:4].isdigit() for line in file.splitlines() if " INFO " in line)
+    assert " INFO hf_ilora.data: from ours" in file
+
+
+def test_a_second_call_replaces_the_first(tmp_path, capsys):
+    set_up_logging(tmp_path / "one")
+    set_up_logging(tmp_path / "two")
+    set_up_logging(tmp_path / "two")
+    logging.getLogger("hf_ilora").info("once")
+    assert capsys.readouterr().err.count("once") == 1
+    assert (tmp_path / "two" / "run.log").read_text().count("once") == 1
+    assert (tmp_path / "one" / "run.log").read_text() == ""
+
+
+def test_an_existing_log_is_continued(tmp_path):
+    (tmp_path / "run.log").write_text("earlier\n")
+    set_up_logging(tmp_path)
+    logging.getLogger("hf_ilora").info("later")
+    assert (tmp_path / "run.log").read_text().startswith("earlier\n")
+    assert "later" in (tmp_path / "run.log").read_text()
+
+
+def test_other_processes_only_warn_and_write_no_file(tmp_path, capsys, monkeypatch):
+    class SecondProcess:
+        is_main_process, num_processes, device = False, 2, torch.device("cpu")
+
+    monkeypatch.setattr(logs_module, "PartialState", SecondProcess)
+    set_up_logging(tmp_path / "run")
+    log_everything()
+    logging.getLogger("hf_ilora").warning("a warning")
+    console = capsys.readouterr().err
+    assert "from ours" not in console and "from transformers" not in console and "from datasets" not in console
+    assert "a warning" in console
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_message_does_not_tear_a_progress_bar(tmp_path, capsys):
+    set_up_logging(tmp_path)
+    with tqdm(total=2, file=sys.stderr, ascii=True) as bar:
+        logging.getLogger("hf_ilora").info("in between")
+        bar.update(2)
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    message = next(line for line in lines if "in between" in line)
+    assert "it/s" not in message and "%" not in message
+    assert any("2/2" in line for line in lines)
