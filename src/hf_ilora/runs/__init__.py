@@ -1,7 +1,7 @@
 """What every recipe does around its work: settings in, log and `run.json` out, checkpoints to go on from."""
 
 from .arguments import parse_arguments, read_config
-from .checkpoints import last_whole_checkpoint
+from .checkpoints import resumable_checkpoint
 from .config_arguments import config_arguments
 from .logs import set_up_logging
 from .record import RunRecord
@@ -9,8 +9,8 @@ from .record import RunRecord
 __all__ = [
     "RunRecord",
     "config_arguments",
-    "last_whole_checkpoint",
     "parse_arguments",
     "read_config",
+    "resumable_checkpoint",
     "set_up_logging",
 ]
