@@ -4,7 +4,8 @@
 
 The first argument is the authors' `.pt` file (the whole module or its state dict, read without running anything in it)
 or a `.safetensors` file with the authors' names. `--items` gives titles: parquet with `item_id` (the reference's ids,
-from 0) and `title`. The folder holds `config.json`, `model.safetensors` and `items.parquet`, for `from_pretrained`.
+from 0) and `title`, or the `items.parquet` of a prepared data set with the same items; `recipes/evaluate.py` then
+compares the model on that data set. The folder is for `from_pretrained`.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", type=Path, help="the authors' .pt file, or .safetensors with the authors' names")
     parser.add_argument("output_dir", type=Path, help="folder to write; replaced when it is an earlier conversion")
-    parser.add_argument("--items", type=Path, help="parquet with item_id (from 0) and title, for the catalogue")
+    parser.add_argument("--items", type=Path, help="parquet with titles, for the catalogue: see above")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 

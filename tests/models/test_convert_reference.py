@@ -744,7 +744,14 @@ def test_titles_follow_the_shift_of_the_ids(tmp_path):
     assert reference_catalogue(path, NUM_ITEMS).item_ids(["B3"]) == [4]
 
 
-@pytest.mark.parametrize("ids", [range(1, NUM_ITEMS + 1), range(NUM_ITEMS + 1), [0] * NUM_ITEMS])
+def test_a_catalogue_of_ours_is_taken_as_it_is(tmp_path):
+    ids = range(1, NUM_ITEMS + 1)
+    ours = Catalogue(titles(ids, raw_id=[f"B{i}" for i in ids]))
+    ours.to_parquet(tmp_path / "items.parquet")
+    assert reference_catalogue(tmp_path / "items.parquet", NUM_ITEMS) == ours
+
+
+@pytest.mark.parametrize("ids", [range(2, NUM_ITEMS + 2), range(NUM_ITEMS + 1), [0] * NUM_ITEMS])
 def test_titles_under_other_ids_are_refused(tmp_path, ids):
     pq.write_table(titles(ids), tmp_path / "items.parquet")
     with pytest.raises(ValueError, match=f"expected the reference's ids 0 to {NUM_ITEMS - 1}, once each"):

@@ -181,12 +181,13 @@ def reference_catalogue(items_path: str | os.PathLike, num_items: int) -> Catalo
 
     Args:
         items_path: parquet with `item_id` (the reference's ids, 0..num_items - 1) and `title`, and optionally `raw_id`,
-            `year` and `genres`. Without `raw_id`, the reference's id is the raw id.
+            `year` and `genres`. Without `raw_id`, the reference's id is the raw id. Or the catalogue of a data set of
+            ours with the same items, whose ids run 1..num_items, such as that of the whole of MovieLens-100K.
         num_items: the number of items of the model.
 
     Raises:
         FileNotFoundError: when there is no file.
-        ValueError: when the file is no such table, or its ids are not 0..num_items - 1.
+        ValueError: when the file is no such table, or has other ids.
     """
     try:
         items = pq.read_table(items_path)
@@ -194,14 +195,17 @@ def reference_catalogue(items_path: str | os.PathLike, num_items: int) -> Catalo
         raise ValueError(f"{items_path} is not a whole parquet file ({error})") from error
     if "item_id" not in items.column_names or not pa.types.is_integer(items.schema.field("item_id").type):
         raise ValueError(f"{items_path} has the columns {items.column_names}: expected an integer column item_id")
-    reference_ids = items["item_id"].to_numpy()
-    if not np.array_equal(np.sort(reference_ids), np.arange(num_items)):
+    item_ids = items["item_id"].to_numpy()
+    if np.array_equal(np.sort(item_ids), np.arange(1, num_items + 1)):
+        return Catalogue(items)
+    if not np.array_equal(np.sort(item_ids), np.arange(num_items)):
         raise ValueError(
-            f"{items_path} has {len(reference_ids)} rows: expected the reference's ids 0 to {num_items - 1}, once each"
+            f"{items_path} has {len(item_ids)} rows: expected the reference's ids 0 to {num_items - 1}, once each, or a "
+            f"catalogue of ours with the ids 1 to {num_items}"
         )
     if "raw_id" not in items.column_names:
         items = items.append_column("raw_id", items["item_id"])
-    return Catalogue(items.drop_columns("item_id").append_column("item_id", pa.array(reference_ids + 1)))
+    return Catalogue(items.drop_columns("item_id").append_column("item_id", pa.array(item_ids + 1)))
 
 
 def load_reference_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
