@@ -1,0 +1,66 @@
+"""Zip archives from elsewhere: checked as a whole before the first member is read, and read in place."""
+
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+MAX_UNPACKED_BYTES = 4 * 2**30  # the largest MovieLens release unpacks to about 1.2 GB
+MAX_COMPRESSION_RATIO = 100  # text of ratings packs about 5:1; a bomb, thousands to one
+
+
+class ArchiveError(ValueError):
+    """An archive is damaged, or holds what no honest archive of data holds."""
+
+
+@contextmanager
+def open_archive(
+    path: Path, *, max_unpacked_bytes: int = MAX_UNPACKED_BYTES, max_ratio: int = MAX_COMPRESSION_RATIO
+) -> Iterator[zipfile.Path]:
+    """Open a zip archive (or a wheel) as a folder to read from; nothing is unpacked to disk.
+
+    Args:
+        path: the archive.
+        max_unpacked_bytes: most bytes that all members together may declare.
+        max_ratio: most times that the declared sizes may exceed the archive's own size, from 1 MiB on.
+
+    Returns:
+        The archive's root; valid inside the ``with`` block.
+
+    Raises:
+        ArchiveError: not a whole zip file, a member that is damaged, encrypted, a link, or named outside the archive
+            (absolute or with ".."), or declared sizes over the limits.
+    """
+    remedy = "delete the file and download it again"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                _check_member(path, member)
+            unpacked = sum(member.file_size for member in archive.infolist())
+            allowed = min(max_unpacked_bytes, max(2**20, max_ratio * path.stat().st_size))
+            if unpacked > allowed:
+                raise ArchiveError(
+                    f"{path} says it unpacks to {unpacked:,} bytes; expected at most {allowed:,} "
+                    f"(a limit on zip bombs): {remedy} from a source you trust"
+                )
+            yield zipfile.Path(archive)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise ArchiveError(f"{path} is not a whole zip archive ({error}): {remedy}") from error
+
+
+def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
+    name = member.filename.replace("\\", "/")
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in PurePosixPath(name).parts:
+        reason = "is named outside the archive's folder"
+    elif stat.S_ISLNK(member.external_attr >> 16):
+        reason = "is a symbolic link"
+    elif member.flag_bits & 0x1:
+        reason = "is encrypted"
+    else:
+        return
+    raise ArchiveError(
+        f"{path}: member {member.filename!r} {reason}; expected plain files with relative names. "
+        "Do not use this archive: get it again from a source you trust"
+    )

@@ -1,0 +1,200 @@
+"""Files from the network into a cache: resumed where they broke off, checked, and there whole or not at all."""
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx2
+from filelock import FileLock
+
+logger = logging.getLogger(__name__)
+
+_TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
+_CHUNK_BYTES = 1 << 20
+_SECONDS_BETWEEN_PROGRESS = 5.0
+
+
+class DownloadError(RuntimeError):
+    """A file could not be fetched."""
+
+
+class ChecksumError(DownloadError):
+    """A fetched file is not the expected one."""
+
+
+class _TransientFailure(Exception):
+    """The server failed in a way that may pass."""
+
+
+def default_cache_dir() -> Path:
+    """The folder of ``HF_ILORA_CACHE``, else ``~/.cache/hf_ilora``."""
+    return Path(os.environ.get("HF_ILORA_CACHE") or Path.home() / ".cache" / "hf_ilora").expanduser()
+
+
+def download_file(
+    url: str,
+    destination: Path,
+    *,
+    checksum: str,
+    attempts: int = 5,
+    backoff_seconds: float = 1.0,
+    connect_timeout: float = 5.0,
+    read_timeout: float = 20.0,
+) -> Path:
+    """Fetch a URL to `destination`, unless it is there already.
+
+    The bytes go to ``<destination>.part``, which a later call resumes; only a file with the right checksum is renamed
+    to `destination`. Processes that ask for the same file wait for the first.
+
+    Args:
+        url: http or https.
+        destination: the file to make; its folder is created.
+        checksum: "md5:<hex>" or "sha256:<hex>".
+        attempts: failures in a row, without a new byte between them, after which it gives up.
+        backoff_seconds: pause after the first failure; doubles with each one that follows.
+        connect_timeout, read_timeout: seconds to reach the server, and to wait for the next bytes.
+
+    Returns:
+        `destination`.
+
+    Raises:
+        DownloadError: the server cannot be reached, refuses, or keeps failing; what has come so far is kept.
+        ChecksumError: the bytes are not the expected ones; they are deleted.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{destination}.lock"):
+        if destination.is_file():
+            return destination
+        part = destination.with_name(destination.name + ".part")
+        timeout = httpx2.Timeout(read_timeout, connect=connect_timeout)
+        with httpx2.Client(follow_redirects=True, timeout=timeout) as client:
+            _fetch(client, url, part, attempts, backoff_seconds)
+        _check(part, checksum, url)
+        os.replace(part, destination)
+    return destination
+
+
+def download_wheel(requirement: str, destination: Path, *, checksum: str, python: str = sys.executable) -> Path:
+    """Fetch a wheel with ``pip download``, so that pip's own configuration of indexes and proxies applies.
+
+    Nothing is installed and nothing of the wheel is run.
+
+    Args:
+        requirement: an exact one, such as "recbole==1.2.1".
+        destination: the file to make, with the wheel's own file name; its folder is created.
+        checksum: "sha256:<hex>" of the wheel.
+        python: the interpreter whose pip is used.
+
+    Returns:
+        `destination`.
+
+    Raises:
+        DownloadError: that Python has no pip, or pip fails.
+        ChecksumError: the wheel is not the expected one.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{destination}.lock"):
+        if destination.is_file():
+            return destination
+        with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
+            command = [python, "-m", "pip", "download", requirement, "--dest", folder, "--no-deps"]
+            command += ["--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--quiet"]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if "No module named pip" in result.stderr:
+                raise DownloadError(
+                    f"{python} has no module pip, which fetches {requirement}: "
+                    f"run `{python} -m ensurepip`, or pass the data as source="
+                )
+            wheel = Path(folder) / destination.name
+            if result.returncode or not wheel.is_file():
+                found = sorted(path.name for path in Path(folder).iterdir())
+                raise DownloadError(
+                    f"`{' '.join(command)}` ended with code {result.returncode} and the files {found}; expected code 0 "
+                    f"and {destination.name}: check pip's index configuration. pip says: {result.stderr.strip()}"
+                )
+            _check(wheel, checksum, requirement)
+            os.replace(wheel, destination)
+    return destination
+
+
+def _fetch(client: httpx2.Client, url: str, part: Path, attempts: int, backoff_seconds: float) -> None:
+    failures, furthest = 0, _size(part)
+    while True:
+        try:
+            return _transfer(client, url, part)
+        except (httpx2.TransportError, _TransientFailure) as error:
+            failures = 1 if _size(part) > furthest else failures + 1
+            furthest = max(furthest, _size(part))
+            reason = f"{type(error).__name__}: {error}"
+            if failures >= attempts:
+                raise DownloadError(
+                    f"{url}: gave up after {failures} failures in a row ({reason}), with {_size(part):,} bytes in "
+                    f"{part}: check the network and proxy settings and call again to resume, or fetch the file "
+                    "yourself and pass it as source="
+                ) from error
+            pause = backoff_seconds * 2 ** (failures - 1)
+            logger.warning("%s: %s; trying again in %.1f s", url, reason, pause)
+            time.sleep(pause)
+        except httpx2.HTTPError as error:  # e.g. too many redirects
+            raise DownloadError(
+                f"{url}: {type(error).__name__}: {error}; expected a file: check the address"
+            ) from error
+
+
+def _transfer(client: httpx2.Client, url: str, part: Path) -> None:
+    start = _size(part)
+    headers = {"Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    with client.stream("GET", url, headers=headers) as response:
+        status = response.status_code
+        if status == 416 and start:  # nothing after `start`: the file was complete, which the checksum decides
+            return
+        if status in _TRANSIENT_STATUS:
+            raise _TransientFailure(f"the server answered {status} {response.reason_phrase}")
+        if status not in (200, 206):
+            raise DownloadError(
+                f"{url}: the server answered {status} {response.reason_phrase}; expected 200: "
+                "check the address, or fetch the file yourself and pass it as source="
+            )
+        if status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            part.unlink()
+            raise _TransientFailure(f"asked for bytes from {start}, got {response.headers.get('Content-Range')}")
+        resumed = status == 206  # a server without Range support answers 200 and starts from the first byte
+        done = start if resumed else 0
+        total = done + int(response.headers.get("Content-Length", 0))
+        logger.info("%s: %s at byte %d of %d", url, "resuming" if resumed else "starting", done, total)
+        last_report = time.monotonic()
+        with open(part, "ab" if resumed else "wb") as file:
+            for chunk in response.iter_raw():
+                done += file.write(chunk)
+                if time.monotonic() - last_report >= _SECONDS_BETWEEN_PROGRESS:
+                    last_report = time.monotonic()
+                    logger.info("%s: %.1f of %.1f MB", url, done / 1e6, total / 1e6)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _check(path: Path, checksum: str, origin: str) -> None:
+    algorithm, _, expected = checksum.partition(":")
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    if digest.hexdigest() != expected:
+        size = _size(path)
+        path.unlink()
+        raise ChecksumError(
+            f"{origin}: {algorithm} of the {size:,} bytes received is {digest.hexdigest()}, expected {expected}; "
+            "they are deleted. Call again; if it happens again, something between here and the server changes "
+            "the file (a proxy, a log-in page): fetch it another way and pass it as source="
+        )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
