@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", type=Path, help="the authors' .pt file, or .safetensors with the authors' names")
     parser.add_argument("output_dir", type=Path, help="folder to write; replaced when it is an earlier conversion")
-    parser.add_argument("--items", type=Path, help="parquet with titles, for the catalogue: see above")
+    parser.add_argument("--items", type=Path, help="parquet with titles: the reference's, or of a prepared data set")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 

@@ -200,8 +200,8 @@ def reference_catalogue(items_path: str | os.PathLike, num_items: int) -> Catalo
         return Catalogue(items)
     if not np.array_equal(np.sort(item_ids), np.arange(num_items)):
         raise ValueError(
-            f"{items_path} has {len(item_ids)} rows: expected the reference's ids 0 to {num_items - 1}, once each, or a "
-            f"catalogue of ours with the ids 1 to {num_items}"
+            f"{items_path} has {len(item_ids)} rows: expected the reference's ids 0 to {num_items - 1}, once each, or "
+            f"a catalogue of ours with the ids 1 to {num_items}"
         )
     if "raw_id" not in items.column_names:
         items = items.append_column("raw_id", items["item_id"])
