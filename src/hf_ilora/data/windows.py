@@ -37,7 +37,16 @@ class TrainingWindows(TorchDataset):
     Items are dictionaries of `input_ids` and `labels`, int64 arrays of equal length.
     """
 
-    def __init__(self, split: Dataset, max_length: int, windows: str = "random", targets: str = "all", seed: int = 0):
+    def __init__(
+        self,
+        split: Dataset,
+        max_length: int,
+        windows: str = "random",
+        targets: str = "all",
+        skip_probability: float = 0.0,
+        shuffle_distance: float = 0.0,
+        seed: int = 0,
+    ):
         if windows not in WINDOWS or targets not in TARGETS:
             raise ValueError(
                 f"windows={windows!r}, targets={targets!r}: expected one of {WINDOWS} and one of {TARGETS}"
@@ -50,6 +59,7 @@ class TrainingWindows(TorchDataset):
         self.items = np.insert(histories, boundaries[1:], np.asarray(split.with_format("numpy")["target"][:]))
         self.items = self.items.astype(np.int64)
         self.max_length, self.windows, self.targets, self.seed = max_length, windows, targets, seed
+        self.skip_probability, self.shuffle_distance, self.epoch = skip_probability, shuffle_distance, 0
         sequence_starts = boundaries[:-1] + np.arange(len(lengths))
         if windows == "all":
             per_row = -(-lengths // max_length)  # windows of max_length inputs, aligned to the newest item
@@ -67,6 +77,7 @@ class TrainingWindows(TorchDataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Move the random windows to their places of this epoch."""
+        self.epoch = epoch
         if self.windows == "random":
             choices = self._newest_starts - self._first_starts + 1  # (rows,)
             generator = np.random.default_rng((self.seed, epoch))
@@ -77,11 +88,24 @@ class TrainingWindows(TorchDataset):
         """Labelled positions per epoch."""
         return int(self.lengths.sum()) if self.targets == "all" else len(self.lengths)
 
+    def item_counts(self, num_items: int) -> np.ndarray:
+        """How often each item occurs in the training sequences, (num_items + 1,); float32, 0 for padding."""
+        return np.bincount(self.items, minlength=num_items + 1).astype(np.float32)
+
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         start, end = self.starts[index], self.starts[index] + self.lengths[index]
+        if self.skip_probability or self.shuffle_distance:
+            sequence = self.items[start : end + 1]
+            generator = np.random.default_rng((self.seed, self.epoch, index))
+            kept = generator.random(len(sequence)) >= self.skip_probability
+            places = np.arange(len(sequence)) + self.shuffle_distance * generator.random(len(sequence))
+            if kept.sum() >= 2:
+                sequence, places = sequence[kept], places[kept]
+            sequence = sequence[np.argsort(places)]
+            return {"input_ids": sequence[:-1], "labels": sequence[1:]}
         labels = self.items[start + 1 : end + 1]
         if self.targets == "last":
             labels = np.where(np.arange(len(labels)) == len(labels) - 1, labels, IGNORED_LABEL)

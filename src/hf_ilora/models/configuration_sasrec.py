@@ -46,7 +46,7 @@ class SASRecConfig(PreTrainedConfig):
     """
 
     model_type = "sasrec"
-    keys_to_ignore_at_inference = ("last_hidden_state", "user_embedding")
+    keys_to_ignore_at_inference = ["last_hidden_state", "user_embedding"]
 
     num_items: int | None = None
     hidden_size: int = 64

@@ -211,6 +211,8 @@ class SASRecForNextItem(SASRecPreTrainedModel):
         super().__init__(config)
         self.model = SASRecModel(config)
         self.head = NextItemHead(config)
+        if config.tie_word_embeddings:
+            self._keys_to_ignore_on_save = ["head.weight"]  # the Trainer would warn that a checkpoint lacks it
         if config.popularity_power:
             self.register_buffer("item_counts", torch.zeros(config.num_items + 1))
         self.post_init()

@@ -78,10 +78,24 @@ class NextItemPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in transformers; reads the catalogue beside the weights, when there is one."""
+        """As in transformers; reads the catalogue beside the weights, when there is one.
+
+        Raises:
+            ValueError: when the weights lack a parameter or hold a foreign one, where transformers would only warn and
+                go on with random numbers, and when the catalogue does not fit `num_items`.
+        """
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        for kind in ("missing", "unexpected", "mismatched"):
+            if info[f"{kind}_keys"]:
+                raise ValueError(
+                    f"the weights in {pretrained_model_name_or_path} have {kind} keys {sorted(info[f'{kind}_keys'])}: "
+                    f"expected those of a {cls.__name__} with this config.json; restore the folder that "
+                    "save_pretrained wrote"
+                )
         path = cached_file(
             pretrained_model_name_or_path,
             CATALOGUE_FILE,
@@ -90,4 +104,9 @@ class NextItemPreTrainedModel(PreTrainedModel):
         )
         if path is not None:
             model.catalogue = Catalogue.from_parquet(path)
-        return loaded
+            if len(model.catalogue) != model.config.num_items:
+                raise ValueError(
+                    f"{path} holds {len(model.catalogue)} items: expected {model.config.num_items}, the num_items of "
+                    "the model; restore the catalogue that was saved with it"
+                )
+        return (model, info) if wants_info else model

@@ -1,0 +1,70 @@
+"""Recommends items with titles from a saved model, for a user of a prepared data set or for any history.
+
+python recipes/recommend.py --model outputs/ml-100k/sasrec --data_dir outputs/ml-100k/data --user 1
+python recipes/recommend.py --model outputs/ml-100k/sasrec --history 50 172 181
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_ilora import SequenceDatasets
+from hf_ilora.evaluation.loading import load_recommender
+from hf_ilora.runs import parse_arguments
+
+
+@dataclass
+class RecommendArguments:
+    """For whom to recommend, with which model."""
+
+    model: str = field(metadata={"help": "folder or Hub name of a saved model with a catalogue"})
+    data_dir: str | None = field(default=None, metadata={"help": "prepared data set, to look up --user"})
+    user: str | None = field(default=None, metadata={"help": "raw user id in the data set"})
+    history: list[str] | None = field(default=None, metadata={"help": "raw item ids, oldest first"})
+    top_k: int = field(default=10, metadata={"help": "number of recommendations"})
+    shown: int = field(default=5, metadata={"help": "newest items of the history to show"})
+
+    def __post_init__(self):
+        if (self.user is None) == (self.history is None) or (self.user is not None and self.data_dir is None):
+            raise ValueError("expected either --user with --data_dir, or --history with raw item ids")
+
+
+ARGUMENTS = (RecommendArguments,)
+
+
+def history_of_user(data_dir: str, user: str) -> list[int]:
+    """All items of a user of the data set, oldest first, the test target included."""
+    test = SequenceDatasets.load(data_dir)["test"]
+    users = test.with_format("arrow")["user_id"][:].to_pylist()
+    by_name = {str(raw): row for row, raw in enumerate(users)}
+    if user not in by_name:
+        raise ValueError(
+            f"user {user} is not in {data_dir}: expected one of its {len(users)} users, such as {users[0]}"
+        )
+    row = test[by_name[user]]
+    return [*row["history"], row["target"]]
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(ARGUMENTS)
+    model = load_recommender(arguments.model)
+    catalogue = model.catalogue
+    if catalogue is None:
+        raise ValueError(f"{arguments.model} has no catalogue (items.parquet): expected one beside the weights")
+    if arguments.user is not None:
+        history = history_of_user(arguments.data_dir, arguments.user)
+    else:
+        kind = type(catalogue.raw_ids([1])[0])
+        history = catalogue.item_ids([kind(raw) for raw in arguments.history])
+    print(f"The newest of {len(history)} items in the history:")
+    for title in catalogue.titles(history[-arguments.shown :]):
+        print(f"    {title}")
+    item_ids, scores = model.recommend(torch.tensor([history]), top_k=arguments.top_k)
+    print(f"Recommended by {arguments.model}:")
+    titles = catalogue.titles(item_ids[0])
+    for place, (title, score) in enumerate(zip(titles, scores[0].tolist(), strict=True), start=1):
+        print(f"{place:3d}. {title}  ({score:.2f})")
+
+
+if __name__ == "__main__":
+    main()

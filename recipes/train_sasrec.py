@@ -1,0 +1,118 @@
+"""Trains SASRec on a prepared data set, selects on validation NDCG@10, and evaluates once on the test split.
+
+    python recipes/prepare_data.py recipes/configs/ml-100k/data.yaml
+    accelerate launch --config_file accelerate_configs/cpu.yaml \
+        recipes/train_sasrec.py recipes/configs/ml-100k/sasrec.yaml --seed 1 --output_dir outputs/ml-100k/sasrec-1
+
+The output folder becomes the model: weights, configuration and catalogue, with run.json and run.log beside them.
+A killed run goes on from its last whole checkpoint when the same command is given again.
+"""
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+
+from hf_ilora import Catalogue, SASRecConfig, SASRecForNextItem, SequenceDatasets
+from hf_ilora.data.windows import EvaluationHistories, NextItemCollator, TrainingWindows, WindowEpochCallback
+from hf_ilora.evaluation.ranking import RankingMetrics, rank_split, ranks_from_logits
+from hf_ilora.evaluation.statistics import summarize_ranks
+from hf_ilora.runs import RunRecord, config_arguments, parse_arguments, resumable_checkpoint, set_up_logging
+
+logger = logging.getLogger(__name__)
+
+SASRecArguments = config_arguments(SASRecConfig, exclude=("num_items", "pad_token_id"))
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    data_dir: str = field(metadata={"help": "folder written by recipes/prepare_data.py"})
+    windows: str = field(default="random", metadata={"help": "windows per epoch and history: random, all or last"})
+    targets: str = field(default="all", metadata={"help": "labelled positions per window: all or last"})
+    early_stopping_patience: int = field(
+        default=20, metadata={"help": "evaluations without a better validation NDCG@10 before training stops; 0: never"}
+    )
+
+
+@dataclass
+class SASRecTrainingArguments(TrainingArguments):
+    """TrainingArguments with the defaults of next-item training; everything can be set as usual."""
+
+    learning_rate: float = 1.0e-3
+    lr_scheduler_type: str = "constant"
+    max_grad_norm: float = 0.0
+    per_device_train_batch_size: int = 64
+    per_device_eval_batch_size: int = 512
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    save_total_limit: int = 1
+    logging_strategy: str = "epoch"
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str = "ndcg@10"
+    greater_is_better: bool = True
+    # The three that the metrics need: they see every user's seen items, and are reduced to ranks batch by batch.
+    remove_unused_columns: bool = False
+    label_names: list[str] = field(default_factory=lambda: ["labels", "seen_items"])
+    batch_eval_metrics: bool = True
+
+
+ARGUMENTS = (DataArguments, SASRecArguments, SASRecTrainingArguments)
+
+
+def main() -> None:
+    data_arguments, model_arguments, training_arguments = parse_arguments(ARGUMENTS)
+    set_up_logging(training_arguments.output_dir)
+    sequences = SequenceDatasets.load(data_arguments.data_dir)
+    config = SASRecConfig(num_items=sequences.num_items, **dataclasses.asdict(model_arguments))
+    checkpoint = resumable_checkpoint(
+        training_arguments.output_dir, (data_arguments, model_arguments, training_arguments), sequences.fingerprint
+    )
+    record = RunRecord(
+        training_arguments.output_dir,
+        [data_arguments, model_arguments, training_arguments],
+        seed=training_arguments.seed,
+    )
+    with record:
+        record.add_data(sequences.fingerprint)
+        set_seed(training_arguments.seed)
+        model = SASRecForNextItem(config)
+        model.catalogue = Catalogue(sequences.catalogue.data.table)
+        windows = TrainingWindows(
+            sequences["train"],
+            config.max_length,
+            data_arguments.windows,
+            data_arguments.targets,
+            seed=training_arguments.seed,
+        )
+        if config.popularity_power:
+            model.set_item_counts(torch.from_numpy(windows.item_counts(config.num_items)))
+        callbacks = [WindowEpochCallback(windows)]
+        if data_arguments.early_stopping_patience:
+            callbacks.append(EarlyStoppingCallback(data_arguments.early_stopping_patience))
+        trainer = Trainer(
+            model,
+            training_arguments,
+            train_dataset=windows,
+            eval_dataset=EvaluationHistories(sequences["validation"], config.max_length),
+            data_collator=NextItemCollator(),
+            compute_metrics=RankingMetrics(k=10),
+            preprocess_logits_for_metrics=ranks_from_logits,
+            callbacks=callbacks,
+        )
+        with record.stage("train"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        for split in ("validation", "test"):
+            with record.stage(f"evaluate_{split}"):
+                metrics = summarize_ranks(rank_split(trainer.model_wrapped, sequences[split]))
+            record.add_metrics(split, metrics)
+            for name, value in metrics.items():
+                logger.info("%s %s %.4f [%.4f, %.4f]", split, name, value.mean, value.low, value.high)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The fields of a model's configuration as a dataclass that recipes can parse, so that they are declared once."""
+
+import dataclasses
+import re
+import types
+import typing
+
+from transformers import PreTrainedConfig
+
+
+def config_arguments(config_class: type[PreTrainedConfig], exclude: tuple[str, ...] = ()) -> type:
+    """A dataclass with the fields that `config_class` itself declares, their defaults, and their help from its docstring.
+
+    Args:
+        config_class: a configuration whose docstring has an `Args:` section of `name: text` entries.
+        exclude: fields that the recipe fills from the data, such as `num_items`.
+
+    Returns:
+        A dataclass; `config_class(**dataclasses.asdict(instance), ...)` builds the configuration.
+    """
+    help_texts = _argument_texts(config_class.__doc__ or "")
+    fields = []
+    for name, annotation in config_class.__annotations__.items():
+        if name in exclude or typing.get_origin(annotation) is typing.ClassVar:
+            continue
+        metadata = {"help": help_texts.get(name, "")}
+        field = dataclasses.field(default=config_class.__dataclass_fields__[name].default, metadata=metadata)
+        fields.append((name, _parsable(annotation), field))
+    return dataclasses.make_dataclass(config_class.__name__.replace("Config", "Arguments"), fields)
+
+
+def _parsable(annotation):
+    """`float | int`, which a strict configuration needs to take 0, is a float to a command line."""
+    if isinstance(annotation, types.UnionType):
+        kinds = set(typing.get_args(annotation))
+        if {float, int} <= kinds:
+            return float | None if types.NoneType in kinds else float
+    return annotation
+
+
+def _argument_texts(docstring: str) -> dict[str, str]:
+    arguments = docstring.partition("Args:")[2].partition("\n\n")[0]
+    entries = re.split(r"\n        (?=\w+:)", arguments)  # entries are indented by eight spaces, their text by more
+    pairs = (entry.partition(":")[::2] for entry in entries if ":" in entry)
+    return {name.strip(): " ".join(text.split()).replace("%", "%%") for name, text in pairs}
