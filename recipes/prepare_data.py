@@ -4,8 +4,8 @@
     python recipes/prepare_data.py --interactions plays.csv --user_column user --item_column song --time_column when \
         --items songs.csv --items_title_column name --output_dir outputs/songs/data
 
-The output folder holds train, validation, test and items as parquet, and sequences.json with the settings; run.json and run.log stand
-beside it in `<output_dir>_run`.
+The output folder holds train, validation, test and items as parquet, and sequences.json with the settings; run.json
+and run.log stand beside it in `<output_dir>_run`.
 """
 
 import logging
@@ -41,7 +41,7 @@ class SourceArguments:
     def __post_init__(self):
         if (self.movielens is None) == (self.interactions is None):
             raise ValueError(
-                f"movielens is {self.movielens!r} and interactions is {self.interactions!r}: expected exactly one of them"
+                f"movielens is {self.movielens!r} and interactions is {self.interactions!r}: expected exactly one"
             )
         if self.interactions is not None and (self.user_column is None or self.item_column is None):
             raise ValueError("an own table needs --user_column and --item_column, the names of its columns of ids")

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 
 def config_arguments(config_class: type[PreTrainedConfig], exclude: tuple[str, ...] = ()) -> type:
-    """A dataclass with the fields that `config_class` itself declares, their defaults, and their help from its docstring.
+    """A dataclass with the fields that `config_class` itself declares, with defaults, and help from its docstring.
 
     Args:
         config_class: a configuration whose docstring has an `Args:` section of `name: text` entries.
