@@ -1,0 +1,208 @@
+"""A table of (user, item, time) of the user's own, with or without titles, in the shape that build_sequences takes."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, List, Value
+
+from hf_ilora.data.tables import (
+    Source,
+    check_row_limit,
+    clean_ids,
+    clean_seconds,
+    clean_text,
+    describe,
+    is_delimited_text,
+    read_columns,
+    to_dataset,
+)
+from hf_ilora.data.titles import split_titles
+
+
+def load_interactions(
+    path_or_dataset: Source,
+    user_column: str,
+    item_column: str,
+    time_column: str | None,
+    *,
+    title_column: str | None = None,
+    items: Source | None = None,
+    items_item_column: str | None = None,
+    items_title_column: str | None = None,
+    normalize_titles: bool = True,
+    missing_titles: str = "raise",
+    limit_data_rows: int = -1,
+) -> tuple[Dataset, Dataset]:
+    """Load interactions from a table of your own.
+
+    Ids are whole numbers or text. In CSV and TSV a column of ids is of whole numbers when every value is one, without
+    leading zeros, and of text otherwise. Titles come from `title_column` of the same table, or from a table of items,
+    or else an item's title is its id.
+
+    Args:
+        path_or_dataset: path to CSV, TSV, parquet or JSON lines, a pandas frame, or a `datasets.Dataset`.
+        user_column, item_column: columns of ids.
+        time_column: numbers (taken as seconds since 1970), timestamps, dates or ISO 8601 text (UTC unless it names a
+            zone); None when the rows are in order of time already: then the timestamp is the row's position.
+        title_column: column of titles in the same table. Rows may leave it empty if another row of the item has it.
+        items: table with one row per item, of the same kinds as `path_or_dataset`.
+        items_item_column: column of ids in `items`; by default named as `item_column`.
+        items_title_column: column of titles in `items`.
+        normalize_titles: move a year at the end, "(1995)", to the column `year` and an English article to the front.
+        missing_titles: what to do about items without a title: "raise", or "item_id" to use the id as title.
+        limit_data_rows: load the first so many rows of interactions; -1 for all.
+
+    Returns:
+        interactions: user_id, item_id (int64 or string), timestamp (int64, or float64 if a time has a fraction),
+            (rows,) in input order.
+        items: item_id, title (string), year (int32 or null), genres (empty lists), (num_items,) in order of first
+            appearance, or of the table `items`, of which rows without interactions are kept.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        TypeError: a source that is no table.
+        ValueError: anything in the tables that is not as described; the message names the first bad row or id.
+    """
+    check_row_limit(limit_data_rows)
+    if missing_titles not in ("raise", "item_id"):
+        raise ValueError(f"missing_titles is {missing_titles!r}; expected 'raise' or 'item_id'")
+    if items is not None and (items_title_column is None or title_column is not None):
+        raise ValueError(
+            f"items is given with items_title_column={items_title_column!r} and title_column={title_column!r}; "
+            "expected items_title_column to name the column of titles in items, and title_column to be None"
+        )
+    if items is None and (items_item_column is not None or items_title_column is not None):
+        raise ValueError("items_item_column or items_title_column is given without items: pass the table of items too")
+
+    columns = [name for name in (user_column, item_column, time_column, title_column) if name is not None]
+    table = read_columns(path_or_dataset, columns, limit_data_rows)
+    source, untyped = describe(path_or_dataset), is_delimited_text(path_or_dataset)
+    item_ids = clean_ids(table[item_column], f"column {item_column!r} of {source}", untyped=untyped)
+    interactions = interactions_dataset(
+        user_id=clean_ids(table[user_column], f"column {user_column!r} of {source}", untyped=untyped),
+        item_id=item_ids,
+        timestamp=pa.chunked_array([np.arange(table.num_rows)])
+        if time_column is None
+        else clean_seconds(table[time_column], f"column {time_column!r} of {source}"),
+    )
+    ids, titles = pc.unique(item_ids), None
+    if items is not None:
+        known_ids, titles = _read_items(items, items_item_column or item_column, items_title_column, item_ids.type)
+        if missing_titles == "raise":
+            check_known_items(item_ids, known_ids, describe(items))
+        ids = pc.unique(pa.chunked_array([*known_ids.chunks, *item_ids.chunks]))  # in the table's order, it comes first
+        titles = _look_up(ids, known_ids, titles)
+    elif title_column is not None:
+        titles = clean_text(table[title_column], f"column {title_column!r} of {source}")
+        titles = _agreed_titles(ids, item_ids, titles)
+    if titles is None or missing_titles == "item_id":
+        return interactions, items_dataset(ids, titles, normalize_titles=normalize_titles)
+    untitled = ids.filter(pc.is_null(titles))
+    if len(untitled):
+        raise ValueError(
+            f"{len(untitled):,} items have no title, first {untitled[:5].to_pylist()}; expected one for each item: "
+            "fill them, drop the items, or pass missing_titles='item_id' to call them by their ids"
+        )
+    return interactions, items_dataset(ids, titles, normalize_titles=normalize_titles)
+
+
+def interactions_dataset(**columns: pa.ChunkedArray) -> Dataset:
+    """The Dataset of interactions from clean columns user_id, item_id, timestamp and, for MovieLens, rating."""
+    features = Features({name: Value(str(column.type)) for name, column in columns.items()})
+    return to_dataset(pa.table(columns), features)
+
+
+def items_dataset(
+    item_ids: pa.Array | pa.ChunkedArray,
+    titles: pa.Array | pa.ChunkedArray | None,
+    genres: pa.Array | pa.ChunkedArray | None = None,
+    *,
+    normalize_titles: bool = True,
+) -> Dataset:
+    """The Dataset of items.
+
+    Args:
+        item_ids: (num_items,), all different.
+        titles: string, (num_items,); an item whose title is null is called by its id; None: all are.
+        genres: lists of strings, (num_items,); None: all empty.
+        normalize_titles: apply `split_titles`; otherwise the titles stay and every year is null.
+    """
+    years = pa.nulls(len(item_ids), pa.int32())
+    if titles is None:
+        titles = pa.nulls(len(item_ids), pa.string())
+    if normalize_titles:
+        titles, years = split_titles(titles)
+    if genres is None:
+        genres = pa.ListArray.from_arrays(np.zeros(len(item_ids) + 1, np.int32), pa.array([], pa.string()))
+    columns = {
+        "item_id": item_ids,
+        "title": pc.coalesce(titles, item_ids.cast(pa.string())),
+        "year": years,
+        "genres": genres,
+    }
+    features = {
+        "item_id": Value(str(item_ids.type)),
+        "title": Value("string"),
+        "year": Value("int32"),
+        "genres": List(Value("string")),
+    }
+    return to_dataset(pa.table(columns), Features(features))
+
+
+def check_different_items(item_ids: pa.Array | pa.ChunkedArray, where: str) -> None:
+    """Raise ValueError if a table of items lists an item twice."""
+    counts = pc.value_counts(item_ids)
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        raise ValueError(
+            f"{where} lists {len(repeated):,} items more than once, first {repeated[:5].to_pylist()}; "
+            "expected one row per item: drop the duplicates"
+        )
+
+
+def check_known_items(item_ids: pa.ChunkedArray, known_ids: pa.ChunkedArray, where: str) -> None:
+    """Raise ValueError if interactions name items that the table of items, called `where`, does not list."""
+    seen = pc.unique(item_ids)
+    unknown = seen.filter(pc.invert(pc.is_in(seen, value_set=known_ids)))
+    if len(unknown):
+        raise ValueError(
+            f"{len(unknown):,} items of the interactions are not in {where}, first {unknown[:5].to_pylist()}; expected "
+            "a row for each: add them, drop their interactions, or pass missing_titles='item_id' (load_interactions)"
+        )
+
+
+def _read_items(
+    items: Source, item_column: str, title_column: str, id_type: pa.DataType
+) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Ids, all different, and titles (null where blank) of a table of items."""
+    table = read_columns(items, [item_column, title_column])
+    source = describe(items)
+    where = f"column {item_column!r} of {source}"
+    item_ids = clean_ids(table[item_column], where, untyped=is_delimited_text(items))
+    if item_ids.type != id_type:
+        raise ValueError(
+            f"{where} has ids of type {item_ids.type}, the interactions name items of type {id_type}; expected the "
+            "same: cast one of them (in text files ids become numbers only if all are whole, without leading zeros)"
+        )
+    check_different_items(item_ids, where)
+    return item_ids, clean_text(table[title_column], f"column {title_column!r} of {source}")
+
+
+def _agreed_titles(ids: pa.Array, item_ids: pa.ChunkedArray, titles: pa.ChunkedArray) -> pa.Array:
+    """The one title that the rows of each item agree on; null where no row has one."""
+    rows = pa.table({"item_id": item_ids, "title": titles}).filter(pc.is_valid(titles))
+    pairs = rows.group_by(["item_id", "title"], use_threads=False).aggregate([])  # distinct, in order of appearance
+    counts = pc.value_counts(pairs["item_id"])
+    torn = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if len(torn):
+        several = pairs["title"].filter(pc.equal(pairs["item_id"], torn[0])).to_pylist()
+        raise ValueError(
+            f"{len(torn):,} items have more than one title: item {torn[0].as_py()!r} has {several[:5]}; expected one "
+            "title per item: correct the rows, or pass the titles as a table of items"
+        )
+    return _look_up(ids, pairs["item_id"], pairs["title"])
+
+
+def _look_up(ids: pa.Array, known_ids: pa.ChunkedArray, titles: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The title of each id; null where `known_ids` does not have it."""
+    return titles.take(pc.index_in(ids, value_set=known_ids))

