@@ -195,9 +195,8 @@ def large_zip(tmp_path_factory):
 
 def test_a_file_larger_than_a_block_is_read_whole_and_in_order(large_zip):
     interactions, _ = load_movielens("ml-20m", source=large_zip)
-    rows = interactions.with_format("numpy")[:]
-    assert np.array_equal(rows["timestamp"], np.arange(1_200_000))
-    assert np.array_equal(rows["user_id"], np.arange(1_200_000) % 70000)
+    assert np.array_equal(interactions.data["timestamp"].to_numpy(), np.arange(1_200_000))
+    assert np.array_equal(interactions.data["user_id"].to_numpy(), np.arange(1_200_000) % 70000)
     assert load_movielens("ml-20m", 1_150_000, source=large_zip)[0].num_rows == 1_150_000
 
 
