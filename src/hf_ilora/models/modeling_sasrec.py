@@ -167,12 +167,7 @@ class SASRecModel(SASRecPreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         layer_class = SASRecPreNormLayer if config.block_type == "pre_norm" else SASRecReferenceLayer
         self.layers = nn.ModuleList([layer_class(config) for _ in range(config.num_hidden_layers)])
-        # The reference block already ends in a layer normalisation.
-        self.final_norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            if config.block_type == "pre_norm"
-            else nn.Identity()
-        )
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     def forward(self, input_ids, attention_mask=None) -> BaseModelOutput:
