@@ -1,13 +1,17 @@
-"""Packaging of hf_ilora: ranges live here, exact versions in requirements.lock."""
+"""Packaging of hf_ilora: ranges live here, the exact versions of one tested environment in requirements.lock."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+DEEPSPEED = ["deepspeed>=0.19", "ninja>=1.11"]  # ninja: DeepSpeed compiles its operations when they are first used
+PLOT = ["matplotlib>=3.9"]
+TENSORBOARD = ["tensorboard>=2.17"]
+
 setup(
     name="hf_ilora",
     version="0.1.0",
-    description="Large-language-model recommenders that are cheap to serve: SASRec, iLoRA and DLLM2Rec as Hugging Face objects",
+    description="LLM recommenders that are cheap to serve: SASRec, iLoRA and DLLM2Rec as Hugging Face objects",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -27,11 +31,14 @@ setup(
         "pandas>=2.2",
         "pyarrow>=18",
         "pyyaml>=6.0",
+        "httpx2>=2.0",
+        "filelock>=3.16",
+        "tqdm>=4.66",
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.19", "ninja>=1.11"],
-        "plot": ["matplotlib>=3.9"],
-        "tensorboard": ["tensorboard>=2.17"],
-        "dev": ["deepspeed>=0.19", "ninja>=1.11", "matplotlib>=3.9", "tensorboard>=2.17", "pytest>=8.0", "ruff>=0.12"],
+        "deepspeed": DEEPSPEED,
+        "plot": PLOT,
+        "tensorboard": TENSORBOARD,
+        "dev": [*DEEPSPEED, *PLOT, *TENSORBOARD, "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.12"],
     },
 )

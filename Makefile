@@ -1,0 +1,52 @@
+# Every target does its own set-up: on a new machine `make quickstart` or `make test` is the only command needed.
+# Needs Python 3.10 or newer with venv and pip; requirements.lock is tested on 3.11 (`make PYTHON=python3.11 setup`).
+PYTHON ?= python3
+.DEFAULT_GOAL := help
+.PHONY: help setup environment test test-slow lint format quickstart clean
+
+# The programs of .venv come first: python, accelerate, pytest, ruff, and the ninja that DeepSpeed compiles with.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+QUICKSTART := outputs/quickstart
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: ## make .venv from requirements.lock, unless it is there and complete
+	@cmp -s requirements.lock .venv/installed.lock || $(MAKE) --no-print-directory environment
+
+# The lock is copied into .venv last: an environment without the copy is half made, one with another copy is outdated.
+environment:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) cannot be used: expected Python 3.10 or newer, name one with make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	python -m pip install --disable-pip-version-check -r requirements.lock
+	python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	cp requirements.lock .venv/installed.lock
+
+test: setup ## quick tests: CPU, no network, minutes
+	python -m pytest -m "not slow"
+
+test-slow: setup ## tests that launch processes, train, or read whole data sets
+	python -m pytest -m slow --durations=15
+
+lint: setup ## style and mistakes, nothing is changed
+	python -m ruff check .
+	python -m ruff format --check .
+
+format: setup ## put the code in the project's style
+	python -m ruff check --fix .
+	python -m ruff format .
+
+quickstart: setup ## MovieLens-100K from data to ten recommendations for one user
+	rm -rf $(QUICKSTART)
+	python recipes/prepare_data.py recipes/configs/ml-100k/data.yaml --output_dir $(QUICKSTART)/data
+	python recipes/fit_counts.py --data_dir $(QUICKSTART)/data --output_dir $(QUICKSTART)/counts
+	accelerate launch --config_file accelerate_configs/cpu.yaml recipes/train_sasrec.py \
+		recipes/configs/ml-100k/quickstart.yaml --data_dir $(QUICKSTART)/data --output_dir $(QUICKSTART)/sasrec
+	python recipes/evaluate.py --data_dir $(QUICKSTART)/data --output_dir $(QUICKSTART)/evaluation \
+		--models $(QUICKSTART)/counts/popularity $(QUICKSTART)/counts/transition_counts $(QUICKSTART)/sasrec
+	python recipes/recommend.py --data_dir $(QUICKSTART)/data --model $(QUICKSTART)/sasrec --user 1
+
+clean: ## remove caches and build leftovers; .venv and outputs stay
+	rm -rf build dist .pytest_cache .ruff_cache src/*.egg-info
+	find src tests recipes -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,52 @@
+"""What all tests share. No test reaches a hub: without a network the libraries would wait for one."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+    os.environ.setdefault(variable, "1")  # read when the libraries are imported, which no test has done yet
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """Runs `accelerate launch --config_file accelerate_configs/<config> <program and arguments>` to its end.
+
+    Returns the finished process with what it printed, standard error included; a failed launch fails the test.
+    """
+
+    def run(config: str, *program: str | Path, timeout_seconds: float = 600) -> subprocess.CompletedProcess:
+        # pytest may run without the environment's programs on PATH: accelerate here, ninja when DeepSpeed compiles
+        programs = Path(sys.executable).parent
+        command = [
+            programs / "accelerate",
+            "launch",
+            "--config_file",
+            PROJECT / "accelerate_configs" / config,
+            *program,
+        ]
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=PROJECT,
+            env=os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=timeout_seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher and the processes it started
+            output, _ = process.communicate()
+            pytest.fail(f"{config}: no end after {timeout_seconds} s\n{output}")
+        assert process.returncode == 0, output
+        return subprocess.CompletedProcess(command, process.returncode, output)
+
+    return run
