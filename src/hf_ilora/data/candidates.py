@@ -49,7 +49,9 @@ def _sample_block(
     starts, ends = histories.boundaries[users], histories.boundaries[users + 1]
     # Distinct (row, item) pairs in one sorted array of row * num_items + item, items counted from 0.
     pairs = np.repeat(np.arange(len(users)) * num_items, ends - starts)
-    pairs = np.unique(pairs + histories.items[slice_indices(starts, ends)] - 1)  # (seen,)
+    pairs += histories.items[slice_indices(starts, ends)] - 1  # (interactions,)
+    pairs.sort()
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # (seen,)
     row_of_pair = pairs // num_items
     num_seen = np.bincount(row_of_pair, minlength=len(users))  # (rows,)
     first_pair = np.cumsum(num_seen) - num_seen  # (rows,)

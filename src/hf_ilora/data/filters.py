@@ -66,8 +66,9 @@ def read_interactions(interactions: Dataset, min_rating: float | None) -> CodedI
                 )
         if min_rating is not None:
             batch = batch.filter(_at_least(batch["rating"], min_rating))
-        users.extend(batch["user_id"].dictionary_encode().chunks)
-        items.extend(batch["item_id"].dictionary_encode().chunks)
+        # One chunk per batch: every chunk brings its own dictionary, which _rank_codes has to merge.
+        users.append(batch["user_id"].combine_chunks().dictionary_encode())
+        items.append(batch["item_id"].combine_chunks().dictionary_encode())
         times.append(_checked_times(batch["timestamp"].to_numpy()))
     times = np.concatenate(times)
     if len(times) == 0:
@@ -144,7 +145,7 @@ def build_histories(
     """Sort by user and time (ties in input order), filter, and number the remaining items from 1.
 
     Args:
-        coded: what `read_interactions` returns; its large arrays are released on the way.
+        coded: what `read_interactions` returns.
         min_user_interactions, min_item_interactions: see `k_core`.
         drop_repeats: keep only the first interaction of a user with an item, before anything is counted.
 

@@ -1,0 +1,555 @@
+"""build_sequences against a naive implementation, hand-made histories, and the files of a published split."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
+
+from hf_ilora import SequenceDatasets, build_sequences, load_movielens
+
+PROJECT = Path(__file__).resolve().parents[2]
+REFERENCE = PROJECT.parent / "shared" / "reference" / "llara_movielens"
+
+
+def interactions_table(rows: list[tuple]) -> Dataset:
+    """A table of (user, item, time) or (user, item, time, rating)."""
+    names = ("user_id", "item_id", "timestamp", "rating")[: len(rows[0])]
+    return Dataset.from_dict({name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)})
+
+
+def items_table(raw_ids) -> Dataset:
+    raw_ids = list(raw_ids)
+    columns = {
+        "item_id": raw_ids,
+        "title": [f"Title of {raw_id}" for raw_id in raw_ids],
+        "year": [None if place % 3 == 0 else 1990 + place for place in range(len(raw_ids))],
+        "genres": [["Drama", "War"][: place % 3] for place in range(len(raw_ids))],
+    }
+    raw_type = "string" if isinstance(raw_ids[0], str) else "int64"
+    types = {"item_id": Value(raw_type), "title": Value("string"), "year": Value("int32")}
+    return Dataset.from_dict(columns, features=Features({**types, "genres": List(Value("string"))}))
+
+
+def random_rows(
+    seed: int, users: int = 14, items: int = 12, longest: int = 16, string_ids: bool = False
+) -> list[tuple]:
+    """Interleaved histories with ties in time, repeated interactions and ratings 1 to 5."""
+    generator = random.Random(seed)
+    rows = []
+    for user in generator.sample(range(1000), users):
+        for _ in range(generator.randint(1, longest)):
+            rows.append((user, generator.randint(1, items) * 3, generator.randint(0, 8), generator.randint(1, 5)))
+    generator.shuffle(rows)
+    return [(f"u{user}", f"i{item}", *rest) for user, item, *rest in rows] if string_ids else rows
+
+
+def naive_histories(rows: list[tuple], min_user: int, min_item: int, drop_repeats: bool) -> dict:
+    histories = {}
+    for user, item, time, *_ in rows:
+        histories.setdefault(user, []).append((time, item))
+    for user in histories:
+        histories[user].sort(key=lambda pair: pair[0])  # list.sort is stable
+        if drop_repeats:
+            seen, kept = set(), []
+            for time, item in histories[user]:
+                if item not in seen:
+                    kept.append((time, item))
+                seen.add(item)
+            histories[user] = kept
+    while True:
+        counts = {}
+        for history in histories.values():
+            for _, item in history:
+                counts[item] = counts.get(item, 0) + 1
+        filtered = {}
+        for user, history in histories.items():
+            history = [pair for pair in history if counts[pair[1]] >= min_item]
+            if len(history) >= min_user:
+                filtered[user] = history
+        if filtered == histories:
+            return dict(sorted(histories.items()))
+        histories = filtered
+
+
+def naive_splits(
+    rows, protocol, min_user=3, min_item=1, drop_repeats=False, max_history=None, min_history=None, order="first"
+):
+    """{split: [(user, history, target)]} in raw ids."""
+    histories = naive_histories(rows, min_user, min_item, drop_repeats)
+    splits = {"train": [], "validation": [], "test": []}
+    if protocol == "leave_one_out":
+        for user, history in histories.items():
+            sequence = [item for _, item in history]
+            for name, end in (("train", len(sequence) - 3), ("validation", len(sequence) - 2), ("test", -1)):
+                if len(sequence[:end]) > 0 and end != 0:
+                    splits[name].append((user, sequence[:end], sequence[end]))
+        longest, shortest = max_history or 10**9, min_history or 1
+    else:
+        place = 0 if order == "first" else -1
+        in_time = sorted(histories, key=lambda user: (histories[user][place][0], user))
+        first, second = len(in_time) * 8 // 10, len(in_time) * 9 // 10
+        for user, history in histories.items():
+            sequence = [item for _, item in history]
+            name = "train" if user in in_time[:first] else "validation" if user in in_time[first:second] else "test"
+            ends = range(1, len(sequence)) if name == "train" else [len(sequence) - 1]
+            splits[name].extend((user, sequence[:end], sequence[end]) for end in ends)
+        longest, shortest = max_history or 10, min_history or 3
+    return {
+        name: [(user, history[-longest:], target) for user, history, target in split if len(history) >= shortest]
+        for name, split in splits.items()
+    }
+
+
+def in_raw_ids(sequences: SequenceDatasets) -> dict:
+    raw_ids = [None, *sequences.catalogue["raw_id"]]
+    return {
+        name: [(row["user_id"], [raw_ids[item] for item in row["history"]], raw_ids[row["target"]]) for row in split]
+        for name, split in sequences.items()
+    }
+
+
+def contents(sequences: SequenceDatasets) -> dict:
+    return {name: split.to_dict() for name, split in [*sequences.items(), ("catalogue", sequences.catalogue)]}
+
+
+@pytest.fixture
+def small():
+    """Two users with five and four interactions, one with three, in the order of an input file."""
+    rows = [(7, 30, 5), (2, 10, 1), (7, 10, 1), (2, 40, 2), (7, 20, 3), (2, 20, 3), (7, 40, 9), (2, 50, 4), (7, 50, 7)]
+    return interactions_table([*rows, (1, 20, 8), (1, 10, 6), (1, 30, 7)]), items_table([60, 50, 40, 30, 20, 10])
+
+
+@pytest.fixture
+def wide(small):
+    """The same and a user with three items of his own, so that every user left two items unseen."""
+    more = interactions_table([(9, 60, 1), (9, 70, 2), (9, 80, 3), (9, 10, 4)])
+    return concatenate_datasets([small[0], more]), items_table(range(90, 0, -10))
+
+
+class TestLeaveOneOut:
+    def test_the_last_three_items_are_the_targets_of_test_validation_and_train(self, small):
+        sequences = build_sequences(*small, num_candidates=0)
+        assert isinstance(sequences, DatasetDict)
+        assert list(sequences) == ["train", "validation", "test"]
+        # Histories: user 1: 10 30 20, user 2: 10 40 20 50, user 7: 10 20 30 50 40; ids 1..5 are 10, 20, 30, 40, 50.
+        assert sequences["test"].to_dict() == {
+            "user_id": [1, 2, 7],
+            "history": [[1, 3], [1, 4, 2], [1, 2, 3, 5]],
+            "target": [2, 5, 4],
+        }
+        assert sequences["validation"].to_dict() == {
+            "user_id": [1, 2, 7],
+            "history": [[1], [1, 4], [1, 2, 3]],
+            "target": [3, 2, 5],
+        }
+        assert sequences["train"].to_dict() == {"user_id": [2, 7], "history": [[1], [1, 2]], "target": [4, 3]}
+
+    def test_the_catalogue_numbers_the_items_that_occur_by_raw_id(self, small):
+        sequences = build_sequences(*small, num_candidates=0)
+        assert sequences.num_items == 5
+        assert sequences.catalogue.to_dict() == {
+            "item_id": [1, 2, 3, 4, 5],
+            "raw_id": [10, 20, 30, 40, 50],
+            "title": [f"Title of {raw_id}" for raw_id in (10, 20, 30, 40, 50)],
+            "year": [1995, 1994, None, 1992, 1991],
+            "genres": [["Drama", "War"], ["Drama"], [], ["Drama", "War"], ["Drama"]],
+        }
+
+    def test_every_split_has_explicit_features(self, wide):
+        sequences = build_sequences(*wide, num_candidates=2)
+        columns = {"user_id": Value("int64"), "history": List(Value("int32")), "target": Value("int32")}
+        assert sequences["train"].features == Features(columns)
+        columns["candidates"] = List(Value("int32"))
+        assert sequences["validation"].features == sequences["test"].features == Features(columns)
+
+    def test_string_ids_are_numbered_by_code_point(self):
+        rows = [("ü", item, time) for time, item in enumerate(["b", "Z", "10", "9", "é"])]
+        sequences = build_sequences(interactions_table(rows), items_table(["é", "b", "10", "9", "Z"]), num_candidates=0)
+        assert sequences.catalogue["raw_id"][:] == ["10", "9", "Z", "b", "é"]
+        assert sequences.catalogue["title"][:][-1] == "Title of é"
+        assert sequences["test"].to_dict() == {"user_id": ["ü"], "history": [[4, 3, 1, 2]], "target": [5]}
+
+    def test_max_history_keeps_the_newest_items(self, small):
+        sequences = build_sequences(*small, num_candidates=0, max_history=2)
+        assert sequences["test"]["history"][:] == [[1, 3], [4, 2], [3, 5]]
+
+    def test_min_history_drops_rows_with_shorter_histories(self, small):
+        sequences = build_sequences(*small, num_candidates=0, min_history=2)
+        assert sequences["train"]["user_id"][:] == [7]
+        assert sequences["validation"]["user_id"][:] == [2, 7]
+
+
+class TestOrder:
+    def test_ties_in_time_stay_in_input_order(self):
+        rows = [(1, 50, 4), (1, 30, 4), (1, 40, 4), (1, 10, 4), (1, 20, 3)]
+        sequences = build_sequences(interactions_table(rows), items_table([10, 20, 30, 40, 50]), num_candidates=0)
+        assert in_raw_ids(sequences)["test"] == [(1, [20, 50, 30, 40], 10)]
+        # The control: another input order gives other targets.
+        sequences = build_sequences(interactions_table(rows[::-1]), items_table([10, 20, 30, 40, 50]), num_candidates=0)
+        assert in_raw_ids(sequences)["test"] == [(1, [20, 10, 40, 30], 50)]
+
+    def test_without_ties_the_input_order_changes_nothing(self):
+        generator = random.Random(3)
+        rows = [(user, item, item * 17 % 101 + user) for user in range(8) for item in generator.sample(range(50), 9)]
+        in_order = build_sequences(interactions_table(rows), items_table(range(50)), num_candidates=5)
+        shuffled = build_sequences(
+            interactions_table(random.Random(1).sample(rows, 72)), items_table(range(50)[::-1]), num_candidates=5
+        )
+        for split in in_order:
+            assert shuffled[split].to_dict() == in_order[split].to_dict()
+
+    def test_fractions_of_seconds_count(self):
+        rows = [(1, 10, 2.75), (1, 20, 2.25), (1, 30, 2.5), (1, 40, 0.0)]
+        sequences = build_sequences(interactions_table(rows), items_table([10, 20, 30, 40]), num_candidates=0)
+        assert in_raw_ids(sequences)["test"] == [(1, [40, 20, 30], 10)]
+
+    def test_selected_rows_and_chunks_read_like_a_plain_table(self):
+        """A Dataset may carry an indices mapping, a format, and many chunks."""
+        rows = random_rows(5)
+        plain = build_sequences(interactions_table(rows), items_table(range(3, 40, 3)), num_candidates=2)
+        doubled = interactions_table([*rows, *rows]).add_column("extra", list(range(2 * len(rows))))
+        selected = doubled.select([*range(0, len(rows), 2), *range(1, len(rows), 2)])
+        selected = selected.select(np.argsort(selected["extra"][:])).with_format("torch")
+        chunked = concatenate_datasets(
+            [interactions_table(rows[place : place + 7]) for place in range(0, len(rows), 7)]
+        )
+        for table in (selected, chunked):
+            assert contents(build_sequences(table, items_table(range(3, 40, 3)), num_candidates=2)) == contents(plain)
+
+
+class TestAgainstNaive:
+    @pytest.mark.parametrize("seed", range(12))
+    @pytest.mark.parametrize("protocol", ["leave_one_out", "temporal_users"])
+    def test_random_tables_are_split_as_by_hand(self, protocol, seed):
+        rows = random_rows(seed, users=40 + seed, string_ids=seed % 2 == 1)
+        keywords = {"min_user_interactions": 3 + seed % 3, "min_item_interactions": 1 + seed % 4}
+        if protocol == "temporal_users":
+            keywords["order_users_by"] = "first" if seed % 4 < 2 else "last"
+        if seed % 3 == 2:
+            keywords |= {"max_history": 4, "min_history": 2}
+        keywords["drop_repeats"] = seed % 5 == 4
+        items = items_table(sorted({item for _, item, *_ in rows}))
+        sequences = build_sequences(interactions_table(rows), items, protocol, num_candidates=0, **keywords)
+        expected = naive_splits(
+            rows,
+            protocol,
+            min_user=keywords["min_user_interactions"],
+            min_item=keywords["min_item_interactions"],
+            drop_repeats=keywords["drop_repeats"],
+            max_history=keywords.get("max_history"),
+            min_history=keywords.get("min_history"),
+            order=keywords.get("order_users_by", "first"),
+        )
+        assert in_raw_ids(sequences) == expected
+        assert min(len(split) for split in expected.values()) > 0  # the comparison is not an empty one
+
+    def test_min_rating_equals_dropping_the_rows_first(self):
+        rows = random_rows(21, users=30)
+        items = items_table(range(3, 40, 3))
+        filtered = [row for row in rows if row[3] >= 3]
+        found = build_sequences(interactions_table(rows), items, "temporal_users", min_rating=3, num_candidates=2)
+        expected = build_sequences(interactions_table(filtered), items, "temporal_users", num_candidates=2)
+        assert contents(found) == contents(expected)
+        unfiltered = build_sequences(interactions_table(rows), items, "temporal_users", num_candidates=2)
+        assert contents(found) != contents(unfiltered)
+
+
+class TestTemporalUsers:
+    def test_training_takes_every_prefix_and_evaluation_the_last_item(self):
+        # User u begins at time 10 - u, so that users 10..3 train, 2 validates and 1 tests.
+        rows = [(user, 1 + (user + place) % 12, 10 - user + 20 * place) for user in range(1, 11) for place in range(5)]
+        sequences = build_sequences(
+            interactions_table(rows), items_table(range(1, 13)), "temporal_users", num_candidates=2
+        )
+        assert sequences["train"]["user_id"][:4] == [3, 3, 4, 4]
+        assert sequences["train"]["history"][:2] == [[4, 5, 6], [4, 5, 6, 7]]
+        assert sequences["train"]["target"][:2] == [7, 8]
+        assert sequences["validation"]["user_id"][:] == [2]
+        assert sequences["validation"]["history"][:] == [[3, 4, 5, 6]]
+        assert sequences["validation"]["target"][:] == [7]
+        assert sequences["test"]["user_id"][:] == [1]
+
+    def test_windows_hold_ten_items(self):
+        rows = [(user, place + 1, user + place) for user in range(10) for place in range(15)]
+        sequences = build_sequences(
+            interactions_table(rows), items_table(range(1, 16)), "temporal_users", num_candidates=0
+        )
+        assert sequences["test"]["history"][:] == [list(range(5, 15))]
+        assert [len(history) for history in sequences["train"]["history"][:12]] == [
+            3,
+            4,
+            5,
+            6,
+            7,
+            8,
+            9,
+            10,
+            10,
+            10,
+            10,
+            10,
+        ]
+
+    def test_boundaries_are_rounded_down_and_ties_go_by_raw_user_id(self):
+        rows = [(user, place + 1, place) for user in range(23, 0, -1) for place in range(5)]
+        sequences = build_sequences(
+            interactions_table(rows), items_table(range(1, 6)), "temporal_users", num_candidates=0
+        )
+        assert sorted(set(sequences["train"]["user_id"][:])) == list(range(1, 19))
+        assert sequences["validation"]["user_id"][:] == [19, 20]
+        assert sequences["test"]["user_id"][:] == [21, 22, 23]
+
+    def test_the_last_interaction_may_order_the_users_instead(self):
+        rows = [(user, place + 1, place * (20 - user) + user) for user in range(1, 11) for place in range(5)]
+        by_first, by_last = (
+            build_sequences(
+                interactions_table(rows),
+                items_table(range(1, 6)),
+                "temporal_users",
+                num_candidates=0,
+                order_users_by=order,
+            )
+            for order in ("first", "last")
+        )
+        assert (by_first["test"]["user_id"][:], by_last["test"]["user_id"][:]) == ([10], [1])
+
+    @pytest.mark.slow
+    def test_movielens_gives_the_published_rows(self):
+        """All 189 rows have the published users, times and windows; 27 repeat the published order within ties as well.
+
+        The published files sorted the ratings of each user with numpy's unstable quicksort, which still runs without
+        vector instructions for long doubles: with that order as input order, all rows are equal.
+        """
+        if not REFERENCE.is_dir():
+            pytest.skip("needs ../shared/reference beside the project")
+        interactions, items = load_movielens("ml-100k")
+        users, raw_items, times, ratings = (
+            np.asarray(interactions[name][:]) for name in ("user_id", "item_id", "timestamp", "rating")
+        )
+        time_of = dict(zip(zip(users.tolist(), raw_items.tolist(), strict=True), times.tolist(), strict=True))
+        published = {}
+        for name in ("validation", "test"):
+            rows = pq.ParquetFile(REFERENCE / f"{name}.parquet").read().to_pylist()
+            published[name] = [[raw + 1 for raw in (*row["history"], row["target"])] for row in rows]
+
+        def agreement(table):
+            sequences = build_sequences(table, items, "temporal_users", min_rating=3)
+            assert {name: len(sequences[name]) for name in published} == {"validation": 94, "test": 95}
+            exact, same_but_for_ties = 0, 0
+            for name, rows in published.items():
+                for user, history, target in in_raw_ids(sequences)[name]:
+                    window = [*history, target]
+                    window_times = [time_of[user, item] for item in window]
+                    exact += window in rows
+                    same_but_for_ties += any(
+                        [time_of.get((user, item)) for item in row] == window_times for row in rows
+                    )
+            return exact, same_but_for_ties
+
+        assert agreement(interactions) == (27, 189)
+        in_published_order = []
+        for user in np.unique(users):
+            rated = np.flatnonzero((users == user) & (ratings >= 3))
+            in_published_order.extend(rated[np.argsort(times[rated].astype(np.longdouble), kind="quicksort")])
+        assert agreement(interactions.select(in_published_order)) == (189, 189)
+
+
+class TestFilters:
+    def test_users_with_too_few_items_are_dropped_and_counted_in_the_log(self, small, caplog):
+        interactions, items = small
+        more = concatenate_datasets([interactions, interactions_table([(99, 10, 1), (99, 60, 2)])])
+        with caplog.at_level("INFO", logger="hf_ilora"):
+            sequences = build_sequences(more, items, num_candidates=0)
+        assert "dropped 1 of 4 users, 1 of 6 items, 2 of 14 interactions" in caplog.text
+        assert 99 not in sequences["test"]["user_id"][:]
+        assert 60 not in sequences.catalogue["raw_id"][:]
+
+    def test_repeats_stay_unless_dropped(self):
+        rows = [(1, 10, 1), (1, 20, 2), (1, 10, 3), (1, 30, 4), (1, 20, 5), (1, 40, 6), (1, 40, 6)]
+        tables = interactions_table(rows), items_table([10, 20, 30, 40])
+        assert in_raw_ids(build_sequences(*tables, num_candidates=0))["test"] == [(1, [10, 20, 10, 30, 20, 40], 40)]
+        dropped = build_sequences(*tables, num_candidates=0, drop_repeats=True)
+        assert in_raw_ids(dropped)["test"] == [(1, [10, 20, 30], 40)]
+
+    def test_nothing_left_is_an_error_with_counts_and_remedy(self, small):
+        message = (
+            r"no interaction is left of 12 \(3 users, 5 items\) with min_user_interactions=5 and "
+            r"min_item_interactions=3: the longest history has 5 interactions and the most frequent item 3; lower"
+        )
+        with pytest.raises(ValueError, match=message):
+            build_sequences(*small, min_user_interactions=5, min_item_interactions=3)
+
+    def test_no_rating_high_enough_is_an_error(self):
+        with pytest.raises(
+            ValueError, match=r"none of the 1 interactions has a rating of at least min_rating=6: lower"
+        ):
+            build_sequences(interactions_table([(1, 10, 1, 5)]), items_table([10]), min_rating=6)
+
+    def test_an_empty_split_is_an_error(self, small):
+        interactions = interactions_table([(1, 10, 1), (1, 20, 2), (1, 30, 3)])
+        with pytest.raises(ValueError, match=r"the train split is empty: .* users with at least 4 interactions"):
+            build_sequences(interactions, small[1], num_candidates=0)
+        with pytest.raises(ValueError, match="temporal_users divides 3 users: expected at least 10"):
+            build_sequences(*small, "temporal_users")
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("keywords", "error", "message"),
+        [
+            ({"protocol": "random"}, ValueError, "expected one of leave_one_out, temporal_users"),
+            ({"protocol": None}, ValueError, "protocol is None"),
+            ({"min_user_interactions": 2}, ValueError, "leave_one_out needs 3 or more, because"),
+            ({"min_user_interactions": 0, "protocol": "temporal_users"}, ValueError, "expected 1 or more"),
+            ({"min_item_interactions": 1.5}, TypeError, "min_item_interactions is 1.5: expected an integer"),
+            ({"max_history": 0}, ValueError, "max_history is 0: expected 1 or more"),
+            ({"max_history": True}, TypeError, "max_history is True: expected an integer"),
+            ({"max_history": 2, "min_history": 3}, ValueError, "max_history=2 is below min_history=3"),
+            ({"min_history": "3"}, TypeError, "min_history is '3'"),
+            ({"num_candidates": -1}, ValueError, "num_candidates is -1: expected 0 or more"),
+            ({"num_candidates": 1}, ValueError, "the target alone: expected 2 or more, or 0"),
+            ({"candidate_seed": None}, TypeError, "candidate_seed is None: expected an integer"),
+            ({"drop_repeats": 1}, TypeError, "drop_repeats is 1: expected True or False"),
+            ({"min_rating": "3"}, TypeError, "min_rating is '3': expected a number or None"),
+            ({"min_rating": 3}, ValueError, "interactions has no column rating"),
+            ({"order_users_by": "last"}, ValueError, "order_users_by applies to temporal_users only"),
+            (
+                {"order_users_by": "age", "protocol": "temporal_users"},
+                ValueError,
+                "order_users_by is 'age': expected one of first, last",
+            ),
+        ],
+    )
+    def test_wrong_arguments_are_errors(self, small, keywords, error, message):
+        with pytest.raises(error, match=message):
+            build_sequences(*small, **keywords)
+
+    def test_tables_must_be_datasets(self, small):
+        interactions, items = small
+        with pytest.raises(TypeError, match=r"interactions is a DatasetDict: expected a datasets\.Dataset"):
+            build_sequences(DatasetDict({"train": interactions}), items)
+        with pytest.raises(TypeError, match="items is a list"):
+            build_sequences(interactions, items.to_list())
+
+
+class TestFingerprint:
+    def test_it_is_the_same_on_every_machine(self):
+        """The value is pinned: another one would make every earlier folder unreadable."""
+        rows = [(user, f"i{(user * place) % 11}", place) for user in range(1, 6) for place in range(6)]
+        items = items_table([f"i{item}" for item in range(11)])
+        sequences = build_sequences(interactions_table(rows), items, num_candidates=3)
+        assert sequences.fingerprint == "a8a720ccff7f02dccc635293e8545a40efcfd933a552e6599fbe27997314ae39"
+
+    def test_chunks_and_indices_do_not_count(self, wide):
+        sequences = build_sequences(*wide, num_candidates=2)
+        fingerprint = sequences.fingerprint
+        test = sequences["test"]
+        sequences["test"] = concatenate_datasets([test.select([0]), test.select([1, 2, 3])])
+        assert sequences.fingerprint == fingerprint
+        sequences["test"] = test.select([2, 1, 0, 3])
+        assert sequences.fingerprint != fingerprint
+        sequences["test"] = sequences["test"].select([2, 1, 0, 3])
+        assert sequences.fingerprint == fingerprint
+
+    @pytest.mark.parametrize(
+        "keywords", [{"candidate_seed": 1}, {"num_candidates": 3}, {"max_history": 3}, {"drop_repeats": True}]
+    )
+    def test_other_settings_have_another(self, wide, keywords):
+        base = {"num_candidates": 2}
+        assert build_sequences(*wide, **base).fingerprint != build_sequences(*wide, **(base | keywords)).fingerprint
+
+    def test_a_changed_row_or_title_has_another(self, small):
+        interactions, items = small
+        fingerprint = build_sequences(interactions, items, num_candidates=0).fingerprint
+        times = interactions["timestamp"][:]
+        times[0] = 2  # moves item 30 of user 7 before item 20
+        changed = interactions.remove_columns("timestamp").add_column("timestamp", times)
+        assert build_sequences(changed, items, num_candidates=0).fingerprint != fingerprint
+        titles = items["title"][:]
+        titles[1] += "!"
+        renamed = items.remove_columns("title").add_column("title", titles)
+        assert build_sequences(interactions, renamed, num_candidates=0).fingerprint != fingerprint
+
+    def test_moving_an_item_between_two_histories_changes_it(self, small):
+        """Lengths count too: the same values, cut elsewhere, are other data."""
+        sequences = build_sequences(*small, num_candidates=0)
+        fingerprint = sequences.fingerprint
+        moved = sequences["test"].to_dict()
+        moved["history"][1].insert(0, moved["history"][0].pop())
+        sequences["test"] = Dataset.from_dict(moved, features=sequences["test"].features)
+        assert sequences.fingerprint != fingerprint
+
+
+class TestSaveAndLoad:
+    @pytest.fixture
+    def sequences(self):
+        rows = random_rows(8, users=30, string_ids=True)
+        items = items_table(sorted({item for _, item, *_ in rows}))
+        return build_sequences(interactions_table(rows), items, num_candidates=3, candidate_seed=4, drop_repeats=True)
+
+    def test_a_round_trip_changes_nothing(self, sequences, tmp_path):
+        sequences.save(tmp_path / "new" / "data")
+        loaded = SequenceDatasets.load(str(tmp_path / "new" / "data"))
+        assert contents(loaded) == contents(sequences)
+        assert loaded.protocol == sequences.protocol
+        assert loaded.num_items == sequences.num_items
+        assert loaded.fingerprint == sequences.fingerprint
+        assert {name: split.features for name, split in loaded.items()} == {
+            name: split.features for name, split in sequences.items()
+        }
+        assert loaded.catalogue.features == sequences.catalogue.features
+        assert os.listdir(tmp_path / "new") == ["data"]
+
+    def test_the_folder_holds_parquet_and_one_description(self, sequences, tmp_path):
+        sequences.save(tmp_path / "data")
+        names = {"train.parquet", "validation.parquet", "test.parquet", "items.parquet", "sequences.json"}
+        assert set(os.listdir(tmp_path / "data")) == names
+        assert json.loads((tmp_path / "data" / "sequences.json").read_text()) == {
+            "format_version": 1,
+            "protocol": sequences.protocol,
+            "num_items": sequences.num_items,
+            "counts": {name: len(split) for name, split in sequences.items()},
+            "fingerprint": sequences.fingerprint,
+        }
+        assert sequences.protocol["candidate_seed"] == 4
+
+    def test_another_process_builds_and_loads_the_same_without_a_cache(self, sequences, tmp_path):
+        sequences.save(tmp_path / "data")
+        program = (
+            "import sys; sys.path.insert(0, sys.argv[1]); import test_sequences as t\n"
+            "rows = t.random_rows(8, users=30, string_ids=True)\n"
+            "items = t.items_table(sorted({item for _, item, *_ in rows}))\n"
+            "built = t.build_sequences(t.interactions_table(rows), items, num_candidates=3, candidate_seed=4,"
+            " drop_repeats=True)\n"
+            "print(built.fingerprint, t.SequenceDatasets.load(sys.argv[2]).fingerprint)"
+        )
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONHASHSEED": "1"}
+        command = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "data")]
+        printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+        assert printed.split() == [sequences.fingerprint, sequences.fingerprint]
+        assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []
+
+    def test_splits_must_be_complete(self, sequences):
+        with pytest.raises(ValueError, match="splits are test, train: expected train, validation, test"):
+            SequenceDatasets(
+                {"train": sequences["train"], "test": sequences["test"]}, sequences.catalogue, sequences.protocol
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["leave_one_out", "temporal_users"])
+def test_two_million_rows_stay_within_a_tenth_of_the_bounds(protocol, tmp_path):
+    """The bounds for 20 million rows are 4 GB, of which the imported libraries take 0.4, and 180 s of a free core."""
+    recipe = [sys.executable, str(PROJECT / "recipes" / "benchmark_data.py"), "--rows", "2000000"]
+    recipe += ["--protocol", protocol, "--work-dir", str(tmp_path), "--output", str(tmp_path / "result.json")]
+    subprocess.run(recipe, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["peak_rss_gigabytes"] < 0.4 + 3.6 / 10
+    assert result["total_cpu_seconds"] < 18
