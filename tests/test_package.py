@@ -1,0 +1,174 @@
+"""What holds for the package as a whole: what importing it costs, who imports whom, and that its files agree."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import hf_ilora
+from hf_ilora.runs import parse_arguments
+
+PROJECT = Path(__file__).resolve().parents[1]
+PACKAGE = PROJECT / "src" / "hf_ilora"
+RECIPES = sorted((PROJECT / "recipes").glob("*.py"))
+RECIPE_CONFIGS = sorted((PROJECT / "recipes" / "configs").rglob("*.yaml"))
+ACCELERATE_CONFIGS = sorted((PROJECT / "accelerate_configs").glob("*.yaml"))
+
+# Which packages of ours a package may import besides itself; recipes may import all of them.
+ALLOWED_IMPORTS = {"data": set(), "models": set(), "runs": set(), "evaluation": {"data", "models"}}
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(PROJECT))
+
+
+# --- importing ---
+
+
+def test_importing_costs_little_and_loads_nothing_heavy():
+    code = (
+        "import sys, time, transformers\n"
+        "before = time.perf_counter(); import hf_ilora; print(time.perf_counter() - before)\n"
+        "print(*{name.split('.')[0] for name in sys.modules})"
+    )
+    seconds = []
+    for _ in range(3):
+        printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        cost, loaded = printed.splitlines()
+        seconds.append(float(cost))
+        heavy = {"torch", "datasets", "evaluate", "deepspeed", "accelerate", "pandas", "pyarrow", "matplotlib"}
+        assert not heavy & set(loaded.split())
+    assert statistics.median(seconds) < 0.5
+
+
+def test_every_public_name_can_be_imported():
+    for name in hf_ilora.__all__:
+        assert name in dir(hf_ilora)
+        assert getattr(hf_ilora, name).__name__ == name
+    with pytest.raises(AttributeError, match=r"no attribute 'SASRek'; public names: .*SASRecConfig"):
+        _ = hf_ilora.SASRek
+
+
+# --- who imports whom ---
+
+
+def our_imports(source: str, package: str) -> set[str]:
+    """The parts of hf_ilora that a file imports, wherever in it; `package` is the package that the file lies in."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name for name in names if name.split(".")[0] == "hf_ilora"}
+    return found
+
+
+def test_the_walk_finds_imports_of_every_form():
+    source = "import hf_ilora.data.x\nfrom ..runs.z import w\nfrom .v import u\n"
+    source += "def f():\n    from hf_ilora.models import y\n"
+    expected = {"hf_ilora.data.x", "hf_ilora.models.y", "hf_ilora.runs.z.w", "hf_ilora.evaluation.v.u"}
+    assert our_imports(source, "hf_ilora.evaluation") == expected
+
+
+@pytest.mark.parametrize("part", ALLOWED_IMPORTS)
+def test_imports_go_one_way(part):
+    for path in sorted((PACKAGE / part).rglob("*.py")):
+        for name in our_imports(path.read_text(encoding="utf-8"), f"hf_ilora.{part}"):
+            # `from hf_ilora import X` would reach every part through the lazy public names
+            imported = [*name.split("."), ""][1]
+            assert imported in ALLOWED_IMPORTS[part] | {part}, f"{relative(path)} imports {name}"
+
+
+def test_every_part_of_the_package_has_a_rule():
+    parts = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert parts == set(ALLOWED_IMPORTS)
+
+
+def test_files_of_models_import_one_another_as_siblings():
+    """`register_for_auto_class` copies `from .x` beside the weights; anything else would need the package installed."""
+    for path in sorted((PACKAGE / "models").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                ours = node.level > 0 or (node.module or "").split(".")[0] == "hf_ilora"
+                assert not ours or (node.level == 1 and node.module), f"{relative(path)}, line {node.lineno}"
+
+
+def test_nothing_is_called_utils():
+    names = {path.stem for root in ("src", "recipes", "tests") for path in (PROJECT / root).rglob("*.py")}
+    assert not names & {"utils", "util", "helpers", "helper", "common", "misc"}
+
+
+# --- configurations ---
+
+
+def load_recipe(path: Path):
+    name = f"recipe_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their types up there
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.mark.parametrize("config", RECIPE_CONFIGS, ids=relative)
+def test_recipe_config_is_read_by_the_recipe_it_names(config):
+    first_line = config.read_text(encoding="utf-8").splitlines()[0]
+    named = re.match(r"# (recipes/\w+\.py)\b", first_line)
+    assert named, (
+        f"expected the first line to name the recipe, such as `# recipes/train_sasrec.py`, found {first_line!r}"
+    )
+    parse_arguments(load_recipe(PROJECT / named[1]).ARGUMENTS, [str(config)])
+
+
+@pytest.mark.parametrize("config", ACCELERATE_CONFIGS, ids=relative)
+def test_accelerate_config_is_known_to_accelerate(config):
+    loaded = load_config_from_file(str(config))  # raises on unknown keys
+    assert loaded.use_cpu == ("cpu" in config.name)
+    assert loaded.mixed_precision == ("no" if loaded.use_cpu else "bf16")
+
+
+# --- lock file, Makefile, README ---
+
+
+def test_lock_pins_everything_exactly_and_fits_the_ranges():
+    lines = (PROJECT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins), "only name==version, no URL, no local version"
+    versions = {canonicalize_name(name): version for name, version in (pin.split("==") for pin in pins)}
+    for text in importlib.metadata.requires("hf_ilora"):
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": "dev"}):
+            assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), text
+
+
+def test_version_is_the_same_everywhere():
+    assert importlib.metadata.version("hf_ilora") == hf_ilora.__version__
+
+
+def test_readme_names_only_make_targets_that_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)`?", (PROJECT / "README.md").read_text(encoding="utf-8")))
+    assert {"setup", "test", "test-slow", "quickstart", "lint", "format", "help", "clean"} <= targets
+    assert named <= targets
+
+
+def test_files_that_commands_name_exist():
+    """Commands in README, Makefile and recipes can be copied and run."""
+    for path in [PROJECT / "README.md", PROJECT / "Makefile", *RECIPES]:
+        text = path.read_text(encoding="utf-8")
+        for name in set(re.findall(r"\b(?:recipes|accelerate_configs)/[\w./-]+\.(?:py|yaml)\b", text)):
+            assert (PROJECT / name).is_file(), f"{relative(path)} names {name}"
