@@ -127,6 +127,21 @@ def test_score_temperature_scores_by_cosine():
     torch.testing.assert_close(output.logits[:, 1:], expected / 0.1)
 
 
+def test_repeat_bias_touches_every_seen_item_once_and_only_up_to_its_position():
+    model = small_model(repeat_bias=True)
+    history = torch.tensor([[0, 5, 7, 5, 9]])
+    labels = torch.tensor([[-100, 7, 5, 9, 3]])
+    with torch.no_grad():
+        plain = model(history, labels=labels)
+        model.head.repeat_bias.fill_(-2.0)
+        biased = model(history, labels=labels)
+        scores = plain.last_hidden_state[0, 1:] @ model.head.weight.t()  # (4, items + 1)
+        for position, seen in enumerate([[5], [5, 7], [5, 7], [5, 7, 9]]):
+            scores[position, seen] -= 2.0
+    torch.testing.assert_close(biased.logits[0, 1:], scores[3, 1:])
+    torch.testing.assert_close(biased.loss, F.cross_entropy(scores[:, 1:], labels[0, 1:] - 1))
+
+
 @pytest.mark.parametrize(
     ("loss_type", "negative_sharing", "popularity_power"),
     [
@@ -247,6 +262,7 @@ def test_forward_refuses_bad_input():
         ({"loss_type": "hinge"}, "cross_entropy"),
         ({"score_temperature": -1.0}, "score_temperature"),
         ({"num_items": 0}, "num_items"),
+        ({"repeat_bias": True, "loss_type": "bce"}, "expected cross_entropy"),
         ({"pad_token_id": 5}, "pad_token_id"),
         ({"max_length": "fifty"}, "max_length"),
     ],

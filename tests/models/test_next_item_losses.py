@@ -27,7 +27,7 @@ def test_chunked_cross_entropy_equals_cross_entropy_without_padding_column(chunk
     expected = F.cross_entropy(scores, targets - 1, reduction="sum") / 7
     expected_gradients = torch.autograd.grad(expected, parameters)
 
-    loss = chunked_cross_entropy(hidden_states, weight, item_bias, targets, chunk_size) / 7
+    loss = chunked_cross_entropy(hidden_states, weight, item_bias, targets, chunk_size=chunk_size) / 7
     gradients = torch.autograd.grad(loss, parameters)
 
     torch.testing.assert_close(loss, expected)
@@ -39,8 +39,28 @@ def test_chunked_cross_entropy_equals_cross_entropy_without_padding_column(chunk
 def test_chunked_cross_entropy_gives_a_loss_without_gradients():
     hidden_states, weight, item_bias, targets = random_problem()
     with torch.no_grad():
-        loss = chunked_cross_entropy(hidden_states, weight, item_bias, targets, 5)
-    torch.testing.assert_close(loss, chunked_cross_entropy(hidden_states, weight, item_bias, targets, 5).detach())
+        loss = chunked_cross_entropy(hidden_states, weight, item_bias, targets, chunk_size=5)
+    torch.testing.assert_close(loss, chunked_cross_entropy(hidden_states, weight, item_bias, targets, chunk_size=5).detach())
+
+
+@pytest.mark.parametrize("chunk_size", [3, 100])
+def test_repeat_bias_is_added_to_the_scores_of_repeated_items(chunk_size):
+    hidden_states, weight, item_bias, targets = random_problem()
+    repeat_bias = torch.tensor(-0.7, requires_grad=True)
+    repeated_items = torch.tensor([[1, 0, 4], [0, 0, 0], [9, 7, 1]]).repeat(5, 1)[:13]
+    repeated_items[3, 1] = targets[3]
+    parameters = [hidden_states, weight, item_bias, repeat_bias]
+    scores = hidden_states @ weight.t() + item_bias
+    mask = torch.zeros_like(scores).scatter(1, repeated_items, 1.0)
+    expected = F.cross_entropy((scores + repeat_bias * mask)[:, 1:], targets - 1, reduction="sum")
+    expected_gradients = torch.autograd.grad(expected, parameters)
+
+    loss = chunked_cross_entropy(
+        hidden_states, weight, item_bias, targets, repeat_bias, repeated_items, chunk_size=chunk_size
+    )
+    torch.testing.assert_close(loss, expected)
+    for gradient, expected_gradient in zip(torch.autograd.grad(loss, parameters), expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_chunked_cross_entropy_of_no_position_is_zero():

@@ -108,12 +108,15 @@ class NextItemHead(nn.Linear):
     def __init__(self, config: SASRecConfig):
         super().__init__(config.hidden_size, config.num_items + 1, bias=config.head_bias)
         self.config = config
+        self.repeat_bias = nn.Parameter(torch.zeros(())) if config.repeat_bias else None
 
-    def forward(self, hidden_states, targets=None, negatives=None, log_q=None):
+    def forward(self, hidden_states, repeated_items, targets=None, negatives=None, log_q=None):
         """Scores, or the summed training loss when `targets` are given.
 
         Args:
             hidden_states: (positions, hidden).
+            repeated_items: (positions, length) different items that each position has seen, padded with 0; only read
+                with `repeat_bias`.
             targets: (positions,) item ids, or None.
             negatives: (negatives,) or (positions, negatives) item ids, for the sampled losses.
             log_q: (num_items + 1,) log probability of each item in the draw of negatives, or None.
@@ -127,9 +130,11 @@ class NextItemHead(nn.Linear):
             weight = F.normalize(weight, dim=-1)
         if targets is None:
             scores = F.linear(hidden_states, weight, self.bias)
+            if self.repeat_bias is not None:
+                scores = scores.scatter_add(1, repeated_items, self.repeat_bias.to(scores).expand(repeated_items.shape))
             return scores.index_fill(1, torch.zeros(1, dtype=torch.long, device=scores.device), float("-inf"))
         if self.config.loss_type == "cross_entropy":
-            return chunked_cross_entropy(hidden_states, weight, self.bias, targets)
+            return chunked_cross_entropy(hidden_states, weight, self.bias, targets, self.repeat_bias, repeated_items)
         target_scores = (hidden_states * weight[targets]).sum(-1)  # (positions,)
         if negatives.dim() == 1:
             negative_scores = F.linear(hidden_states, weight[negatives])  # (positions, negatives)
@@ -252,13 +257,16 @@ class SASRecForNextItem(SASRecPreTrainedModel):
         self._check_input(input_ids)
         real, order, slots = padding_to_the_end(input_ids, attention_mask)
         lengths = real.sum(1)  # (batch,)
-        hidden_states = self.model.encode((input_ids * real).gather(1, order), lengths)  # (batch, length, hidden)
+        item_ids = (input_ids * real).gather(1, order)  # (batch, length), padding last
+        hidden_states = self.model.encode(item_ids, lengths)  # (batch, length, hidden)
         last = (lengths - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, hidden_states.shape[-1])
         user_embedding = hidden_states.gather(1, last).squeeze(1)  # (batch, hidden)
         loss = None
         if labels is not None:
-            loss = self._loss(hidden_states, labels.gather(1, order), num_items_in_batch)
-        logits = None if self.training and labels is not None else self.head(user_embedding)
+            loss = self._loss(hidden_states, item_ids, labels.gather(1, order), num_items_in_batch)
+        logits = None
+        if not self.training or labels is None:
+            logits = self.head(user_embedding, first_occurrences(item_ids) if self.config.repeat_bias else None)
         return NextItemOutput(
             loss=loss,
             logits=logits,
@@ -266,12 +274,19 @@ class SASRecForNextItem(SASRecPreTrainedModel):
             user_embedding=user_embedding,
         )
 
-    def _loss(self, hidden_states, labels, num_items_in_batch):
+    def _loss(self, hidden_states, item_ids, labels, num_items_in_batch):
         labelled = labels.ne(IGNORED_LABEL)  # (batch, length)
         # Selecting waits for the device once per step; it saves the scores of every padded position.
         positions, targets = hidden_states[labelled], labels[labelled]  # (positions, hidden), (positions,)
         negatives, log_q = self._draw_negatives(len(targets))
-        loss = self.head(positions, targets, negatives, log_q)
+        repeated_items = None
+        if self.config.repeat_bias:
+            length = item_ids.shape[1]
+            until_here = (
+                first_occurrences(item_ids).unsqueeze(1).expand(-1, length, -1).tril()
+            )  # (batch, length, length)
+            repeated_items = until_here[labelled]  # (positions, length)
+        loss = self.head(positions, repeated_items, targets, negatives, log_q)
         return loss / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)
 
     def _draw_negatives(self, num_positions: int):
@@ -297,6 +312,12 @@ class SASRecForNextItem(SASRecPreTrainedModel):
             )
         if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
             self.check_item_ids(input_ids)
+
+
+def first_occurrences(item_ids: torch.Tensor) -> torch.Tensor:
+    """(batch, length) item ids with every later occurrence of an item replaced by padding."""
+    equal = item_ids.unsqueeze(2) == item_ids.unsqueeze(1)  # (batch, length, length)
+    return item_ids.masked_fill(equal.tril(-1).any(-1), PADDING_ITEM_ID)
 
 
 def padding_to_the_end(input_ids: torch.Tensor, attention_mask: torch.Tensor | None):

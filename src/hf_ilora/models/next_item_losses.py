@@ -16,43 +16,52 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Softmax cross-entropy over the catalogue that computes its gradient chunk by chunk in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, targets, chunk_size):
+    def forward(ctx, hidden_states, weight, bias, targets, repeat_bias, repeated_items, chunk_size):
         item_weight = weight[1:]  # (items, hidden)
         item_targets = (targets - 1).unsqueeze(1)  # (positions, 1)
         needs_gradient = any(ctx.needs_input_grad[:3])
         loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        gradients = [None, None, None, None]  # of hidden_states, weight, bias, repeat_bias
         if needs_gradient:
-            grad_hidden = torch.empty_like(hidden_states)
-            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+            gradients[0] = torch.empty_like(hidden_states)
+            for place, parameter in ((1, weight), (2, bias), (3, repeat_bias)):
+                if parameter is not None:
+                    gradients[place] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         for start in range(0, hidden_states.shape[0], chunk_size):
             chunk = slice(start, start + chunk_size)
             chunk_hidden, chunk_targets = hidden_states[chunk], item_targets[chunk]
             scores = F.linear(chunk_hidden, item_weight, None if bias is None else bias[1:])  # (chunk, items)
+            if repeat_bias is not None:
+                # Where there is nothing to add, column 0 of the chunk gets zeros.
+                repeated = repeated_items[chunk]  # (chunk, length)
+                columns, real = (repeated - 1).clamp(min=0), repeated.gt(0).to(scores.dtype)
+                scores.scatter_add_(1, columns, real * repeat_bias.to(scores.dtype))
             log_probabilities = F.log_softmax(scores, dim=-1, dtype=torch.float32)
             loss -= log_probabilities.gather(1, chunk_targets).sum()
             if needs_gradient:
                 grad_scores = log_probabilities.exp_()
                 grad_scores.scatter_add_(1, chunk_targets, grad_scores.new_full(chunk_targets.shape, -1.0))
-                if grad_bias is not None:
-                    grad_bias[1:] += grad_scores.sum(0)
+                if bias is not None:
+                    gradients[2][1:] += grad_scores.sum(0)
+                if repeat_bias is not None:
+                    gradients[3] += (grad_scores.gather(1, columns) * real).sum()
                 grad_scores = grad_scores.to(scores.dtype)
-                grad_hidden[chunk] = grad_scores @ item_weight.to(scores.dtype)
-                grad_weight[1:] += grad_scores.t() @ chunk_hidden.to(scores.dtype)
-        if needs_gradient:
-            ctx.has_bias = bias is not None
-            ctx.save_for_backward(
-                grad_hidden, grad_weight.to(weight.dtype), *([grad_bias.to(bias.dtype)] if ctx.has_bias else [])
-            )
+                gradients[0][chunk] = grad_scores @ item_weight.to(scores.dtype)
+                gradients[1][1:] += grad_scores.t() @ chunk_hidden.to(scores.dtype)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_states, weight, bias, repeat_bias)]
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        gradients = [gradient * grad_loss.to(gradient.dtype) for gradient in ctx.saved_tensors]
-        return gradients[0], gradients[1], gradients[2] if ctx.has_bias else None, None, None
+        scaled = [
+            None if gradient is None else (gradient * grad_loss).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *scaled[:3], None, scaled[3], None, None
 
 
-def chunked_cross_entropy(hidden_states, weight, bias, targets, chunk_size=None):
+def chunked_cross_entropy(hidden_states, weight, bias, targets, repeat_bias=None, repeated_items=None, chunk_size=None):
     """Cross-entropy of the next item over the whole catalogue, in memory that does not grow with positions x items.
 
     Args:
@@ -60,6 +69,8 @@ def chunked_cross_entropy(hidden_states, weight, bias, targets, chunk_size=None)
         weight: (num_items + 1, hidden), the item table.
         bias: (num_items + 1,) or None.
         targets: (positions,), item ids 1..num_items.
+        repeat_bias: scalar added to the scores of the items in `repeated_items`, or None.
+        repeated_items: (positions, length), different items that each position has seen, padded with 0.
         chunk_size: positions per chunk; None takes as many as fit `CHUNK_ELEMENTS` scores.
 
     Returns:
@@ -68,7 +79,7 @@ def chunked_cross_entropy(hidden_states, weight, bias, targets, chunk_size=None)
     if chunk_size is None:
         budget = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS["default"])
         chunk_size = max(1, budget // weight.shape[0])
-    return _ChunkedCrossEntropy.apply(hidden_states, weight, bias, targets, chunk_size)
+    return _ChunkedCrossEntropy.apply(hidden_states, weight, bias, targets, repeat_bias, repeated_items, chunk_size)
 
 
 def sampled_softmax_loss(target_scores, negative_scores, collisions, target_log_q=None, negative_log_q=None):
