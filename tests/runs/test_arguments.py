@@ -92,8 +92,21 @@ def test_unknown_key_without_a_close_match_lists_the_fields(write_config):
 
 
 def test_unknown_option_names_the_close_match():
-    with pytest.raises(ValueError, match=r"unknown options.*--hidden_siz.*did you mean --hidden_size"):
+    with pytest.raises(ValueError, match=r"unknown option --hidden_siz: did you mean --hidden_size\?"):
         parse_arguments((ModelArguments,), ["--hidden_siz", "5"])
+    with pytest.raises(ValueError, match=r"unknown option --data_dri=x: did you mean --data_dir\?"):
+        parse_arguments((DataArguments,), ["--data_dri=x"])  # and not that --data_dir is missing
+
+
+def test_stray_words_and_values_of_a_wrong_type_on_the_command_line_are_refused():
+    with pytest.raises(ValueError, match=r"expected `--field value` on the command line, found 'extra'"):
+        parse_arguments((ModelArguments,), ["--hidden_size", "5", "extra"])
+    with pytest.raises(ValueError, match=r"--hidden_size.*invalid int value: 'five'"):
+        parse_arguments((ModelArguments,), ["--hidden_size", "five"])
+
+
+def test_options_may_be_written_with_hyphens():
+    assert parse_arguments((ModelArguments,), ["--hidden-size", "5"]) == (ModelArguments(5),)
 
 
 @pytest.mark.parametrize(

@@ -38,16 +38,22 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     """
     config_file, options = _take_config_file(list(sys.argv[1:] if argv is None else argv))
     parser = _RecipeParser(dataclass_types, usage=_USAGE, allow_abbrev=False)
+    known = {name for action in parser._actions for name in action.option_strings}
+    for word in options:  # before argparse, which would first complain that the option meant here is missing
+        if word.startswith("--") and word.partition("=")[0] not in known:
+            fields = [f"--{name}" for name in _fields(dataclass_types)]
+            raise ValueError(f"unknown option {word}{_similar(word.partition('=')[0], fields)}")
     settings = {} if config_file is None else read_config(config_file, dataclass_types)
     parser.set_defaults(**(_process_group_defaults(dataclass_types) | settings))
-    for action in parser._actions:  # argparse has no other way to say that a required option has got its value
+    for action in parser._actions:  # argparse has no public way to say that a required option has its value
         action.required = action.required and action.dest not in settings
-    *arguments, unknown = parser.parse_args_into_dataclasses(
+    *arguments, rest = parser.parse_args_into_dataclasses(
         options, return_remaining_strings=True, look_for_args_file=False
     )
-    if unknown:
-        names = [f"--{name}" for name in _fields(dataclass_types)]
-        raise ValueError(f"unknown options on the command line: {unknown}{_similar(unknown[0].split('=')[0], names)}")
+    if rest:
+        raise ValueError(
+            f"expected `--field value` on the command line, found {' '.join(rest)!r}: see {parser.prog} --help"
+        )
     return tuple(arguments)
 
 
