@@ -145,9 +145,11 @@ class TestReadItems:
         with pytest.raises(ValueError, match=f"items has no column {column}: expected item_id, title, year, genres"):
             read_items(arrow_dataset(columns), ITEM_IDS)
 
-    @pytest.mark.parametrize("column", ["item_id", "title", "genres"])
-    def test_null_values_are_an_error(self, column):
-        values = [None, *GOOD_ITEMS[column].to_pylist()[1:]]
+    @pytest.mark.parametrize(
+        ("column", "value"), [("item_id", None), ("title", None), ("genres", None), ("genres", [None])]
+    )
+    def test_null_values_are_an_error(self, column, value):
+        values = [value, *GOOD_ITEMS[column].to_pylist()[1:]]
         with pytest.raises(ValueError, match=f"column '{column}' of items has null values"):
             read_items(arrow_dataset({**GOOD_ITEMS, column: values}), ITEM_IDS)
 

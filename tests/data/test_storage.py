@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -157,6 +158,20 @@ class TestReplacing:
         loaded = SequenceDatasets.load(tmp_path / "data")
         assert loaded["test"]["user_id"][:] == [2, 0]
         assert loaded.fingerprint == sequences.fingerprint != whole
+
+    def test_an_emptied_split_is_saved_as_it_is(self, tmp_path):
+        sequences = small_sequences()
+        sequences["train"] = sequences["train"].select([])
+        sequences.save(tmp_path / "data")
+        loaded = SequenceDatasets.load(tmp_path / "data")
+        assert (len(loaded["train"]), loaded.fingerprint) == (0, sequences.fingerprint)
+
+    def test_copies_in_another_format_and_process_keep_everything(self, tmp_path):
+        sequences = small_sequences()
+        for copy in (sequences.with_format("torch"), pickle.loads(pickle.dumps(sequences))):
+            assert (type(copy), copy.fingerprint) == (SequenceDatasets, sequences.fingerprint)
+            copy.save(tmp_path / "data")
+            assert SequenceDatasets.load(tmp_path / "data").fingerprint == sequences.fingerprint
 
     def test_folder_names_with_an_equals_sign_add_no_columns(self, tmp_path):
         small_sequences().save(tmp_path / "seed=3")

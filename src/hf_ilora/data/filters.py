@@ -98,7 +98,7 @@ def read_items(items: Dataset, item_ids: pa.Array) -> pa.Table:
     _check_names(items, "items", columns)
     if len(items) == 0:
         raise ValueError("items is empty: expected one row per item; without titles, use the raw ids as titles")
-    table = items.with_format("arrow")[:].select(columns)
+    table = items.select_columns(columns).with_format("arrow")[:].select(columns)
     found = {name: table.schema.field(name).type for name in columns}
     if not (pa.types.is_integer(found["item_id"]) or is_string(found["item_id"])):
         raise TypeError(f"column 'item_id' of items is {found['item_id']}: expected integers or strings; cast it")
@@ -110,7 +110,8 @@ def read_items(items: Dataset, item_ids: pa.Array) -> pa.Table:
     if not is_string(found["title"]):
         raise TypeError(f"column 'title' of items is {found['title']}: expected strings; cast it")
     for name in ("item_id", "title", "genres"):
-        if table[name].null_count:
+        nested = pc.list_flatten(table[name]).null_count if pa.types.is_list(found[name]) else 0
+        if table[name].null_count + nested:
             raise ValueError(
                 f"column {name!r} of items has null values: expected a value for every item; fill them in or drop the "
                 "items and their interactions"
