@@ -67,7 +67,8 @@ class EvaluationArguments:
 def main() -> None:
     (arguments,) = parse_arguments((EvaluationArguments,))
     sequences, split, models, folders = load_and_check(arguments)
-    state = PartialState()
+    # Without an accelerator the processes of one launch find one another only when they are told so at the start.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     device = torch.device(arguments.device) if arguments.device else state.device
     output = Path(arguments.output_dir)
     set_up_logging(output)

@@ -49,21 +49,21 @@ class FitArguments:
 class SearchedValues:
     """Values to try for each setting of the transition counts; the search starts from the first of each."""
 
-    max_gap: list[int] = field(default_factory=lambda: [5, 10, 20], metadata={"help": "largest distance of a pair"})
+    max_gap: list[int] = field(default_factory=lambda: [20, 5, 10, 40], metadata={"help": "largest distance of a pair"})
     gap_decay: list[float] = field(
-        default_factory=lambda: [0.7, 0.5, 0.85, 0.95], metadata={"help": "decay of a pair with its distance"}
+        default_factory=lambda: [0.85, 0.5, 0.7, 0.95], metadata={"help": "decay of a pair with its distance"}
     )
     backward_weight: list[float] = field(
-        default_factory=lambda: [0.3, 0.0, 0.15, 0.6], metadata={"help": "weight of a pair in reverse order"}
+        default_factory=lambda: [0.3, 0.0, 0.6, 1.0], metadata={"help": "weight of a pair in reverse order"}
     )
     source_power: list[float] = field(
-        default_factory=lambda: [0.5, 0.0, 0.25, 0.75], metadata={"help": "normalisation by the earlier item"}
+        default_factory=lambda: [0.5, 0.0, 0.75, 1.0], metadata={"help": "normalisation by the earlier item"}
     )
     target_power: list[float] = field(
         default_factory=lambda: [0.25, 0.0, 0.4, 0.55], metadata={"help": "normalisation by the later item"}
     )
     max_length: list[int] = field(
-        default_factory=lambda: [5, 3, 10, 20], metadata={"help": "newest items of a history that are read"}
+        default_factory=lambda: [10, 3, 5, 20], metadata={"help": "newest items of a history that are read"}
     )
     history_decay: list[float] = field(
         default_factory=lambda: [0.7, 0.5, 0.8, 0.9], metadata={"help": "decay of an item's weight with its age"}

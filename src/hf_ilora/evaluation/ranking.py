@@ -49,7 +49,9 @@ def target_ranks(scores: torch.Tensor, target: torch.Tensor, seen_items: torch.T
     """
     _check_scores(scores, target)
     target_scores = scores.gather(1, target.unsqueeze(1))  # (batch, 1)
-    ranks = (scores[:, 1:] >= target_scores).sum(dim=1)  # (batch,), the target counts itself
+    not_below = scores >= target_scores  # (batch, num_items + 1), the target itself among them
+    # Adding up whole rows in 32 bits is several times faster than a slice of them in 64.
+    ranks = not_below.sum(dim=1, dtype=torch.int32).long() - not_below[:, PADDING_ITEM_ID].long()  # (batch,)
     if seen_items is None:
         return ranks
     return ranks - _seen_before_target(scores, target, seen_items)

@@ -185,7 +185,7 @@ def compare_runs(
     if all(saved):
         first, second = SavedRanks.load(a), SavedRanks.load(b)
         first.check_same_users(second)
-        a, b = (metric_per_user(metric, torch.from_numpy(run.ranks(ranking))).numpy() for run in (first, second))
+        a, b = (metric_per_user(metric, torch.tensor(run.ranks(ranking))).numpy() for run in (first, second))
     a, b = _checked("a", a), _checked("b", b)
     if len(a) != len(b):
         raise ValueError(f"a has {len(a)} users and b has {len(b)}: expected the same users in the same order")

@@ -1,0 +1,56 @@
+"""The metrics as `evaluate.Metric`: no Hub, one call or many batches, honest about bad input."""
+
+import math
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+
+from hf_ilora import MRR, NDCG, HitRatio, Recall
+
+RANKS = [1, 3, 11, 2]
+
+
+@pytest.mark.parametrize(
+    ("metric", "key", "expected"),
+    [
+        (HitRatio(k=10), "hit_ratio@10", 3 / 4),
+        (Recall(k=2), "recall@2", 2 / 4),
+        (NDCG(k=10), "ndcg@10", (1 + 1 / 2 + 0 + 1 / math.log2(3)) / 4),
+        (NDCG(k=2), "ndcg@2", (1 + 1 / math.log2(3)) / 4),
+        (MRR(), "mrr", (1 + 1 / 3 + 1 / 11 + 1 / 2) / 4),
+        (MRR(k=2), "mrr@2", (1 + 1 / 2) / 4),
+    ],
+)
+def test_values_by_hand(metric, key, expected):
+    for ranks in (RANKS, np.array(RANKS), torch.tensor(RANKS)):
+        assert metric.compute(predictions=ranks) == {key: pytest.approx(expected)}
+
+
+def test_batches_give_what_one_call_gives():
+    metric = NDCG(k=10)
+    metric.add_batch(predictions=RANKS[:3])
+    metric.add(prediction=RANKS[3])
+    assert metric.compute() == metric.compute(predictions=RANKS)
+
+
+def test_metrics_combine():
+    combined = evaluate.combine([NDCG(k=10), HitRatio(k=2)])
+    assert combined.compute(predictions=[1, 3]) == {"ndcg@10": pytest.approx(0.75), "hit_ratio@2": 0.5}
+
+
+@pytest.mark.parametrize("metric_class", [HitRatio, NDCG, Recall, MRR])
+def test_bad_input_is_refused_and_the_metric_can_be_used_again(metric_class):
+    with pytest.raises(ValueError, match="k is 0: expected a cut-off of at least 1"):
+        metric_class(k=0)
+    metric = metric_class(k=5)
+    with pytest.raises(ValueError, match="of no users"):
+        metric.compute(predictions=[])
+    with pytest.raises(ValueError, match="lowest rank is 0"):
+        metric.compute(predictions=[1, 0])
+    with pytest.raises(ValueError, match=r"rank 1.5 is not a whole number"):
+        metric.compute(predictions=[1, 1.5])
+    with pytest.raises(ValueError, match="rank nan is not a whole number"):
+        metric.compute(predictions=[1, float("nan")])
+    assert metric.compute(predictions=[1]) == {metric.key: 1.0}

@@ -1,0 +1,122 @@
+"""Latency, size, and the table and plot that put them beside quality."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from hf_ilora import SASRecConfig, SASRecForNextItem
+from hf_ilora.evaluation.latency import Latency, ModelSize, measure_latency, model_size
+from hf_ilora.evaluation.ranking import rank_split
+from hf_ilora.evaluation.report import ModelReport, ReportContext, markdown_table, plot_quality, write_table
+from hf_ilora.evaluation.statistics import Interval, RunComparison, summarize_ranks
+
+CONTEXT = ReportContext("data", "0123456789abcdef0123", "test", 50, 40, 6, 10, "masked/ndcg@10", 500, 0)
+
+
+class Recommender:
+    """Notes what it is asked, and for how many threads."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.calls = []
+
+    def recommend(self, input_ids, top_k):
+        self.calls.append((input_ids.tolist(), top_k, torch.get_num_threads()))
+        return torch.ones(1, top_k), None
+
+
+def test_latency_times_one_user_at_a_time_after_the_warm_up():
+    model, threads = Recommender(), torch.get_num_threads()
+    latency = measure_latency(model, [[1, 2], [3]], top_k=4, num_warm_up=3, threads=2)
+    warm_up = [[[1, 2]], [[3]], [[1, 2]]]
+    assert [call[0] for call in model.calls] == [*warm_up, [[1, 2]], [[3]]]
+    assert {call[1:] for call in model.calls} == {(4, 2)}
+    assert torch.get_num_threads() == threads
+    assert 0 < latency.p50_ms <= latency.p95_ms
+    assert (latency.num_calls, latency.threads, latency.device) == (2, 2, "cpu")
+
+
+def test_latency_refuses_nothing_to_time_and_no_threads():
+    with pytest.raises(ValueError, match="no histories"):
+        measure_latency(Recommender(), [])
+    with pytest.raises(ValueError, match="threads is 0"):
+        measure_latency(Recommender(), [[1]], threads=0)
+
+
+def test_size_counts_tied_tables_once_and_counts_of_counting_models(tmp_path, counts):
+    model = SASRecForNextItem(SASRecConfig(num_items=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1))
+    model.save_pretrained(tmp_path)
+    size = model_size(model, tmp_path)
+    assert size.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert size.num_bytes == (tmp_path / "model.safetensors").stat().st_size
+    pairs, items = counts.config.num_transitions, counts.config.num_items
+    assert model_size(counts, tmp_path).num_parameters == 2 * pairs + (items + 1) + (items + 2)
+    with pytest.raises(ValueError, match=r"has no \*.safetensors"):
+        model_size(model, tmp_path / "elsewhere")
+
+
+@pytest.fixture
+def reports(split, popularity, counts):
+    comparison = RunComparison(0.1, 0.2, Interval(0.1, -0.01234, 0.2), 0.03, 50)
+    return [
+        ModelReport(
+            name,
+            model.config.model_type,
+            summarize_ranks(rank_split(model, split), num_resamples=50),
+            Latency(0.5 * number, 1.25, 300, 1, "cpu"),
+            ModelSize(1234, 5_000_000),
+            comparison if number > 1 else None,
+        )
+        for number, (name, model) in enumerate([("popular|first", popularity), ("counts", counts)], start=1)
+    ]
+
+
+def test_markdown_table_has_a_row_per_model_with_everything_side_by_side(reports):
+    lines = markdown_table(reports, CONTEXT).splitlines()
+    header, _, first, second = (line for line in lines if line.startswith("|"))
+    assert header.count("|") == second.count("|") == 13
+    assert first.startswith("| popular\\|first |")
+    interval = reports[1].quality["masked/ndcg@10"]
+    expected = f"| {interval.mean:.4f} [{interval.low:.4f}, {interval.high:.4f}] |".replace("0.", ".")
+    assert expected in second
+    assert "| +.1000 [-.0123, +.2000], p=0.0300 | 1.00 / 1.25 | 1,234 | 5.00 |" in second
+    assert "1 thread(s), cpu" in "\n".join(lines)
+
+
+def test_tables_hold_the_same_numbers_in_csv_and_json(reports, tmp_path):
+    write_table(reports, CONTEXT, tmp_path / "new")
+    with (tmp_path / "new" / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    content = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert content["context"]["data_fingerprint"] == CONTEXT.data_fingerprint
+    for row, model, report in zip(rows, content["models"], reports, strict=True):
+        for name, interval in report.quality.items():
+            assert float(row[name]) == model["quality"][name]["mean"] == interval.mean
+            assert float(row[f"{name} low"]) == model["quality"][name]["low"] == interval.low
+        assert float(row["latency p50_ms"]) == model["latency"]["p50_ms"] == report.latency.p50_ms
+    assert (rows[0]["p_value"], rows[1]["p_value"]) == ("", "0.03")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["results.csv", "results.json", "results.md"]
+
+
+def test_a_table_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no models to report on"):
+        write_table([], CONTEXT, tmp_path)
+
+
+def test_a_table_that_fails_leaves_the_earlier_one_whole(reports, tmp_path, monkeypatch):
+    write_table(reports, CONTEXT, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("hf_ilora.evaluation.report.json.dumps", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_table(reports[:1], CONTEXT, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_plot_is_an_image(reports, tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot needs the extra 'plot'")
+    plot_quality(reports, CONTEXT, tmp_path / "results.png")
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 1

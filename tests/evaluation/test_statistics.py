@@ -1,0 +1,212 @@
+"""Intervals and paired comparison against resampling written as loops, and controls that must find nothing."""
+
+import itertools
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from hf_ilora import compare_runs
+from hf_ilora.evaluation.ranking import SplitRanks
+from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks
+from hf_ilora.evaluation.statistics import bootstrap_interval, sign_flip_p_value, summarize_ranks
+
+
+def metric_values(seed=0, num_users=400):
+    ranks = np.random.default_rng(seed).integers(1, 40, size=num_users)
+    return np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0)
+
+
+def test_interval_equals_a_naive_bootstrap_of_users():
+    values = metric_values()
+    generator = np.random.default_rng(1)
+    means = [values[generator.integers(0, len(values), size=len(values))].mean() for _ in range(4_000)]
+    interval = bootstrap_interval(values, num_resamples=4_000)
+    assert interval.mean == pytest.approx(values.mean())
+    width = interval.high - interval.low
+    assert interval.low == pytest.approx(np.quantile(means, 0.025), abs=0.05 * width)
+    assert interval.high == pytest.approx(np.quantile(means, 0.975), abs=0.05 * width)
+    narrower = bootstrap_interval(values, confidence=0.5, num_resamples=4_000)
+    assert interval.low < narrower.low < interval.mean < narrower.high < interval.high
+
+
+def test_interval_covers_the_true_mean_about_as_often_as_it_says():
+    covered = 0
+    for seed in range(200):
+        values = np.random.default_rng(seed).random(300) < 0.2
+        interval = bootstrap_interval(values, num_resamples=500, seed=seed)
+        covered += interval.low <= 0.2 <= interval.high
+    assert 180 <= covered <= 199
+
+
+def test_interval_depends_on_the_seed_alone():
+    values = metric_values()
+    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+    shuffled = np.random.default_rng(0).permutation(values)
+    assert bootstrap_interval(shuffled, seed=3).low == bootstrap_interval(values, seed=3).low
+
+
+def test_parts_of_the_draws_give_what_one_part_gives(monkeypatch):
+    values = metric_values()
+    expected = bootstrap_interval(values), sign_flip_p_value(values - values.mean())
+    monkeypatch.setattr("hf_ilora.evaluation.statistics._MAX_DRAWS", 1_000)
+    assert (bootstrap_interval(values), sign_flip_p_value(values - values.mean())) == expected
+
+
+def test_equal_values_have_no_spread():
+    interval = bootstrap_interval(np.full(10, 0.25))
+    assert (interval.mean, interval.low, interval.high) == (0.25, 0.25, 0.25)
+
+
+def test_p_value_equals_all_sign_flips_of_a_small_sample():
+    differences = np.array([0.5, 0.3, 0.3, -0.1, 0.0, 0.2, 0.2, -0.3])
+    sums = [abs(np.dot(signs, differences)) for signs in itertools.product([1, -1], repeat=len(differences))]
+    exact = np.mean(np.array(sums) >= differences.sum() - 1e-12)
+    assert sign_flip_p_value(differences, num_resamples=200_000) == pytest.approx(exact, abs=0.005)
+    assert sign_flip_p_value(-differences) == sign_flip_p_value(differences)
+
+
+def test_p_values_of_exchangeable_runs_are_uniform():
+    p_values = []
+    for seed in range(300):
+        generator = np.random.default_rng(seed)
+        a, b = generator.random((2, 200)) < 0.3
+        p_values.append(sign_flip_p_value(b * 1.0 - a, num_resamples=400, seed=seed))
+    assert np.mean(np.array(p_values) < 0.05) < 0.1
+    assert 0.4 < np.mean(p_values) < 0.65
+
+
+def test_a_better_run_is_found_and_the_same_run_is_not():
+    a = metric_values()
+    same = compare_runs(a, a)
+    assert same.p_value == 1.0
+    assert (same.difference.mean, same.difference.low, same.difference.high) == (0, 0, 0)
+    b = np.minimum(a + 0.05, 1)
+    better = compare_runs(a, b)
+    assert better.mean_a == pytest.approx(a.mean()) and better.mean_b == pytest.approx(b.mean())
+    assert better.difference.mean == pytest.approx((b - a).mean())
+    assert 0 < better.difference.low <= better.difference.mean <= better.difference.high
+    assert better.p_value == pytest.approx(1 / 10_001)
+    assert better.num_users == len(a)
+    assert compare_runs(b, a).difference.mean == pytest.approx(-better.difference.mean)
+    # Negative control: the same values with users mixed up differ by nothing that could be told from chance.
+    assert compare_runs(a, np.random.default_rng(1).permutation(a)).p_value > 0.05
+
+
+def test_pairing_finds_what_two_intervals_hide():
+    a = metric_values()
+    b = a.copy()
+    b[np.flatnonzero(a == 0)[:30]] += 0.3
+    first, second = bootstrap_interval(a), bootstrap_interval(b)
+    assert first.high > second.low  # the intervals overlap
+    assert compare_runs(a, b).p_value < 0.001
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="a has 3 users and b has 2: expected the same users"):
+        compare_runs([1, 2, 3], [1, 2])
+    with pytest.raises(ValueError, match=r"a has shape \(0,\)"):
+        compare_runs([], [])
+    with pytest.raises(ValueError, match=r"b\[1\] is nan"):
+        compare_runs([1, 2], [1, np.nan])
+    with pytest.raises(ValueError, match="one run is an array and the other a path"):
+        compare_runs([1, 2], "ranks.parquet")
+    with pytest.raises(ValueError, match="confidence is 95"):
+        bootstrap_interval([1, 2], confidence=95)
+    with pytest.raises(ValueError, match="num_resamples is 0"):
+        bootstrap_interval([1, 2], num_resamples=0)
+    with pytest.raises(ValueError, match="num_resamples is 0"):
+        sign_flip_p_value([1, 2], num_resamples=0)
+
+
+RANKS = SplitRanks(np.array([1, 2, 30]), np.array([2, 4, 40]), np.array([1, 1, 5]))
+OTHER_RANKS = SplitRanks(np.array([3, 2, 1]), np.array([1, 1, 1]), np.array([2, 2, 2]))
+
+
+def saved(path, ranks=RANKS, user_ids=("u", "v", "w"), model="m", fingerprint="f", split="test"):
+    SavedRanks.from_ranks(pa.array(user_ids), ranks, RanksSource(model, fingerprint, split)).save(path)
+    return path
+
+
+def test_saved_ranks_come_back_whole(tmp_path):
+    loaded = SavedRanks.load(saved(tmp_path / "new folder" / "m.parquet"))
+    assert loaded.source == RanksSource("m", "f", "test")
+    assert loaded.table["user_id"].to_pylist() == ["u", "v", "w"]
+    assert loaded.ranks("masked").tolist() == [1, 2, 30]
+    assert loaded.ranks("unmasked").tolist() == [2, 4, 40]
+    assert loaded.ranks("candidates").tolist() == [1, 1, 5]
+    with pytest.raises(ValueError, match="ranking is 'full'"):
+        loaded.ranks("full")
+
+
+def test_saved_runs_compare_by_metric_and_ranking(tmp_path):
+    a, b = saved(tmp_path / "a.parquet"), saved(tmp_path / "b.parquet", OTHER_RANKS)
+    comparison = compare_runs(a, str(b), metric="hit_ratio@1")
+    assert (comparison.mean_a, comparison.mean_b) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    comparison = compare_runs(a, b, metric="mrr", ranking="unmasked")
+    assert comparison.mean_a == pytest.approx((1 / 2 + 1 / 4 + 1 / 40) / 3)
+    assert comparison.mean_b == 1
+    with pytest.raises(ValueError, match="metric 'ndcg' is unknown"):
+        compare_runs(a, b, metric="ndcg")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"user_ids": ("u", "v", "z")}, "different users or orders: m has 3, other has 3, 2 in common"),
+        ({"user_ids": ("v", "u", "w")}, "different users or orders"),
+        ({"fingerprint": "g"}, "differ in data_fingerprint: m has f, other has g"),
+        ({"split": "validation"}, "differ in split: m has test, other has validation"),
+    ],
+)
+def test_saved_runs_of_other_users_do_not_compare(tmp_path, change, message):
+    a, b = saved(tmp_path / "a.parquet"), saved(tmp_path / "b.parquet", model="other", **change)
+    with pytest.raises(ValueError, match=message):
+        compare_runs(a, b)
+
+
+def test_files_that_are_no_saved_ranks_are_refused(tmp_path):
+    path = saved(tmp_path / "a.parquet")
+    with pytest.raises(FileNotFoundError, match="no saved ranks at"):
+        compare_runs(path, tmp_path / "missing.parquet")
+    truncated = tmp_path / "truncated.parquet"
+    truncated.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="not a whole parquet file"):
+        SavedRanks.load(truncated)
+    foreign = tmp_path / "foreign.parquet"
+    pa.parquet.write_table(pa.table({"rank": [1]}), foreign)
+    with pytest.raises(ValueError, match="holds the columns rank: expected saved ranks"):
+        SavedRanks.load(foreign)
+
+
+def test_a_write_that_fails_leaves_the_earlier_file_whole(tmp_path, monkeypatch):
+    path = saved(tmp_path / "a.parquet")
+
+    def fail(table, where):
+        where.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("pyarrow.parquet.write_table", fail)
+    with pytest.raises(OSError, match="no space left"):
+        saved(path, OTHER_RANKS)
+    assert SavedRanks.load(path).ranks("masked").tolist() == [1, 2, 30]
+    assert [found.name for found in tmp_path.iterdir()] == ["a.parquet"]
+
+
+def test_summary_names_every_ranking_and_metric():
+    summary = summarize_ranks(RANKS, k=3)
+    assert {name: interval.mean for name, interval in summary.items()} == pytest.approx(
+        {
+            "masked/ndcg@3": (1 + 1 / np.log2(3)) / 3,
+            "masked/hit_ratio@3": 2 / 3,
+            "masked/recall@3": 2 / 3,
+            "masked/mrr": (1 + 1 / 2 + 1 / 30) / 3,
+            "unmasked/ndcg@3": (1 / np.log2(3)) / 3,
+            "unmasked/hit_ratio@3": 1 / 3,
+            "unmasked/recall@3": 1 / 3,
+            "unmasked/mrr": (1 / 2 + 1 / 4 + 1 / 40) / 3,
+            "candidates/hit_ratio@1": 2 / 3,
+        }
+    )
+    assert all(interval.low <= interval.mean <= interval.high for interval in summary.values())
