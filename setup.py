@@ -28,6 +28,7 @@ setup(
         "huggingface-hub>=2.0",
         "safetensors>=0.6",
         "numpy>=2.0",
+        "scipy>=1.14",
         "pandas>=2.2",
         "pyarrow>=18",
         "pyyaml>=6.0",
