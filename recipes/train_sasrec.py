@@ -19,6 +19,7 @@ from hf_ilora import Catalogue, SASRecConfig, SASRecForNextItem, SequenceDataset
 from hf_ilora.data.windows import EvaluationHistories, NextItemCollator, TrainingWindows, WindowEpochCallback
 from hf_ilora.evaluation.ranking import RankingMetrics, rank_split, ranks_from_logits
 from hf_ilora.evaluation.statistics import summarize_ranks
+from hf_ilora.models.cooccurrence import cooccurrence_embeddings
 from hf_ilora.runs import RunRecord, config_arguments, parse_arguments, resumable_checkpoint, set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -33,9 +34,28 @@ class DataArguments:
     data_dir: str = field(metadata={"help": "folder written by recipes/prepare_data.py"})
     windows: str = field(default="random", metadata={"help": "windows per epoch and history: random, all or last"})
     targets: str = field(default="all", metadata={"help": "labelled positions per window: all or last"})
+    skip_probability: float = field(
+        default=0.0, metadata={"help": "share of the items left out of each training window, another one each epoch"}
+    )
+    shuffle_distance: float = field(
+        default=0.0, metadata={"help": "how many places, at most, an item of a window may move in an epoch"}
+    )
+    initial_items: str = field(
+        default="random",
+        metadata={"help": "item embeddings to begin with: random, or cooccurrence (of the training sequences)"},
+    )
+    item_learning_rate_factor: float = field(
+        default=1.0, metadata={"help": "learning rate of the item embeddings, as a share of the others'"}
+    )
     early_stopping_patience: int = field(
         default=20, metadata={"help": "evaluations without a better validation NDCG@10 before training stops; 0: never"}
     )
+
+    def __post_init__(self):
+        if self.initial_items not in ("random", "cooccurrence"):
+            raise ValueError(f"initial_items is {self.initial_items!r}: expected random or cooccurrence")
+        if self.item_learning_rate_factor < 0:
+            raise ValueError(f"item_learning_rate_factor is {self.item_learning_rate_factor}: expected at least 0")
 
 
 @dataclass
@@ -59,8 +79,31 @@ class SASRecTrainingArguments(TrainingArguments):
     label_names: list[str] = field(default_factory=lambda: ["labels", "seen_items"])
     batch_eval_metrics: bool = True
 
+    def __post_init__(self):
+        if self.output_dir is None:
+            raise ValueError("output_dir is missing: expected a folder for the model, --output_dir or in the YAML")
+        super().__post_init__()
+
 
 ARGUMENTS = (DataArguments, SASRecArguments, SASRecTrainingArguments)
+
+
+def next_item_optimizer(model, arguments: TrainingArguments, item_factor: float) -> torch.optim.Optimizer:
+    """The optimizer that `arguments` name, with a learning rate of its own for the item embeddings.
+
+    As in the Trainer, biases and layer normalisations do not decay.
+    """
+    optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    items = model.model.item_embedding.weight
+    others = [parameter for parameter in model.parameters() if parameter is not items]
+    decayed = [parameter for parameter in others if parameter.dim() > 1]
+    undecayed = [parameter for parameter in others if parameter.dim() <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": arguments.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+        {"params": [items], "weight_decay": arguments.weight_decay, "lr": settings["lr"] * item_factor},
+    ]
+    return optimizer_class(groups, **settings)
 
 
 def main() -> None:
@@ -86,10 +129,20 @@ def main() -> None:
             config.max_length,
             data_arguments.windows,
             data_arguments.targets,
+            data_arguments.skip_probability,
+            data_arguments.shuffle_distance,
             seed=training_arguments.seed,
         )
         if config.popularity_power:
             model.set_item_counts(torch.from_numpy(windows.item_counts(config.num_items)))
+        if data_arguments.initial_items == "cooccurrence":
+            logger.info("factorising the co-occurrence of %d items", config.num_items)
+            only_targets = data_arguments.targets == "last"
+            model.start_from_item_embeddings(
+                cooccurrence_embeddings(
+                    windows.sequences(), config.num_items, config.hidden_size, targets_only=only_targets
+                )
+            )
         callbacks = [WindowEpochCallback(windows)]
         if data_arguments.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(data_arguments.early_stopping_patience))
@@ -102,6 +155,7 @@ def main() -> None:
             compute_metrics=RankingMetrics(k=10),
             preprocess_logits_for_metrics=ranks_from_logits,
             callbacks=callbacks,
+            optimizers=(next_item_optimizer(model, training_arguments, data_arguments.item_learning_rate_factor), None),
         )
         with record.stage("train"):
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -82,6 +82,38 @@ def test_filtered_and_sliced_splits_are_read_right():
     assert window(chosen, 0) == ([21], [22]) and window(chosen, 1) == ([1, 2], [2, 3])
 
 
+def test_skipping_leaves_items_out_and_keeps_the_order():
+    windows = TrainingWindows(split_of(list(range(1, 42))), max_length=40, skip_probability=0.5)
+    lengths = []
+    for epoch in range(50):
+        windows.set_epoch(epoch)
+        inputs, labels = window(windows, 0)
+        sequence = [*inputs, labels[-1]]
+        assert inputs[1:] == labels[:-1] and sequence == sorted(set(sequence)) and set(sequence) <= set(range(1, 42))
+        lengths.append(len(sequence))
+    assert 15 < np.mean(lengths) < 26 and len(set(lengths)) > 5
+    assert window(TrainingWindows(SPLIT, 3, skip_probability=0.99), 2) == ([21], [22]), "two items must stay"
+
+
+def test_shuffling_moves_items_by_less_than_the_distance():
+    windows = TrainingWindows(split_of(list(range(1, 42))), max_length=40, shuffle_distance=4)
+    inputs, labels = window(windows, 0)
+    sequence = np.array([*inputs, labels[-1]])
+    assert sorted(sequence) == list(range(1, 42)) and sequence.tolist() != sorted(sequence)
+    assert np.abs(sequence - np.arange(1, 42)).max() < 4
+    windows.set_epoch(1)
+    assert window(windows, 0)[0] != inputs
+    windows.set_epoch(0)
+    assert window(windows, 0)[0] == inputs
+
+
+def test_training_sequences_are_given_whole():
+    for windows in ("random", "all", "last"):
+        rows = TrainingWindows(SPLIT, max_length=3, windows=windows).sequences()
+        assert [row.tolist() for row in rows] == [[1, 2, 3], [11, 12, 13, 14, 15, 16, 17, 18], [21, 22]]
+    assert TrainingWindows(SPLIT, 3).item_counts(25)[[0, 1, 11, 25]].tolist() == [0, 1, 1, 0]
+
+
 def test_evaluation_rows_hold_newest_items_target_and_everything_seen():
     row = EvaluationHistories(SPLIT, max_length=3)[1]
     assert row["input_ids"].tolist() == [15, 16, 17]
@@ -104,3 +136,7 @@ def test_bad_input_is_refused():
         EvaluationHistories(SPLIT.select([]), 3)
     with pytest.raises(ValueError, match="windows='first'"):
         TrainingWindows(SPLIT, 3, windows="first")
+    with pytest.raises(ValueError, match="skip_probability=1"):
+        TrainingWindows(SPLIT, 3, skip_probability=1)
+    with pytest.raises(ValueError, match="keeps the target"):
+        TrainingWindows(SPLIT, 3, targets="last", skip_probability=0.1)

@@ -127,6 +127,40 @@ def test_score_temperature_scores_by_cosine():
     torch.testing.assert_close(output.logits[:, 1:], expected / 0.1)
 
 
+def test_attention_decay_equals_naive_distance_penalty():
+    model = small_model(attention_decay=True, num_hidden_layers=1, num_attention_heads=2)
+    layer, items = model.model.layers[0], [3, 9, 4, 7]
+    with torch.no_grad():
+        hidden = model.model.item_embedding.weight[items] + model.model.position_embedding.weight[-4:]
+        normed = layer.attention_norm(hidden)
+        attention = layer.attention
+        q, k, v = (m(normed).view(4, 2, 8) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
+        attended = torch.zeros(4, 2, 8)
+        for head in range(2):
+            decay = layer.attention.log_decay[head].exp()
+            scores = torch.stack([q[3, head] @ k[j, head] / math.sqrt(8) - decay * (3 - j) for j in range(4)])
+            attended[3, head] = torch.softmax(scores, 0) @ v[:, head]
+        hidden = hidden + layer.attention.o_proj(attended.view(4, 16))
+        hidden = hidden + layer.feed_forward(layer.feed_forward_norm(hidden))
+        expected = model.model.final_norm(hidden)[3]
+        torch.testing.assert_close(model(torch.tensor([items])).user_embedding[0], expected, rtol=1e-4, atol=1e-5)
+    assert layer.attention.log_decay.exp().tolist() == pytest.approx([0.4, 0.1])
+
+
+def test_start_from_item_embeddings_recommends_neighbours_before_training():
+    model = small_model(hidden_size=32, initializer_range=0.001)
+    table = torch.randn(NUM_ITEMS + 1, 32, generator=torch.Generator().manual_seed(0))
+    table[12] = table[11] + 0.1 * table[13]  # item 12 is like item 11
+    model.start_from_item_embeddings(table)
+    item_ids, _ = model.recommend(torch.tensor([[11]]), top_k=1)
+    assert item_ids.tolist() == [[12]]
+    assert model.model.item_embedding.weight[0].abs().sum() == 0
+    with pytest.raises(ValueError, match="expected \\(41, 32\\)"):
+        model.start_from_item_embeddings(table[1:])
+    with pytest.raises(ValueError, match="pre_norm"):
+        small_model(block_type="reference").start_from_item_embeddings(torch.zeros(NUM_ITEMS + 1, 16))
+
+
 def test_repeat_bias_touches_every_seen_item_once_and_only_up_to_its_position():
     model = small_model(repeat_bias=True)
     history = torch.tensor([[0, 5, 7, 5, 9]])
@@ -277,7 +311,14 @@ def test_model_without_catalogue_size_is_refused():
         SASRecModel(SASRecConfig())
 
 
-@pytest.mark.parametrize("settings", [{}, {"block_type": "reference", "tie_word_embeddings": False, "head_bias": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"block_type": "reference", "tie_word_embeddings": False, "head_bias": True},
+        {"attention_decay": True, "repeat_bias": True},
+    ],
+)
 def test_save_and_load_give_equal_scores(tmp_path, settings):
     model = small_model(**settings)
     model.save_pretrained(tmp_path)

@@ -32,7 +32,11 @@ class TrainingWindows(TorchDataset):
             newest window only, as the published programs do.
         targets: "all" labels every position, "last" only the newest (one label per row, for rows that are already
             prefixes of each other).
-        seed: of the random places; the place depends on (seed, epoch, row) alone, so that a resumed run repeats it.
+        skip_probability: share of a window's items that an epoch leaves out at random, so that the model also learns
+            what follows two or three steps later.
+        shuffle_distance: how many places, at most, an item moves within the window in an epoch; many histories hold
+            ties in time, whose order means nothing.
+        seed: of all that is random; it depends on (seed, epoch, row) alone, so that a resumed run repeats it.
 
     Items are dictionaries of `input_ids` and `labels`, int64 arrays of equal length.
     """
@@ -51,6 +55,13 @@ class TrainingWindows(TorchDataset):
             raise ValueError(
                 f"windows={windows!r}, targets={targets!r}: expected one of {WINDOWS} and one of {TARGETS}"
             )
+        if not 0 <= skip_probability < 1 or shuffle_distance < 0:
+            raise ValueError(
+                f"skip_probability={skip_probability}, shuffle_distance={shuffle_distance}: expected a probability in "
+                "[0, 1) and a distance of at least 0"
+            )
+        if targets == "last" and (skip_probability or shuffle_distance):
+            raise ValueError("targets='last' keeps the target in its place: expected no skipping and no shuffling")
         if len(split) == 0:
             raise ValueError("the training split is empty: no user has two training items; loosen the filters")
         histories, boundaries = flatten_lists(split, "history")
@@ -71,7 +82,7 @@ class TrainingWindows(TorchDataset):
         else:
             self.lengths = np.minimum(lengths, max_length)
             self.starts = sequence_starts + lengths - self.lengths
-        self._first_starts = sequence_starts
+        self._first_starts = sequence_starts  # (rows,)
         self._newest_starts = self.starts
         self.set_epoch(0)
 
@@ -98,18 +109,25 @@ class TrainingWindows(TorchDataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         start, end = self.starts[index], self.starts[index] + self.lengths[index]
         if self.skip_probability or self.shuffle_distance:
-            sequence = self.items[start : end + 1]
-            generator = np.random.default_rng((self.seed, self.epoch, index))
-            kept = generator.random(len(sequence)) >= self.skip_probability
-            places = np.arange(len(sequence)) + self.shuffle_distance * generator.random(len(sequence))
-            if kept.sum() >= 2:
-                sequence, places = sequence[kept], places[kept]
-            sequence = sequence[np.argsort(places)]
+            sequence = self._disturbed(self.items[start : end + 1], index)
             return {"input_ids": sequence[:-1], "labels": sequence[1:]}
         labels = self.items[start + 1 : end + 1]
         if self.targets == "last":
             labels = np.where(np.arange(len(labels)) == len(labels) - 1, labels, IGNORED_LABEL)
         return {"input_ids": self.items[start:end], "labels": labels}
+
+    def _disturbed(self, sequence: np.ndarray, index: int) -> np.ndarray:
+        """The sequence with some items left out and the others moved a little; at least two items stay."""
+        generator = np.random.default_rng((self.seed, self.epoch, index))
+        kept = generator.random(len(sequence)) >= self.skip_probability
+        places = np.arange(len(sequence)) + self.shuffle_distance * generator.random(len(sequence))
+        if kept.sum() < 2:
+            kept[:] = True
+        return sequence[kept][np.argsort(places[kept])]
+
+    def sequences(self) -> list[np.ndarray]:
+        """The whole training sequences, one array of item ids per row, oldest first."""
+        return np.split(self.items, self._first_starts[1:])
 
 
 class EvaluationHistories(TorchDataset):

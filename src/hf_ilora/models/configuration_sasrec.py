@@ -33,6 +33,8 @@ class SASRecConfig(PreTrainedConfig):
         position_alignment: which end of the history has a fixed position: "newest" or "oldest".
         tie_word_embeddings: score items with the input embedding table instead of a separate one.
         head_bias: add a learned bias per item to the scores.
+        attention_decay: let each head's attention fade with distance, at a speed that it learns (ALiBi, ICLR 2022, with
+            learned slopes).
         repeat_bias: learn one number that is added to the scores of the items among the last `max_length`, so that the
             model need not spend its hidden states on whether users come back to an item (needs "cross_entropy").
         score_temperature: `None` scores by dot product; a number scores by cosine similarity divided by it.
@@ -64,6 +66,7 @@ class SASRecConfig(PreTrainedConfig):
     position_alignment: str = "newest"
     tie_word_embeddings: bool = True
     head_bias: bool = False
+    attention_decay: bool = False
     repeat_bias: bool = False
     score_temperature: float | int | None = None
     loss_type: str = "cross_entropy"
@@ -102,8 +105,8 @@ class SASRecConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
         if self.repeat_bias and self.loss_type != "cross_entropy":
             raise ValueError(
-                f"repeat_bias with loss_type {self.loss_type!r}: expected cross_entropy, since sampled negatives hardly "
-                "ever meet a seen item; switch one of them off"
+                f"repeat_bias with loss_type {self.loss_type!r}: expected cross_entropy, since sampled negatives "
+                "hardly ever meet a seen item; switch one of them off"
             )
         if self.pad_token_id != PADDING_ITEM_ID:
             raise ValueError(f"pad_token_id is {self.pad_token_id}: expected {PADDING_ITEM_ID}, item ids start at 1")

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -27,18 +28,29 @@ class SASRecAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size) if output_projection else nn.Identity()
+        # log of how fast each head's attention fades with distance
+        self.log_decay = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_decay else None
 
     def forward(self, queries: torch.Tensor, keys_and_values: torch.Tensor) -> torch.Tensor:
         batch, length, hidden = queries.shape
         heads = (batch, length, self.num_heads, hidden // self.num_heads)
+        mask = None if self.log_decay is None else self.distance_bias(length)  # (heads, length, length)
         attended = F.scaled_dot_product_attention(
             self.q_proj(queries).view(heads).transpose(1, 2),  # (batch, heads, length, head size)
             self.k_proj(keys_and_values).view(heads).transpose(1, 2),
             self.v_proj(keys_and_values).view(heads).transpose(1, 2),
+            attn_mask=None if mask is None else mask.to(queries.dtype),
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=mask is None,
         )
         return self.o_proj(attended.transpose(1, 2).reshape(batch, length, hidden))
+
+    def distance_bias(self, length: int) -> torch.Tensor:
+        """What is added to the attention scores: -decay x distance, and -inf for later positions."""
+        places = torch.arange(length, device=self.log_decay.device)
+        distance = places.unsqueeze(1) - places  # (length, length), positive for earlier positions
+        bias = -self.log_decay.exp().view(-1, 1, 1) * distance.clamp(min=0)  # (heads, length, length)
+        return bias.masked_fill(distance < 0, float("-inf"))
 
 
 class SASRecFeedForward(nn.Module):
@@ -157,6 +169,14 @@ class SASRecPreTrainedModel(NextItemPreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ["SASRecPreNormLayer", "SASRecReferenceLayer"]
 
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, SASRecAttention) and module.log_decay is not None:
+            # Speeds from 0.4 (half of the attention on the newest two items) to 0.1 (on the newest seven).
+            speeds = torch.logspace(math.log10(0.4), math.log10(0.1), module.num_heads)
+            init.copy_(module.log_decay, speeds.log())
+
 
 class SASRecModel(SASRecPreTrainedModel):
     """The encoder: item ids in, one hidden state per position out."""
@@ -226,6 +246,36 @@ class SASRecForNextItem(SASRecPreTrainedModel):
             )
         self.item_counts.copy_(item_counts)
         self.item_counts[PADDING_ITEM_ID] = 0
+
+    @torch.no_grad()
+    def start_from_item_embeddings(self, embeddings: torch.Tensor, mixing: float = 0.3) -> None:
+        """Let training begin from known item embeddings instead of random numbers.
+
+        The table takes the embeddings, and the first block's values and output become the identity, the latter times
+        `mixing`: before any training, a history is the sum of its newest item and an average of the others, and the
+        nearest items are recommended.
+
+        Args:
+            embeddings: (num_items + 1, hidden), row 0 for padding.
+            mixing: weight of the average in the sum.
+
+        Raises:
+            ValueError: for another shape, or for the reference block, whose attention has no output projection.
+        """
+        table = self.model.item_embedding.weight
+        if embeddings.shape != table.shape:
+            raise ValueError(
+                f"embeddings have shape {tuple(embeddings.shape)}: expected {tuple(table.shape)}, (num_items + 1, "
+                "hidden_size)"
+            )
+        if self.config.block_type != "pre_norm":
+            raise ValueError(f"block_type is {self.config.block_type!r}: expected pre_norm to start from embeddings")
+        identity = torch.eye(self.config.hidden_size, dtype=table.dtype, device=table.device)
+        attention = self.model.layers[0].attention
+        table.copy_(embeddings)
+        table[PADDING_ITEM_ID] = 0
+        attention.v_proj.weight.add_(identity)
+        attention.o_proj.weight.add_(identity, alpha=mixing)
 
     def forward(
         self,
