@@ -24,7 +24,7 @@ environment:
 	cp requirements.lock .venv/installed.lock
 
 test: setup ## quick tests: CPU, no network, minutes
-	python -m pytest -m "not slow"
+	python -m pytest -m "not slow" --durations=15
 
 test-slow: setup ## tests that launch processes, train, or read whole data sets
 	python -m pytest -m slow --durations=15
