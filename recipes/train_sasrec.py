@@ -13,17 +13,25 @@ import logging
 from dataclasses import dataclass, field
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from hf_ilora import Catalogue, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.data.windows import EvaluationHistories, NextItemCollator, TrainingWindows, WindowEpochCallback
 from hf_ilora.evaluation.ranking import RankingMetrics, rank_split, ranks_from_logits
 from hf_ilora.evaluation.statistics import summarize_ranks
 from hf_ilora.models.cooccurrence import cooccurrence_embeddings
-from hf_ilora.runs import RunRecord, config_arguments, parse_arguments, resumable_checkpoint, set_up_logging
+from hf_ilora.runs import (
+    LogMetricsCallback,
+    RunRecord,
+    config_arguments,
+    parse_arguments,
+    resumable_checkpoint,
+    set_up_logging,
+)
 
 logger = logging.getLogger(__name__)
 
+INITIAL_ITEMS = ("random", "cooccurrence", "plain_cooccurrence")
 SASRecArguments = config_arguments(SASRecConfig, exclude=("num_items", "pad_token_id"))
 
 
@@ -42,7 +50,10 @@ class DataArguments:
     )
     initial_items: str = field(
         default="random",
-        metadata={"help": "item embeddings to begin with: random, or cooccurrence (of the training sequences)"},
+        metadata={"help": "item embeddings to begin with: random, cooccurrence or plain_cooccurrence (no logarithm)"},
+    )
+    initial_mixing: float = field(
+        default=0.3, metadata={"help": "weight of the older items in the untrained model that starts from cooccurrence"}
     )
     item_learning_rate_factor: float = field(
         default=1.0, metadata={"help": "learning rate of the item embeddings, as a share of the others'"}
@@ -52,8 +63,8 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        if self.initial_items not in ("random", "cooccurrence"):
-            raise ValueError(f"initial_items is {self.initial_items!r}: expected random or cooccurrence")
+        if self.initial_items not in INITIAL_ITEMS:
+            raise ValueError(f"initial_items is {self.initial_items!r}: expected one of {', '.join(INITIAL_ITEMS)}")
         if self.item_learning_rate_factor < 0:
             raise ValueError(f"item_learning_rate_factor is {self.item_learning_rate_factor}: expected at least 0")
 
@@ -135,15 +146,19 @@ def main() -> None:
         )
         if config.popularity_power:
             model.set_item_counts(torch.from_numpy(windows.item_counts(config.num_items)))
-        if data_arguments.initial_items == "cooccurrence":
+        if data_arguments.initial_items != "random":
             logger.info("factorising the co-occurrence of %d items", config.num_items)
-            only_targets = data_arguments.targets == "last"
-            model.start_from_item_embeddings(
-                cooccurrence_embeddings(
-                    windows.sequences(), config.num_items, config.hidden_size, targets_only=only_targets
-                )
+            embeddings = cooccurrence_embeddings(
+                windows.sequences(),
+                config.num_items,
+                config.hidden_size,
+                take_logarithm=data_arguments.initial_items == "cooccurrence",
+                # A cosine reads directions only; the scale of dot products is that of the scores.
+                mean_norm=None if config.score_temperature is None else 1.0,
+                targets_only=data_arguments.targets == "last",
             )
-        callbacks = [WindowEpochCallback(windows)]
+            model.start_from_item_embeddings(embeddings, data_arguments.initial_mixing)
+        callbacks = [WindowEpochCallback(windows), LogMetricsCallback()]
         if data_arguments.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(data_arguments.early_stopping_patience))
         trainer = Trainer(
@@ -157,6 +172,7 @@ def main() -> None:
             callbacks=callbacks,
             optimizers=(next_item_optimizer(model, training_arguments, data_arguments.item_learning_rate_factor), None),
         )
+        trainer.remove_callback(PrinterCallback)  # LogMetricsCallback says the same, to the file too
         with record.stage("train"):
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()

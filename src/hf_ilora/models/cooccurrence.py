@@ -17,12 +17,15 @@ def cooccurrence_embeddings(
     size: int,
     max_gap: int = 20,
     gap_decay: float = 0.85,
+    take_logarithm: bool = True,
+    mean_norm: float | None = None,
     targets_only: bool = False,
 ) -> torch.Tensor:
-    """Embeddings whose dot products approach the logarithm of how much more often than by chance two items meet.
+    """Embeddings whose dot products approach (the logarithm of) how much more often than by chance two items meet.
 
         C[i, j] = sum of gap_decay ** (g - 1) over pairs of i and j at a distance g <= max_gap, in either order
-        M[i, j] = log(1 + num_items * C[i, j] / sqrt(sum_j C[i, j] * sum_i C[i, j]))
+        L[i, j] = num_items * C[i, j] / sqrt(sum_j C[i, j] * sum_i C[i, j])
+        M[i, j] = log(1 + L[i, j]), or L[i, j] itself
         M is approached by E E^T of rank `size`: the largest eigenvalues of M, where they are positive
 
     Args:
@@ -31,6 +34,8 @@ def cooccurrence_embeddings(
         size: width of the embeddings, smaller than the catalogue.
         max_gap: largest distance of a pair.
         gap_decay: decay of a pair with its distance.
+        take_logarithm: False keeps rare pairs as strong as they are: better where most items have few interactions.
+        mean_norm: rescale the embeddings to this mean Euclidean norm; None leaves them as factorised.
         targets_only: count only pairs whose later item is the last of its row, for rows that are all prefixes of a
             history.
 
@@ -59,9 +64,12 @@ def cooccurrence_embeddings(
     scale = scipy.sparse.dia_array((totals[None] ** -0.5, [0]), shape=shape)
     lift = (scale @ matrix @ scale).tocsr() * num_items
     # A fixed start makes the result repeatable.
-    eigenvalues, eigenvectors = eigsh(lift.log1p(), k=size, which="LA", v0=np.ones(num_items + 1))
+    factorised = lift.log1p() if take_logarithm else lift
+    eigenvalues, eigenvectors = eigsh(factorised, k=size, which="LA", v0=np.ones(num_items + 1))
     embeddings = eigenvectors * np.maximum(eigenvalues, 0) ** 0.5  # (num_items + 1, size)
     embeddings[np.asarray(matrix.sum(axis=1)) == 0] = 0
+    if mean_norm is not None:
+        embeddings *= mean_norm / np.linalg.norm(embeddings[1:], axis=1).mean()
     return torch.from_numpy(embeddings.astype(np.float32))
 
 

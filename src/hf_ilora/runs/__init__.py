@@ -3,10 +3,11 @@
 from .arguments import parse_arguments, read_config
 from .checkpoints import resumable_checkpoint
 from .config_arguments import config_arguments
-from .logs import set_up_logging
+from .logs import LogMetricsCallback, set_up_logging
 from .record import RunRecord
 
 __all__ = [
+    "LogMetricsCallback",
     "RunRecord",
     "config_arguments",
     "parse_arguments",

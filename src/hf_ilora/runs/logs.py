@@ -2,12 +2,16 @@
 
 import logging
 import sys
+import time
 from pathlib import Path
 
 import datasets
 import transformers
 from accelerate import PartialState
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -56,3 +60,25 @@ def set_up_logging(output_dir: str | Path) -> None:
     transformers.utils.logging.set_verbosity(level)
     logging.getLogger("datasets").handlers.clear()
     datasets.utils.logging.set_verbosity(level)
+
+
+class LogMetricsCallback(TrainerCallback):
+    """Writes what the Trainer reports, losses and metrics, to the run's log as one line each, with the time left."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begin, self.first_step = time.monotonic(), state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        steps_done = state.global_step - self.first_step
+        seconds_left = (time.monotonic() - self.begin) / max(1, steps_done) * (state.max_steps - state.global_step)
+        values = ", ".join(
+            f"{name} {value:.4g}"
+            for name, value in logs.items()
+            if name != "epoch" and not name.endswith("_per_second")
+        )
+        logger.info(
+            "epoch %.4g, step %d of %d, %.0f s left: %s",
+            state.epoch, state.global_step, state.max_steps, seconds_left, values,
+        )  # fmt: skip
