@@ -51,13 +51,13 @@ class SearchedValues:
 
     max_gap: list[int] = field(default_factory=lambda: [20, 5, 10, 40], metadata={"help": "largest distance of a pair"})
     gap_decay: list[float] = field(
-        default_factory=lambda: [0.85, 0.5, 0.7, 0.95], metadata={"help": "decay of a pair with its distance"}
+        default_factory=lambda: [0.95, 0.5, 0.7, 0.85], metadata={"help": "decay of a pair with its distance"}
     )
     backward_weight: list[float] = field(
-        default_factory=lambda: [0.3, 0.0, 0.6, 1.0], metadata={"help": "weight of a pair in reverse order"}
+        default_factory=lambda: [0.6, 0.0, 0.3, 1.0], metadata={"help": "weight of a pair in reverse order"}
     )
     source_power: list[float] = field(
-        default_factory=lambda: [0.5, 0.0, 0.75, 1.0], metadata={"help": "normalisation by the earlier item"}
+        default_factory=lambda: [0.75, 0.0, 0.5, 1.0], metadata={"help": "normalisation by the earlier item"}
     )
     target_power: list[float] = field(
         default_factory=lambda: [0.25, 0.0, 0.4, 0.55], metadata={"help": "normalisation by the later item"}
