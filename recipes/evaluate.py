@@ -12,6 +12,7 @@ import hashlib
 import logging
 import re
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ class EvaluationArguments:
     seed: int = field(default=0, metadata={"help": "of intervals, p-values and the users that latency is measured on"})
     latency_calls: int = field(default=300, metadata={"help": "recommendations timed per model, one user at a time"})
     latency_threads: int = field(default=1, metadata={"help": "CPU threads while latency is measured"})
+    plot: bool = field(default=True, metadata={"help": "draw results.png; needs the extra hf_ilora[plot]"})
     device: str | None = field(default=None, metadata={"help": "where to evaluate; by default a GPU if there is one"})
 
     def __post_init__(self):
@@ -62,6 +64,8 @@ class EvaluationArguments:
         for name in ("k", "batch_size", "num_resamples", "latency_calls", "latency_threads"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
+        if self.plot and find_spec("matplotlib") is None:
+            raise ValueError("plot needs matplotlib: install hf_ilora[plot], or give --plot false")
 
 
 def main() -> None:
@@ -114,7 +118,8 @@ def main() -> None:
             record.add_metrics(name, reports[-1].quality)
         if state.is_main_process:
             write_table(reports, context, output)
-            plot_quality(reports, context, output / "results.png")
+            if arguments.plot:
+                plot_quality(reports, context, output / "results.png")
             logger.info("wrote %s\n%s", output / "results.md", markdown_table(reports, context))
 
 

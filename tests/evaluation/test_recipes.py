@@ -166,6 +166,20 @@ def test_bad_options_are_refused(run_recipe, tmp_path, options, message):
         run_recipe("evaluate", *required, *options)
 
 
+def test_a_plot_without_matplotlib_is_an_error_before_anything_runs(
+    run_recipe, data_dir, models, monkeypatch, tmp_path
+):
+    find_spec = importlib.util.find_spec
+    missing = lambda name: None if name == "matplotlib" else find_spec(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
+    options = ["--models", models[0], "--data_dir", data_dir, "--output_dir", tmp_path / "evaluation", *QUICK]
+    with pytest.raises(ValueError, match=r"install hf_ilora\[plot\], or give --plot false"):
+        run_recipe("evaluate", *options)
+    run_recipe("evaluate", *options, "--plot", "false")
+    assert (tmp_path / "evaluation" / "results.md").exists()
+    assert not (tmp_path / "evaluation" / "results.png").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["multi_cpu.yaml"])
 def test_two_processes_give_the_ranks_of_one(launch, run_recipe, config, data_dir, models, tmp_path):
