@@ -1,6 +1,7 @@
-"""set_up_logging: one line per message, on the console and in run.log."""
+"""set_up_logging: what stands on the console and in run.log, once each."""
 
 import logging
+import re
 import sys
 import warnings
 
@@ -33,23 +34,29 @@ def logging_as_it_was():
 def log_everything():
     logging.getLogger("hf_ilora.data").info("from ours")
     transformers.utils.logging.get_logger("transformers.trainer").info("from transformers")
+    transformers.utils.logging.get_logger("transformers.trainer").warning("a warning from transformers")
     datasets.utils.logging.get_logger("datasets.arrow").info("from datasets")
     warnings.warn("from warnings", stacklevel=1)
 
 
-MESSAGES = ("from ours", "from transformers", "from datasets", "from warnings")
-
-
-def test_every_message_stands_once_on_the_console_and_in_the_file_with_its_time(tmp_path, capsys):
+def test_every_message_stands_once_in_the_file_with_its_time(tmp_path):
     set_up_logging(tmp_path / "run")
     log_everything()
-    console, file = capsys.readouterr().err, (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
-    for text in (console, file):
-        assert [text.count(message) for message in MESSAGES[:3]] == [1, 1, 1]
-        assert "UserWarning: from warnings" in text
-    assert console == file
-    assert all(line[:4].isdigit() for line in file.splitlines() if " INFO " in line)
-    assert " INFO hf_ilora.data: from ours" in file
+    file = (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
+    messages = ["from ours", "from transformers", "from datasets", "a warning from transformers"]
+    assert [file.count(f": {message}\n") for message in messages] == [1, 1, 1, 1]
+    assert "WARNING py.warnings:" in file and "UserWarning: from warnings" in file
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO hf_ilora.data: from ours$", file, re.MULTILINE)
+
+
+def test_console_shows_our_reports_and_all_warnings_once(tmp_path, capsys):
+    set_up_logging(tmp_path / "run")
+    log_everything()
+    console = capsys.readouterr().err
+    assert console.count(" INFO hf_ilora.data: from ours") == 1
+    assert console.count("a warning from transformers") == 1
+    assert "UserWarning: from warnings" in console
+    assert ": from transformers" not in console and "from datasets" not in console
 
 
 def test_a_second_call_replaces_the_first(tmp_path, capsys):
@@ -79,7 +86,7 @@ def test_other_processes_only_warn_and_write_no_file(tmp_path, capsys, monkeypat
     log_everything()
     logging.getLogger("hf_ilora").warning("a warning")
     console = capsys.readouterr().err
-    assert "from ours" not in console and "from transformers" not in console and "from datasets" not in console
+    assert "from ours" not in console and ": from transformers" not in console and "from datasets" not in console
     assert "a warning" in console
     assert not (tmp_path / "run").exists()
 

@@ -17,7 +17,11 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes above the progress bars instead of through them."""
+    """Writes above the progress bars instead of through them, and leaves what libraries only tell to the file."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        ours = record.name == "__main__" or record.name.startswith("hf_ilora")
+        return ours or record.levelno > logging.INFO
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -31,10 +35,11 @@ class _RunFileHandler(logging.FileHandler):
 
 
 def set_up_logging(output_dir: str | Path) -> None:
-    """Sends the log of the recipe, of hf_ilora, transformers and datasets, and warnings to the console and `run.log`.
+    """Sends what the recipe and hf_ilora report and all warnings to the console, and that and more to `run.log`.
 
-    The main process logs from INFO on, the others from WARNING on and to the console only. A second call replaces the
-    first. Call it after `parse_arguments`, which starts what the processes share.
+    The file also has what transformers, datasets and other libraries report. The main process logs from INFO on, the
+    others from WARNING on and to the console only. A second call replaces the first. Call it after `parse_arguments`,
+    which starts what the processes share.
 
     Args:
         output_dir: the folder of `run.log`, made if it does not exist; an existing log is continued.
