@@ -27,6 +27,7 @@ from hf_ilora import (
     TransitionCountsConfig,
     TransitionCountsForNextItem,
 )
+from hf_ilora.data.windows import training_sequences
 from hf_ilora.evaluation.rank_metrics import ndcg_at
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.statistics import summarize_ranks
@@ -79,7 +80,7 @@ def main() -> None:
         record.add_data(sequences.fingerprint)
         # Rows that are every prefix of a history hold a pair many times: there the targets alone are counted.
         targets_only = sequences.protocol["name"] == "temporal_users"
-        rows = training_rows(sequences["train"])
+        rows = np.split(*training_sequences(sequences["train"]))[1:-1]
         catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
         validation = sequences["validation"]
         with record.stage("search"):
@@ -99,12 +100,6 @@ def main() -> None:
             metrics = summarize_ranks(rank_split(model, validation, batch_size=arguments.batch_size))
             record.add_metrics(f"validation_{name}", metrics)
             logger.info("%s: validation NDCG@10 %.4f (seen items masked)", name, metrics["masked/ndcg@10"].mean)
-
-
-def training_rows(split) -> list[np.ndarray]:
-    """History and target of every training row, oldest item first."""
-    table = split.with_format("numpy")
-    return [np.append(row["history"], row["target"]) for row in table]
 
 
 def search(rows, num_items: int, validation, searched: SearchedValues, arguments: FitArguments, targets_only: bool):

@@ -12,11 +12,18 @@ import dataclasses
 import logging
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from hf_ilora import Catalogue, SASRecConfig, SASRecForNextItem, SequenceDatasets
-from hf_ilora.data.windows import EvaluationHistories, NextItemCollator, TrainingWindows, WindowEpochCallback
+from hf_ilora.data.windows import (
+    EvaluationHistories,
+    NextItemCollator,
+    TrainingWindows,
+    WindowEpochCallback,
+    training_sequences,
+)
 from hf_ilora.evaluation.ranking import RankingMetrics, rank_split, ranks_from_logits
 from hf_ilora.evaluation.statistics import summarize_ranks
 from hf_ilora.models.cooccurrence import cooccurrence_embeddings
@@ -87,6 +94,7 @@ class SASRecTrainingArguments(TrainingArguments):
     greater_is_better: bool = True
     # The three that the metrics need: they see every user's seen items, and are reduced to ranks batch by batch.
     remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
     label_names: list[str] = field(default_factory=lambda: ["labels", "seen_items"])
     batch_eval_metrics: bool = True
 
@@ -134,7 +142,7 @@ def main() -> None:
         record.add_data(sequences.fingerprint)
         set_seed(training_arguments.seed)
         model = SASRecForNextItem(config)
-        model.catalogue = Catalogue(sequences.catalogue.data.table)
+        model.catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
         windows = TrainingWindows(
             sequences["train"],
             config.max_length,
@@ -149,7 +157,7 @@ def main() -> None:
         if data_arguments.initial_items != "random":
             logger.info("factorising the co-occurrence of %d items", config.num_items)
             embeddings = cooccurrence_embeddings(
-                windows.sequences(),
+                np.split(*training_sequences(sequences["train"]))[1:-1],
                 config.num_items,
                 config.hidden_size,
                 take_logarithm=data_arguments.initial_items == "cooccurrence",

@@ -15,10 +15,25 @@ TARGETS = ("all", "last")
 
 def flatten_lists(split: Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
     """A list column as one array: values (total,) and row boundaries (rows + 1,)."""
-    table = split.with_format("arrow")[:]
-    chunks = table.column(column).combine_chunks()
-    boundaries = chunks.offsets.to_numpy()
-    return chunks.flatten().to_numpy()[...], boundaries - boundaries[0]
+    lists = split.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
+    lengths = lists.value_lengths().to_numpy().astype(np.int64)
+    return lists.flatten().to_numpy(), np.concatenate([[0], lengths.cumsum()])
+
+
+def training_sequences(split: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Each training row as one sequence, its history with the target appended.
+
+    Returns:
+        items (total,), all sequences one after the other, and their boundaries (rows + 1,).
+
+    Raises:
+        ValueError: for a split without rows.
+    """
+    if len(split) == 0:
+        raise ValueError("the training split is empty: no user has two training items; loosen the filters")
+    histories, boundaries = flatten_lists(split, "history")
+    targets = split.select_columns(["target"]).with_format("arrow")[:]["target"].to_numpy()
+    return np.insert(histories, boundaries[1:], targets), boundaries + np.arange(len(boundaries))
 
 
 class TrainingWindows(TorchDataset):
@@ -38,7 +53,7 @@ class TrainingWindows(TorchDataset):
             ties in time, whose order means nothing.
         seed: of all that is random; it depends on (seed, epoch, row) alone, so that a resumed run repeats it.
 
-    Items are dictionaries of `input_ids` and `labels`, int64 arrays of equal length.
+    Items are dictionaries of `input_ids` and `labels`, arrays of equal length.
     """
 
     def __init__(
@@ -62,16 +77,11 @@ class TrainingWindows(TorchDataset):
             )
         if targets == "last" and (skip_probability or shuffle_distance):
             raise ValueError("targets='last' keeps the target in its place: expected no skipping and no shuffling")
-        if len(split) == 0:
-            raise ValueError("the training split is empty: no user has two training items; loosen the filters")
-        histories, boundaries = flatten_lists(split, "history")
-        lengths = np.diff(boundaries)
-        # Each sequence is its history with the target appended.
-        self.items = np.insert(histories, boundaries[1:], np.asarray(split.with_format("numpy")["target"][:]))
-        self.items = self.items.astype(np.int64)
+        self.items, boundaries = training_sequences(split)
+        lengths = np.diff(boundaries) - 1  # inputs per sequence, (rows,)
         self.max_length, self.windows, self.targets, self.seed = max_length, windows, targets, seed
         self.skip_probability, self.shuffle_distance, self.epoch = skip_probability, shuffle_distance, 0
-        sequence_starts = boundaries[:-1] + np.arange(len(lengths))
+        sequence_starts = boundaries[:-1]
         if windows == "all":
             per_row = -(-lengths // max_length)  # windows of max_length inputs, aligned to the newest item
             row = np.repeat(np.arange(len(lengths)), per_row)
@@ -125,10 +135,6 @@ class TrainingWindows(TorchDataset):
             kept[:] = True
         return sequence[kept][np.argsort(places[kept])]
 
-    def sequences(self) -> list[np.ndarray]:
-        """The whole training sequences, one array of item ids per row, oldest first."""
-        return np.split(self.items, self._first_starts[1:])
-
 
 class EvaluationHistories(TorchDataset):
     """Validation or test rows for the Trainer: the newest items, the target as last label, and all seen items.
@@ -141,9 +147,8 @@ class EvaluationHistories(TorchDataset):
     def __init__(self, split: Dataset, max_length: int):
         if len(split) == 0:
             raise ValueError("the evaluation split is empty: expected one row per user; loosen the filters")
-        histories, self.boundaries = flatten_lists(split, "history")
-        self.items = histories.astype(np.int64)
-        self.targets = np.asarray(split.with_format("numpy")["target"][:]).astype(np.int64)
+        self.items, self.boundaries = flatten_lists(split, "history")
+        self.targets = split.select_columns(["target"]).with_format("arrow")[:]["target"].to_numpy()
         self.max_length = max_length
 
     def __len__(self) -> int:

@@ -7,11 +7,11 @@ So constant scores put the target last, and no model gains by giving many items 
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, reduce
 
+from hf_ilora.data.windows import flatten_lists
 from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at, reciprocal_rank
 from hf_ilora.models.configuration_sasrec import PADDING_ITEM_ID
 
@@ -199,10 +199,11 @@ class _EvaluationRows:
             )
         if not len(split):
             raise ValueError("the split is empty: expected at least one row to evaluate")
-        table = split.select_columns(["history", "target", "candidates"]).with_format("arrow")[:]
-        self.items, self.starts = _flat_lists(table["history"])  # (total,), (users + 1,)
-        self.target = table["target"].to_numpy().astype(np.int64)  # (users,)
-        candidates, starts = _flat_lists(table["candidates"])
+        self.items, self.starts = flatten_lists(split, "history")  # (total,), (users + 1,)
+        self.target = (
+            split.select_columns(["target"]).with_format("arrow")[:]["target"].to_numpy().astype(np.int64)
+        )  # (users,)
+        candidates, starts = flatten_lists(split, "candidates")
         lengths = np.diff(starts)
         if lengths.min() != lengths.max() or not lengths.max():
             raise ValueError(
@@ -233,13 +234,6 @@ class _EvaluationRows:
         real = steps < lengths[:, None]
         histories = np.where(real, self.items[np.where(real, positions, 0)], PADDING_ITEM_ID)
         return torch.from_numpy(histories.astype(np.int64))
-
-
-def _flat_lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Values of a column of lists, one after the other, and where each row's begin, with the end: (rows + 1,)."""
-    column = column.combine_chunks()
-    lengths = column.value_lengths().to_numpy().astype(np.int64)
-    return column.flatten().to_numpy(), np.concatenate([[0], lengths.cumsum()])
 
 
 def ranks_from_logits(logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
