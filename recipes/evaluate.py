@@ -78,7 +78,7 @@ def main() -> None:
     set_up_logging(output)
     compared = f"ndcg@{arguments.k}"
     context = ReportContext(
-        data=Path(arguments.data_dir).name,
+        data=arguments.data_dir,
         data_fingerprint=sequences.fingerprint,
         split=arguments.split,
         num_users=len(split),

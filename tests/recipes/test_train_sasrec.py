@@ -49,7 +49,7 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def finished(data_dir, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("runs") / "whole"
-    result = run(data_dir, output_dir)
+    result = run(data_dir, output_dir, "--report_to", "tensorboard")
     assert result.returncode == 0, result.stderr
     return output_dir
 
@@ -70,7 +70,9 @@ def test_run_leaves_a_model_that_knows_the_rule_and_a_full_record(finished, data
     model = SASRecForNextItem.from_pretrained(finished)
     item_ids, _ = model.recommend(torch.tensor([[1, 2, 3]]), top_k=2)
     assert set(model.catalogue.titles(item_ids[0])) == {"Title 103", "Title 104"}
-    assert "eval_ndcg@10" in (finished / "run.log").read_text() or "ndcg@10" in (finished / "run.log").read_text()
+    log = (finished / "run.log").read_text()
+    assert "step 48 of 48, 0 s left: eval_loss" in log and "eval_ndcg@10" in log
+    assert list(finished.rglob("events.out.tfevents.*")), "TensorBoard was asked for"
 
 
 @pytest.mark.slow
