@@ -152,8 +152,9 @@ def main() -> None:
             data_arguments.shuffle_distance,
             seed=training_arguments.seed,
         )
+        item_counts = torch.from_numpy(windows.item_counts(config.num_items))
         if config.popularity_power:
-            model.set_item_counts(torch.from_numpy(windows.item_counts(config.num_items)))
+            model.set_item_counts(item_counts)
         if data_arguments.initial_items != "random":
             logger.info("factorising the co-occurrence of %d items", config.num_items)
             embeddings = cooccurrence_embeddings(
@@ -165,7 +166,7 @@ def main() -> None:
                 mean_norm=None if config.score_temperature is None else 1.0,
                 targets_only=data_arguments.targets == "last",
             )
-            model.start_from_item_embeddings(embeddings, data_arguments.initial_mixing)
+            model.start_from_item_embeddings(embeddings, data_arguments.initial_mixing, item_counts)
         callbacks = [WindowEpochCallback(windows), LogMetricsCallback()]
         if data_arguments.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(data_arguments.early_stopping_patience))

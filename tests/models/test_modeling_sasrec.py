@@ -161,6 +161,14 @@ def test_start_from_item_embeddings_recommends_neighbours_before_training():
         small_model(block_type="reference").start_from_item_embeddings(torch.zeros(NUM_ITEMS + 1, 16))
 
 
+def test_biases_start_from_the_logarithms_of_counts():
+    model = small_model(head_bias=True)
+    counts = torch.arange(NUM_ITEMS + 1, dtype=torch.float32)
+    model.start_from_item_embeddings(torch.zeros(NUM_ITEMS + 1, 16), item_counts=counts)
+    assert (model.head.bias[5] - model.head.bias[2]).item() == pytest.approx(math.log(6 / 3), abs=1e-6)
+    assert model.head.bias[1:].mean().item() == pytest.approx(0, abs=1e-6)
+
+
 def test_repeat_bias_touches_every_seen_item_once_and_only_up_to_its_position():
     model = small_model(repeat_bias=True)
     history = torch.tensor([[0, 5, 7, 5, 9]])

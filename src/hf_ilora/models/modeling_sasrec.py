@@ -248,7 +248,9 @@ class SASRecForNextItem(SASRecPreTrainedModel):
         self.item_counts[PADDING_ITEM_ID] = 0
 
     @torch.no_grad()
-    def start_from_item_embeddings(self, embeddings: torch.Tensor, mixing: float = 0.3) -> None:
+    def start_from_item_embeddings(
+        self, embeddings: torch.Tensor, mixing: float = 0.3, item_counts: torch.Tensor | None = None
+    ) -> None:
         """Let training begin from known item embeddings instead of random numbers.
 
         The table takes the embeddings, and the first block's values and output become the identity, the latter times
@@ -258,6 +260,8 @@ class SASRecForNextItem(SASRecPreTrainedModel):
         Args:
             embeddings: (num_items + 1, hidden), row 0 for padding.
             mixing: weight of the average in the sum.
+            item_counts: (num_items + 1,), the occurrences of each item in training; with `head_bias` the biases
+                start from their logarithms.
 
         Raises:
             ValueError: for another shape, or for the reference block, whose attention has no output projection.
@@ -276,6 +280,9 @@ class SASRecForNextItem(SASRecPreTrainedModel):
         table[PADDING_ITEM_ID] = 0
         attention.v_proj.weight.add_(identity)
         attention.o_proj.weight.add_(identity, alpha=mixing)
+        if self.config.head_bias and item_counts is not None:
+            log_counts = item_counts.to(table).log1p()
+            self.head.bias.copy_(log_counts - log_counts[1:].mean())
 
     def forward(
         self,
