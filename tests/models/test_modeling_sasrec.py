@@ -244,6 +244,24 @@ def test_loss_of_parts_sums_to_the_loss_of_the_whole_batch():
     torch.testing.assert_close(whole, parts)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"attention_decay": True, "repeat_bias": True},
+        {"block_type": "reference", "num_hidden_layers": 1},
+        {"position_alignment": "oldest", "attention_decay": True, "num_hidden_layers": 3},
+    ],
+)
+@pytest.mark.parametrize("histories", [LEFT, RIGHT])
+def test_recommend_scores_as_forward_does(settings, histories):
+    """The last block computes the last position only: no padding and no other row may leak in."""
+    model = small_model(**settings)
+    item_ids, scores = model.recommend(histories, top_k=NUM_ITEMS, exclude_seen=False)
+    with torch.no_grad():
+        torch.testing.assert_close(scores, model(histories).logits.gather(1, item_ids), rtol=1e-4, atol=1e-5)
+
+
 def test_recommend_excludes_seen_items_and_sorts():
     model = small_model()
     item_ids, scores = model.recommend(RIGHT, top_k=NUM_ITEMS - 5)

@@ -31,25 +31,41 @@ class SASRecAttention(nn.Module):
         # log of how fast each head's attention fades with distance
         self.log_decay = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_decay else None
 
-    def forward(self, queries: torch.Tensor, keys_and_values: torch.Tensor) -> torch.Tensor:
-        batch, length, hidden = queries.shape
-        heads = (batch, length, self.num_heads, hidden // self.num_heads)
-        mask = None if self.log_decay is None else self.distance_bias(length)  # (heads, length, length)
+    def forward(self, queries: torch.Tensor, keys_and_values: torch.Tensor, last: torch.Tensor | int | None = None):
+        """(batch, queries, hidden): of every position, or only of the position `last` of each row."""
+        mask = self.mask(keys_and_values.shape[1], last)
         attended = F.scaled_dot_product_attention(
-            self.q_proj(queries).view(heads).transpose(1, 2),  # (batch, heads, length, head size)
-            self.k_proj(keys_and_values).view(heads).transpose(1, 2),
-            self.v_proj(keys_and_values).view(heads).transpose(1, 2),
-            attn_mask=None if mask is None else mask.to(queries.dtype),
+            self.split_heads(self.q_proj(queries)),  # (batch, heads, queries, head size)
+            self.split_heads(self.k_proj(keys_and_values)),
+            self.split_heads(self.v_proj(keys_and_values)),
+            attn_mask=mask.to(queries.dtype) if mask is not None and mask.is_floating_point() else mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
+            is_causal=mask is None and last is None,
         )
-        return self.o_proj(attended.transpose(1, 2).reshape(batch, length, hidden))
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
 
-    def distance_bias(self, length: int) -> torch.Tensor:
-        """What is added to the attention scores: -decay x distance, and -inf for later positions."""
-        places = torch.arange(length, device=self.log_decay.device)
-        distance = places.unsqueeze(1) - places  # (length, length), positive for earlier positions
-        bias = -self.log_decay.exp().view(-1, 1, 1) * distance.clamp(min=0)  # (heads, length, length)
+    def split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """(batch, length, hidden) -> (batch, heads, length, head size)"""
+        batch, length, hidden = projected.shape
+        return projected.view(batch, length, self.num_heads, hidden // self.num_heads).transpose(1, 2)
+
+    def mask(self, length: int, last: torch.Tensor | int | None) -> torch.Tensor | None:
+        """What each query may see, for `scaled_dot_product_attention`; None where a query sees all, or all before it.
+
+        Without fading attention it is boolean, with it what is added to the scores: -decay x distance.
+        """
+        if self.log_decay is None and not isinstance(last, torch.Tensor):
+            return None
+        places = torch.arange(length, device=self.q_proj.weight.device)
+        if last is None:
+            distance = places.unsqueeze(1) - places  # (length, length), positive for earlier positions
+        elif isinstance(last, int):
+            distance = (last - places).unsqueeze(0)  # (1, length)
+        else:
+            distance = (last.unsqueeze(1) - places).view(-1, 1, 1, length)  # (batch, 1, 1, length)
+        if self.log_decay is None:
+            return distance >= 0
+        bias = -self.log_decay.exp().view(-1, 1, 1) * distance.clamp(min=0)  # (..., heads, queries, length)
         return bias.masked_fill(distance < 0, float("-inf"))
 
 
@@ -79,9 +95,11 @@ class SASRecPreNormLayer(GradientCheckpointingLayer):
         )
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = self.attention_norm(hidden_states)
-        hidden_states = hidden_states + self.dropout(self.attention(normed, normed))
+    def forward(self, hidden_states: torch.Tensor, last: torch.Tensor | int | None = None) -> torch.Tensor:
+        normed = queries = self.attention_norm(hidden_states)
+        if last is not None:
+            hidden_states, queries = at_position(hidden_states, last), at_position(normed, last)
+        hidden_states = hidden_states + self.dropout(self.attention(queries, normed, last))
         feed_forward = self.feed_forward(self.feed_forward_norm(hidden_states))
         return hidden_states + self.dropout(feed_forward)  # (batch, length, hidden)
 
@@ -104,9 +122,11 @@ class SASRecReferenceLayer(GradientCheckpointingLayer):
         self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, last: torch.Tensor | int | None = None) -> torch.Tensor:
         queries = self.attention_norm(hidden_states)
-        hidden_states = self.dropout(self.attention(queries, hidden_states)) + queries
+        if last is not None:
+            queries = at_position(queries, last)
+        hidden_states = self.dropout(self.attention(queries, hidden_states, last)) + queries
         normed = self.feed_forward_norm(hidden_states)
         return self.output_norm(self.dropout(self.feed_forward(normed)) + normed)  # (batch, length, hidden)
 
@@ -119,7 +139,7 @@ class NextItemHead(nn.Linear):
 
     def __init__(self, config: SASRecConfig):
         super().__init__(config.hidden_size, config.num_items + 1, bias=config.head_bias)
-        self.config = config
+        self.config, self.score_temperature = config, config.score_temperature
         self.repeat_bias = nn.Parameter(torch.zeros(())) if config.repeat_bias else None
 
     def forward(self, hidden_states, repeated_items, targets=None, negatives=None, log_q=None):
@@ -137,14 +157,15 @@ class NextItemHead(nn.Linear):
             (positions, num_items + 1) scores with -inf for padding, or the scalar loss.
         """
         weight = self.weight
-        if self.config.score_temperature is not None:
-            hidden_states = F.normalize(hidden_states, dim=-1) / self.config.score_temperature
+        if self.score_temperature is not None:
+            hidden_states = F.normalize(hidden_states, dim=-1) / self.score_temperature
             weight = F.normalize(weight, dim=-1)
         if targets is None:
             scores = F.linear(hidden_states, weight, self.bias)
             if self.repeat_bias is not None:
                 scores = scores.scatter_add(1, repeated_items, self.repeat_bias.to(scores).expand(repeated_items.shape))
-            return scores.index_fill(1, torch.zeros(1, dtype=torch.long, device=scores.device), float("-inf"))
+            scores[:, PADDING_ITEM_ID] = float("-inf")
+            return scores
         if self.config.loss_type == "cross_entropy":
             return chunked_cross_entropy(hidden_states, weight, self.bias, targets, self.repeat_bias, repeated_items)
         target_scores = (hidden_states * weight[targets]).sum(-1)  # (positions,)
@@ -187,6 +208,8 @@ class SASRecModel(SASRecPreTrainedModel):
                 "SASRecConfig.num_items is None: expected the size of the catalogue, as in SequenceDatasets"
             )
         super().__init__(config)
+        # A configuration's attributes are slow to read, which counts when one user waits.
+        self.max_length, self.counts_from_newest = config.max_length, config.position_alignment == "newest"
         self.item_embedding = nn.Embedding(config.num_items + 1, config.hidden_size, padding_idx=PADDING_ITEM_ID)
         self.position_embedding = nn.Embedding(config.max_length, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -201,17 +224,31 @@ class SASRecModel(SASRecPreTrainedModel):
         hidden_states = self.encode((input_ids * real).gather(1, order), real.sum(1))
         return BaseModelOutput(last_hidden_state=restore_padding(hidden_states, real, slots))
 
-    def encode(self, item_ids, lengths):
-        """Hidden states of right-padded sequences: (batch, length) and (batch,) -> (batch, length, hidden)."""
+    def encode(self, item_ids: torch.Tensor, lengths: torch.Tensor | None, only_last: bool = False) -> torch.Tensor:
+        """Hidden states of right-padded sequences.
+
+        Args:
+            item_ids: (batch, length), padding last.
+            lengths: (batch,), number of real items; None when there is no padding.
+            only_last: spare the last block all positions but the last real one, which is all that a ranking needs.
+
+        Returns:
+            (batch, length, hidden), or (batch, 1, hidden) with `only_last`.
+        """
         length = item_ids.shape[1]
         positions = torch.arange(length, device=item_ids.device).unsqueeze(0)  # (1, length)
-        if self.config.position_alignment == "newest":
-            positions = positions + (self.config.max_length - lengths).unsqueeze(1)  # (batch, length)
-            positions = positions.clamp(max=self.config.max_length - 1)  # padding stands behind the newest item
+        if self.counts_from_newest and lengths is None:
+            positions = positions + (self.max_length - length)
+        elif self.counts_from_newest:
+            positions = positions + (self.max_length - lengths).unsqueeze(1)  # (batch, length)
+            positions = positions.clamp(max=self.max_length - 1)  # padding stands behind the newest item
         hidden_states = self.dropout(self.item_embedding(item_ids) + self.position_embedding(positions))
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states)
-        return self.final_norm(hidden_states)
+        last = None
+        if only_last:
+            last = length - 1 if lengths is None else (lengths - 1).clamp(min=0)
+        return self.final_norm(self.layers[-1](hidden_states, last))
 
 
 class SASRecForNextItem(SASRecPreTrainedModel):
@@ -316,8 +353,7 @@ class SASRecForNextItem(SASRecPreTrainedModel):
         lengths = real.sum(1)  # (batch,)
         item_ids = (input_ids * real).gather(1, order)  # (batch, length), padding last
         hidden_states = self.model.encode(item_ids, lengths)  # (batch, length, hidden)
-        last = (lengths - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, hidden_states.shape[-1])
-        user_embedding = hidden_states.gather(1, last).squeeze(1)  # (batch, hidden)
+        user_embedding = at_position(hidden_states, (lengths - 1).clamp(min=0)).squeeze(1)  # (batch, hidden)
         loss = None
         if labels is not None:
             loss = self._loss(hidden_states, item_ids, labels.gather(1, order), num_items_in_batch)
@@ -330,6 +366,15 @@ class SASRecForNextItem(SASRecPreTrainedModel):
             last_hidden_state=restore_padding(hidden_states, real, slots),
             user_embedding=user_embedding,
         )
+
+    def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The logits of `forward`, (batch, num_items + 1), without the hidden states that only training reads."""
+        lengths, item_ids = None, input_ids
+        if not input_ids.all():  # with padding
+            real, order, _ = padding_to_the_end(input_ids, None)
+            lengths, item_ids = real.sum(1), input_ids.gather(1, order)
+        user_embedding = self.model.encode(item_ids, lengths, only_last=True).squeeze(1)  # (batch, hidden)
+        return self.head(user_embedding, first_occurrences(item_ids) if self.head.repeat_bias is not None else None)
 
     def _loss(self, hidden_states, item_ids, labels, num_items_in_batch):
         labelled = labels.ne(IGNORED_LABEL)  # (batch, length)
@@ -369,6 +414,13 @@ class SASRecForNextItem(SASRecPreTrainedModel):
             )
         if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
             self.check_item_ids(input_ids)
+
+
+def at_position(states: torch.Tensor, position: torch.Tensor | int) -> torch.Tensor:
+    """(batch, length, hidden) and one position, or one per row (batch,), -> (batch, 1, hidden)."""
+    if isinstance(position, int):
+        return states[:, position : position + 1]
+    return states.gather(1, position.view(-1, 1, 1).expand(-1, 1, states.shape[-1]))
 
 
 def first_occurrences(item_ids: torch.Tensor) -> torch.Tensor:

@@ -41,16 +41,20 @@ class NextItemPreTrainedModel(PreTrainedModel):
             ValueError: for ids outside the catalogue, an empty history, or `top_k` larger than what is left.
         """
         self.check_item_ids(input_ids)
-        if not input_ids.any(1).all():
+        if not input_ids.all() and not input_ids.any(1).all():
             row = int((~input_ids.any(1)).nonzero()[0])
             raise ValueError(f"history {row} is empty: expected at least one item; recommend popular items instead")
         was_training = self.training
         if was_training:
             self.eval()
-        logits = self(self.newest_items(input_ids)).logits
+        logits = self.next_item_scores(self.newest_items(input_ids))
         if was_training:
             self.train()
         return top_k_items(logits, input_ids, top_k, exclude_seen)
+
+    def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(batch, length) item ids -> (batch, num_items + 1) scores; a model that has a shorter way overrides this."""
+        return self(input_ids).logits
 
     def newest_items(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The part of the histories that the model reads; (batch, length) -> (batch, <= max_length)."""
