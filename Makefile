@@ -1,5 +1,5 @@
 # Every target does its own set-up: on a new machine `make quickstart` or `make test` is the only command needed.
-# Needs Python 3.10 or newer with venv and pip; requirements.lock is tested on 3.11 (`make PYTHON=python3.11 setup`).
+# Needs Python 3.11 or newer with venv and pip; requirements.lock is tested on 3.11 (`make PYTHON=python3.11 setup`).
 PYTHON ?= python3
 .DEFAULT_GOAL := help
 .PHONY: help setup environment test test-slow lint format quickstart clean
@@ -16,8 +16,8 @@ setup: ## make .venv from requirements.lock, unless it is there and complete
 
 # The lock is copied into .venv last: an environment without the copy is half made, one with another copy is outdated.
 environment:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-		|| { echo "$(PYTHON) cannot be used: expected Python 3.10 or newer, name one with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) cannot be used: expected Python 3.11 or newer, name one with make PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	python -m pip install --disable-pip-version-check -r requirements.lock
 	python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .

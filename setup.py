@@ -18,7 +18,7 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         "torch>=2.7",
         "transformers>=5.20,<6",

@@ -36,6 +36,12 @@ class SourceArguments:
     items: str | None = field(default=None, metadata={"help": "own table of items, when titles stand apart"})
     items_item_column: str | None = field(default=None, metadata={"help": "column of item ids in the table of items"})
     items_title_column: str | None = field(default=None, metadata={"help": "column of titles in the table of items"})
+    normalize_titles: bool = field(
+        default=True, metadata={"help": "move a year at the end of a title to its own column, and ', The' to the front"}
+    )
+    missing_titles: str = field(
+        default="raise", metadata={"help": "items without a title: raise, or item_id to use the id as title"}
+    )
     limit_data_rows: int = field(default=-1, metadata={"help": "read only the first so many interactions; -1: all"})
 
     def __post_init__(self):
@@ -68,6 +74,8 @@ ARGUMENTS = (SourceArguments, SequenceArguments)
 
 def main() -> None:
     source, settings = parse_arguments(ARGUMENTS)
+    if source.interactions is not None and settings.min_rating is not None:
+        raise ValueError("min_rating with an own table: expected MovieLens; drop the rows with low ratings beforehand")
     # The data folder is replaced as a whole, so the record of the run stands beside it.
     run_folder = f"{source.output_dir.rstrip('/')}_run"
     set_up_logging(run_folder)
@@ -97,6 +105,8 @@ def load(source: SourceArguments):
         items=source.items,
         items_item_column=source.items_item_column,
         items_title_column=source.items_title_column,
+        normalize_titles=source.normalize_titles,
+        missing_titles=source.missing_titles,
         limit_data_rows=source.limit_data_rows,
     )
 

@@ -6,10 +6,11 @@ python recipes/recommend.py --model outputs/ml-100k/sasrec --history 50 172 181
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from hf_ilora import SequenceDatasets
-from hf_ilora.evaluation.loading import load_recommender
+from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.runs import parse_arguments
 
 
@@ -27,14 +28,16 @@ class RecommendArguments:
     def __post_init__(self):
         if (self.user is None) == (self.history is None) or (self.user is not None and self.data_dir is None):
             raise ValueError("expected either --user with --data_dir, or --history with raw item ids")
+        if self.shown < 1:
+            raise ValueError(f"shown is {self.shown}: expected at least 1")
 
 
 ARGUMENTS = (RecommendArguments,)
 
 
-def history_of_user(data_dir: str, user: str) -> list[int]:
+def history_of_user(sequences: SequenceDatasets, data_dir: str, user: str) -> list[int]:
     """All items of a user of the data set, oldest first, the test target included."""
-    test = SequenceDatasets.load(data_dir)["test"]
+    test = sequences["test"]
     users = test.with_format("arrow")["user_id"][:].to_pylist()
     by_name = {str(raw): row for row, raw in enumerate(users)}
     if user not in by_name:
@@ -47,15 +50,19 @@ def history_of_user(data_dir: str, user: str) -> list[int]:
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    model = load_recommender(arguments.model)
+    model = load_recommender(model_folder(arguments.model))
     catalogue = model.catalogue
     if catalogue is None:
         raise ValueError(f"{arguments.model} has no catalogue (items.parquet): expected one beside the weights")
     if arguments.user is not None:
-        history = history_of_user(arguments.data_dir, arguments.user)
+        sequences = SequenceDatasets.load(arguments.data_dir)
+        raw_ids = sequences.catalogue.with_format("numpy")["raw_id"][:]
+        check_catalogue(model, arguments.model, sequences.num_items, np.asarray(raw_ids))
+        history = history_of_user(sequences, arguments.data_dir, arguments.user)
     else:
-        kind = type(catalogue.raw_ids([1])[0])
-        history = catalogue.item_ids([kind(raw) for raw in arguments.history])
+        known = {str(raw): raw for raw in catalogue.raw_ids(range(1, len(catalogue) + 1))}
+        # An id that is not known goes on as it is: the catalogue's own error names the ones closest to it.
+        history = catalogue.item_ids([known.get(raw, raw) for raw in arguments.history])
     print(f"The newest of {len(history)} items in the history:")
     for title in catalogue.titles(history[-arguments.shown :]):
         print(f"    {title}")

@@ -17,12 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import train_sasrec
+
 from hf_ilora.evaluation.written_files import written_whole
-from hf_ilora.runs import parse_arguments, set_up_logging
+from hf_ilora.runs import configuration_differences, parse_arguments, read_record, set_up_logging
 
 logger = logging.getLogger(__name__)
 
-TRAIN = Path(__file__).with_name("train_sasrec.py")
 METRICS = {
     "masked/ndcg@10": "NDCG@10 masked",
     "masked/hit_ratio@10": "HR@10 masked",
@@ -62,30 +63,55 @@ def main() -> None:
 
 
 def run_seed(arguments: SeedsArguments, seed: int, threads: int) -> dict:
-    """The record of a seed's run, which is made first unless it is finished."""
+    """The record of a seed's run, which is made first unless it is finished.
+
+    Raises:
+        ValueError: when the folder holds a finished run of another configuration.
+    """
     folder = Path(arguments.output_dir) / f"seed-{seed}"
     record = folder / "run.json"
-    if not record.exists() or json.loads(record.read_text())["status"] != "finished":
+    options = [arguments.config_file, "--seed", str(seed), "--output_dir", str(folder), "--disable_tqdm", "true"]
+    if not record.exists() or read_record(record)["status"] != "finished":
         logger.info("seed %d: training in %s, its log is run.log there", seed, folder)
-        options = ["--seed", str(seed), "--output_dir", str(folder), "--disable_tqdm", "true"]
-        command = [sys.executable, str(TRAIN), arguments.config_file, *options]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, train_sasrec.__file__, *options]
         finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if finished.returncode:
             raise RuntimeError(f"seed {seed} failed: {finished.stderr[-2000:]}")
-    content = json.loads(record.read_text())
+    content = read_record(record)
+    differences = configuration_differences(content, parse_arguments(train_sasrec.ARGUMENTS, options))
+    if differences:
+        raise ValueError(
+            f"{folder} holds a finished run of another configuration than {arguments.config_file}: "
+            f"{'; '.join(differences)}; choose another output_dir, or delete the folder"
+        )
     logger.info("seed %d: test NDCG@10 %.4f", seed, content["metrics"]["test"]["masked/ndcg@10"]["mean"])
     return content
+
+
+def described_origin(records: list[dict]) -> str:
+    """Data, code and versions of the runs; every one of them when they differ."""
+    commits = [
+        "no checkout" if git is None else git["commit"][:10] + (" with uncommitted changes" if git["dirty"] else "")
+        for git in (record["git"] for record in records)
+    ]
+    values = {
+        "data fingerprint": [record["data_fingerprint"][:16] for record in records],
+        "commit": commits,
+        "torch": [record["versions"]["torch"] for record in records],
+        "threads per run": [str(record["threads"]) for record in records],
+    }
+    return "; ".join(f"{name} {', '.join(dict.fromkeys(each))}" for name, each in values.items())
 
 
 def write_table(arguments: SeedsArguments, records: list[dict]) -> None:
     """One row per seed, then mean and standard deviation, for validation and test."""
     lines = [
         f"`python recipes/run_seeds.py --config_file {arguments.config_file} --seeds "
-        f"{' '.join(map(str, arguments.seeds))} --output_dir {arguments.output_dir} --table {arguments.table}`",
+        f"{' '.join(map(str, arguments.seeds))} --parallel {arguments.parallel} --output_dir {arguments.output_dir} "
+        f"--table {arguments.table}`",
         "",
-        f"Data fingerprint `{records[0]['data_fingerprint'][:16]}`, commit `{records[0]['git']['commit'][:10]}`, torch "
-        f"{records[0]['versions']['torch']}, {records[0]['threads']} thread(s) per run.",
+        f"{described_origin(records)}.",
     ]
     summary = {}
     for split in ("validation", "test"):
@@ -103,7 +129,7 @@ def write_table(arguments: SeedsArguments, records: list[dict]) -> None:
     table.parent.mkdir(parents=True, exist_ok=True)
     texts = {".md": "\n".join(lines), ".json": json.dumps({"seeds": arguments.seeds, **summary}, indent=2)}
     for suffix, text in texts.items():
-        with written_whole(table.with_suffix(suffix)) as path:
+        with written_whole(table.with_name(table.name + suffix)) as path:
             path.write_text(text + "\n")
     print("\n".join(lines))
 

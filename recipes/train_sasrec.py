@@ -1,4 +1,4 @@
-"""Trains SASRec on a prepared data set, selects on validation NDCG@10, and evaluates once on the test split.
+"""Trains SASRec on a prepared data set, keeps the best epoch on validation unless told not to, and evaluates it once.
 
     python recipes/prepare_data.py recipes/configs/ml-100k/data.yaml
     accelerate launch --config_file accelerate_configs/cpu.yaml \
@@ -22,6 +22,7 @@ from hf_ilora.data.windows import (
     NextItemCollator,
     TrainingWindows,
     WindowEpochCallback,
+    check_windows,
     training_sequences,
 )
 from hf_ilora.evaluation.ranking import RankingMetrics, rank_split, ranks_from_logits
@@ -48,7 +49,10 @@ class DataArguments:
 
     data_dir: str = field(metadata={"help": "folder written by recipes/prepare_data.py"})
     windows: str = field(default="random", metadata={"help": "windows per epoch and history: random, all or last"})
-    targets: str = field(default="all", metadata={"help": "labelled positions per window: all or last"})
+    targets: str | None = field(
+        default=None,
+        metadata={"help": "labelled positions per window: all or last; by default last where the rows are prefixes"},
+    )
     skip_probability: float = field(
         default=0.0, metadata={"help": "share of the items left out of each training window, another one each epoch"}
     )
@@ -70,6 +74,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        check_windows(self.windows, self.targets or "all", self.skip_probability, self.shuffle_distance)
         if self.initial_items not in INITIAL_ITEMS:
             raise ValueError(f"initial_items is {self.initial_items!r}: expected one of {', '.join(INITIAL_ITEMS)}")
         if self.item_learning_rate_factor < 0:
@@ -101,6 +106,11 @@ class SASRecTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.output_dir is None:
             raise ValueError("output_dir is missing: expected a folder for the model, --output_dir or in the YAML")
+        if self.dataloader_persistent_workers:
+            raise ValueError(
+                "dataloader_persistent_workers is true: expected false, since workers that outlive an epoch never see "
+                "its new windows"
+            )
         super().__post_init__()
 
 
@@ -125,10 +135,29 @@ def next_item_optimizer(model, arguments: TrainingArguments, item_factor: float)
     return optimizer_class(groups, **settings)
 
 
+def labelled_positions(data_arguments: DataArguments, protocol: str) -> str:
+    """ "all" or "last" as asked for, or as the protocol's rows need it.
+
+    Raises:
+        ValueError: for "all" on rows that are prefixes of each other: each target would count many times.
+    """
+    if data_arguments.targets is None:
+        targets = "last" if protocol == "temporal_users" else "all"
+    else:
+        targets = data_arguments.targets
+    if targets == "all" and protocol == "temporal_users":
+        raise ValueError("targets is all on data of protocol temporal_users: expected last, its rows are prefixes")
+    check_windows(data_arguments.windows, targets, data_arguments.skip_probability, data_arguments.shuffle_distance)
+    return targets
+
+
 def main() -> None:
     data_arguments, model_arguments, training_arguments = parse_arguments(ARGUMENTS)
+    if data_arguments.early_stopping_patience and training_arguments.eval_strategy == "no":
+        raise ValueError("eval_strategy is no: expected evaluations to stop by, or --early_stopping_patience 0")
     set_up_logging(training_arguments.output_dir)
     sequences = SequenceDatasets.load(data_arguments.data_dir)
+    targets = labelled_positions(data_arguments, sequences.protocol["name"])
     config = SASRecConfig(num_items=sequences.num_items, **dataclasses.asdict(model_arguments))
     checkpoint = resumable_checkpoint(
         training_arguments.output_dir, (data_arguments, model_arguments, training_arguments), sequences.fingerprint
@@ -147,7 +176,7 @@ def main() -> None:
             sequences["train"],
             config.max_length,
             data_arguments.windows,
-            data_arguments.targets,
+            targets,
             data_arguments.skip_probability,
             data_arguments.shuffle_distance,
             seed=training_arguments.seed,
@@ -164,7 +193,7 @@ def main() -> None:
                 take_logarithm=data_arguments.initial_items == "cooccurrence",
                 # A cosine reads directions only; the scale of dot products is that of the scores.
                 mean_norm=None if config.score_temperature is None else 1.0,
-                targets_only=data_arguments.targets == "last",
+                targets_only=targets == "last",
             )
             model.start_from_item_embeddings(embeddings, data_arguments.initial_mixing, item_counts)
         callbacks = [WindowEpochCallback(windows), LogMetricsCallback()]

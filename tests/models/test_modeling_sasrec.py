@@ -218,7 +218,56 @@ def test_every_loss_learns_a_cycle(loss_type, negative_sharing, popularity_power
 def test_popularity_sampling_without_counts_says_what_to_do():
     model = small_model(loss_type="sampled_softmax", popularity_power=0.5).train()
     with pytest.raises(ValueError, match="set_item_counts"):
-        model(RIGHT, labels=RIGHT)
+        model(RIGHT, labels=RIGHT.masked_fill(RIGHT == 0, -100))
+    with pytest.raises(ValueError, match="popularity_power is 0"):
+        small_model().set_item_counts(torch.ones(NUM_ITEMS + 1))
+
+
+def test_loss_stays_finite_for_a_target_that_training_never_saw():
+    model = small_model(loss_type="sampled_softmax", popularity_power=0.5)
+    counts = torch.ones(NUM_ITEMS + 1)
+    counts[9] = 0
+    model.set_item_counts(counts)
+    labels = torch.full_like(RIGHT, -100)
+    labels[0, 2] = 9
+    assert torch.isfinite(model(RIGHT, labels=labels).loss)
+
+
+def test_bfloat16_scores_do_not_tie():
+    """Ranks come from scores, and ties count against the model: low precision must not make any."""
+    torch.manual_seed(0)
+    config = SASRecConfig(num_items=3000, hidden_size=16, max_length=8, initializer_range=0.3)
+    model = SASRecForNextItem(config).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(RIGHT).logits
+    assert logits.dtype == torch.float32
+    assert len(logits[0].unique()) > 2900
+    assert model.to(torch.bfloat16)(RIGHT).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("loss_type", ["cross_entropy", "sampled_softmax", "bce"])
+@pytest.mark.parametrize("label", [0, -1, NUM_ITEMS + 1])
+def test_labels_outside_the_catalogue_are_refused(loss_type, label):
+    labels = torch.full_like(RIGHT, -100)
+    labels[0, 1] = label
+    with pytest.raises(ValueError, match=f"labels hold {label}: expected item ids 1..{NUM_ITEMS}"):
+        small_model(loss_type=loss_type)(RIGHT, labels=labels)
+
+
+def test_encoder_of_a_saved_recommender_loads_alone(tmp_path):
+    model = small_model(head_bias=True, repeat_bias=True)
+    model.save_pretrained(tmp_path)
+    encoder = SASRecModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(LEFT).last_hidden_state, model(LEFT).last_hidden_state)
+    assert encoder.get_input_embeddings() is encoder.item_embedding
+
+
+def test_recommendations_can_be_used_where_gradients_flow():
+    model = small_model()
+    item_ids, _ = model.recommend(RIGHT, top_k=3)
+    model(RIGHT).logits.gather(1, item_ids).sum().backward()
+    assert model.model.item_embedding.weight.grad is not None
 
 
 @pytest.mark.parametrize("block_type", ["pre_norm", "reference"])
@@ -296,6 +345,10 @@ def test_recommend_ignores_dropout_and_keeps_the_mode():
         (torch.tensor([[1, NUM_ITEMS + 1]]), f"item {NUM_ITEMS + 1}: expected ids 1..{NUM_ITEMS}"),
         (torch.tensor([[1, -3]]), "item -3"),
         (torch.tensor([[1, 2], [0, 0]]), "history 1 is empty"),
+        ([[1, 2]], "input_ids have list: expected a tensor"),
+        (torch.tensor([1, 2]), r"shape \(2,\): expected a tensor \(batch, length\)"),
+        (torch.tensor([[1.0, 2.0]]), "float32: expected item ids as int64"),
+        (torch.zeros(0, 3, dtype=torch.long), "at least one item"),
     ],
 )
 def test_recommend_refuses_bad_histories(input_ids, message):
@@ -309,8 +362,13 @@ def test_forward_refuses_bad_input():
         model(torch.ones(1, 9, dtype=torch.long))
     with pytest.raises(ValueError, match="expected ids"):
         model(torch.tensor([[NUM_ITEMS + 1]]))
-    with pytest.raises(ValueError, match="top_k"):
-        model.recommend(RIGHT, top_k=NUM_ITEMS + 1)
+    for top_k in (NUM_ITEMS + 1, 0, 2.0):
+        with pytest.raises(ValueError, match="top_k"):
+            model.recommend(RIGHT, top_k=top_k)
+    with pytest.raises(ValueError, match="labels have shape"):
+        model(RIGHT, labels=RIGHT[:, :2])
+    with pytest.raises(ValueError, match="attention_mask have shape"):
+        model(RIGHT, attention_mask=torch.ones(1, 1))
 
 
 @pytest.mark.parametrize(

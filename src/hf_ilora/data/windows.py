@@ -36,6 +36,19 @@ def training_sequences(split: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return np.insert(histories, boundaries[1:], targets), boundaries + np.arange(len(boundaries))
 
 
+def check_windows(windows: str, targets: str, skip_probability: float, shuffle_distance: float) -> None:
+    """Raise a ValueError unless the settings of `TrainingWindows` are in range and fit together."""
+    if windows not in WINDOWS or targets not in TARGETS:
+        raise ValueError(f"windows={windows!r}, targets={targets!r}: expected one of {WINDOWS} and one of {TARGETS}")
+    if not 0 <= skip_probability < 1 or shuffle_distance < 0:
+        raise ValueError(
+            f"skip_probability={skip_probability}, shuffle_distance={shuffle_distance}: expected a probability in "
+            "[0, 1) and a distance of at least 0"
+        )
+    if targets == "last" and (skip_probability or shuffle_distance):
+        raise ValueError("targets='last' keeps the target in its place: expected no skipping and no shuffling")
+
+
 class TrainingWindows(TorchDataset):
     """Windows of at most `max_length` inputs over the training sequences, with the next item as label.
 
@@ -66,17 +79,7 @@ class TrainingWindows(TorchDataset):
         shuffle_distance: float = 0.0,
         seed: int = 0,
     ):
-        if windows not in WINDOWS or targets not in TARGETS:
-            raise ValueError(
-                f"windows={windows!r}, targets={targets!r}: expected one of {WINDOWS} and one of {TARGETS}"
-            )
-        if not 0 <= skip_probability < 1 or shuffle_distance < 0:
-            raise ValueError(
-                f"skip_probability={skip_probability}, shuffle_distance={shuffle_distance}: expected a probability in "
-                "[0, 1) and a distance of at least 0"
-            )
-        if targets == "last" and (skip_probability or shuffle_distance):
-            raise ValueError("targets='last' keeps the target in its place: expected no skipping and no shuffling")
+        check_windows(windows, targets, skip_probability, shuffle_distance)
         self.items, boundaries = training_sequences(split)
         lengths = np.diff(boundaries) - 1  # inputs per sequence, (rows,)
         self.max_length, self.windows, self.targets, self.seed = max_length, windows, targets, seed
@@ -106,12 +109,16 @@ class TrainingWindows(TorchDataset):
 
     @property
     def num_targets(self) -> int:
-        """Labelled positions per epoch."""
+        """Labelled positions per epoch, before any are skipped."""
         return int(self.lengths.sum()) if self.targets == "all" else len(self.lengths)
 
     def item_counts(self, num_items: int) -> np.ndarray:
-        """How often each item occurs in the training sequences, (num_items + 1,); float32, 0 for padding."""
-        return np.bincount(self.items, minlength=num_items + 1).astype(np.float32)
+        """How often each item occurs in training, (num_items + 1,) float32, 0 for padding.
+
+        With `targets="last"` only the targets count: the rows are prefixes, and repeat their histories.
+        """
+        counted = self.items if self.targets == "all" else self.items[self.starts + self.lengths]
+        return np.bincount(counted, minlength=num_items + 1).astype(np.float32)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -161,7 +161,10 @@ class NextItemHead(nn.Linear):
             hidden_states = F.normalize(hidden_states, dim=-1) / self.score_temperature
             weight = F.normalize(weight, dim=-1)
         if targets is None:
-            scores = F.linear(hidden_states, weight, self.bias)
+            # In bfloat16 many items would tie, and ties cost quality: scores are always computed in float32.
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                bias = None if self.bias is None else self.bias.float()
+                scores = F.linear(hidden_states.float(), weight.float(), bias)  # (positions, num_items + 1)
             if self.repeat_bias is not None:
                 scores = scores.scatter_add(1, repeated_items, self.repeat_bias.to(scores).expand(repeated_items.shape))
             scores[:, PADDING_ITEM_ID] = float("-inf")
@@ -198,6 +201,20 @@ class SASRecPreTrainedModel(NextItemPreTrainedModel):
             speeds = torch.logspace(math.log10(0.4), math.log10(0.1), module.num_heads)
             init.copy_(module.log_decay, speeds.log())
 
+    def check_input(self, input_ids, **aligned: torch.Tensor | None) -> None:
+        """Raise a ValueError unless `input_ids` fit the model and `aligned` tensors have their shape."""
+        self.check_item_ids(input_ids)
+        if input_ids.shape[1] > self.config.max_length:
+            raise ValueError(
+                f"input_ids have shape {tuple(input_ids.shape)}: expected (batch, length) with length <= "
+                f"{self.config.max_length} (max_length); keep the newest items, as `recommend` does"
+            )
+        for name, tensor in aligned.items():
+            if tensor is not None and tensor.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} have shape {tuple(tensor.shape)}: expected {tuple(input_ids.shape)}, that of input_ids"
+                )
+
 
 class SASRecModel(SASRecPreTrainedModel):
     """The encoder: item ids in, one hidden state per position out."""
@@ -218,8 +235,15 @@ class SASRecModel(SASRecPreTrainedModel):
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
+    # What a saved recommender holds besides its encoder.
+    _keys_to_ignore_on_load_unexpected = [r"^head\.", "item_counts"]
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.item_embedding
+
     def forward(self, input_ids, attention_mask=None) -> BaseModelOutput:
         """(batch, length) item ids, padding on either side -> last_hidden_state (batch, length, hidden)."""
+        self.check_input(input_ids, attention_mask=attention_mask)
         real, order, slots = padding_to_the_end(input_ids, attention_mask)
         hidden_states = self.encode((input_ids * real).gather(1, order), real.sum(1))
         return BaseModelOutput(last_hidden_state=restore_padding(hidden_states, real, slots))
@@ -276,6 +300,8 @@ class SASRecForNextItem(SASRecPreTrainedModel):
 
     def set_item_counts(self, item_counts: torch.Tensor) -> None:
         """Give the training counts, (num_items + 1,), that `popularity_power` draws negatives by."""
+        if not self.config.popularity_power:
+            raise ValueError("popularity_power is 0: expected a positive one, since uniform negatives read no counts")
         if item_counts.shape != self.item_counts.shape:
             raise ValueError(
                 f"item_counts has shape {tuple(item_counts.shape)}: expected {tuple(self.item_counts.shape)}, "
@@ -346,9 +372,10 @@ class SASRecForNextItem(SASRecPreTrainedModel):
             user_embedding: (batch, hidden), the hidden state at the last real item.
 
         Raises:
-            ValueError: when `input_ids` are longer than `max_length` or, on a CPU, outside the catalogue.
+            ValueError: for inputs of other shapes, longer than `max_length`, or, on a CPU, ids and labels outside the
+                catalogue.
         """
-        self._check_input(input_ids)
+        self.check_input(input_ids, attention_mask=attention_mask, labels=labels)
         real, order, slots = padding_to_the_end(input_ids, attention_mask)
         lengths = real.sum(1)  # (batch,)
         item_ids = (input_ids * real).gather(1, order)  # (batch, length), padding last
@@ -380,6 +407,14 @@ class SASRecForNextItem(SASRecPreTrainedModel):
         labelled = labels.ne(IGNORED_LABEL)  # (batch, length)
         # Selecting waits for the device once per step; it saves the scores of every padded position.
         positions, targets = hidden_states[labelled], labels[labelled]  # (positions, hidden), (positions,)
+        if targets.device.type == "cpu" and len(targets):
+            lowest, highest = torch.aminmax(targets)
+            if lowest < 1 or highest > self.config.num_items:
+                wrong = int(lowest if lowest < 1 else highest)
+                raise ValueError(
+                    f"labels hold {wrong}: expected item ids 1..{self.config.num_items}, and {IGNORED_LABEL} where "
+                    "there is no next item"
+                )
         negatives, log_q = self._draw_negatives(len(targets))
         repeated_items = None
         if self.config.repeat_bias:
@@ -404,16 +439,10 @@ class SASRecForNextItem(SASRecPreTrainedModel):
             raise ValueError("popularity_power needs item counts: call set_item_counts before training")
         q = self.item_counts**config.popularity_power * (self.item_counts > 0)
         drawn = torch.multinomial(q, math.prod(shape), replacement=True).view(shape)
-        return drawn, (q / q.sum()).log() if config.logq_correction else None
-
-    def _check_input(self, input_ids: torch.Tensor) -> None:
-        if input_ids.dim() != 2 or input_ids.shape[1] > self.config.max_length:
-            raise ValueError(
-                f"input_ids have shape {tuple(input_ids.shape)}: expected (batch, length) with length <= "
-                f"{self.config.max_length} (max_length); keep the newest items, as `recommend` does"
-            )
-        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
-            self.check_item_ids(input_ids)
+        if not config.logq_correction:
+            return drawn, None
+        # An item that training never drew counts as drawn once, so that the loss of evaluation stays finite.
+        return drawn, (q / q.sum()).clamp(min=1 / self.item_counts.sum()).log()
 
 
 def at_position(states: torch.Tensor, position: torch.Tensor | int) -> torch.Tensor:

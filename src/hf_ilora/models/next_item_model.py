@@ -3,6 +3,7 @@
 import os
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -24,7 +25,7 @@ class NextItemPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         self.catalogue: Catalogue | None = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def recommend(self, input_ids: torch.Tensor, top_k: int = 10, exclude_seen: bool = True):
         """The `top_k` best next items of each history.
 
@@ -40,17 +41,22 @@ class NextItemPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for ids outside the catalogue, an empty history, or `top_k` larger than what is left.
         """
+        if isinstance(input_ids, torch.Tensor):
+            input_ids = input_ids.to(self.device)
         self.check_item_ids(input_ids)
+        if input_ids.device.type != "cpu":
+            self.check_range(input_ids)
         if not input_ids.all() and not input_ids.any(1).all():
             row = int((~input_ids.any(1)).nonzero()[0])
             raise ValueError(f"history {row} is empty: expected at least one item; recommend popular items instead")
-        was_training = self.training
-        if was_training:
-            self.eval()
-        logits = self.next_item_scores(self.newest_items(input_ids))
-        if was_training:
+        if not self.training:
+            scores = self.next_item_scores(self.newest_items(input_ids))
+            return top_k_items(scores, input_ids, top_k, exclude_seen)
+        self.eval()
+        try:
+            return self.recommend(input_ids, top_k, exclude_seen)
+        finally:
             self.train()
-        return top_k_items(logits, input_ids, top_k, exclude_seen)
 
     def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(batch, length) item ids -> (batch, num_items + 1) scores; a model that has a shorter way overrides this."""
@@ -65,6 +71,21 @@ class NextItemPreTrainedModel(PreTrainedModel):
         return input_ids.gather(1, order)[:, -max_length:]
 
     def check_item_ids(self, input_ids: torch.Tensor) -> None:
+        """Raise a ValueError unless `input_ids` are (batch, length) integers and, on a CPU, inside the catalogue."""
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or not input_ids.numel():
+            found = (
+                f"shape {tuple(input_ids.shape)}" if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            )
+            raise ValueError(
+                f"input_ids have {found}: expected a tensor (batch, length) with at least one item, such as "
+                "torch.tensor([[3, 1, 2]])"
+            )
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids are {input_ids.dtype}: expected item ids as int64 or int32")
+        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
+            self.check_range(input_ids)
+
+    def check_range(self, input_ids: torch.Tensor) -> None:
         """Raise a ValueError when an id lies outside 0..num_items."""
         lowest, highest = torch.aminmax(input_ids)
         if lowest < 0 or highest > self.config.num_items:
@@ -90,9 +111,15 @@ class NextItemPreTrainedModel(PreTrainedModel):
         """
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(
+                f"no {cls.__name__} could be loaded from {pretrained_model_name_or_path}: {error}; expected whole "
+                "weights that fit its config.json: restore the folder that save_pretrained wrote"
+            ) from error
         for kind in ("missing", "unexpected", "mismatched"):
             if info[f"{kind}_keys"]:
                 raise ValueError(

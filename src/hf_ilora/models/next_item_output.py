@@ -41,7 +41,7 @@ def top_k_items(
         ValueError: when a user has fewer than `top_k` items to recommend, or a score that is not finite among the best.
     """
     num_items = logits.shape[-1] - 1
-    if not 1 <= top_k <= num_items:
+    if not isinstance(top_k, int) or not 1 <= top_k <= num_items:
         raise ValueError(f"top_k is {top_k}: expected 1 to {num_items}, the number of items in the catalogue")
     if exclude_seen:
         logits = logits.scatter(1, input_ids.long(), float("-inf"))

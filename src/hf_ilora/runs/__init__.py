@@ -1,7 +1,7 @@
 """What every recipe does around its work: settings in, log and `run.json` out, checkpoints to go on from."""
 
 from .arguments import parse_arguments, read_config
-from .checkpoints import resumable_checkpoint
+from .checkpoints import configuration_differences, read_record, resumable_checkpoint
 from .config_arguments import config_arguments
 from .logs import LogMetricsCallback, set_up_logging
 from .record import RunRecord
@@ -10,8 +10,10 @@ __all__ = [
     "LogMetricsCallback",
     "RunRecord",
     "config_arguments",
+    "configuration_differences",
     "parse_arguments",
     "read_config",
+    "read_record",
     "resumable_checkpoint",
     "set_up_logging",
 ]

@@ -36,17 +36,10 @@ def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], da
         if _checkpoints(output_dir):
             raise ValueError(f"{output_dir} holds checkpoints but no run.json: choose another output_dir")
         return None
-    earlier = json.loads(record.read_text(encoding="utf-8"))
+    earlier = read_record(record)
     if earlier["status"] == "finished":
         raise ValueError(f"{output_dir} holds a finished run: choose another output_dir, or delete the folder")
-    now = plain_configuration(arguments)
-    differences = [
-        f"{name} was {before.get(name)!r} and is {value!r}"
-        for part, settings in now.items()
-        for before in [earlier["configuration"].get(part, {})]
-        for name, value in settings.items()
-        if name not in _FREE_FIELDS and before.get(name) != value
-    ]
+    differences = configuration_differences(earlier, arguments)
     if earlier["data_fingerprint"] not in (None, data_fingerprint):
         differences.append(f"the data's fingerprint was {earlier['data_fingerprint']} and is {data_fingerprint}")
     if differences:
@@ -58,6 +51,32 @@ def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], da
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
     return checkpoint
+
+
+def read_record(path: str | Path) -> dict:
+    """The content of a `run.json`.
+
+    Raises:
+        ValueError: when the file is not the record of a run.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return content | {name: content[name] for name in ("status", "configuration", "data_fingerprint", "metrics")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not the record of a run ({error!r}): move it away, or choose another folder"
+        ) from error
+
+
+def configuration_differences(record: dict, arguments: Sequence[object], ignored: Sequence[str] = ()) -> list[str]:
+    """Settings in which `arguments` differ from those of an earlier run's record, a sentence each."""
+    return [
+        f"{name} was {before.get(name)!r} and is {value!r}"
+        for part, settings in plain_configuration(arguments).items()
+        for before in [record["configuration"].get(part, {})]
+        for name, value in settings.items()
+        if name not in _FREE_FIELDS and name not in ignored and before.get(name) != value
+    ]
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
@@ -121,7 +121,7 @@ def plain_configuration(arguments: Sequence[object]) -> dict[str, dict[str, obje
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _configuration(part: object) -> dict[str, object]:
