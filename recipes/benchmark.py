@@ -27,7 +27,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 from hf_ilora import SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.data.windows import NextItemCollator, TrainingWindows
 from hf_ilora.evaluation.ranking import rank_split
-from hf_ilora.runs import parse_arguments, set_up_logging
+from hf_ilora.evaluation.written_files import written_whole
+from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,14 @@ class BenchmarkArguments:
     batch_size: int = field(default=64, metadata={"help": "histories per step"})
     max_length: int = field(default=50, metadata={"help": "items per window"})
     million_items: int = field(default=1_000_000, metadata={"help": "catalogue of the memory measurement; 0 skips it"})
+
+    def __post_init__(self):
+        for name in ("threads", "rounds", "epochs", "batch_size", "max_length"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
+
+
+ARGUMENTS = (BenchmarkArguments,)
 
 
 class PlainSASRec(nn.Module):
@@ -169,7 +178,9 @@ def measure_evaluation(config: SASRecConfig, test_split, arguments: BenchmarkArg
 def measure_latency(config: SASRecConfig, test_split, arguments: BenchmarkArguments, calls: int = 400) -> dict:
     """Milliseconds of one user's top ten: `recommend` against forward plus top-k by hand, call by call in turn."""
     ours, plain = SASRecForNextItem(config).eval(), PlainSASRec(config).eval()
-    histories = [torch.tensor([test_split[i]["history"][-arguments.max_length :]]) for i in range(100)]
+    histories = [
+        torch.tensor([test_split[i]["history"][-arguments.max_length :]]) for i in range(min(100, len(test_split)))
+    ]
 
     @torch.inference_mode()
     def by_hand(input_ids):
@@ -228,38 +239,41 @@ def _peak_bytes() -> int:
 
 
 def write_report(results: dict, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "benchmark.json").write_text(json.dumps(results, indent=2) + "\n")
+    """benchmark.json, and benchmark.md with one row per measurement."""
     lines = ["| measurement | value | target |", "|---|---|---|"]
     for name, result in results.items():
-        values = {key: value for key, value in result.items() if key != "target"}
-        flat = {
-            k: v
-            for key, value in values.items()
-            for k, v in (value if isinstance(value, dict) else {key: value}).items()
-        }
-        text = ", ".join(
+        flat = {}
+        for key, value in result.items():
+            flat |= value if isinstance(value, dict) else {key: value}
+        target = flat.pop("target", "")
+        values = [
             f"{key} {value:,.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in flat.items()
-        )
-        lines.append(f"| {name} | {text} | {result.get('target', '')} |")
-    (folder / "benchmark.md").write_text("\n".join(lines) + "\n")
+        ]
+        lines.append(f"| {name} | {', '.join(values)} | {target} |")
+    for name, text in (("benchmark.json", json.dumps(results, indent=2)), ("benchmark.md", "\n".join(lines))):
+        with written_whole(folder / name) as path:
+            path.write_text(text + "\n")
     print("\n".join(lines))
 
 
 def main() -> None:
-    (arguments,) = parse_arguments([BenchmarkArguments])
+    (arguments,) = parse_arguments(ARGUMENTS)
     set_up_logging(arguments.output_dir)
     torch.set_num_threads(arguments.threads)
-    sequences = SequenceDatasets.load(arguments.data_dir)
-    config = SASRecConfig(num_items=sequences.num_items, max_length=arguments.max_length)
-    results = {
-        "setting": {"threads": arguments.threads, "rounds": arguments.rounds, "torch": torch.__version__},
-        "training": measure_training(config, sequences["train"], arguments),
-        "evaluation": measure_evaluation(config, sequences["test"], arguments),
-        "latency": measure_latency(config, sequences["test"], arguments),
-    }
-    if arguments.million_items:
-        results["memory"] = measure_million_items(arguments.million_items, arguments.threads)
+    with RunRecord(arguments.output_dir, [arguments], seed=0) as record:
+        sequences = SequenceDatasets.load(arguments.data_dir)
+        record.add_data(sequences.fingerprint)
+        config = SASRecConfig(num_items=sequences.num_items, max_length=arguments.max_length)
+        setting = {"threads": arguments.threads, "rounds": arguments.rounds, "torch": torch.__version__}
+        results = {
+            "setting": setting | {"batch_size": arguments.batch_size, "max_length": arguments.max_length},
+            "training": measure_training(config, sequences["train"], arguments),
+            "evaluation": measure_evaluation(config, sequences["test"], arguments),
+            "latency": measure_latency(config, sequences["test"], arguments),
+        }
+        if arguments.million_items:
+            results["memory"] = measure_million_items(arguments.million_items, arguments.threads)
+        record.add_metrics("benchmark", results)
     write_report(results, Path(arguments.output_dir))
 
 

@@ -11,6 +11,7 @@ compares the model on that data set. The folder is for `from_pretrained`.
 import argparse
 import json
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -51,10 +52,19 @@ def main() -> None:
 
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent) as workplace:
-        model.save_pretrained(Path(workplace) / "new")
+        new = Path(workplace) / "new"
+        model.save_pretrained(new)
+        previous = output_dir.with_name(f".{output_dir.name}.previous")  # where a kill between the renames leaves it
         if output_dir.exists():
-            output_dir.rename(Path(workplace) / "old")
-        (Path(workplace) / "new").rename(output_dir)
+            shutil.rmtree(previous, ignore_errors=True)
+            output_dir.rename(previous)
+        try:
+            new.rename(output_dir)
+        except OSError:
+            if previous.exists():
+                previous.rename(output_dir)
+            raise
+        shutil.rmtree(previous, ignore_errors=True)
     logger.info(
         "%s -> %s: SASRec with %d items, hidden size %d, the newest %d items of a history, %s",
         arguments.weights,

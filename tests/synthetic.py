@@ -6,7 +6,9 @@ from datasets import Dataset
 from hf_ilora import SequenceDatasets, build_sequences
 
 
-def cyclic_sequences(num_users: int = 240, num_items: int = 30, length: int = 14, seed: int = 0) -> SequenceDatasets:
+def cyclic_sequences(
+    num_users: int = 240, num_items: int = 30, length: int = 14, seed: int = 0, protocol: str = "leave_one_out"
+) -> SequenceDatasets:
     """Users who walk through the items in steps of one or two, each from another start: the next item is near."""
     generator = np.random.default_rng(seed)
     steps = generator.integers(1, 3, size=(num_users, length))
@@ -18,4 +20,4 @@ def cyclic_sequences(num_users: int = 240, num_items: int = 30, length: int = 14
     ids = np.arange(100, 100 + num_items)
     columns = {"item_id": ids, "title": [f"Title {i}" for i in ids], "year": [2000] * num_items}
     catalogue = Dataset.from_dict({**columns, "genres": [["Drama"]] * num_items})
-    return build_sequences(interactions, catalogue, num_candidates=5)
+    return build_sequences(interactions, catalogue, protocol, num_candidates=5)

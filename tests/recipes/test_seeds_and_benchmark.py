@@ -45,6 +45,10 @@ def test_table_of_seeds_holds_their_mean_and_runs_no_seed_twice(tmp_path):
     assert again.returncode == 0 and "training in" not in again.stderr
     assert json.loads((tmp_path / "seeds" / "seed-1" / "run.json").read_text()) == runs[0]
 
+    config.write_text(config.read_text().replace("hidden_size: 8", "hidden_size: 16"))
+    edited = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert edited.returncode != 0 and "hidden_size was 8 and is 16" in edited.stderr
+
 
 def test_million_items_train_in_two_gigabytes_beside_table_and_optimizer():
     command = [sys.executable, str(RECIPES / "benchmark.py"), "--memory-of", "1000000", "2"]

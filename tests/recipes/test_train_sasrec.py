@@ -117,9 +117,25 @@ def test_finished_run_is_never_overwritten(finished, data_dir):
         (["--block_type", "post"], "pre_norm"),
         (["--data_dir", "nowhere"], "nowhere"),
         (["--windows", "first"], "windows='first'"),
+        (["--dataloader_persistent_workers", "true", "--dataloader_num_workers", "1"], "dataloader_persistent_workers"),
+        (
+            ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"],
+            "early_stopping_patience",
+        ),
     ],
 )
 def test_bad_settings_say_what_is_expected_before_anything_is_written(data_dir, tmp_path, options, message):
     result = run(data_dir, tmp_path / "bad", *options)
     assert result.returncode != 0 and message in result.stderr
     assert not list((tmp_path / "bad").glob("**/*.safetensors"))
+
+
+@pytest.mark.slow
+def test_rows_that_are_prefixes_teach_their_last_target_only(tmp_path):
+    sequences = cyclic_sequences(num_users=100, protocol="temporal_users")
+    sequences.save(tmp_path / "data")
+    refused = run(tmp_path / "data", tmp_path / "all", "--targets", "all")
+    assert refused.returncode != 0 and "its rows are prefixes" in refused.stderr
+    trained = run(tmp_path / "data", tmp_path / "last", "--num_train_epochs", "1")
+    assert trained.returncode == 0, trained.stderr
+    assert record_of(tmp_path / "last")["metrics"]["test"]["candidates/hit_ratio@1"]["mean"] >= 0
