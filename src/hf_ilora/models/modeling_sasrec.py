@@ -260,19 +260,19 @@ class SASRecModel(SASRecPreTrainedModel):
             (batch, length, hidden), or (batch, 1, hidden) with `only_last`.
         """
         length = item_ids.shape[1]
-        positions = torch.arange(length, device=item_ids.device).unsqueeze(0)  # (1, length)
-        if self.counts_from_newest and lengths is None:
-            positions = positions + (self.max_length - length)
-        elif self.counts_from_newest:
+        first = self.max_length - length if self.counts_from_newest and lengths is None else 0
+        positions = torch.arange(first, first + length, device=item_ids.device)  # (length,)
+        if self.counts_from_newest and lengths is not None:
             positions = positions + (self.max_length - lengths).unsqueeze(1)  # (batch, length)
             positions = positions.clamp(max=self.max_length - 1)  # padding stands behind the newest item
         hidden_states = self.dropout(self.item_embedding(item_ids) + self.position_embedding(positions))
-        for layer in self.layers[:-1]:
+        *layers, last_layer = self.layers
+        for layer in layers:
             hidden_states = layer(hidden_states)
         last = None
         if only_last:
             last = length - 1 if lengths is None else (lengths - 1).clamp(min=0)
-        return self.final_norm(self.layers[-1](hidden_states, last))
+        return self.final_norm(last_layer(hidden_states, last))
 
 
 class SASRecForNextItem(SASRecPreTrainedModel):

@@ -25,7 +25,6 @@ class NextItemPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         self.catalogue: Catalogue | None = None
 
-    @torch.no_grad()
     def recommend(self, input_ids: torch.Tensor, top_k: int = 10, exclude_seen: bool = True):
         """The `top_k` best next items of each history.
 
@@ -41,22 +40,24 @@ class NextItemPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for ids outside the catalogue, an empty history, or `top_k` larger than what is left.
         """
-        if isinstance(input_ids, torch.Tensor):
-            input_ids = input_ids.to(self.device)
-        self.check_item_ids(input_ids)
-        if input_ids.device.type != "cpu":
-            self.check_range(input_ids)
-        if not input_ids.all() and not input_ids.any(1).all():
-            row = int((~input_ids.any(1)).nonzero()[0])
-            raise ValueError(f"history {row} is empty: expected at least one item; recommend popular items instead")
-        if not self.training:
+        if self.training:
+            self.eval()
+            try:
+                return self.recommend(input_ids, top_k, exclude_seen)
+            finally:
+                self.train()
+        with torch.inference_mode():
+            if isinstance(input_ids, torch.Tensor):
+                input_ids = input_ids.to(self.device)
+            self.check_item_ids(input_ids)
+            if input_ids.device.type != "cpu":
+                self.check_range(input_ids)
+            if not input_ids.all() and not input_ids.any(1).all():
+                row = int((~input_ids.any(1)).nonzero()[0])
+                raise ValueError(f"history {row} is empty: expected at least one item; recommend popular items instead")
             scores = self.next_item_scores(self.newest_items(input_ids))
-            return top_k_items(scores, input_ids, top_k, exclude_seen)
-        self.eval()
-        try:
-            return self.recommend(input_ids, top_k, exclude_seen)
-        finally:
-            self.train()
+            item_ids, scores = top_k_items(scores, input_ids, top_k, exclude_seen)
+        return item_ids.clone(), scores.clone()  # tensors that may be used where gradients flow
 
     def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(batch, length) item ids -> (batch, num_items + 1) scores; a model that has a shorter way overrides this."""
@@ -87,9 +88,9 @@ class NextItemPreTrainedModel(PreTrainedModel):
 
     def check_range(self, input_ids: torch.Tensor) -> None:
         """Raise a ValueError when an id lies outside 0..num_items."""
-        lowest, highest = torch.aminmax(input_ids)
+        lowest, highest = map(int, torch.aminmax(input_ids))
         if lowest < 0 or highest > self.config.num_items:
-            wrong = int(lowest) if lowest < 0 else int(highest)
+            wrong = lowest if lowest < 0 else highest
             raise ValueError(
                 f"input_ids hold item {wrong}: expected ids 1..{self.config.num_items} of this model's catalogue, "
                 "0 for padding; map raw ids with model.catalogue.item_ids"
