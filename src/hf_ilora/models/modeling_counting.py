@@ -16,6 +16,8 @@ class CountingPreTrainedModel(NextItemPreTrainedModel):
     """A recommender without parameters: its counts are buffers, and say where and in which type it computes."""
 
     def __init__(self, config):
+        if config.num_items is None:
+            raise ValueError("num_items is None: expected the size of the catalogue, as in SequenceDatasets")
         super().__init__(config)
         self.register_buffer("item_counts", torch.zeros(config.num_items + 1))
 

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 # that fills the device.
 CHUNK_ELEMENTS = {"cpu": 2**20, "default": 2**26}
 
+# Every chunk adds to the gradient of the whole table, so that too few positions at a time would only wait for memory.
+MIN_CHUNK_POSITIONS = 32
+
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Softmax cross-entropy over the catalogue that computes its gradient chunk by chunk in the forward pass."""
@@ -78,7 +81,7 @@ def chunked_cross_entropy(hidden_states, weight, bias, targets, repeat_bias=None
     """
     if chunk_size is None:
         budget = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS["default"])
-        chunk_size = max(1, budget // weight.shape[0])
+        chunk_size = max(MIN_CHUNK_POSITIONS, budget // weight.shape[0])
     return _ChunkedCrossEntropy.apply(hidden_states, weight, bias, targets, repeat_bias, repeated_items, chunk_size)
 
 
