@@ -6,7 +6,6 @@ python recipes/recommend.py --model outputs/ml-100k/sasrec --history 50 172 181
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from hf_ilora import SequenceDatasets
@@ -56,8 +55,8 @@ def main() -> None:
         raise ValueError(f"{arguments.model} has no catalogue (items.parquet): expected one beside the weights")
     if arguments.user is not None:
         sequences = SequenceDatasets.load(arguments.data_dir)
-        raw_ids = sequences.catalogue.with_format("numpy")["raw_id"][:]
-        check_catalogue(model, arguments.model, sequences.num_items, np.asarray(raw_ids))
+        raw_ids = sequences.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
+        check_catalogue(model, arguments.model, sequences.num_items, raw_ids)
         history = history_of_user(sequences, arguments.data_dir, arguments.user)
     else:
         known = {str(raw): raw for raw in catalogue.raw_ids(range(1, len(catalogue) + 1))}
