@@ -97,9 +97,9 @@ class SASRecTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = True
     metric_for_best_model: str = "ndcg@10"
     greater_is_better: bool = True
+    dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
     # The three that the metrics need: they see every user's seen items, and are reduced to ranks batch by batch.
     remove_unused_columns: bool = False
-    dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
     label_names: list[str] = field(default_factory=lambda: ["labels", "seen_items"])
     batch_eval_metrics: bool = True
 
@@ -159,16 +159,11 @@ def main() -> None:
     sequences = SequenceDatasets.load(data_arguments.data_dir)
     targets = labelled_positions(data_arguments, sequences.protocol["name"])
     config = SASRecConfig(num_items=sequences.num_items, **dataclasses.asdict(model_arguments))
-    checkpoint = resumable_checkpoint(
-        training_arguments.output_dir, (data_arguments, model_arguments, training_arguments), sequences.fingerprint
-    )
-    record = RunRecord(
-        training_arguments.output_dir,
-        [data_arguments, model_arguments, training_arguments],
-        seed=training_arguments.seed,
-    )
-    with record:
-        record.add_data(sequences.fingerprint)
+    fingerprint = sequences.fingerprint
+    arguments = (data_arguments, model_arguments, training_arguments)
+    checkpoint = resumable_checkpoint(training_arguments.output_dir, arguments, fingerprint)
+    with RunRecord(training_arguments.output_dir, arguments, seed=training_arguments.seed) as record:
+        record.add_data(fingerprint)
         set_seed(training_arguments.seed)
         model = SASRecForNextItem(config)
         model.catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
@@ -184,7 +179,7 @@ def main() -> None:
         item_counts = torch.from_numpy(windows.item_counts(config.num_items))
         if config.popularity_power:
             model.set_item_counts(item_counts)
-        if data_arguments.initial_items != "random":
+        if data_arguments.initial_items != "random" and checkpoint is None:
             logger.info("factorising the co-occurrence of %d items", config.num_items)
             embeddings = cooccurrence_embeddings(
                 np.split(*training_sequences(sequences["train"]))[1:-1],

@@ -1,6 +1,7 @@
 """Torch data sets over prepared splits: training windows, evaluation histories, and their collator."""
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
@@ -13,9 +14,14 @@ WINDOWS = ("random", "all", "last")
 TARGETS = ("all", "last")
 
 
+def read_column(split: Dataset, column: str) -> pa.ChunkedArray:
+    """A column as Arrow holds it, without the other columns."""
+    return split.select_columns([column]).with_format("arrow")[:][column]
+
+
 def flatten_lists(split: Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
     """A list column as one array: values (total,) and row boundaries (rows + 1,)."""
-    lists = split.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
+    lists = read_column(split, column).combine_chunks()
     lengths = lists.value_lengths().to_numpy().astype(np.int64)
     return lists.flatten().to_numpy(), np.concatenate([[0], lengths.cumsum()])
 
@@ -32,7 +38,7 @@ def training_sequences(split: Dataset) -> tuple[np.ndarray, np.ndarray]:
     if len(split) == 0:
         raise ValueError("the training split is empty: no user has two training items; loosen the filters")
     histories, boundaries = flatten_lists(split, "history")
-    targets = split.select_columns(["target"]).with_format("arrow")[:]["target"].to_numpy()
+    targets = read_column(split, "target").to_numpy()
     return np.insert(histories, boundaries[1:], targets), boundaries + np.arange(len(boundaries))
 
 
@@ -155,7 +161,7 @@ class EvaluationHistories(TorchDataset):
         if len(split) == 0:
             raise ValueError("the evaluation split is empty: expected one row per user; loosen the filters")
         self.items, self.boundaries = flatten_lists(split, "history")
-        self.targets = split.select_columns(["target"]).with_format("arrow")[:]["target"].to_numpy()
+        self.targets = read_column(split, "target").to_numpy()
         self.max_length = max_length
 
     def __len__(self) -> int:

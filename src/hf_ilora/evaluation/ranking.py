@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, reduce
 
-from hf_ilora.data.windows import flatten_lists
+from hf_ilora.data.windows import flatten_lists, read_column
 from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at, reciprocal_rank
 from hf_ilora.models.configuration_sasrec import PADDING_ITEM_ID
 
@@ -200,9 +200,7 @@ class _EvaluationRows:
         if not len(split):
             raise ValueError("the split is empty: expected at least one row to evaluate")
         self.items, self.starts = flatten_lists(split, "history")  # (total,), (users + 1,)
-        self.target = (
-            split.select_columns(["target"]).with_format("arrow")[:]["target"].to_numpy().astype(np.int64)
-        )  # (users,)
+        self.target = read_column(split, "target").to_numpy().astype(np.int64)  # (users,)
         candidates, starts = flatten_lists(split, "candidates")
         lengths = np.diff(starts)
         if lengths.min() != lengths.max() or not lengths.max():

@@ -386,7 +386,7 @@ class SASRecForNextItem(SASRecPreTrainedModel):
             loss = self._loss(hidden_states, item_ids, labels.gather(1, order), num_items_in_batch)
         logits = None
         if not self.training or labels is None:
-            logits = self.head(user_embedding, first_occurrences(item_ids) if self.config.repeat_bias else None)
+            logits = self.head(user_embedding, self._repeated_items(item_ids))
         return NextItemOutput(
             loss=loss,
             logits=logits,
@@ -401,7 +401,11 @@ class SASRecForNextItem(SASRecPreTrainedModel):
             real, order, _ = padding_to_the_end(input_ids, None)
             lengths, item_ids = real.sum(1), input_ids.gather(1, order)
         user_embedding = self.model.encode(item_ids, lengths, only_last=True).squeeze(1)  # (batch, hidden)
-        return self.head(user_embedding, first_occurrences(item_ids) if self.head.repeat_bias is not None else None)
+        return self.head(user_embedding, self._repeated_items(item_ids))
+
+    def _repeated_items(self, item_ids: torch.Tensor) -> torch.Tensor | None:
+        """The different items of each history, (batch, length), where the head's repeat bias reads them."""
+        return None if self.head.repeat_bias is None else first_occurrences(item_ids)
 
     def _loss(self, hidden_states, item_ids, labels, num_items_in_batch):
         labelled = labels.ne(IGNORED_LABEL)  # (batch, length)
@@ -416,12 +420,10 @@ class SASRecForNextItem(SASRecPreTrainedModel):
                     "there is no next item"
                 )
         negatives, log_q = self._draw_negatives(len(targets))
-        repeated_items = None
-        if self.config.repeat_bias:
+        repeated_items = self._repeated_items(item_ids)  # (batch, length)
+        if repeated_items is not None:
             length = item_ids.shape[1]
-            until_here = (
-                first_occurrences(item_ids).unsqueeze(1).expand(-1, length, -1).tril()
-            )  # (batch, length, length)
+            until_here = repeated_items.unsqueeze(1).expand(-1, length, -1).tril()  # (batch, length, length)
             repeated_items = until_here[labelled]  # (positions, length)
         loss = self.head(positions, repeated_items, targets, negatives, log_q)
         return loss / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)

@@ -1,10 +1,10 @@
 """What every recipe does around its work: settings in, log and `run.json` out, checkpoints to go on from."""
 
 from .arguments import parse_arguments, read_config
-from .checkpoints import configuration_differences, read_record, resumable_checkpoint
+from .checkpoints import configuration_differences, resumable_checkpoint
 from .config_arguments import config_arguments
 from .logs import LogMetricsCallback, set_up_logging
-from .record import RunRecord
+from .record import RunRecord, read_record
 
 __all__ = [
     "LogMetricsCallback",

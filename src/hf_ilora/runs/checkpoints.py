@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_ilora.runs.record import plain_configuration
+from hf_ilora.runs.record import plain_configuration, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -51,21 +51,6 @@ def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], da
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
     return checkpoint
-
-
-def read_record(path: str | Path) -> dict:
-    """The content of a `run.json`.
-
-    Raises:
-        ValueError: when the file is not the record of a run.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return content | {name: content[name] for name in ("status", "configuration", "data_fingerprint", "metrics")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not the record of a run ({error!r}): move it away, or choose another folder"
-        ) from error
 
 
 def configuration_differences(record: dict, arguments: Sequence[object], ignored: Sequence[str] = ()) -> list[str]:

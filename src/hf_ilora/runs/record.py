@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+# What every record has, and its readers rely on.
+_RECORD_KEYS = ("status", "started", "configuration", "seed", "data_fingerprint", "git", "durations_seconds", "metrics")
+
 _PACKAGES = (
     "hf_ilora",
     "torch",
@@ -115,6 +118,21 @@ class RunRecord:
         os.replace(temporary, self.path)
 
 
+def read_record(path: str | Path) -> dict[str, object]:
+    """The content of a `run.json`.
+
+    Raises:
+        ValueError: when the file is not the record of a run.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return content | {name: content[name] for name in _RECORD_KEYS}  # raises for what a record always has
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not the record of a run ({error!r}): move it away or choose another folder"
+        ) from error
+
+
 def plain_configuration(arguments: Sequence[object]) -> dict[str, dict[str, object]]:
     """The settings of a run by dataclass and field, in JSON's own types, without secrets."""
     return {type(part).__name__: _plain(_configuration(part)) for part in arguments}
@@ -178,11 +196,6 @@ def _earlier_runs(path: Path) -> list[dict[str, object]]:
     """What the runs before this one in the same folder left, oldest first."""
     if not path.exists():
         return []
-    try:
-        last = json.loads(path.read_text(encoding="utf-8"))
-        kept = {name: last[name] for name in ("status", "started", "seed", "git", "durations_seconds", "metrics")}
-        return [*last.get("earlier_runs", []), kept]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not the record of a run ({error!r}): move it away or choose another folder"
-        ) from error
+    last = read_record(path)
+    kept = {name: last[name] for name in ("status", "started", "seed", "git", "durations_seconds", "metrics")}
+    return [*last.get("earlier_runs", []), kept]
