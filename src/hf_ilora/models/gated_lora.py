@@ -1,0 +1,203 @@
+"""LoRA whose rank is divided among experts, mixed by one gate per sequence (iLoRA)."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class GatedLoraLinear(nn.Module):
+    """A frozen linear layer plus a LoRA of `num_experts` experts of rank / num_experts each.
+
+    With A (rank, in) and B (out, rank) divided into experts A_e and B_e:
+
+        y = W x + lora_alpha / (rank / num_experts) * sum_e g_e B_e A_e dropout(x)
+
+    The gates scale the rank states, `B ((A x) * repeat(g))`: one matmul for all experts, where computing the experts
+    one by one would hold a (batch, tokens, experts, out) tensor. With one expert it is plain LoRA.
+
+    Args:
+        base_layer: any layer with `in_features` and `out_features` that maps (..., in) to (..., out), also a quantised
+            one; it is not trained.
+        rank: of all experts together.
+        num_experts: divides `rank`.
+        lora_alpha: scale, see above.
+        lora_dropout: dropout on the input of the experts.
+
+    The adapter is float32 whatever the base layer holds.
+
+    Source: iLoRA (arXiv 2408.10159), section 3.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, rank: int, num_experts: int, lora_alpha: float, lora_dropout: float = 0.0
+    ):
+        super().__init__()
+        if rank < 1 or num_experts < 1 or rank % num_experts:
+            raise ValueError(
+                f"rank {rank} cannot be divided among {num_experts} experts: expected a multiple of num_experts"
+            )
+        self.base_layer = base_layer
+        self.num_experts = num_experts
+        self.scaling = lora_alpha / (rank // num_experts)
+        self.dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
+        # Sizes come from the features and not from the weight, which has shape (0,) under ZeRO-3.
+        device = next((parameter.device for parameter in base_layer.parameters()), None)
+        self.lora_A = nn.Parameter(torch.empty(rank, base_layer.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, rank, dtype=torch.float32, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self._handed_gates: torch.Tensor | None = None  # by `add_gated_lora`'s hook, before each forward of its layer
+
+    def extra_repr(self) -> str:
+        return f"rank={self.lora_A.shape[0]}, num_experts={self.num_experts}, scaling={self.scaling:g}"
+
+    def hand_gates(self, expert_gates: torch.Tensor | None) -> None:
+        """Give the gates, (batch, experts), that a forward without any is to use."""
+        self._handed_gates = expert_gates
+
+    def forward(self, hidden_states: torch.Tensor, expert_gates: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply the layer.
+
+        Args:
+            hidden_states: (batch, tokens, in).
+            expert_gates: (batch, experts); None takes those that were handed over.
+
+        Returns:
+            (batch, tokens, out), in the dtype of the base layer's output.
+
+        Raises:
+            ValueError: without gates, or with gates of another shape.
+        """
+        gates = self._handed_gates if expert_gates is None else expert_gates
+        if gates is None:
+            raise ValueError(
+                "no expert_gates reached this layer: expected (batch, experts); pass expert_gates to the forward of "
+                "the language model, whose attention modules must receive its keywords"
+            )
+        if gates.shape != (hidden_states.shape[0], self.num_experts):
+            raise ValueError(
+                f"expert_gates have shape {tuple(gates.shape)}: expected {(hidden_states.shape[0], self.num_experts)}, "
+                "(batch, experts); repeat the gates where sequences are repeated"
+            )
+        output = self.base_layer(hidden_states)  # (batch, tokens, out)
+        # (batch, 1, rank): each expert's gate for each of its ranks
+        rank_gates = (gates.to(self.lora_A) * self.scaling).repeat_interleave(
+            self.lora_A.shape[0] // self.num_experts, dim=1
+        )[:, None]
+        rank_states = F.linear(self.dropout(hidden_states).to(self.lora_A.dtype), self.lora_A)  # (batch, tokens, rank)
+        return output + F.linear(rank_states * rank_gates, self.lora_B).to(output.dtype)
+
+
+def add_gated_lora(
+    llm: PreTrainedModel,
+    target_modules: Iterable[str],
+    rank: int,
+    num_experts: int,
+    lora_alpha: float,
+    lora_dropout: float,
+) -> list[str]:
+    """Freeze a language model and wrap its linear layers, in place.
+
+    From then on its forward needs the keyword `expert_gates` (batch, experts). A hook on the attention of each decoder
+    layer takes the keyword and hands it to all gated layers of that decoder layer. Attention runs first in a decoder
+    layer, and again first when gradient checkpointing recomputes it, so no layer ever meets the gates of another call.
+
+    Args:
+        llm: a causal language model.
+        target_modules: last parts of the names of the linear layers, such as "q_proj".
+        rank, num_experts, lora_alpha, lora_dropout: of every `GatedLoraLinear`.
+
+    Returns:
+        The names of the wrapped layers.
+
+    Raises:
+        ValueError: when a target matches no layer, or a layer that is not linear or has no attention before it.
+    """
+    targets = set(target_modules)
+    if not targets:
+        raise ValueError("target_modules is empty: expected names of linear layers, such as q_proj")
+    llm.requires_grad_(False)
+    layers = llm.get_decoder().layers
+    wrapped, found = [], set()
+    prefix = next(name for name, module in llm.named_modules() if module is layers)
+    for index, layer in enumerate(layers):
+        gated = []
+        for name, module in list(layer.named_modules()):
+            last = name.rpartition(".")[2]
+            if last not in targets:
+                continue
+            full_name = f"{prefix}.{index}.{name}"
+            parent = layer.get_submodule(name.rpartition(".")[0])
+            setattr(parent, last, _wrapped(module, full_name, rank, num_experts, lora_alpha, lora_dropout))
+            gated.append(layer.get_submodule(name))
+            found.add(last)
+            wrapped.append(full_name)
+        if gated:
+            _attention(layer, f"{prefix}.{index}").register_forward_pre_hook(_GateHook(gated), with_kwargs=True)
+    if found != targets:
+        linear = sorted({name.rpartition(".")[2] for name, module in layers.named_modules() if _is_linear(module)})
+        raise ValueError(
+            f"target_modules {', '.join(sorted(targets - found))} match nothing in {type(llm).__name__}: expected some "
+            f"of {', '.join(linear)}"
+        )
+    return wrapped
+
+
+def gated_layers(llm: PreTrainedModel) -> dict[str, GatedLoraLinear]:
+    """The gated layers of a language model by name."""
+    return {name: module for name, module in llm.named_modules() if isinstance(module, GatedLoraLinear)}
+
+
+def plain_lora(llm: PreTrainedModel, expert_gates: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `expert_gates` (experts,) make of the gated layers: one ordinary LoRA, as PEFT saves it.
+
+    PEFT scales by lora_alpha / rank, so that each expert's part of A carries num_experts times its gate.
+    """
+    state = {}
+    for name, layer in gated_layers(llm).items():
+        rank = layer.lora_A.shape[0]
+        factors = (layer.num_experts * expert_gates).repeat_interleave(rank // layer.num_experts)  # (rank,)
+        state[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach() * factors.to(layer.lora_A)[:, None]
+        state[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().clone()
+    return state
+
+
+class _GateHook:
+    """Forward pre-hook of an attention module: takes `expert_gates` from its keywords to the gated layers."""
+
+    def __init__(self, gated: list[GatedLoraLinear]):
+        self.gated = gated
+
+    def __call__(self, module, args, kwargs):
+        expert_gates = kwargs.pop("expert_gates", None)
+        for layer in self.gated:
+            layer.hand_gates(expert_gates)
+        return args, kwargs
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return {"in_features", "out_features"} <= set(dir(module)) and not isinstance(module, GatedLoraLinear)
+
+
+def _wrapped(module: nn.Module, name: str, rank, num_experts, lora_alpha, lora_dropout) -> GatedLoraLinear:
+    if isinstance(module, GatedLoraLinear):
+        raise ValueError(f"{name} has a gated LoRA already: expected a language model without one; load it anew")
+    if not _is_linear(module):
+        raise ValueError(f"{name} is a {type(module).__name__}: expected a linear layer; change target_modules")
+    return GatedLoraLinear(module, rank, num_experts, lora_alpha, lora_dropout)
+
+
+def _attention(layer: nn.Module, name: str) -> nn.Module:
+    attention = dict(layer.named_children()).get("self_attn")
+    if attention is None:
+        raise ValueError(
+            f"{name} has no self_attn (it has {', '.join(dict(layer.named_children()))}): expected decoder layers as "
+            "in Llama, Mistral, Qwen or Gemma, through whose attention the gates reach the layer"
+        )
+    return attention
+
+
+__all__ = ["GatedLoraLinear", "add_gated_lora", "gated_layers", "plain_lora"]
