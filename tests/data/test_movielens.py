@@ -12,8 +12,8 @@ import pytest
 from datasets import List, Value
 
 from hf_ilora.data.archives import ArchiveError
-from hf_ilora.data.download import ChecksumError, DownloadError
 from hf_ilora.data.movielens import load_movielens
+from hf_ilora.downloads.files import ChecksumError, DownloadError
 
 NAMES = ["ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m"]
 FOLDERS = {name: name for name in NAMES} | {"ml-10m": "ml-10M100K"}

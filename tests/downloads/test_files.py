@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from hf_ilora.data.download import ChecksumError, DownloadError, default_cache_dir, download_file, download_wheel
+from hf_ilora.downloads.files import ChecksumError, DownloadError, default_cache_dir, download_file, download_wheel
 
 CONTENT = bytes(range(256)) * 1000  # 256,000 bytes
 CHECKSUM = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
