@@ -109,14 +109,14 @@ class SequenceDatasets(DatasetDict):
 
         path = directory / CATALOGUE_FILE
         table = read_parquet(path)
-        features = _catalogue_features(_raw_id_type(table, "raw_id"))
+        features = catalogue_features(_raw_id_type(table, "raw_id"))
         _check_columns(table, features, path)
         if not np.array_equal(table["item_id"].to_numpy(), np.arange(1, num_items + 1)):
             raise ValueError(
                 f"{path} has {len(table)} items: expected the item ids 1 to {num_items} in order, the num_items of "
                 f"{DESCRIPTION_FILE}; {REMEDY}"
             )
-        catalogue = _dataset(table, features, "catalogue")
+        catalogue = dataset_of(table, features, "catalogue")
         splits = {}
         for name in SPLITS:
             path, rows = directory / f"{name}.parquet", description["counts"][name]
@@ -124,10 +124,10 @@ class SequenceDatasets(DatasetDict):
             if len(table) != rows:
                 raise ValueError(f"{path} has {len(table)} rows: expected {rows}, as {DESCRIPTION_FILE} says; {REMEDY}")
             with_candidates = name != "train" and protocol["num_candidates"] > 0
-            features = _split_features(_raw_id_type(table, "user_id"), with_candidates)
+            features = split_features(_raw_id_type(table, "user_id"), with_candidates)
             _check_columns(table, features, path)
             _check_item_ids(table, num_items, path)
-            splits[name] = _dataset(table, features, name)
+            splits[name] = dataset_of(table, features, name)
         loaded = cls(splits, catalogue, protocol)
         fingerprint = loaded.fingerprint
         if fingerprint != description["fingerprint"]:
@@ -324,7 +324,7 @@ def _check_splits(splits: dict[str, Rows], num_users: int, settings: dict) -> No
 
 
 def _split_dataset(histories: Histories, rows: Rows, candidates: np.ndarray | None, name: str) -> Dataset:
-    features = _split_features(str(histories.user_ids.type), candidates is not None)
+    features = split_features(str(histories.user_ids.type), candidates is not None)
     elements = np.cumsum(rows.ends - rows.starts)
     cuts = np.searchsorted(elements, np.arange(_ELEMENTS_PER_CHUNK, elements[-1], _ELEMENTS_PER_CHUNK), side="right")
     batches = []
@@ -339,7 +339,7 @@ def _split_dataset(histories: Histories, rows: Rows, candidates: np.ndarray | No
             block = candidates[first:last]
             columns.append(_list_array(block.ravel(), np.full(len(block), block.shape[1])))
         batches.append(pa.record_batch(columns, schema=features.arrow_schema))
-    return _dataset(pa.Table.from_batches(batches), features, name)
+    return dataset_of(pa.Table.from_batches(batches), features, name)
 
 
 def _list_array(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
@@ -351,17 +351,17 @@ def _catalogue(known_items: pa.Table, item_ids: pa.Array) -> Dataset:
     rows = known_items.take(pc.index_in(item_ids, value_set=known_items["item_id"]))
     rows = rows.rename_columns(["raw_id", "title", "year", "genres"])
     rows = rows.add_column(0, "item_id", pa.array(np.arange(1, len(rows) + 1)))
-    return _dataset(rows, _catalogue_features(str(item_ids.type)), "catalogue")
+    return dataset_of(rows, catalogue_features(str(item_ids.type)), "catalogue")
 
 
-def _split_features(user_id_type: str, with_candidates: bool) -> Features:
+def split_features(user_id_type: str, with_candidates: bool) -> Features:
     columns = {"user_id": Value(user_id_type), "history": List(Value("int32")), "target": Value("int32")}
     if with_candidates:
         columns["candidates"] = List(Value("int32"))
     return Features(columns)
 
 
-def _catalogue_features(raw_id_type: str) -> Features:
+def catalogue_features(raw_id_type: str) -> Features:
     return Features(
         {
             "item_id": Value("int64"),
@@ -373,7 +373,7 @@ def _catalogue_features(raw_id_type: str) -> Features:
     )
 
 
-def _dataset(table: pa.Table, features: Features, name: str) -> Dataset:
+def dataset_of(table: pa.Table, features: Features, name: str) -> Dataset:
     # Without a fingerprint of its own, Dataset would pickle and hash the whole table.
     return Dataset(
         InMemoryTable(table),

@@ -1,0 +1,87 @@
+"""Turns the published rows of LLaRA and iLoRA, and the authors' SASRec, into a data set and a model of ours.
+
+    python recipes/prepare_reference_data.py recipes/configs/reference-lastfm/data.yaml --source data/llara_lastfm
+    python recipes/prepare_reference_data.py recipes/configs/reference-movielens/data.yaml --source data/llara_movielens
+
+The source folder holds validation.parquet and test.parquet (history, target and 20 fixed candidates), items.parquet
+(item_id from 0, title) and train.parquet. MovieLens was published without train rows: `--train_from ml-100k` rebuilds
+them from MovieLens-100K by the published protocol. The output folder gets data/ (a `SequenceDatasets`), sasrec/ (for
+`from_pretrained`, with the same catalogue), run.json and run.log.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_ilora import SequenceDatasets, build_sequences, convert_reference_sasrec, load_movielens
+from hf_ilora.data.published_sequences import load_published_sequences
+from hf_ilora.models.convert_reference import load_reference_state_dict, reference_catalogue
+from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ReferenceDataArguments:
+    """Which published files, and where to."""
+
+    source: str = field(metadata={"help": "folder of the published parquet files"})
+    output_dir: str = field(metadata={"help": "folder to write data/ and sasrec/ to"})
+    train_from: str = field(
+        default="published", metadata={"help": "published: train.parquet; ml-100k: rebuilt from MovieLens-100K"}
+    )
+    movielens_source: str | None = field(
+        default=None, metadata={"help": "folder or zip of ml-100k; by default the cache, else GroupLens"}
+    )
+    min_history: int = field(default=3, metadata={"help": "drop train rows with fewer history items"})
+    max_history: int = field(default=10, metadata={"help": "newest items kept per history"})
+    sasrec: str | None = field(
+        default=None, metadata={"help": "the authors' weights, .safetensors or .pt; none: no sasrec/ is written"}
+    )
+
+    def __post_init__(self):
+        if self.train_from not in ("published", "ml-100k"):
+            raise ValueError(f"train_from is {self.train_from!r}: expected published or ml-100k")
+
+
+ARGUMENTS = (ReferenceDataArguments,)
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(ARGUMENTS)
+    output = Path(arguments.output_dir)
+    set_up_logging(output)
+    with RunRecord(output, [arguments], seed=0) as record:
+        with record.stage("data"):
+            rebuilt = rebuilt_movielens(arguments) if arguments.train_from == "ml-100k" else None
+            sequences = load_published_sequences(
+                arguments.source,
+                rebuilt=rebuilt,
+                min_history=arguments.min_history,
+                max_history=arguments.max_history,
+            )
+            sequences.save(output / "data")
+        record.add_data(sequences.fingerprint)
+        if arguments.sasrec is not None:
+            with record.stage("sasrec"):
+                model = convert_reference_sasrec(load_reference_state_dict(arguments.sasrec))
+                model.catalogue = reference_catalogue(output / "data" / "items.parquet", model.config.num_items)
+                model.save_pretrained(output / "sasrec")
+    sizes = ", ".join(f"{name} {len(split)}" for name, split in sequences.items())
+    logger.info("wrote %s: %s rows, %d items", output, sizes, sequences.num_items)
+
+
+def rebuilt_movielens(arguments: ReferenceDataArguments) -> SequenceDatasets:
+    """MovieLens-100K by the published protocol: ratings from 3, the first 80% of the users in time train."""
+    return build_sequences(
+        *load_movielens("ml-100k", source=arguments.movielens_source),
+        protocol="temporal_users",
+        min_rating=3,
+        min_history=arguments.min_history,
+        max_history=arguments.max_history,
+        num_candidates=0,
+    )
+
+
+if __name__ == "__main__":
+    main()
