@@ -1,0 +1,88 @@
+"""Turns rows of histories, candidates and targets into batches for an iLoRA model."""
+
+import numpy as np
+import torch
+
+from .configuration_sasrec import PADDING_ITEM_ID
+from .prompts import PromptBuilder
+
+
+class PromptCollator:
+    """Collates rows into prompts, drawing each row's template and whether it shows its candidates.
+
+    Rows are dictionaries of `history` (items,), `target`, `candidates` (num_candidates,) and `draws`, two numbers in
+    [0, 1): the first picks the template, the second shows the candidates when it is below `candidate_share`. Draws of
+    0, as evaluation rows have them, mean the first template, with candidates unless `candidate_share` is 0.
+
+    Args:
+        prompt_builder: builds the prompts.
+        candidate_share: share of the rows that show their candidates. It may change in the course of a training run,
+            between epochs where worker processes hold a copy of the collator.
+
+    Raises:
+        ValueError: for a share outside [0, 1], and when it asks for templates that the builder has not.
+    """
+
+    def __init__(self, prompt_builder: PromptBuilder, candidate_share: float = 1.0):
+        if not 0 <= candidate_share <= 1:
+            raise ValueError(f"candidate_share is {candidate_share}: expected a share in [0, 1]")
+        needed = {
+            "with": (prompt_builder.candidate_templates, candidate_share > 0),
+            "without": (prompt_builder.history_templates, candidate_share < 1),
+        }
+        for kind, (templates, is_needed) in needed.items():
+            if is_needed and not templates:
+                raise ValueError(
+                    f"candidate_share is {candidate_share} and no template is {kind} {{candidates}}: add one, or set "
+                    f"candidate_share to {0 if kind == 'with' else 1}"
+                )
+        self.prompt_builder, self.candidate_share = prompt_builder, candidate_share
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Collate rows.
+
+        Returns:
+            input_ids, attention_mask, title_labels (batch, tokens) and placeholder_items (batch, placeholders) as
+            `PromptBuilder.build` gives them; histories (batch, longest) padded with 0 on the left; labels (batch,), the
+            targets; shows_candidates (batch,) bool.
+
+        Raises:
+            ValueError: as `PromptBuilder.build`.
+        """
+        histories = _left_padded([row["history"] for row in rows])  # (batch, longest)
+        candidates = _left_padded([row["candidates"] for row in rows])  # (batch, num_candidates)
+        targets = np.array([row["target"] for row in rows], dtype=np.int64)  # (batch,)
+        draws = np.array([row["draws"] for row in rows])  # (batch, 2)
+        shows_candidates = draws[:, 1] < self.candidate_share
+        num_templates = np.where(
+            shows_candidates,
+            len(self.prompt_builder.candidate_templates),
+            len(self.prompt_builder.history_templates),
+        )
+        prompts = self.prompt_builder.build(
+            histories,
+            candidates,
+            template_indices=(draws[:, 0] * num_templates).astype(np.int64),
+            show_candidates=shows_candidates,
+            targets=targets,
+        )
+        return {
+            "input_ids": prompts.input_ids,
+            "attention_mask": prompts.attention_mask,
+            "placeholder_items": prompts.placeholder_items,
+            "title_labels": prompts.title_labels,
+            "histories": torch.from_numpy(histories),
+            "labels": torch.from_numpy(targets),
+            "shows_candidates": torch.from_numpy(shows_candidates),
+        }
+
+
+def _left_padded(sequences: list[np.ndarray]) -> np.ndarray:
+    """Sequences of item ids as (rows, longest) int64."""
+    lengths = np.array([len(sequence) for sequence in sequences])
+    padded = np.full((len(sequences), lengths.max()), PADDING_ITEM_ID, dtype=np.int64)
+    padded[np.arange(lengths.max()) >= lengths.max() - lengths[:, None]] = np.concatenate(sequences)
+    return padded
+
+
+__all__ = ["PromptCollator"]
