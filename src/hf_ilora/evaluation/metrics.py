@@ -1,8 +1,9 @@
 """Ranking metrics as `evaluate.Metric`: built directly, `NDCG(k=10)`, without the Hub and without a network.
 
-Each is fed with ranks, `compute(predictions=ranks)` or `add_batch(predictions=ranks)` and then `compute()`: the 1-based
-position of the user's one relevant item, 1 for the top (`evaluation.ranking` computes them from scores). With one
-relevant item Recall@k equals HitRatio@k.
+All but `ValidRatio` are fed with ranks, `compute(predictions=ranks)` or `add_batch(predictions=ranks)` and then
+`compute()`: the 1-based position of the user's one relevant item, 1 for the top (`evaluation.ranking` computes them
+from scores). With one relevant item Recall@k equals HitRatio@k. `ValidRatio` is fed with generated texts and the titles
+to choose from.
 """
 
 import datasets
@@ -10,6 +11,7 @@ import evaluate
 import torch
 
 from hf_ilora.evaluation.rank_metrics import metric_per_user
+from hf_ilora.evaluation.valid_answers import is_valid
 
 
 class RankMetric(evaluate.Metric):
@@ -89,3 +91,39 @@ class MRR(RankMetric):
 
     def __init__(self, k: int | None = None, **kwargs):
         super().__init__(k, **kwargs)
+
+
+class ValidRatio(evaluate.Metric):
+    """Share of generated answers that name exactly one of their candidates.
+
+    `ValidRatio().compute(predictions=["Heat", "I like films"], references=[["Heat", "Alien"]] * 2)` is 0.5. It takes
+    the texts and not flags, so that one rule, `valid_answers.is_valid`, decides everywhere.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(keep_in_memory=True, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of generated answers that contain exactly one candidate title, whatever its case.",
+            citation="",
+            inputs_description="predictions: generated texts; references: the titles of each one's candidates.",
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
+            ),
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        """Share of valid answers, as {"valid_ratio": 0.5}.
+
+        Args:
+            predictions: (users,) texts.
+            references: (users, candidates) titles.
+
+        Raises:
+            ValueError: for no predictions, no candidates, and blank titles.
+        """
+        if not len(predictions):
+            raise ValueError("valid_ratio of no answers: expected predictions, the generated text of at least one user")
+        valid = [is_valid(answer, titles) for answer, titles in zip(predictions, references, strict=True)]
+        return {"valid_ratio": sum(valid) / len(valid)}

@@ -4,7 +4,9 @@ A rank is 1-based. Ties count against the model: every other item that scores as
 So constant scores put the target last, and no model gains by giving many items the same score.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -73,12 +75,48 @@ def candidate_ranks(scores: torch.Tensor, candidates: torch.Tensor, target: torc
             a candidate that stands twice, and NaN among the scores.
     """
     _check_scores(scores, target)
-    num_items = scores.shape[1] - 1
+    _check_candidates(candidates, target)
+    _check_ids("candidates", candidates, scores.shape[1] - 1)
+    return ranks_among_candidates(scores.gather(1, candidates), candidates, target)
+
+
+def ranks_among_candidates(
+    candidate_scores: torch.Tensor, candidates: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
+    """As `candidate_ranks`, from the scores of the candidates alone.
+
+    Args:
+        candidate_scores: (batch, candidates).
+        candidates: (batch, candidates) different item ids, the target among them.
+        target: (batch,) item ids.
+
+    Returns:
+        (batch,) int64 in 1..candidates.
+
+    Raises:
+        ValueError: for shapes that do not fit, a target that is not among its candidates, a candidate that stands
+            twice, and NaN among the scores.
+    """
+    _check_candidates(candidates, target)
+    if candidate_scores.shape != candidates.shape:
+        raise ValueError(
+            f"candidate_scores have shape {tuple(candidate_scores.shape)}: expected {tuple(candidates.shape)}, a score "
+            "for each candidate"
+        )
+    is_nan = torch.isnan(candidate_scores).any(dim=1)  # (batch,)
+    if is_nan.any():
+        raise ValueError(
+            f"scores of row {int(is_nan.nonzero()[0])} hold NaN: expected numbers; check the weights that were loaded"
+        )
+    target_scores = candidate_scores[candidates == target.unsqueeze(1)]  # (batch,), one per row
+    return (candidate_scores >= target_scores.unsqueeze(1)).sum(dim=1)
+
+
+def _check_candidates(candidates: torch.Tensor, target: torch.Tensor) -> None:
     if candidates.dim() != 2 or len(candidates) != len(target):
         raise ValueError(
             f"candidates have shape {tuple(candidates.shape)}: expected (batch, candidates) with batch {len(target)}"
         )
-    _check_ids("candidates", candidates, num_items)
     ordered = candidates.sort(dim=1).values
     if (ordered[:, 1:] == ordered[:, :-1]).any():
         row = int((ordered[:, 1:] == ordered[:, :-1]).any(dim=1).nonzero()[0])
@@ -87,8 +125,6 @@ def candidate_ranks(scores: torch.Tensor, candidates: torch.Tensor, target: torc
     if not found.all():
         row = int((~found).nonzero()[0])
         raise ValueError(f"candidates of row {row} lack its target {int(target[row])}: expected it to be one of them")
-    target_scores = scores.gather(1, target.unsqueeze(1))  # (batch, 1)
-    return (scores.gather(1, candidates) >= target_scores).sum(dim=1)
 
 
 def _seen_before_target(scores: torch.Tensor, target: torch.Tensor, seen_items: torch.Tensor) -> torch.Tensor:
@@ -126,7 +162,13 @@ def _check_ids(name: str, ids: torch.Tensor | np.ndarray, num_items: int) -> Non
 
 
 def rank_split(
-    model: torch.nn.Module, split, *, batch_size: int = 256, device: torch.device | str | None = None
+    model: torch.nn.Module,
+    split,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    scorer: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    max_length: int | None = None,
 ) -> SplitRanks:
     """Rank the target of every row of an evaluation split, under all three protocols at once.
 
@@ -136,11 +178,13 @@ def rank_split(
 
     Args:
         model: `forward(input_ids, attention_mask)` gives `.logits` (batch, num_items + 1), and `config` has
-            `num_items` and `max_length`, the number of newest items the model is handed. It may be wrapped for
-            distributed evaluation.
+            `num_items`. It may be wrapped for distributed evaluation.
         split: `datasets.Dataset` with the columns history (list of item ids, oldest first), target and candidates.
         batch_size: rows per step and process.
         device: where to score; None means where the model is.
+        scorer: histories (batch, newest), padded with 0 on the right -> scores (batch, num_items + 1), for a model that
+            does not score the catalogue by its forward, such as `ilora.item_scores`; None: the model's logits.
+        max_length: number of newest items that are handed to the model; None: the config's `max_length`.
 
     Returns:
         Ranks of all rows, in the split's order.
@@ -149,25 +193,21 @@ def rank_split(
         ValueError: for missing columns, no rows, empty histories, ids outside the catalogue, candidates without the
             target, and NaN among the scores.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: expected at least 1")
     config = extract_model_from_parallel(model).config
-    rows = _EvaluationRows(split, config.num_items)
-    state = PartialState()
+    rows = EvaluationRows(split, config.num_items)
     if device is None:
         device = extract_model_from_parallel(model).device
-    # Longest first: if memory is short, it shows at once.
-    batches = np.split(rows.by_length(), range(batch_size, len(rows), batch_size))
+    if max_length is None:
+        max_length = config.max_length
+    if scorer is None:
+        scorer = partial(_logits, model)
     ranks = torch.zeros(len(rows), 3, dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        for first in range(0, len(batches), state.num_processes):
-            mine = first + state.process_index
-            # A process without a batch of its own repeats one and drops it: under ZeRO-3 all must run every forward.
-            batch_rows = batches[min(mine, len(batches) - 1)]
-            batch_ranks = _rank_batch(model, rows, batch_rows, config.max_length, device)
-            if mine < len(batches):
+        for batch_rows, is_own in rows.batches_of_process(batch_size):
+            batch_ranks = _rank_batch(scorer, rows, batch_rows, max_length, device)
+            if is_own:
                 ranks[torch.from_numpy(batch_rows).to(device)] = batch_ranks
     model.train(was_training)
     # Every row was ranked by one process and is zero in all others.
@@ -175,20 +215,36 @@ def rank_split(
     return SplitRanks(*np.ascontiguousarray(ranks.T))
 
 
-def _rank_batch(model, rows: "_EvaluationRows", batch_rows: np.ndarray, max_length: int, device) -> torch.Tensor:
+def _logits(model, input_ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=input_ids, attention_mask=(input_ids != PADDING_ITEM_ID).long()).logits
+
+
+def _rank_batch(scorer, rows: "EvaluationRows", batch_rows: np.ndarray, max_length: int, device) -> torch.Tensor:
     input_ids = rows.histories(batch_rows, max_length).to(device)  # (batch, newest)
     seen_items = rows.histories(batch_rows, None).to(device)  # (batch, longest)
     target = torch.from_numpy(rows.target[batch_rows]).to(device)  # (batch,)
     candidates = torch.from_numpy(rows.candidates[batch_rows]).to(device)  # (batch, candidates)
-    attention_mask = (input_ids != PADDING_ITEM_ID).long()
-    scores = model(input_ids=input_ids, attention_mask=attention_mask).logits  # (batch, num_items + 1)
+    scores = scorer(input_ids)  # (batch, num_items + 1)
     unmasked = target_ranks(scores, target)
     masked = unmasked - _seen_before_target(scores, target, seen_items)
     return torch.stack([masked, unmasked, candidate_ranks(scores, candidates, target)], dim=1)  # (batch, 3)
 
 
-class _EvaluationRows:
-    """A split as flat arrays; reading rows one by one from a `datasets.Dataset` would take longer than scoring."""
+class EvaluationRows:
+    """A split as flat arrays; reading rows one by one from a `datasets.Dataset` would take longer than scoring.
+
+    Args:
+        split: `datasets.Dataset` with the columns history, target and candidates.
+        num_items: size of the catalogue.
+
+    Attributes:
+        target: (users,) int64 item ids.
+        candidates: (users, candidates) int64 item ids.
+
+    Raises:
+        ValueError: for missing columns, no rows, empty histories, candidates of different numbers, and ids outside the
+            catalogue.
+    """
 
     def __init__(self, split, num_items: int):
         missing = [name for name in ("history", "target", "candidates") if name not in split.column_names]
@@ -223,6 +279,24 @@ class _EvaluationRows:
     def by_length(self) -> np.ndarray:
         """Row numbers, longest history first: (users,)."""
         return np.argsort(-self.lengths, kind="stable")
+
+    def batches_of_process(self, batch_size: int) -> Iterator[tuple[np.ndarray, bool]]:
+        """This process's batches of row numbers, (batch,) each, and whether its results are to be kept.
+
+        All processes get the same number of batches: a process without one of its own repeats one, whose results it
+        drops, because under ZeRO-3 all must run every forward.
+
+        Raises:
+            ValueError: for `batch_size` < 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: expected at least 1")
+        state = PartialState()
+        # Longest first: if memory is short, it shows at once.
+        batches = np.split(self.by_length(), range(batch_size, len(self), batch_size))
+        for first in range(0, len(batches), state.num_processes):
+            mine = first + state.process_index
+            yield batches[min(mine, len(batches) - 1)], mine < len(batches)
 
     def histories(self, rows: np.ndarray, newest: int | None) -> torch.Tensor:
         """The `newest` items of each row, oldest first, padded with 0 on the right: (rows, longest) int64."""

@@ -1,7 +1,9 @@
 """How far a mean over users can be trusted, and whether two models differ on the same users."""
 
+import math
 import os
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ _MAX_DRAWS = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over users with its bootstrap interval.
+    """A mean over users with its interval.
 
     Args:
         mean: of the users measured.
@@ -82,6 +84,31 @@ def bootstrap_interval(
         means[part] = drawn @ different / len(values)  # (resamples,)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def wilson_interval(num_successes: int, num_trials: int, *, confidence: float = 0.95) -> Interval:
+    """A share and Wilson's score interval, which has a width even where all or none succeed.
+
+    Args:
+        num_successes: at most `num_trials`.
+        num_trials: at least 1.
+        confidence: between 0 and 1.
+
+    Raises:
+        ValueError: for numbers out of range.
+
+    Source: Wilson, Probable inference, the law of succession, and statistical inference (JASA 1927).
+    """
+    if not 0 <= num_successes <= num_trials or not num_trials:
+        raise ValueError(f"{num_successes} successes of {num_trials}: expected 0 <= successes <= trials, trials >= 1")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}: expected a number between 0 and 1, such as 0.95")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, shrinkage = num_successes / num_trials, 1 + z * z / num_trials
+    centre = (share + z * z / (2 * num_trials)) / shrinkage
+    half = z / shrinkage * math.sqrt(share * (1 - share) / num_trials + (z / (2 * num_trials)) ** 2)
+    # At the ends the formula gives the share itself, but for rounding.
+    return Interval(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
 
 
 def summarize_ranks(

@@ -1,0 +1,102 @@
+"""The published rule for generated answers: valid when an answer names exactly one of its candidates."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_ilora.evaluation.statistics import Interval, wilson_interval
+
+
+@dataclass(frozen=True)
+class AnswerQuality:
+    """How good generated answers are.
+
+    Two definitions of HR@1 circulate for generated answers, and they differ where answers are invalid: both are given.
+    The intervals are Wilson's: these are shares of few users, often near 1, where resampling users who all agree would
+    give an interval of width 0.
+
+    Args:
+        num_answers: answers judged.
+        num_valid: answers that name exactly one candidate.
+        num_correct: answers whose one candidate is the target.
+        valid_ratio: valid / all.
+        hit_ratio_of_valid: correct / valid; None without a valid answer.
+        hit_ratio_of_all: correct / all.
+    """
+
+    num_answers: int
+    num_valid: int
+    num_correct: int
+    valid_ratio: Interval
+    hit_ratio_of_valid: Interval | None
+    hit_ratio_of_all: Interval
+
+
+def named_candidates(answer: str, candidate_titles: Sequence[str]) -> list[int]:
+    """Places of the candidates whose title the answer contains, upper and lower case alike.
+
+    A title that is part of another one ("Alien" of "Aliens") is contained wherever the other is, and equal titles are
+    contained together: then the answer names two candidates. The published rule counts so.
+
+    Args:
+        answer: generated text.
+        candidate_titles: (candidates,), none of them blank.
+
+    Raises:
+        ValueError: for no candidates, or a blank title, which every text would contain.
+    """
+    if not len(candidate_titles):
+        raise ValueError("there are no candidate titles: expected at least one")
+    folded, titles = answer.lower(), [title.lower() for title in candidate_titles]
+    if "" in (title.strip() for title in titles):
+        raise ValueError(f"a title among {list(candidate_titles)} is blank: expected text; give the item a title")
+    return [place for place, title in enumerate(titles) if title in folded]
+
+
+def is_valid(answer: str, candidate_titles: Sequence[str]) -> bool:
+    """Whether the answer names exactly one candidate.
+
+    Raises:
+        ValueError: as `named_candidates`.
+    """
+    return len(named_candidates(answer, candidate_titles)) == 1
+
+
+def judge_answers(
+    answers: Sequence[str], candidate_titles: Sequence[Sequence[str]], target_titles: Sequence[str]
+) -> AnswerQuality:
+    """ValidRatio, and HR@1 over the valid and over all answers, each with its 95% interval.
+
+    Args:
+        answers: (users,) generated texts.
+        candidate_titles: (users, candidates) titles of each user's candidates, in any order.
+        target_titles: (users,) titles of the targets, each among its candidates.
+
+    Raises:
+        ValueError: for no answers, lengths that differ, targets that are not among their candidates, and as
+            `named_candidates`.
+
+    Source: LLaRA (SIGIR 2024), section 4.1, and the program of iLoRA (NeurIPS 2024).
+    """
+    if not len(answers):
+        raise ValueError("there are no answers: expected at least one user")
+    if not len(answers) == len(candidate_titles) == len(target_titles):
+        raise ValueError(
+            f"there are {len(answers)} answers, {len(candidate_titles)} lists of candidates and {len(target_titles)} "
+            "targets: expected one of each per user"
+        )
+    num_valid = num_correct = 0
+    for user, (answer, titles, target) in enumerate(zip(answers, candidate_titles, target_titles, strict=True)):
+        if target not in titles:
+            raise ValueError(f"target {target!r} of user {user} is not among its candidates: expected one of {titles}")
+        named = named_candidates(answer, titles)
+        if len(named) == 1:
+            num_valid += 1
+            num_correct += titles[named[0]] == target
+    return AnswerQuality(
+        num_answers=len(answers),
+        num_valid=num_valid,
+        num_correct=num_correct,
+        valid_ratio=wilson_interval(num_valid, len(answers)),
+        hit_ratio_of_valid=wilson_interval(num_correct, num_valid) if num_valid else None,
+        hit_ratio_of_all=wilson_interval(num_correct, len(answers)),
+    )
