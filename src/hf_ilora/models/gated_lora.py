@@ -41,6 +41,7 @@ class GatedLoraLinear(nn.Module):
                 f"rank {rank} cannot be divided among {num_experts} experts: expected a multiple of num_experts"
             )
         self.base_layer = base_layer
+        self.rank = rank  # not to be read off the parameters, which have shape (0,) under ZeRO-3 outside the forward
         self.num_experts = num_experts
         self.scaling = lora_alpha / (rank // num_experts)
         self.dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
@@ -52,10 +53,10 @@ class GatedLoraLinear(nn.Module):
         self._handed_gates: torch.Tensor | None = None  # by `add_gated_lora`'s hook, before each forward of its layer
 
     def extra_repr(self) -> str:
-        return f"rank={self.lora_A.shape[0]}, num_experts={self.num_experts}, scaling={self.scaling:g}"
+        return f"rank={self.rank}, num_experts={self.num_experts}, scaling={self.scaling:g}"
 
     def hand_gates(self, expert_gates: torch.Tensor | None) -> None:
-        """Give the gates, (batch, experts), that a forward without any is to use."""
+        """Give the gates, (batch, experts), that the next forward is to use; the one after it has none again."""
         self._handed_gates = expert_gates
 
     def forward(self, hidden_states: torch.Tensor, expert_gates: torch.Tensor | None = None) -> torch.Tensor:
@@ -71,7 +72,8 @@ class GatedLoraLinear(nn.Module):
         Raises:
             ValueError: without gates, or with gates of another shape.
         """
-        gates = self._handed_gates if expert_gates is None else expert_gates
+        handed_gates, self._handed_gates = self._handed_gates, None
+        gates = handed_gates if expert_gates is None else expert_gates
         if gates is None:
             raise ValueError(
                 "no expert_gates reached this layer: expected (batch, experts); pass expert_gates to the forward of "
@@ -83,10 +85,9 @@ class GatedLoraLinear(nn.Module):
                 "(batch, experts); repeat the gates where sequences are repeated"
             )
         output = self.base_layer(hidden_states)  # (batch, tokens, out)
-        # (batch, 1, rank): each expert's gate for each of its ranks
-        rank_gates = (gates.to(self.lora_A) * self.scaling).repeat_interleave(
-            self.lora_A.shape[0] // self.num_experts, dim=1
-        )[:, None]
+        # each expert's gate for each of its ranks: (batch, rank), then (batch, 1, rank)
+        rank_gates = (gates.to(self.lora_A) * self.scaling).repeat_interleave(self.rank // self.num_experts, dim=1)
+        rank_gates = rank_gates.unsqueeze(1)
         rank_states = F.linear(self.dropout(hidden_states).to(self.lora_A.dtype), self.lora_A)  # (batch, tokens, rank)
         return output + F.linear(rank_states * rank_gates, self.lora_B).to(output.dtype)
 
@@ -114,35 +115,53 @@ def add_gated_lora(
         The names of the wrapped layers.
 
     Raises:
-        ValueError: when a target matches no layer, or a layer that is not linear or has no attention before it.
+        ValueError: when a target matches no layer, or a layer that is not linear or has no attention before it, or
+            when the language model has gated layers already. It is unchanged then.
     """
     targets = set(target_modules)
     if not targets:
         raise ValueError("target_modules is empty: expected names of linear layers, such as q_proj")
-    llm.requires_grad_(False)
-    layers = llm.get_decoder().layers
-    wrapped, found = [], set()
+    if gated_layers(llm):
+        raise ValueError(
+            f"{type(llm).__name__} has gated LoRA layers already: expected a language model without; load it anew"
+        )
+    decoder = llm.get_decoder()
+    layers = dict(decoder.named_children()).get("layers")
+    if layers is None:
+        raise ValueError(
+            f"{type(decoder).__name__} has no layers (it has {', '.join(dict(decoder.named_children()))}): expected a "
+            "decoder as in Llama, Mistral, Qwen or Gemma"
+        )
     prefix = next(name for name, module in llm.named_modules() if module is layers)
+    found, plan = set(), []  # all is checked before anything changes
     for index, layer in enumerate(layers):
-        gated = []
-        for name, module in list(layer.named_modules()):
-            last = name.rpartition(".")[2]
-            if last not in targets:
-                continue
-            full_name = f"{prefix}.{index}.{name}"
-            parent = layer.get_submodule(name.rpartition(".")[0])
-            setattr(parent, last, _wrapped(module, full_name, rank, num_experts, lora_alpha, lora_dropout))
-            gated.append(layer.get_submodule(name))
-            found.add(last)
-            wrapped.append(full_name)
-        if gated:
-            _attention(layer, f"{prefix}.{index}").register_forward_pre_hook(_GateHook(gated), with_kwargs=True)
+        names = [name for name, _ in layer.named_modules() if name.rpartition(".")[2] in targets]
+        for name in names:
+            module = layer.get_submodule(name)
+            if not _is_linear(module):
+                raise ValueError(
+                    f"{prefix}.{index}.{name} is a {type(module).__name__}: expected a linear layer; change "
+                    "target_modules"
+                )
+            found.add(name.rpartition(".")[2])
+        if names:
+            plan.append((f"{prefix}.{index}", layer, names, _attention(layer, f"{prefix}.{index}")))
     if found != targets:
         linear = sorted({name.rpartition(".")[2] for name, module in layers.named_modules() if _is_linear(module)})
         raise ValueError(
             f"target_modules {', '.join(sorted(targets - found))} match nothing in {type(llm).__name__}: expected some "
             f"of {', '.join(linear)}"
         )
+    llm.requires_grad_(False)
+    wrapped = []
+    for layer_name, layer, names, attention in plan:
+        gated = []
+        for name in names:
+            linear = layer.get_submodule(name)
+            gated.append(GatedLoraLinear(linear, rank, num_experts, lora_alpha, lora_dropout))
+            layer.set_submodule(name, gated[-1])
+            wrapped.append(f"{layer_name}.{name}")
+        attention.register_forward_pre_hook(_GateHook(gated), with_kwargs=True)
     return wrapped
 
 
@@ -158,9 +177,13 @@ def plain_lora(llm: PreTrainedModel, expert_gates: torch.Tensor) -> dict[str, to
     """
     state = {}
     for name, layer in gated_layers(llm).items():
-        rank = layer.lora_A.shape[0]
-        factors = (layer.num_experts * expert_gates).repeat_interleave(rank // layer.num_experts)  # (rank,)
-        state[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach() * factors.to(layer.lora_A)[:, None]
+        if expert_gates.shape != (layer.num_experts,):
+            raise ValueError(
+                f"expert_gates have shape {tuple(expert_gates.shape)}: expected {(layer.num_experts,)}, one user's"
+            )
+        factors = layer.num_experts * expert_gates.detach().to(layer.lora_A)
+        factors = factors.repeat_interleave(layer.rank // layer.num_experts).unsqueeze(1)  # (rank, 1)
+        state[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach() * factors
         state[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().clone()
     return state
 
@@ -179,15 +202,7 @@ class _GateHook:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return {"in_features", "out_features"} <= set(dir(module)) and not isinstance(module, GatedLoraLinear)
-
-
-def _wrapped(module: nn.Module, name: str, rank, num_experts, lora_alpha, lora_dropout) -> GatedLoraLinear:
-    if isinstance(module, GatedLoraLinear):
-        raise ValueError(f"{name} has a gated LoRA already: expected a language model without one; load it anew")
-    if not _is_linear(module):
-        raise ValueError(f"{name} is a {type(module).__name__}: expected a linear layer; change target_modules")
-    return GatedLoraLinear(module, rank, num_experts, lora_alpha, lora_dropout)
+    return {"in_features", "out_features"} <= set(dir(module))
 
 
 def _attention(layer: nn.Module, name: str) -> nn.Module:
