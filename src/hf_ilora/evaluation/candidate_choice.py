@@ -16,8 +16,8 @@ def choose_candidates(model: torch.nn.Module, split, *, batch_size: int = 8) -> 
     Ties count against the model. Under several processes each takes its share of the batches and all receive all ranks.
 
     Args:
-        model: `score_candidates(histories, candidates)` gives (batch, candidates), and `config` has `num_items` and
-            `max_history`, the number of newest items the model is handed. It may be wrapped for distributed evaluation.
+        model: `score_candidates(histories, candidates)` gives (batch, candidates) for whole histories, padded with 0 on
+            the right, and `config` has `num_items`. It may be wrapped for distributed evaluation.
         split: `datasets.Dataset` with the columns history (list of item ids, oldest first), target and candidates.
         batch_size: rows per step and process.
 
@@ -35,7 +35,7 @@ def choose_candidates(model: torch.nn.Module, split, *, batch_size: int = 8) -> 
     model.eval()
     with torch.inference_mode():
         for batch_rows, is_own in rows.batches_of_process(batch_size):
-            histories = rows.histories(batch_rows, model.config.max_history).to(model.device)  # (batch, newest)
+            histories = rows.histories(batch_rows).to(model.device)  # (batch, longest)
             candidates = torch.from_numpy(rows.candidates[batch_rows]).to(model.device)  # (batch, candidates)
             target = torch.from_numpy(rows.target[batch_rows]).to(model.device)  # (batch,)
             scores = model.score_candidates(histories, candidates)  # (batch, candidates)
@@ -76,7 +76,7 @@ def generate_answers(
     Args:
         model: `generate_recommendation(histories, candidates, top_k, constrained, max_new_tokens)` gives an object with
             `texts`, (batch, top_k) strings; `title_tokens.titles` are the titles of items 1..num_items as the model
-            calls them, and `config` has `num_items` and `max_history`. It may be wrapped for distributed evaluation.
+            calls them, and `config` has `num_items`. It may be wrapped for distributed evaluation.
         split: `datasets.Dataset` with the columns history (list of item ids, oldest first), target and candidates.
         constrained: only titles of candidates can be written, so that every answer names at least one.
         batch_size: rows per step and process.
@@ -93,7 +93,7 @@ def generate_answers(
     with torch.inference_mode():
         for batch_rows, is_own in rows.batches_of_process(batch_size):
             answers = model.generate_recommendation(
-                rows.histories(batch_rows, model.config.max_history).to(model.device),  # (batch, newest)
+                rows.histories(batch_rows).to(model.device),  # (batch, longest)
                 torch.from_numpy(rows.candidates[batch_rows]).to(model.device),  # (batch, candidates)
                 top_k=1,
                 constrained=constrained,

@@ -168,7 +168,6 @@ def rank_split(
     batch_size: int = 256,
     device: torch.device | str | None = None,
     scorer: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    max_length: int | None = None,
 ) -> SplitRanks:
     """Rank the target of every row of an evaluation split, under all three protocols at once.
 
@@ -178,13 +177,13 @@ def rank_split(
 
     Args:
         model: `forward(input_ids, attention_mask)` gives `.logits` (batch, num_items + 1), and `config` has
-            `num_items`. It may be wrapped for distributed evaluation.
+            `num_items` and `max_length`, the number of newest items the model is handed. It may be wrapped for
+            distributed evaluation.
         split: `datasets.Dataset` with the columns history (list of item ids, oldest first), target and candidates.
         batch_size: rows per step and process.
         device: where to score; None means where the model is.
-        scorer: histories (batch, newest), padded with 0 on the right -> scores (batch, num_items + 1), for a model that
-            does not score the catalogue by its forward, such as `ilora.item_scores`; None: the model's logits.
-        max_length: number of newest items that are handed to the model; None: the config's `max_length`.
+        scorer: whole histories (batch, length), padded with 0 on the right -> scores (batch, num_items + 1), where the
+            model's forward does not score the catalogue, such as `ilora.item_scores`; None takes its logits.
 
     Returns:
         Ranks of all rows, in the split's order.
@@ -197,16 +196,14 @@ def rank_split(
     rows = EvaluationRows(split, config.num_items)
     if device is None:
         device = extract_model_from_parallel(model).device
-    if max_length is None:
-        max_length = config.max_length
     if scorer is None:
-        scorer = partial(_logits, model)
+        scorer = partial(_logits, model, config.max_length)
     ranks = torch.zeros(len(rows), 3, dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
     with torch.inference_mode():
         for batch_rows, is_own in rows.batches_of_process(batch_size):
-            batch_ranks = _rank_batch(scorer, rows, batch_rows, max_length, device)
+            batch_ranks = _rank_batch(scorer, rows, batch_rows, device)
             if is_own:
                 ranks[torch.from_numpy(batch_rows).to(device)] = batch_ranks
     model.train(was_training)
@@ -215,18 +212,22 @@ def rank_split(
     return SplitRanks(*np.ascontiguousarray(ranks.T))
 
 
-def _logits(model, input_ids: torch.Tensor) -> torch.Tensor:
+def _logits(model, max_length: int, histories: torch.Tensor) -> torch.Tensor:
+    """The model's logits, (batch, num_items + 1), for the newest `max_length` items of right-padded histories."""
+    lengths = (histories != PADDING_ITEM_ID).sum(dim=1, keepdim=True)  # (batch, 1)
+    newest = min(max_length, histories.shape[1])
+    positions = (lengths - newest).clamp(min=0) + torch.arange(newest, device=histories.device)  # (batch, newest)
+    input_ids = histories.gather(1, positions)
     return model(input_ids=input_ids, attention_mask=(input_ids != PADDING_ITEM_ID).long()).logits
 
 
-def _rank_batch(scorer, rows: "EvaluationRows", batch_rows: np.ndarray, max_length: int, device) -> torch.Tensor:
-    input_ids = rows.histories(batch_rows, max_length).to(device)  # (batch, newest)
-    seen_items = rows.histories(batch_rows, None).to(device)  # (batch, longest)
+def _rank_batch(scorer, rows: "EvaluationRows", batch_rows: np.ndarray, device) -> torch.Tensor:
+    histories = rows.histories(batch_rows).to(device)  # (batch, longest)
     target = torch.from_numpy(rows.target[batch_rows]).to(device)  # (batch,)
     candidates = torch.from_numpy(rows.candidates[batch_rows]).to(device)  # (batch, candidates)
-    scores = scorer(input_ids)  # (batch, num_items + 1)
+    scores = scorer(histories)  # (batch, num_items + 1)
     unmasked = target_ranks(scores, target)
-    masked = unmasked - _seen_before_target(scores, target, seen_items)
+    masked = unmasked - _seen_before_target(scores, target, histories)
     return torch.stack([masked, unmasked, candidate_ranks(scores, candidates, target)], dim=1)  # (batch, 3)
 
 
@@ -298,11 +299,11 @@ class EvaluationRows:
             mine = first + state.process_index
             yield batches[min(mine, len(batches) - 1)], mine < len(batches)
 
-    def histories(self, rows: np.ndarray, newest: int | None) -> torch.Tensor:
-        """The `newest` items of each row, oldest first, padded with 0 on the right: (rows, longest) int64."""
-        lengths = self.lengths[rows] if newest is None else np.minimum(self.lengths[rows], newest)
+    def histories(self, rows: np.ndarray) -> torch.Tensor:
+        """The items of each row, oldest first, padded with 0 on the right: (rows, longest) int64."""
+        lengths = self.lengths[rows]
         steps = np.arange(lengths.max())  # (longest,)
-        positions = (self.starts[rows + 1] - lengths)[:, None] + steps  # (rows, longest)
+        positions = self.starts[rows][:, None] + steps  # (rows, longest)
         real = steps < lengths[:, None]
         histories = np.where(real, self.items[np.where(real, positions, 0)], PADDING_ITEM_ID)
         return torch.from_numpy(histories.astype(np.int64))

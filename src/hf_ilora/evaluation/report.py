@@ -93,7 +93,7 @@ def markdown_table(reports: Sequence[ModelReport], context: ReportContext) -> st
     """The table as Markdown, with a paragraph that says how it was measured."""
     k, latency = context.k, reports[0].latency
     titles = {
-        "model": [_escaped(report.name) for report in reports],
+        "model": [escaped(report.name) for report in reports],
         f"NDCG@{k} masked": _column(reports, f"masked/ndcg@{k}"),
         f"HR@{k} masked": _column(reports, f"masked/hit_ratio@{k}"),
         "MRR masked": _column(reports, "masked/mrr"),
@@ -101,19 +101,19 @@ def markdown_table(reports: Sequence[ModelReport], context: ReportContext) -> st
         f"HR@{k}": _column(reports, f"unmasked/hit_ratio@{k}"),
         "MRR": _column(reports, "unmasked/mrr"),
         f"HR@1 of {context.num_candidates}": _column(reports, "candidates/hit_ratio@1"),
-        "difference, p": [_comparison(report.comparison) for report in reports],
+        "difference, p": [comparison_text(report.comparison) for report in reports],
         "p50 / p95 ms": [f"{report.latency.p50_ms:.2f} / {report.latency.p95_ms:.2f}" for report in reports],
         "parameters": [f"{report.size.num_parameters:,}" for report in reports],
         "MB": [f"{report.size.num_bytes / 1e6:.2f}" for report in reports],
     }
     lines = [
-        f"# {_escaped(context.data)}, {context.split} split",
+        f"# {escaped(context.data)}, {context.split} split",
         "",
         f"{context.num_users:,} users, {context.num_items:,} items, data fingerprint",
         f"`{context.data_fingerprint[:16]}`. Full ranking over the catalogue, with the items of the history masked and",
         f"without; HR@{k} is also Recall@{k}, since each user has one relevant item; ties count against the model.",
         f"In brackets: 95% bootstrap interval over users ({context.num_resamples:,} resamples, seed {context.seed}).",
-        f"Difference: {context.compared} minus that of {_escaped(reports[0].name)}, paired over users, with its",
+        f"Difference: {context.compared} minus that of {escaped(reports[0].name)}, paired over users, with its",
         "interval and two-sided sign-flip p-value. Time of one recommendation for one user:",
         f"{latency.num_calls} calls, {latency.threads} thread(s), {latency.device}. MB: weight files.",
         "",
@@ -177,25 +177,33 @@ def _flat(report: ModelReport) -> dict[str, str | int | float]:
 
 
 def _column(reports: Sequence[ModelReport], name: str) -> list[str]:
-    return [f"{_number(i.mean)} [{_number(i.low)}, {_number(i.high)}]" for i in (r.quality[name] for r in reports)]
+    return [interval_text(report.quality[name]) for report in reports]
 
 
-def _comparison(comparison: RunComparison | None) -> str:
+def interval_text(interval: Interval) -> str:
+    """A mean with its interval in brackets."""
+    return f"{short_number(interval.mean)} [{short_number(interval.low)}, {short_number(interval.high)}]"
+
+
+def comparison_text(comparison: RunComparison | None) -> str:
+    """A difference with its interval and p-value; nothing for the model that others are compared with."""
     if comparison is None:
         return ""
     difference = comparison.difference
-    interval = f"[{_signed(difference.low)}, {_signed(difference.high)}]"
-    return f"{_signed(difference.mean)} {interval}, p={comparison.p_value:.4f}"
+    interval = f"[{signed_number(difference.low)}, {signed_number(difference.high)}]"
+    return f"{signed_number(difference.mean)} {interval}, p={comparison.p_value:.4f}"
 
 
-def _number(value: float) -> str:
+def short_number(value: float) -> str:
     """0.0421 as .0421, as papers print it."""
     return f"{value:.4f}".removeprefix("0")
 
 
-def _signed(value: float) -> str:
-    return ("-" if value < 0 else "+") + _number(abs(value))
+def signed_number(value: float) -> str:
+    """0.0421 as +.0421."""
+    return ("-" if value < 0 else "+") + short_number(abs(value))
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text that stays in its cell of a Markdown table."""
     return text.replace("|", "\\|")

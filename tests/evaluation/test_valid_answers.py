@@ -1,0 +1,96 @@
+"""The published rule for generated answers, by hand, and its intervals."""
+
+import numpy as np
+import pytest
+
+from hf_ilora.evaluation.metrics import ValidRatio
+from hf_ilora.evaluation.statistics import bootstrap_interval, wilson_interval
+from hf_ilora.evaluation.valid_answers import is_valid, judge_answers, named_candidates
+
+TITLES = ["Heat", "Alien", "Aliens", "Big"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        ("Heat", [0]),
+        ("I would say: HEAT!", [0]),
+        ("Alien", [1]),
+        ("Aliens", [1, 2]),  # the published rule counts a title within a title
+        ("heat or big", [0, 3]),
+        ("bigger", [3]),
+        ("none of them", []),
+        ("", []),
+    ],
+)
+def test_candidates_are_named_by_their_whole_title_whatever_its_case(answer, named):
+    assert named_candidates(answer, TITLES) == named
+    assert is_valid(answer, TITLES) == (len(named) == 1)
+
+
+def test_equal_titles_are_named_together():
+    assert not is_valid("Heat", ["Heat", "Heat"])
+
+
+def test_both_definitions_of_hit_ratio_by_hand():
+    answers = ["Heat", "big", "Alien", "no idea", "heat, big"]
+    quality = judge_answers(answers, [TITLES] * 5, ["Heat", "Alien", "Alien", "Heat", "Heat"])
+    assert (quality.num_answers, quality.num_valid, quality.num_correct) == (5, 3, 2)
+    assert quality.valid_ratio.mean == 3 / 5
+    assert quality.hit_ratio_of_valid.mean == 2 / 3
+    assert quality.hit_ratio_of_all.mean == 2 / 5
+    for interval in (quality.valid_ratio, quality.hit_ratio_of_valid, quality.hit_ratio_of_all):
+        assert 0 <= interval.low < interval.mean < interval.high <= 1
+
+
+def test_without_a_valid_answer_there_is_no_share_of_the_valid():
+    quality = judge_answers(["?", "!"], [TITLES] * 2, ["Heat", "Big"])
+    assert quality.hit_ratio_of_valid is None
+    assert quality.hit_ratio_of_all.mean == quality.valid_ratio.mean == 0
+
+
+def test_bad_answers_are_refused():
+    with pytest.raises(ValueError, match="2 answers, 1 lists of candidates and 2 targets"):
+        judge_answers(["a", "b"], [TITLES], ["Heat", "Heat"])
+    with pytest.raises(ValueError, match="no answers"):
+        judge_answers([], [], [])
+    with pytest.raises(ValueError, match="target 'Jaws' of user 0 is not among its candidates"):
+        judge_answers(["a"], [TITLES], ["Jaws"])
+    with pytest.raises(ValueError, match="is blank"):
+        is_valid("a", ["Heat", " "])
+    with pytest.raises(ValueError, match="no candidate titles"):
+        is_valid("a", [])
+
+
+def test_valid_ratio_as_a_metric():
+    metric = ValidRatio()
+    answers, titles = ["Heat", "I like films", "big heat"], [TITLES, TITLES[:2], TITLES]
+    assert metric.compute(predictions=answers, references=titles) == {"valid_ratio": pytest.approx(1 / 3)}
+    metric.add_batch(predictions=answers[:2], references=titles[:2])
+    metric.add(prediction=answers[2], reference=titles[2])
+    assert metric.compute() == {"valid_ratio": pytest.approx(1 / 3)}
+    with pytest.raises(ValueError, match="of no answers"):
+        metric.compute(predictions=[], references=[])
+
+
+def test_wilson_interval_is_that_of_the_literature_and_has_a_width_at_the_ends():
+    # Newcombe (Statistics in Medicine 1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
+    published = {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }
+    for (successes, trials), ends in published.items():
+        interval = wilson_interval(successes, trials)
+        assert (interval.low, interval.high) == pytest.approx(ends, abs=5e-5)
+        assert interval.mean == successes / trials
+    everyone = wilson_interval(95, 95)
+    assert everyone.high == 1 and everyone.low < 0.97
+    resampled = bootstrap_interval(np.ones(95))
+    assert resampled.low == resampled.high  # what Wilson's avoids
+    for wrong in ((3, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="expected 0 <= successes <= trials"):
+            wilson_interval(*wrong)
+    with pytest.raises(ValueError, match="confidence is 1"):
+        wilson_interval(1, 2, confidence=1)
