@@ -1,0 +1,78 @@
+"""The programs that the benchmark of iLoRA compares compute the same thing."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hf_ilora.models.gated_lora import GatedLoraLinear, gated_layers
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return importlib.import_module("benchmark_ilora")
+
+
+@pytest.fixture
+def arguments(recipe, tmp_path, monkeypatch):
+    whole = recipe.LlamaConfig
+    monkeypatch.setattr(
+        recipe, "LlamaConfig", lambda **sizes: whole(**sizes | {"hidden_size": 18, "intermediate_size": 24})
+    )
+    return recipe.ILoraBenchmarkArguments(str(tmp_path), num_layers=1, batch_size=2, tokens=12, title_tokens=3)
+
+
+def test_published_form_equals_the_gated_layer(recipe):
+    base, gates = nn.Linear(6, 5), torch.tensor([[0.7, 0.3], [0.2, 0.8]])
+    gated = GatedLoraLinear(base, rank=4, num_experts=2, lora_alpha=recipe.LORA_ALPHA)
+    published = recipe.PublishedLoraLinear(base, rank=4, num_experts=2, shared_gates=[gates]).eval()
+    hidden_states = torch.randn(2, 3, 6)
+    with torch.no_grad():
+        gated.lora_B.normal_()
+        for expert in range(2):
+            part = slice(2 * expert, 2 * expert + 2)
+            published.lora_A[expert].weight.copy_(gated.lora_A[part])
+            published.lora_B[expert].weight.copy_(gated.lora_B[:, part])
+        torch.testing.assert_close(published(hidden_states), gated(hidden_states, gates), rtol=1e-5, atol=1e-4)
+
+
+def test_programs_start_from_one_loss_and_each_trains(recipe, arguments):
+    losses = {}
+    for name in recipe.program_names():
+        step = recipe.TrainingStep(name, arguments)
+        losses[name] = [step.program(step.input_ids, step.user_embedding).item()]
+        for _ in range(20):
+            step()
+        losses[name].append(step.program(step.input_ids, step.user_embedding).item())
+    assert set(losses) == {"plain_lora", "gated_lora", "published_form", "peft_lora"}
+    for before, after in losses.values():
+        assert before == pytest.approx(losses["plain_lora"][0], rel=1e-6)
+        assert after < before
+
+
+def test_saved_bytes_count_what_a_forward_keeps(recipe, arguments):
+    """The published form keeps a (batch, tokens, experts, out) tensor per layer, the gated one a (batch, tokens, rank)
+    tensor and its gates of each rank more than the published one."""
+    saved = {}
+    for name in ("gated_lora", "published_form"):
+        step = recipe.TrainingStep(name, arguments)
+        saved[name] = step.saved_bytes()
+        if name == "gated_lora":
+            outputs = [layer.base_layer.out_features for layer in gated_layers(step.program.llm).values()]
+    numbers = sum(2 * 12 * arguments.num_experts * out for out in outputs)
+    numbers -= len(outputs) * (2 * 12 * arguments.rank + 2 * arguments.rank)
+    assert saved["published_form"] - saved["gated_lora"] == 4 * numbers
+
+
+def test_bad_sizes_are_refused(recipe):
+    with pytest.raises(ValueError, match="num_experts is 3: expected 2 or more, a divisor of rank 8"):
+        recipe.ILoraBenchmarkArguments("out", num_experts=3)
+    with pytest.raises(ValueError, match="tokens is 8: expected more than title_tokens, 8"):
+        recipe.ILoraBenchmarkArguments("out", tokens=8)
+    with pytest.raises(ValueError, match="rounds is 0: expected at least 1"):
+        recipe.ILoraBenchmarkArguments("out", rounds=0)
