@@ -26,7 +26,7 @@ TITLES = [
 TEMPLATES = [
     "This user watched {history}. Next comes one of these:\n{candidates}.\nAnswer:",
     "The choice is {candidates} after {history}; what next? Answer: ",
-    "{history} and then:",
+    "After {history} and then:",
 ]
 
 TEXTS = [title.strip() for title in TITLES] + [template.replace("{", "").replace("}", "") for template in TEMPLATES]

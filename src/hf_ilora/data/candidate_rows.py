@@ -21,16 +21,25 @@ class CandidateRows(TorchDataset):
         max_history: newest items that a row keeps; candidates keep clear of the whole history all the same.
         num_candidates: drawn per row, the target among them; a split's own candidates keep their number.
         seed: of all that is random.
+        draws: the two numbers of every row in a split with its own candidates.
 
     Items are dictionaries: `history` (items,) int64, `target` int, `candidates` (num_candidates,) int64 and `draws`,
-    two numbers in [0, 1) for what else is to be random about a row; they are 0 in a split with its own candidates.
+    two numbers in [0, 1) for what else is to be random about a row; they are fixed in a split with its own candidates.
 
     Raises:
         ValueError: for a split without rows, an empty history, ids outside the catalogue, candidates without the
             target or of different numbers, and a history that leaves too few items to draw from.
     """
 
-    def __init__(self, split: Dataset, num_items: int, max_history: int = 10, num_candidates: int = 20, seed: int = 0):
+    def __init__(
+        self,
+        split: Dataset,
+        num_items: int,
+        max_history: int = 10,
+        num_candidates: int = 20,
+        seed: int = 0,
+        draws: tuple[float, float] = (0.0, 0.0),
+    ):
         if len(split) == 0:
             raise ValueError("the split is empty: expected at least one row; loosen the filters")
         if max_history < 1 or num_candidates < 1:
@@ -38,7 +47,7 @@ class CandidateRows(TorchDataset):
         self.items, self.boundaries = flatten_lists(split, "history")  # (total,), (rows + 1,)
         self.targets = read_column(split, "target").to_numpy()  # (rows,)
         self.num_items, self.max_history, self.num_candidates = num_items, max_history, num_candidates
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch, self.draws = seed, 0, np.array(draws)
         self.candidates = None
         self._check("history", self.items)
         self._check("target", self.targets)
@@ -73,7 +82,7 @@ class CandidateRows(TorchDataset):
         if self.candidates is None:
             candidates, draws = self._draw(index)
         else:
-            candidates, draws = self.candidates[index], np.zeros(2)
+            candidates, draws = self.candidates[index], self.draws
         return {
             "history": history[-self.max_history :].astype(np.int64),
             "target": int(self.targets[index]),

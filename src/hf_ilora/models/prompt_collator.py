@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from .configuration_sasrec import PADDING_ITEM_ID
-from .prompts import PromptBuilder
+from .prompts import IGNORED_LABEL, PromptBuilder
 
 
 class PromptCollator:
@@ -42,9 +42,10 @@ class PromptCollator:
         """Collate rows.
 
         Returns:
-            input_ids, attention_mask, title_labels (batch, tokens) and placeholder_items (batch, placeholders) as
-            `PromptBuilder.build` gives them; histories (batch, longest) padded with 0 on the left; labels (batch,), the
-            targets; shows_candidates (batch,) bool.
+            input_ids, attention_mask (batch, tokens) and placeholder_items (batch, placeholders) as
+            `PromptBuilder.build` gives them; title_labels (batch, title tokens), the last columns of its labels, in
+            which the titles stand, so that only these go through the vocabulary; histories (batch, longest) padded with
+            0 on the left; labels (batch,), the targets; shows_candidates (batch,) bool.
 
         Raises:
             ValueError: as `PromptBuilder.build`.
@@ -66,11 +67,12 @@ class PromptCollator:
             show_candidates=shows_candidates,
             targets=targets,
         )
+        longest = int((prompts.title_labels != IGNORED_LABEL).sum(1).max())
         return {
             "input_ids": prompts.input_ids,
             "attention_mask": prompts.attention_mask,
             "placeholder_items": prompts.placeholder_items,
-            "title_labels": prompts.title_labels,
+            "title_labels": prompts.title_labels[:, -longest:],
             "histories": torch.from_numpy(histories),
             "labels": torch.from_numpy(targets),
             "shows_candidates": torch.from_numpy(shows_candidates),

@@ -40,6 +40,11 @@ class Prompts:
     placeholder_items: torch.Tensor
     title_labels: torch.Tensor | None = None
 
+    def to(self, device: torch.device | str) -> "Prompts":
+        """The same on another device."""
+        parts = (self.input_ids, self.attention_mask, self.placeholder_items, self.title_labels)
+        return Prompts(*(None if part is None else part.to(device, non_blocking=True) for part in parts))
+
 
 def read_templates(path: str | os.PathLike) -> list[str]:
     """Read prompt templates from a text file.
