@@ -23,6 +23,7 @@ setup(
         "torch>=2.7",
         "transformers>=5.20,<6",
         "accelerate>=1.12",
+        "gguf>=0.17",  # transformers reads GGUF files through it
         "datasets>=5.0",
         "evaluate>=0.4.6",
         "huggingface-hub>=2.0",
@@ -40,6 +41,7 @@ setup(
         "deepspeed": DEEPSPEED,
         "plot": PLOT,
         "tensorboard": TENSORBOARD,
-        "dev": [*DEEPSPEED, *PLOT, *TENSORBOARD, "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.12"],
+        # peft: the tests load exported LoRAs with it
+        "dev": [*DEEPSPEED, *PLOT, *TENSORBOARD, "peft>=0.18", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.12"],
     },
 )
