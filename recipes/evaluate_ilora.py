@@ -1,0 +1,183 @@
+"""Evaluates iLoRA models beside the SASRec they read and the plain language model, in one table.
+
+    python recipes/evaluate_ilora.py --data_dir outputs/reference/movielens/data --split validation \
+        --models outputs/reference/movielens/lora outputs/reference/movielens/ilora --names "plain LoRA" iLoRA \
+        --zero_shot true --generate free --output_dir outputs/reference/movielens/evaluation
+
+Every model ranks each user's fixed candidates by the likelihood of their titles and, when asked, writes its answer; an
+item head ranks the whole catalogue. Models of one name are runs with different seeds: the table adds their mean and
+standard deviation. Choose on the validation split, and run the test split once.
+
+The output folder gets results.md, results.csv, results.json and results.png, how the experts are used (experts.png),
+the ranks of every user among the candidates (candidate_ranks.parquet; ranks in the catalogue under ranks/, for
+`compare_runs`), what was written (answers/), run.json and run.log.
+"""
+
+import gc
+import logging
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from hf_ilora.models.language_models import load_language_model
+
+from hf_ilora import ILoraConfig, ILoraForRecommendation, SequenceDatasets
+from hf_ilora.evaluation.choice_evaluation import GENERATE, ChoiceEvaluation
+from hf_ilora.evaluation.choice_report import ChoiceContext, choice_table, plot_choices, write_choice_table
+from hf_ilora.evaluation.expert_usage import plot_expert_usage, usage_table
+from hf_ilora.evaluation.loading import check_catalogue
+from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+
+logger = logging.getLogger(__name__)
+
+ZERO_SHOT = "zero-shot LLM"
+
+
+@dataclass
+class ILoraEvaluationArguments:
+    """What to evaluate, on what, and how."""
+
+    models: list[str] = field(metadata={"help": "folders or Hub names of iLoRA models"})
+    data_dir: str = field(metadata={"help": "folder of the data set that the models were trained on"})
+    output_dir: str = field(metadata={"help": "folder for the table, the plots and the ranks"})
+    names: list[str] | None = field(
+        default=None, metadata={"help": "what the table calls the models; one name for several seeds of one model"}
+    )
+    zero_shot: bool = field(
+        default=False, metadata={"help": "also the language model of the first model, without adapter and embeddings"}
+    )
+    generate: str = field(
+        default="none", metadata={"help": "let the models write their answers: none, free or constrained"}
+    )
+    max_new_tokens: int = field(default=40, metadata={"help": "tokens of a free answer, at most"})
+    split: str = field(default="validation", metadata={"help": "validation or test"})
+    limit_rows: int = field(default=-1, metadata={"help": "evaluate the first so many users; -1: all"})
+    k: int = field(default=10, metadata={"help": "cut-off of NDCG, and of hit ratio in the catalogue"})
+    batch_size: int = field(default=8, metadata={"help": "users at a time, per process"})
+    dtype: str | None = field(default=None, metadata={"help": "of the language models, such as bfloat16"})
+    num_resamples: int = field(default=2000, metadata={"help": "bootstrap resamples, and sign flips of the p-values"})
+    seed: int = field(default=0, metadata={"help": "of intervals and p-values"})
+    plot: bool = field(default=True, metadata={"help": "draw the plots; needs the extra hf_ilora[plot]"})
+
+    def __post_init__(self):
+        if not self.models:
+            raise ValueError("models is empty: expected at least one folder or Hub name")
+        self.names = self.names or [model.rstrip("/") for model in self.models]
+        if len(self.names) != len(self.models) or ZERO_SHOT in self.names:
+            raise ValueError(
+                f"names are {self.names} for {len(self.models)} models: expected one each, none {ZERO_SHOT!r}"
+            )
+        if self.split not in ("validation", "test"):
+            raise ValueError(f"split is {self.split!r}: expected validation or test")
+        if self.generate not in GENERATE:
+            raise ValueError(f"generate is {self.generate!r}: expected one of {', '.join(GENERATE)}")
+        for name in ("k", "batch_size", "num_resamples", "max_new_tokens"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
+        if self.limit_rows < 1 and self.limit_rows != -1:
+            raise ValueError(f"limit_rows is {self.limit_rows}: expected at least 1, or -1 for all")
+        if self.plot and find_spec("matplotlib") is None:
+            raise ValueError("plot needs matplotlib: install hf_ilora[plot], or give --plot false")
+
+
+ARGUMENTS = (ILoraEvaluationArguments,)
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(ARGUMENTS)
+    # Without an accelerator the processes of one launch find one another only when they are told so at the start.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    sequences, split = load_data(arguments)
+    for model in arguments.models:  # before anything is measured
+        ILoraConfig.from_pretrained(model)
+    output = Path(arguments.output_dir)
+    set_up_logging(output)
+    context = ChoiceContext(
+        data=arguments.data_dir,
+        data_fingerprint=sequences.fingerprint,
+        split=arguments.split,
+        num_users=len(split),
+        num_items=sequences.num_items,
+        num_candidates=sequences.protocol["num_candidates"],
+        k=arguments.k,
+        generate=arguments.generate,
+        num_resamples=arguments.num_resamples,
+        seed=arguments.seed,
+    )
+    with RunRecord(output, [arguments], seed=arguments.seed) as record:
+        record.add_data(context.data_fingerprint)
+        evaluation = ChoiceEvaluation(context, split, arguments.batch_size, arguments.max_new_tokens)
+        raw_ids = sequences.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
+        for number, (name, source) in enumerate(zip(arguments.names, arguments.models, strict=True)):
+            with record.stage(f"load {source}"):
+                model = ILoraForRecommendation.from_pretrained(source, dtype=arguments.dtype)
+                check_catalogue(model, source, sequences.num_items, raw_ids)
+                model.to(state.device)
+            with record.stage(f"evaluate {source}"):
+                evaluation.add_model(model, name, source)
+            if number == 0 and arguments.zero_shot:
+                with record.stage(ZERO_SHOT):
+                    bare = without_adapter(model, arguments.dtype).to(state.device)
+                    evaluation.add_language_model(bare, ZERO_SHOT, bare.config.llm_name_or_path)
+                    del bare
+            del model
+            gc.collect()  # before the next language model is loaded
+        reports = evaluation.reports()
+        for report in reports:
+            record.add_metrics(f"{report.name} ({report.source})", report.quality)
+        if state.is_main_process:
+            usages = evaluation.usages
+            appendix = f"\nHow the experts are used:\n\n{usage_table(usages)}" if usages else ""
+            write_choice_table(reports, context, output, appendix)
+            evaluation.write_rows(output)
+            if arguments.plot:
+                plot_choices(reports, context, output / "results.png")
+                if usages:
+                    plot_expert_usage(usages, output / "experts.png")
+            logger.info("wrote %s\n%s%s", output / "results.md", choice_table(reports, context), appendix)
+
+
+def load_data(arguments: ILoraEvaluationArguments):
+    """The data set and the rows to evaluate."""
+    sequences = SequenceDatasets.load(arguments.data_dir)
+    split = sequences[arguments.split]
+    if "candidates" not in split.column_names:
+        raise ValueError(
+            f"{arguments.data_dir} has no candidates: expected data prepared with num_candidates of 2 or more"
+        )
+    if arguments.limit_rows != -1:
+        split = split.select(range(min(arguments.limit_rows, len(split))))
+    return sequences, split
+
+
+def without_adapter(model: ILoraForRecommendation, dtype: str | None) -> ILoraForRecommendation:
+    """The language model that `model` was trained on, with its prompts as plain text and an adapter that does nothing.
+
+    With one expert there is no router, and a fresh LoRA adds zero.
+    """
+    config = model.config
+    llm, tokenizer, _ = load_language_model(
+        config.llm_name_or_path, revision=config.llm_revision, gguf_file=config.llm_gguf_file, dtype=dtype
+    )
+    plain = ILoraConfig(
+        llm_name_or_path=config.llm_name_or_path,
+        num_llm_layers=config.num_llm_layers,
+        rank=1,
+        num_experts=1,
+        target_modules=config.target_modules,
+        item_placeholders=False,
+        prompt_templates=config.prompt_templates,
+        title_separator=config.title_separator,
+        duplicate_titles=config.duplicate_titles,
+        max_history=config.max_history,
+    )
+    bare = ILoraForRecommendation.from_base(
+        llm, model.recommender, tokenizer, model.catalogue, plain, untrained_recommender=True
+    )
+    return bare.eval()
+
+
+if __name__ == "__main__":
+    main()
