@@ -80,6 +80,17 @@ def test_saved_models_become_one_table(folder, tmp_path):
     assert record["status"] == "finished" and record["data_fingerprint"] == content["context"]["data_fingerprint"]
 
 
+def test_two_processes_give_the_table_of_one(folder, tmp_path, launch):
+    options = ["--data_dir", folder / "data", "--models", folder / "ilora", "--names", "iLoRA", "--generate", "free"]
+    options += ["--max_new_tokens", "4", "--limit_rows", "13", "--batch_size", "4", "--num_resamples", "100"]
+    result = evaluate(folder, *options[2:], "--output_dir", tmp_path / "one")
+    assert result.returncode == 0, result.stderr
+    launch("multi_cpu.yaml", RECIPE, *options, "--output_dir", tmp_path / "two")
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert [row["quality"] for row in one["models"]] == [row["quality"] for row in two["models"]]
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["world_size"] == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
