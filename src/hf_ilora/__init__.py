@@ -11,7 +11,12 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Catalogue": "hf_ilora.models.catalogue",
+    "GatedLoraLinear": "hf_ilora.models.gated_lora",
+    "GeneratedRecommendation": "hf_ilora.models.title_generation",
     "HitRatio": "hf_ilora.evaluation.metrics",
+    "ILoraConfig": "hf_ilora.models.configuration_ilora",
+    "ILoraForRecommendation": "hf_ilora.models.modeling_ilora",
+    "ILoraOutput": "hf_ilora.models.modeling_ilora",
     "MRR": "hf_ilora.evaluation.metrics",
     "NDCG": "hf_ilora.evaluation.metrics",
     "NextItemOutput": "hf_ilora.models.modeling_sasrec",
@@ -24,6 +29,7 @@ _EXPORTS = {
     "SequenceDatasets": "hf_ilora.data.sequences",
     "TransitionCountsConfig": "hf_ilora.models.configuration_counting",
     "TransitionCountsForNextItem": "hf_ilora.models.modeling_counting",
+    "ValidRatio": "hf_ilora.evaluation.metrics",
     "build_sequences": "hf_ilora.data.sequences",
     "compare_runs": "hf_ilora.evaluation.statistics",
     "convert_reference_sasrec": "hf_ilora.models.convert_reference",

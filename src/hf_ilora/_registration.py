@@ -23,9 +23,10 @@ def _register_configs() -> None:
     from transformers import AutoConfig
 
     from .models.configuration_counting import PopularityConfig, TransitionCountsConfig
+    from .models.configuration_ilora import ILoraConfig
     from .models.configuration_sasrec import SASRecConfig
 
-    for config_class in (SASRecConfig, PopularityConfig, TransitionCountsConfig):
+    for config_class in (SASRecConfig, PopularityConfig, TransitionCountsConfig, ILoraConfig):
         AutoConfig.register(config_class.model_type, config_class)
 
 
@@ -33,11 +34,17 @@ def _register_models() -> None:
     from transformers import AutoModel
 
     from .models.modeling_counting import PopularityForNextItem, TransitionCountsForNextItem
+    from .models.modeling_ilora import ILoraForRecommendation
     from .models.modeling_sasrec import SASRecForNextItem
 
     # AutoModel gives the whole recommender and not a bare encoder such as SASRecModel: every saved model holds its
     # head, `recommend` needs it, and the recommenders that count have no encoder. One name then loads any of them.
-    for model_class in (SASRecForNextItem, PopularityForNextItem, TransitionCountsForNextItem):
+    for model_class in (
+        SASRecForNextItem,
+        PopularityForNextItem,
+        TransitionCountsForNextItem,
+        ILoraForRecommendation,
+    ):
         AutoModel.register(model_class.config_class, model_class)
 
 

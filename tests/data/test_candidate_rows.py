@@ -143,3 +143,34 @@ def test_a_row_costs_microseconds():
     for index in range(len(rows)):
         rows[index]
     assert (time.process_time() - started) / len(rows) < 150e-6  # about 30 on a quiet core
+
+
+def test_random_targets_take_any_item_but_the_first_with_the_items_before_it():
+    history = list(range(1, 13))
+    rows = CandidateRows(split_of([history], [13]), 100, max_history=4, targets="random")
+    seen = set()
+    for epoch in range(200):
+        rows.set_epoch(epoch)
+        row = rows[0]
+        target = row["target"]
+        assert row["history"].tolist() == list(
+            range(max(1, target - 4), target)
+        )  # items stand in the order of their ids
+        assert target in row["candidates"]
+        assert set(row["candidates"].tolist()) & set(range(1, 14)) == {target}  # later items are no negatives either
+        seen.add(target)
+    assert seen == set(range(2, 14))
+    rows.set_epoch(3)
+    again = rows[0]
+    rows.set_epoch(3)
+    assert again["target"] == rows[0]["target"]
+
+
+def test_a_split_with_candidates_keeps_its_target():
+    split = split_of([[1, 2, 3]], [4], [[4, 5, 6]])
+    assert CandidateRows(split, 10, targets="random")[0]["target"] == 4
+
+
+def test_unknown_targets_are_refused():
+    with pytest.raises(ValueError, match="targets is 'any': expected one of last, random"):
+        CandidateRows(split_of([[1, 2, 3]], [4]), 10, targets="any")

@@ -6,6 +6,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from .windows import flatten_lists, read_column
 
+TARGETS = ("last", "random")
+
 
 class CandidateRows(TorchDataset):
     """The rows of a split with candidates: those of the split where it has some, else drawn anew in each epoch.
@@ -21,6 +23,9 @@ class CandidateRows(TorchDataset):
         max_history: newest items that a row keeps; candidates keep clear of the whole history all the same.
         num_candidates: drawn per row, the target among them; a split's own candidates keep their number.
         seed: of all that is random.
+        targets: "last", the row's target, for rows that are prefixes of each other (temporal_users); or "random", for
+            whole histories (leave_one_out): another item of the row each epoch, with the items before it as history.
+            A split's own candidates go with the last target.
         draws: the two numbers of every row in a split with its own candidates.
 
     Items are dictionaries: `history` (items,) int64, `target` int, `candidates` (num_candidates,) int64 and `draws`,
@@ -38,17 +43,20 @@ class CandidateRows(TorchDataset):
         max_history: int = 10,
         num_candidates: int = 20,
         seed: int = 0,
+        targets: str = "last",
         draws: tuple[float, float] = (0.0, 0.0),
     ):
         if len(split) == 0:
             raise ValueError("the split is empty: expected at least one row; loosen the filters")
         if max_history < 1 or num_candidates < 1:
             raise ValueError(f"max_history={max_history}, num_candidates={num_candidates}: expected at least 1 of each")
+        if targets not in TARGETS:
+            raise ValueError(f"targets is {targets!r}: expected one of {', '.join(TARGETS)}")
         self.items, self.boundaries = flatten_lists(split, "history")  # (total,), (rows + 1,)
         self.targets = read_column(split, "target").to_numpy()  # (rows,)
         self.num_items, self.max_history, self.num_candidates = num_items, max_history, num_candidates
         self.seed, self.epoch, self.draws = seed, 0, np.array(draws)
-        self.candidates = None
+        self.target_kind, self.candidates = targets, None
         self._check("history", self.items)
         self._check("target", self.targets)
         lengths = np.diff(self.boundaries)  # (rows,)
@@ -79,20 +87,25 @@ class CandidateRows(TorchDataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
         index = range(len(self))[index]  # a negative index would draw differently, one too large read past the end
         history = self.items[self.boundaries[index] : self.boundaries[index + 1]]
+        target = self.targets[index]
         if self.candidates is None:
-            candidates, draws = self._draw(index)
+            generator = np.random.default_rng((self.seed, self.epoch, index))
+            if self.target_kind == "random":
+                sequence = np.append(history, target)
+                place = generator.integers(1, len(sequence))
+                history, target = sequence[:place], sequence[place]
+            candidates, draws = self._draw(index, target, generator)
         else:
             candidates, draws = self.candidates[index], self.draws
         return {
             "history": history[-self.max_history :].astype(np.int64),
-            "target": int(self.targets[index]),
+            "target": int(target),
             "candidates": candidates,
             "draws": draws,
         }
 
-    def _draw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, index: int, target: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Candidates (num_candidates,) and two numbers of one row."""
-        generator = np.random.default_rng((self.seed, self.epoch, index))
         *draws, place = generator.random(3)
         taken = self._taken(index)  # (num_items + 1,)
         length = self.boundaries[index + 1] - self.boundaries[index]
@@ -105,7 +118,7 @@ class CandidateRows(TorchDataset):
                 different.update(dict.fromkeys(items[~taken[items]].tolist()))
             negatives = list(different)
         place = int(place * self.num_candidates)  # the others stand in random order as it is
-        candidates = [*negatives[:place], self.targets[index], *negatives[place : self.num_candidates - 1]]
+        candidates = [*negatives[:place], target, *negatives[place : self.num_candidates - 1]]
         return np.array(candidates, dtype=np.int64), np.array(draws)
 
     def _taken(self, index: int) -> np.ndarray:

@@ -396,12 +396,19 @@ class SASRecForNextItem(SASRecPreTrainedModel):
 
     def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The logits of `forward`, (batch, num_items + 1), without the hidden states that only training reads."""
+        return self.score_users(self.user_embeddings(input_ids), input_ids)
+
+    def user_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The `user_embedding` of `forward`, (batch, hidden), of (batch, length) item ids."""
         lengths, item_ids = None, input_ids
         if not input_ids.all():  # with padding
             real, order, _ = padding_to_the_end(input_ids, None)
             lengths, item_ids = real.sum(1), input_ids.gather(1, order)
-        user_embedding = self.model.encode(item_ids, lengths, only_last=True).squeeze(1)  # (batch, hidden)
-        return self.head(user_embedding, self._repeated_items(item_ids))
+        return self.model.encode(item_ids, lengths, only_last=True).squeeze(1)
+
+    def score_users(self, user_embeddings: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """(batch, num_items + 1) scores of user embeddings (batch, hidden) whose histories are `input_ids`."""
+        return self.head(user_embeddings, self._repeated_items(input_ids))
 
     def _repeated_items(self, item_ids: torch.Tensor) -> torch.Tensor | None:
         """The different items of each history, (batch, length), where the head's repeat bias reads them."""

@@ -23,8 +23,10 @@ def config_arguments(config_class: type[PreTrainedConfig], exclude: tuple[str, .
     for name, annotation in config_class.__annotations__.items():
         if name in exclude or typing.get_origin(annotation) is typing.ClassVar:
             continue
-        metadata = {"help": help_texts.get(name, "")}
-        field = dataclasses.field(default=config_class.__dataclass_fields__[name].default, metadata=metadata)
+        declared = config_class.__dataclass_fields__[name]
+        defaults = {"default": declared.default, "default_factory": declared.default_factory}
+        defaults = {kind: value for kind, value in defaults.items() if value is not dataclasses.MISSING}
+        field = dataclasses.field(**defaults, metadata={"help": help_texts.get(name, "")})
         fields.append((name, _parsable(annotation), field))
     return dataclasses.make_dataclass(config_class.__name__.replace("Config", "Arguments"), fields)
 

@@ -1,0 +1,127 @@
+"""Titles that a language model writes: constrained to a catalogue or to candidates, or free."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationMixin, PreTrainedTokenizerBase
+
+from .title_tokens import TitleTokens
+from .title_trie import TitleTrie
+
+# Beam search gives -1e9 to beams that never began; a title's log-likelihood is nowhere near.
+_LOWEST_SCORE = -1e8
+
+
+@dataclass(frozen=True)
+class GeneratedRecommendation:
+    """What a language model answered.
+
+    Args:
+        item_ids: (batch, top_k) int64 on the CPU, best first; 0 where the answer is no valid item.
+        scores: (batch, top_k) log-likelihoods of the answers, -inf where there is none; None for free answers.
+        texts: the answers, `top_k` per row.
+    """
+
+    item_ids: torch.Tensor
+    scores: torch.Tensor | None
+    texts: list[list[str]]
+
+
+def generate_titles(
+    model: GenerationMixin,
+    prompt: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    title_tokens: TitleTokens,
+    candidates: torch.Tensor | None,
+    top_k: int,
+    num_beams: int,
+) -> GeneratedRecommendation:
+    """The most likely titles that a beam search finds, among the candidates or in the whole catalogue.
+
+    Args:
+        model: takes `prompt` as keywords of `generate`.
+        prompt: inputs_embeds (batch, tokens, llm hidden), attention_mask (batch, tokens) and what else the model needs.
+        tokenizer, title_tokens: of the model.
+        candidates: (batch, candidates) item ids, or None.
+        top_k: answers per row.
+        num_beams: at least `top_k` and 2.
+
+    Returns:
+        The answers with their log-likelihoods; no title twice in a row.
+    """
+    batch = len(prompt["inputs_embeds"])
+    if candidates is None:
+        tries = [TitleTrie(title_tokens)] * batch
+    else:
+        tries = [TitleTrie(title_tokens, row) for row in candidates.tolist()]
+
+    def allowed(row: int, answer: torch.Tensor) -> list[int]:
+        return tries[row].allowed(answer.tolist())
+
+    output = model.generate(
+        **prompt,
+        **_settings(title_tokens, top_k, num_beams),
+        max_new_tokens=int(title_tokens.lengths.max()) + 1,
+        length_penalty=0.0,  # scores are log-likelihoods of whole titles, not means per token
+        prefix_allowed_tokens_fn=allowed,
+        output_scores=True,
+    )
+    answers = output.sequences.view(batch, top_k, -1).tolist()
+    item_ids = torch.tensor([[tries[row].item_of(answer) or 0 for answer in answers[row]] for row in range(batch)])
+    scores = output.sequences_scores.view(batch, top_k).float().cpu()
+    # With fewer titles than beams some beams hold none, or repeat a title.
+    missing = scores < _LOWEST_SCORE
+    item_ids = item_ids.masked_fill(missing, 0)
+    return GeneratedRecommendation(
+        item_ids, scores.masked_fill(item_ids == 0, float("-inf")), _texts(tokenizer, answers)
+    )
+
+
+def generate_freely(
+    model: GenerationMixin,
+    prompt: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    title_tokens: TitleTokens,
+    candidates: torch.Tensor | None,
+    top_k: int,
+    num_beams: int,
+    max_new_tokens: int,
+) -> GeneratedRecommendation:
+    """What the language model writes by itself; an answer means the one candidate whose title it holds.
+
+    Args:
+        model, prompt, tokenizer, title_tokens, candidates, top_k, num_beams: as in `generate_titles`.
+        max_new_tokens: most tokens of an answer.
+
+    Source: the protocol of LLaRA and iLoRA: an answer is valid when it holds exactly one candidate's title, in any
+        case of letters.
+    """
+    output = model.generate(**prompt, **_settings(title_tokens, top_k, num_beams), max_new_tokens=max_new_tokens)
+    answers = output.sequences.view(len(prompt["inputs_embeds"]), top_k, -1).tolist()
+    texts = _texts(tokenizer, answers)
+    item_ids = torch.zeros(len(texts), top_k, dtype=torch.int64)
+    for row, row_texts in enumerate(texts):
+        items = range(1, len(title_tokens) + 1) if candidates is None else filter(None, candidates[row].tolist())
+        titles = [(item, title_tokens.titles[item - 1].lower()) for item in items]
+        for place, text in enumerate(row_texts):
+            named = [item for item, title in titles if title in text.lower()]
+            item_ids[row, place] = named[0] if len(named) == 1 else 0
+    return GeneratedRecommendation(item_ids, None, texts)
+
+
+def _settings(title_tokens: TitleTokens, top_k: int, num_beams: int) -> dict:
+    return {
+        "do_sample": False,
+        "num_beams": num_beams,
+        "num_return_sequences": top_k,
+        "eos_token_id": title_tokens.terminator_id,
+        "pad_token_id": title_tokens.terminator_id,
+        "return_dict_in_generate": True,
+    }
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, answers: list[list[list[int]]]) -> list[list[str]]:
+    return [[text.strip() for text in tokenizer.batch_decode(row, skip_special_tokens=True)] for row in answers]
+
+
+__all__ = ["GeneratedRecommendation", "generate_freely", "generate_titles"]
