@@ -1,0 +1,77 @@
+"""Tiny language models in every form in which real ones come: objects, folders and GGUF files."""
+
+from pathlib import Path
+
+import torch
+from gguf import GGUFWriter
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+TINY = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+
+
+def tiny_tokenizer():
+    words = ["<unk>", "<s>", "</s>", *(f"word{i}" for i in range(37))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def tiny_llama(seed=0, num_hidden_layers=3):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=1, num_hidden_layers=num_hidden_layers)).eval()
+
+
+def save_tiny_llama(folder: Path, seed: int = 0) -> Path:
+    """A folder with a tiny Llama and its tokenizer."""
+    tiny_llama(seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_tiny_gguf(path: Path) -> Path:
+    """`tiny_llama(num_hidden_layers=1)` as a GGUF file, with a tokenizer of letters and "AB"."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    llm = tiny_llama(num_hidden_layers=1)
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(16)
+    writer.add_feed_forward_length(24)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(llm.config.rms_norm_eps)
+    writer.add_vocab_size(40)
+    tokens = ["<unk>", "<s>", "</s>", *(chr(ord("A") + i) for i in range(36)), "AB"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3, *[1] * 37])
+    writer.add_token_merges(["A B"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    # fmt: off
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+        "model.layers.0.input_layernorm": "blk.0.attn_norm",
+        "model.layers.0.post_attention_layernorm": "blk.0.ffn_norm",
+        "model.layers.0.self_attn.q_proj": "blk.0.attn_q", "model.layers.0.self_attn.k_proj": "blk.0.attn_k",
+        "model.layers.0.self_attn.v_proj": "blk.0.attn_v", "model.layers.0.self_attn.o_proj": "blk.0.attn_output",
+        "model.layers.0.mlp.gate_proj": "blk.0.ffn_gate", "model.layers.0.mlp.up_proj": "blk.0.ffn_up",
+        "model.layers.0.mlp.down_proj": "blk.0.ffn_down",
+    }
+    # fmt: on
+    for name, tensor in llm.state_dict().items():
+        values = tensor
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # GGUF has the two halves of a head's rows interleaved
+            heads = tensor.shape[0] // 8
+            values = tensor.reshape(heads, 2, 4, 16).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(f"{names[name.removesuffix('.weight')]}.weight", values.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
