@@ -12,7 +12,6 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
-from .candidate_order import preferred_order
 from .candidate_scoring import candidate_log_likelihoods
 from .catalogue import CATALOGUE_FILE, Catalogue
 from .configuration_ilora import ILoraConfig
@@ -430,18 +429,15 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
         language_loss = item_loss = item_logits = None
         loss = 0.0
         if self.config.language_loss_weight:
-            # The token before a label predicts it. As indices, they come out in one piece; as a number, they would be
-            # a view, for which the output layer copies its weights once per row.
-            num_tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-            kept = torch.arange(num_tokens - title_labels.shape[1] - 1, num_tokens - 1, device=labels.device)
             output = self.llm(
                 use_cache=False,
-                logits_to_keep=kept,
+                logits_to_keep=title_labels.shape[1] + 1,
                 output_hidden_states=trains_items,
                 **llm_arguments,
             )
+            # The token before a label predicts it.
             token_losses = F.cross_entropy(
-                output.logits.flatten(0, 1).float(),
+                output.logits[:, :-1].flatten(0, 1).float(),
                 title_labels.flatten(),
                 ignore_index=IGNORED_LABEL,
                 reduction="sum",
@@ -671,8 +667,6 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
         them."""
         if candidates is not None and not self.prompts.candidate_templates:
             candidates = None
-        if candidates is not None and self.config.candidate_order == "recommender":
-            candidates = preferred_order(self.recommender, histories.to(self.device), candidates.to(self.device))
         return self.prompts.build(self._prompt_histories(histories), candidates).to(self.device)
 
     def _prompt_histories(self, histories: torch.Tensor) -> torch.Tensor:
