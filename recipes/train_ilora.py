@@ -25,6 +25,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_pt_utils import get_model_param_count
 
 from hf_ilora import Catalogue, ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.data.candidate_rows import CandidateRows
@@ -33,7 +34,8 @@ from hf_ilora.downloads.embedded_llm import EMBEDDED_LLM
 from hf_ilora.evaluation.expert_usage import ExpertUsageCallback
 from hf_ilora.models.curriculum import CurriculumCallback
 from hf_ilora.models.language_models import load_language_model
-from hf_ilora.models.prompt_collator import PromptCollator
+from hf_ilora.models.modeling_ilora import check_recommender
+from hf_ilora.models.prompt_collator import PromptCollator, check_candidate_share
 from hf_ilora.models.prompts import read_templates
 from hf_ilora.runs import (
     LogMetricsCallback,
@@ -46,6 +48,7 @@ from hf_ilora.runs import (
 
 logger = logging.getLogger(__name__)
 
+USERS_LOOKED_AT = 1000  # to see how the router uses its experts
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "8bit", "4bit")
 ILoraModelArguments = config_arguments(
@@ -146,6 +149,7 @@ class ILoraTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
     label_names: list[str] = field(default_factory=lambda: ["labels"])
     prediction_loss_only: bool = True
+    ddp_find_unused_parameters: bool | None = False  # all that is trained takes part in every loss
 
     def __post_init__(self):
         if self.output_dir is None:
@@ -159,6 +163,27 @@ class ILoraTrainingArguments(TrainingArguments):
 
 
 ARGUMENTS = (PartArguments, ILoraModelArguments, ILoraTrainingArguments)
+
+
+def build_config(parts: PartArguments, model_arguments) -> tuple[ILoraConfig, float]:
+    """The configuration, still without the source of the language model, and the share of prompts with candidates.
+
+    Raises:
+        ValueError: for an item head that no loss trains, and templates that lack what the share asks for.
+    """
+    settings = dataclasses.asdict(model_arguments)
+    if parts.prompt_file is not None:
+        settings["prompt_templates"] = read_templates(parts.prompt_file)
+    config = ILoraConfig(**settings)
+    if config.item_head != "none" and not config.item_loss_weight:
+        raise ValueError(
+            f"item_head is {config.item_head} and item_loss_weight 0: expected a weight above 0, since no other loss "
+            "trains the item head, or --item_head none"
+        )
+    share = default_candidate_share(config) if parts.candidate_share is None else parts.candidate_share
+    with_candidates = [template for template in config.prompt_templates if "{candidates}" in template]
+    check_candidate_share(share, len(with_candidates), len(config.prompt_templates) - len(with_candidates))
+    return config, share
 
 
 def load_parts(parts: PartArguments, catalogue: Catalogue):
@@ -176,6 +201,7 @@ def load_parts(parts: PartArguments, catalogue: Catalogue):
         recommender = SASRecForNextItem(SASRecConfig(num_items=len(catalogue)))
     else:
         recommender = SASRecForNextItem.from_pretrained(parts.recommender)
+    check_recommender(recommender, catalogue)  # before the language model, which may take minutes
     llm, tokenizer, source = load_language_model(
         parts.llm,
         revision=parts.llm_revision,
@@ -197,8 +223,11 @@ def default_candidate_share(config: ILoraConfig) -> float:
 
 def ilora_optimizer(
     model: ILoraForRecommendation, arguments: TrainingArguments, router_factor: float
-) -> torch.optim.Optimizer:
-    """The optimizer that `arguments` name; the router learns more slowly, and the LoRA does not decay.
+) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
+    """The optimizer that `arguments` name, as `Trainer(optimizer_cls_and_kwargs=...)` takes it, in three groups.
+
+    The router learns more slowly, and the LoRA does not decay. A finished optimizer, `Trainer(optimizers=...)`, would
+    be dropped under DeepSpeed without a word.
 
     Source: the published settings of iLoRA (weight decay on projector and router, 0.3 x the learning rate for the
     router).
@@ -214,51 +243,44 @@ def ilora_optimizer(
         {"params": others, "weight_decay": arguments.weight_decay},
         {"params": router, "weight_decay": arguments.weight_decay, "lr": settings["lr"] * router_factor},
     ]
-    return optimizer_class([group for group in groups if group["params"]], **settings)
+    return optimizer_class, {"params": [group for group in groups if group["params"]], **settings}
 
 
 def main() -> None:
     parts, model_arguments, training_arguments = parse_arguments(ARGUMENTS)
     if parts.early_stopping_patience and training_arguments.eval_strategy == "no":
         raise ValueError("eval_strategy is no: expected evaluations to stop by, or --early_stopping_patience 0")
+    config, share = build_config(parts, model_arguments)
     set_up_logging(training_arguments.output_dir)
     sequences = SequenceDatasets.load(parts.data_dir)
     catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
     fingerprint = sequences.fingerprint
     arguments = (parts, model_arguments, training_arguments)
     checkpoint = resumable_checkpoint(training_arguments.output_dir, arguments, fingerprint)
+    # Whatever does not fit together is found before the run is on record, and the folder stays free for the next try.
+    set_seed(training_arguments.seed)
+    llm, tokenizer, source, recommender = load_parts(parts, catalogue)
+    config.llm_name_or_path, config.llm_revision, config.llm_gguf_file = dataclasses.astuple(source)
+    set_seed(training_arguments.seed)  # the adapter starts alike whatever loading the parts drew
+    model = ILoraForRecommendation.from_base(
+        llm, recommender, tokenizer, catalogue, config, untrained_recommender=parts.untrained_recommender
+    )
+    rows = CandidateRows(
+        sequences["train"],
+        sequences.num_items,
+        config.max_history,
+        parts.num_candidates,
+        seed=training_arguments.seed,
+        targets="last" if sequences.protocol["name"] == "temporal_users" else "random",
+    )
+    kinds = [(0.0, 0.0)] * (share > 0) + [(0.0, 1.0)] * (share < 1)  # prompts with candidates, and without
+    validation = [
+        CandidateRows(sequences["validation"], sequences.num_items, config.max_history, draws=draws) for draws in kinds
+    ]
     with RunRecord(training_arguments.output_dir, arguments, seed=training_arguments.seed) as record:
         record.add_data(fingerprint)
-        set_seed(training_arguments.seed)
-        with record.stage("load"):
-            llm, tokenizer, source, recommender = load_parts(parts, catalogue)
-            config = ILoraConfig(
-                **dataclasses.asdict(model_arguments),
-                **({} if parts.prompt_file is None else {"prompt_templates": read_templates(parts.prompt_file)}),
-                llm_name_or_path=source.name_or_path,
-                llm_revision=source.revision,
-                llm_gguf_file=source.gguf_file,
-            )
-            set_seed(training_arguments.seed)  # the adapter starts alike whatever loading the parts drew
-            model = ILoraForRecommendation.from_base(
-                llm, recommender, tokenizer, catalogue, config, untrained_recommender=parts.untrained_recommender
-            )
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        logger.info("%s: %d parameters to train, of %d", source.name_or_path, trained, model.num_parameters())
-        share = default_candidate_share(config) if parts.candidate_share is None else parts.candidate_share
-        rows = CandidateRows(
-            sequences["train"],
-            sequences.num_items,
-            config.max_history,
-            parts.num_candidates,
-            seed=training_arguments.seed,
-            targets="last" if sequences.protocol["name"] == "temporal_users" else "random",
-        )
-        kinds = [(0.0, 0.0)] * (share > 0) + [(0.0, 1.0)] * (share < 1)  # prompts with candidates, and without
-        validation = [
-            CandidateRows(sequences["validation"], sequences.num_items, config.max_history, draws=draws)
-            for draws in kinds
-        ]
+        trained, total = (get_model_param_count(model, trainable_only=trainable) for trainable in (True, False))
+        logger.info("%s: %s parameters, of which %s are trained", source.name_or_path, f"{total:,}", f"{trained:,}")
         callbacks = [WindowEpochCallback(rows), LogMetricsCallback()]
         if parts.curriculum_steps:
             callbacks.append(CurriculumCallback(parts.curriculum_steps))
@@ -271,11 +293,11 @@ def main() -> None:
             eval_dataset=ConcatDataset(validation),
             data_collator=PromptCollator(model.prompts, share),
             callbacks=callbacks,
-            optimizers=(ilora_optimizer(model, training_arguments, parts.router_learning_rate_factor), None),
+            optimizer_cls_and_kwargs=ilora_optimizer(model, training_arguments, parts.router_learning_rate_factor),
         )
         if config.num_experts > 1:
-            histories = trainer.data_collator([*validation[0]])["histories"]
-            trainer.add_callback(ExpertUsageCallback(trainer, histories))
+            looked_at = [validation[0][row] for row in range(min(len(validation[0]), USERS_LOOKED_AT))]
+            trainer.add_callback(ExpertUsageCallback(trainer, trainer.data_collator(looked_at)["histories"]))
         trainer.remove_callback(PrinterCallback)  # LogMetricsCallback says the same, to the file too
         with record.stage("train"):
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -87,16 +87,7 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
                 "ILoraForRecommendation was given a configuration alone: expected its parts; use from_base(llm, "
                 "recommender, tokenizer, items, config) or from_pretrained"
             )
-        if recommender.config.num_items != len(items):
-            raise ValueError(
-                f"the recommender knows {recommender.config.num_items} items and the catalogue has {len(items)}: "
-                "expected the recommender that was trained on this catalogue"
-            )
-        if recommender.catalogue is not None and recommender.catalogue.table["raw_id"] != items.table["raw_id"]:
-            raise ValueError(
-                "the recommender's catalogue has other raw ids than the items given: expected the recommender that was "
-                "trained on this catalogue"
-            )
+        check_recommender(recommender, items)
         # Copies: a composite configuration resets the attention of a live model whose own configuration it holds.
         config = copy.deepcopy(config)
         config.recommender_config = copy.deepcopy(recommender.config)
@@ -728,10 +719,24 @@ def positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def _saved_file(path: str | os.PathLike, name: str, hub_arguments: dict) -> str:
+def check_recommender(recommender: SASRecForNextItem, items: Catalogue) -> None:
+    """Raise a ValueError unless the recommender's items are those of the catalogue."""
+    if recommender.config.num_items != len(items):
+        raise ValueError(
+            f"the recommender knows {recommender.config.num_items} items and the catalogue has {len(items)}: "
+            "expected the recommender that was trained on this catalogue"
+        )
+    if recommender.catalogue is not None and recommender.catalogue.table["raw_id"] != items.table["raw_id"]:
+        raise ValueError(
+            "the recommender's catalogue has other raw ids than the items given: expected the recommender that was "
+            "trained on this catalogue"
+        )
+
+
     found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
     if found is None:
         raise ValueError(f"{path} has no {name}: expected a folder or repository that save_pretrained wrote")
     return found
 
 
-__all__ = ["GeneratedRecommendation", "ILoraForRecommendation", "ILoraOutput"]
+__all__ = ["GeneratedRecommendation", "ILoraForRecommendation", "ILoraOutput", "check_recommender"]

@@ -23,19 +23,14 @@ class PromptCollator:
         ValueError: for a share outside [0, 1], and when it asks for templates that the builder has not.
     """
 
-    def __init__(self, prompt_builder: PromptBuilder, candidate_share: float = 1.0):
-        if not 0 <= candidate_share <= 1:
-            raise ValueError(f"candidate_share is {candidate_share}: expected a share in [0, 1]")
-        needed = {
-            "with": (prompt_builder.candidate_templates, candidate_share > 0),
-            "without": (prompt_builder.history_templates, candidate_share < 1),
-        }
-        for kind, (templates, is_needed) in needed.items():
-            if is_needed and not templates:
-                raise ValueError(
-                    f"candidate_share is {candidate_share} and no template is {kind} {{candidates}}: add one, or set "
-                    f"candidate_share to {0 if kind == 'with' else 1}"
-                )
+    def __init__(
+        self,
+        prompt_builder: PromptBuilder,
+        candidate_share: float = 1.0,
+        order_candidates: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ):
+        templates = (prompt_builder.candidate_templates, prompt_builder.history_templates)
+        check_candidate_share(candidate_share, *map(len, templates))
         self.prompt_builder, self.candidate_share = prompt_builder, candidate_share
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -86,5 +81,20 @@ def _left_padded(sequences: list[np.ndarray]) -> np.ndarray:
     padded[np.arange(lengths.max()) >= lengths.max() - lengths[:, None]] = np.concatenate(sequences)
     return padded
 
+def check_candidate_share(candidate_share: float, num_candidate_templates: int, num_history_templates: int) -> None:
+    """Raise a ValueError unless the share is in [0, 1] and there are templates for both of its sides."""
+    if not 0 <= candidate_share <= 1:
+        raise ValueError(f"candidate_share is {candidate_share}: expected a share in [0, 1]")
+    for kind, is_missing, remedy in (
+        ("with", candidate_share > 0 and not num_candidate_templates, 0),
+        ("without", candidate_share < 1 and not num_history_templates, 1),
+    ):
+        if is_missing:
+            raise ValueError(
+                f"candidate_share is {candidate_share} and no template is {kind} {{candidates}}: add one, or set "
+                f"candidate_share to {remedy}"
+            )
 
-__all__ = ["PromptCollator"]
+
+
+__all__ = ["PromptCollator", "check_candidate_share"]

@@ -130,7 +130,10 @@ class MlpRouter(Router):
 class ConvRouter(Router):
     """The published router: a ResNet over the user embedding, read as a signal of one channel.
 
-    In training the gates of a user depend on the other users of the batch, through batch normalisation.
+    In training the gates of a user depend on the other users of the batch, through batch normalisation. Of several
+    processes each normalises over its own part of the batch; the running statistics that evaluation uses, and that are
+    saved, are the first process's. Losses so differ from those of one process with the whole batch; the other routers'
+    do not.
 
     Source: iLoRA (arXiv 2408.10159) names a sequence encoder without its form; this is the published program's.
     """

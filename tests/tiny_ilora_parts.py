@@ -1,0 +1,71 @@
+"""Everything that recipes/train_ilora.py reads, tiny and on disk: data, a language model, a SASRec, templates."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_ilora import Catalogue, SASRecConfig, SASRecForNextItem, SequenceDatasets
+from hf_ilora.data.windows import training_sequences
+from hf_ilora.models.cooccurrence import cooccurrence_embeddings
+from tests.synthetic import cyclic_sequences
+from tests.tiny_tokenizers import byte_level
+
+WITH_CANDIDATES, HISTORY_ALONE = "{history}; one of {candidates}:", "After {history}:"
+
+
+def save_parts(folder: Path, **data_settings) -> SimpleNamespace:
+    """Write the parts.
+
+    Args:
+        folder: for all of them.
+        data_settings: as `cyclic_sequences` takes them.
+
+    Returns:
+        Paths: data_dir, llm, recommender, prompt_file.
+    """
+    sequences = cyclic_sequences(**data_settings)
+    parts = SimpleNamespace(
+        data_dir=folder / "data",
+        llm=folder / "llm",
+        recommender=folder / "sasrec",
+        prompt_file=folder / "prompts.txt",
+    )
+    sequences.save(parts.data_dir)
+    save_llm(parts.llm)
+    known_recommender(sequences).save_pretrained(parts.recommender)
+    parts.prompt_file.write_text(f"{WITH_CANDIDATES}\n---\n{HISTORY_ALONE}\n")
+    return parts
+
+
+def save_llm(folder: Path, seed: int = 0) -> None:
+    """A random Llama that reads bytes, with its tokenizer."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_level().save_pretrained(folder)
+
+
+def known_recommender(sequences: SequenceDatasets) -> SASRecForNextItem:
+    """A SASRec that knows which items meet, without the minute of training."""
+    torch.manual_seed(1)
+    size = 16
+    model = SASRecForNextItem(SASRecConfig(num_items=sequences.num_items, hidden_size=size, max_length=8)).eval()
+    rows = np.split(*training_sequences(sequences["train"]))[1:-1]
+    model.start_from_item_embeddings(cooccurrence_embeddings(rows, sequences.num_items, size))
+    model.catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
+    return model
