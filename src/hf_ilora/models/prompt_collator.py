@@ -1,5 +1,7 @@
 """Turns rows of histories, candidates and targets into batches for an iLoRA model."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -18,6 +20,8 @@ class PromptCollator:
         prompt_builder: builds the prompts.
         candidate_share: share of the rows that show their candidates. It may change in the course of a training run,
             between epochs where worker processes hold a copy of the collator.
+        order_candidates: puts candidates (batch, num_candidates) in the order in which histories (batch, longest) are
+            to see them, such as `PreferredOrder`; None leaves them as they come.
 
     Raises:
         ValueError: for a share outside [0, 1], and when it asks for templates that the builder has not.
@@ -32,6 +36,7 @@ class PromptCollator:
         templates = (prompt_builder.candidate_templates, prompt_builder.history_templates)
         check_candidate_share(candidate_share, *map(len, templates))
         self.prompt_builder, self.candidate_share = prompt_builder, candidate_share
+        self.order_candidates = order_candidates
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Collate rows.
@@ -47,6 +52,8 @@ class PromptCollator:
         """
         histories = _left_padded([row["history"] for row in rows])  # (batch, longest)
         candidates = _left_padded([row["candidates"] for row in rows])  # (batch, num_candidates)
+        if self.order_candidates is not None:
+            candidates = self.order_candidates(torch.from_numpy(histories), torch.from_numpy(candidates))
         targets = np.array([row["target"] for row in rows], dtype=np.int64)  # (batch,)
         draws = np.array([row["draws"] for row in rows])  # (batch, 2)
         shows_candidates = draws[:, 1] < self.candidate_share
@@ -74,13 +81,6 @@ class PromptCollator:
         }
 
 
-def _left_padded(sequences: list[np.ndarray]) -> np.ndarray:
-    """Sequences of item ids as (rows, longest) int64."""
-    lengths = np.array([len(sequence) for sequence in sequences])
-    padded = np.full((len(sequences), lengths.max()), PADDING_ITEM_ID, dtype=np.int64)
-    padded[np.arange(lengths.max()) >= lengths.max() - lengths[:, None]] = np.concatenate(sequences)
-    return padded
-
 def check_candidate_share(candidate_share: float, num_candidate_templates: int, num_history_templates: int) -> None:
     """Raise a ValueError unless the share is in [0, 1] and there are templates for both of its sides."""
     if not 0 <= candidate_share <= 1:
@@ -95,6 +95,13 @@ def check_candidate_share(candidate_share: float, num_candidate_templates: int, 
                 f"candidate_share to {remedy}"
             )
 
+
+def _left_padded(sequences: list[np.ndarray]) -> np.ndarray:
+    """Sequences of item ids as (rows, longest) int64."""
+    lengths = np.array([len(sequence) for sequence in sequences])
+    padded = np.full((len(sequences), lengths.max()), PADDING_ITEM_ID, dtype=np.int64)
+    padded[np.arange(lengths.max()) >= lengths.max() - lengths[:, None]] = np.concatenate(sequences)
+    return padded
 
 
 __all__ = ["PromptCollator", "check_candidate_share"]
