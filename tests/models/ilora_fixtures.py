@@ -66,6 +66,10 @@ ROWS = [
     {"history": [1, 2], "target": 24, "candidates": [24, 8, 30], "draws": (0.0, 0.4)},
 ]
 
+# Of different lengths, padded on either side.
+HISTORIES = torch.tensor([[3, 7, 30, 5], [0, 0, 12, 21], [0, 1, 2, 0]])
+CANDIDATES = torch.tensor([[9, 2, 11, 1], [4, 1, 5, 2], [24, 8, 30, 3]])
+
 
 def catalogue(titles=TITLES) -> Catalogue:
     ids = list(range(1, len(titles) + 1))
@@ -78,6 +82,11 @@ def base_llm(architecture: str = "llama", seed: int = 0, **changes) -> PreTraine
         setattr(config, name, value)
     set_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def llm_of(architecture, window: int = 512):
+    """A language model whose windows hold the prompts."""
+    return base_llm(architecture, **({"sliding_window": window} if architecture in ("gemma3", "mistral") else {}))
 
 
 def recommender(num_items: int = NUM_ITEMS, **changes) -> SASRecForNextItem:
@@ -150,6 +159,10 @@ def batch_of(model: ILoraForRecommendation, rows=ROWS, candidate_share: float = 
 
 
 # --- by hand ---
+
+
+def real(row) -> list[int]:
+    return [item for item in row.tolist() if item]
 
 
 def naive_gates(model: ILoraForRecommendation, history: list[int]) -> torch.Tensor:
