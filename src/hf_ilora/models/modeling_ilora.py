@@ -713,12 +713,6 @@ class _evaluation:
             self.model.train()
 
 
-def positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """(batch, tokens): the place of each real token, from 0; padding does not count."""
-    return (attention_mask.cumsum(1) - 1).clamp(min=0)
-
-
-def _saved_file(path: str | os.PathLike, name: str, hub_arguments: dict) -> str:
 def check_recommender(recommender: SASRecForNextItem, items: Catalogue) -> None:
     """Raise a ValueError unless the recommender's items are those of the catalogue."""
     if recommender.config.num_items != len(items):
@@ -733,6 +727,12 @@ def check_recommender(recommender: SASRecForNextItem, items: Catalogue) -> None:
         )
 
 
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens): the place of each real token, from 0; padding does not count."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _saved_file(path: str | os.PathLike, name: str, hub_arguments: dict) -> str:
     found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
     if found is None:
         raise ValueError(f"{path} has no {name}: expected a folder or repository that save_pretrained wrote")
