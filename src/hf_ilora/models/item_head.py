@@ -21,7 +21,7 @@ class ItemHead(nn.Module):
         super().__init__()
         self.residual = residual
         self.projection = nn.Linear(llm_size, user_size, bias=False)
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot send parameters without a dimension
         nn.init.zeros_(self.projection.weight)
 
     def forward(self, hidden_states: torch.Tensor, user_embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +37,7 @@ class ItemHead(nn.Module):
         # Of unit length, so that a step of the optimizer moves a query by about learning rate x sqrt(llm size).
         directions = F.normalize(hidden_states.to(self.projection.weight.dtype), dim=-1)
         queries = self.projection(directions)
-        return (user_embeddings + queries if self.residual else queries), self.log_scale.exp()
+        return (user_embeddings + queries if self.residual else queries), self.log_scale.exp().squeeze(0)
 
 
 __all__ = ["ItemHead"]
