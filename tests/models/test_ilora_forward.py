@@ -357,6 +357,20 @@ def test_a_fresh_adapter_changes_nothing():
     torch.testing.assert_close(logits[real], expected[real])
 
 
+def test_padding_has_no_place_in_the_positions():
+    """Rotary positions forgive a shift, others would not."""
+    model = tiny_model()
+    batch = batch_of(model)
+    batch.pop("labels")
+    seen = []
+    model.llm.register_forward_pre_hook(
+        lambda module, args, arguments: seen.append(arguments["position_ids"]), with_kwargs=True
+    )
+    model(**batch)
+    for mask, places in zip(batch["attention_mask"], seen[0], strict=True):
+        assert places[mask.bool()].tolist() == list(range(int(mask.sum())))
+
+
 def test_logits_to_keep():
     model = tiny_model()
     batch = batch_of(model)
