@@ -32,6 +32,7 @@ from hf_ilora.data.candidate_rows import CandidateRows
 from hf_ilora.data.windows import WindowEpochCallback
 from hf_ilora.downloads.embedded_llm import EMBEDDED_LLM
 from hf_ilora.evaluation.expert_usage import ExpertUsageCallback
+from hf_ilora.models.candidate_order import PreferredOrder
 from hf_ilora.models.curriculum import CurriculumCallback
 from hf_ilora.models.language_models import load_language_model
 from hf_ilora.models.modeling_ilora import check_recommender
@@ -277,6 +278,7 @@ def main() -> None:
     validation = [
         CandidateRows(sequences["validation"], sequences.num_items, config.max_history, draws=draws) for draws in kinds
     ]
+    order = PreferredOrder(model.recommender) if config.candidate_order == "recommender" else None
     with RunRecord(training_arguments.output_dir, arguments, seed=training_arguments.seed) as record:
         record.add_data(fingerprint)
         trained, total = (get_model_param_count(model, trainable_only=trainable) for trainable in (True, False))
@@ -291,7 +293,7 @@ def main() -> None:
             training_arguments,
             train_dataset=rows,
             eval_dataset=ConcatDataset(validation),
-            data_collator=PromptCollator(model.prompts, share),
+            data_collator=PromptCollator(model.prompts, share, order),
             callbacks=callbacks,
             optimizer_cls_and_kwargs=ilora_optimizer(model, training_arguments, parts.router_learning_rate_factor),
         )

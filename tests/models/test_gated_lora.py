@@ -252,7 +252,9 @@ def test_adapter_stays_float32_on_a_bfloat16_base_layer():
     assert output.dtype == torch.bfloat16
     rounded = x.to(torch.bfloat16)
     lora = naive_experts(rounded.float(), torch.zeros_like(weight), a, b, gates, 12.0)
-    torch.testing.assert_close(output, layer.base_layer(rounded) + lora.to(torch.bfloat16))
+    expected = layer.base_layer(rounded).float() + lora
+    # the parameters are float32, their products are rounded as the base layer's are
+    assert (output.float() - expected).abs().max() < 0.02 * expected.abs().max()
     output.sum().backward()
     assert layer.lora_A.grad.dtype == torch.float32
 

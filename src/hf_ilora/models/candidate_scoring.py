@@ -38,8 +38,8 @@ def candidate_log_likelihoods(
         (batch, candidates) float32, on the device of the prompt; -inf for padding.
 
     Raises:
-        ValueError: for no candidates, an attention that takes no such mask, a window of attention shorter than the sequence, and
-            titles that do not fit into the context.
+        ValueError: for no candidates, an attention that takes no such mask, a window of attention shorter than the
+            sequence, and titles that do not fit into the context.
     """
     device, batch = prompt_embeddings.device, len(candidates)
     longest = int(title_tokens.lengths[candidates.cpu().numpy()].max(initial=0))

@@ -11,6 +11,7 @@ from .configuration_sasrec import SASRecConfig
 ROUTER_TYPES = ("conv", "linear", "mlp", "top_k", "noisy")
 ITEM_HEADS = ("residual", "plain", "none")
 DUPLICATE_TITLES = ("raise", "number")
+CANDIDATE_ORDERS = ("given", "recommender")
 ALL_LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPT_TEMPLATES = (
     "A user chose these items, oldest first: {history}.\nThe next one is among: {candidates}.\nNext item:",
@@ -46,6 +47,8 @@ class ILoraConfig(PreTrainedConfig):
         prompt_templates: texts with {history} and, where candidates are shown, {candidates}. Training draws one of them
             per example; otherwise the first of either kind is used.
         title_separator: between two titles.
+        candidate_order: "given" shows candidates as they come (the reference's are shuffled), "recommender" as the
+            frozen recommender ranks them, so that the prompt holds all that it knows about them.
         duplicate_titles: "raise" refuses equal titles, "number" adds (2), (3)... to the later ones.
         max_history: newest titles that a prompt holds.
 
@@ -79,6 +82,7 @@ class ILoraConfig(PreTrainedConfig):
     item_loss_weight: float | int = 0.0
     prompt_templates: list[str] = field(default_factory=lambda: list(PROMPT_TEMPLATES))
     title_separator: str = ", "
+    candidate_order: str = "given"
     duplicate_titles: str = "raise"
     max_history: int = 10
     tie_word_embeddings: bool = False
@@ -105,7 +109,12 @@ class ILoraConfig(PreTrainedConfig):
             raise ValueError(f"lora_dropout is {self.lora_dropout}: expected a probability in [0, 1)")
         if not self.target_modules:
             raise ValueError("target_modules is empty: expected names of linear layers, such as q_proj")
-        choices = {"router_type": ROUTER_TYPES, "item_head": ITEM_HEADS, "duplicate_titles": DUPLICATE_TITLES}
+        choices = {
+            "router_type": ROUTER_TYPES,
+            "item_head": ITEM_HEADS,
+            "candidate_order": CANDIDATE_ORDERS,
+            "duplicate_titles": DUPLICATE_TITLES,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")

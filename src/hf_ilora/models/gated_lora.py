@@ -86,10 +86,12 @@ class GatedLoraLinear(nn.Module):
             )
         output = self.base_layer(hidden_states)  # (batch, tokens, out)
         # each expert's gate for each of its ranks: (batch, rank), then (batch, 1, rank)
-        rank_gates = (gates.to(self.lora_A) * self.scaling).repeat_interleave(self.rank // self.num_experts, dim=1)
-        rank_gates = rank_gates.unsqueeze(1)
-        rank_states = F.linear(self.dropout(hidden_states).to(self.lora_A.dtype), self.lora_A)  # (batch, tokens, rank)
-        return output + F.linear(rank_states * rank_gates, self.lora_B).to(output.dtype)
+        rank_gates = (gates * self.scaling).repeat_interleave(self.rank // self.num_experts, dim=1).unsqueeze(1)
+        # In the dtype of the hidden states: casting the small matrices costs nothing, casting the states would cost
+        # more than the adapter. The parameters stay float32, so that small steps are not lost.
+        dtype = hidden_states.dtype
+        rank_states = F.linear(self.dropout(hidden_states), self.lora_A.to(dtype))  # (batch, tokens, rank)
+        return output + F.linear(rank_states * rank_gates.to(rank_states.dtype), self.lora_B.to(dtype)).to(output.dtype)
 
 
 def add_gated_lora(

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
+from .candidate_order import preferred_order
 from .candidate_scoring import candidate_log_likelihoods
 from .catalogue import CATALOGUE_FILE, Catalogue
 from .configuration_ilora import ILoraConfig
@@ -420,15 +421,18 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
         language_loss = item_loss = item_logits = None
         loss = 0.0
         if self.config.language_loss_weight:
+            # The token before a label predicts it. As indices, they come out in one piece; as a number, they would be
+            # a view, for which the output layer copies its weights once per row.
+            num_tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            kept = torch.arange(num_tokens - title_labels.shape[1] - 1, num_tokens - 1, device=labels.device)
             output = self.llm(
                 use_cache=False,
-                logits_to_keep=title_labels.shape[1] + 1,
+                logits_to_keep=kept,
                 output_hidden_states=trains_items,
                 **llm_arguments,
             )
-            # The token before a label predicts it.
             token_losses = F.cross_entropy(
-                output.logits[:, :-1].flatten(0, 1).float(),
+                output.logits.flatten(0, 1).float(),
                 title_labels.flatten(),
                 ignore_index=IGNORED_LABEL,
                 reduction="sum",
@@ -528,8 +532,8 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
             (batch, candidates) log-likelihoods in nats, float32, -inf for padding.
 
         Raises:
-            ValueError: for ids outside the catalogue, histories or candidates that are empty, prompts longer than the context, and language
-                models whose attention takes no mask of ours.
+            ValueError: for ids outside the catalogue, histories or candidates that are empty, prompts longer than the
+                context, and language models whose attention takes no mask of ours.
         """
         with _evaluation(self):
             histories = self._checked_histories(histories)
@@ -563,8 +567,8 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
             constrained: allow titles only, so that every answer is an item; else the model writes freely, as in the
                 published protocol, and an answer counts when it holds exactly one candidate's title.
             max_new_tokens: of free answers.
-            num_beams: at least `top_k`, and 2 when constrained; None means the larger of 4 and `top_k` when constrained,
-                else `top_k`.
+            num_beams: at least `top_k`, and 2 when constrained; None means the larger of 4 and `top_k` when
+                constrained, else `top_k`.
 
         Returns:
             The answers, best first.
@@ -658,6 +662,8 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
         them."""
         if candidates is not None and not self.prompts.candidate_templates:
             candidates = None
+        if candidates is not None and self.config.candidate_order == "recommender":
+            candidates = preferred_order(self.recommender, histories.to(self.device), candidates.to(self.device))
         return self.prompts.build(self._prompt_histories(histories), candidates).to(self.device)
 
     def _prompt_histories(self, histories: torch.Tensor) -> torch.Tensor:
@@ -694,7 +700,7 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
                 f"candidates hold item {lowest if lowest < 0 else highest}: expected ids 1..{self.config.num_items} of "
                 "the catalogue, 0 for padding"
             )
-        return candidates
+        return candidates.long()
 
 
 class _evaluation:
