@@ -335,6 +335,23 @@ def test_bad_arguments_are_refused(build, message):
         build()
 
 
+def test_conv_router_of_bfloat16_parameters_keeps_float32_statistics():
+    """DeepSpeed's bfloat16 leaves a model so."""
+    torch.manual_seed(1)
+    router = build_router("conv", 16, 4)
+    expected = copy.deepcopy(router)
+    for parameter in router.parameters():
+        parameter.data = parameter.data.bfloat16()
+    embeddings = torch.randn(8, 16, generator=torch.Generator().manual_seed(2))
+    gates = router(embeddings)
+    torch.testing.assert_close(gates, expected(embeddings), rtol=0.02, atol=0.002)
+    assert gates.dtype == router.norm.running_var.dtype == torch.float32
+    torch.testing.assert_close(router.norm.running_var, expected.norm.running_var, rtol=0.02, atol=0)
+    assert not torch.equal(router.norm.running_var, torch.ones(16))
+    gates[:, 0].sum().backward()
+    assert all(parameter.grad is not None for parameter in router.parameters())
+
+
 @pytest.mark.parametrize("router_type", ROUTER_TYPES)
 @pytest.mark.parametrize("shape", [(3, 15), (3, 17), (16,), (2, 3, 16)])
 def test_embeddings_of_another_shape_are_refused(router_type, shape):

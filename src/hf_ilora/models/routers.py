@@ -146,7 +146,7 @@ class ConvRouter(Router):
                 "or mlp router"
             )
         self.convolution = nn.Conv1d(1, 16, kernel_size=3, padding=1, bias=False)
-        self.norm = nn.BatchNorm1d(16)
+        self.norm = BatchNorm(16)
         self.stages = nn.Sequential(
             *(ResidualBlock(16, 16) for _ in range(3)),
             *(ResidualBlock(16 if first else 32, 32) for first in (True, False, False)),
@@ -180,9 +180,9 @@ class ResidualBlock(nn.Module):
         self.convolution1 = nn.Conv1d(
             in_channels, out_channels, kernel_size=3, stride=self.stride, padding=1, bias=False
         )
-        self.norm1 = nn.BatchNorm1d(out_channels)
+        self.norm1 = BatchNorm(out_channels)
         self.convolution2 = nn.Conv1d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm1d(out_channels)
+        self.norm2 = BatchNorm(out_channels)
 
     def forward(self, signal: torch.Tensor) -> torch.Tensor:
         """(batch, in channels, length) -> (batch, out channels, length / stride)"""
@@ -190,6 +190,21 @@ class ResidualBlock(nn.Module):
         shortcut = F.pad(signal[:, :, :: self.stride], (0, 0, half, half))
         signal = F.relu(self.norm1(self.convolution1(signal)))
         return F.relu(self.norm2(self.convolution2(signal)) + shortcut)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation in the dtype of its running statistics.
+
+    DeepSpeed casts parameters to bfloat16 and may leave the statistics in float32, a mixture that torch refuses.
+    """
+
+    def forward(self, signal: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, length) -> (batch, channels, length), in the dtype of `signal`"""
+        dtype = self.running_mean.dtype
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        statistics = (self.running_mean, self.running_var)
+        normed = F.batch_norm(signal.to(dtype), *statistics, weight, bias, self.training, self.momentum, self.eps)
+        return normed.to(signal.dtype)
 
 
 class SingleExpert(nn.Module):

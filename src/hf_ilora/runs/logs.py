@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import datasets
@@ -59,6 +60,8 @@ def set_up_logging(output_dir: str | Path) -> None:
     level = logging.INFO if is_main_process else logging.WARNING
     root.setLevel(level)
     logging.captureWarnings(True)
+    # DeepSpeed calls torch's older names, which would be told of several times per step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Both libraries print through a handler of their own; one line must come out once, and in one format.
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
