@@ -1,14 +1,19 @@
 """Log-likelihoods of many titles after one prompt: the prompt is read once, and its keys and values are shared."""
 
+import math
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from .configuration_sasrec import PADDING_ITEM_ID
 from .title_tokens import TitleTokens
 
-# Logits of one forward, at most: 256 MB in float32.
+# Logits of one forward, about: 256 MB in float32.
 _MAX_LOGITS = 1 << 26
+# Tokens whose logits are normalised at once: what that makes in between stays in the cache of a CPU.
+_TOKENS_NORMALISED_AT_ONCE = 16
 # Attention that takes a mask of our own.
 _MASKED_ATTENTION = ("sdpa", "eager")
 
@@ -41,11 +46,12 @@ def candidate_log_likelihoods(
         ValueError: for no candidates, an attention that takes no such mask, a window of attention shorter than the
             sequence, and titles that do not fit into the context.
     """
-    device, batch = prompt_embeddings.device, len(candidates)
-    longest = int(title_tokens.lengths[candidates.cpu().numpy()].max(initial=0))
-    if not longest:
+    device, items = prompt_embeddings.device, candidates.cpu().numpy()
+    lengths = title_tokens.lengths[items]  # (batch, candidates)
+    if not lengths.any():
         raise ValueError(f"candidates have shape {tuple(candidates.shape)} and hold no item: expected at least one")
-    _check_attention(llm, prompt_embeddings.shape[1] + longest)
+    num_tokens = prompt_embeddings.shape[1]
+    _check_attention(llm, num_tokens + int(lengths.max()))
     prompt_positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (batch, tokens)
     prompt = llm(
         inputs_embeds=prompt_embeddings,
@@ -55,14 +61,19 @@ def candidate_log_likelihoods(
         # Of a plain kind: a cache with sliding windows cannot be cropped once all titles fill its window.
         past_key_values=DynamicCache(),
         use_cache=True,
-        logits_to_keep=1,
+        # An index gives the last token as a copy; of a view, the output layer would copy its weights for every row.
+        logits_to_keep=torch.tensor([num_tokens - 1], device=device),
     )
     cache = prompt.past_key_values
-    first_log_p = prompt.logits[:, -1].float().log_softmax(-1)  # (batch, vocabulary)
-    columns_per_chunk = max(1, _MAX_LOGITS // (first_log_p.numel() * longest))
-    scores = []
-    for chunk in candidates.split(columns_per_chunk, dim=1):
-        titles = _TitleRows(title_tokens, chunk.cpu().numpy(), device)
+    first_log_p = prompt.logits[:, 0].float().log_softmax(-1)  # (batch, vocabulary)
+    # The prompt predicts the first token of each title; padding reads any token and is masked at the end.
+    first_tokens = torch.from_numpy(title_tokens.token_ids[title_tokens.starts[items]]).to(device)
+    first_log_p = first_log_p.gather(1, first_tokens)  # (batch, candidates)
+    sums = torch.zeros(candidates.shape, device=device)  # (batch, candidates)
+    columns = np.flatnonzero(lengths.any(axis=0))
+    num_chunks = math.ceil(lengths.sum() * prompt.logits.shape[-1] / _MAX_LOGITS)
+    for chunk in np.array_split(columns, min(num_chunks, len(columns))):
+        titles = _TitleRows(title_tokens, items[:, chunk], device)
         # A token sees all real tokens of the prompt, and its own title up to itself.
         own_title = titles.candidate.unsqueeze(2) == titles.candidate.unsqueeze(1)  # (batch, longest, longest)
         seen_prompt = attention_mask.bool().unsqueeze(1).expand(-1, own_title.shape[1], -1)
@@ -75,47 +86,60 @@ def candidate_log_likelihoods(
             past_key_values=cache,
             expert_gates=expert_gates,
             use_cache=True,
-        ).logits.float()  # (batch, longest, vocabulary)
+            logits_to_keep=titles.is_real,
+        ).logits  # (real tokens, vocabulary)
         cache.crop(-titles.tokens.shape[1])
-        # The prompt predicts the first token of a title, and each token the one behind it.
-        log_p = logits.gather(2, titles.next_tokens.unsqueeze(2)).squeeze(2) - logits.logsumexp(-1)  # (batch, longest)
-        log_p = log_p + first_log_p.gather(1, titles.tokens).masked_fill(titles.place != 0, 0.0)
-        sums = torch.zeros(batch, chunk.shape[1] + 1, device=device)  # the last column takes the padding
-        scores.append(sums.scatter_add(1, titles.candidate, log_p)[:, :-1])
+        sums[:, torch.from_numpy(chunk)] = titles.sums(_log_p(logits, titles.next_tokens))
     padding = candidates.to(device).eq(PADDING_ITEM_ID)  # (batch, candidates)
-    return torch.cat(scores, dim=1).masked_fill(padding, float("-inf"))
+    return (first_log_p + sums).masked_fill(padding, float("-inf"))
+
+
+def _log_p(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """log p of `tokens` (tokens,) under `logits` (tokens, vocabulary): (tokens,) float32."""
+    parts = zip(logits.split(_TOKENS_NORMALISED_AT_ONCE), tokens.split(_TOKENS_NORMALISED_AT_ONCE), strict=True)
+    return torch.cat([-F.cross_entropy(part.float(), targets, reduction="none") for part, targets in parts])
 
 
 class _TitleRows:
     """The tokens of several titles per row, one title after the other, padded on the right.
 
-    Attributes, all (batch, longest) int64:
-        tokens: of the titles.
-        next_tokens: the token behind each, which is the terminator after the last of a title.
-        candidate: the column of the title that a token belongs to; one more than the last column for padding.
-        place: of a token in its title.
+    Attributes:
+        is_real: (batch, longest) bool, False for padding.
+        tokens: (batch, longest) int64, of the titles.
+        candidate: (batch, longest) int64, the column of the title that a token belongs to; -1 for padding.
+        place: (batch, longest) int64, of a token in its title.
+        next_tokens: (real tokens,) int64, what stands behind each: the terminator after the last of a title.
+        title: (real tokens,) int64, which of all titles of the batch a token belongs to.
+        shape: (batch, candidates).
     """
 
     def __init__(self, title_tokens: TitleTokens, items: np.ndarray, device: torch.device):
         lengths = title_tokens.lengths[items]  # (batch, candidates)
         totals = lengths.sum(1)  # (batch,)
-        real = np.arange(totals.max()) < totals[:, None]  # (batch, longest)
+        is_real = np.arange(totals.max()) < totals[:, None]  # (batch, longest)
         flat = lengths.ravel()  # (titles,)
-        place = np.arange(flat.sum()) - np.repeat(flat.cumsum() - flat, flat)  # (total,)
+        title = np.repeat(np.arange(flat.size), flat)  # (real tokens,)
+        place = np.arange(flat.sum()) - np.repeat(flat.cumsum() - flat, flat)
         positions = np.repeat(title_tokens.starts[items].ravel(), flat) + place
         is_last = place + 1 == np.repeat(flat, flat)
         following = title_tokens.token_ids[np.minimum(positions + 1, len(title_tokens.token_ids) - 1)]
-        columns = np.tile(np.arange(items.shape[1]), len(items))  # (titles,)
 
         def padded(values: np.ndarray, fill: int) -> torch.Tensor:
-            rows = np.full(real.shape, fill, dtype=np.int64)
-            rows[real] = values
+            rows = np.full(is_real.shape, fill, dtype=np.int64)
+            rows[is_real] = values
             return torch.from_numpy(rows).to(device)
 
+        self.is_real = torch.from_numpy(is_real).to(device)
         self.tokens = padded(title_tokens.token_ids[positions], 0)
-        self.next_tokens = padded(np.where(is_last, title_tokens.terminator_id, following), 0)
-        self.candidate = padded(np.repeat(columns, flat), items.shape[1])
-        self.place = padded(place, 1)
+        self.candidate = padded(title % items.shape[1], -1)
+        self.place = padded(place, 0)
+        self.next_tokens = torch.from_numpy(np.where(is_last, title_tokens.terminator_id, following)).to(device)
+        self.title, self.shape = torch.from_numpy(title).to(device), items.shape
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Add up what the tokens of each title have: (real tokens,) -> (batch, candidates)."""
+        sums = torch.zeros(self.shape, device=values.device)
+        return sums.view(-1).index_add(0, self.title, values).view(self.shape)
 
 
 def _check_attention(llm: PreTrainedModel, num_tokens: int) -> None:
