@@ -436,3 +436,9 @@ def test_the_trainers_model_comes_back(tmp_path):
     expected = answers(trainer.model)
     assert torch.equal(answers(load(tmp_path)), expected)
     assert not torch.equal(answers(tiny_model(**EVERYTHING)), expected)
+
+
+def test_a_model_remembers_where_its_language_model_was_loaded_from(llm_folder):
+    llm, _, _ = load_language_model(llm_folder)
+    assert tiny_model(llm=llm).config.llm_name_or_path == str(llm_folder)
+    assert tiny_model().config.llm_name_or_path is None  # made here, so that nothing could bring it back

@@ -160,7 +160,8 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
             recommender: a SASRec that was trained and loaded with `from_pretrained`. It is frozen in place.
             tokenizer: of the language model.
             items: the catalogue that both speak.
-            config: rank, experts, prompts...; its parts' configurations are taken from the parts.
+            config: rank, experts, prompts...; its parts' configurations are taken from the parts, and the language
+                model's name from where it was loaded, unless it says another.
             untrained_recommender: accept a recommender that was never loaded. Its gates would be noise.
 
         Raises:
@@ -173,7 +174,11 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
                 "folder or Hub name), since gates of random user embeddings are noise; pass "
                 "untrained_recommender=True if that is meant"
             )
-        return cls(config or ILoraConfig(), llm, recommender, tokenizer, items)
+        config = ILoraConfig() if config is None else copy.deepcopy(config)
+        if config.llm_name_or_path is None:  # what transformers remembers of where the language model came from
+            config.llm_name_or_path = llm.name_or_path or None
+            config.llm_revision = vars(llm.config).get("_commit_hash")  # set for those from the Hub only
+        return cls(config, llm, recommender, tokenizer, items)
 
     def adapter_names(self) -> list[str]:
         """Names, in the state dict, of what is saved: everything but the language model's own weights."""
