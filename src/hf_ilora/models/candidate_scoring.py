@@ -12,6 +12,8 @@ from .title_tokens import TitleTokens
 
 # Logits of one forward, about: 256 MB in float32.
 _MAX_LOGITS = 1 << 26
+# Tokens of one forward on a CPU, about: its matrices then stay in the cache, and rows of like length meet.
+_MAX_CPU_TOKENS = 1536
 # Tokens whose logits are normalised at once: what that makes in between stays in the cache of a CPU.
 _TOKENS_NORMALISED_AT_ONCE = 16
 # Attention that takes a mask of our own.
@@ -46,12 +48,41 @@ def candidate_log_likelihoods(
         ValueError: for no candidates, an attention that takes no such mask, a window of attention shorter than the
             sequence, and titles that do not fit into the context.
     """
-    device, items = prompt_embeddings.device, candidates.cpu().numpy()
-    lengths = title_tokens.lengths[items]  # (batch, candidates)
-    if not lengths.any():
+    items = candidates.cpu().numpy()
+    title_lengths = title_tokens.lengths[items]  # (batch, candidates)
+    if not title_lengths.any():
         raise ValueError(f"candidates have shape {tuple(candidates.shape)} and hold no item: expected at least one")
     num_tokens = prompt_embeddings.shape[1]
-    _check_attention(llm, num_tokens + int(lengths.max()))
+    _check_attention(llm, num_tokens + int(title_lengths.max()))
+    rows_at_once = len(items)
+    if prompt_embeddings.device.type == "cpu":
+        rows_at_once = max(1, _MAX_CPU_TOKENS // (num_tokens + int(title_lengths.sum(1).max())))
+    prompt_lengths = attention_mask.sum(1)  # (batch,)
+    scores = torch.zeros(candidates.shape, device=prompt_embeddings.device)  # (batch, candidates)
+    for rows in prompt_lengths.argsort().split(rows_at_once):
+        padding = num_tokens - int(prompt_lengths[rows].max())  # that all these rows have
+        scores[rows] = _log_likelihoods(
+            llm,
+            prompt_embeddings[rows, padding:],
+            attention_mask[rows, padding:],
+            expert_gates[rows],
+            title_tokens,
+            items[rows.cpu().numpy()],
+        )
+    return scores.masked_fill(candidates.to(scores.device).eq(PADDING_ITEM_ID), float("-inf"))
+
+
+def _log_likelihoods(
+    llm: PreTrainedModel,
+    prompt_embeddings: torch.Tensor,
+    attention_mask: torch.Tensor,
+    expert_gates: torch.Tensor,
+    title_tokens: TitleTokens,
+    items: np.ndarray,
+) -> torch.Tensor:
+    """`candidate_log_likelihoods` of rows that go through the language model together; of any value for padding."""
+    device, num_tokens = prompt_embeddings.device, prompt_embeddings.shape[1]
+    lengths = title_tokens.lengths[items]  # (batch, candidates)
     prompt_positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (batch, tokens)
     prompt = llm(
         inputs_embeds=prompt_embeddings,
@@ -65,14 +96,12 @@ def candidate_log_likelihoods(
         logits_to_keep=torch.tensor([num_tokens - 1], device=device),
     )
     cache = prompt.past_key_values
-    first_log_p = prompt.logits[:, 0].float().log_softmax(-1)  # (batch, vocabulary)
-    # The prompt predicts the first token of each title; padding reads any token and is masked at the end.
+    # The prompt predicts the first token of each title, and each token of a title the one behind it.
     first_tokens = torch.from_numpy(title_tokens.token_ids[title_tokens.starts[items]]).to(device)
-    first_log_p = first_log_p.gather(1, first_tokens)  # (batch, candidates)
-    sums = torch.zeros(candidates.shape, device=device)  # (batch, candidates)
+    log_p = prompt.logits[:, 0].float().log_softmax(-1).gather(1, first_tokens)  # (batch, candidates)
     columns = np.flatnonzero(lengths.any(axis=0))
-    num_chunks = math.ceil(lengths.sum() * prompt.logits.shape[-1] / _MAX_LOGITS)
-    for chunk in np.array_split(columns, min(num_chunks, len(columns))):
+    num_chunks = min(len(columns), math.ceil(lengths.sum() * prompt.logits.shape[-1] / _MAX_LOGITS))
+    for chunk in np.array_split(columns, num_chunks) if num_chunks else []:
         titles = _TitleRows(title_tokens, items[:, chunk], device)
         # A token sees all real tokens of the prompt, and its own title up to itself.
         own_title = titles.candidate.unsqueeze(2) == titles.candidate.unsqueeze(1)  # (batch, longest, longest)
@@ -89,9 +118,8 @@ def candidate_log_likelihoods(
             logits_to_keep=titles.is_real,
         ).logits  # (real tokens, vocabulary)
         cache.crop(-titles.tokens.shape[1])
-        sums[:, torch.from_numpy(chunk)] = titles.sums(_log_p(logits, titles.next_tokens))
-    padding = candidates.to(device).eq(PADDING_ITEM_ID)  # (batch, candidates)
-    return (first_log_p + sums).masked_fill(padding, float("-inf"))
+        log_p[:, torch.from_numpy(chunk).to(device)] += titles.sums(_log_p(logits, titles.next_tokens))
+    return log_p
 
 
 def _log_p(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
