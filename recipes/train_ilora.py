@@ -9,6 +9,10 @@
 The output folder becomes the model: adapter, frozen SASRec, configuration, tokenizer and catalogue, with run.json and
 run.log beside them. `--num_experts 1` is plain LoRA. A killed run goes on from its last whole checkpoint when the same
 command is given again. Quality is measured by recipes/evaluate_ilora.py.
+
+Other files of accelerate_configs launch several processes. At an equal global batch they learn what one process learns,
+except with the conv router, each of whose copies normalises over its own process's users. DeepSpeed's checkpoints for
+going on hold the language model too, and ZeRO-2 with bf16 saves the adapter in bfloat16; ZeRO-3 keeps it in float32.
 """
 
 import dataclasses

@@ -238,6 +238,15 @@ def test_activation_checkpointing_changes_nothing_but_memory(train, plain, tmp_p
 
 
 @pytest.mark.slow
+def test_worker_processes_give_the_batches_of_the_main_process(train, tmp_path):
+    settings = {"lora_dropout": 0.0, "candidate_order": "recommender", **ITEM_HEAD}
+    here = train(tmp_path / "here", **settings)
+    workers = train(tmp_path / "workers", **settings, dataloader_num_workers=1)
+    assert losses(workers) == pytest.approx(losses(here), rel=1e-5)
+    assert losses(workers, "eval_loss") == pytest.approx(losses(here, "eval_loss"), rel=1e-5)
+
+
+@pytest.mark.slow
 def test_training_stops_when_the_validation_loss_no_longer_falls(train, tmp_path):
     trainer = train(tmp_path, learning_rate=0.0, num_train_epochs=9, early_stopping_patience=2)
     assert trainer.state.epoch == 3
