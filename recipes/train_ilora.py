@@ -310,6 +310,7 @@ def main() -> None:
         trainer.save_model()
         with record.stage("evaluate_validation"):
             record.add_metrics("validation", trainer.evaluate())
+    trainer.accelerator.end_training()  # processes that leave with their connections open now and then crash on exit
 
 
 if __name__ == "__main__":
