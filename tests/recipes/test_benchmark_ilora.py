@@ -28,17 +28,31 @@ def arguments(recipe, tmp_path, monkeypatch):
 
 
 def test_published_form_equals_the_gated_layer(recipe):
-    base, gates = nn.Linear(6, 5), torch.tensor([[0.7, 0.3], [0.2, 0.8]])
-    gated = GatedLoraLinear(base, rank=4, num_experts=2, lora_alpha=recipe.LORA_ALPHA)
-    published = recipe.PublishedLoraLinear(base, rank=4, num_experts=2, shared_gates=[gates]).eval()
+    gates = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
+    gated = GatedLoraLinear(nn.Linear(6, 5), rank=4, num_experts=2, lora_alpha=recipe.LORA_ALPHA)
+    nn.init.normal_(gated.lora_B)
+    published = recipe.PublishedLoraLinear(gated, shared_gates=[gates])
     hidden_states = torch.randn(2, 3, 6)
-    with torch.no_grad():
-        gated.lora_B.normal_()
-        for expert in range(2):
-            part = slice(2 * expert, 2 * expert + 2)
-            published.lora_A[expert].weight.copy_(gated.lora_A[part])
-            published.lora_B[expert].weight.copy_(gated.lora_B[:, part])
-        torch.testing.assert_close(published(hidden_states), gated(hidden_states, gates), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(published(hidden_states), gated(hidden_states, gates), rtol=1e-5, atol=1e-4)
+    published.shared_gates[:] = [gates.flip(0)]
+    assert (published(hidden_states) - gated(hidden_states, gates)).abs().max() > 0.1
+
+
+def test_report_says_what_is_reached_and_what_is_not(recipe, arguments):
+    programs = dict.fromkeys(recipe.program_names(), 10.0)
+    ratios = {"gated_over_plain": 1.11, "gated_over_plain_cpu": 1.0, "published_over_gated": 2.0}
+    memory = {"mib": programs, "gated_over_plain": 1.05, "published_over_gated": 3.0}
+    results = {
+        "setting": vars(arguments) | {"torch": "2"},
+        "training_step": ratios
+        | {"published_over_gated_cpu": 2.0, "milliseconds": programs, "trained_parameters": dict.fromkeys(programs, 7)},
+        "forward_memory": memory,
+        "step_memory": memory,
+    }
+    lines = recipe.report(results).splitlines()
+    assert "| time of a step, gated over plain LoRA | 1.11 | <= 1.1 | no |" in lines
+    assert "| kept for the backward, gated over plain LoRA | 1.05 | <= 1.05 | yes |" in lines
+    assert "| gated LoRA | 10 | 10 | 10 | 7 |" in lines
 
 
 def test_programs_start_from_one_loss_and_each_trains(recipe, arguments):

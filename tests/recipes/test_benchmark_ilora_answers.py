@@ -1,0 +1,127 @@
+"""The programs whose speed is compared give the same answers, and the measurements count what they say."""
+
+import cProfile
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_ilora.models.gated_lora import gated_layers
+from tests.synthetic import cyclic_sequences
+from tests.tiny_tokenizers import byte_level_bpe
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+ROWS = np.arange(3)
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return importlib.import_module("benchmark_ilora_answers")
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    return cyclic_sequences(num_users=40)
+
+
+@pytest.fixture
+def arguments(recipe, tmp_path):
+    tokenizer = byte_level_bpe()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=1024, initializer_range=0.3, pad_token_id=None, **sizes
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    return recipe.AnswerBenchmarkArguments(
+        data_dir="unused",
+        output_dir=str(tmp_path),
+        llm=str(tmp_path / "llm"),
+        rounds=2,
+        batch_size=3,
+        answer_layers=2,
+        answer_tokens=9,
+        step_layers=1,
+    )
+
+
+@pytest.fixture
+def answers(recipe, sequences, arguments):
+    answers = recipe.Answers(sequences, arguments, "float32")
+    with torch.no_grad():  # large enough to change the answers
+        for name, layer in gated_layers(answers.model.llm).items():
+            published = answers.published.get_submodule(name)
+            layer.lora_B.normal_()
+            for expert, part in enumerate(layer.lora_B.split(layer.rank // layer.num_experts, dim=1)):
+                published.lora_B[expert].weight.copy_(part)
+    return answers
+
+
+def test_both_forms_generate_the_same_tokens_from_the_same_weights(answers):
+    gated, published = (answers.generate(ROWS, form, 9, True) for form in (False, True))
+    assert torch.equal(gated, published) and gated.shape == (3, 9)
+    with torch.no_grad():
+        for layer in gated_layers(answers.model.llm).values():
+            layer.lora_B.zero_()
+    assert not torch.equal(answers.generate(ROWS, False, 9, True), published)
+    own, shared = ({p.data_ptr() for p in llm.parameters()} for llm in (answers.model.llm, answers.published))
+    assert {weight.data_ptr() for weight in answers.model.llm.lm_head.parameters()} <= own & shared
+    assert not gated_layers(answers.published)
+
+
+def test_answers_end_where_the_program_says(answers):
+    model = answers.model
+    longest = max(len(model.title_tokens.sequence(int(item))) for item in answers.rows.target[ROWS])
+    lengths = {name: program().shape[1] for name, program in answers.programs(ROWS, 9).items()}
+    assert lengths == {
+        "score_candidates": answers.rows.candidates.shape[1],
+        "published_full": 9,
+        "published_title": longest,
+        "published_free": lengths["gated_free"],
+        "gated_full": 9,
+        "gated_title": longest,
+        "gated_free": lengths["gated_free"],
+    }
+    row = ROWS[:1]
+    model.title_tokens.terminator_id = int(answers.generate(row, True, 9, True)[0, 3])
+    ended, forced = (answers.generate(row, True, 9, to_the_end) for to_the_end in (False, True))
+    assert ended.shape[1] <= 4 and ended[0, -1] == model.title_tokens.terminator_id
+    assert forced.shape[1] == 9 and model.title_tokens.terminator_id not in forced[0, :8]
+
+
+def test_report_says_what_is_reached_and_what_is_not(recipe, sequences, arguments):
+    results = {
+        "setting": vars(arguments) | {"torch": "2"},
+        "answers": {"float32": recipe.measure_answers(sequences, arguments, "float32")},
+        "prompts": recipe.measure_prompts(sequences, arguments),
+    }
+    answered, prompts = results["answers"]["float32"], results["prompts"]
+    assert answered["layers"] == 2 and answered["tokens_per_row"]["published_full"] == 9
+    assert prompts["tokenizer_calls"] == 0 and 0 < prompts["share"] < 1
+    answered["times_faster"]["published_full"], prompts["share"] = 4.9, 0.019
+    lines = recipe.report(results).splitlines()
+    assert "| putting prompts together, share of a training step | 0.019 | <= 0.02 | yes |" in lines
+    assert next(line for line in lines if "over generating 9 tokens" in line).endswith("| 4.9 | >= 5 | no |")
+
+
+def test_calls_of_tokenizers_are_seen(recipe):
+    tokenizer = byte_level_bpe()
+    with cProfile.Profile() as profile:
+        torch.zeros(2).sum()
+    assert recipe.tokenizer_calls(profile) == 0
+    for call in (tokenizer, tokenizer.backend_tokenizer.encode):
+        with cProfile.Profile() as profile:
+            call("Heat")
+        assert recipe.tokenizer_calls(profile) > 0
+
+
+def test_bad_settings_are_refused(recipe):
+    with pytest.raises(ValueError, match=r"dtypes is \['float8'\]: expected some of float32, bfloat16, float16"):
+        recipe.AnswerBenchmarkArguments("data", "out", dtypes=["float8"])
+    with pytest.raises(ValueError, match="rounds is 0: expected at least 1"):
+        recipe.AnswerBenchmarkArguments("data", "out", rounds=0)
