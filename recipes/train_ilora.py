@@ -155,6 +155,7 @@ class ILoraTrainingArguments(TrainingArguments):
     label_names: list[str] = field(default_factory=lambda: ["labels"])
     prediction_loss_only: bool = True
     ddp_find_unused_parameters: bool | None = False  # all that is trained takes part in every loss
+    restore_callback_states_from_checkpoint: bool = True  # a resumed run has the patience that was left
 
     def __post_init__(self):
         if self.output_dir is None:

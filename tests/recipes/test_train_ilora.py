@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,6 +252,16 @@ def test_training_stops_when_the_validation_loss_no_longer_falls(train, tmp_path
     trainer = train(tmp_path, learning_rate=0.0, num_train_epochs=9, early_stopping_patience=2)
     assert trainer.state.epoch == 3
     check_loads_and_scores(tmp_path)
+
+
+@pytest.mark.slow
+def test_resumed_run_has_the_patience_that_was_left(train, tmp_path):
+    settings = {"learning_rate": 0.0, "num_train_epochs": 9, "save_total_limit": 9}
+    assert train(tmp_path / "whole", **settings).state.epoch == 4  # three evaluations without progress after the first
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "killed" / "checkpoint-6")
+    record = json.loads((tmp_path / "whole" / "run.json").read_text())
+    (tmp_path / "killed" / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    assert train(tmp_path / "killed", **settings).state.epoch == 4
 
 
 @pytest.mark.slow
