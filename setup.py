@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.7",
-        "transformers>=5.20,<6",
+        "transformers>=5.23,<6",
         "accelerate>=1.12",
         "gguf>=0.17",  # transformers reads GGUF files through it
         "datasets>=5.0",
