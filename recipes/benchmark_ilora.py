@@ -110,7 +110,9 @@ class Program(nn.Module):
             self.shared_gates[:] = [self.router(user_embedding)]
         elif self.router is not None:
             keywords = {"expert_gates": self.router(user_embedding)}
-        keep = self.title_tokens + 1
+        num_tokens = input_ids.shape[1]
+        # By index, as `ILoraForRecommendation` does: of a view the output layer would copy its weights for every row.
+        keep = torch.arange(num_tokens - self.title_tokens - 1, num_tokens)
         logits = self.llm(input_ids=input_ids, logits_to_keep=keep, use_cache=False, **keywords).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, -self.title_tokens :].flatten())
 

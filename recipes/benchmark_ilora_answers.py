@@ -1,7 +1,7 @@
 """Measures how fast iLoRA answers, and what putting prompts together costs, on real prompts and a real language model.
 
     python recipes/benchmark_ilora_answers.py --data_dir outputs/ml-100k/data --recommender outputs/ml-100k/sasrec \
-        --output_dir outputs/benchmark_ilora_answers --threads 1
+        --output_dir outputs/benchmark_ilora_answers --dtypes float32 bfloat16 --threads 1
 
 Candidates scored by `score_candidates`, in rows per second, against answers that are generated as the published program
 does, greedily and from embeddings, with the layer in its published form and in ours: the programs take turns on each
