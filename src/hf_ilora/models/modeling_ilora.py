@@ -412,7 +412,12 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
             "expert_gates": expert_gates,
             **kwargs,
         }
+        num_tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         if labels is None:
+            # By index, hidden states come out in one piece. A number would make them a view, for which the output layer
+            # copies its weights once per row.
+            if isinstance(logits_to_keep, int) and logits_to_keep:
+                logits_to_keep = torch.arange(num_tokens - logits_to_keep, num_tokens, device=expert_gates.device)
             output = self.llm(use_cache=use_cache, logits_to_keep=logits_to_keep, **llm_arguments)
             return ILoraOutput(logits=output.logits, past_key_values=output.past_key_values, expert_gates=expert_gates)
         trains_items = self.config.item_loss_weight > 0
@@ -421,14 +426,11 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
         if trains_items and user_embeddings is None:
             raise ValueError("the item loss reads the user embedding: expected histories, not expert_gates")
         num_examples = max(1, len(labels)) if num_items_in_batch is None else num_items_in_batch
-        num_tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         title_labels = title_labels[:, -(num_tokens - 1) :]  # no token predicts the first
         language_loss = item_loss = item_logits = None
         loss = 0.0
         if self.config.language_loss_weight:
-            # The token before a label predicts it. As indices, they come out in one piece; as a number, they would be
-            # a view, for which the output layer copies its weights once per row.
-            num_tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            # The token before a label predicts it.
             kept = torch.arange(num_tokens - title_labels.shape[1] - 1, num_tokens - 1, device=labels.device)
             output = self.llm(
                 use_cache=False,
