@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from hf_ilora.models.language_models import load_language_model
 
 from hf_ilora import ILoraConfig, ILoraForRecommendation, SequenceDatasets
 from hf_ilora.evaluation.choice_evaluation import GENERATE, ChoiceEvaluation
 from hf_ilora.evaluation.choice_report import ChoiceContext, choice_table, plot_choices, write_choice_table
 from hf_ilora.evaluation.expert_usage import plot_expert_usage, usage_table
 from hf_ilora.evaluation.loading import check_catalogue
+from hf_ilora.models.language_models import load_language_model
 from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)
