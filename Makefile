@@ -6,10 +6,6 @@ PYTHON ?= python3
 
 # The programs of .venv come first: python, accelerate, pytest, ruff, and the ninja that DeepSpeed compiles with.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# glibc hands large blocks back at once and asks for them anew, page by page, which can cost a CPU more than the
-# arithmetic of a language model: keep them.
-export MALLOC_MMAP_THRESHOLD_ := 4000000000
-export MALLOC_TRIM_THRESHOLD_ := 16000000000
 QUICKSTART := outputs/quickstart
 
 help: ## list the targets
