@@ -10,8 +10,6 @@ answers is measured by recipes/benchmark_ilora_answers.py.
 
 import json
 import logging
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmark import peak_bytes
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
@@ -231,15 +230,10 @@ def peak_of_steps(name: str, arguments: ILoraBenchmarkArguments) -> float:
     """What three steps add to the peak of this process, in MiB."""
     torch.set_num_threads(arguments.threads)
     step = TrainingStep(name, arguments)
-    before = _peak_mib()
+    before = peak_bytes()
     for _ in range(3):
         step()
-    return _peak_mib() - before
-
-
-def _peak_mib() -> float:
-    scale = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
+    return (peak_bytes() - before) / 2**20
 
 
 def _memory(mib: dict[str, float]) -> dict:

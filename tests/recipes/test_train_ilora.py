@@ -380,6 +380,14 @@ def test_a_refused_run_leaves_its_folder_free_and_a_finished_one_keeps_it(train,
 # --- as a user runs it ---
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads add up in another order each time, and the last digits with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 def command(parts, output_dir, **changes) -> list[str]:
     return [sys.executable, str(PROJECT / "recipes" / "train_ilora.py"), *arguments(parts, output_dir, **changes)]
 
