@@ -83,7 +83,7 @@ def _log_likelihoods(
     """`candidate_log_likelihoods` of rows that go through the language model together; of any value for padding."""
     device, num_tokens = prompt_embeddings.device, prompt_embeddings.shape[1]
     lengths = title_tokens.lengths[items]  # (batch, candidates)
-    prompt_positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # (batch, tokens)
+    prompt_positions = positions(attention_mask)  # (batch, tokens)
     prompt = llm(
         inputs_embeds=prompt_embeddings,
         attention_mask=attention_mask,
@@ -120,6 +120,11 @@ def _log_likelihoods(
         cache.crop(-titles.tokens.shape[1])
         log_p[:, torch.from_numpy(chunk).to(device)] += titles.sums(_log_p(logits, titles.next_tokens))
     return log_p
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens): the place of each real token, from 0; padding does not count."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _log_p(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -186,4 +191,4 @@ def _check_attention(llm: PreTrainedModel, num_tokens: int) -> None:
             )
 
 
-__all__ = ["candidate_log_likelihoods"]
+__all__ = ["candidate_log_likelihoods", "positions"]

@@ -13,21 +13,20 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
 from .candidate_order import preferred_order
-from .candidate_scoring import candidate_log_likelihoods
+from .candidate_scoring import candidate_log_likelihoods, positions
 from .catalogue import CATALOGUE_FILE, Catalogue
 from .configuration_ilora import ILoraConfig
 from .gated_lora import add_gated_lora, plain_lora
 from .item_head import ItemHead
 from .language_models import load_language_model, load_tokenizer, truncate_layers
 from .modeling_sasrec import SASRecForNextItem
+from .next_item_model import newest_items
 from .next_item_output import top_k_items
 from .prompt_embedding import PromptEmbedding, check_placeholders
-from .prompts import PromptBuilder, Prompts
+from .prompts import IGNORED_LABEL, PromptBuilder, Prompts
 from .routers import build_router
 from .title_generation import GeneratedRecommendation, generate_freely, generate_titles
 from .title_tokens import TitleTokens
-
-IGNORED_LABEL = -100
 
 
 @dataclass
@@ -671,14 +670,7 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
             candidates = None
         if candidates is not None and self.config.candidate_order == "recommender":
             candidates = preferred_order(self.recommender, histories.to(self.device), candidates.to(self.device))
-        return self.prompts.build(self._prompt_histories(histories), candidates).to(self.device)
-
-    def _prompt_histories(self, histories: torch.Tensor) -> torch.Tensor:
-        """The newest `max_history` items of each history, (batch, <= max_history)."""
-        if histories.shape[1] <= self.config.max_history:
-            return histories
-        order = histories.ne(0).to(torch.uint8).argsort(dim=1, stable=True)  # padding first
-        return histories.gather(1, order)[:, -self.config.max_history :]
+        return self.prompts.build(newest_items(histories, self.config.max_history), candidates).to(self.device)
 
     def _checked_histories(self, histories: torch.Tensor) -> torch.Tensor:
         """On the model's device; ValueError for empty ones and for ids outside the catalogue."""
@@ -738,11 +730,6 @@ def check_recommender(recommender: SASRecForNextItem, items: Catalogue) -> None:
             "the recommender's catalogue has other raw ids than the items given: expected the recommender that was "
             "trained on this catalogue"
         )
-
-
-def positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """(batch, tokens): the place of each real token, from 0; padding does not count."""
-    return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _saved_file(path: str | os.PathLike, name: str, hub_arguments: dict) -> str:

@@ -14,6 +14,14 @@ from .next_item_output import top_k_items
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+def newest_items(input_ids: torch.Tensor, max_length: int) -> torch.Tensor:
+    """The newest items of histories padded on either side: (batch, length) -> (batch, <= max_length)."""
+    if input_ids.shape[1] <= max_length:
+        return input_ids
+    order = input_ids.ne(0).to(torch.uint8).argsort(dim=1, stable=True)  # padding first
+    return input_ids.gather(1, order)[:, -max_length:]
+
+
 class NextItemPreTrainedModel(PreTrainedModel):
     """A model that scores the next item: `forward(input_ids, ...).logits` are (batch, num_items + 1).
 
@@ -65,11 +73,7 @@ class NextItemPreTrainedModel(PreTrainedModel):
 
     def newest_items(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The part of the histories that the model reads; (batch, length) -> (batch, <= max_length)."""
-        max_length = self.config.max_length
-        if input_ids.shape[1] <= max_length:
-            return input_ids
-        order = input_ids.ne(0).to(torch.uint8).argsort(dim=1, stable=True)  # padding first
-        return input_ids.gather(1, order)[:, -max_length:]
+        return newest_items(input_ids, self.config.max_length)
 
     def check_item_ids(self, input_ids: torch.Tensor) -> None:
         """Raise a ValueError unless `input_ids` are (batch, length) integers and, on a CPU, inside the catalogue."""

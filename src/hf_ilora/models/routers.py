@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .configuration_ilora import ROUTER_TYPES
+
 # The convolutional router halves its signal twice; from 8 numbers at least 2 places are left for batch statistics.
 MIN_CONV_GATE_SIZE = 8
 
@@ -213,9 +215,6 @@ class SingleExpert(nn.Module):
     def forward(self, user_embedding: torch.Tensor) -> torch.Tensor:
         """(batch, gate_size) -> ones (batch, 1), float32"""
         return torch.ones(user_embedding.shape[0], 1, device=user_embedding.device)
-
-
-ROUTER_TYPES = ("conv", "linear", "mlp", "top_k", "noisy")
 
 
 def build_router(

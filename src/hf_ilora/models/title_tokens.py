@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-DUPLICATE_TITLES = ("raise", "number")
+from .configuration_ilora import DUPLICATE_TITLES
 
 # Text stands behind one of these while it is tokenised. The second serves text that would grow onto a letter.
 _ANCHORS = ("a", ":")
