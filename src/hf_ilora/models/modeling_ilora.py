@@ -1,6 +1,7 @@
 """iLoRA as a `PreTrainedModel`: a frozen language model whose expert LoRA is gated for each user by a frozen SASRec."""
 
 import copy
+import functools
 import os
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from .prompts import IGNORED_LABEL, PromptBuilder, Prompts
 from .routers import build_router
 from .title_generation import GeneratedRecommendation, generate_freely, generate_titles
 from .title_tokens import TitleTokens
+from .title_trie import TitleTrie
 
 
 @dataclass
@@ -601,10 +603,18 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
                 "attention_mask": prompts.attention_mask,
                 "expert_gates": self.expert_gates(histories),
             }
-            settings = (self, prompt, self.tokenizer, self.title_tokens, candidates, top_k)
-            if constrained:
-                return generate_titles(*settings, num_beams)
-            return generate_freely(*settings, num_beams, max_new_tokens)
+            parts = (self, prompt, self.tokenizer, self.title_tokens)
+            if not constrained:
+                return generate_freely(*parts, candidates, top_k, num_beams, max_new_tokens)
+            if candidates is None:
+                tries = [self._catalogue_trie] * len(histories)
+            else:
+                tries = [TitleTrie(self.title_tokens, row) for row in candidates.tolist()]
+            return generate_titles(*parts, tries, top_k, num_beams)
+
+    @functools.cached_property
+    def _catalogue_trie(self) -> TitleTrie:
+        return TitleTrie(self.title_tokens)
 
     @torch.no_grad()
     def encode_items(self, batch_size: int = 64) -> torch.Tensor:

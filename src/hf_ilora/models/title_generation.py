@@ -32,28 +32,23 @@ def generate_titles(
     prompt: dict[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerBase,
     title_tokens: TitleTokens,
-    candidates: torch.Tensor | None,
+    tries: list[TitleTrie],
     top_k: int,
     num_beams: int,
 ) -> GeneratedRecommendation:
-    """The most likely titles that a beam search finds, among the candidates or in the whole catalogue.
+    """The most likely titles that a beam search finds among those allowed.
 
     Args:
         model: takes `prompt` as keywords of `generate`.
         prompt: inputs_embeds (batch, tokens, llm hidden), attention_mask (batch, tokens) and what else the model needs.
         tokenizer, title_tokens: of the model.
-        candidates: (batch, candidates) item ids, or None.
+        tries: the titles to choose among, one tree for each row.
         top_k: answers per row.
         num_beams: at least `top_k` and 2.
 
     Returns:
         The answers with their log-likelihoods; no title twice in a row.
     """
-    batch = len(prompt["inputs_embeds"])
-    if candidates is None:
-        tries = [TitleTrie(title_tokens)] * batch
-    else:
-        tries = [TitleTrie(title_tokens, row) for row in candidates.tolist()]
 
     def allowed(row: int, answer: torch.Tensor) -> list[int]:
         return tries[row].allowed(answer.tolist())
@@ -66,9 +61,11 @@ def generate_titles(
         prefix_allowed_tokens_fn=allowed,
         output_scores=True,
     )
-    answers = output.sequences.view(batch, top_k, -1).tolist()
-    item_ids = torch.tensor([[tries[row].item_of(answer) or 0 for answer in answers[row]] for row in range(batch)])
-    scores = output.sequences_scores.view(batch, top_k).float().cpu()
+    answers = output.sequences.view(len(tries), top_k, -1).tolist()
+    item_ids = torch.tensor(
+        [[trie.item_of(answer) or 0 for answer in row] for trie, row in zip(tries, answers, strict=True)]
+    )
+    scores = output.sequences_scores.view(len(tries), top_k).float().cpu()
     # With fewer titles than beams some beams hold none, or repeat a title.
     missing = scores < _LOWEST_SCORE
     item_ids = item_ids.masked_fill(missing, 0)
@@ -90,7 +87,8 @@ def generate_freely(
     """What the language model writes by itself; an answer means the one candidate whose title it holds.
 
     Args:
-        model, prompt, tokenizer, title_tokens, candidates, top_k, num_beams: as in `generate_titles`.
+        model, prompt, tokenizer, title_tokens, top_k, num_beams: as in `generate_titles`.
+        candidates: (batch, candidates) item ids, or None for the whole catalogue.
         max_new_tokens: most tokens of an answer.
 
     Source: the protocol of LLaRA and iLoRA: an answer is valid when it holds exactly one candidate's title, in any
