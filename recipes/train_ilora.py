@@ -33,6 +33,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from hf_ilora import Catalogue, ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.data.candidate_rows import CandidateRows
+from hf_ilora.data.row_shares import check_share, rows_in_share
 from hf_ilora.data.windows import WindowEpochCallback
 from hf_ilora.downloads.embedded_llm import EMBEDDED_LLM
 from hf_ilora.evaluation.expert_usage import ExpertUsageCallback
@@ -90,6 +91,13 @@ class PartArguments:
     prompt_file: str | None = field(
         default=None, metadata={"help": "templates separated by lines of ---; by default one that fits any items"}
     )
+    train_share: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={
+            "help": "rows to learn from, from and to, as shares of the train split; best users whom the recommender "
+            "has not seen, such as 0.8 1 after a recommender trained on 0 0.8"
+        },
+    )
     num_candidates: int = field(default=20, metadata={"help": "candidates in a training prompt, the target included"})
     candidate_share: float | None = field(
         default=None,
@@ -120,6 +128,7 @@ class PartArguments:
         for name, choices in (("llm_dtype", DTYPES), ("llm_quantization", QUANTIZATIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
+        check_share(self.train_share)
         if self.candidate_share is not None and not 0 <= self.candidate_share <= 1:
             raise ValueError(f"candidate_share is {self.candidate_share}: expected a share in [0, 1]")
         if self.num_candidates < 2 or self.curriculum_steps < 0 or self.router_learning_rate_factor < 0:
@@ -272,7 +281,7 @@ def main() -> None:
         llm, recommender, tokenizer, catalogue, config, untrained_recommender=parts.untrained_recommender
     )
     rows = CandidateRows(
-        sequences["train"],
+        rows_in_share(sequences["train"], parts.train_share),
         sequences.num_items,
         config.max_history,
         parts.num_candidates,

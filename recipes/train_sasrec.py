@@ -17,6 +17,7 @@ import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from hf_ilora import Catalogue, SASRecConfig, SASRecForNextItem, SequenceDatasets
+from hf_ilora.data.row_shares import check_share, rows_in_share
 from hf_ilora.data.windows import (
     EvaluationHistories,
     NextItemCollator,
@@ -48,6 +49,10 @@ class DataArguments:
     """What to train on."""
 
     data_dir: str = field(metadata={"help": "folder written by recipes/prepare_data.py"})
+    train_share: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "rows to learn from, from and to, as shares of the train split; users are not cut in two"},
+    )
     windows: str = field(default="random", metadata={"help": "windows per epoch and history: random, all or last"})
     targets: str | None = field(
         default=None,
@@ -74,6 +79,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        check_share(self.train_share)
         check_windows(self.windows, self.targets or "all", self.skip_probability, self.shuffle_distance)
         if self.initial_items not in INITIAL_ITEMS:
             raise ValueError(f"initial_items is {self.initial_items!r}: expected one of {', '.join(INITIAL_ITEMS)}")
@@ -102,6 +108,7 @@ class SASRecTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
     label_names: list[str] = field(default_factory=lambda: ["labels", "seen_items"])
     batch_eval_metrics: bool = True
+    restore_callback_states_from_checkpoint: bool = True  # a resumed run has the patience that was left
 
     def __post_init__(self):
         if self.output_dir is None:
@@ -117,10 +124,15 @@ class SASRecTrainingArguments(TrainingArguments):
 ARGUMENTS = (DataArguments, SASRecArguments, SASRecTrainingArguments)
 
 
-def next_item_optimizer(model, arguments: TrainingArguments, item_factor: float) -> torch.optim.Optimizer:
+def next_item_optimizer(
+    model: SASRecForNextItem, arguments: TrainingArguments, item_factor: float
+) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
     """The optimizer that `arguments` name, with a learning rate of its own for the item embeddings.
 
     As in the Trainer, biases and layer normalisations do not decay.
+
+    Returns:
+        What `Trainer(optimizer_cls_and_kwargs=...)` takes: under DeepSpeed a finished optimizer would be dropped.
     """
     optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     items = model.model.item_embedding.weight
@@ -132,7 +144,7 @@ def next_item_optimizer(model, arguments: TrainingArguments, item_factor: float)
         {"params": undecayed, "weight_decay": 0.0},
         {"params": [items], "weight_decay": arguments.weight_decay, "lr": settings["lr"] * item_factor},
     ]
-    return optimizer_class(groups, **settings)
+    return optimizer_class, {"params": groups, **settings}
 
 
 def labelled_positions(data_arguments: DataArguments, protocol: str) -> str:
@@ -167,8 +179,9 @@ def main() -> None:
         set_seed(training_arguments.seed)
         model = SASRecForNextItem(config)
         model.catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
+        train = rows_in_share(sequences["train"], data_arguments.train_share)
         windows = TrainingWindows(
-            sequences["train"],
+            train,
             config.max_length,
             data_arguments.windows,
             targets,
@@ -182,7 +195,7 @@ def main() -> None:
         if data_arguments.initial_items != "random" and checkpoint is None:
             logger.info("factorising the co-occurrence of %d items", config.num_items)
             embeddings = cooccurrence_embeddings(
-                np.split(*training_sequences(sequences["train"]))[1:-1],
+                np.split(*training_sequences(train))[1:-1],
                 config.num_items,
                 config.hidden_size,
                 take_logarithm=data_arguments.initial_items == "cooccurrence",
@@ -203,7 +216,9 @@ def main() -> None:
             compute_metrics=RankingMetrics(k=10),
             preprocess_logits_for_metrics=ranks_from_logits,
             callbacks=callbacks,
-            optimizers=(next_item_optimizer(model, training_arguments, data_arguments.item_learning_rate_factor), None),
+            optimizer_cls_and_kwargs=next_item_optimizer(
+                model, training_arguments, data_arguments.item_learning_rate_factor
+            ),
         )
         trainer.remove_callback(PrinterCallback)  # LogMetricsCallback says the same, to the file too
         with record.stage("train"):
@@ -215,6 +230,7 @@ def main() -> None:
             record.add_metrics(split, metrics)
             for name, value in metrics.items():
                 logger.info("%s %s %.4f [%.4f, %.4f]", split, name, value.mean, value.low, value.high)
+    trainer.accelerator.end_training()  # processes that leave with their connections open now and then crash on exit
 
 
 if __name__ == "__main__":
