@@ -1,0 +1,464 @@
+"""Losses of DLLM2Rec and of plain distillation: pure functions of scores, and `DLLM2RecLoss`, which puts them together.
+
+Items are columns of the score matrix, counted from 0: the scores may be the whole catalogue or any sample of it, and
+padding is no column. Everything is computed in float32, whatever the dtype of the scores.
+
+Source: DLLM2Rec (arXiv 2405.00338, RecSys 2024); the DROS term is that of DROS (SIGIR 2023).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_ilora.models.next_item_losses import gbce_loss, sampled_softmax_loss
+
+FORMS = ("corrected", "reference")
+BASE_LOSSES = ("bce", "cross_entropy", "sampled_softmax", "gbce")
+NO_LABEL = -1  # in teacher_items: fewer labels than places
+
+# Added to the confidence and to the consistency weights, as published.
+WEIGHT_FLOOR = 1e-8
+
+
+def propensity_scores(item_counts: torch.Tensor, power: float = 0.05) -> torch.Tensor:
+    """How likely each item is to be seen, flattened by `power`.
+
+    Args:
+        item_counts: (items,) occurrences of each item in training.
+        power: 0 makes all items equal, 1 gives their shares.
+
+    Returns:
+        (items,) float32 in (0, 1].
+
+    Raises:
+        ValueError: for another shape and for negative counts.
+
+    Source: DROS, with the counts smoothed by one as in DLLM2Rec's program.
+    """
+    if item_counts.dim() != 1 or not len(item_counts):
+        raise ValueError(f"item_counts have shape {tuple(item_counts.shape)}: expected (items,), one count per item")
+    if item_counts.min() < 0:
+        raise ValueError(f"item_counts hold {item_counts.min().item()}: expected numbers of occurrences, 0 or more")
+    smoothed = item_counts.double() + 1
+    return ((smoothed / smoothed.sum()) ** power).float()
+
+
+def dro_loss(scores: torch.Tensor, target: torch.Tensor, propensity: torch.Tensor, beta: float) -> torch.Tensor:
+    """The distributionally robust term of each target: log of sum over i of exp(ps_i (s_i - y_i)^2 / beta).
+
+    y is 1 for the target and 0 for all other items.
+
+    Args:
+        scores: (batch, items), at least two items.
+        target: (batch,) or (batch, targets), columns of `scores`; each is the only target of a term of its own.
+        propensity: (items,), or (batch, items) when each row scores items of its own.
+        beta: temperature, positive.
+
+    Returns:
+        As `target`, float32.
+
+    Raises:
+        ValueError: for shapes that do not fit, targets that are no columns, and a beta that is not positive.
+
+    Source: DROS (SIGIR 2023) as in DLLM2Rec's program, which adds 1e-24 inside the logarithm; every exponent is at
+    least 0, so that the sum is at least 1 and the addition is lost in its rounding.
+    """
+    _check_columns("target", target, scores)
+    _check_dro(scores, propensity, beta)
+    targets = target.reshape(len(target), -1)  # (batch, targets)
+    scores = scores.float()
+    scale = propensity.float() / beta  # (items,) or (batch, items)
+    exponents = scores.square() * scale  # (batch, items)
+    with torch.no_grad():
+        largest = exponents.argmax(1, keepdim=True)  # (batch, 1)
+
+    # Taking the target's exponential out of the sum of all is exact unless it is most of the sum. Only the largest can
+    # be more than half of it, and so the sum without the largest is the one that is computed as a sum.
+    columns = torch.cat([largest, targets], dim=1)  # (batch, 1 + targets)
+    column_scores, column_scale = scores.gather(1, columns), scale.expand_as(scores).gather(1, columns)
+    column_exponents = column_scores.square() * column_scale  # (batch, 1 + targets)
+    without_largest = exponents.scatter(1, largest, float("-inf")).logsumexp(1, keepdim=True)  # (batch, 1)
+    of_all = torch.logaddexp(without_largest, column_exponents[:, :1])  # (batch, 1)
+    is_largest = targets == largest  # (batch, targets)
+    share = (column_exponents[:, 1:] - of_all).masked_fill(is_largest, float("-inf")).exp()  # at most 1/2
+    without_target = torch.where(is_largest, without_largest, of_all + torch.log1p(-share))  # (batch, targets)
+    with_target = (column_scores[:, 1:] - 1).square() * column_scale[:, 1:]  # (batch, targets)
+    return torch.logaddexp(without_target, with_target).view_as(target)
+
+
+@torch.no_grad()
+def ranking_distillation_weights(
+    student_scores: torch.Tensor,
+    teacher_items: torch.Tensor,
+    teacher_distances: torch.Tensor,
+    gamma_position: float,
+    gamma_confidence: float,
+    gamma_consistency: float,
+) -> torch.Tensor:
+    """How much each of the teacher's items counts: by its position, the teacher's confidence, the student's agreement.
+
+    Args:
+        student_scores: (batch, items).
+        teacher_items: (batch, k) columns of `student_scores`, best first; -1 where there are fewer labels.
+        teacher_distances: (batch, k), smaller is more confident, such as -log p.
+        gamma_position: weight of exp(-position).
+        gamma_confidence: weight of exp(-distance).
+        gamma_consistency: weight of being among the student's own k best items.
+
+    Returns:
+        (batch, k) float32 without gradients; a row sums to 1, or to 0 when it has no label at all.
+
+    Raises:
+        ValueError: for shapes that do not fit, items that are no columns, and distances that are NaN.
+
+    Source: DLLM2Rec, importance-aware ranking distillation.
+    """
+    _check_columns("teacher_items", teacher_items, student_scores, lowest=NO_LABEL, shape="(batch, k)")
+    if teacher_distances.shape != teacher_items.shape:
+        raise ValueError(
+            f"teacher_distances have shape {tuple(teacher_distances.shape)}: expected {tuple(teacher_items.shape)}, "
+            "one for each of teacher_items"
+        )
+    if teacher_distances.device.type == "cpu" and teacher_distances.isnan().any():
+        raise ValueError("teacher_distances hold NaN: expected numbers, smaller where the teacher is more confident")
+    labelled = (teacher_items != NO_LABEL).float()  # (batch, k)
+    num_labels = teacher_items.shape[1]
+    places = torch.arange(1, num_labels + 1, device=teacher_items.device, dtype=torch.float32)
+    weights = gamma_position * _shares((-places).exp() * labelled)  # (batch, k)
+    weights += gamma_confidence * _shares(((-teacher_distances.float()).exp() + WEIGHT_FLOOR) * labelled)
+    if gamma_consistency:
+        student_items = student_scores.topk(min(num_labels, student_scores.shape[1]), dim=1).indices  # (batch, k)
+        agreed = (teacher_items.unsqueeze(2) == student_items.unsqueeze(1)).any(2)  # (batch, k)
+        weights += gamma_consistency * (agreed.float() + WEIGHT_FLOOR) * labelled  # not normalised, as published
+    return _shares(weights)
+
+
+def _shares(weights: torch.Tensor) -> torch.Tensor:
+    """(batch, k) weights divided by their sum; rows without any weight stay 0."""
+    total = weights.sum(1, keepdim=True)  # (batch, 1)
+    return weights / total.masked_fill(total == 0, 1.0)
+
+
+def base_losses(
+    student_scores: torch.Tensor,
+    target: torch.Tensor,
+    negative: torch.Tensor | None,
+    base_loss: str = "bce",
+    num_items: int | None = None,
+    gbce_calibration: float = 0.75,
+    mask_collisions: bool = True,
+) -> torch.Tensor:
+    """The loss of the true next item, which distillation is added to, of each row.
+
+    Args:
+        student_scores: (batch, items).
+        target: (batch,) columns.
+        negative: (batch, negatives) columns; None with "cross_entropy", which reads none.
+        base_loss: "bce" (the average over the target and its negatives), "cross_entropy" (over all columns),
+            "sampled_softmax" or "gbce".
+        num_items: size of the catalogue, for the sampling rate of gBCE; None when the columns are all of it.
+        gbce_calibration: t of gBCE.
+        mask_collisions: negatives that are the target itself count nothing.
+
+    Returns:
+        (batch,) float32.
+    """
+    if base_loss == "cross_entropy":
+        return F.cross_entropy(student_scores.float(), target, reduction="none")
+    scores = student_scores.float()
+    target_scores, negative_scores = scores.gather(1, target.unsqueeze(1)), scores.gather(1, negative)
+    collisions = (negative == target.unsqueeze(1)) & mask_collisions  # (batch, negatives)
+    # The losses of `models` add up positions; mapped over rows, each sees one.
+    rows = (target_scores, negative_scores.unsqueeze(1), collisions.unsqueeze(1))
+    if base_loss == "sampled_softmax":
+        return torch.vmap(sampled_softmax_loss)(*rows)
+    calibration = gbce_calibration if base_loss == "gbce" else 0.0
+    num_items = student_scores.shape[1] if num_items is None else num_items
+    return torch.vmap(gbce_loss, in_dims=(0, 0, 0, None, None))(*rows, num_items, calibration)
+
+
+@dataclass
+class DLLM2RecOutput:
+    """The loss of a batch and its parts, scalars in float32: loss = base_loss + alpha dro_loss + lam ranking_loss."""
+
+    loss: torch.Tensor
+    base_loss: torch.Tensor
+    dro_loss: torch.Tensor
+    ranking_loss: torch.Tensor
+
+
+class DLLM2RecLoss(nn.Module):
+    """The base loss of the true item, its DROS term, and the ranking that a teacher would give.
+
+    Args:
+        alpha: weight of the DROS terms; 0 leaves them out.
+        beta: temperature of the DROS terms.
+        lam: weight of the ranking distillation; 0 leaves it out, and no teacher is read.
+        gamma_position, gamma_confidence, gamma_consistency: what the weights of the teacher's items are made of, see
+            `ranking_distillation_weights`.
+        top_k: how many of the teacher's items count, the first ones.
+        propensity: (items,) from `propensity_scores`, a column of the scores each; needed with alpha.
+        form: "corrected" or "reference". The published program ("reference") has sigmoid(1 - s) for negatives, where
+            the logistic loss ("corrected") has sigmoid(-s), and multiplies the batch's mean weight of an item by the
+            batch's mean DROS term of it, where the paper ("corrected") weights each row's own term. It also lets a
+            negative that is the target itself count.
+        base_loss: "bce" (as published), "cross_entropy", "sampled_softmax" or "gbce", see `base_losses`.
+        num_items: size of the catalogue, for the sampling rate of gBCE; None when the scores cover all of it.
+        gbce_calibration: t of gBCE.
+
+    Raises:
+        ValueError: for a number outside its range or an unknown name.
+
+    Source: DLLM2Rec, equations of section 3 of the paper; defaults are those of the published program.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        lam: float = 0.8,
+        gamma_position: float = 0.3,
+        gamma_confidence: float = 0.5,
+        gamma_consistency: float = 0.1,
+        top_k: int = 10,
+        propensity: torch.Tensor | None = None,
+        form: str = "corrected",
+        base_loss: str = "bce",
+        num_items: int | None = None,
+        gbce_calibration: float = 0.75,
+    ):
+        super().__init__()
+        gammas = {"position": gamma_position, "confidence": gamma_confidence, "consistency": gamma_consistency}
+        numbers = {"alpha": alpha, "lam": lam} | {f"gamma_{name}": gamma for name, gamma in gammas.items()}
+        for name, number in numbers.items():
+            if not 0 <= number < float("inf"):
+                raise ValueError(f"{name} is {number}: expected a finite number, 0 or more")
+        if not any(gammas.values()):
+            raise ValueError("all gammas are 0: expected at least one positive, or lam=0 for no ranking distillation")
+        if not 0 < beta < float("inf"):
+            raise ValueError(f"beta is {beta}: expected a positive number")
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}: expected at least 1, or lam=0 for no ranking distillation")
+        for name, value, choices in (("form", form, FORMS), ("base_loss", base_loss, BASE_LOSSES)):
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
+        self.alpha, self.beta, self.lam, self.top_k = alpha, beta, lam, top_k
+        self.gammas = (gamma_position, gamma_confidence, gamma_consistency)
+        self.form, self.base_loss = form, base_loss
+        self.num_items, self.gbce_calibration = num_items, gbce_calibration
+        self.register_buffer("propensity", propensity, persistent=False)
+
+    def forward(
+        self,
+        student_scores: torch.Tensor,
+        target: torch.Tensor,
+        negative: torch.Tensor | None,
+        teacher_items: torch.Tensor | None = None,
+        teacher_distances: torch.Tensor | None = None,
+        sample_weights: torch.Tensor | None = None,
+        propensity: torch.Tensor | None = None,
+    ) -> DLLM2RecOutput:
+        """The loss of a batch; all parts are means over its rows.
+
+        Args:
+            student_scores: (batch, items), of the whole catalogue or a sample of it.
+            target: (batch,) columns.
+            negative: (batch,) or (batch, negatives) columns; None when nothing reads it ("cross_entropy", lam 0).
+            teacher_items: (batch, labels) columns, best first, at least `top_k` of them; -1 where there are fewer.
+            teacher_distances: (batch, labels), smaller is more confident.
+            sample_weights: (batch,) weight of each row's ranking distillation, or None for 1; 0 for rows that the
+                teacher was not asked about. The mean stays one over all rows, so that a labelled row counts the same
+                whatever the share of labelled rows.
+            propensity: (items,) or (batch, items) of these columns, where they are not those of the constructor's.
+
+        Raises:
+            ValueError: for a missing input, shapes that do not fit, and ids that are no columns.
+        """
+        propensity = self.propensity if propensity is None else propensity
+        self._check_inputs(student_scores, target, negative, teacher_items, teacher_distances, sample_weights)
+        if self.alpha and propensity is None:
+            raise ValueError(
+                f"alpha is {self.alpha} and propensity None: expected propensity_scores(item_counts), or alpha=0"
+            )
+        if negative is not None:
+            negative = negative.view(len(negative), -1)  # (batch, negatives)
+        base = base_losses(
+            student_scores,
+            target,
+            negative,
+            self.base_loss,
+            self.num_items,
+            self.gbce_calibration,
+            mask_collisions=self.form == "corrected",
+        ).mean()
+        dro = ranking = base.new_zeros(())
+        label_weights = label_items = None
+        if self.lam:
+            label_items, label_weights = self._labels(student_scores, teacher_items, teacher_distances, sample_weights)
+            ranking = self._ranking(student_scores, negative, label_items, label_weights)
+        if self.alpha:
+            columns = target.unsqueeze(1)  # (batch, 1)
+            if self.lam:
+                columns = torch.cat([columns, label_items], dim=1)  # (batch, 1 + k)
+            terms = dro_loss(student_scores, columns, propensity, self.beta)  # (batch, 1) or (batch, 1 + k)
+            dro = terms[:, 0].mean()
+            if self.lam:
+                counts = (teacher_items[:, : self.top_k] != NO_LABEL).float()  # (batch, k)
+                if sample_weights is not None:
+                    counts = counts * sample_weights.unsqueeze(1)
+                ranking = ranking + self.alpha * self._ranking_dro(terms[:, 1:], label_weights, counts)
+        return DLLM2RecOutput(base + self.alpha * dro + self.lam * ranking, base, dro, ranking)
+
+    def _labels(self, student_scores, teacher_items, teacher_distances, sample_weights):
+        """Columns (batch, k) that can be looked up, and their weights (batch, k), 0 where there is no label."""
+        items = teacher_items[:, : self.top_k]
+        weights = ranking_distillation_weights(
+            student_scores, items, teacher_distances[:, : self.top_k], *self.gammas
+        )  # (batch, k)
+        if sample_weights is not None:
+            weights = weights * sample_weights.float().unsqueeze(1)
+        return items.clamp(min=0), weights
+
+    def _ranking(self, student_scores, negative, label_items, label_weights):
+        """Labels against negatives, without DROS: a scalar."""
+        positive = F.softplus(-student_scores.gather(1, label_items).float())  # (batch, k)
+        negative_scores = student_scores.gather(1, negative).float()  # (batch, negatives)
+        # The reference writes sigmoid(1 - s), so that a negative has to fall below 1, not below 0.
+        margin = 1.0 if self.form == "reference" else 0.0
+        against = F.softplus(negative_scores - margin).mean(1, keepdim=True)  # (batch, 1), the same for all labels
+        return (label_weights * (positive + against)).sum(1).mean()
+
+    def _ranking_dro(self, terms, label_weights, counts):
+        """The labels' DROS terms (batch, k), weighted: a scalar. `counts` (batch, k) are 0 where there is no label."""
+        if self.form == "corrected":
+            return (label_weights * terms).sum(1).mean()
+        # Rows without labels are left out of the second mean: what remains is the published product of the labelled
+        # rows, times their share of the batch.
+        total = counts.sum(0)  # (k,)
+        mean_terms = (counts * terms).sum(0) / total.masked_fill(total == 0, 1.0)  # (k,)
+        return (label_weights.mean(0) * mean_terms).sum()
+
+    def _check_inputs(self, student_scores, target, negative, teacher_items, teacher_distances, sample_weights):
+        _check_columns("target", target, student_scores, shape="(batch,)")
+        if negative is not None:
+            _check_columns("negative", negative, student_scores)
+        elif self.lam or self.base_loss != "cross_entropy":
+            raise ValueError(
+                f"negative is None: base_loss {self.base_loss!r} with lam {self.lam} expected (batch,) or (batch, "
+                "negatives) columns; only cross_entropy with lam=0 reads none"
+            )
+        if not self.lam:
+            return
+        if teacher_items is None or teacher_distances is None:
+            raise ValueError(
+                f"teacher_items or teacher_distances is None and lam {self.lam}: expected (batch, k) each, or lam=0; "
+                "rows without labels hold -1"
+            )
+        if teacher_items.dim() != 2 or teacher_items.shape[1] < self.top_k:
+            raise ValueError(
+                f"teacher_items have shape {tuple(teacher_items.shape)}: expected (batch, at least {self.top_k}), the "
+                "top_k; fill up with -1, or lower top_k"
+            )
+        if sample_weights is not None and sample_weights.shape != target.shape:
+            raise ValueError(
+                f"sample_weights have shape {tuple(sample_weights.shape)}: expected {tuple(target.shape)}, one per row"
+            )
+
+
+def distribution_loss(
+    student_scores: torch.Tensor, teacher_scores: torch.Tensor, temperature: float = 1.0, direction: str = "forward"
+) -> torch.Tensor:
+    """Kullback-Leibler divergence between the teacher's and the student's distributions over all columns.
+
+    Args:
+        student_scores: (batch, items).
+        teacher_scores: (batch, items), logits or log-probabilities.
+        temperature: divides both; the loss is multiplied by its square, so that gradients keep their size.
+        direction: "forward" is KL(teacher || student), "reverse" KL(student || teacher).
+
+    Returns:
+        (batch,) float32.
+
+    Raises:
+        ValueError: for shapes that differ, a temperature that is not positive, and an unknown direction.
+
+    Source: Hinton et al. 2015, section 2; the reverse direction as in MiniLLM (ICLR 2024).
+    """
+    if student_scores.dim() != 2 or student_scores.shape != teacher_scores.shape:
+        raise ValueError(
+            f"student_scores have shape {tuple(student_scores.shape)} and teacher_scores "
+            f"{tuple(teacher_scores.shape)}: expected (batch, items) of the same items"
+        )
+    check_temperature(temperature)
+    student = F.log_softmax(student_scores.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_scores.float() / temperature, dim=1)
+    if direction == "reverse":
+        student, teacher = teacher, student
+    elif direction != "forward":
+        raise ValueError(f"direction is {direction!r}: expected forward or reverse")
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+
+
+def embedding_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "mse") -> torch.Tensor:
+    """Distance between output embeddings of the student and of the teacher.
+
+    Args:
+        student: (batch, hidden).
+        teacher: (batch, hidden); project it when the teacher's are of another size.
+        kind: "mse", the mean of the squared differences, or "cosine", 1 - cosine similarity.
+
+    Returns:
+        (batch,) float32.
+
+    Raises:
+        ValueError: for shapes that differ and an unknown kind.
+    """
+    if student.dim() != 2 or student.shape != teacher.shape:
+        raise ValueError(
+            f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}: expected the same (batch, "
+            "hidden); project the larger embeddings first"
+        )
+    if kind == "mse":
+        return (student.float() - teacher.float()).square().mean(1)
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=1)
+    raise ValueError(f"kind is {kind!r}: expected mse or cosine")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a ValueError unless `temperature` is positive."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}: expected a positive number, 1 for the scores as they are")
+
+
+def _check_dro(scores: torch.Tensor, propensity: torch.Tensor, beta: float) -> None:
+    if scores.shape[1] < 2:
+        raise ValueError(f"scores have shape {tuple(scores.shape)}: expected at least two items to compare")
+    if propensity.shape not in (scores.shape, scores.shape[1:]):
+        raise ValueError(
+            f"propensity has shape {tuple(propensity.shape)}: expected {tuple(scores.shape[1:])} or "
+            f"{tuple(scores.shape)}, one for each column of the scores; a sample of items needs that of its items"
+        )
+    if not beta > 0:
+        raise ValueError(f"beta is {beta}: expected a positive number")
+
+
+def _check_columns(
+    name: str, columns: torch.Tensor, scores: torch.Tensor, lowest: int = 0, shape: str = "(batch,) or (batch, any)"
+) -> None:
+    dimensions = {"(batch,)": (1,), "(batch, k)": (2,)}.get(shape, (1, 2))
+    if scores.dim() != 2 or columns.dim() not in dimensions or len(columns) != len(scores):
+        raise ValueError(
+            f"scores have shape {tuple(scores.shape)} and {name} {tuple(columns.shape)}: expected (batch, items) and "
+            f"{shape}"
+        )
+    if columns.device.type != "cpu" or not columns.numel():  # elsewhere the check would wait for the device
+        return
+    smallest, largest = map(int, torch.aminmax(columns))
+    if smallest < lowest or largest >= scores.shape[1]:
+        raise ValueError(
+            f"{name} holds {smallest if smallest < lowest else largest}: expected columns {lowest}.."
+            f"{scores.shape[1] - 1} of the scores; item ids 1..num_items lose 1 together with the column of padding"
+        )
