@@ -6,7 +6,8 @@
 
 Every model ranks each user's fixed candidates by the likelihood of their titles and, when asked, writes its answer; an
 item head ranks the whole catalogue. Models of one name are runs with different seeds: the table adds their mean and
-standard deviation. Choose on the validation split, and run the test split once.
+standard deviation. Choose on the validation split, and run the test split once. Where validation and test have few
+users, `--split train --train_share 0.95 1` compares models on rows of users that none of them learnt from.
 
 The output folder gets results.md, results.csv, results.json and results.png, how the experts are used (experts.png),
 the ranks of every user among the candidates (candidate_ranks.parquet; ranks in the catalogue under ranks/, for
@@ -19,20 +20,25 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 
 from hf_ilora import ILoraConfig, ILoraForRecommendation, SequenceDatasets
+from hf_ilora.data.candidate_rows import draw_candidates
+from hf_ilora.data.row_shares import check_share, rows_in_share
 from hf_ilora.evaluation.choice_evaluation import GENERATE, ChoiceEvaluation
 from hf_ilora.evaluation.choice_report import ChoiceContext, choice_table, plot_choices, write_choice_table
 from hf_ilora.evaluation.expert_usage import plot_expert_usage, usage_table
-from hf_ilora.evaluation.loading import check_catalogue
+from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.models.language_models import load_language_model
 from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)
 
 ZERO_SHOT = "zero-shot LLM"
+SPLITS = ("validation", "test", "train")
+NUM_CANDIDATES = 20  # for rows of the train split, where the other splits have none
 
 
 @dataclass
@@ -52,8 +58,19 @@ class ILoraEvaluationArguments:
         default="none", metadata={"help": "let the models write their answers: none, free or constrained"}
     )
     max_new_tokens: int = field(default=40, metadata={"help": "tokens of a free answer, at most"})
-    split: str = field(default="validation", metadata={"help": "validation or test"})
-    limit_rows: int = field(default=-1, metadata={"help": "evaluate the first so many users; -1: all"})
+    recommenders: list[str] | None = field(
+        default=None, metadata={"help": "folders or Hub names of further SASRecs for the table, named as they are here"}
+    )
+    split: str = field(
+        default="validation", metadata={"help": "validation, test, or train: rows of it that no model learnt from"}
+    )
+    train_share: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "rows of the train split, from and to, as shares; their candidates are drawn by the seed"},
+    )
+    limit_rows: int = field(
+        default=-1, metadata={"help": "evaluate so many rows, spread evenly over the split; -1: all"}
+    )
     k: int = field(default=10, metadata={"help": "cut-off of NDCG, and of hit ratio in the catalogue"})
     batch_size: int = field(default=8, metadata={"help": "users at a time, per process"})
     dtype: str | None = field(default=None, metadata={"help": "of the language models, such as bfloat16"})
@@ -69,8 +86,11 @@ class ILoraEvaluationArguments:
             raise ValueError(
                 f"names are {self.names} for {len(self.models)} models: expected one each, none {ZERO_SHOT!r}"
             )
-        if self.split not in ("validation", "test"):
-            raise ValueError(f"split is {self.split!r}: expected validation or test")
+        if self.split not in SPLITS:
+            raise ValueError(f"split is {self.split!r}: expected one of {', '.join(SPLITS)}")
+        check_share(self.train_share)
+        if self.split != "train" and self.train_share != [0, 1]:
+            raise ValueError(f"train_share is {self.train_share} for split {self.split}: expected --split train")
         if self.generate not in GENERATE:
             raise ValueError(f"generate is {self.generate!r}: expected one of {', '.join(GENERATE)}")
         for name in ("k", "batch_size", "num_resamples", "max_new_tokens"):
@@ -92,6 +112,10 @@ def main() -> None:
     sequences, split = load_data(arguments)
     for model in arguments.models:  # before anything is measured
         ILoraConfig.from_pretrained(model)
+    recommenders = {name: load_recommender(model_folder(name)) for name in arguments.recommenders or []}
+    raw_ids = sequences.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
+    for name, recommender in recommenders.items():
+        check_catalogue(recommender, name, sequences.num_items, raw_ids)
     output = Path(arguments.output_dir)
     set_up_logging(output)
     context = ChoiceContext(
@@ -100,7 +124,7 @@ def main() -> None:
         split=arguments.split,
         num_users=len(split),
         num_items=sequences.num_items,
-        num_candidates=sequences.protocol["num_candidates"],
+        num_candidates=len(split[0]["candidates"]),
         k=arguments.k,
         generate=arguments.generate,
         num_resamples=arguments.num_resamples,
@@ -109,7 +133,9 @@ def main() -> None:
     with RunRecord(output, [arguments], seed=arguments.seed) as record:
         record.add_data(context.data_fingerprint)
         evaluation = ChoiceEvaluation(context, split, arguments.batch_size, arguments.max_new_tokens)
-        raw_ids = sequences.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
+        for name, recommender in recommenders.items():
+            with record.stage(f"evaluate {name}"):
+                evaluation.add_recommender(recommender.to(state.device), name)
         for number, (name, source) in enumerate(zip(arguments.names, arguments.models, strict=True)):
             with record.stage(f"load {source}"):
                 model = ILoraForRecommendation.from_pretrained(source, dtype=arguments.dtype)
@@ -140,15 +166,21 @@ def main() -> None:
 
 
 def load_data(arguments: ILoraEvaluationArguments):
-    """The data set and the rows to evaluate."""
+    """The data set and the rows to evaluate, with their candidates."""
     sequences = SequenceDatasets.load(arguments.data_dir)
     split = sequences[arguments.split]
+    if arguments.split == "train":
+        split = rows_in_share(split, arguments.train_share)
+    if arguments.limit_rows != -1:
+        rows = np.linspace(0, len(split) - 1, min(arguments.limit_rows, len(split)))
+        split = split.select(rows.astype(int))
+    if arguments.split == "train":
+        num_candidates = sequences.protocol["num_candidates"] or NUM_CANDIDATES
+        return sequences, draw_candidates(split, sequences.num_items, num_candidates, arguments.seed)
     if "candidates" not in split.column_names:
         raise ValueError(
             f"{arguments.data_dir} has no candidates: expected data prepared with num_candidates of 2 or more"
         )
-    if arguments.limit_rows != -1:
-        split = split.select(range(min(arguments.limit_rows, len(split))))
     return sequences, split
 
 

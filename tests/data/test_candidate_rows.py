@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, List, Value
 
-from hf_ilora.data.candidate_rows import CandidateRows
+from hf_ilora.data.candidate_rows import CandidateRows, draw_candidates
 from hf_ilora.data.windows import WindowEpochCallback
 
 ITEMS = List(Value("int32"))
@@ -174,3 +174,15 @@ def test_a_split_with_candidates_keeps_its_target():
 def test_unknown_targets_are_refused():
     with pytest.raises(ValueError, match="targets is 'any': expected one of last, random"):
         CandidateRows(split_of([[1, 2, 3]], [4]), 10, targets="any")
+
+
+def test_drawn_candidates_make_a_split_for_evaluation():
+    split = Dataset.from_dict({"user_id": ["a", "a"], "history": [[1, 2], [2, 3]], "target": [3, 4]})
+    drawn = draw_candidates(split, num_items=9, num_candidates=4, seed=3)
+    assert list(drawn["user_id"]) == ["a, row 0", "a, row 1"] and list(drawn["target"]) == [3, 4]
+    for row in drawn:
+        assert row["target"] in row["candidates"] and len(set(row["candidates"])) == 4
+        assert not set(row["history"]) & set(row["candidates"])
+    assert draw_candidates(split, 9, 4, seed=3)["candidates"][:] == drawn["candidates"][:]
+    rows = CandidateRows(drawn, num_items=9)
+    assert rows[0]["candidates"].tolist() == drawn[0]["candidates"]

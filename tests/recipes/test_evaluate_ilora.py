@@ -5,11 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_ilora import Catalogue, ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem
+from hf_ilora import (
+    Catalogue,
+    ILoraConfig,
+    ILoraForRecommendation,
+    SASRecConfig,
+    SASRecForNextItem,
+    SequenceDatasets,
+)
 from tests.synthetic import cyclic_sequences
 from tests.tiny_tokenizers import byte_level_bpe
 
@@ -35,6 +43,7 @@ def folder(tmp_path_factory):
     tokenizer.save_pretrained(folder / "llm")
     recommender = SASRecForNextItem(SASRecConfig(num_items=30, hidden_size=8, initializer_range=0.5))
     recommender.catalogue = catalogue
+    recommender.save_pretrained(folder / "other_sasrec")
     for name, settings in (("ilora", {"num_experts": 2, "item_head": "residual"}), ("lora", {"num_experts": 1})):
         model = ILoraForRecommendation.from_base(
             AutoModelForCausalLM.from_pretrained(folder / "llm"),
@@ -80,6 +89,19 @@ def test_saved_models_become_one_table(folder, tmp_path):
     assert record["status"] == "finished" and record["data_fingerprint"] == content["context"]["data_fingerprint"]
 
 
+def test_rows_of_the_train_split_are_evaluated_beside_further_recommenders(folder, tmp_path):
+    options = ["--models", folder / "lora", "--names", "plain LoRA", "--recommenders", folder / "other_sasrec"]
+    options += ["--split", "train", "--train_share", "0.5", "1", "--limit_rows", "8", "--num_resamples", "100"]
+    result = evaluate(folder, *options, "--output_dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in content["models"]] == ["plain LoRA", str(folder / "other_sasrec"), "SASRec"]
+    assert content["context"]["num_users"] == 8
+    users = [name.split(",")[0] for name in pq.read_table(tmp_path / "candidate_ranks.parquet")["user_id"].to_pylist()]
+    train_users = SequenceDatasets.load(folder / "data")["train"]["user_id"]
+    assert set(users) <= {str(user) for user in train_users[len(train_users) // 2 :]}
+
+
 def test_two_processes_give_the_table_of_one(folder, tmp_path, launch):
     options = ["--data_dir", folder / "data", "--models", folder / "ilora", "--names", "iLoRA", "--generate", "free"]
     options += ["--max_new_tokens", "4", "--limit_rows", "13", "--batch_size", "4", "--num_resamples", "100"]
@@ -95,7 +117,8 @@ def test_two_processes_give_the_table_of_one(folder, tmp_path, launch):
     ("options", "message"),
     [
         (["--models", "{folder}/ilora", "--names", "a", "b"], "for 1 models: expected one each"),
-        (["--models", "{folder}/ilora", "--split", "train"], "expected validation or test"),
+        (["--models", "{folder}/ilora", "--split", "all"], "expected one of validation, test, train"),
+        (["--models", "{folder}/ilora", "--train_share", "0.5", "1"], "expected --split train"),
         (["--models", "{folder}/ilora", "--generate", "all"], "expected one of none, free, constrained"),
         (["--models", "{folder}/nowhere"], "nowhere"),
     ],

@@ -1,7 +1,7 @@
 """Rows of history, target and candidates for training and evaluating a language model that picks titles."""
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from torch.utils.data import Dataset as TorchDataset
 
 from .windows import flatten_lists, read_column
@@ -151,3 +151,26 @@ class CandidateRows(TorchDataset):
             raise ValueError(
                 f"{column} holds item {item_ids[wrong][0]}: expected ids 1..{self.num_items} of the catalogue"
             )
+
+
+def draw_candidates(split: Dataset, num_items: int, num_candidates: int = 20, seed: int = 0) -> Dataset:
+    """A training split with drawn candidates, to evaluate on rows that no model learnt from.
+
+    Args:
+        split: rows with user_id, history and target.
+        num_items: size of the catalogue.
+        num_candidates: drawn per row as in `CandidateRows`, the target among them.
+        seed: of the draw.
+
+    Returns:
+        The rows with a column `candidates`, each with a user_id of its own ("7, row 3"), as results per user need.
+
+    Raises:
+        ValueError: as `CandidateRows`.
+    """
+    rows = CandidateRows(split, num_items, num_candidates=num_candidates, seed=seed)
+    candidates = [rows[index]["candidates"].tolist() for index in range(len(rows))]
+    names = [f"{user}, row {index}" for index, user in enumerate(read_column(split, "user_id").to_pylist())]
+    features = Features({"user_id": Value("string"), "candidates": List(Value("int32"))})
+    added = Dataset.from_dict({"user_id": names, "candidates": candidates}, features=features)
+    return concatenate_datasets([split.remove_columns("user_id"), added], axis=1)

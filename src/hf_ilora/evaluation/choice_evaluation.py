@@ -20,7 +20,7 @@ from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks
 from hf_ilora.evaluation.statistics import Interval, bootstrap_interval, compare_runs, summarize_ranks
 from hf_ilora.evaluation.written_files import written_whole
 from hf_ilora.models.modeling_ilora import ILoraForRecommendation
-from hf_ilora.models.modeling_sasrec import SASRecForNextItem
+from hf_ilora.models.next_item_model import NextItemPreTrainedModel
 
 GENERATE = ("none", "free", "constrained")
 
@@ -51,6 +51,7 @@ class ChoiceEvaluation:
         self._language_models: list[ChoiceReport] = []
         self._models: list[ChoiceReport] = []
         self._item_heads: list[ChoiceReport] = []
+        self._other_recommenders: list[ChoiceReport] = []
         self._recommenders: list[ChoiceReport] = []
         self._recommender_weights: list[dict[str, torch.Tensor]] = []
         self._candidate_ranks: dict[str, np.ndarray] = {}
@@ -84,12 +85,20 @@ class ChoiceEvaluation:
         """Measure the choice of a model without a trained adapter."""
         self._language_models.append(self._choice(model, name, source, name, 0, self._recommender_hits(model, source)))
 
+    def add_recommender(self, recommender: NextItemPreTrainedModel, name: str) -> None:
+        """Measure a recommender that no model reads, under a name of its own."""
+        ranks, seconds = self._timed(rank_split, recommender)
+        self._other_recommenders.append(
+            self._ranking(ranks, recommender, name, name, recommender.num_parameters(), seconds)
+        )
+        self._keep_ranks(name, ranks)
+
     def reports(self) -> list[ChoiceReport]:
         """The rows: language models, models, SASRecs (told apart by number when there are several), item heads."""
         recommenders = self._recommenders
         if len(recommenders) > 1:
             recommenders = [replace(row, name=f"SASRec {number}") for number, row in enumerate(recommenders, start=1)]
-        return [*self._language_models, *self._models, *recommenders, *self._item_heads]
+        return [*self._language_models, *self._models, *self._other_recommenders, *recommenders, *self._item_heads]
 
     def write_rows(self, folder: Path) -> None:
         """Write what was measured of every user: candidate_ranks.parquet, ranks/ (for `compare_runs`) and answers/."""
@@ -153,7 +162,7 @@ class ChoiceEvaluation:
     def _ranking(
         self,
         ranks: SplitRanks,
-        model: ILoraForRecommendation | SASRecForNextItem,
+        model: ILoraForRecommendation | NextItemPreTrainedModel,
         name: str,
         source: str,
         num_trained: int,
