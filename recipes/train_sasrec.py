@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from hf_ilora import Catalogue, SASRecConfig, SASRecForNextItem, SequenceDatasets
@@ -163,6 +164,39 @@ def labelled_positions(data_arguments: DataArguments, protocol: str) -> str:
     return targets
 
 
+def training_windows(
+    data_arguments: DataArguments, train: Dataset, max_length: int, targets: str, seed: int, with_origins: bool = False
+) -> TrainingWindows:
+    """The windows that the arguments describe; see `TrainingWindows`."""
+    return TrainingWindows(
+        train,
+        max_length,
+        data_arguments.windows,
+        targets,
+        data_arguments.skip_probability,
+        data_arguments.shuffle_distance,
+        seed,
+        with_origins,
+    )
+
+
+def start_from_cooccurrence(
+    model: SASRecForNextItem, data_arguments: DataArguments, train: Dataset, item_counts: torch.Tensor, targets: str
+) -> None:
+    """Give an untrained model the item embeddings that `initial_items` names."""
+    logger.info("factorising the co-occurrence of %d items", model.config.num_items)
+    embeddings = cooccurrence_embeddings(
+        np.split(*training_sequences(train))[1:-1],
+        model.config.num_items,
+        model.config.hidden_size,
+        take_logarithm=data_arguments.initial_items == "cooccurrence",
+        # A cosine reads directions only; the scale of dot products is that of the scores.
+        mean_norm=None if model.config.score_temperature is None else 1.0,
+        targets_only=targets == "last",
+    )
+    model.start_from_item_embeddings(embeddings, data_arguments.initial_mixing, item_counts)
+
+
 def main() -> None:
     data_arguments, model_arguments, training_arguments = parse_arguments(ARGUMENTS)
     if data_arguments.early_stopping_patience and training_arguments.eval_strategy == "no":
@@ -180,30 +214,12 @@ def main() -> None:
         model = SASRecForNextItem(config)
         model.catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
         train = rows_in_share(sequences["train"], data_arguments.train_share)
-        windows = TrainingWindows(
-            train,
-            config.max_length,
-            data_arguments.windows,
-            targets,
-            data_arguments.skip_probability,
-            data_arguments.shuffle_distance,
-            seed=training_arguments.seed,
-        )
+        windows = training_windows(data_arguments, train, config.max_length, targets, training_arguments.seed)
         item_counts = torch.from_numpy(windows.item_counts(config.num_items))
         if config.popularity_power:
             model.set_item_counts(item_counts)
         if data_arguments.initial_items != "random" and checkpoint is None:
-            logger.info("factorising the co-occurrence of %d items", config.num_items)
-            embeddings = cooccurrence_embeddings(
-                np.split(*training_sequences(train))[1:-1],
-                config.num_items,
-                config.hidden_size,
-                take_logarithm=data_arguments.initial_items == "cooccurrence",
-                # A cosine reads directions only; the scale of dot products is that of the scores.
-                mean_norm=None if config.score_temperature is None else 1.0,
-                targets_only=targets == "last",
-            )
-            model.start_from_item_embeddings(embeddings, data_arguments.initial_mixing, item_counts)
+            start_from_cooccurrence(model, data_arguments, train, item_counts, targets)
         callbacks = [WindowEpochCallback(windows), LogMetricsCallback()]
         if data_arguments.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(data_arguments.early_stopping_patience))

@@ -71,8 +71,10 @@ class TrainingWindows(TorchDataset):
         shuffle_distance: how many places, at most, an item moves within the window in an epoch; many histories hold
             ties in time, whose order means nothing.
         seed: of all that is random; it depends on (seed, epoch, row) alone, so that a resumed run repeats it.
+        with_origins: say of each label where it comes from, which teacher labels are looked up by.
 
-    Items are dictionaries of `input_ids` and `labels`, arrays of equal length.
+    Items are dictionaries of `input_ids` and `labels`, arrays of equal length; with origins also of `history_ids`, the
+    row of the split, and `label_positions`, the number of items that stand before the label in that row.
     """
 
     def __init__(
@@ -84,16 +86,19 @@ class TrainingWindows(TorchDataset):
         skip_probability: float = 0.0,
         shuffle_distance: float = 0.0,
         seed: int = 0,
+        with_origins: bool = False,
     ):
         check_windows(windows, targets, skip_probability, shuffle_distance)
         self.items, boundaries = training_sequences(split)
         lengths = np.diff(boundaries) - 1  # inputs per sequence, (rows,)
         self.max_length, self.windows, self.targets, self.seed = max_length, windows, targets, seed
         self.skip_probability, self.shuffle_distance, self.epoch = skip_probability, shuffle_distance, 0
+        self.with_origins = with_origins
         sequence_starts = boundaries[:-1]
+        self._rows = np.arange(len(lengths))  # (windows,), the row of each
         if windows == "all":
             per_row = -(-lengths // max_length)  # windows of max_length inputs, aligned to the newest item
-            row = np.repeat(np.arange(len(lengths)), per_row)
+            self._rows = row = np.repeat(self._rows, per_row)
             from_newest = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
             last_inputs = lengths[row] - from_newest * max_length  # inputs that lie before the window's end
             self.lengths = np.minimum(last_inputs, max_length)
@@ -130,17 +135,22 @@ class TrainingWindows(TorchDataset):
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        start, end = self.starts[index], self.starts[index] + self.lengths[index]
+        places = np.arange(self.starts[index], self.starts[index] + self.lengths[index] + 1)
         if self.skip_probability or self.shuffle_distance:
-            sequence = self._disturbed(self.items[start : end + 1], index)
-            return {"input_ids": sequence[:-1], "labels": sequence[1:]}
-        labels = self.items[start + 1 : end + 1]
+            places = self._disturbed(places, index)
+        sequence = self.items[places]
+        labels = sequence[1:]
         if self.targets == "last":
             labels = np.where(np.arange(len(labels)) == len(labels) - 1, labels, IGNORED_LABEL)
-        return {"input_ids": self.items[start:end], "labels": labels}
+        row = {"input_ids": sequence[:-1], "labels": labels}
+        if self.with_origins:
+            history_id = self._rows[index]
+            row["history_ids"] = np.full(len(labels), history_id)
+            row["label_positions"] = places[1:] - self._first_starts[history_id]
+        return row
 
     def _disturbed(self, sequence: np.ndarray, index: int) -> np.ndarray:
-        """The sequence with some items left out and the others moved a little; at least two items stay."""
+        """The places of a sequence with some left out and the others moved a little; at least two stay."""
         generator = np.random.default_rng((self.seed, self.epoch, index))
         kept = generator.random(len(sequence)) >= self.skip_probability
         places = np.arange(len(sequence)) + self.shuffle_distance * generator.random(len(sequence))
