@@ -144,6 +144,20 @@ def test_recommend_leaves_out_seen_items_unless_asked():
     assert everything.sort(dim=1).values.tolist() == [list(range(1, NUM_ITEMS + 1))] * 3
 
 
+def test_distances_of_counts_are_minus_log_shares():
+    model = PopularityForNextItem.fit(ROWS, PopularityConfig(num_items=NUM_ITEMS))
+    item_ids, distances = model.rank_items(LEFT, top_k=4)
+    # 13 interactions: items 1 and 2 occur three times, 3 and 4 twice, 5, 6 and 7 once, 8 and 9 never
+    assert item_ids[0, :2].tolist() == [2, 4]
+    torch.testing.assert_close(distances[0], -torch.tensor([3, 2, 1, 1]).div(13).log())
+    _, every_distance = model.rank_items(LEFT, top_k=NUM_ITEMS, exclude_seen=False)
+    assert torch.isfinite(every_distance).all() and (every_distance.diff(dim=1) >= 0).all()
+    item_ids, distances = fitted().rank_items(LEFT, top_k=3)
+    scores = naive_scores(ROWS, [[3, 1], [5, 2, 1, 3], [8]], **SETTINGS)
+    shares = scores / scores[:, 1:].sum(1, keepdim=True)
+    torch.testing.assert_close(distances, -shares.gather(1, item_ids).log(), rtol=1e-4, atol=1e-5)
+
+
 def test_recommend_reads_long_histories_whole_for_what_was_seen():
     long_history = torch.tensor([[1, 2, 3, 4, 5, 6]])  # max_length is 3
     item_ids, _ = fitted().recommend(long_history, top_k=3)

@@ -339,6 +339,21 @@ def test_recommend_ignores_dropout_and_keeps_the_mode():
     assert torch.equal(first, second) and model.training
 
 
+def test_rank_items_gives_the_recommended_items_and_minus_log_p_over_the_whole_catalogue():
+    model = small_model(hidden_dropout=0.9).train()
+    item_ids, distances = model.rank_items(LEFT, top_k=5)
+    assert model.training
+    expected_items, _ = model.recommend(LEFT, top_k=5)
+    assert torch.equal(item_ids, expected_items)
+    probabilities = model.eval()(LEFT).logits.softmax(-1)  # seen items keep their share
+    torch.testing.assert_close(distances, -probabilities.gather(1, item_ids).log())
+    every_item, distances = model.rank_items(LEFT, top_k=NUM_ITEMS, exclude_seen=False)
+    torch.testing.assert_close((-distances).exp().sum(1), torch.ones(3))
+    assert sorted(every_item[0].tolist()) == list(range(1, NUM_ITEMS + 1))
+    with pytest.raises(ValueError, match="history 1 is empty"):
+        model.rank_items(torch.tensor([[1, 2], [0, 0]]))
+
+
 @pytest.mark.parametrize(
     ("input_ids", "message"),
     [

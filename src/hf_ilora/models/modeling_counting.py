@@ -21,6 +21,15 @@ class CountingPreTrainedModel(NextItemPreTrainedModel):
         super().__init__(config)
         self.register_buffer("item_counts", torch.zeros(config.num_items + 1))
 
+    def item_distances(self, best_scores: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """-log p as in `NextItemPreTrainedModel`; p is an item's share of all counts, which are no logits.
+
+        An item that was never counted has the smallest p that float32 holds, so that its distance is finite.
+        """
+        smallest = torch.finfo(torch.float32).tiny
+        total = scores[:, 1:].float().sum(-1, keepdim=True).clamp(min=smallest)  # (batch, 1)
+        return -(best_scores.float() / total).clamp(min=smallest).log()
+
     @property
     def device(self) -> torch.device:
         return self.item_counts.device

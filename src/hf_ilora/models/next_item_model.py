@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from .catalogue import CATALOGUE_FILE, Catalogue
+from .hub_upload import HubUploads, UploadOfSaved
 from .next_item_output import top_k_items
 
 # Where the weights come from also says where the catalogue comes from.
@@ -22,7 +23,23 @@ def newest_items(input_ids: torch.Tensor, max_length: int) -> torch.Tensor:
     return input_ids.gather(1, order)[:, -max_length:]
 
 
-class NextItemPreTrainedModel(PreTrainedModel):
+class evaluation_mode:
+    """Evaluation mode inside, the former mode afterwards."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def __enter__(self):
+        self.was_training = self.model.training
+        if self.was_training:
+            self.model.eval()
+
+    def __exit__(self, *error) -> None:
+        if self.was_training:
+            self.model.train()
+
+
+class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
     """A model that scores the next item: `forward(input_ids, ...).logits` are (batch, num_items + 1).
 
     Attributes:
@@ -48,24 +65,47 @@ class NextItemPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: for ids outside the catalogue, an empty history, or `top_k` larger than what is left.
         """
-        if self.training:
-            self.eval()
-            try:
-                return self.recommend(input_ids, top_k, exclude_seen)
-            finally:
-                self.train()
-        with torch.inference_mode():
-            if isinstance(input_ids, torch.Tensor):
-                input_ids = input_ids.to(self.device)
-            self.check_item_ids(input_ids)
-            if input_ids.device.type != "cpu":
-                self.check_range(input_ids)
-            if not input_ids.all() and not input_ids.any(1).all():
-                row = int((~input_ids.any(1)).nonzero()[0])
-                raise ValueError(f"history {row} is empty: expected at least one item; recommend popular items instead")
-            scores = self.next_item_scores(self.newest_items(input_ids))
+        with evaluation_mode(self), torch.inference_mode():
+            input_ids, scores = self._ranked_scores(input_ids)
             item_ids, scores = top_k_items(scores, input_ids, top_k, exclude_seen)
         return item_ids.clone(), scores.clone()  # tensors that may be used where gradients flow
+
+    def rank_items(self, histories: torch.Tensor, top_k: int = 10, exclude_seen: bool = True):
+        """The items of `recommend` with their distances: what a teacher is asked for.
+
+        Args:
+            histories: (batch, length) item ids, as in `recommend`.
+            top_k: items per history.
+            exclude_seen: leave out the items of the history.
+
+        Returns:
+            item_ids (batch, top_k) int64, best first, and distances (batch, top_k) float32: -log p over the whole
+            catalogue, seen items included.
+
+        Raises:
+            ValueError: as `recommend`.
+        """
+        with evaluation_mode(self), torch.inference_mode():
+            histories, scores = self._ranked_scores(histories)
+            item_ids, best_scores = top_k_items(scores, histories, top_k, exclude_seen)
+            distances = self.item_distances(best_scores, scores)
+        return item_ids.clone(), distances.clone()
+
+    def item_distances(self, best_scores: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """-log p of scores (batch, k) among the scores of the whole catalogue (batch, num_items + 1): their softmax."""
+        return (scores.float().logsumexp(-1, keepdim=True) - best_scores.float()).clamp(min=0)
+
+    def _ranked_scores(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Checked histories on the model's device, (batch, length), and their scores, (batch, num_items + 1)."""
+        if isinstance(input_ids, torch.Tensor):
+            input_ids = input_ids.to(self.device)
+        self.check_item_ids(input_ids)
+        if input_ids.device.type != "cpu":
+            self.check_range(input_ids)
+        if not input_ids.all() and not input_ids.any(1).all():
+            row = int((~input_ids.any(1)).nonzero()[0])
+            raise ValueError(f"history {row} is empty: expected at least one item; recommend popular items instead")
+        return input_ids, self.next_item_scores(self.newest_items(input_ids))
 
     def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(batch, length) item ids -> (batch, num_items + 1) scores; a model that has a shorter way overrides this."""
@@ -100,11 +140,23 @@ class NextItemPreTrainedModel(PreTrainedModel):
                 "0 for padding; map raw ids with model.catalogue.item_ids"
             )
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """As in transformers; writes the catalogue beside the weights."""
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As in transformers; writes the catalogue beside the weights.
+
+        Args:
+            save_directory: made if it does not exist.
+            push_to_hub: send what is written, in one commit, to `repo_id` or else the folder's name; further keyword
+                arguments are those of `push_to_hub`.
+            kwargs: as in transformers.
+
+        Returns:
+            The commit of `push_to_hub`, else None.
+        """
+        upload = UploadOfSaved(save_directory, kwargs) if push_to_hub else None
         super().save_pretrained(save_directory, **kwargs)
         if self.catalogue is not None:
             self.catalogue.to_parquet(os.path.join(save_directory, CATALOGUE_FILE))
+        return None if upload is None else upload.send(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
