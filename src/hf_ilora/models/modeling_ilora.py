@@ -18,6 +18,7 @@ from .candidate_scoring import candidate_log_likelihoods, positions
 from .catalogue import CATALOGUE_FILE, Catalogue
 from .configuration_ilora import ILoraConfig
 from .gated_lora import add_gated_lora, plain_lora
+from .hub_upload import HubUploads, UploadOfSaved, check_public_llm
 from .item_head import ItemHead
 from .language_models import load_language_model, load_tokenizer, truncate_layers
 from .modeling_sasrec import SASRecForNextItem
@@ -54,7 +55,7 @@ class ILoraOutput(ModelOutput):
     past_key_values: object | None = None
 
 
-class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
+class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
     """A language model that recommends, with LoRA experts gated by the user embedding of a frozen SASRec.
 
     Build it with `from_base` (a fresh adapter) or `from_pretrained` (a saved one). Only the adapter, the router, the
@@ -190,20 +191,38 @@ class ILoraForRecommendation(PreTrainedModel, GenerationMixin):
             names.remove("recommender.head.weight")
         return names
 
-    def save_pretrained(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ):
         """Write the adapter, the frozen SASRec, the configuration, the tokenizer and the catalogue.
 
         Args:
             save_directory: made if it does not exist.
             state_dict: of the whole model, where the weights are spread over processes (ZeRO-3); None reads them here.
+            push_to_hub: send what is written, in one commit, to `repo_id` or else the folder's name; further keyword
+                arguments are those of `push_to_hub`.
             kwargs: as in transformers.
+
+        Returns:
+            The commit of `push_to_hub`, else None.
+
+        Raises:
+            ValueError: with `push_to_hub`, when the language model is known by a path of this machine.
         """
+        if push_to_hub:
+            check_public_llm(self.config)
+        upload = UploadOfSaved(save_directory, kwargs) if push_to_hub else None
         state_dict = self.state_dict() if state_dict is None else state_dict
         adapter = {name: state_dict[name] for name in self.adapter_names()}
         super().save_pretrained(save_directory, state_dict=adapter, **kwargs)
         if kwargs.get("is_main_process", True):
             self.tokenizer.save_pretrained(save_directory)
             self.catalogue.to_parquet(os.path.join(save_directory, CATALOGUE_FILE))
+        return None if upload is None else upload.send(self)
 
     @classmethod
     def from_pretrained(
