@@ -1,0 +1,98 @@
+"""Measured tables as the evaluation wrote them, for a card."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hf_ilora.evaluation.choice_report import ChoiceContext, ChoiceReport, choice_table
+from hf_ilora.evaluation.latency import Latency, ModelSize
+from hf_ilora.evaluation.report import REPORT_STEM, ModelReport, ReportContext, markdown_table
+from hf_ilora.evaluation.statistics import Interval, RunComparison
+
+
+@dataclass(frozen=True)
+class MeasuredTable:
+    """What a card says of one evaluation.
+
+    Args:
+        text: the table in Markdown, with the paragraph on how it was measured.
+        quality: of the published model: "ranking/metric" -> interval.
+        split: evaluated split.
+        num_candidates: size of the candidate sets.
+        data_fingerprint: content hash of the data set.
+    """
+
+    text: str
+    quality: dict[str, Interval]
+    split: str
+    num_candidates: int
+    data_fingerprint: str
+
+
+def read_measured(path: Path, row: str | None, dataset_name: str) -> MeasuredTable:
+    """Read the results.json of recipes/evaluate.py or recipes/evaluate_ilora.py.
+
+    Args:
+        path: the file, or the folder that holds it.
+        row: which row is the published model: its name in the table, or its source; None when there is only one.
+        dataset_name: what the card calls the data set.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is no table of this package, and when `row` names none of its rows or several.
+    """
+    if path.is_dir():
+        path = path / f"{REPORT_STEM}.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "compared" in content["context"]:
+            reports = [_model_report(report) for report in content["models"]]
+            context = replace(ReportContext(**content["context"]), data=dataset_name)
+            text = markdown_table(reports, context)
+        else:
+            reports = [_choice_report(report) for report in content["models"]]
+            context = replace(ChoiceContext(**content["context"]), data=dataset_name)
+            text = choice_table(reports, context)
+        sources = [report.get("source") for report in content["models"]]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"no results at {path}: expected the results.json of recipes/evaluate.py or recipes/evaluate_ilora.py"
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no table of measured models ({error!r}): expected the results.json of recipes/evaluate.py or "
+            "recipes/evaluate_ilora.py; evaluate again"
+        ) from error
+    report = reports[_row_number(path, row, [report.name for report in reports], sources)]
+    return MeasuredTable(text, report.quality, context.split, context.num_candidates, context.data_fingerprint)
+
+
+def _row_number(path: Path, row: str | None, names: list[str], sources: list[str | None]) -> int:
+    found = [number for number in range(len(names)) if row is None or row in (names[number], sources[number])]
+    if len(found) != 1:
+        several = "several rows" if found else "no row"
+        sources = [source for source in sources if source is not None]
+        raise ValueError(
+            f"{several} of {path} fit {row!r}: expected the name of the published model, one of "
+            f"{', '.join(map(repr, names))}" + (f", or its source, one of {', '.join(sources)}" if sources else "")
+        )
+    return found[0]
+
+
+def _model_report(report: dict) -> ModelReport:
+    parts = {"latency": Latency(**report["latency"]), "size": ModelSize(**report["size"])}
+    return ModelReport(**report | parts | _measured_parts(report))
+
+
+def _choice_report(report: dict) -> ChoiceReport:
+    return ChoiceReport(**report | _measured_parts(report))
+
+
+def _measured_parts(report: dict) -> dict:
+    comparison = report["comparison"]
+    if comparison is not None:
+        comparison = RunComparison(**comparison | {"difference": Interval(**comparison["difference"])})
+    return {
+        "quality": {name: Interval(**interval) for name, interval in report["quality"].items()},
+        "comparison": comparison,
+    }

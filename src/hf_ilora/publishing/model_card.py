@@ -1,0 +1,193 @@
+"""The card of a published model: what was measured, how, and how to use it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult
+
+from hf_ilora.evaluation.report import escaped
+from hf_ilora.evaluation.written_files import written_whole
+from hf_ilora.models.configuration_ilora import ILoraConfig
+from hf_ilora.models.hub_upload import CARD_FILE, card_data, usage
+from hf_ilora.publishing.measured import MeasuredTable, read_measured
+from hf_ilora.publishing.publish import ModelFolder, check_folder
+
+_SIGNATURE = re.compile(r"<!-- card of hf_ilora, (\w{16}) -->\n\Z")
+_METRIC_NAMES = {
+    "ndcg": "NDCG",
+    "hit_ratio": "HR",
+    "mrr": "MRR",
+    "valid_ratio": "ValidRatio",
+}
+
+
+def write_card(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    dataset_name: str,
+    license: str,
+    results: Sequence[str | Path] = (),
+    row: str | None = None,
+    protocol: dict | None = None,
+    seeds_table: str | Path | None = None,
+    revision: str | None = None,
+    checked: ModelFolder | None = None,
+) -> Path:
+    """Write README.md into a model's folder.
+
+    Args:
+        folder: what `check_folder` takes.
+        repo_id: "user/name" that the model will have.
+        dataset_name: what the card calls the data set, such as "MovieLens-100K".
+        license: of the weights, as the Hub names it, such as "apache-2.0".
+        results: results.json of recipes/evaluate.py and recipes/evaluate_ilora.py, or their folders.
+        row: which row of them is this model, by name or source; None when they have only one.
+        protocol: the `protocol` of the data set.
+        seeds_table: JSON of recipes/run_seeds.py with the same configuration and other seeds.
+        revision: branch that the model will have; None means main.
+        checked: what `check_folder` returned; None checks here.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        FileNotFoundError, ValueError: as `check_folder` and `read_measured`; for results on other data than the run's,
+            and for a card that was written or edited by hand, which is not overwritten.
+    """
+    folder = Path(folder)
+    checked = checked or check_folder(folder)
+    path = folder / CARD_FILE
+    if path.is_file() and not _is_untouched(path.read_text(encoding="utf-8")):
+        raise ValueError(
+            f"{path} was written or edited by hand: expected no card, or one of hf_ilora as it was written; publish "
+            "it as it is (recipes/push_to_hub.py --keep_card true), or move it away"
+        )
+    tables = [read_measured(Path(source), row, dataset_name) for source in results]
+    for source, table in zip(results, tables, strict=True):
+        _check_data(checked.run, str(source), table.data_fingerprint)
+    title = repo_id.rpartition("/")[2]
+    metadata = card_data(
+        checked.config,
+        license=license,
+        model_name=title,
+        eval_results=_eval_results(tables, dataset_name) or None,
+    )
+    sections = [
+        f"---\n{metadata.to_yaml()}\n---\n\n# {title}",
+        _description(checked, dataset_name),
+        f"## How to use it\n\n```python\n{usage(checked.config, checked.catalogue, repo_id, revision)}\n```",
+        _measured_section(tables),
+        *([] if seeds_table is None else [_seeds_section(Path(seeds_table))]),
+        _training_section(checked, dataset_name, protocol),
+        f"## Licence\n\nWeights: {license}. `items.parquet` holds titles and ids of {escaped(dataset_name)}, whose own "
+        "terms apply to them.",
+    ]
+    text = "\n\n".join(sections) + "\n\n"
+    with written_whole(path) as unfinished:
+        unfinished.write_text(f"{text}<!-- card of hf_ilora, {_digest(text)} -->\n", encoding="utf-8")
+    return path
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_untouched(text: str) -> bool:
+    signature = _SIGNATURE.search(text)
+    return signature is not None and signature[1] == _digest(text[: signature.start()])
+
+
+def _check_data(run: dict, source: str, fingerprint: str) -> None:
+    if run["data_fingerprint"] not in (None, fingerprint):
+        raise ValueError(
+            f"{source} was measured on data with fingerprint {fingerprint[:16]}: expected "
+            f"{run['data_fingerprint'][:16]}, the data that the model was trained on; evaluate on that"
+        )
+
+
+def _description(checked: ModelFolder, dataset_name: str) -> str:
+    config = checked.config
+    items = f"{len(checked.catalogue):,} items of {dataset_name}"
+    if not isinstance(config, ILoraConfig):
+        return f"A {config.architectures[0]} that recommends the next of {items}, for the Python package hf_ilora."
+    layers = "" if config.num_llm_layers is None else f" (its first {config.num_llm_layers} layers)"
+    revision = "" if config.llm_revision is None else f" at commit `{config.llm_revision}`"
+    return (
+        f"An adapter (iLoRA, arXiv 2408.10159) with which the language model `{config.llm_name_or_path}`{layers}"
+        f"{revision} recommends the next of {items}, for the Python package hf_ilora. It holds the adapter, the router "
+        "and the frozen SASRec; the language model is loaded by its name."
+    )
+
+
+def _measured_section(tables: Sequence[MeasuredTable]) -> str:
+    if not tables:
+        return "## Measured\n\nNothing was measured for this card."
+    return "## Measured\n\n" + "\n\n".join(table.text.replace("# ", "### ", 1).strip() for table in tables)
+
+
+def _seeds_section(path: Path) -> str:
+    """Mean and standard deviation over seeds on the test split."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        seeds, test = content["seeds"], content["test"]
+        lines = [
+            f"| {_metric_name(name)} | {mean:.4f} ± {test['standard_deviation'][name]:.4f} |"
+            for name, mean in test["mean"].items()
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no table of seeds ({error!r}): expected the JSON of recipes/run_seeds.py"
+        ) from error
+    header = f"Mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}), test split:"
+    return "\n".join([f"## Over seeds\n\n{header}\n", "| metric | value |", "|---|---:|", *lines])
+
+
+def _training_section(checked: ModelFolder, dataset_name: str, protocol: dict | None) -> str:
+    run = checked.run
+    versions = ", ".join(f"{name} {run['versions'].get(name)}" for name in ("hf_ilora", "torch", "transformers"))
+    facts = {"data": dataset_name}
+    facts |= {f"protocol: {name}": value for name, value in (protocol or {}).items()}
+    facts |= {
+        "data fingerprint": f"`{run['data_fingerprint']}`",
+        "seed": run["seed"],
+        "versions": versions,
+    }
+    lines = [f"| {name} | {escaped(str(value))} |" for name, value in facts.items()]
+    return "\n".join(["## Data and training", "", "All settings are in `run.json`.", "", "| | |", "|---|---|", *lines])
+
+
+def _eval_results(tables: Sequence[MeasuredTable], dataset_name: str) -> list[EvalResult]:
+    results = {}
+    for table in tables:
+        for name, interval in table.quality.items():
+            if "/recall@" in name:  # one relevant item per user: the hit ratio once more
+                continue
+            results[table.split, name] = EvalResult(
+                task_type="other",
+                task_name="Sequential recommendation",
+                dataset_type=re.sub(r"[^a-z0-9]+", "-", dataset_name.lower()).strip("-"),
+                dataset_name=dataset_name,
+                dataset_split=table.split,
+                dataset_revision=table.data_fingerprint,
+                metric_type=name.rpartition("/")[2],
+                metric_name=_metric_name(name, table.num_candidates),
+                metric_value=round(interval.mean, 6),
+            )
+    return list(results.values())
+
+
+def _metric_name(name: str, num_candidates: int | None = None) -> str:
+    """`masked/ndcg@10` as "NDCG@10, whole catalogue, seen items left out"."""
+    ranking, _, metric = name.partition("/")
+    kind, at, rest = metric.partition("@")
+    among = {
+        "masked": "whole catalogue, seen items left out",
+        "unmasked": "whole catalogue",
+        "candidates": f"among {num_candidates or 'the'} candidates",
+        "answers": "written answers",
+    }
+    return f"{_METRIC_NAMES.get(kind, kind)}{at}{rest.replace('_', ' ')}, {among.get(ranking, ranking)}"

@@ -1,0 +1,176 @@
+"""Sends the folder of a finished run to the Hub, after a check that somebody else could use it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitInfo
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from hf_ilora.evaluation.loading import load_recommender
+from hf_ilora.models.catalogue import CATALOGUE_FILE, Catalogue
+from hf_ilora.models.configuration_ilora import ILoraConfig
+from hf_ilora.models.hub_upload import CARD_FILE, RUN_FILE, check_public_llm, upload
+from hf_ilora.models.language_models import load_tokenizer
+
+# What a run's folder holds besides stays behind: checkpoints, optimizer states, logs and pickled training arguments.
+_OPTIONAL_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.jinja",
+    "*.py",
+)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder that is complete.
+
+    Args:
+        files: what to publish, by path in the repository: where it is, or its content.
+        config: of the model.
+        catalogue: of the model.
+        run: the content of run.json.
+    """
+
+    files: dict[str, Path | bytes]
+    config: PreTrainedConfig
+    catalogue: Catalogue
+    run: dict
+
+
+def check_folder(
+    folder: str | Path,
+    *,
+    run_file: str | Path | None = None,
+    llm_name: str | None = None,
+    llm_revision: str | None = None,
+) -> ModelFolder:
+    """Read a model's folder and make sure that what is published is whole.
+
+    Args:
+        folder: with config.json, weights, items.parquet, run.json, and for iLoRA the tokenizer.
+        run_file: the run.json, when it is not in the folder.
+        llm_name: for iLoRA: name on the Hub of the language model, published instead of the name in config.json.
+        llm_revision: commit of it; None means its main branch at the time of loading.
+
+    Raises:
+        FileNotFoundError: when a file is missing.
+        ValueError: when a file is broken or does not fit the others, the run is not finished, the model is none of this
+            package, or the language model is known by a path of this machine.
+    """
+    folder = Path(folder)
+    files: dict[str, Path | bytes] = {path.name: path for path in _weight_files(folder)}
+    for name in (CONFIG_NAME, CATALOGUE_FILE):
+        files[name] = _existing(folder / name, "the folder that save_pretrained wrote")
+    files[RUN_FILE] = _existing(Path(run_file or folder / RUN_FILE), "the record of the run; name it with run_file")
+    for pattern in _OPTIONAL_FILES:
+        files |= {path.name: path for path in folder.glob(pattern) if path.is_file()}
+    if (folder / CARD_FILE).is_file():
+        files[CARD_FILE] = folder / CARD_FILE
+    config = AutoConfig.from_pretrained(folder)
+    catalogue = Catalogue.from_parquet(folder / CATALOGUE_FILE)
+    if isinstance(config, ILoraConfig):
+        load_tokenizer(folder)
+        if llm_name is not None:
+            config.llm_name_or_path, config.llm_revision, config.llm_gguf_file = llm_name, llm_revision, None
+            names = {name: vars(config)[name] for name in ("llm_name_or_path", "llm_revision", "llm_gguf_file")}
+            saved = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            files[CONFIG_NAME] = (json.dumps(saved | names, indent=2, sort_keys=True) + "\n").encode()
+        check_public_llm(config)
+        if config.num_items != len(catalogue):
+            raise ValueError(
+                f"{folder / CATALOGUE_FILE} holds {len(catalogue)} items: expected {config.num_items}, those of the "
+                "model; restore the catalogue that was saved with it"
+            )
+    else:
+        load_recommender(folder)  # raises for what does not fit
+    return ModelFolder(files, config, catalogue, _finished_run(Path(run_file or folder / RUN_FILE)))
+
+
+def push_folder(
+    folder: str | Path | ModelFolder,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    parent_commit: str | None = None,
+) -> CommitInfo:
+    """Send a model's folder, with its card, to the Hub in one commit; sending again is safe.
+
+    Args:
+        folder: what `check_folder` takes or returned; README.md is written by `write_card`, or by hand.
+        repo_id: "user/name", or "name" of the token's user; made when it does not exist.
+        commit_message: of the commit.
+        private: make a new repository private; None leaves it to the Hub's setting.
+        token: None takes HF_TOKEN or that of `hf auth login`.
+        revision: branch; made from main when it does not exist.
+        parent_commit: fail unless the branch stands at this commit.
+
+    Returns:
+        The commit; the one that is there already when nothing has changed.
+
+    Raises:
+        PermissionError: when the token is missing, wrong, or may not write there.
+        ValueError: as `check_folder`, without README.md, when a public repository exists and a private one was asked
+            for, and when somebody else commits meanwhile.
+        OSError: when the Hub cannot be reached.
+    """
+    checked = folder if isinstance(folder, ModelFolder) else check_folder(folder)
+    if CARD_FILE not in checked.files:
+        raise ValueError(
+            f"the folder has no {CARD_FILE}: expected a card; write one with hf_ilora.publishing.write_card"
+        )
+    return upload(
+        checked.files,
+        repo_id,
+        commit_message=commit_message,
+        private=private,
+        token=token,
+        revision=revision,
+        parent_commit=parent_commit,
+    )
+
+
+def _existing(path: Path, expected: str) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: expected {expected}")
+    return path
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weights, one file or shards with their index, each with a header that fits its size."""
+    remedy = "restore the folder that save_pretrained wrote"
+    weights = [folder / SAFE_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not weights[0].is_file() and index.is_file():
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        weights = [folder / name for name in sorted(set(shards))]
+    for path in weights:
+        try:
+            with safe_open(_existing(path, f"weights; {remedy}"), framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is broken ({error}): expected whole weights; {remedy}") from error
+    return weights if len(weights) == 1 else [*weights, index]
+
+
+def _finished_run(path: Path) -> dict:
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        status = run["status"]
+        run["seed"], run["data_fingerprint"], run["versions"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the record of a run ({error!r}): restore it, or run again") from error
+    if status != "finished":
+        raise ValueError(f"the run of {path} is {status}: expected a finished one; run its command again to its end")
+    return run
