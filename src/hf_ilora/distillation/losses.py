@@ -16,6 +16,7 @@ from hf_ilora.models.next_item_losses import gbce_loss, sampled_softmax_loss
 
 FORMS = ("corrected", "reference")
 BASE_LOSSES = ("bce", "cross_entropy", "sampled_softmax", "gbce")
+NO_BASE_LOSS = "none"  # where the student computes its own
 NO_LABEL = -1  # in teacher_items: fewer labels than places
 
 # Added to the confidence and to the consistency weights, as published.
@@ -69,23 +70,47 @@ def dro_loss(scores: torch.Tensor, target: torch.Tensor, propensity: torch.Tenso
     _check_dro(scores, propensity, beta)
     targets = target.reshape(len(target), -1)  # (batch, targets)
     scores = scores.float()
-    scale = propensity.float() / beta  # (items,) or (batch, items)
-    exponents = scores.square() * scale  # (batch, items)
-    with torch.no_grad():
-        largest = exponents.argmax(1, keepdim=True)  # (batch, 1)
+    return _dro_terms(scores, scores.gather(1, targets), targets, propensity.float() / beta).view_as(target)
 
+
+def _dro_terms(scores, target_scores, targets, scale):
+    """DROS terms (batch, targets) of scores (batch, items), where scale is propensity / beta."""
     # Taking the target's exponential out of the sum of all is exact unless it is most of the sum. Only the largest can
     # be more than half of it, and so the sum without the largest is the one that is computed as a sum.
-    columns = torch.cat([largest, targets], dim=1)  # (batch, 1 + targets)
-    column_scores, column_scale = scores.gather(1, columns), scale.expand_as(scores).gather(1, columns)
-    column_exponents = column_scores.square() * column_scale  # (batch, 1 + targets)
-    without_largest = exponents.scatter(1, largest, float("-inf")).logsumexp(1, keepdim=True)  # (batch, 1)
-    of_all = torch.logaddexp(without_largest, column_exponents[:, :1])  # (batch, 1)
+    without_largest, largest_exponent, largest = _LogSumExpAndLargest.apply(scores, scale)  # (batch, 1) each
+    of_all = torch.logaddexp(without_largest, largest_exponent)  # (batch, 1)
+    target_scale = scale.expand_as(scores).gather(1, targets)  # (batch, targets)
     is_largest = targets == largest  # (batch, targets)
-    share = (column_exponents[:, 1:] - of_all).masked_fill(is_largest, float("-inf")).exp()  # at most 1/2
+    share = (target_scores.square() * target_scale - of_all).masked_fill(is_largest, float("-inf")).exp()  # <= 1/2
     without_target = torch.where(is_largest, without_largest, of_all + torch.log1p(-share))  # (batch, targets)
-    with_target = (column_scores[:, 1:] - 1).square() * column_scale[:, 1:]  # (batch, targets)
-    return torch.logaddexp(without_target, with_target).view_as(target)
+    with_target = (target_scores - 1).square() * target_scale  # (batch, targets)
+    return torch.logaddexp(without_target, with_target)
+
+
+class _LogSumExpAndLargest(torch.autograd.Function):
+    """The largest of the exponents scale s^2 of each row, and the log of the sum of the others' exponentials.
+
+    As one function, since most of its gradient's cost would be passes over (batch, items) that do next to nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, scores, scale):
+        exponents = scores.square().mul_(scale)  # (batch, items)
+        largest_exponent, largest = exponents.max(1, keepdim=True)  # (batch, 1) each
+        exponents.scatter_(1, largest, float("-inf"))
+        highest = exponents.amax(1, keepdim=True)  # (batch, 1)
+        exponentials = exponents.sub_(highest).exp_()
+        total = exponentials.sum(1, keepdim=True)  # (batch, 1), at least 1
+        ctx.save_for_backward(scores, scale, exponentials, total, largest)
+        ctx.mark_non_differentiable(largest)
+        return highest + total.log(), largest_exponent, largest
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_others, grad_largest, _):
+        scores, scale, exponentials, total, largest = ctx.saved_tensors
+        grad_exponents = (exponentials * (grad_others / total)).scatter_(1, largest, grad_largest)  # (batch, items)
+        return grad_exponents.mul_(scores).mul_(2 * scale), None
 
 
 @torch.no_grad()
@@ -144,38 +169,49 @@ def _shares(weights: torch.Tensor) -> torch.Tensor:
 def base_losses(
     student_scores: torch.Tensor,
     target: torch.Tensor,
-    negative: torch.Tensor | None,
+    negative: torch.Tensor | None = None,
     base_loss: str = "bce",
     num_items: int | None = None,
     gbce_calibration: float = 0.75,
-    mask_collisions: bool = True,
 ) -> torch.Tensor:
     """The loss of the true next item, which distillation is added to, of each row.
 
     Args:
         student_scores: (batch, items).
         target: (batch,) columns.
-        negative: (batch, negatives) columns; None with "cross_entropy", which reads none.
+        negative: (batch,) or (batch, negatives) columns; those that are the target itself count nothing. None with
+            "cross_entropy", which reads none.
         base_loss: "bce" (the average over the target and its negatives), "cross_entropy" (over all columns),
             "sampled_softmax" or "gbce".
         num_items: size of the catalogue, for the sampling rate of gBCE; None when the columns are all of it.
         gbce_calibration: t of gBCE.
-        mask_collisions: negatives that are the target itself count nothing.
 
     Returns:
         (batch,) float32.
+
+    Raises:
+        ValueError: for shapes that do not fit, ids that are no columns, missing negatives and an unknown base_loss.
     """
+    _check_choice("base_loss", base_loss, BASE_LOSSES)
+    _check_columns("target", target, student_scores, shape="(batch,)")
     if base_loss == "cross_entropy":
         return F.cross_entropy(student_scores.float(), target, reduction="none")
-    scores = student_scores.float()
-    target_scores, negative_scores = scores.gather(1, target.unsqueeze(1)), scores.gather(1, negative)
-    collisions = (negative == target.unsqueeze(1)) & mask_collisions  # (batch, negatives)
+    if negative is None:
+        raise ValueError(f"negative is None: expected (batch,) or (batch, negatives) columns for {base_loss!r}")
+    _check_columns("negative", negative, student_scores)
+    target, negative = target.unsqueeze(1), negative.view(len(negative), -1)  # (batch, 1), (batch, negatives)
+    num_items = student_scores.shape[1] if num_items is None else num_items
+    calibration = gbce_calibration if base_loss == "gbce" else 0.0
+    scores = student_scores.gather(1, torch.cat([target, negative], dim=1)).float()  # (batch, 1 + negatives)
+    return _sampled_losses(base_loss, scores[:, :1], scores[:, 1:], negative == target, num_items, calibration)
+
+
+def _sampled_losses(base_loss, target_scores, negative_scores, collisions, num_items, calibration):
+    """(batch,) losses of target scores (batch, 1), negative scores and collisions (batch, negatives)."""
     # The losses of `models` add up positions; mapped over rows, each sees one.
     rows = (target_scores, negative_scores.unsqueeze(1), collisions.unsqueeze(1))
     if base_loss == "sampled_softmax":
         return torch.vmap(sampled_softmax_loss)(*rows)
-    calibration = gbce_calibration if base_loss == "gbce" else 0.0
-    num_items = student_scores.shape[1] if num_items is None else num_items
     return torch.vmap(gbce_loss, in_dims=(0, 0, 0, None, None))(*rows, num_items, calibration)
 
 
@@ -204,7 +240,8 @@ class DLLM2RecLoss(nn.Module):
             the logistic loss ("corrected") has sigmoid(-s), and multiplies the batch's mean weight of an item by the
             batch's mean DROS term of it, where the paper ("corrected") weights each row's own term. It also lets a
             negative that is the target itself count.
-        base_loss: "bce" (as published), "cross_entropy", "sampled_softmax" or "gbce", see `base_losses`.
+        base_loss: "bce" (as published), "cross_entropy", "sampled_softmax" or "gbce", see `base_losses`; "none" where
+            the student computes a loss of its own.
         num_items: size of the catalogue, for the sampling rate of gBCE; None when the scores cover all of it.
         gbce_calibration: t of gBCE.
 
@@ -241,9 +278,8 @@ class DLLM2RecLoss(nn.Module):
             raise ValueError(f"beta is {beta}: expected a positive number")
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}: expected at least 1, or lam=0 for no ranking distillation")
-        for name, value, choices in (("form", form, FORMS), ("base_loss", base_loss, BASE_LOSSES)):
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
+        _check_choice("form", form, FORMS)
+        _check_choice("base_loss", base_loss, (*BASE_LOSSES, NO_BASE_LOSS))
         self.alpha, self.beta, self.lam, self.top_k = alpha, beta, lam, top_k
         self.gammas = (gamma_position, gamma_confidence, gamma_consistency)
         self.form, self.base_loss = form, base_loss
@@ -277,77 +313,73 @@ class DLLM2RecLoss(nn.Module):
             ValueError: for a missing input, shapes that do not fit, and ids that are no columns.
         """
         propensity = self.propensity if propensity is None else propensity
-        self._check_inputs(student_scores, target, negative, teacher_items, teacher_distances, sample_weights)
-        if self.alpha and propensity is None:
-            raise ValueError(
-                f"alpha is {self.alpha} and propensity None: expected propensity_scores(item_counts), or alpha=0"
-            )
-        if negative is not None:
-            negative = negative.view(len(negative), -1)  # (batch, negatives)
-        base = base_losses(
-            student_scores,
-            target,
-            negative,
-            self.base_loss,
-            self.num_items,
-            self.gbce_calibration,
-            mask_collisions=self.form == "corrected",
-        ).mean()
-        dro = ranking = base.new_zeros(())
-        label_weights = label_items = None
+        self._check_inputs(
+            student_scores, target, negative, teacher_items, teacher_distances, sample_weights, propensity
+        )
+        scores, target = student_scores.float(), target.unsqueeze(1)  # (batch, items), (batch, 1)
+        negative = target[:, :0] if negative is None else negative.view(len(negative), -1)  # (batch, negatives)
+        labels = weights = target[:, :0]  # (batch, 0)
         if self.lam:
-            label_items, label_weights = self._labels(student_scores, teacher_items, teacher_distances, sample_weights)
-            ranking = self._ranking(student_scores, negative, label_items, label_weights)
+            labels = teacher_items[:, : self.top_k]  # (batch, k)
+            weights = ranking_distillation_weights(scores, labels, teacher_distances[:, : self.top_k], *self.gammas)
+            if sample_weights is not None:
+                weights = weights * sample_weights.float().unsqueeze(1)
+        # One gather: the gradient of each would be a matrix of (batch, items).
+        columns = torch.cat([negative, target, labels.clamp(min=0)], dim=1)
+        picked = scores.gather(1, columns)  # (batch, negatives + 1 + k)
+        negative_scores, target_scores, label_scores = picked.split([negative.shape[1], 1, labels.shape[1]], dim=1)
+
+        base = dro = ranking = scores.new_zeros(())
+        if self.base_loss == "cross_entropy":
+            base = F.cross_entropy(scores, target.squeeze(1))
+        elif self.base_loss != NO_BASE_LOSS:
+            collisions = (negative == target) & (self.form == "corrected")  # (batch, negatives)
+            num_items = scores.shape[1] if self.num_items is None else self.num_items
+            calibration = self.gbce_calibration if self.base_loss == "gbce" else 0.0
+            base = _sampled_losses(
+                self.base_loss, target_scores, negative_scores, collisions, num_items, calibration
+            ).mean()
+        if self.lam:
+            # The reference writes sigmoid(1 - s), so that a negative has to fall below 1, not below 0.
+            margin = 1.0 if self.form == "reference" else 0.0
+            against = F.softplus(negative_scores - margin).mean(1, keepdim=True)  # (batch, 1), equal for all labels
+            ranking = (weights * (F.softplus(-label_scores) + against)).sum(1).mean()
         if self.alpha:
-            columns = target.unsqueeze(1)  # (batch, 1)
-            if self.lam:
-                columns = torch.cat([columns, label_items], dim=1)  # (batch, 1 + k)
-            terms = dro_loss(student_scores, columns, propensity, self.beta)  # (batch, 1) or (batch, 1 + k)
+            _check_dro(scores, propensity, self.beta)
+            targets = columns[:, negative.shape[1] :]  # (batch, 1 + k)
+            terms = _dro_terms(scores, picked[:, negative.shape[1] :], targets, propensity.float() / self.beta)
             dro = terms[:, 0].mean()
             if self.lam:
-                counts = (teacher_items[:, : self.top_k] != NO_LABEL).float()  # (batch, k)
-                if sample_weights is not None:
-                    counts = counts * sample_weights.unsqueeze(1)
-                ranking = ranking + self.alpha * self._ranking_dro(terms[:, 1:], label_weights, counts)
+                ranking = ranking + self.alpha * self._ranking_dro(terms[:, 1:], weights, labels, sample_weights)
         return DLLM2RecOutput(base + self.alpha * dro + self.lam * ranking, base, dro, ranking)
 
-    def _labels(self, student_scores, teacher_items, teacher_distances, sample_weights):
-        """Columns (batch, k) that can be looked up, and their weights (batch, k), 0 where there is no label."""
-        items = teacher_items[:, : self.top_k]
-        weights = ranking_distillation_weights(
-            student_scores, items, teacher_distances[:, : self.top_k], *self.gammas
-        )  # (batch, k)
-        if sample_weights is not None:
-            weights = weights * sample_weights.float().unsqueeze(1)
-        return items.clamp(min=0), weights
-
-    def _ranking(self, student_scores, negative, label_items, label_weights):
-        """Labels against negatives, without DROS: a scalar."""
-        positive = F.softplus(-student_scores.gather(1, label_items).float())  # (batch, k)
-        negative_scores = student_scores.gather(1, negative).float()  # (batch, negatives)
-        # The reference writes sigmoid(1 - s), so that a negative has to fall below 1, not below 0.
-        margin = 1.0 if self.form == "reference" else 0.0
-        against = F.softplus(negative_scores - margin).mean(1, keepdim=True)  # (batch, 1), the same for all labels
-        return (label_weights * (positive + against)).sum(1).mean()
-
-    def _ranking_dro(self, terms, label_weights, counts):
-        """The labels' DROS terms (batch, k), weighted: a scalar. `counts` (batch, k) are 0 where there is no label."""
+    def _ranking_dro(self, terms, weights, labels, sample_weights):
+        """The labels' DROS terms (batch, k), weighted: a scalar."""
         if self.form == "corrected":
-            return (label_weights * terms).sum(1).mean()
+            return (weights * terms).sum(1).mean()
         # Rows without labels are left out of the second mean: what remains is the published product of the labelled
         # rows, times their share of the batch.
+        counts = (labels != NO_LABEL).float()  # (batch, k)
+        if sample_weights is not None:
+            counts = counts * sample_weights.float().unsqueeze(1)
         total = counts.sum(0)  # (k,)
         mean_terms = (counts * terms).sum(0) / total.masked_fill(total == 0, 1.0)  # (k,)
-        return (label_weights.mean(0) * mean_terms).sum()
+        return (weights.mean(0) * mean_terms).sum()
 
-    def _check_inputs(self, student_scores, target, negative, teacher_items, teacher_distances, sample_weights):
+    def _check_inputs(
+        self, student_scores, target, negative, teacher_items, teacher_distances, sample_weights, propensity
+    ):
         _check_columns("target", target, student_scores, shape="(batch,)")
         if negative is not None:
             _check_columns("negative", negative, student_scores)
-        elif self.lam or self.base_loss != "cross_entropy":
+        elif self.lam or self.base_loss not in ("cross_entropy", NO_BASE_LOSS):
             raise ValueError(
                 f"negative is None: base_loss {self.base_loss!r} with lam {self.lam} expected (batch,) or (batch, "
                 "negatives) columns; only cross_entropy with lam=0 reads none"
+            )
+        if self.alpha and propensity is None:
+            raise ValueError(
+                f"alpha is {self.alpha} and propensity None: expected propensity_scores(item_counts), or alpha=0"
             )
         if not self.lam:
             return
@@ -392,12 +424,11 @@ def distribution_loss(
             f"{tuple(teacher_scores.shape)}: expected (batch, items) of the same items"
         )
     check_temperature(temperature)
+    _check_choice("direction", direction, ("forward", "reverse"))
     student = F.log_softmax(student_scores.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_scores.float() / temperature, dim=1)
     if direction == "reverse":
         student, teacher = teacher, student
-    elif direction != "forward":
-        raise ValueError(f"direction is {direction!r}: expected forward or reverse")
     return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
@@ -420,11 +451,15 @@ def embedding_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "ms
             f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}: expected the same (batch, "
             "hidden); project the larger embeddings first"
         )
+    _check_choice("kind", kind, ("mse", "cosine"))
     if kind == "mse":
         return (student.float() - teacher.float()).square().mean(1)
-    if kind == "cosine":
-        return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=1)
-    raise ValueError(f"kind is {kind!r}: expected mse or cosine")
+    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=1)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
 
 
 def check_temperature(temperature: float) -> None:
