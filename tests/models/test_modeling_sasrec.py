@@ -445,3 +445,25 @@ def test_padding_row_stays_zero_in_training():
     optimizer.step()
     torch.testing.assert_close(model.model.item_embedding.weight[0].detach(), padding)
     assert padding.abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"repeat_bias": True}, {"head_bias": True, "tie_word_embeddings": False}, {"score_temperature": 0.1}],
+    ids=["tied", "repeat_bias", "untied", "cosine"],
+)
+def test_scored_positions_have_the_logits_of_their_histories(settings):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "hidden_dropout": 0.0, "attention_dropout": 0.0, "position_alignment": "oldest"}
+    model = SASRecForNextItem(SASRecConfig(num_items=20, **sizes, **settings)).train()
+    if "repeat_bias" in settings:
+        model.head.repeat_bias.data.fill_(0.7)
+    input_ids = torch.tensor([[0, 0, 3, 4, 3], [1, 2, 5, 0, 0]])  # padding on either side
+    labels = torch.tensor([[-100, -100, 4, 3, 7], [2, 5, 9, -100, -100]])
+    scored = torch.tensor([[0, 0, 1, 0, 1], [0, 1, 1, 0, 0]]).bool()
+    logits = model(input_ids, labels=labels, scored_positions=scored).logits
+    alone = [model(torch.tensor([history])).logits[0] for history in ([3], [3, 4, 3], [1, 2], [1, 2, 5])]
+    torch.testing.assert_close(logits, torch.stack(alone))
+    items = torch.tensor([3, 7, 19])
+    some = model(input_ids, labels=labels, scored_positions=scored, scored_items=items).logits
+    torch.testing.assert_close(some, logits[:, items])

@@ -142,7 +142,7 @@ class NextItemHead(nn.Linear):
         self.config, self.score_temperature = config, config.score_temperature
         self.repeat_bias = nn.Parameter(torch.zeros(())) if config.repeat_bias else None
 
-    def forward(self, hidden_states, repeated_items, targets=None, negatives=None, log_q=None):
+    def forward(self, hidden_states, repeated_items, targets=None, negatives=None, log_q=None, scored_items=None):
         """Scores, or the summed training loss when `targets` are given.
 
         Args:
@@ -152,9 +152,11 @@ class NextItemHead(nn.Linear):
             targets: (positions,) item ids, or None.
             negatives: (negatives,) or (positions, negatives) item ids, for the sampled losses.
             log_q: (num_items + 1,) log probability of each item in the draw of negatives, or None.
+            scored_items: (items,) different ids, none of them padding: the scores are of these, in their order.
 
         Returns:
-            (positions, num_items + 1) scores with -inf for padding, or the scalar loss.
+            (positions, num_items + 1) scores with -inf for padding, (positions, items) of the `scored_items`, or the
+            scalar loss.
         """
         weight = self.weight
         if self.score_temperature is not None:
@@ -162,9 +164,15 @@ class NextItemHead(nn.Linear):
             weight = F.normalize(weight, dim=-1)
         if targets is None:
             # In bfloat16 many items would tie, and ties cost quality: scores are always computed in float32.
+            rows = slice(None) if scored_items is None else scored_items
             with torch.autocast(hidden_states.device.type, enabled=False):
-                bias = None if self.bias is None else self.bias.float()
-                scores = F.linear(hidden_states.float(), weight.float(), bias)  # (positions, num_items + 1)
+                bias = None if self.bias is None else self.bias.float()[rows]
+                scores = F.linear(hidden_states.float(), weight[rows].float(), bias)  # (positions, items)
+            if scored_items is not None:
+                if self.repeat_bias is not None:
+                    repeats = repeated_items.unsqueeze(2).eq(scored_items).any(1)  # (positions, items)
+                    scores = scores + repeats * self.repeat_bias
+                return scores
             if self.repeat_bias is not None:
                 scores = scores.scatter_add(1, repeated_items, self.repeat_bias.to(scores).expand(repeated_items.shape))
             scores[:, PADDING_ITEM_ID] = float("-inf")
@@ -354,6 +362,8 @@ class SASRecForNextItem(SASRecPreTrainedModel):
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         seen_items: torch.Tensor | None = None,
+        scored_positions: torch.Tensor | None = None,
+        scored_items: torch.Tensor | None = None,
     ) -> NextItemOutput:
         """Score the next item of each history.
 
@@ -363,11 +373,14 @@ class SASRecForNextItem(SASRecPreTrainedModel):
             labels: (batch, length), the next item at each position, -100 where there is none.
             num_items_in_batch: number of labels to average over; None means those of this call.
             seen_items: (batch, any); not read here. Evaluation batches carry it for the metrics.
+            scored_positions: (batch, length) bool, real positions whose scores a distillation loss asks for.
+            scored_items: (items,) different item ids, to score these alone at `scored_positions`.
 
         Returns:
             loss: scalar, when `labels` are given.
             logits: (batch, num_items + 1) after the last real item, -inf for padding; None in a training step, whose
-                memory must not grow with the catalogue.
+                memory must not grow with the catalogue. With `scored_positions` those of (positions, num_items + 1) or
+                (positions, items), in the order of rows and positions.
             last_hidden_state: (batch, length, hidden), zero at padding.
             user_embedding: (batch, hidden), the hidden state at the last real item.
 
@@ -385,7 +398,11 @@ class SASRecForNextItem(SASRecPreTrainedModel):
         if labels is not None:
             loss = self._loss(hidden_states, item_ids, labels.gather(1, order), num_items_in_batch)
         logits = None
-        if not self.training or labels is None:
+        if scored_positions is not None:
+            scored = scored_positions.gather(1, order)  # (batch, length)
+            repeated_items = self._repeated_until(item_ids, scored)
+            logits = self.head(hidden_states[scored], repeated_items, scored_items=scored_items)
+        elif not self.training or labels is None:
             logits = self.head(user_embedding, self._repeated_items(item_ids))
         return NextItemOutput(
             loss=loss,
@@ -414,6 +431,19 @@ class SASRecForNextItem(SASRecPreTrainedModel):
         """The different items of each history, (batch, length), where the head's repeat bias reads them."""
         return None if self.head.repeat_bias is None else first_occurrences(item_ids)
 
+    def _repeated_until(self, item_ids: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor | None:
+        """The different items up to each chosen position, (positions, length), where the repeat bias reads them.
+
+        Args:
+            item_ids: (batch, length), padding last.
+            chosen: (batch, length) bool.
+        """
+        repeated_items = self._repeated_items(item_ids)  # (batch, length)
+        if repeated_items is None:
+            return None
+        until_here = repeated_items.unsqueeze(1).expand(-1, item_ids.shape[1], -1).tril()  # (batch, length, length)
+        return until_here[chosen]
+
     def _loss(self, hidden_states, item_ids, labels, num_items_in_batch):
         labelled = labels.ne(IGNORED_LABEL)  # (batch, length)
         # Selecting waits for the device once per step; it saves the scores of every padded position.
@@ -427,12 +457,7 @@ class SASRecForNextItem(SASRecPreTrainedModel):
                     "there is no next item"
                 )
         negatives, log_q = self._draw_negatives(len(targets))
-        repeated_items = self._repeated_items(item_ids)  # (batch, length)
-        if repeated_items is not None:
-            length = item_ids.shape[1]
-            until_here = repeated_items.unsqueeze(1).expand(-1, length, -1).tril()  # (batch, length, length)
-            repeated_items = until_here[labelled]  # (positions, length)
-        loss = self.head(positions, repeated_items, targets, negatives, log_q)
+        loss = self.head(positions, self._repeated_until(item_ids, labelled), targets, negatives, log_q)
         return loss / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)
 
     def _draw_negatives(self, num_positions: int):
