@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 from accelerate import PartialState
 
-from hf_ilora import SequenceDatasets, compare_runs
+from hf_ilora import ILoraForRecommendation, SequenceDatasets, compare_runs
 from hf_ilora.evaluation.latency import measure_latency, model_size
 from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.evaluation.rank_metrics import metric_per_user
@@ -96,7 +96,8 @@ def main() -> None:
         for name, model, folder in zip(arguments.names, models, folders, strict=True):
             model.to(device)
             with record.stage(f"rank {name}"):
-                ranks = rank_split(model, split, batch_size=arguments.batch_size)
+                scorer = model.item_scores if isinstance(model, ILoraForRecommendation) else None
+                ranks = rank_split(model, split, batch_size=arguments.batch_size, scorer=scorer)
             if not state.is_main_process:
                 continue
             source = RanksSource(name, context.data_fingerprint, arguments.split)

@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from hf_ilora import Catalogue, SASRecConfig, SASRecForNextItem
+from hf_ilora import Catalogue, ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem
+from hf_ilora.evaluation.latency import model_size
 from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
+from hf_ilora.models.language_models import load_language_model
+from tests.tiny_ilora_parts import save_llm
 
 RAW_IDS = np.arange(101, 109)
 
@@ -101,3 +104,29 @@ def test_catalogues_of_names_compare():
     assert check_catalogue(model, "mine", 8, names)
     with pytest.raises(ValueError, match="7 of 8 items"):
         check_catalogue(model, "mine", 8, np.append(names[:1], names[:7]))
+
+
+def save_ilora(folder, item_head):
+    save_llm(folder / "llm")
+    recommender = sasrec()
+    llm, tokenizer, _ = load_language_model(folder / "llm")
+    config = ILoraConfig(rank=4, num_experts=2, router_type="linear", item_head=item_head)
+    parts = (llm, recommender, tokenizer, recommender.catalogue, config)
+    ILoraForRecommendation.from_base(*parts, untrained_recommender=True).save_pretrained(folder / "ilora")
+    return folder / "ilora"
+
+
+def test_an_ilora_with_an_item_head_is_a_recommender_like_others(tmp_path):
+    folder = save_ilora(tmp_path, "residual")
+    model = load_recommender(model_folder(str(folder)))
+    histories = torch.tensor([[1, 2, 3]])
+    item_ids, scores = model.recommend(histories, top_k=2)
+    ranked, distances = model.rank_items(histories, top_k=2)
+    assert torch.equal(item_ids, ranked) and torch.equal(scores, -distances)
+    # its size is that of the language model too, which lies elsewhere
+    assert model_size(model, folder).num_bytes > sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def test_an_ilora_without_item_head_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="without item head, which ranks no catalogue"):
+        load_recommender(save_ilora(tmp_path, "none"))

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hf_ilora.models.modeling_ilora import ILoraForRecommendation
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -35,7 +37,7 @@ class ModelSize:
     Args:
         num_parameters: numbers the model holds: parameters, and buffers that are saved (a recommender that counts has
             nothing else); shared tensors count once.
-        num_bytes: size of its weight files.
+        num_bytes: size of its weight files; of its tensors for an iLoRA, whose language model lies elsewhere.
     """
 
     num_parameters: int
@@ -91,7 +93,7 @@ def _time_of_call(model, input_ids: torch.Tensor, top_k: int) -> float:
 
 
 def model_size(model: torch.nn.Module, folder: Path) -> ModelSize:
-    """Numbers a model holds, and bytes of the weight files in its folder.
+    """Numbers a model holds, and bytes of its weights.
 
     Args:
         model: what was loaded from `folder`.
@@ -107,5 +109,7 @@ def model_size(model: torch.nn.Module, folder: Path) -> ModelSize:
         raise ValueError(f"{folder} has no *.safetensors: expected a folder that save_pretrained wrote")
     return ModelSize(
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
-        num_bytes=sum(file.stat().st_size for file in files),
+        num_bytes=sum(tensor.nbytes for tensor in tensors.values())
+        if isinstance(model, ILoraForRecommendation)
+        else sum(file.stat().st_size for file in files),
     )

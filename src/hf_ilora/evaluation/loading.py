@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModel
 from transformers.utils import CONFIG_NAME
 
+from hf_ilora.models.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.next_item_model import NextItemPreTrainedModel
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.parquet")
@@ -36,21 +37,27 @@ def model_folder(name_or_path: str) -> Path:
     return folder
 
 
-def load_recommender(folder: str | os.PathLike) -> NextItemPreTrainedModel:
-    """Load a recommender of this package, in evaluation mode.
+def load_recommender(folder: str | os.PathLike) -> NextItemPreTrainedModel | ILoraForRecommendation:
+    """Load a recommender of this package, in evaluation mode: one that ranks the whole catalogue.
 
     Args:
         folder: what `model_folder` returned.
 
     Raises:
-        ValueError: for another kind of model, and for what cannot be loaded: unreadable files, an unknown model type,
-            weights that are missing, foreign or of another size.
+        ValueError: for another kind of model, an iLoRA without item head, and for what cannot be loaded: unreadable
+            files, an unknown model type, weights that are missing, foreign or of another size.
     """
     try:
         model = AutoModel.from_pretrained(folder)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"no model could be loaded from {folder}: {error}") from error
-    if not isinstance(model, NextItemPreTrainedModel):
+    if isinstance(model, ILoraForRecommendation):
+        if model.item_head is None:
+            raise ValueError(
+                f"{folder} holds an iLoRA without item head, which ranks no catalogue: train one with --item_head "
+                "residual, or evaluate it on candidates with recipes/evaluate_ilora.py"
+            )
+    elif not isinstance(model, NextItemPreTrainedModel):
         raise ValueError(
             f"{folder} holds a {type(model).__name__} (model_type {model.config.model_type}): expected a recommender "
             "of hf_ilora, which scores the next item"
@@ -58,7 +65,9 @@ def load_recommender(folder: str | os.PathLike) -> NextItemPreTrainedModel:
     return model.eval()
 
 
-def check_catalogue(model: NextItemPreTrainedModel, name: str, num_items: int, raw_ids: np.ndarray) -> bool:
+def check_catalogue(
+    model: NextItemPreTrainedModel | ILoraForRecommendation, name: str, num_items: int, raw_ids: np.ndarray
+) -> bool:
     """Make sure that a model and a data set mean the same items by the same ids.
 
     Args:

@@ -546,6 +546,11 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         item_ids, scores = top_k_items(log_probabilities, histories, top_k, exclude_seen)
         return item_ids, -scores
 
+    def recommend(self, histories: torch.Tensor, top_k: int = 10, exclude_seen: bool = True):
+        """As `rank_items`, with scores instead of distances, larger is better: what every recommender answers."""
+        item_ids, distances = self.rank_items(histories, top_k, exclude_seen)
+        return item_ids, -distances
+
     @torch.no_grad()
     def score_candidates(self, histories: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """Log-likelihood of each candidate's title after the prompt, which is read once for all of them.
