@@ -225,13 +225,24 @@ def load_reference_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    content = path.read_bytes()
-    root, storages = _read_zip(content, path) if content.startswith(b"PK") else _read_legacy(content, path)
+    root, storages = _read_saved(path)
     if isinstance(root, dict) and _all_strings(root):
         return {name: _tensor(value, storages, f"{path}: {name!r}") for name, value in root.items()}
     if _is(root, _MODULE_CLASSES):
         return _module_tensors(root, storages, path)
     raise ValueError(f"{path} holds a {_kind(root)}: expected the authors' SASRec module or its state dict")
+
+
+def load_reference_tensor(path: str | os.PathLike) -> torch.Tensor:
+    """The one tensor in a file of `torch.save`, such as DLLM2Rec's `all_embeddings.pt`, without running what it says.
+
+    Raises:
+        UnsafePickleError: when the pickle names a class or function that is not on the list.
+        ValueError: when the file is not whole, is of another kind, or its sizes do not fit its bytes.
+    """
+    path = Path(path)
+    root, storages = _read_saved(path)
+    return _tensor(root, storages, f"{path}: it")
 
 
 def load_reference_interactions(path: str | os.PathLike) -> pa.Table:
@@ -373,6 +384,11 @@ def _all_strings(values: Iterable) -> bool:
 
 
 # Tensors out of the two formats of torch.save.
+
+
+def _read_saved(path: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    content = path.read_bytes()
+    return _read_zip(content, path) if content.startswith(b"PK") else _read_legacy(content, path)
 
 
 def _read_zip(content: bytes, path: Path) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -550,5 +566,6 @@ __all__ = [
     "convert_reference_sasrec",
     "load_reference_interactions",
     "load_reference_state_dict",
+    "load_reference_tensor",
     "reference_catalogue",
 ]

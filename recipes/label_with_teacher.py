@@ -1,0 +1,159 @@
+"""Asks a teacher what comes next in the training histories and writes its answers as a data set of labels.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/label_with_teacher.py \
+        --data_dir outputs/ml-100k/data --teacher outputs/ml-100k/ilora --output_dir outputs/ml-100k/labels
+
+The teacher is a saved model that ranks the catalogue (iLoRA with an item head, SASRec, a model that counts), a
+safetensors file of scores, or a folder with DLLM2Rec's text files. `--budget 200 --acquire entropy --recommender
+outputs/ml-100k/sasrec-1` asks only where it promises most.
+
+The output folder gets the labels in shards (labels-*.parquet), the teacher's item embeddings if it has some
+(item_embeddings.safetensors), and teacher_labels.json, which comes last; `TeacherLabels.load` reads them. A killed run
+goes on where it was when the same command is given again, with any number of processes and any batch size; given to a
+finished folder, the command checks it and changes nothing. run.json and run.log lie beside the labels.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from hf_ilora import SequenceDatasets
+from hf_ilora.distillation.acquisition import POLICIES
+from hf_ilora.distillation.labelling import POSITIONS, LabelFolder, LabelRequests, acquire_requests, label_shards
+from hf_ilora.distillation.teachers import ModelTeacher, Teacher, load_teacher, model_fingerprint
+from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
+from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LabelArguments:
+    """Who is asked, about what, and how."""
+
+    teacher: str = field(metadata={"help": "saved model, .safetensors file of scores, or folder of published files"})
+    data_dir: str = field(metadata={"help": "folder written by recipes/prepare_data.py"})
+    output_dir: str = field(metadata={"help": "folder for the labels"})
+    top_k: int = field(default=10, metadata={"help": "items per label"})
+    exclude_seen: bool = field(
+        default=True, metadata={"help": "leave out what the history holds; false where repeating is natural"}
+    )
+    positions: str = field(
+        default="last", metadata={"help": "last: each row's target; all: every item of a leave-one-out sequence"}
+    )
+    budget: int | None = field(default=None, metadata={"help": "ask about so many only; by default about all"})
+    acquire: str = field(default="random", metadata={"help": f"how the budget is spent: {', '.join(POLICIES)}"})
+    recommender: str | None = field(default=None, metadata={"help": "saved recommender that acquire looks at"})
+    seed: int = field(default=0, metadata={"help": "of the choice of what to ask"})
+    batch_size: int = field(default=16, metadata={"help": "histories at a time, per process"})
+    shard_rows: int = field(default=256, metadata={"help": "rows per shard: what a kill can lose, per process"})
+    dtype: str | None = field(default=None, metadata={"help": "of the teacher's language model, such as bfloat16"})
+
+    def __post_init__(self):
+        for name in ("top_k", "batch_size", "shard_rows"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
+        for name, known in (("positions", POSITIONS), ("acquire", POLICIES)):
+            if vars(self)[name] not in known:
+                raise ValueError(f"{name} is {vars(self)[name]!r}: expected one of {', '.join(known)}")
+        if self.budget is None and (self.acquire != "random" or self.recommender is not None):
+            raise ValueError("acquire and recommender choose what to ask: expected a budget with them")
+        if self.budget is not None:
+            if self.budget < 1:
+                raise ValueError(f"budget is {self.budget}: expected at least 1")
+            if (self.recommender is None) != (self.acquire == "random"):
+                raise ValueError(
+                    f"acquire is {self.acquire} and recommender {self.recommender}: expected a recommender for all but "
+                    "random"
+                )
+
+
+ARGUMENTS = (LabelArguments,)
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(ARGUMENTS)
+    # Without an accelerator the processes of one launch find one another only when they are told so at the start. They
+    # wait for the slowest as long as it takes.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+    sequences, teacher, recommender = load_and_check(arguments, state.device)
+    all_requests = LabelRequests.of_split(sequences["train"], arguments.positions)
+    fingerprint = sequences.fingerprint
+    settings = {
+        "data_fingerprint": fingerprint,
+        "teacher_fingerprint": teacher.fingerprint,
+        "num_items": sequences.num_items,
+        "max_history": teacher.max_history,
+        "recommender_fingerprint": None if recommender is None else model_fingerprint(recommender),
+    }
+    names = ("top_k", "exclude_seen", "positions", "budget", "acquire", "seed", "shard_rows", "dtype")
+    folder = LabelFolder(arguments.output_dir, settings | {name: vars(arguments)[name] for name in names})
+    if state.is_main_process:
+        folder.start(partial(what_to_ask, all_requests, teacher, recommender, arguments))
+    state.wait_for_everyone()
+    set_up_logging(arguments.output_dir)
+    with RunRecord(arguments.output_dir, [arguments], seed=arguments.seed) as record:
+        record.add_data(fingerprint)
+        requests = folder.requests(all_requests)
+        with record.stage("label"):
+            speed = label_shards(
+                folder,
+                requests,
+                teacher,
+                exclude_seen=arguments.exclude_seen,
+                batch_size=arguments.batch_size,
+                process=state.process_index,
+                num_processes=state.num_processes,
+            )
+            speeds = gather_object([speed])  # waits for the others
+        rows, tokens = sum(speed.rows for speed in speeds), sum(speed.tokens for speed in speeds)
+        seconds = max(speed.seconds for speed in speeds)
+        logger.info("labelled %d rows (%d tokens) in %.1f s: %.4g rows, %.4g tokens per second",
+                    *(rows, tokens, seconds, rows / seconds, tokens / seconds))  # fmt: skip
+        if state.is_main_process:
+            with record.stage("finish"):
+                description = folder.finish(requests, teacher)
+            speed = {"rows_per_second": rows / seconds, "tokens_per_second": tokens / seconds}
+            record.add_metrics("labels", {"rows": description["num_rows"], "labelled_now": rows} | speed)
+            logger.info("%s holds %d labels of %s", arguments.output_dir, description["num_rows"], teacher.source)
+        state.wait_for_everyone()
+
+
+def load_and_check(arguments: LabelArguments, device: torch.device):
+    """The data set, the teacher, and the recommender that chooses or None."""
+    sequences = SequenceDatasets.load(arguments.data_dir)
+    if arguments.positions == "all" and sequences.protocol["name"] != "leave_one_out":
+        raise ValueError(
+            f"positions is all and {arguments.data_dir} has the protocol {sequences.protocol['name']}, whose rows are "
+            "prefixes of each other: expected last"
+        )
+    raw_ids = sequences.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
+    teacher = load_teacher(
+        arguments.teacher, len(sequences["train"]), sequences.num_items, dtype=arguments.dtype, device=device
+    )
+    if isinstance(teacher, ModelTeacher):
+        check_catalogue(teacher.model, arguments.teacher, sequences.num_items, raw_ids)
+    elif arguments.positions == "all":
+        raise ValueError(f"{arguments.teacher} holds one answer per row: expected positions last")
+    recommender = None
+    if arguments.recommender is not None:
+        recommender = load_recommender(model_folder(arguments.recommender)).to(device)
+        check_catalogue(recommender, arguments.recommender, sequences.num_items, raw_ids)
+    return sequences, teacher, recommender
+
+
+def what_to_ask(requests: LabelRequests, teacher: Teacher, recommender, arguments: LabelArguments) -> LabelRequests:
+    """The requests within the budget, longest first, so that batches are of like length and short memory shows."""
+    if arguments.budget is not None:
+        requests = acquire_requests(requests, arguments.acquire, arguments.budget, recommender, arguments.seed)
+    return requests.select(np.argsort(-requests.costs(teacher), kind="stable"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Teacher labels as a data set: a folder of parquet shards that says what they are about and looks rows up."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from hf_ilora.data.storage import content_digest, read_parquet
+
+DESCRIPTION_FILE = "teacher_labels.json"
+EMBEDDINGS_FILE = "item_embeddings.safetensors"
+EMBEDDINGS_KEY = "item_embeddings"
+FORMAT_VERSION = 1
+REMEDY = "label again with recipes/label_with_teacher.py, or restore the file"
+
+SCHEMA = pa.schema(
+    {
+        "history_id": pa.int64(),
+        "position": pa.int32(),
+        "teacher_items": pa.list_(pa.int32()),
+        "teacher_distances": pa.list_(pa.float32()),
+    }
+)
+
+
+def shard_name(shard: int) -> str:
+    return f"labels-{shard:06d}.parquet"
+
+
+class TeacherLabels:
+    """What a teacher answered about the train split of one data set.
+
+    Attributes:
+        table: one row per answer, in the order of (history_id, position): `history_id` (int64) is the row of the train
+            split, `position` (int32) the number of items of [history + target] that the teacher saw, and
+            `teacher_items` (list<int32>, best first) and `teacher_distances` (list<float32>, smaller is more confident)
+            are its `top_k` choices for the next one.
+        description: content of teacher_labels.json: fingerprints of data, teacher and labels, and the settings.
+        top_k: labels per row.
+        num_items: size of the catalogue.
+    """
+
+    def __init__(self, table: pa.Table, description: dict, folder: Path):
+        table = in_key_order(table)
+        self.table, self.description, self.folder = table, description, folder
+        self.top_k, self.num_items = description["top_k"], description["num_items"]
+        self._keys = keys(table["history_id"].to_numpy(), table["position"].to_numpy())  # (rows,), ascending
+        self._items, self._distances = (
+            table[name].combine_chunks().flatten().to_numpy().reshape(-1, self.top_k)  # (rows, top_k)
+            for name in ("teacher_items", "teacher_distances")
+        )
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike, data_fingerprint: str, teacher_fingerprint: str | None = None
+    ) -> "TeacherLabels":
+        """Read a finished folder of recipes/label_with_teacher.py and check that it is whole and about this data.
+
+        Args:
+            folder: with teacher_labels.json and its shards.
+            data_fingerprint: of the data set whose rows are to be looked up, `SequenceDatasets.fingerprint`.
+            teacher_fingerprint: of the teacher that is expected; None takes any.
+
+        Raises:
+            FileNotFoundError: when the folder is missing or its labels are not finished.
+            ValueError: for labels of other data or of another teacher, and for files that are damaged or changed.
+        """
+        folder = Path(folder)
+        description = read_description(folder)
+        for name, expected in (("data", data_fingerprint), ("teacher", teacher_fingerprint)):
+            found = description[f"{name}_fingerprint"]
+            if expected is not None and found != expected:
+                raise ValueError(
+                    f"the labels in {folder} were made for the {name} with the fingerprint {found}: expected "
+                    f"{expected}; label this {name} with recipes/label_with_teacher.py, or use the {name} they were "
+                    "made for"
+                )
+        table = read_shards(folder, description["num_shards"])
+        labels = cls(table, description, folder)
+        fingerprint = content_digest(labels.table)
+        if len(table) != description["num_rows"] or fingerprint != description["labels_fingerprint"]:
+            raise ValueError(
+                f"the shards in {folder} have {len(table)} rows with the fingerprint {fingerprint}: expected "
+                f"{description['num_rows']} with {description['labels_fingerprint']}, as {DESCRIPTION_FILE} says; "
+                f"{REMEDY}"
+            )
+        return labels
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def lookup(self, history_ids, positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """The labels of some histories; rows without a label are all zero.
+
+        Args:
+            history_ids: rows of the train split, a tensor, array or list of any shape, such as (batch,).
+            positions: of the same shape, the number of items seen.
+
+        Returns:
+            teacher_items (..., top_k) int64 in 1..num_items, or 0 where there is no label, and teacher_distances
+            (..., top_k) float32.
+
+        Raises:
+            ValueError: for shapes that differ.
+        """
+        history_ids, positions = np.asarray(history_ids), np.asarray(positions)
+        if history_ids.shape != positions.shape:
+            raise ValueError(
+                f"history_ids have shape {history_ids.shape} and positions {positions.shape}: expected the same shape"
+            )
+        asked = keys(history_ids, positions)  # (...)
+        rows = np.searchsorted(self._keys, asked).clip(max=len(self._keys) - 1)  # (...)
+        found = torch.from_numpy(np.asarray(self._keys[rows] == asked)).unsqueeze(-1)  # (..., 1)
+        items = torch.from_numpy(self._items[rows].astype(np.int64)) * found  # (..., top_k)
+        distances = torch.from_numpy(self._distances[rows]) * found  # (..., top_k)
+        return items, distances
+
+    def item_embeddings(self) -> torch.Tensor:
+        """The teacher's embeddings of the items, (num_items + 1, teacher size) float32, zero for padding.
+
+        Raises:
+            ValueError: when the teacher had none, or the file is damaged.
+        """
+        if self.description["embedding_size"] is None:
+            raise ValueError(
+                f"the teacher of {self.folder} ({self.description['teacher']}) has no item embeddings: expected an "
+                "iLoRA model, or a folder of published files with all_embeddings.pt"
+            )
+        return read_embeddings(self.folder, self.num_items, self.description["embedding_size"])
+
+
+def keys(history_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """One int64 for each (history, position), ascending in both."""
+    return (history_ids.astype(np.int64) << 32) | positions.astype(np.int64)
+
+
+def in_key_order(table: pa.Table) -> pa.Table:
+    """The rows in the order of history and position."""
+    order = np.argsort(keys(table["history_id"].to_numpy(), table["position"].to_numpy()))
+    return table.take(order).combine_chunks()
+
+
+def read_shards(folder: Path, num_shards: int) -> pa.Table:
+    """All shards one after the other.
+
+    Raises:
+        ValueError: when a shard is missing, damaged, or another kind of table.
+    """
+    tables = []
+    for shard in range(num_shards):
+        path = folder / shard_name(shard)
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: expected {num_shards} shards; {REMEDY}")
+        table = read_parquet(path)
+        if not table.schema.equals(SCHEMA):
+            raise ValueError(f"{path} has the columns {table.schema.names}: expected those of labels; {REMEDY}")
+        tables.append(table)
+    return pa.concat_tables(tables)
+
+
+def read_embeddings(folder: Path, num_items: int, size: int | None = None) -> torch.Tensor:
+    """(num_items + 1, size) float32; any size when it is None."""
+    path = folder / EMBEDDINGS_FILE
+    try:
+        table = load_file(path)[EMBEDDINGS_KEY]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} does not hold {EMBEDDINGS_KEY} ({error!r}): {REMEDY}") from error
+    if table.dim() != 2 or len(table) != num_items + 1 or size not in (None, table.shape[1]):
+        expected = f"({num_items + 1}, {'any' if size is None else size})"
+        raise ValueError(f"{path} has shape {tuple(table.shape)}: expected {expected}; {REMEDY}")
+    return table
+
+
+def read_description(folder: Path) -> dict:
+    """The content of teacher_labels.json.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when it is damaged or of another version.
+    """
+    path = folder / DESCRIPTION_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {DESCRIPTION_FILE}: expected finished labels; run recipes/label_with_teacher.py with "
+            "this output_dir, which goes on where it was interrupted"
+        )
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): {REMEDY}") from error
+    version = description.get("format_version") if isinstance(description, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format_version {version}: expected {FORMAT_VERSION}; {REMEDY}")
+    needed = {"data_fingerprint", "teacher_fingerprint", "teacher", "labels_fingerprint", "embedding_size"}
+    missing = needed | {"top_k", "num_items", "num_rows", "num_shards"}
+    missing -= description.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: {REMEDY}")
+    return description
+
+
+__all__ = ["DESCRIPTION_FILE", "EMBEDDINGS_FILE", "EMBEDDINGS_KEY", "FORMAT_VERSION", "SCHEMA", "TeacherLabels"]
+__all__ += ["in_key_order", "keys", "read_description", "read_embeddings", "read_shards", "shard_name"]

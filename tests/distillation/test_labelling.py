@@ -1,0 +1,255 @@
+"""Labelling: what is asked, in which shards it is written, and what a kill leaves."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from hf_ilora import PopularityConfig, PopularityForNextItem, SASRecConfig, SASRecForNextItem
+from hf_ilora.distillation import labelling
+from hf_ilora.distillation.labelling import LabelFolder, LabelRequests, acquire_requests, label_shards
+from hf_ilora.distillation.teacher_labels import TeacherLabels
+from tests.distillation.known_teacher import DATA_FINGERPRINT, KnownTeacher, label_all, label_settings
+from tests.synthetic import cyclic_sequences
+
+NUM_USERS, NUM_ITEMS = 20, 30
+
+
+@pytest.fixture(scope="module")
+def train():
+    """Rows of different lengths."""
+    split = cyclic_sequences(num_users=NUM_USERS)["train"]
+    return split.map(lambda row, index: {"history": row["history"][index % 5 :]}, with_indices=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train, tmp_path_factory):
+    path = tmp_path_factory.mktemp("labels") / "whole"
+    label_all(path, train, KnownTeacher(NUM_ITEMS))
+    return labels_in(path)
+
+
+def labels_in(path):
+    return TeacherLabels.load(path, DATA_FINGERPRINT).table
+
+
+# --- what is asked ---
+
+
+def test_last_position_asks_for_the_target_after_the_whole_history(train):
+    requests = LabelRequests.of_split(train)
+    assert requests.history_ids.tolist() == list(range(NUM_USERS))
+    assert requests.targets().tolist() == train["target"][:]
+    histories = requests.histories()
+    for row, example in enumerate(train):
+        assert [item for item in histories[row].tolist() if item] == example["history"]
+        assert histories[row, : len(example["history"])].all()  # padded on the right
+
+
+def test_all_positions_ask_for_every_item_but_the_first(train):
+    requests = LabelRequests.of_split(train, "all")
+    expected = [
+        (row, position, [*example["history"], example["target"]][position])
+        for row, example in enumerate(train)
+        for position in range(1, len(example["history"]) + 1)
+    ]
+    found = zip(requests.history_ids, requests.positions, requests.targets(), strict=True)
+    assert list(found) == expected
+
+
+def test_costs_are_those_of_the_newest_items_and_of_the_prompt(train):
+    costs = LabelRequests.of_split(train, "all").costs(KnownTeacher(NUM_ITEMS))
+    expected = [
+        10 + sum(item**2 for item in example["history"][:position][-3:])
+        for example in train
+        for position in range(1, len(example["history"]) + 1)
+    ]
+    assert costs.tolist() == expected
+
+
+def test_empty_history_and_unknown_positions_are_refused(train):
+    with pytest.raises(ValueError, match="'first': expected one of last, all"):
+        LabelRequests.of_split(train, "first")
+    broken = train.map(lambda row, index: {"history": [] if index == 7 else row["history"]}, with_indices=True)
+    with pytest.raises(ValueError, match="history of row 7 is empty"):
+        LabelRequests.of_split(broken)
+
+
+# --- a budget ---
+
+
+@pytest.fixture(scope="module")
+def recommender():
+    torch.manual_seed(0)
+    return SASRecForNextItem(SASRecConfig(num_items=NUM_ITEMS, hidden_size=8, max_length=4, initializer_range=0.5))
+
+
+def test_loss_policy_asks_where_the_recommender_is_worst(train, recommender):
+    requests = LabelRequests.of_split(train, "all")
+    losses = []
+    for row, example in enumerate(train):
+        sequence = [*example["history"], example["target"]]
+        for position in range(1, len(sequence)):
+            logits = recommender.eval()(torch.tensor([sequence[:position][-4:]])).logits[0]
+            losses.append((-logits.log_softmax(0)[sequence[position]].item(), row, position))
+    chosen = acquire_requests(requests, "loss", 9, recommender, batch_size=32)
+    expected = {(row, position) for _, row, position in sorted(losses)[-9:]}
+    assert set(zip(chosen.history_ids.tolist(), chosen.positions.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("policy", ["random", "entropy", "margin", "k_center"])
+def test_policies_choose_different_requests_of_the_split(train, recommender, policy):
+    requests = LabelRequests.of_split(train)
+    chosen = acquire_requests(requests, policy, 6, recommender, seed=3)
+    assert len(set(chosen.history_ids.tolist())) == 6 and set(chosen.history_ids) < set(range(NUM_USERS))
+    again = acquire_requests(requests, policy, 6, recommender, seed=3)
+    assert chosen.history_ids.tolist() == again.history_ids.tolist()
+
+
+def test_policy_without_what_it_looks_at_is_refused(train):
+    requests = LabelRequests.of_split(train)
+    with pytest.raises(ValueError, match="policy entropy looks at scores: expected a recommender"):
+        acquire_requests(requests, "entropy", 3)
+    popularity = PopularityForNextItem(PopularityConfig(num_items=NUM_ITEMS))
+    with pytest.raises(ValueError, match="PopularityForNextItem has no user embeddings"):
+        acquire_requests(requests, "k_center", 3, popularity)
+    with pytest.raises(ValueError, match="budget is 21: expected"):
+        acquire_requests(requests, "random", 21)
+
+
+# --- shards ---
+
+
+@pytest.mark.parametrize(("shard_rows", "batch_size", "processes"), [(1, 1, 1), (7, 3, 2), (20, 64, 3), (64, 5, 1)])
+def test_labels_do_not_depend_on_shards_batches_and_processes(train, undisturbed, tmp_path, shard_rows, batch_size, processes):  # fmt: skip  # noqa: E501
+    teacher = KnownTeacher(NUM_ITEMS)
+    label_all(tmp_path, train, teacher, batch_size=batch_size, processes=processes, shard_rows=shard_rows)
+    assert labels_in(tmp_path).equals(undisturbed)
+    assert len(list(tmp_path.glob("labels-*.parquet"))) == -(-NUM_USERS // shard_rows)
+    assert sum(map(len, teacher.calls)) == NUM_USERS and max(map(len, teacher.calls)) <= batch_size
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_kill_at_any_write_loses_and_doubles_no_row(train, undisturbed, tmp_path, monkeypatch, before):
+    """A process that dies before or after a file takes its name, at each of the files in turn, and is started again."""
+    replace = Path.replace
+    teacher, runs, died = KnownTeacher(NUM_ITEMS), 0, True
+    while died:
+        writes = 0
+
+        def replace_or_die(self, target):
+            nonlocal writes
+            writes += 1
+            if writes == 2 and before:
+                raise KeyboardInterrupt
+            result = replace(self, target)
+            if writes == 2:
+                raise KeyboardInterrupt
+            return result
+
+        monkeypatch.setattr(Path, "replace", replace_or_die)
+        (tmp_path / ".labels-000002.parquet.1.unfinished").write_bytes(b"half")  # what a kill cannot clean up
+        runs += 1
+        try:
+            label_all(tmp_path, train, teacher, shard_rows=4)
+            died = False
+        except KeyboardInterrupt:
+            assert not (tmp_path / "teacher_labels.json").exists() or not before
+    monkeypatch.undo()
+    assert runs > 3
+    assert labels_in(tmp_path).equals(undisturbed)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"labels-{shard:06d}.parquet" for shard in range(5)} | {
+        "requests.parquet", "teacher_labels.json", "item_embeddings.safetensors"
+    }  # fmt: skip
+    if not before:  # what was written is not asked again
+        assert sum(map(len, teacher.calls)) == NUM_USERS
+
+
+def test_run_goes_on_with_another_number_of_processes(train, undisturbed, tmp_path):
+    everything = LabelRequests.of_split(train)
+    folder = LabelFolder(tmp_path, label_settings(NUM_ITEMS, shard_rows=3))
+    folder.start(lambda: everything)
+    label_shards(folder, everything, KnownTeacher(NUM_ITEMS), process=1, num_processes=2)
+    teacher = KnownTeacher(NUM_ITEMS)
+    label_all(tmp_path, train, teacher, processes=3, shard_rows=3)
+    assert 0 < sum(map(len, teacher.calls)) < NUM_USERS
+    assert labels_in(tmp_path).equals(undisturbed)
+
+
+def test_finished_folder_is_checked_and_asked_nothing(train, undisturbed, tmp_path):
+    label_all(tmp_path, train, KnownTeacher(NUM_ITEMS))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    teacher = KnownTeacher(NUM_ITEMS)
+    teacher.item_embeddings = None  # would fail
+    label_all(tmp_path, train, teacher)
+    assert not teacher.calls
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_was_chosen_first_stays_chosen(train, tmp_path):
+    everything = LabelRequests.of_split(train)
+    folder = LabelFolder(tmp_path, label_settings(NUM_ITEMS))
+    for indices in ([4, 2, 9], [1, 3]):
+        folder.start(lambda indices=indices: everything.select(np.array(indices)))
+        assert folder.requests(everything).history_ids.tolist() == [4, 2, 9]
+
+
+def test_other_settings_than_those_of_the_unfinished_run_are_refused(train, tmp_path):
+    label_all(tmp_path, train, KnownTeacher(NUM_ITEMS))
+    with pytest.raises(ValueError, match="shard_rows was 16 and is 8; top_k was 3 and is 5; choose another output_dir"):
+        label_all(tmp_path, train, KnownTeacher(NUM_ITEMS), top_k=5, shard_rows=8)
+
+
+def test_labels_of_unknown_origin_are_not_overwritten(train, tmp_path):
+    label_all(tmp_path, train, KnownTeacher(NUM_ITEMS))
+    (tmp_path / "requests.parquet").unlink()
+    with pytest.raises(ValueError, match=r"holds labels-.* but no requests\.parquet"):
+        label_all(tmp_path, train, KnownTeacher(NUM_ITEMS))
+
+
+def test_shard_that_answers_something_else_is_refused(train, tmp_path):
+    label_all(tmp_path, train, KnownTeacher(NUM_ITEMS), shard_rows=5)
+    (tmp_path / "labels-000001.parquet").write_bytes((tmp_path / "labels-000000.parquet").read_bytes())
+    with pytest.raises(ValueError, match=r"labels-000001\.parquet does not answer what requests\.parquet asks"):
+        label_all(tmp_path, train, KnownTeacher(NUM_ITEMS), shard_rows=5)
+    (tmp_path / "labels-000001.parquet").write_bytes(b"half")
+    with pytest.raises(ValueError, match="not a whole parquet file"):
+        label_all(tmp_path, train, KnownTeacher(NUM_ITEMS), shard_rows=5)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda items, distances: (items * 0, distances), r"expected ids 1\.\.30 and finite"),
+        (lambda items, distances: (items + 30, distances), r"expected ids 1\.\.30 and finite"),
+        (lambda items, distances: (items, distances / 0), "history 0 .*finite distances"),
+        (lambda items, distances: (items[:, :2], distances), r"items \(16, 2\) and distances \(16, 3\): expected"),
+    ],
+)
+def test_answers_that_are_none_are_refused_before_they_are_written(train, tmp_path, answer, message):
+    teacher = KnownTeacher(NUM_ITEMS)
+    rank = teacher.rank
+    teacher.rank = lambda *arguments: answer(*rank(*arguments))
+    with pytest.raises(ValueError, match=message):
+        label_all(tmp_path, train, teacher)
+    assert not list(tmp_path.glob("labels-*"))
+
+
+def test_progress_is_reported_with_the_time_left(train, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(labelling, "_SECONDS_BETWEEN_REPORTS", -1)
+    with caplog.at_level(logging.INFO):
+        label_all(tmp_path, train, KnownTeacher(NUM_ITEMS), batch_size=10, shard_rows=10)
+    assert "20 rows in 2 of 2 shards are left to this process" in caplog.text
+    assert "10 of 20 rows" in caplog.text and ", 0 s left" in caplog.text
+
+
+def test_shards_have_the_columns_of_a_data_set(train, tmp_path):
+    label_all(tmp_path, train, KnownTeacher(NUM_ITEMS))
+    schema = pq.read_schema(tmp_path / "labels-000000.parquet")
+    assert [str(schema.field(name).type) for name in ("history_id", "position")] == ["int64", "int32"]
+    assert str(schema.field("teacher_items").type).startswith("list<")
+    assert schema.field("teacher_distances").type.value_type == "float"

@@ -1,0 +1,136 @@
+"""Reading labels: looking rows up, and refusing labels that are of other data or not whole."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from hf_ilora.distillation.teacher_labels import TeacherLabels
+from tests.distillation.known_teacher import DATA_FINGERPRINT, KnownTeacher, expected_answer, label_all
+from tests.synthetic import cyclic_sequences
+
+NUM_USERS, NUM_ITEMS, TOP_K = 20, 30, 3
+
+
+@pytest.fixture(scope="module")
+def train():
+    return cyclic_sequences(num_users=NUM_USERS)["train"]
+
+
+@pytest.fixture
+def folder(train, tmp_path):
+    label_all(tmp_path / "labels", train, KnownTeacher(NUM_ITEMS), positions="all")
+    return tmp_path / "labels"
+
+
+def load(folder, **changes) -> TeacherLabels:
+    return TeacherLabels.load(folder, **{"data_fingerprint": DATA_FINGERPRINT} | changes)
+
+
+def test_every_prefix_has_the_answer_that_the_teacher_gives_to_it(folder, train):
+    labels = load(folder)
+    assert (labels.top_k, labels.num_items) == (TOP_K, NUM_ITEMS)
+    assert len(labels) == sum(len(row["history"]) for row in train)
+    for history_id, row in enumerate(train):
+        for position in range(1, len(row["history"]) + 1):
+            items, distances = labels.lookup([history_id], [position])
+            expected = expected_answer(row["history"][position - 1], history_id, TOP_K, NUM_ITEMS)
+            assert (items[0].tolist(), distances[0].tolist()) == expected
+
+
+def test_lookup_takes_any_shape_and_gives_zeros_where_there_is_no_label(folder):
+    labels = load(folder)
+    history_ids = torch.tensor([[3, 3, 99], [-1, 3, 0]])
+    positions = torch.tensor([[1, 2, 1], [-1, 5000, 0]])
+    items, distances = labels.lookup(history_ids, positions)
+    assert items.shape == distances.shape == (2, 3, TOP_K)
+    assert (items.dtype, distances.dtype) == (torch.int64, torch.float32)
+    assert items[0, :2].all() and distances[0, :2].all()
+    assert not items[0, 2].any() and not items[1].any() and not distances[1].any()
+    for place in (0, 1):
+        alone, _ = labels.lookup(np.array([3]), np.array([1 + place]))
+        assert torch.equal(alone[0], items[0, place])
+
+
+def test_lookup_of_other_shapes_is_refused(folder):
+    with pytest.raises(ValueError, match=r"\(2,\) and positions \(1,\): expected the same shape"):
+        load(folder).lookup([1, 2], [1])
+
+
+def test_table_is_in_the_order_of_history_and_position(folder):
+    table = load(folder).table
+    assert table.column_names == ["history_id", "position", "teacher_items", "teacher_distances"]
+    pairs = list(zip(table["history_id"].to_pylist(), table["position"].to_pylist(), strict=True))
+    assert pairs == sorted(set(pairs))
+
+
+def test_item_embeddings_are_those_of_the_teacher(folder):
+    assert torch.equal(load(folder).item_embeddings(), KnownTeacher(NUM_ITEMS).item_embeddings())
+
+
+def test_teacher_without_embeddings_says_so(train, tmp_path):
+    teacher = KnownTeacher(NUM_ITEMS)
+    teacher.item_embeddings = lambda: None
+    label_all(tmp_path / "labels", train, teacher)
+    with pytest.raises(ValueError, match=r"\(known teacher\) has no item embeddings: expected an iLoRA model"):
+        load(tmp_path / "labels").item_embeddings()
+    assert not (tmp_path / "labels" / "item_embeddings.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["data", "teacher"])
+def test_labels_of_other_data_or_of_another_teacher_are_refused(folder, name):
+    load(folder, teacher_fingerprint=KnownTeacher.fingerprint)
+    message = f"made for the {name} with the fingerprint .*: expected 0000.*; label this {name}"
+    with pytest.raises(ValueError, match=message):
+        load(folder, **{f"{name}_fingerprint": "0" * 64})
+
+
+def test_unfinished_labels_are_refused(folder):
+    (folder / "teacher_labels.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected finished labels; run recipes/label_with_teacher\.py"):
+        load(folder)
+
+
+def change_one_label(folder):
+    path = folder / "labels-000001.parquet"
+    table = pq.read_table(path)
+    items = table["teacher_items"].to_pylist()
+    items[0][0] += 1
+    columns = [*table.columns[:2], pa.array(items, pa.list_(pa.int32())), table.columns[3]]
+    pq.write_table(pa.table(columns, schema=table.schema), path)
+
+
+def change_description(folder, **changes):
+    path = folder / "teacher_labels.json"
+    description = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in description.items() if value != "dropped"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change_one_label, "have 220 rows with the fingerprint .*: expected 220 with"),
+        (lambda folder: (folder / "labels-000000.parquet").unlink(), "labels-000000.parquet is missing: expected 14"),
+        (lambda folder: (folder / "labels-000002.parquet").write_bytes(b"PAR1"), "not a whole parquet file"),
+        (lambda folder: pq.write_table(pq.read_table(folder / "requests.parquet"), folder / "labels-000003.parquet"),
+         "expected those of labels"),
+        (lambda folder: (folder / "teacher_labels.json").write_text("{"), "is not JSON"),
+        (lambda folder: change_description(folder, format_version=2), "format_version 2: expected 1"),
+        (lambda folder: change_description(folder, top_k="dropped"), "lacks top_k"),
+        (lambda folder: change_description(folder, num_rows=7), "expected 7 with"),
+    ],
+)  # fmt: skip
+def test_damaged_labels_are_refused(folder, damage, message):
+    load(folder)
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_damaged_embeddings_are_refused(folder):
+    (folder / "item_embeddings.safetensors").write_bytes(b"0123456789")
+    with pytest.raises(ValueError, match="does not hold item_embeddings"):
+        load(folder).item_embeddings()

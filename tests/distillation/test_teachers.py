@@ -1,0 +1,241 @@
+"""Teachers: models, a table of scores, and the published text files, asked in the same way."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_ilora import PopularityConfig, PopularityForNextItem
+from hf_ilora.distillation.labelling import LabelRequests
+from hf_ilora.distillation.teachers import (
+    ModelTeacher,
+    PublishedTeacher,
+    ScoreTableTeacher,
+    load_teacher,
+    model_fingerprint,
+)
+from tests.models.ilora_fixtures import NUM_ITEMS, catalogue, recommender, tiny_model
+from tests.synthetic import cyclic_sequences
+
+HISTORIES = torch.tensor([[3, 7, 30, 5], [12, 21, 0, 0]])
+ROWS, ITEMS = 3, 5
+
+
+# --- models ---
+
+
+def test_sasrec_answers_with_its_recommendations_and_their_improbability():
+    model = recommender()
+    teacher = ModelTeacher(model, "here")
+    items, distances = teacher.rank(np.array([8, 9]), HISTORIES, 4, True)
+    assert torch.equal(items, model.recommend(HISTORIES, 4)[0])
+    for row, length in enumerate((4, 2)):
+        log_p = model(HISTORIES[row : row + 1, :length]).logits[0].log_softmax(0)
+        torch.testing.assert_close(distances[row], -log_p[items[row]], rtol=1e-4, atol=1e-5)
+    assert teacher.item_embeddings() is None
+    assert (teacher.num_items, teacher.max_history, teacher.answers_prefixes) == (NUM_ITEMS, 6, True)
+
+
+def test_seen_items_are_left_out_on_request():
+    teacher = ModelTeacher(recommender(), "here")
+    seen = set(HISTORIES[0].tolist())
+    everything, rest = (set(teacher.rank(np.zeros(2), HISTORIES, 26, x)[0][0].tolist()) for x in (False, True))
+    assert not seen & rest and seen & everything
+
+
+def test_counting_model_is_a_teacher():
+    model = PopularityForNextItem(PopularityConfig(num_items=4))
+    model.item_counts.copy_(torch.tensor([0.0, 1, 4, 3, 2]))
+    items, distances = ModelTeacher(model, "here").rank(np.zeros(1), torch.tensor([[3]]), 2, True)
+    assert items.tolist() == [[2, 4]]
+    torch.testing.assert_close(distances, -torch.tensor([[0.4, 0.2]]).log())
+
+
+@pytest.mark.parametrize("item_placeholders", [True, False])
+def test_ilora_costs_the_tokens_of_its_prompts(item_placeholders):
+    model = tiny_model(item_head="residual", item_placeholders=item_placeholders)
+    teacher = ModelTeacher(model, "here")
+    split = cyclic_sequences(num_users=6)["train"]  # 30 items, as many as the model knows
+    requests = LabelRequests.of_split(split, "all")
+    expected = [
+        int(model.build_prompts(requests.select([row]).histories()).attention_mask.sum())
+        for row in range(len(requests))
+    ]
+    assert requests.costs(teacher).tolist() == expected
+
+
+def test_ilora_answers_with_its_item_head_and_embeds_titles():
+    model = tiny_model(item_head="residual")
+    teacher = ModelTeacher(model, "here")
+    items, distances = teacher.rank(np.array([0, 1]), HISTORIES, 3, False)
+    expected_distances, expected_items = (-model.item_scores(HISTORIES).log_softmax(1)).topk(3, largest=False)
+    assert torch.equal(items, expected_items)
+    torch.testing.assert_close(distances, expected_distances)
+    assert torch.equal(teacher.item_embeddings(), model.encode_items())
+
+
+def test_ilora_without_an_item_head_cannot_rank():
+    with pytest.raises(ValueError, match="here has no item head"):
+        ModelTeacher(tiny_model(), "here")
+
+
+def test_fingerprint_is_of_weights_configuration_and_catalogue_and_not_of_the_folder(tmp_path):
+    model = recommender()
+    model.catalogue = catalogue()
+    for name in ("one", "two"):
+        model.save_pretrained(tmp_path / name)
+    one, two = (load_teacher(str(tmp_path / name), 1, NUM_ITEMS) for name in ("one", "two"))
+    assert one.fingerprint == two.fingerprint == model_fingerprint(model)
+    assert one.source == str(tmp_path / "one")
+
+    others = [recommender(), recommender(position_alignment="oldest"), recommender()]
+    for other in others:
+        other.catalogue = catalogue()
+    with torch.no_grad():
+        others[0].model.item_embedding.weight[3, 2] += 1e-6
+    others[2].catalogue = catalogue([f"Title {item}" for item in range(NUM_ITEMS)])
+    assert len({model_fingerprint(other) for other in [model, *others]}) == 4
+    assert model_fingerprint(model.to(torch.bfloat16)) != one.fingerprint
+
+
+# --- tables of scores ---
+
+
+@pytest.fixture
+def score_table(tmp_path):
+    scores = torch.randn(ROWS, ITEMS + 1, generator=torch.Generator().manual_seed(0))
+    scores[:, 0] = float("nan")  # not read
+    save_file({"scores": scores}, tmp_path / "scores.safetensors")
+    return tmp_path / "scores.safetensors", scores
+
+
+def test_table_of_scores_answers_by_row(score_table):
+    path, scores = score_table
+    teacher = ScoreTableTeacher(path, ROWS, ITEMS)
+    items, distances = teacher.rank(np.array([2, 0]), torch.tensor([[1, 2], [5, 0]]), 2, True)
+    for row, (history_id, seen) in enumerate([(2, {1, 2}), (0, {5})]):
+        log_p = scores[history_id, 1:].log_softmax(0)
+        best = sorted(set(range(1, ITEMS + 1)) - seen, key=lambda item: -log_p[item - 1])[:2]
+        assert items[row].tolist() == best
+        torch.testing.assert_close(distances[row], -log_p[torch.tensor(best) - 1])
+    assert teacher.item_embeddings() is None and not teacher.answers_prefixes
+    assert teacher.fingerprint == ScoreTableTeacher(path, ROWS, ITEMS).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"scores": torch.zeros(ROWS + 1, ITEMS + 1)}, r"shape \(4, 6\) and type .*expected floating-point \(3, 6\)"),
+        ({"scores": torch.zeros(ROWS, ITEMS)}, r"expected floating-point \(3, 6\)"),
+        ({"scores": torch.zeros(ROWS, ITEMS + 1, dtype=torch.int64)}, "int64: expected floating-point"),
+        ({"logits": torch.zeros(ROWS, ITEMS + 1)}, "no safetensors file that holds scores"),
+    ],
+)
+def test_table_of_another_shape_is_refused(tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "scores.safetensors")
+    with pytest.raises(ValueError, match=message):
+        ScoreTableTeacher(tmp_path / "scores.safetensors", ROWS, ITEMS)
+
+
+# --- published text files ---
+
+RANKS, CONFIDENCE = [[0, 4, 2], [3, 1, 0], [2, 0, 1]], [[0.5, 0.75, 2.0], [0.25, 1.5, 1.5], [0.125, 3.0, 9.0]]
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Written as the published program's numpy does."""
+    np.savetxt(tmp_path / "myrank_train.txt", RANKS)
+    np.savetxt(tmp_path / "confidence_train.txt", CONFIDENCE, delimiter=", ")
+    return tmp_path
+
+
+def test_published_lists_answer_by_row_under_our_ids(published):
+    teacher = PublishedTeacher(published, ROWS, ITEMS)
+    items, distances = teacher.rank(np.array([2, 0]), torch.tensor([[1], [1]]), 2, False)
+    assert items.tolist() == [[3, 1], [1, 5]] and distances.tolist() == [[0.125, 3.0], [0.5, 0.75]]
+    assert teacher.item_embeddings() is None
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_published_embeddings_get_a_row_of_zeros_for_padding(published, zip_format, dtype):
+    without = PublishedTeacher(published, ROWS, ITEMS).fingerprint
+    embeddings = torch.randn(ITEMS, 4).to(dtype)
+    torch.save(embeddings, published / "all_embeddings.pt", _use_new_zipfile_serialization=zip_format)
+    teacher = PublishedTeacher(published, ROWS, ITEMS)
+    table = teacher.item_embeddings()
+    assert table.dtype == torch.float32 and not table[0].any()
+    assert torch.equal(table[1:], embeddings.float())
+    assert teacher.fingerprint != without
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_published_embeddings_are_not_unpickled(published):
+    torch.save(Touch(published / "touched"), published / "all_embeddings.pt")
+    with pytest.raises(ValueError, match=r"names (_?io|builtins)\.open"):
+        PublishedTeacher(published, ROWS, ITEMS).item_embeddings()
+    assert not (published / "touched").exists()
+
+
+@pytest.mark.parametrize("value", [torch.zeros(ITEMS + 1, 4), torch.zeros(ITEMS), {"weight": torch.zeros(ITEMS, 4)}])
+def test_published_embeddings_of_another_shape_are_refused(published, value):
+    torch.save(value, published / "all_embeddings.pt")
+    with pytest.raises(ValueError, match=r"expected \(5, size\)|expected a tensor"):
+        PublishedTeacher(published, ROWS, ITEMS).item_embeddings()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("myrank_train.txt", "0 1 2\n3 4 5\n0 1 2\n", "line 2 of .* holds 5: expected item ids 0 to 4"),
+        ("myrank_train.txt", "0 1 2\n3 4 -1\n0 1 2\n", "line 2 of .* holds -1: expected item ids 0 to 4"),
+        ("myrank_train.txt", "0 1 2\n3 4 1.5\n0 1 2\n", "line 2 of .* holds 1.5: expected item ids"),
+        ("myrank_train.txt", "0 1 2\n3 4 1\n", "has 2 lines: expected 3, one per row of the train split"),
+        ("myrank_train.txt", "", "has 0 lines: expected 3"),
+        ("myrank_train.txt", "0 1 2\n3 4\n0 1 2\n", "not a table of numbers"),
+        ("myrank_train.txt", "0 1\n3 4\n0 1\n", r"shape \(3, 2\) and .*\(3, 3\): expected the same"),
+        ("confidence_train.txt", "0 1 2\n3 nan 4\n0 1 2\n", "line 2 of .* holds NaN"),
+        ("confidence_train.txt", "0 1 2\n3 high 4\n0 1 2\n", "not a table of numbers"),
+        ("confidence_train.txt", "0 1 2\n3 é 4\n0 1 2\n", "not a table of numbers"),
+    ],
+)
+def test_damaged_published_files_are_refused(published, name, text, message):
+    (published / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        PublishedTeacher(published, ROWS, ITEMS)
+
+
+def test_published_lists_are_neither_filtered_nor_continued(published):
+    teacher = PublishedTeacher(published, ROWS, ITEMS)
+    with pytest.raises(ValueError, match="finished lists, with or without seen items: give exclude_seen false"):
+        teacher.rank(np.array([0]), torch.tensor([[1]]), 2, True)
+    with pytest.raises(ValueError, match="top_k is 4: expected at most 3, the length of the lists"):
+        teacher.rank(np.array([0]), torch.tensor([[1]]), 4, False)
+
+
+# --- whatever lies there ---
+
+
+def test_teacher_is_recognised_by_what_lies_there(published, score_table, tmp_path):
+    recommender().save_pretrained(tmp_path / "sasrec")
+    assert isinstance(load_teacher(str(published), ROWS, ITEMS), PublishedTeacher)
+    assert isinstance(load_teacher(str(score_table[0]), ROWS, ITEMS), ScoreTableTeacher)
+    assert isinstance(load_teacher(str(tmp_path / "sasrec"), ROWS, NUM_ITEMS), ModelTeacher)
+
+
+def test_what_is_no_teacher_is_refused(published, tmp_path):
+    with pytest.raises(ValueError, match="nowhere is no teacher"):
+        load_teacher(str(tmp_path / "nowhere"), ROWS, ITEMS)
+    with pytest.raises(ValueError, match=r"dtype is bfloat16 and .* holds finished answers"):
+        load_teacher(str(published), ROWS, ITEMS, dtype="bfloat16")
+    recommender().save_pretrained(tmp_path / "sasrec")
+    with pytest.raises(ValueError, match=r"dtype is bfloat16 and .* has no language model"):
+        load_teacher(str(tmp_path / "sasrec"), ROWS, NUM_ITEMS, dtype="bfloat16")

@@ -1,0 +1,135 @@
+"""recipes/label_with_teacher.py from a prepared data set and a saved teacher to labels, in this process."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_ilora import SASRecForNextItem, SequenceDatasets
+from hf_ilora.distillation.teacher_labels import TeacherLabels
+from tests.synthetic import cyclic_sequences
+from tests.tiny_ilora_parts import known_recommender
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "label_with_teacher.py"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A data set and a SASRec that knows it."""
+    folder = tmp_path_factory.mktemp("parts")
+    sequences = cyclic_sequences(num_users=40)
+    sequences.save(folder / "data")
+    known_recommender(sequences).save_pretrained(folder / "sasrec")
+    return folder
+
+
+@pytest.fixture
+def label(parts, tmp_path, monkeypatch):
+    """Runs the recipe with the data set, the SASRec and an output folder; returns the folder."""
+    spec = importlib.util.spec_from_file_location("recipe_label_with_teacher", RECIPE)
+    recipe = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, recipe)
+    spec.loader.exec_module(recipe)
+    monkeypatch.setattr(recipe, "set_up_logging", lambda output_dir: None)  # for a process of its own
+
+    def run(**changes) -> Path:
+        settings = {"data_dir": parts / "data", "teacher": parts / "sasrec", "output_dir": tmp_path / "labels"}
+        words = [str(word) for name, value in (settings | changes).items() for word in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", [str(RECIPE), *words])
+        recipe.main()
+        return tmp_path / "labels"
+
+    return run
+
+
+def test_sasrec_labels_every_training_row(label, parts):
+    folder = label(top_k=4, shard_rows=16)
+    sequences = SequenceDatasets.load(parts / "data")
+    labels = TeacherLabels.load(folder, sequences.fingerprint)
+    model = SASRecForNextItem.from_pretrained(parts / "sasrec")
+    assert len(labels) == 40
+    for history_id, row in enumerate(sequences["train"]):
+        items, distances = labels.lookup([history_id], [len(row["history"])])
+        expected_items, expected_distances = model.rank_items(torch.tensor([row["history"]]), 4)
+        assert torch.equal(items, expected_items)
+        torch.testing.assert_close(distances, expected_distances)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "finished" and record["data_fingerprint"] == sequences.fingerprint
+    assert record["metrics"]["labels"]["rows"] == record["metrics"]["labels"]["labelled_now"] == 40
+    assert record["metrics"]["labels"]["tokens_per_second"] > 0
+
+
+def test_second_run_asks_nothing_and_keeps_the_labels(label):
+    before = {path.name: path.read_bytes() for path in label().glob("*.parquet")}
+    folder = label(batch_size=3)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["metrics"]["labels"]["labelled_now"] == 0
+    assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == before
+
+
+@pytest.mark.parametrize("policy", ["random", "loss"])
+def test_budget_is_spent_on_as_many_rows(label, parts, policy):
+    settings = {} if policy == "random" else {"recommender": parts / "sasrec"}
+    folder = label(positions="all", budget=25, acquire=policy, **settings)
+    sequences = SequenceDatasets.load(parts / "data")
+    labels = TeacherLabels.load(folder, sequences.fingerprint)
+    assert len(labels) == 25
+    lengths = np.array([len(row) for row in sequences["train"]["history"]])
+    history_ids, positions = (labels.table[name].to_numpy() for name in ("history_id", "position"))
+    assert (positions <= lengths[history_ids]).all() and len(set(positions.tolist())) > 1
+
+
+def test_published_files_become_labels(label, parts, tmp_path):
+    published = tmp_path / "published"
+    published.mkdir()
+    ranks = (np.arange(40)[:, None] + np.arange(5)) % 30
+    np.savetxt(published / "myrank_train.txt", ranks, fmt="%d")
+    np.savetxt(published / "confidence_train.txt", np.tile(np.arange(5.0), (40, 1)))
+    torch.save(torch.ones(30, 6), published / "all_embeddings.pt")
+    folder = label(teacher=published, top_k=5, exclude_seen="false")
+    labels = TeacherLabels.load(folder, SequenceDatasets.load(parts / "data").fingerprint)
+    assert labels.table["teacher_items"].to_pylist() == (ranks + 1).tolist()
+    assert labels.item_embeddings().shape == (31, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 0}, "top_k is 0: expected at least 1"),
+        ({"positions": "first"}, "positions is 'first': expected one of last, all"),
+        ({"acquire": "entropy"}, "expected a budget with them"),
+        ({"acquire": "entropy", "budget": 3}, "expected a recommender for all but random"),
+        ({"budget": 0}, "budget is 0: expected at least 1"),
+        ({"budget": 41}, "budget is 41"),
+        ({"teacher": "nowhere"}, "nowhere is no teacher"),
+        ({"dtype": "bfloat16"}, "has no language model"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(label, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        label(**changes)
+    assert not list((tmp_path).glob("labels/*"))
+
+
+def test_teacher_of_another_catalogue_is_refused(label, tmp_path):
+    known_recommender(cyclic_sequences(num_users=40, num_items=20)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="knows 20 items and the data set has 30"):
+        label(teacher=tmp_path / "other")
+
+
+def test_prefix_rows_take_no_further_positions(label, tmp_path):
+    cyclic_sequences(num_users=40, protocol="temporal_users").save(tmp_path / "data")
+    with pytest.raises(ValueError, match="protocol temporal_users, whose rows are prefixes"):
+        label(data_dir=tmp_path / "data", positions="all")
+
+
+def test_unfinished_run_with_other_settings_is_not_touched(label):
+    folder = label()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="top_k was 10 and is 4; choose another output_dir"):
+        label(top_k=4)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
