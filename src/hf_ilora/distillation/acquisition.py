@@ -109,7 +109,8 @@ def _chunks(scores) -> Iterator[torch.Tensor]:
         if block.dim() != 2 or block.shape[1] < 2:
             raise ValueError(f"scores have shape {tuple(block.shape)}: expected (rows, items) with at least two items")
         for chunk in block.detach().split(CHUNK_ROWS):
-            yield chunk.float().cpu()
+            if len(chunk):
+                yield chunk.float().cpu()
 
 
 def _entropy(scores: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:

@@ -1,0 +1,241 @@
+"""Measures what a training step of DLLM2Rec costs against the base loss alone and against the published form.
+
+    python recipes/benchmark_distillation.py --output_dir outputs/benchmark_distillation --threads 1
+
+A SASRec of the size of MovieLens-100K is trained on random histories with one labelled position each, with BCE (one
+negative) and with the softmax over the catalogue as base loss. The baseline computes its loss the way that
+`SASRecForNextItem` does, which for BCE scores two items of the catalogue; the distilled programs score all of it. All
+programs take turns in every round of one process. Writes benchmark.json and benchmark.md.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from benchmark_ilora import median_ratio, table_of_targets, write_results
+from transformers import set_seed
+
+from hf_ilora import SASRecConfig, SASRecForNextItem
+from hf_ilora.distillation.losses import (
+    DLLM2RecLoss,
+    base_losses,
+    propensity_scores,
+    ranking_distillation_weights,
+)
+from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+
+logger = logging.getLogger(__name__)
+
+BASE_LOSSES = ("bce", "cross_entropy")
+ALPHA, BETA, LAM, GAMMAS = 1.0, 1.0, 0.8, (0.3, 0.5, 0.1)  # defaults of the published program
+LIMIT = 1.5  # times the step of the baseline
+
+
+@dataclass
+class DistillationBenchmarkArguments:
+    """What is measured."""
+
+    output_dir: str = field(metadata={"help": "folder for benchmark.json and benchmark.md"})
+    threads: int = field(default=1, metadata={"help": "CPU threads of all programs"})
+    rounds: int = field(default=21, metadata={"help": "steps per program, in turn; medians are reported"})
+    num_items: int = field(default=1682, metadata={"help": "catalogue; MovieLens-100K has 1682 items"})
+    batch_size: int = field(default=256, metadata={"help": "histories per step"})
+    lengths: list[int] = field(default_factory=lambda: [10, 50], metadata={"help": "items per history"})
+    top_k: int = field(default=10, metadata={"help": "teacher items per history"})
+
+    def __post_init__(self):
+        for name in ("threads", "rounds", "batch_size", "top_k"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
+        if self.num_items <= self.top_k:
+            raise ValueError(f"num_items is {self.num_items}: expected more than top_k, {self.top_k}")
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"lengths are {self.lengths}: expected at least one, each at least 1")
+
+
+ARGUMENTS = (DistillationBenchmarkArguments,)
+
+
+@dataclass
+class Batch:
+    """Random histories and labels; target, negative and teacher_items are columns, which is item ids less 1."""
+
+    input_ids: torch.Tensor  # (batch, length)
+    labels: torch.Tensor  # (batch, length), the target at the last position
+    target: torch.Tensor  # (batch,)
+    negative: torch.Tensor  # (batch,)
+    teacher_items: torch.Tensor  # (batch, k)
+    teacher_distances: torch.Tensor  # (batch, k)
+    propensity: torch.Tensor  # (items,)
+
+
+def random_batch(arguments: DistillationBenchmarkArguments, length: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    rows, items = arguments.batch_size, arguments.num_items
+    target, negative = torch.randint(0, items, (2, rows), generator=generator)
+    labels = torch.full((rows, length), -100)
+    labels[:, -1] = target + 1
+    return Batch(
+        input_ids=torch.randint(1, items + 1, (rows, length), generator=generator),
+        labels=labels,
+        target=target,
+        negative=negative,
+        teacher_items=torch.rand(rows, items, generator=generator).argsort(1)[:, : arguments.top_k],
+        teacher_distances=3 * torch.rand(rows, arguments.top_k, generator=generator),
+        propensity=propensity_scores(torch.randint(0, 500, (items,), generator=generator)),
+    )
+
+
+def published_loss(scores: torch.Tensor, batch: Batch, base_loss: str) -> torch.Tensor:
+    """The published arithmetic of DLLM2Rec: a loop over the teacher's items, each with a sum over the catalogue.
+
+    Its exponentials overflow for scores above about 12. The weights are the fast ones of this package.
+    """
+
+    def dro(target: torch.Tensor) -> torch.Tensor:
+        exponentials = torch.exp(batch.propensity * scores.square() / BETA)  # (batch, items)
+        score = scores.gather(1, target.unsqueeze(1)).squeeze(1)  # (batch,)
+        own = batch.propensity[target]  # (batch,)
+        without_target = exponentials.sum(1) - torch.exp(own * score.square() / BETA)
+        return torch.log(without_target + torch.exp(own * (score - 1).square() / BETA) + 1e-24).mean()
+
+    weights = ranking_distillation_weights(scores, batch.teacher_items, batch.teacher_distances, *GAMMAS)
+    against = F.logsigmoid(1 - scores.gather(1, batch.negative.unsqueeze(1)).squeeze(1))  # (batch,)
+    ranking = 0.0
+    for place, label in enumerate(batch.teacher_items.unbind(1)):
+        weight = weights[:, place]  # (batch,)
+        score = scores.gather(1, label.unsqueeze(1)).squeeze(1)  # (batch,)
+        ranking = ranking - (weight * (F.logsigmoid(score) + against)).mean()
+        ranking = ranking + ALPHA * weight.mean() * dro(label)
+    base = base_losses(scores, batch.target, batch.negative, base_loss).mean()
+    return base + ALPHA * dro(batch.target) + LAM * ranking
+
+
+class TrainingStep:
+    """Forward, backward and AdamW of one program: "baseline", "distilled" or "published"."""
+
+    def __init__(self, name: str, base_loss: str, length: int, arguments: DistillationBenchmarkArguments):
+        set_seed(0)
+        self.name, self.base_loss = name, base_loss
+        self.batch = random_batch(arguments, length)
+        config = SASRecConfig(
+            num_items=arguments.num_items,
+            max_length=length,
+            loss_type=base_loss,
+            num_negatives=1,
+            negative_sharing="position",
+        )
+        self.model = SASRecForNextItem(config).train()
+        self.distillation = DLLM2RecLoss(
+            ALPHA, BETA, LAM, *GAMMAS, arguments.top_k, propensity=self.batch.propensity, base_loss=base_loss
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+
+    def loss(self) -> torch.Tensor:
+        batch = self.batch
+        if self.name == "baseline":
+            return self.model(batch.input_ids, labels=batch.labels).loss
+        scores = self.model(batch.input_ids).logits[:, 1:]  # (batch, items)
+        if self.name == "published":
+            return published_loss(scores, batch, self.base_loss)
+        labels = batch.teacher_items, batch.teacher_distances
+        return self.distillation(scores, batch.target, batch.negative, *labels).loss
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+
+PROGRAMS = {"baseline": "base loss alone", "distilled": "DLLM2Rec", "published": "DLLM2Rec, published form"}
+
+
+def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict:
+    """Milliseconds of a step of each program, in turn; ratios are medians over the rounds, of CPU time too."""
+    wall, cpu = {name: [] for name in steps}, {name: [] for name in steps}
+    names = list(steps)
+    for round_ in range(-2, rounds):  # two rounds warm up
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            begin, begin_cpu = time.perf_counter(), time.process_time()
+            steps[name]()
+            if round_ >= 0:
+                wall[name].append(1000 * (time.perf_counter() - begin))
+                cpu[name].append(1000 * (time.process_time() - begin_cpu))
+    return {
+        "milliseconds": {name: statistics.median(values) for name, values in wall.items()},
+        "milliseconds_cpu": {name: statistics.median(values) for name, values in cpu.items()},
+        "distilled_over_baseline": median_ratio(wall["distilled"], wall["baseline"]),
+        "distilled_over_baseline_cpu": median_ratio(cpu["distilled"], cpu["baseline"]),
+        "published_over_distilled": median_ratio(wall["published"], wall["distilled"]),
+        "published_over_distilled_cpu": median_ratio(cpu["published"], cpu["distilled"]),
+    }
+
+
+def run_benchmark(arguments: DistillationBenchmarkArguments) -> dict:
+    """One measurement for each length and base loss."""
+    settings = {name: value for name, value in asdict(arguments).items() if name != "output_dir"}
+    measurements = []
+    for length in arguments.lengths:
+        for base_loss in BASE_LOSSES:
+            steps = {name: TrainingStep(name, base_loss, length, arguments) for name in PROGRAMS}
+            measured = measure(steps, arguments.rounds)
+            measurements.append({"length": length, "base_loss": base_loss} | measured)
+            logger.info("length %d, %s: %.2f of the baseline", length, base_loss, measured["distilled_over_baseline"])
+    return {"setting": settings | {"torch": torch.__version__}, "measurements": measurements}
+
+
+def report(results: dict) -> str:
+    """The measurements as Markdown tables that explain themselves."""
+    setting = results["setting"]
+    targets = [
+        (
+            f"step, DLLM2Rec over {row['base_loss']} alone, length {row['length']}",
+            row["distilled_over_baseline"],
+            "<=",
+            LIMIT,
+        )
+        for row in results["measurements"]
+    ]
+    lines = ["# What a training step of distillation costs", "", *table_of_targets(targets)]
+    lines += [
+        "",
+        f"CPU threads: {setting['threads']}. torch {setting['torch']}. {setting['rounds']} rounds, in which all"
+        " programs take turns; times are medians over the rounds, and their ratios medians of the rounds' ratios, in"
+        " brackets of CPU time.",
+        "",
+        f"Forward, backward and AdamW on a SASRec with hidden size 64, 2 blocks and {setting['num_items']} items,"
+        f" random weights in float32: {setting['batch_size']} histories with one label each, {setting['top_k']} items"
+        " of the teacher.",
+        "",
+        f"| length | base loss | {' | '.join(f'{title}, ms' for title in PROGRAMS.values())} | DLLM2Rec over base loss"
+        " | published over DLLM2Rec |",
+        "|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in results["measurements"]:
+        times = (f"{row['milliseconds'][name]:.0f}" for name in PROGRAMS)
+        ratios = (
+            f"{row[ratio]:.2f} ({row[ratio + '_cpu']:.2f})"
+            for ratio in ("distilled_over_baseline", "published_over_distilled")
+        )
+        lines.append(f"| {row['length']} | {row['base_loss']} | {' | '.join(times)} | {' | '.join(ratios)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(ARGUMENTS)
+    set_up_logging(arguments.output_dir)
+    torch.set_num_threads(arguments.threads)
+    with RunRecord(arguments.output_dir, [arguments], seed=0) as record:
+        results = run_benchmark(arguments)
+        record.add_metrics("benchmark", results)
+    write_results(results, report(results), Path(arguments.output_dir))
+
+
+if __name__ == "__main__":
+    main()

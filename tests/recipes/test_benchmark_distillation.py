@@ -1,0 +1,86 @@
+"""The programs that the benchmark of distillation compares compute what they are named after."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_ilora.distillation.losses import DLLM2RecLoss
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return importlib.import_module("benchmark_distillation")
+
+
+@pytest.fixture
+def arguments(recipe, tmp_path):
+    return recipe.DistillationBenchmarkArguments(
+        str(tmp_path), rounds=2, num_items=40, batch_size=6, lengths=[3], top_k=4
+    )
+
+
+@pytest.mark.parametrize("base_loss", ["bce", "cross_entropy"])
+def test_published_form_is_the_reference_form(recipe, arguments, base_loss):
+    batch = recipe.random_batch(arguments, length=3)
+    scores = torch.randn(6, 40, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    settings = (recipe.ALPHA, recipe.BETA, recipe.LAM, *recipe.GAMMAS, arguments.top_k, batch.propensity)
+    program = DLLM2RecLoss(*settings, form="reference", base_loss=base_loss)
+    expected = program(scores, batch.target, batch.negative, batch.teacher_items, batch.teacher_distances).loss
+    loss = recipe.published_loss(scores, batch, base_loss)
+    torch.testing.assert_close(loss, expected)
+    gradient, expected_gradient = (torch.autograd.grad(value, scores)[0] for value in (loss, expected))
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_programs_share_their_model_and_each_trains(recipe, arguments):
+    steps = {name: recipe.TrainingStep(name, "cross_entropy", 3, arguments) for name in recipe.PROGRAMS}
+    first, *others = (step.model.state_dict() for step in steps.values())
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+    for step in steps.values():
+        before = step.loss().item()
+        for _ in range(20):
+            step()
+        assert step.loss().item() < before
+    baseline = steps["baseline"]
+    labelled = baseline.batch.labels != -100
+    assert torch.equal(baseline.batch.labels[labelled] - 1, baseline.batch.target) and labelled.sum() == 6
+
+
+def test_benchmark_writes_a_table_with_its_targets(recipe, arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmark_distillation.py", *as_options(arguments)])
+    threads = torch.get_num_threads()
+    try:
+        recipe.main()
+    finally:
+        torch.set_num_threads(threads)
+    results = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    assert [(row["length"], row["base_loss"]) for row in results["measurements"]] == [(3, "bce"), (3, "cross_entropy")]
+    for row in results["measurements"]:
+        assert set(row["milliseconds"]) == {"baseline", "distilled", "published"}
+        row["distilled_over_baseline"] = 1.51 if row["base_loss"] == "bce" else 1.49
+    lines = recipe.report(results).splitlines()
+    assert "| step, DLLM2Rec over bce alone, length 3 | 1.51 | <= 1.5 | no |" in lines
+    assert "| step, DLLM2Rec over cross_entropy alone, length 3 | 1.49 | <= 1.5 | yes |" in lines
+    assert (tmp_path / "benchmark.md").is_file()
+
+
+def as_options(arguments) -> list[str]:
+    options = []
+    for name, value in vars(arguments).items():
+        options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return options
+
+
+def test_bad_sizes_are_refused(recipe):
+    with pytest.raises(ValueError, match="rounds is 0: expected at least 1"):
+        recipe.DistillationBenchmarkArguments("out", rounds=0)
+    with pytest.raises(ValueError, match="num_items is 10: expected more than top_k, 10"):
+        recipe.DistillationBenchmarkArguments("out", num_items=10)
+    with pytest.raises(ValueError, match=r"lengths are \[\]: expected at least one"):
+        recipe.DistillationBenchmarkArguments("out", lengths=[])
