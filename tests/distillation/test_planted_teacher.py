@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def world():
-    """Every item has ten items that may follow it, some of them likelier; the short walks of few users show little of it."""
+    """Every item has ten items that may follow it, some of them likelier; a few short walks show little of it."""
     generator = np.random.default_rng(0)
     following = np.array([generator.choice(NUM_ITEMS, SUCCESSORS, replace=False) for _ in range(NUM_ITEMS)])
     shares = np.exp(-0.3 * np.arange(SUCCESSORS))
