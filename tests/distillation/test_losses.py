@@ -130,7 +130,7 @@ def test_reference_form_repeats_the_published_program(case):
 
 @pytest.mark.parametrize("form", ["reference", "corrected"])
 @pytest.mark.parametrize("alpha, lam, gammas", [(0.5, 0.7, GAMMAS), (1.0, 0.3, (0.0, 0.0, 1.0)), (0.2, 1.0, (1, 0, 0))])
-@pytest.mark.parametrize("size, tolerance", [(2.0, 1e-4), (20.0, 1e-3)])  # the latter reach 68, where exponentials overflow
+@pytest.mark.parametrize("size, tolerance", [(2.0, 1e-4), (20.0, 1e-3)])  # 20: up to 68, exponentials overflow
 def test_loss_and_gradient_equal_the_naive_formula(form, alpha, lam, gammas, size, tolerance):
     scores, target, negative, items, distances = random_problem(size=size)
     propensity = some_propensity()
