@@ -1,0 +1,184 @@
+"""The whole way in one command: data, SASRec, iLoRA, teacher labels, distilled SASRec, evaluation, a folder to publish.
+
+    python recipes/run_pipeline.py recipes/configs/quickstart.yaml
+    python recipes/run_pipeline.py recipes/configs/quickstart.yaml --output_dir outputs/mine --only data sasrec
+
+A pipeline is a YAML file of stages, each a recipe of this folder with its settings. A stage is skipped when neither its
+recipe, its settings nor what it reads have changed since it was finished, and it says so; else its folder is made
+anew. A killed pipeline goes on where it was, inside the stage that was cut short where the recipe can resume.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import hf_ilora
+from hf_ilora.evaluation.written_files import written_whole
+from hf_ilora.runs import parse_arguments, set_up_logging
+
+logger = logging.getLogger(__name__)
+
+RECIPES = Path(__file__).resolve().parent
+STATE_FILE = "pipeline.json"
+
+
+@dataclass
+class PipelineArguments:
+    """Which pipeline, and where to."""
+
+    output_dir: str = field(metadata={"help": "folder of the pipeline; {output_dir} in the settings of the stages"})
+    stages: dict = field(metadata={"help": "of the YAML file: name of a stage -> recipe, reads, options..."})
+    only: list[str] | None = field(default=None, metadata={"help": "run these stages only, and those they read"})
+    force: list[str] | None = field(default=None, metadata={"help": "run these stages though nothing has changed"})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A recipe with its settings.
+
+    Args:
+        name: of the stage, and of its folder in the output folder.
+        recipe: file in recipes/, such as train_sasrec.py.
+        options: settings of the recipe, by option; {output_dir} stands for the pipeline's folder.
+        reads: names of the earlier stages whose folders the recipe reads.
+        config: YAML file of the recipe, whose settings the options override.
+        launch: file of accelerate_configs to launch the recipe with; None runs it with python.
+        minutes: about how long it takes, for the time left.
+        resumes: whether the recipe goes on in its folder after a kill; else the folder is made anew.
+    """
+
+    name: str
+    recipe: str
+    options: dict = field(default_factory=dict)
+    reads: list = field(default_factory=list)
+    config: str | None = None
+    launch: str | None = None
+    minutes: float = 1.0
+    resumes: bool = False
+
+    def command(self, output_dir: Path) -> list[str]:
+        """The words that run the stage."""
+        words = [sys.executable]
+        if self.launch is not None:
+            words += ["-m", "accelerate.commands.launch", "--config_file", self.launch]
+        words.append(str(RECIPES / self.recipe))
+        if self.config is not None:
+            words += ["--config", self.config]
+        for name, value in {**self.options, "output_dir": "{output_dir}/" + self.name}.items():
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(_word(one).replace("{output_dir}", str(output_dir)) for one in values)]
+        return words
+
+    def key(self, keys_read: list[str]) -> str:
+        """Changes when the recipe, its settings, the package's version or a stage that it reads change."""
+        files = [RECIPES / self.recipe, *(Path(file) for file in (self.config, self.launch) if file is not None)]
+        content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        what = {"stage": asdict(self), "files": content, "reads": keys_read, "version": hf_ilora.__version__}
+        del what["stage"]["minutes"]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def read_stages(stages: dict) -> list[Stage]:
+    """The stages in their order.
+
+    Raises:
+        ValueError: for a stage with unknown or missing settings, files that are not there, and stages that read what
+            does not come before them.
+    """
+    known = [setting.name for setting in fields(Stage) if setting.name != "name"]
+    result: dict[str, Stage] = {}
+    for name, settings in stages.items():
+        if not isinstance(settings, dict) or "recipe" not in settings or set(settings) - set(known):
+            found = sorted(settings) if isinstance(settings, dict) else settings
+            raise ValueError(f"stage {name} has {found}: expected recipe, and any of {', '.join(known)}")
+        stage = Stage(name, **settings)
+        for file in (RECIPES / stage.recipe, stage.config, stage.launch):
+            if file is not None and not Path(file).is_file():
+                raise ValueError(f"stage {name} names {file}, which is no file here ({Path.cwd()}): check the path")
+        for read in stage.reads:
+            if read not in result:
+                raise ValueError(f"stage {name} reads {read}: expected an earlier one of {', '.join(result) or 'none'}")
+        result[name] = stage
+    if not result:
+        raise ValueError("stages is empty: expected at least one stage")
+    return list(result.values())
+
+
+class PipelineState:
+    """Which stages are finished, by the key they had; kept in pipeline.json of the output folder."""
+
+    def __init__(self, output_dir: Path):
+        self.path = output_dir / STATE_FILE
+        self.stages = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+
+    def note(self, name: str, key: str, status: str, seconds: float = 0.0) -> None:
+        self.stages[name] = {"key": key, "status": status, "seconds": round(seconds, 1)}
+        with written_whole(self.path) as path:
+            path.write_text(json.dumps(self.stages, indent=2) + "\n", encoding="utf-8")
+
+    def has(self, name: str, key: str, status: str) -> bool:
+        return (self.stages.get(name, {}).get("key"), self.stages.get(name, {}).get("status")) == (key, status)
+
+
+def selected(stages: list[Stage], only: list[str] | None) -> list[Stage]:
+    """The stages that are asked for, with all that they read."""
+    if only is None:
+        return stages
+    by_name = {stage.name: stage for stage in stages}
+    unknown = [name for name in only if name not in by_name]
+    if unknown:
+        raise ValueError(f"there is no stage {', '.join(unknown)}: expected names of {', '.join(by_name)}")
+    wanted = set(only)
+    for stage in reversed(stages):
+        if stage.name in wanted:
+            wanted.update(stage.reads)
+    return [stage for stage in stages if stage.name in wanted]
+
+
+def main() -> None:
+    (arguments,) = parse_arguments((PipelineArguments,))
+    output = Path(arguments.output_dir)
+    all_stages = read_stages(arguments.stages)
+    stages = selected(all_stages, arguments.only)
+    selected(all_stages, arguments.force)  # raises for names that are none
+    set_up_logging(output)
+    state, keys = PipelineState(output), {}
+    minutes_left, begin, estimated = sum(stage.minutes for stage in stages), time.monotonic(), 0.0
+    for number, stage in enumerate(stages, start=1):
+        keys[stage.name] = key = stage.key([keys[name] for name in stage.reads])
+        folder, title = output / stage.name, f"stage {number} of {len(stages)}, {stage.name}"
+        minutes_left -= stage.minutes
+        if state.has(stage.name, key, "finished") and folder.is_dir() and stage.name not in (arguments.force or []):
+            logger.info("%s: nothing has changed since it was finished, skipped", title)
+            continue
+        pace = (time.monotonic() - begin) / 60 / estimated if estimated else 1.0
+        logger.info("%s begins; about %.1f minutes left", title, (minutes_left + stage.minutes) * pace)
+        if not (stage.resumes and state.has(stage.name, key, "started")):
+            shutil.rmtree(folder, ignore_errors=True)
+        state.note(stage.name, key, "started")
+        start = time.monotonic()
+        result = subprocess.run(stage.command(output), check=False)
+        if result.returncode:
+            raise RuntimeError(
+                f"{title} failed with exit code {result.returncode}; its log is {folder / 'run.log'}. The same command "
+                "goes on from here"
+            )
+        seconds = time.monotonic() - start
+        estimated += stage.minutes
+        state.note(stage.name, key, "finished", seconds)
+        logger.info("%s: done in %.0f s", title, seconds)
+    logger.info("all %d stages are done: %s", len(stages), output)
+
+
+if __name__ == "__main__":
+    main()
