@@ -68,8 +68,11 @@ class EvaluationArguments:
             raise ValueError("plot needs matplotlib: install hf_ilora[plot], or give --plot false")
 
 
+ARGUMENTS = (EvaluationArguments,)
+
+
 def main() -> None:
-    (arguments,) = parse_arguments((EvaluationArguments,))
+    (arguments,) = parse_arguments(ARGUMENTS)
     sequences, split, models, folders = load_and_check(arguments)
     # Without an accelerator the processes of one launch find one another only when they are told so at the start.
     state = PartialState(cpu=not torch.accelerator.is_available())

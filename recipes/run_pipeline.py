@@ -38,6 +38,9 @@ class PipelineArguments:
     force: list[str] | None = field(default=None, metadata={"help": "run these stages though nothing has changed"})
 
 
+ARGUMENTS = (PipelineArguments,)
+
+
 @dataclass(frozen=True)
 class Stage:
     """A recipe with its settings.
@@ -146,7 +149,7 @@ def selected(stages: list[Stage], only: list[str] | None) -> list[Stage]:
 
 
 def main() -> None:
-    (arguments,) = parse_arguments((PipelineArguments,))
+    (arguments,) = parse_arguments(ARGUMENTS)
     output = Path(arguments.output_dir)
     all_stages = read_stages(arguments.stages)
     stages = selected(all_stages, arguments.only)

@@ -30,6 +30,8 @@ ALLOWED_IMPORTS = {
     "models": {"downloads"},
     "runs": set(),
     "evaluation": {"data", "models"},
+    "distillation": {"data", "models"},
+    "publishing": {"data", "models", "evaluation"},
 }
 
 
@@ -142,6 +144,20 @@ def test_recipe_config_is_read_by_the_recipe_it_names(config):
         f"expected the first line to name the recipe, such as `# recipes/train_sasrec.py`, found {first_line!r}"
     )
     parse_arguments(load_recipe(PROJECT / named[1]).ARGUMENTS, [str(config)])
+
+
+PIPELINES = [config for config in RECIPE_CONFIGS if "recipes/run_pipeline.py" in config.read_text().splitlines()[0]]
+
+
+@pytest.mark.parametrize("config", PIPELINES, ids=relative)
+def test_the_recipes_of_a_pipeline_read_its_settings(config, monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT / "recipes"))  # recipes import one another
+    pipeline = load_recipe(PROJECT / "recipes" / "run_pipeline.py")
+    (arguments,) = parse_arguments(pipeline.ARGUMENTS, [str(config)])
+    for stage in pipeline.read_stages(arguments.stages):
+        command = stage.command(Path("outputs"))
+        options = command[command.index(str(PROJECT / "recipes" / stage.recipe)) + 1 :]
+        parse_arguments(load_recipe(PROJECT / "recipes" / stage.recipe).ARGUMENTS, options)
 
 
 @pytest.mark.parametrize("config", ACCELERATE_CONFIGS, ids=relative)

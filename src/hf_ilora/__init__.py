@@ -10,13 +10,19 @@ from ._registration import register_with_auto_classes
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AllSamplesPolicy": "hf_ilora.distillation.policies",
     "Catalogue": "hf_ilora.models.catalogue",
+    "DLLM2RecLoss": "hf_ilora.distillation.losses",
+    "DistillationArguments": "hf_ilora.distillation.trainer",
+    "DistillationTrainer": "hf_ilora.distillation.trainer",
     "GatedLoraLinear": "hf_ilora.models.gated_lora",
     "GeneratedRecommendation": "hf_ilora.models.title_generation",
+    "GroundTruthErrorPolicy": "hf_ilora.distillation.policies",
     "HitRatio": "hf_ilora.evaluation.metrics",
     "ILoraConfig": "hf_ilora.models.configuration_ilora",
     "ILoraForRecommendation": "hf_ilora.models.modeling_ilora",
     "ILoraOutput": "hf_ilora.models.modeling_ilora",
+    "KLDivergencePolicy": "hf_ilora.distillation.policies",
     "MRR": "hf_ilora.evaluation.metrics",
     "NDCG": "hf_ilora.evaluation.metrics",
     "NextItemOutput": "hf_ilora.models.modeling_sasrec",
@@ -27,14 +33,19 @@ _EXPORTS = {
     "SASRecForNextItem": "hf_ilora.models.modeling_sasrec",
     "SASRecModel": "hf_ilora.models.modeling_sasrec",
     "SequenceDatasets": "hf_ilora.data.sequences",
+    "TeacherLabels": "hf_ilora.distillation.teacher_labels",
     "TransitionCountsConfig": "hf_ilora.models.configuration_counting",
     "TransitionCountsForNextItem": "hf_ilora.models.modeling_counting",
     "ValidRatio": "hf_ilora.evaluation.metrics",
+    "acquire": "hf_ilora.distillation.acquisition",
     "build_sequences": "hf_ilora.data.sequences",
     "compare_runs": "hf_ilora.evaluation.statistics",
     "convert_reference_sasrec": "hf_ilora.models.convert_reference",
+    "dro_loss": "hf_ilora.distillation.losses",
     "load_interactions": "hf_ilora.data.interactions",
     "load_movielens": "hf_ilora.data.movielens",
+    "propensity_scores": "hf_ilora.distillation.losses",
+    "ranking_distillation_weights": "hf_ilora.distillation.losses",
 }
 
 __all__ = sorted(_EXPORTS)
