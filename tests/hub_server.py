@@ -65,7 +65,8 @@ class HubServer(ThreadingHTTPServer):
         repositories: by id, "user/name".
         large_files: what was uploaded, by its sha256.
         faults: (method, part of the path, fault) of requests to come; each happens once. Faults: a status such as 503;
-            "drop" (no answer, nothing done); "drop_answer" (done, but no answer); "cut" (half of the body).
+            "drop" (no answer, nothing done); "drop_answer" (done, but no answer); "cut" (half of the body);
+            "overtaken" (somebody else's commit on every main branch comes first).
         requests: (method, path) of the requests so far.
     """
 
@@ -162,6 +163,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault == "drop":
             self.close_connection = True
             return
+        if self.fault == "overtaken":
+            for repository in self.server.repositories.values():
+                repository.add("main", "somebody else", repository.commit("main").files | {"other.txt": b"other"})
         try:
             if isinstance(self.fault, int):
                 raise _Refused(self.fault, "the server has a bad day")
@@ -365,9 +369,15 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.server.large_files[value["oid"]]
             else:
                 del files[value["path"]]
+        content = {"success": True, "hookOutput": ""}
+        if self.query.get("create_pr") == ["1"]:
+            number = 1 + sum(branch.startswith("refs/pr/") for branch in repository.branches)
+            revision = f"refs/pr/{number}"
+            repository.branches[revision] = commit.oid
+            content["pullRequestUrl"] = f"{self.server.url}/{repo}/discussions/{number}"
         added = repository.add(revision, header["value"]["summary"], files)
         url = f"{self.server.url}/{repo}/commit/{added.oid}"
-        return self.as_json({"success": True, "commitOid": added.oid, "commitUrl": url, "hookOutput": ""})
+        return self.as_json(content | {"commitOid": added.oid, "commitUrl": url})
 
     # --- download ---
 

@@ -1,6 +1,7 @@
 """How models reach the Hub: all files in one commit, sent again when the connection fails, and never twice."""
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -215,12 +216,12 @@ def upload(
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise PermissionError(
-                f"the Hub does not let this token write to {repo_id} ({error}): expected a token with write access; "
-                "log in with `hf auth login`, set HF_TOKEN, or pass token="
+                f"the Hub does not let this token write to {repo_id} ({_told(error)}): expected a token with write "
+                "access; log in with `hf auth login`, set HF_TOKEN, or pass token="
             ) from error
-        raise OSError(f"{repo_id} could not be sent ({error}): {_AGAIN}") from error
+        raise OSError(f"{repo_id} could not be sent ({_told(error)}): {_AGAIN}") from error
     except httpx2.TransportError as error:
-        raise OSError(f"the connection to the Hub failed while sending {repo_id} ({error}): {_AGAIN}") from error
+        raise OSError(f"the connection to the Hub failed while sending {repo_id} ({_told(error)}): {_AGAIN}") from error
 
 
 _AGAIN = "check the connection and push again; what has arrived is not sent twice"
@@ -236,7 +237,7 @@ def retried(call: Callable[[], _Result]) -> _Result:
             # some answers as JSON before it looks at their status.
             if isinstance(error, HfHubHTTPError) and error.response.status_code not in (412, 429, 500, 502, 503, 504):
                 raise
-            logger.warning("the Hub did not do as asked (%s): trying again in %g s", error, wait)
+            logger.warning("the Hub did not do as asked (%s): trying again in %g s", _told(error), wait)
         time.sleep(wait)
     return call()
 
@@ -253,17 +254,26 @@ def _landed(
 ) -> CommitInfo:
     """The commit `head`, when it holds the files; ValueError when it is somebody else's."""
     entries = api.list_repo_tree(repo_id, revision=head, recursive=True)
-    oids = {
-        entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries if isinstance(entry, RepoFile)
-    }
+    found = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     for path, file in files.items():
-        content = file if isinstance(file, bytes) else file.read_bytes()
-        if oids.get(path) not in (git_hash(content), hashlib.sha256(content).hexdigest()):
+        if path not in found or not _is_same(found[path], file):
             raise ValueError(
                 f"somebody else has committed {head} to {repo_id} meanwhile: expected no other commit while sending; "
                 "look at it and push again"
             )
     return CommitInfo(f"{api.endpoint}/{repo_id}/commit/{head}", message, description, head, _endpoint=api.endpoint)
+
+
+def _is_same(entry: RepoFile, file: Path | bytes) -> bool:
+    if entry.lfs is None:
+        return entry.blob_id == git_hash(file if isinstance(file, bytes) else file.read_bytes())
+    with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as content:
+        return entry.lfs.sha256 == hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _told(error: Exception) -> str:
+    """What the client says of an error, in one line."""
+    return " ".join(str(error).split())
 
 
 # --- what a card says of any model ---

@@ -216,6 +216,8 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         if push_to_hub:
             check_public_llm(self.config)
         upload = UploadOfSaved(save_directory, kwargs) if push_to_hub else None
+        # where this machine keeps the language model says nothing elsewhere
+        self.config.text_config._name_or_path = self.config.llm_name_or_path or ""
         state_dict = self.state_dict() if state_dict is None else state_dict
         adapter = {name: state_dict[name] for name in self.adapter_names()}
         super().save_pretrained(save_directory, state_dict=adapter, **kwargs)

@@ -81,9 +81,7 @@ def check_folder(
         load_tokenizer(folder)
         if llm_name is not None:
             config.llm_name_or_path, config.llm_revision, config.llm_gguf_file = llm_name, llm_revision, None
-            names = {name: vars(config)[name] for name in ("llm_name_or_path", "llm_revision", "llm_gguf_file")}
-            saved = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-            files[CONFIG_NAME] = (json.dumps(saved | names, indent=2, sort_keys=True) + "\n").encode()
+            files[CONFIG_NAME] = _renamed_config(folder / CONFIG_NAME, config)
         check_public_llm(config)
         if config.num_items != len(catalogue):
             raise ValueError(
@@ -139,6 +137,14 @@ def push_folder(
         revision=revision,
         parent_commit=parent_commit,
     )
+
+
+def _renamed_config(path: Path, config: ILoraConfig) -> bytes:
+    """The config.json with the language model that `config` names."""
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    names = {name: vars(config)[name] for name in ("llm_name_or_path", "llm_revision", "llm_gguf_file")}
+    names["text_config"] = saved["text_config"] | {"_name_or_path": config.llm_name_or_path}
+    return (json.dumps(saved | names, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _existing(path: Path, expected: str) -> Path:

@@ -1,0 +1,231 @@
+"""Models go to a Hub and come back, with the real clients and a server that has the faults of real ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_ilora import ILoraForRecommendation, SASRecForNextItem
+from hf_ilora.models.language_models import load_language_model
+from tests.hub_server import READER, STRANGER
+from tests.publishing.published_folders import HISTORIES, sasrec, save_ilora_run, write_results
+
+MODEL_FILES = {"README.md", "config.json", "items.parquet", "model.safetensors"}
+
+PUSH_MODEL = """
+import sys
+from hf_ilora import SASRecForNextItem
+folder, repo_id, arguments = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+print(SASRecForNextItem.from_pretrained(folder).push_to_hub(repo_id, **arguments).oid)
+"""
+PUSH_FOLDER = """
+import sys
+from hf_ilora.publishing import push_folder, write_card
+folder, repo_id, arguments = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+write_card(folder, repo_id, dataset_name="Data", license="mit")
+print(push_folder(folder, repo_id, **arguments).oid)
+"""
+PUSH_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "push_to_hub.py"
+RECIPE = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+LOAD = """
+import sys, torch
+from hf_ilora import SASRecForNextItem
+model = SASRecForNextItem.from_pretrained(sys.argv[1], **eval(sys.argv[2]))
+item_ids, _ = model.recommend(torch.tensor([[3, 1, 2]]), top_k=3)
+print(model.catalogue.titles(item_ids[0]))
+"""
+USE_CARD = """
+import sys
+from huggingface_hub import ModelCard
+exec(ModelCard.load(sys.argv[1]).text.split("```python")[1].split("```")[0])
+"""
+
+
+def titles(model: SASRecForNextItem, history=(3, 1, 2), top_k=3) -> str:
+    item_ids, _ = model.recommend(torch.tensor([history]), top_k=top_k)
+    return str(model.catalogue.titles(item_ids[0]))
+
+
+def last_line(printed: str) -> str:
+    return printed.strip().splitlines()[-1]
+
+
+def test_published_run_recommends_titles_by_the_code_on_its_card(client, sasrec_run, tmp_path):
+    results = write_results(tmp_path / "evaluation")
+    options = ["--model", sasrec_run, "--repo_id", "user/sasrec", "--dataset_name", "Data", "--license", "mit"]
+    client.succeed(RECIPE, PUSH_RECIPE, *options, "--results", results, "--row", "SASRec", "--dry_run", "true")
+    assert not client.hub.repositories
+    client.succeed(RECIPE, PUSH_RECIPE, *options, "--results", results, "--row", "SASRec")
+    commits = client.hub.repositories["user/sasrec"].history()
+    assert len(commits) == 2 and set(commits[0].files) == MODEL_FILES | {".gitattributes", "run.json"}
+    assert ".1155 [.1000, .1300]" in commits[0].files["README.md"].decode()
+    printed = client.succeed(USE_CARD, "user/sasrec", token=None)
+    assert last_line(printed) == titles(sasrec(), history=(1, 2), top_k=10)
+
+
+def test_model_object_takes_its_catalogue_along_and_is_sent_once(client, sasrec_run):
+    first = client.succeed(PUSH_MODEL, sasrec_run, "user/object", {"tags": "mine"})
+    repository = client.hub.repositories["user/object"]
+    assert set(repository.commit("main").files) == MODEL_FILES | {".gitattributes"}
+    assert "- mine" in repository.commit("main").files["README.md"].decode()
+    again = client.succeed(PUSH_MODEL, sasrec_run, "user/object", {})
+    assert last_line(again) == last_line(first) == repository.branches["main"]
+    assert last_line(client.succeed(LOAD, "user/object", {}, token=None)) == titles(sasrec())
+
+
+def test_saving_and_pushing_sends_what_is_written_and_nothing_else(client, sasrec_run, tmp_path):
+    (tmp_path / "object").mkdir()
+    (tmp_path / "object" / "optimizer.pt").write_bytes(b"stays behind")
+    program = (
+        "import sys; from hf_ilora import SASRecForNextItem\n"
+        "model = SASRecForNextItem.from_pretrained(sys.argv[1])\n"
+        "model.save_pretrained(sys.argv[2], push_to_hub=True, commit_message='saved')\n"
+    )
+    client.succeed(program, sasrec_run, tmp_path / "object")
+    commit = client.hub.repositories["user/object"].commit("main")
+    assert commit.title == "saved" and set(commit.files) == MODEL_FILES | {".gitattributes"}
+
+
+def test_branches_and_commits_keep_their_own_weights(client, sasrec_run, tmp_path):
+    sasrec(seed=1).save_pretrained(tmp_path)
+    first = last_line(client.succeed(PUSH_MODEL, sasrec_run, "user/branches", {}))
+    client.succeed(PUSH_MODEL, tmp_path, "user/branches", {"revision": "v2"})
+    assert client.hub.repositories["user/branches"].branches["main"] == first
+    client.succeed(PUSH_MODEL, tmp_path, "user/branches", {})
+    old, new = titles(sasrec()), titles(sasrec(seed=1))
+    assert old != new
+    for revision, expected in (("main", new), ("v2", new), (first, old)):
+        assert last_line(client.succeed(LOAD, "user/branches", {"revision": revision})) == expected
+    assert "v3 is not a valid git identifier" in client.fail(LOAD, "user/branches", {"revision": "v3"})
+
+
+def test_private_repository_stays_private(client, sasrec_run):
+    client.succeed(PUSH_MODEL, sasrec_run, "user/private", {"private": True})
+    assert client.hub.repositories["user/private"].private
+    assert last_line(client.succeed(LOAD, "user/private", {})) == titles(sasrec())
+    for token in (None, STRANGER):
+        other_cache = {"cache_dir": f"{client.home}/{token}"}  # which does not know what the owner loaded
+        assert "make sure to pass a token" in client.fail(LOAD, "user/private", other_cache, token=token)
+    client.succeed(PUSH_MODEL, sasrec_run, "user/public", {})
+    commits = len(client.hub.repositories["user/public"].commits)
+    assert "is public: expected a private" in client.fail(PUSH_MODEL, sasrec_run, "user/public", {"private": True})
+    assert len(client.hub.repositories["user/public"].commits) == commits
+
+
+@pytest.mark.parametrize("token", [None, "hf_unknown", READER, STRANGER])
+def test_tokens_that_may_not_write_are_told_so(client, sasrec_run, token):
+    error = client.fail(PUSH_MODEL, sasrec_run, "user/refused", {}, token=token)
+    assert "PermissionError: the Hub does not let this token write to user/refused" in error
+    assert token is None or token not in error
+    assert not client.hub.repositories
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ("POST", "/repos/create", 503),
+        ("POST", "/validate-yaml", 503),
+        ("POST", "/commit/", 503),
+        ("POST", "/commit/", "drop"),
+        ("POST", "/commit/", "drop_answer"),
+        ("PUT", "/large_files/", "drop_answer"),
+    ],
+)
+def test_a_fault_of_the_hub_neither_loses_nor_doubles_the_commit(client, sasrec_run, fault):
+    client.hub.faults.append(fault)
+    oid = last_line(client.succeed(PUSH_FOLDER, sasrec_run, "user/faults", {}))
+    assert not client.hub.faults
+    repository = client.hub.repositories["user/faults"]
+    assert [commit.oid for commit in repository.history()][:1] == [oid] and len(repository.commits) == 2
+
+
+def test_a_hub_that_stays_down_is_an_error_and_pushing_again_completes(client, sasrec_run):
+    client.hub.faults += [("POST", "/commit/", 503)] * 4
+    error = client.fail(PUSH_FOLDER, sasrec_run, "user/down", {})
+    assert "OSError: user/down could not be sent" in error and "push again" in error
+    assert len(client.hub.repositories["user/down"].commits) == 1
+    client.succeed(PUSH_FOLDER, sasrec_run, "user/down", {})
+    assert client.hub.count("PUT", "/large_files/") == 2  # weights and catalogue, not sent a second time
+
+
+def test_somebody_elses_commit_is_not_overwritten(client, sasrec_run):
+    client.hub.faults.append(("POST", "/commit/", "overtaken"))
+    assert "somebody else has committed" in client.fail(PUSH_FOLDER, sasrec_run, "user/shared", {})
+    repository = client.hub.repositories["user/shared"]
+    assert repository.commit("main").title == "somebody else"
+    stale = repository.history()[1].oid
+    assert f"expected {stale}" in client.fail(PUSH_FOLDER, sasrec_run, "user/shared", {"parent_commit": stale})
+    client.succeed(PUSH_FOLDER, sasrec_run, "user/shared", {"parent_commit": repository.branches["main"]})
+    assert {"other.txt", "run.json"} <= set(repository.commit("main").files)
+
+
+def test_download_that_breaks_off_goes_on(client, sasrec_run):
+    client.succeed(PUSH_MODEL, sasrec_run, "user/download", {})
+    client.hub.faults.append(("GET", "/large_files/", "cut"))
+    assert last_line(client.succeed(LOAD, "user/download", {})) == titles(sasrec())
+    assert not client.hub.faults
+
+
+def test_pull_request_leaves_the_branch_as_it_is(client, sasrec_run, tmp_path):
+    sasrec(seed=1).save_pretrained(tmp_path)
+    first = last_line(client.succeed(PUSH_MODEL, sasrec_run, "user/proposal", {}))
+    client.succeed(PUSH_MODEL, tmp_path, "user/proposal", {"create_pr": True})
+    assert client.hub.repositories["user/proposal"].branches["main"] == first
+    for revision, model in (("main", sasrec()), ("refs/pr/1", sasrec(seed=1))):
+        assert last_line(client.succeed(LOAD, "user/proposal", {"revision": revision})) == titles(model)
+
+
+def test_names_that_the_hub_does_not_take_are_refused(client, sasrec_run):
+    assert "HFValidationError" in client.fail(PUSH_MODEL, sasrec_run, "user/a/b", {})
+    assert not client.hub.repositories
+
+
+def test_adapter_and_its_language_model_come_from_the_hub(client, tmp_path):
+    folder = save_ilora_run(tmp_path / "ilora")
+    program = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "for part in (AutoModelForCausalLM, AutoTokenizer):\n"
+        "    part.from_pretrained(sys.argv[1]).push_to_hub('user/llm')\n"
+    )
+    client.succeed(program, tmp_path / "llm")
+    commit = client.hub.repositories["user/llm"].branches["main"]
+    options = ["--model", folder, "--repo_id", "user/ilora", "--dataset_name", "Data", "--license", "mit"]
+    refused = client.fail(RECIPE, PUSH_RECIPE, *options)
+    assert "expected a name on the Hub" in refused and "user/ilora" not in client.hub.repositories
+    options += ["--llm_name", "user/llm", "--llm_revision", commit]
+    client.succeed(RECIPE, PUSH_RECIPE, *options)
+    files = client.hub.repositories["user/ilora"].commit("main").files
+    assert {*MODEL_FILES, "run.json", "tokenizer.json"} <= set(files)
+    assert not any(str(tmp_path).encode() in content for content in files.values())
+    assert "base_model: user/llm" in files["README.md"].decode()
+
+    program = (
+        "import sys, torch\nfrom hf_ilora import ILoraForRecommendation\n"
+        "model = ILoraForRecommendation.from_pretrained('user/ilora')\n"
+        "item_ids, distances = model.rank_items(torch.tensor(eval(sys.argv[1])), top_k=5)\n"
+        "print([model.catalogue.titles(row) for row in item_ids], distances.tolist(), model.config.llm_revision)\n"
+    )
+    printed = client.succeed(program, HISTORIES.tolist(), token=None)
+    llm, _, _ = load_language_model(tmp_path / "llm")
+    local = ILoraForRecommendation.from_pretrained(folder, llm=llm)
+    item_ids, distances = local.rank_items(HISTORIES, top_k=5)
+    rows = [local.catalogue.titles(row) for row in item_ids]
+    assert last_line(printed) == f"{rows} {distances.tolist()} {commit}"
+    client.succeed(USE_CARD, "user/ilora", token=None)
+
+
+def test_adapter_object_takes_tokenizer_and_catalogue_along(client, tmp_path):
+    folder = save_ilora_run(tmp_path / "ilora")
+    program = (
+        "import sys\nfrom hf_ilora import ILoraForRecommendation\n"
+        "model = ILoraForRecommendation.from_pretrained(sys.argv[1])\n"
+        "model.config.llm_name_or_path = sys.argv[2]\n"
+        "model.push_to_hub('user/adapter')\n"
+    )
+    assert "only this machine has" in client.fail(program, folder, tmp_path / "llm")
+    assert not client.hub.repositories
+    client.succeed(program, folder, "user/llm")
+    files = client.hub.repositories["user/adapter"].commit("main").files
+    assert {*MODEL_FILES, "tokenizer.json", "tokenizer_config.json"} <= set(files)
+    assert not any(str(tmp_path).encode() in content for content in files.values())
+    assert "rank_items" in files["README.md"].decode()

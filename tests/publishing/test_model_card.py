@@ -1,0 +1,91 @@
+"""The card: what was measured and how, metadata that the Hub reads, and no card that a person wrote is lost."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_ilora.publishing import write_card
+from tests.publishing.published_folders import FINGERPRINT, write_results, write_run
+
+NAMES = {"dataset_name": "MovieLens-100K", "license": "apache-2.0"}
+
+
+def test_card_holds_the_measured_table_and_the_metadata_of_this_row(sasrec_run, tmp_path):
+    protocol = {"name": "leave_one_out", "num_candidates": 20}
+    results = write_results(tmp_path / "evaluation")
+    path = write_card(sasrec_run, "user/sasrec", results=[results], row="SASRec", protocol=protocol, **NAMES)
+    card = ModelCard.load(path)
+    for shown in (
+        "| SASRec | .1155 [.1000, .1300] | .2125 [.1900, .2400] |",
+        "| popularity | .0578",
+        "### MovieLens-100K, test split",
+        "| protocol: name | leave_one_out |",
+        "| seed | 7 |",
+        FINGERPRINT,
+        "Weights: apache-2.0",
+    ):
+        assert shown in card.text
+    assert "outputs/data" not in card.content
+    metadata = card.data.to_dict()
+    assert (metadata["license"], metadata["library_name"]) == ("apache-2.0", "hf_ilora")
+    measured = {result.metric_name: (result.metric_type, result.metric_value) for result in card.data.eval_results}
+    assert measured == {
+        "NDCG@10, whole catalogue, seen items left out": ("ndcg@10", 0.1155),
+        "HR@10, whole catalogue, seen items left out": ("hit_ratio@10", 0.2125),
+        "MRR, whole catalogue, seen items left out": ("mrr", 0.09),
+        "NDCG@10, whole catalogue": ("ndcg@10", 0.07),
+        "HR@10, whole catalogue": ("hit_ratio@10", 0.14),
+        "MRR, whole catalogue": ("mrr", 0.06),
+        "HR@1, among 20 candidates": ("hit_ratio@1", 0.5),
+    }
+    result = card.data.eval_results[0]
+    assert (result.dataset_type, result.dataset_name) == ("movielens-100k", "MovieLens-100K")
+    assert (result.dataset_split, result.dataset_revision) == ("test", FINGERPRINT)
+
+
+def test_using_the_model_takes_five_lines_besides_imports(sasrec_run):
+    text = write_card(sasrec_run, "user/sasrec", revision="v2", **NAMES).read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    lines = [line for line in code.splitlines() if line and "import" not in line]
+    assert len(lines) <= 5
+    assert 'SASRecForNextItem.from_pretrained("user/sasrec", revision="v2")' in lines[0]
+
+
+def test_card_of_seeds_shows_their_mean_and_deviation(sasrec_run, tmp_path):
+    table = tmp_path / "seeds.json"
+    means = {"mean": {"masked/ndcg@10": 0.1}, "standard_deviation": {"masked/ndcg@10": 0.02}}
+    table.write_text(json.dumps({"seeds": [1, 2, 3], "test": means}))
+    text = write_card(sasrec_run, "user/sasrec", seeds_table=table, **NAMES).read_text()
+    assert "3 seeds (1, 2, 3)" in text
+    assert "| NDCG@10, whole catalogue, seen items left out | 0.1000 ± 0.0200 |" in text
+    table.write_text("{}")
+    with pytest.raises(ValueError, match=r"no table of seeds .*run_seeds\.py"):
+        write_card(sasrec_run, "user/sasrec", seeds_table=table, **NAMES)
+
+
+def test_own_card_is_replaced_and_an_edited_one_is_kept(sasrec_run):
+    path = write_card(sasrec_run, "user/first", **NAMES)
+    write_card(sasrec_run, "user/second", **NAMES)
+    assert "user/second" in path.read_text() and "user/first" not in path.read_text()
+    edited = path.read_text().replace("## How to use it", "## How I use it")
+    path.write_text(edited)
+    with pytest.raises(ValueError, match="written or edited by hand"):
+        write_card(sasrec_run, "user/third", **NAMES)
+    assert path.read_text() == edited
+
+
+def test_results_must_have_this_row_and_this_data(sasrec_run, tmp_path):
+    results = write_results(tmp_path / "evaluation")
+    for row in ("SASRek", None):
+        with pytest.raises(ValueError, match=r"expected the name .* 'popularity', 'SASRec'"):
+            write_card(sasrec_run, "user/sasrec", results=[results.parent], row=row, **NAMES)
+    write_run(sasrec_run, data_fingerprint="f" * 64)
+    with pytest.raises(ValueError, match="0123456789abcdef: expected ffffffffffffffff"):
+        write_card(sasrec_run, "user/sasrec", results=[results], row="SASRec", **NAMES)
+    results.write_text('{"context": {}}')
+    with pytest.raises(ValueError, match="no table of measured models"):
+        write_card(sasrec_run, "user/sasrec", results=[results], row="SASRec", **NAMES)
+    with pytest.raises(FileNotFoundError, match="no results at"):
+        write_card(sasrec_run, "user/sasrec", results=[tmp_path / "none.json"], row="SASRec", **NAMES)
+    assert not (sasrec_run / "README.md").exists()
