@@ -10,11 +10,13 @@ CHECK = """
 import sys, tempfile
 from transformers import AutoConfig, AutoModel
 from hf_ilora import (
-    PopularityConfig, PopularityForNextItem, SASRecConfig, SASRecForNextItem,
-    TransitionCountsConfig, TransitionCountsForNextItem,
+    CaserConfig, CaserForNextItem, GRU4RecConfig, GRU4RecForNextItem, PopularityConfig, PopularityForNextItem,
+    SASRecConfig, SASRecForNextItem, TransitionCountsConfig, TransitionCountsForNextItem,
 )
 pairs = [
     (SASRecConfig, SASRecForNextItem),
+    (GRU4RecConfig, GRU4RecForNextItem),
+    (CaserConfig, CaserForNextItem),
     (PopularityConfig, PopularityForNextItem),
     (TransitionCountsConfig, TransitionCountsForNextItem),
 ]

@@ -11,10 +11,14 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "AllSamplesPolicy": "hf_ilora.distillation.policies",
+    "CaserConfig": "hf_ilora.models.configuration_caser",
+    "CaserForNextItem": "hf_ilora.models.modeling_caser",
     "Catalogue": "hf_ilora.models.catalogue",
     "DLLM2RecLoss": "hf_ilora.distillation.losses",
     "DistillationArguments": "hf_ilora.distillation.trainer",
     "DistillationTrainer": "hf_ilora.distillation.trainer",
+    "GRU4RecConfig": "hf_ilora.models.configuration_gru4rec",
+    "GRU4RecForNextItem": "hf_ilora.models.modeling_gru4rec",
     "GatedLoraLinear": "hf_ilora.models.gated_lora",
     "GeneratedRecommendation": "hf_ilora.models.title_generation",
     "GroundTruthErrorPolicy": "hf_ilora.distillation.policies",
@@ -25,7 +29,7 @@ _EXPORTS = {
     "KLDivergencePolicy": "hf_ilora.distillation.policies",
     "MRR": "hf_ilora.evaluation.metrics",
     "NDCG": "hf_ilora.evaluation.metrics",
-    "NextItemOutput": "hf_ilora.models.modeling_sasrec",
+    "NextItemOutput": "hf_ilora.models.next_item_output",
     "PopularityConfig": "hf_ilora.models.configuration_counting",
     "PopularityForNextItem": "hf_ilora.models.modeling_counting",
     "Recall": "hf_ilora.evaluation.metrics",
@@ -44,6 +48,7 @@ _EXPORTS = {
     "dro_loss": "hf_ilora.distillation.losses",
     "load_interactions": "hf_ilora.data.interactions",
     "load_movielens": "hf_ilora.data.movielens",
+    "pca_embeddings": "hf_ilora.models.teacher_embeddings",
     "propensity_scores": "hf_ilora.distillation.losses",
     "ranking_distillation_weights": "hf_ilora.distillation.losses",
 }

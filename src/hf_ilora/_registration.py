@@ -22,18 +22,29 @@ def register_with_auto_classes() -> None:
 def _register_configs() -> None:
     from transformers import AutoConfig
 
+    from .models.configuration_caser import CaserConfig
     from .models.configuration_counting import PopularityConfig, TransitionCountsConfig
+    from .models.configuration_gru4rec import GRU4RecConfig
     from .models.configuration_ilora import ILoraConfig
     from .models.configuration_sasrec import SASRecConfig
 
-    for config_class in (SASRecConfig, PopularityConfig, TransitionCountsConfig, ILoraConfig):
+    for config_class in (
+        SASRecConfig,
+        GRU4RecConfig,
+        CaserConfig,
+        PopularityConfig,
+        TransitionCountsConfig,
+        ILoraConfig,
+    ):
         AutoConfig.register(config_class.model_type, config_class)
 
 
 def _register_models() -> None:
     from transformers import AutoModel
 
+    from .models.modeling_caser import CaserForNextItem
     from .models.modeling_counting import PopularityForNextItem, TransitionCountsForNextItem
+    from .models.modeling_gru4rec import GRU4RecForNextItem
     from .models.modeling_ilora import ILoraForRecommendation
     from .models.modeling_sasrec import SASRecForNextItem
 
@@ -41,6 +52,8 @@ def _register_models() -> None:
     # head, `recommend` needs it, and the recommenders that count have no encoder. One name then loads any of them.
     for model_class in (
         SASRecForNextItem,
+        GRU4RecForNextItem,
+        CaserForNextItem,
         PopularityForNextItem,
         TransitionCountsForNextItem,
         ILoraForRecommendation,

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from hf_ilora import SASRecConfig, SASRecForNextItem, SASRecModel
 
@@ -464,6 +465,26 @@ def test_scored_positions_have_the_logits_of_their_histories(settings):
     logits = model(input_ids, labels=labels, scored_positions=scored).logits
     alone = [model(torch.tensor([history])).logits[0] for history in ([3], [3, 4, 3], [1, 2], [1, 2, 5])]
     torch.testing.assert_close(logits, torch.stack(alone))
-    items = torch.tensor([3, 7, 19])
+    items = torch.tensor([7, 19, 3])
     some = model(input_ids, labels=labels, scored_positions=scored, scored_items=items).logits
     torch.testing.assert_close(some, logits[:, items])
+
+
+def test_repeat_bias_of_older_checkpoints_without_a_dimension_still_loads(tmp_path):
+    model = small_model(repeat_bias=True)
+    torch.nn.init.constant_(model.head.repeat_bias, -1.5)
+    assert model.head.repeat_bias.shape == (1,)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights["head.repeat_bias"].shape == (1,)
+    weights["head.repeat_bias"] = weights["head.repeat_bias"].squeeze()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = SASRecForNextItem.from_pretrained(tmp_path).eval()
+    resumed = small_model(seed=1, repeat_bias=True)
+    resumed.load_state_dict(weights, strict=False)  # as the Trainer resumes
+    with torch.no_grad():
+        for one in (loaded, resumed):
+            assert one.head.repeat_bias.shape == (1,)
+            assert torch.equal(one(LEFT).logits, model(LEFT).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors")["head.repeat_bias"].shape == (1,)

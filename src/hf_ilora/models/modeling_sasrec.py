@@ -9,12 +9,11 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from .configuration_sasrec import PADDING_ITEM_ID, SASRecConfig
-from .next_item_losses import chunked_cross_entropy, gbce_loss, sampled_softmax_loss
+from .configuration_sasrec import SASRecConfig
+from .encoder_for_next_item import EncoderForNextItem, read_older_checkpoints, require_item_count
 from .next_item_model import NextItemPreTrainedModel
-from .next_item_output import NextItemOutput
-
-IGNORED_LABEL = -100
+from .padding import at_position, last_positions, padding_to_the_end, restore_padding
+from .teacher_embeddings import ItemEmbedding
 
 
 class SASRecAttention(nn.Module):
@@ -131,69 +130,6 @@ class SASRecReferenceLayer(GradientCheckpointingLayer):
         return self.output_norm(self.dropout(self.feed_forward(normed)) + normed)  # (batch, length, hidden)
 
 
-class NextItemHead(nn.Linear):
-    """Scores items against hidden states and computes the training loss with its own table.
-
-    Loss and scores live in one module's forward, because ZeRO-3 gathers a module's weights only around its forward.
-    """
-
-    def __init__(self, config: SASRecConfig):
-        super().__init__(config.hidden_size, config.num_items + 1, bias=config.head_bias)
-        self.config, self.score_temperature = config, config.score_temperature
-        self.repeat_bias = nn.Parameter(torch.zeros(())) if config.repeat_bias else None
-
-    def forward(self, hidden_states, repeated_items, targets=None, negatives=None, log_q=None, scored_items=None):
-        """Scores, or the summed training loss when `targets` are given.
-
-        Args:
-            hidden_states: (positions, hidden).
-            repeated_items: (positions, length) different items that each position has seen, padded with 0; only read
-                with `repeat_bias`.
-            targets: (positions,) item ids, or None.
-            negatives: (negatives,) or (positions, negatives) item ids, for the sampled losses.
-            log_q: (num_items + 1,) log probability of each item in the draw of negatives, or None.
-            scored_items: (items,) different ids, none of them padding: the scores are of these, in their order.
-
-        Returns:
-            (positions, num_items + 1) scores with -inf for padding, (positions, items) of the `scored_items`, or the
-            scalar loss.
-        """
-        weight = self.weight
-        if self.score_temperature is not None:
-            hidden_states = F.normalize(hidden_states, dim=-1) / self.score_temperature
-            weight = F.normalize(weight, dim=-1)
-        if targets is None:
-            # In bfloat16 many items would tie, and ties cost quality: scores are always computed in float32.
-            rows = slice(None) if scored_items is None else scored_items
-            with torch.autocast(hidden_states.device.type, enabled=False):
-                bias = None if self.bias is None else self.bias.float()[rows]
-                scores = F.linear(hidden_states.float(), weight[rows].float(), bias)  # (positions, items)
-            if scored_items is not None:
-                if self.repeat_bias is not None:
-                    repeats = repeated_items.unsqueeze(2).eq(scored_items).any(1)  # (positions, items)
-                    scores = scores + repeats * self.repeat_bias
-                return scores
-            if self.repeat_bias is not None:
-                scores = scores.scatter_add(1, repeated_items, self.repeat_bias.to(scores).expand(repeated_items.shape))
-            scores[:, PADDING_ITEM_ID] = float("-inf")
-            return scores
-        if self.config.loss_type == "cross_entropy":
-            return chunked_cross_entropy(hidden_states, weight, self.bias, targets, self.repeat_bias, repeated_items)
-        target_scores = (hidden_states * weight[targets]).sum(-1)  # (positions,)
-        if negatives.dim() == 1:
-            negative_scores = F.linear(hidden_states, weight[negatives])  # (positions, negatives)
-        else:
-            negative_scores = torch.einsum("ph,pnh->pn", hidden_states, weight[negatives])
-        if self.bias is not None:
-            target_scores, negative_scores = target_scores + self.bias[targets], negative_scores + self.bias[negatives]
-        collisions = negatives == targets.unsqueeze(1)  # (positions, negatives)
-        if self.config.loss_type == "sampled_softmax":
-            corrections = () if log_q is None else (log_q[targets], log_q[negatives])
-            return sampled_softmax_loss(target_scores, negative_scores, collisions, *corrections)
-        calibration = self.config.gbce_calibration if self.config.loss_type == "gbce" else 0.0
-        return gbce_loss(target_scores, negative_scores, collisions, self.config.num_items, calibration)
-
-
 class SASRecPreTrainedModel(NextItemPreTrainedModel):
     config: SASRecConfig
     base_model_prefix = "model"
@@ -209,33 +145,16 @@ class SASRecPreTrainedModel(NextItemPreTrainedModel):
             speeds = torch.logspace(math.log10(0.4), math.log10(0.1), module.num_heads)
             init.copy_(module.log_decay, speeds.log())
 
-    def check_input(self, input_ids, **aligned: torch.Tensor | None) -> None:
-        """Raise a ValueError unless `input_ids` fit the model and `aligned` tensors have their shape."""
-        self.check_item_ids(input_ids)
-        if input_ids.shape[1] > self.config.max_length:
-            raise ValueError(
-                f"input_ids have shape {tuple(input_ids.shape)}: expected (batch, length) with length <= "
-                f"{self.config.max_length} (max_length); keep the newest items, as `recommend` does"
-            )
-        for name, tensor in aligned.items():
-            if tensor is not None and tensor.shape != input_ids.shape:
-                raise ValueError(
-                    f"{name} have shape {tuple(tensor.shape)}: expected {tuple(input_ids.shape)}, that of input_ids"
-                )
-
 
 class SASRecModel(SASRecPreTrainedModel):
     """The encoder: item ids in, one hidden state per position out."""
 
     def __init__(self, config: SASRecConfig):
-        if config.num_items is None:
-            raise ValueError(
-                "SASRecConfig.num_items is None: expected the size of the catalogue, as in SequenceDatasets"
-            )
+        require_item_count(config)
         super().__init__(config)
         # A configuration's attributes are slow to read, which counts when one user waits.
         self.max_length, self.counts_from_newest = config.max_length, config.position_alignment == "newest"
-        self.item_embedding = nn.Embedding(config.num_items + 1, config.hidden_size, padding_idx=PADDING_ITEM_ID)
+        self.item_embedding = ItemEmbedding(config)
         self.position_embedding = nn.Embedding(config.max_length, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
         layer_class = SASRecPreNormLayer if config.block_type == "pre_norm" else SASRecReferenceLayer
@@ -256,13 +175,20 @@ class SASRecModel(SASRecPreTrainedModel):
         hidden_states = self.encode((input_ids * real).gather(1, order), real.sum(1))
         return BaseModelOutput(last_hidden_state=restore_padding(hidden_states, real, slots))
 
-    def encode(self, item_ids: torch.Tensor, lengths: torch.Tensor | None, only_last: bool = False) -> torch.Tensor:
+    def encode(
+        self,
+        item_ids: torch.Tensor,
+        lengths: torch.Tensor | None,
+        only_last: bool = False,
+        teacher_embeddings: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Hidden states of right-padded sequences.
 
         Args:
             item_ids: (batch, length), padding last.
             lengths: (batch,), number of real items; None when there is no padding.
             only_last: spare the last block all positions but the last real one, which is all that a ranking needs.
+            teacher_embeddings: (num_items + 1, teacher_embedding_size) to read instead of the stored ones, or None.
 
         Returns:
             (batch, length, hidden), or (batch, 1, hidden) with `only_last`.
@@ -273,50 +199,26 @@ class SASRecModel(SASRecPreTrainedModel):
         if self.counts_from_newest and lengths is not None:
             positions = positions + (self.max_length - lengths).unsqueeze(1)  # (batch, length)
             positions = positions.clamp(max=self.max_length - 1)  # padding stands behind the newest item
-        hidden_states = self.dropout(self.item_embedding(item_ids) + self.position_embedding(positions))
+        item_embeddings = self.item_embedding(item_ids, teacher_embeddings)  # (batch, length, hidden)
+        hidden_states = self.dropout(item_embeddings + self.position_embedding(positions))
         *layers, last_layer = self.layers
         for layer in layers:
             hidden_states = layer(hidden_states)
-        last = None
-        if only_last:
-            last = length - 1 if lengths is None else (lengths - 1).clamp(min=0)
+        last = last_positions(lengths, length) if only_last else None
         return self.final_norm(last_layer(hidden_states, last))
 
 
-class SASRecForNextItem(SASRecPreTrainedModel):
+class SASRecForNextItem(EncoderForNextItem, SASRecPreTrainedModel):
     """SASRec with a head that scores the whole catalogue: the recommender that is served.
 
     Args:
         config: the architecture and the training loss.
-
-    The loss is averaged over the labelled positions, or over `num_items_in_batch` of them when the Trainer counts the
-    positions of a whole accumulated and distributed batch.
     """
 
-    _tied_weights_keys = {"head.weight": "model.item_embedding.weight"}
-    accepts_loss_kwargs = True
+    config: SASRecConfig
 
     def __init__(self, config: SASRecConfig):
-        super().__init__(config)
-        self.model = SASRecModel(config)
-        self.head = NextItemHead(config)
-        if config.tie_word_embeddings:
-            self._keys_to_ignore_on_save = ["head.weight"]  # the Trainer would warn that a checkpoint lacks it
-        if config.popularity_power:
-            self.register_buffer("item_counts", torch.zeros(config.num_items + 1))
-        self.post_init()
-
-    def set_item_counts(self, item_counts: torch.Tensor) -> None:
-        """Give the training counts, (num_items + 1,), that `popularity_power` draws negatives by."""
-        if not self.config.popularity_power:
-            raise ValueError("popularity_power is 0: expected a positive one, since uniform negatives read no counts")
-        if item_counts.shape != self.item_counts.shape:
-            raise ValueError(
-                f"item_counts has shape {tuple(item_counts.shape)}: expected {tuple(self.item_counts.shape)}, "
-                "one count per item and one for padding"
-            )
-        self.item_counts.copy_(item_counts)
-        self.item_counts[PADDING_ITEM_ID] = 0
+        super().__init__(config, SASRecModel(config))
 
     @torch.no_grad()
     def start_from_item_embeddings(
@@ -348,167 +250,14 @@ class SASRecForNextItem(SASRecPreTrainedModel):
         identity = torch.eye(self.config.hidden_size, dtype=table.dtype, device=table.device)
         attention = self.model.layers[0].attention
         table.copy_(embeddings)
-        table[PADDING_ITEM_ID] = 0
+        table[self.config.pad_token_id] = 0
         attention.v_proj.weight.add_(identity)
         attention.o_proj.weight.add_(identity, alpha=mixing)
         if self.config.head_bias and item_counts is not None:
             log_counts = item_counts.to(table).log1p()
             self.head.bias.copy_(log_counts - log_counts[1:].mean())
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        seen_items: torch.Tensor | None = None,
-        scored_positions: torch.Tensor | None = None,
-        scored_items: torch.Tensor | None = None,
-    ) -> NextItemOutput:
-        """Score the next item of each history.
 
-        Args:
-            input_ids: (batch, length) item ids 1..num_items, 0 for padding on either side; length <= max_length.
-            attention_mask: (batch, length), 0 where padding stands; None means `input_ids != 0`.
-            labels: (batch, length), the next item at each position, -100 where there is none.
-            num_items_in_batch: number of labels to average over; None means those of this call.
-            seen_items: (batch, any); not read here. Evaluation batches carry it for the metrics.
-            scored_positions: (batch, length) bool, real positions whose scores a distillation loss asks for.
-            scored_items: (items,) different item ids, to score these alone at `scored_positions`.
-
-        Returns:
-            loss: scalar, when `labels` are given.
-            logits: (batch, num_items + 1) after the last real item, -inf for padding; None in a training step, whose
-                memory must not grow with the catalogue. With `scored_positions` those of (positions, num_items + 1) or
-                (positions, items), in the order of rows and positions.
-            last_hidden_state: (batch, length, hidden), zero at padding.
-            user_embedding: (batch, hidden), the hidden state at the last real item.
-
-        Raises:
-            ValueError: for inputs of other shapes, longer than `max_length`, or, on a CPU, ids and labels outside the
-                catalogue.
-        """
-        self.check_input(input_ids, attention_mask=attention_mask, labels=labels)
-        real, order, slots = padding_to_the_end(input_ids, attention_mask)
-        lengths = real.sum(1)  # (batch,)
-        item_ids = (input_ids * real).gather(1, order)  # (batch, length), padding last
-        hidden_states = self.model.encode(item_ids, lengths)  # (batch, length, hidden)
-        user_embedding = at_position(hidden_states, (lengths - 1).clamp(min=0)).squeeze(1)  # (batch, hidden)
-        loss = None
-        if labels is not None:
-            loss = self._loss(hidden_states, item_ids, labels.gather(1, order), num_items_in_batch)
-        logits = None
-        if scored_positions is not None:
-            scored = scored_positions.gather(1, order)  # (batch, length)
-            repeated_items = self._repeated_until(item_ids, scored)
-            logits = self.head(hidden_states[scored], repeated_items, scored_items=scored_items)
-        elif not self.training or labels is None:
-            logits = self.head(user_embedding, self._repeated_items(item_ids))
-        return NextItemOutput(
-            loss=loss,
-            logits=logits,
-            last_hidden_state=restore_padding(hidden_states, real, slots),
-            user_embedding=user_embedding,
-        )
-
-    def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The logits of `forward`, (batch, num_items + 1), without the hidden states that only training reads."""
-        return self.score_users(self.user_embeddings(input_ids), input_ids)
-
-    def user_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The `user_embedding` of `forward`, (batch, hidden), of (batch, length) item ids."""
-        lengths, item_ids = None, input_ids
-        if not input_ids.all():  # with padding
-            real, order, _ = padding_to_the_end(input_ids, None)
-            lengths, item_ids = real.sum(1), input_ids.gather(1, order)
-        return self.model.encode(item_ids, lengths, only_last=True).squeeze(1)
-
-    def score_users(self, user_embeddings: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """(batch, num_items + 1) scores of user embeddings (batch, hidden) whose histories are `input_ids`."""
-        return self.head(user_embeddings, self._repeated_items(input_ids))
-
-    def _repeated_items(self, item_ids: torch.Tensor) -> torch.Tensor | None:
-        """The different items of each history, (batch, length), where the head's repeat bias reads them."""
-        return None if self.head.repeat_bias is None else first_occurrences(item_ids)
-
-    def _repeated_until(self, item_ids: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor | None:
-        """The different items up to each chosen position, (positions, length), where the repeat bias reads them.
-
-        Args:
-            item_ids: (batch, length), padding last.
-            chosen: (batch, length) bool.
-        """
-        repeated_items = self._repeated_items(item_ids)  # (batch, length)
-        if repeated_items is None:
-            return None
-        until_here = repeated_items.unsqueeze(1).expand(-1, item_ids.shape[1], -1).tril()  # (batch, length, length)
-        return until_here[chosen]
-
-    def _loss(self, hidden_states, item_ids, labels, num_items_in_batch):
-        labelled = labels.ne(IGNORED_LABEL)  # (batch, length)
-        # Selecting waits for the device once per step; it saves the scores of every padded position.
-        positions, targets = hidden_states[labelled], labels[labelled]  # (positions, hidden), (positions,)
-        if targets.device.type == "cpu" and len(targets):
-            lowest, highest = torch.aminmax(targets)
-            if lowest < 1 or highest > self.config.num_items:
-                wrong = int(lowest if lowest < 1 else highest)
-                raise ValueError(
-                    f"labels hold {wrong}: expected item ids 1..{self.config.num_items}, and {IGNORED_LABEL} where "
-                    "there is no next item"
-                )
-        negatives, log_q = self._draw_negatives(len(targets))
-        loss = self.head(positions, self._repeated_until(item_ids, labelled), targets, negatives, log_q)
-        return loss / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)
-
-    def _draw_negatives(self, num_positions: int):
-        config = self.config
-        if config.loss_type == "cross_entropy":
-            return None, None
-        shape = (config.num_negatives,)
-        if config.negative_sharing == "position":
-            shape = (num_positions, config.num_negatives)
-        if not config.popularity_power:
-            return torch.randint(1, config.num_items + 1, shape, device=self.device), None
-        if not self.item_counts.any():
-            raise ValueError("popularity_power needs item counts: call set_item_counts before training")
-        q = self.item_counts**config.popularity_power * (self.item_counts > 0)
-        drawn = torch.multinomial(q, math.prod(shape), replacement=True).view(shape)
-        if not config.logq_correction:
-            return drawn, None
-        # An item that training never drew counts as drawn once, so that the loss of evaluation stays finite.
-        return drawn, (q / q.sum()).clamp(min=1 / self.item_counts.sum()).log()
-
-
-def at_position(states: torch.Tensor, position: torch.Tensor | int) -> torch.Tensor:
-    """(batch, length, hidden) and one position, or one per row (batch,), -> (batch, 1, hidden)."""
-    if isinstance(position, int):
-        return states[:, position : position + 1]
-    return states.gather(1, position.view(-1, 1, 1).expand(-1, 1, states.shape[-1]))
-
-
-def first_occurrences(item_ids: torch.Tensor) -> torch.Tensor:
-    """(batch, length) item ids with every later occurrence of an item replaced by padding."""
-    equal = item_ids.unsqueeze(2) == item_ids.unsqueeze(1)  # (batch, length, length)
-    return item_ids.masked_fill(equal.tril(-1).any(-1), PADDING_ITEM_ID)
-
-
-def padding_to_the_end(input_ids: torch.Tensor, attention_mask: torch.Tensor | None):
-    """Where padding stands and how to move it behind the real items.
-
-    Returns:
-        real: (batch, length) bool.
-        order: (batch, length), for `gather`: real items first, in their order.
-        slots: (batch, length), the place of each input position in that order.
-    """
-    real = input_ids.ne(PADDING_ITEM_ID) if attention_mask is None else attention_mask.bool()
-    order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    return real, order, (real.cumsum(1) - 1).clamp(min=0)
-
-
-def restore_padding(hidden_states: torch.Tensor, real: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Undo `padding_to_the_end`: (batch, length, hidden), zero where padding stands."""
-    aligned = hidden_states.gather(1, slots.unsqueeze(-1).expand_as(hidden_states))
-    return aligned * real.unsqueeze(-1)
-
+read_older_checkpoints(SASRecForNextItem)
 
 __all__ = ["SASRecForNextItem", "SASRecModel"]

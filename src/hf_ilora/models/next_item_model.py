@@ -130,6 +130,20 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
             self.check_range(input_ids)
 
+    def check_input(self, input_ids, **aligned: torch.Tensor | None) -> None:
+        """Raise a ValueError unless `input_ids` fit the model and `aligned` tensors have their shape."""
+        self.check_item_ids(input_ids)
+        if input_ids.shape[1] > self.config.max_length:
+            raise ValueError(
+                f"input_ids have shape {tuple(input_ids.shape)}: expected (batch, length) with length <= "
+                f"{self.config.max_length} (max_length); keep the newest items, as `recommend` does"
+            )
+        for name, tensor in aligned.items():
+            if tensor is not None and tensor.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} have shape {tuple(tensor.shape)}: expected {tuple(input_ids.shape)}, that of input_ids"
+                )
+
     def check_range(self, input_ids: torch.Tensor) -> None:
         """Raise a ValueError when an id lies outside 0..num_items."""
         lowest, highest = map(int, torch.aminmax(input_ids))

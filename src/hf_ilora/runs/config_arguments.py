@@ -9,18 +9,21 @@ from transformers import PreTrainedConfig
 
 
 def config_arguments(config_class: type[PreTrainedConfig], exclude: tuple[str, ...] = ()) -> type:
-    """A dataclass with the fields that `config_class` itself declares, with defaults, and help from its docstring.
+    """A dataclass with the fields that `config_class` and our classes behind it declare, and their docstrings' help.
 
     Args:
-        config_class: a configuration whose docstring has an `Args:` section of `name: text` entries.
+        config_class: a configuration whose docstring has an `Args:` section of `name: text` entries, and so have those
+            that it inherits from, up to `PreTrainedConfig`.
         exclude: fields that the recipe fills from the data, such as `num_items`.
 
     Returns:
         A dataclass; `config_class(**dataclasses.asdict(instance), ...)` builds the configuration.
     """
-    help_texts = _argument_texts(config_class.__doc__ or "")
+    classes = [part for part in reversed(config_class.__mro__) if part not in PreTrainedConfig.__mro__]
+    help_texts = {name: text for part in classes for name, text in _argument_texts(part.__doc__ or "").items()}
+    annotations = {name: annotation for part in classes for name, annotation in part.__annotations__.items()}
     fields = []
-    for name, annotation in config_class.__annotations__.items():
+    for name, annotation in annotations.items():
         if name in exclude or typing.get_origin(annotation) is typing.ClassVar:
             continue
         declared = config_class.__dataclass_fields__[name]

@@ -1,0 +1,126 @@
+"""Caser as a `PreTrainedModel`: convolutions over the newest items that score the next one."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .configuration_caser import CaserConfig
+from .configuration_next_item import PADDING_ITEM_ID
+from .encoder_for_next_item import EncoderForNextItem, read_older_checkpoints, require_item_count
+from .next_item_head import NextItemHead
+from .padding import last_positions
+from .teacher_embeddings import ItemEmbedding
+
+
+class CaserEncoder(nn.Module):
+    """The newest `max_length` items in, one hidden state out.
+
+        horizontal: for each height h = 1..max_length, filters over h items in a row; ReLU, the largest over time
+        vertical:   weighted sums over the positions, the same weights for each number of the embeddings
+        state     = ReLU(W [horizontal, vertical] + b)
+
+    Source: Caser (WSDM 2018), eq. 3 to 10.
+    """
+
+    def __init__(self, config: CaserConfig):
+        super().__init__()
+        self.max_length = config.max_length
+        self.item_embedding = ItemEmbedding(config)
+        self.horizontal_filters = nn.ModuleList(
+            [
+                nn.Conv1d(config.hidden_size, config.num_horizontal_filters, height)
+                for height in range(1, config.max_length + 1)
+            ]
+        )
+        self.vertical_filters = nn.Linear(config.max_length, config.num_vertical_filters)
+        num_features = config.num_horizontal_filters * config.max_length
+        num_features += config.num_vertical_filters * config.hidden_size
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.projection = nn.Linear(num_features, config.hidden_size)
+
+    def encode(
+        self,
+        item_ids: torch.Tensor,
+        lengths: torch.Tensor | None,
+        only_last: bool = False,
+        teacher_embeddings: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The state after the last item of right-padded sequences.
+
+        Args:
+            item_ids: (batch, length), padding last.
+            lengths: (batch,), number of real items; None when there is no padding.
+            only_last: return the last real position only.
+            teacher_embeddings: (num_items + 1, teacher_embedding_size) to read instead of the stored ones, or None.
+
+        Returns:
+            (batch, length, hidden), zero but at the last real position; or (batch, 1, hidden) with `only_last`.
+        """
+        window = self._window(item_ids, lengths)  # (batch, max_length)
+        embeddings = self.item_embedding(window, teacher_embeddings)  # (batch, max_length, hidden)
+        # What a teacher adds to padding would be seen here, unlike in models that read padding last.
+        embeddings = (embeddings * window.ne(PADDING_ITEM_ID).unsqueeze(-1)).transpose(1, 2)
+        horizontal = [filters(embeddings).relu().amax(-1) for filters in self.horizontal_filters]  # (batch, filters)
+        vertical = self.vertical_filters(embeddings).transpose(1, 2).flatten(1)  # (batch, filters * hidden)
+        features = self.dropout(torch.cat([*horizontal, vertical], -1))  # (batch, features)
+        state = self.projection(features).relu().unsqueeze(1)  # (batch, 1, hidden)
+        if only_last:
+            return state
+        newest = _is_last(lengths, item_ids.shape[1])  # (batch, length)
+        return state * newest.unsqueeze(-1)
+
+    def _window(self, item_ids: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """(batch, length), padding last -> (batch, max_length), padding first."""
+        length = item_ids.shape[1]
+        places = torch.arange(self.max_length, device=item_ids.device) - self.max_length
+        ends = item_ids.new_full((len(item_ids),), length) if lengths is None else lengths
+        places = places + ends.unsqueeze(1)  # (batch, max_length), negative before the oldest item
+        return item_ids.gather(1, places.clamp(min=0)).masked_fill(places < 0, PADDING_ITEM_ID)
+
+
+class CaserForNextItem(EncoderForNextItem):
+    """Caser with a head that scores the whole catalogue; the interface is that of `SASRecForNextItem`.
+
+    It sees a history as one picture and predicts after its last item only: labels and scored positions elsewhere are
+    refused (train on windows with `targets="last"`), and `last_hidden_state` is zero there. It departs from the paper
+    in three ways: no embedding of the user, since it must recommend to users that training never saw; one target per
+    window; and losses and defaults of the other models here.
+
+    Args:
+        config: the architecture and the training loss.
+
+    Source: Caser (WSDM 2018).
+    """
+
+    config: CaserConfig
+
+    def __init__(self, config: CaserConfig):
+        require_item_count(config)
+        super().__init__(config, CaserEncoder(config))
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv1d | nn.Linear) and not isinstance(module, NextItemHead):
+            init.xavier_uniform_(module.weight)
+
+    def check_positions(self, chosen: torch.Tensor, lengths: torch.Tensor, name: str) -> None:
+        """Raise a ValueError for positions other than the last real one."""
+        elsewhere = chosen & ~_is_last(lengths, chosen.shape[1])  # (batch, length)
+        if elsewhere.any():
+            row, position = elsewhere.nonzero()[0].tolist()
+            raise ValueError(
+                f"{name} choose position {position} of history {row}, which has {int(lengths[row])} items: expected "
+                'the last one only, since Caser predicts nothing in between; train on windows with targets="last"'
+            )
+
+
+def _is_last(lengths: torch.Tensor, length: int) -> torch.Tensor:
+    """(batch, length) bool: where the newest item of right-padded rows stands."""
+    places = torch.arange(length, device=lengths.device)
+    return places == last_positions(lengths, length).unsqueeze(1)
+
+
+read_older_checkpoints(CaserForNextItem)
+
+__all__ = ["CaserForNextItem"]
