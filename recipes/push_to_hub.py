@@ -6,7 +6,7 @@
         --results outputs/ml-100k/evaluation --row "SASRec, seed 1" --seeds_table docs/results/ml-100k.json
 
 Everything arrives in one commit or not at all, so `from_pretrained("user/name")` never sees half a model; after a
-failure the same command may be given again. `--dry_run true` writes the card into the folder and sends nothing.
+failure the same command may be given again. With `--output_dir` it is written to that folder and nothing is sent.
 
 The catalogue holds the titles and ids of the data set: publish it only where the data's licence allows that (MovieLens'
 does not without permission), or keep the repository private. run.json shows the settings of the run, folder names too.
@@ -50,7 +50,9 @@ class PublishArguments:
     revision: str | None = field(default=None, metadata={"help": "branch; made when it does not exist"})
     commit_message: str | None = field(default=None, metadata={"help": "of the commit"})
     parent_commit: str | None = field(default=None, metadata={"help": "fail unless the branch stands at this commit"})
-    dry_run: bool = field(default=False, metadata={"help": "check and write the card, send nothing"})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "folder to write all that would be sent to, instead of sending it"}
+    )
 
     def __post_init__(self):
         if self.llm_revision is not None and self.llm_name is None:
@@ -89,8 +91,12 @@ def main() -> None:
         )
         logger.info("wrote %s", card)
         checked.files[CARD_FILE] = card
-    if arguments.dry_run:
-        logger.info("not sent: %s", ", ".join(sorted(checked.files)))
+    if arguments.output_dir is not None:
+        output = Path(arguments.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        for name, content in checked.files.items():
+            (output / name).write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
+        logger.info("wrote %s: %s", output, ", ".join(sorted(checked.files)))
         return
     commit = push_folder(
         checked,

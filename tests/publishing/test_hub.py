@@ -53,8 +53,9 @@ def last_line(printed: str) -> str:
 def test_published_run_recommends_titles_by_the_code_on_its_card(client, sasrec_run, tmp_path):
     results = write_results(tmp_path / "evaluation")
     options = ["--model", sasrec_run, "--repo_id", "user/sasrec", "--dataset_name", "Data", "--license", "mit"]
-    client.succeed(RECIPE, PUSH_RECIPE, *options, "--results", results, "--row", "SASRec", "--dry_run", "true")
+    client.succeed(RECIPE, PUSH_RECIPE, *options, "--results", results, "--row", "SASRec", "--output_dir", tmp_path / "out")
     assert not client.hub.repositories
+    assert {path.name for path in (tmp_path / "out").iterdir()} == MODEL_FILES | {"run.json"}
     client.succeed(RECIPE, PUSH_RECIPE, *options, "--results", results, "--row", "SASRec")
     commits = client.hub.repositories["user/sasrec"].history()
     assert len(commits) == 2 and set(commits[0].files) == MODEL_FILES | {".gitattributes", "run.json"}
