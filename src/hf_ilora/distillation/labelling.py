@@ -375,7 +375,8 @@ def label_shards(
         part_costs, answers = costs[folder.rows_of(shard)], []
         for first in range(0, len(part), batch_size):
             batch = part.select(slice(first, first + batch_size))
-            item_ids, distances = teacher.rank(batch.history_ids, batch.histories(), folder.top_k, exclude_seen)
+            with torch.inference_mode():
+                item_ids, distances = teacher.rank(batch.history_ids, batch.histories(), folder.top_k, exclude_seen)
             answers.append((item_ids.cpu().numpy(), distances.float().cpu().numpy()))
             rows, tokens = rows + len(batch), tokens + int(part_costs[first : first + batch_size].sum())
             now = time.monotonic()

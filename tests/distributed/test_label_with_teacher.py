@@ -1,0 +1,133 @@
+"""recipes/label_with_teacher.py in real processes: killed at any moment, and several at once."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from hf_ilora import ILoraConfig, ILoraForRecommendation, SASRecForNextItem, SequenceDatasets
+from hf_ilora.distillation.teacher_labels import TeacherLabels
+from hf_ilora.models.language_models import load_language_model
+from tests.tiny_ilora_parts import save_parts
+
+PROJECT = Path(__file__).resolve().parents[2]
+RECIPE = PROJECT / "recipes" / "label_with_teacher.py"
+SHARDS, SHARD_ROWS = 110, 4
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A data set of 440 prefixes and an iLoRA teacher."""
+    parts = save_parts(tmp_path_factory.mktemp("parts"), num_users=40)
+    llm, tokenizer, _ = load_language_model(str(parts.llm))
+    recommender = SASRecForNextItem.from_pretrained(parts.recommender)
+    config = ILoraConfig(
+        rank=4,
+        num_experts=2,
+        router_type="linear",
+        item_head="residual",
+        max_history=6,
+        llm_name_or_path=str(parts.llm),
+    )
+    model = ILoraForRecommendation.from_base(llm, recommender, tokenizer, recommender.catalogue, config)
+    parts.teacher = parts.llm.with_name("ilora")
+    model.save_pretrained(parts.teacher)
+    return parts
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """torchrun gives each of several processes one thread; sums in another order would differ in the last digit."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def words(parts):
+    """The recipe and its options, without the output folder."""
+    settings = {"data_dir": parts.data_dir, "teacher": parts.teacher, "positions": "all", "batch_size": 2, "top_k": 5}
+    settings |= {"shard_rows": SHARD_ROWS}
+    return [RECIPE, *(word for name, value in settings.items() for word in (f"--{name}", value))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(words, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labels") / "whole"
+    command = [str(word) for word in (sys.executable, *words, "--output_dir", folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def results(folder) -> dict[str, bytes]:
+    """All that a run leaves but its record and log."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("run.json", "run.log")}
+
+
+def run_until(command: list[str], folder: Path, shards: int, seconds: float) -> bool:
+    """Start a command and kill it and its children, `seconds` after it has written `shards` more; whether it ended."""
+    goal = len(list(folder.glob("labels-*.parquet"))) + shards
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while process.poll() is None and len(list(folder.glob("labels-*.parquet"))) < goal:
+        time.sleep(0.002)
+    time.sleep(seconds)
+    if process.poll() is not None:
+        output = process.communicate()[0].decode()
+        assert process.returncode == 0, output
+        return True
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return False
+
+
+def kill_again_and_again(command: list[str], folder: Path, most_shards: int) -> int:
+    """Kill a command at random moments until it comes to its end; returns how often it was killed."""
+    draw, kills = random.Random(0), 0
+    while not run_until(command, folder, draw.randint(0, most_shards), draw.uniform(0, 0.02)):
+        kills += 1
+        for path in folder.glob("labels-*.parquet"):
+            assert pq.read_table(path).num_rows == SHARD_ROWS
+        assert not (folder / "teacher_labels.json").exists()
+    return kills
+
+
+def test_run_that_is_killed_again_and_again_gives_what_an_undisturbed_one_gives(words, undisturbed, tmp_path):
+    folder = tmp_path / "labels"
+    command = [str(word) for word in (sys.executable, *words, "--output_dir", folder)]
+    kills = kill_again_and_again(command, folder, most_shards=SHARDS // 5)
+    assert kills >= 5
+    assert results(folder) == results(undisturbed)
+    assert len(pq.read_table(folder / "requests.parquet")) == SHARDS * SHARD_ROWS
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["metrics"]["labels"]["labelled_now"] < record["metrics"]["labels"]["rows"] == SHARDS * SHARD_ROWS
+
+
+def test_two_processes_give_the_rows_of_one(words, undisturbed, launch, tmp_path, parts):
+    folder = tmp_path / "labels"
+    launch("multi_cpu.yaml", *words, "--output_dir", folder)
+    assert results(folder) == results(undisturbed)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["world_size"] == 2 and record["metrics"]["labels"]["labelled_now"] == SHARDS * SHARD_ROWS
+    log = (folder / "run.log").read_text()
+    assert "220 rows in 55 of 110 shards are left to this process" in log and "tokens per second" in log
+    assert len(TeacherLabels.load(folder, SequenceDatasets.load(parts.data_dir).fingerprint)) == SHARDS * SHARD_ROWS
+
+
+def test_two_killed_processes_are_finished_by_one(words, undisturbed, tmp_path):
+    folder = tmp_path / "labels"
+    accelerate = str(Path(sys.executable).parent / "accelerate")
+    config = str(PROJECT / "accelerate_configs" / "multi_cpu.yaml")
+    options = [str(word) for word in (*words, "--output_dir", folder)]
+    assert not run_until([accelerate, "launch", "--config_file", config, *options], folder, 30, 0.01)
+    assert run_until([sys.executable, *options], folder, SHARDS, 0)
+    assert results(folder) == results(undisturbed)

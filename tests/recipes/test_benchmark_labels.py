@@ -1,0 +1,53 @@
+"""The benchmark of labelling reads the same prompts both ways and says whether the target is met."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from hf_ilora import ILoraConfig, ILoraForRecommendation, SASRecForNextItem
+from hf_ilora.models.language_models import load_language_model
+from tests.tiny_ilora_parts import save_parts
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe = importlib.import_module("benchmark_labels")
+    monkeypatch.setattr(recipe, "set_up_logging", lambda output_dir: None)  # for a process of its own
+    return recipe
+
+
+def run(recipe, monkeypatch, **settings):
+    words = [str(word) for name, value in settings.items() if value for word in (f"--{name}", value)]
+    monkeypatch.setattr("sys.argv", ["benchmark_labels.py", *words])
+    recipe.main()
+
+
+def test_labels_are_compared_with_the_plain_decoder_on_the_same_tokens(recipe, monkeypatch, tmp_path):
+    parts = save_parts(tmp_path, num_users=20)
+    llm, tokenizer, _ = load_language_model(str(parts.llm))
+    recommender = SASRecForNextItem.from_pretrained(parts.recommender)
+    config = ILoraConfig(
+        rank=4, num_experts=2, router_type="linear", item_head="residual", llm_name_or_path=str(parts.llm)
+    )
+    model = ILoraForRecommendation.from_base(llm, recommender, tokenizer, recommender.catalogue, config)
+    model.save_pretrained(tmp_path / "ilora")
+
+    settings = {"data_dir": parts.data_dir, "output_dir": tmp_path / "benchmark", "rounds": 2, "rows": 6}
+    settings |= {"batch_size": 4, "top_k": 3, "dtype": "bfloat16"}
+    run(recipe, monkeypatch, teacher=tmp_path / "ilora", **settings)
+    found = json.loads((tmp_path / "benchmark" / "benchmark.json").read_text())["labels"]
+
+    teacher = recipe.load_teacher(str(tmp_path / "ilora"), 20, 30)
+    requests = recipe.benchmark_requests(recipe.SequenceDatasets.load(parts.data_dir)["train"], teacher, 6)
+    assert len(requests) == 6 and len(set(requests.history_ids.tolist())) == 6
+    assert found["tokens"] == requests.costs(teacher).sum()
+    assert 0 < found["labels_over_forward"] < 2 and min(found["tokens_per_second"].values()) > 0
+    assert ">= 0.8 |" in (tmp_path / "benchmark" / "benchmark.md").read_text()
+
+    with pytest.raises(ValueError, match="is no iLoRA model: expected one"):
+        run(recipe, monkeypatch, teacher=parts.recommender, **{**settings, "dtype": None})
