@@ -42,7 +42,9 @@ from hf_ilora.runs import (
 logger = logging.getLogger(__name__)
 
 INITIAL_ITEMS = ("random", "cooccurrence", "plain_cooccurrence")
-SASRecArguments = config_arguments(SASRecConfig, exclude=("num_items", "pad_token_id"))
+# What a teacher adds is for recipes/distill_sasrec.py.
+TEACHER_FIELDS = ("teacher_embedding_size", "ed_weight", "teacher_embedding_use")
+SASRecArguments = config_arguments(SASRecConfig, exclude=("num_items", "pad_token_id", *TEACHER_FIELDS))
 
 
 @dataclass

@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from hf_ilora import SASRecConfig
+from hf_ilora.models.configuration_next_item import NextItemConfig
 from hf_ilora.runs import config_arguments, parse_arguments
 
 Arguments = config_arguments(SASRecConfig, exclude=("num_items", "pad_token_id"))
@@ -13,7 +14,9 @@ Arguments = config_arguments(SASRecConfig, exclude=("num_items", "pad_token_id")
 
 def test_every_field_of_the_configuration_has_its_default_and_help():
     fields = {field.name: field for field in dataclasses.fields(Arguments)}
-    assert set(fields) == set(SASRecConfig.__annotations__) - {"num_items", "pad_token_id", "model_type"}
+    declared = set(NextItemConfig.__annotations__) | set(SASRecConfig.__annotations__)
+    assert {"hidden_size", "num_hidden_layers"} <= set(fields)  # of the shared class and of SASRec's own
+    assert set(fields) == declared - {"num_items", "pad_token_id", "model_type"}
     config = SASRecConfig(num_items=5)
     for name, field in fields.items():
         assert field.default == vars(config)[name], name
