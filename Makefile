@@ -6,7 +6,6 @@ PYTHON ?= python3
 
 # The programs of .venv come first: python, accelerate, pytest, ruff, and the ninja that DeepSpeed compiles with.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-QUICKSTART := outputs/quickstart
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,15 +36,10 @@ format: setup ## put the code in the project's style
 	python -m ruff check --fix .
 	python -m ruff format .
 
-quickstart: setup ## MovieLens-100K from data to ten recommendations for one user
-	rm -rf $(QUICKSTART)
-	python recipes/prepare_data.py recipes/configs/ml-100k/data.yaml --output_dir $(QUICKSTART)/data
-	python recipes/fit_counts.py --data_dir $(QUICKSTART)/data --output_dir $(QUICKSTART)/counts
-	accelerate launch --config_file accelerate_configs/cpu.yaml recipes/train_sasrec.py \
-		recipes/configs/ml-100k/quickstart.yaml --data_dir $(QUICKSTART)/data --output_dir $(QUICKSTART)/sasrec
-	python recipes/evaluate.py --data_dir $(QUICKSTART)/data --output_dir $(QUICKSTART)/evaluation \
-		--models $(QUICKSTART)/counts/popularity $(QUICKSTART)/counts/transition_counts $(QUICKSTART)/sasrec
-	python recipes/recommend.py --data_dir $(QUICKSTART)/data --model $(QUICKSTART)/sasrec --user 1
+quickstart: setup ## MovieLens-100K from the ratings to a distilled SASRec, and ten recommendations for one user
+	python recipes/run_pipeline.py recipes/configs/quickstart.yaml
+	cat outputs/quickstart/evaluation/results.md
+	python recipes/recommend.py --data_dir outputs/quickstart/data --model outputs/quickstart/publish --user 1
 
 clean: ## remove caches and build leftovers; .venv and outputs stay
 	rm -rf build dist .pytest_cache .ruff_cache src/*.egg-info

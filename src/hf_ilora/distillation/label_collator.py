@@ -18,7 +18,8 @@ class DistillationCollator(NextItemCollator):
         positions: "last" takes teacher labels for the newest label of each window only, as DLLM2Rec does; "all" for
             every label that the teacher was asked about.
 
-    Rows are those of `TrainingWindows(with_origins=True)`. Batches add, to `input_ids` and `labels`:
+    Rows are those of `TrainingWindows(with_origins=True)`, or of `EvaluationHistories`, which stay as they are. Batches
+    add, to `input_ids` and `labels`:
         teacher_items: (batch, length, top_k) int64, best first, 0 where the teacher was not asked.
         teacher_distances: (batch, length, top_k) float32.
 
@@ -35,6 +36,8 @@ class DistillationCollator(NextItemCollator):
 
     def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(rows)
+        if "history_ids" not in batch:  # rows of evaluation, about which no teacher is asked
+            return batch
         origins = batch.pop("history_ids"), batch.pop("label_positions")  # (batch, length) each
         items, distances = self.teacher_labels.lookup(*origins)  # (batch, length, top_k) each
         asked = batch["labels"].ne(IGNORED_LABEL)  # (batch, length)

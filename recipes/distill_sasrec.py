@@ -1,0 +1,237 @@
+"""Distils a teacher into a small next-item model: DLLM2Rec's losses, or those beyond it, in a Trainer.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/label_with_teacher.py \
+        --teacher outputs/ml-100k/ilora --data_dir outputs/ml-100k/data --output_dir outputs/ml-100k/labels
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/distill_sasrec.py \
+        recipes/configs/ml-100k/sasrec.yaml --teacher_labels outputs/ml-100k/labels --distilled_positions all \
+        --output_dir outputs/ml-100k/distilled
+
+The student starts from scratch, or from a saved model with --student. Its labels come from a data set of
+recipes/label_with_teacher.py, or with --teacher from a model that is asked in every step. The output folder becomes the
+model, without anything of the teacher's size: what serving costs is what the student costs. A killed run goes on from
+its last whole checkpoint when the same command is given again.
+"""
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from train_sasrec import (
+    DataArguments,
+    SASRecArguments,
+    SASRecTrainingArguments,
+    labelled_positions,
+    next_item_optimizer,
+    start_from_cooccurrence,
+    training_windows,
+)
+from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+
+from hf_ilora import (
+    CaserConfig,
+    CaserForNextItem,
+    Catalogue,
+    GRU4RecConfig,
+    GRU4RecForNextItem,
+    SASRecConfig,
+    SASRecForNextItem,
+    SequenceDatasets,
+)
+from hf_ilora.data.windows import EvaluationHistories, NextItemCollator, WindowEpochCallback
+from hf_ilora.distillation.label_collator import DistillationCollator
+from hf_ilora.distillation.policies import AllSamplesPolicy, GroundTruthErrorPolicy, KLDivergencePolicy
+from hf_ilora.distillation.teacher_labels import TeacherLabels
+from hf_ilora.distillation.trainer import DistillationArguments, DistillationTrainer
+from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
+from hf_ilora.evaluation.ranking import RankingMetrics, rank_split, ranks_from_logits
+from hf_ilora.evaluation.statistics import summarize_ranks
+from hf_ilora.models.teacher_embeddings import pca_embeddings
+from hf_ilora.runs import LogMetricsCallback, RunRecord, parse_arguments, resumable_checkpoint, set_up_logging
+
+logger = logging.getLogger(__name__)
+
+STUDENTS = {
+    "sasrec": (SASRecConfig, SASRecForNextItem),
+    "gru4rec": (GRU4RecConfig, GRU4RecForNextItem),
+    "caser": (CaserConfig, CaserForNextItem),
+}
+POLICIES = {
+    "all": lambda threshold: AllSamplesPolicy(),
+    "ground_truth_error": GroundTruthErrorPolicy,
+    "kl_divergence": KLDivergencePolicy,
+}
+ADDED = ("input", "input_and_head")
+EMBEDDING_USES = ("none", *ADDED, "initial")
+
+
+@dataclass
+class StudentArguments:
+    """The student, and what it learns from."""
+
+    teacher_labels: str | None = field(
+        default=None, metadata={"help": "folder written by recipes/label_with_teacher.py"}
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "folder or Hub name of a model to ask in every step, instead of labels"}
+    )
+    student: str | None = field(
+        default=None, metadata={"help": "folder or Hub name of a trained model to start from; by default from scratch"}
+    )
+    student_type: str = field(default="sasrec", metadata={"help": "of a student from scratch: sasrec, gru4rec, caser"})
+    student_settings: str | None = field(
+        default=None, metadata={"help": "architecture of gru4rec or caser, as JSON; SASRec has options of its own"}
+    )
+    embedding_use: str = field(
+        default="none",
+        metadata={
+            "help": "the labels' item embeddings: none; input (added to the item table, as published); input_and_head; "
+            "or initial (their principal components are the table that a SASRec begins with)"
+        },
+    )
+    ed_weight: float = field(default=0.2, metadata={"help": "weight of the item embeddings that are added"})
+    policy: str = field(default="all", metadata={"help": "labels that count: all, ground_truth_error or kl_divergence"})
+    policy_threshold: float = field(default=0.0, metadata={"help": "of the policy, see its class"})
+
+    def __post_init__(self):
+        if (self.teacher_labels is None) == (self.teacher is None):
+            raise ValueError("expected either teacher_labels (a folder of labels) or teacher (a model to ask)")
+        for name, choices in (
+            ("student_type", STUDENTS), ("policy", POLICIES), ("embedding_use", EMBEDDING_USES),
+        ):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
+        if self.student_settings is not None and (self.student is not None or self.student_type == "sasrec"):
+            raise ValueError("student_settings are for a gru4rec or caser from scratch: give SASRec's as options")
+        if self.embedding_use != "none" and self.teacher_labels is None:
+            raise ValueError(f"embedding_use is {self.embedding_use} without teacher_labels, which hold the embeddings")
+        if self.embedding_use != "none" and self.student is not None:
+            raise ValueError(f"embedding_use is {self.embedding_use} for a trained student: expected one from scratch")
+        if self.embedding_use == "initial" and self.student_type != "sasrec":
+            raise ValueError(f"embedding_use is initial for a {self.student_type}: expected a sasrec, or input")
+
+
+@dataclass
+class DistillationTrainingArguments(SASRecTrainingArguments, DistillationArguments):
+    """DistillationArguments with the defaults of next-item training."""
+
+
+ARGUMENTS = (StudentArguments, DataArguments, SASRecArguments, DistillationTrainingArguments)
+
+
+def build_student(
+    student: StudentArguments, sasrec_arguments, num_items: int, embeddings: torch.Tensor | None
+) -> torch.nn.Module:
+    """The saved model to start from, or a fresh one with the teacher's embeddings (num_items + 1, teacher size)."""
+    if student.student is not None:
+        return load_recommender(model_folder(student.student)).train()
+    settings = dataclasses.asdict(sasrec_arguments)
+    if student.student_type != "sasrec":
+        settings = json.loads(student.student_settings or "{}")
+    if student.embedding_use in ADDED:
+        settings |= {"teacher_embedding_size": embeddings.shape[1], "teacher_embedding_use": student.embedding_use}
+        settings |= {"ed_weight": student.ed_weight}
+    config_class, model_class = STUDENTS[student.student_type]
+    model = model_class(config_class(num_items=num_items, **settings))
+    if student.embedding_use in ADDED:
+        model.set_teacher_embeddings(embeddings)
+    elif student.embedding_use == "initial":
+        model.start_from_item_embeddings(pca_embeddings(embeddings, model.config.hidden_size))
+    return model
+
+
+def load_teacher(student: StudentArguments, sequences: SequenceDatasets) -> tuple[TeacherLabels | None, object]:
+    """The labels, or the model to ask: one of the two is None."""
+    if student.teacher is None:
+        return TeacherLabels.load(student.teacher_labels, sequences.fingerprint), None
+    teacher = load_recommender(model_folder(student.teacher))
+    raw_ids = sequences.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
+    check_catalogue(teacher, student.teacher, sequences.num_items, raw_ids)
+    return None, teacher
+
+
+def main() -> None:
+    student, data_arguments, sasrec_arguments, training_arguments = parse_arguments(ARGUMENTS)
+    if data_arguments.early_stopping_patience and training_arguments.eval_strategy == "no":
+        raise ValueError("eval_strategy is no: expected evaluations to stop by, or --early_stopping_patience 0")
+    starts_anew = student.student is None and student.student_type == "sasrec" and student.embedding_use != "initial"
+    if data_arguments.initial_items != "random" and not starts_anew:
+        raise ValueError(
+            f"initial_items is {data_arguments.initial_items}: expected random for a student that is trained already, "
+            "begins with the teacher's embeddings, or is no SASRec"
+        )
+    if data_arguments.train_share != [0, 1]:
+        raise ValueError(f"train_share is {data_arguments.train_share}: expected 0 1, labels go by rows of the split")
+    set_up_logging(training_arguments.output_dir)
+    sequences = SequenceDatasets.load(data_arguments.data_dir)
+    targets = labelled_positions(data_arguments, sequences.protocol["name"])
+    fingerprint = sequences.fingerprint
+    arguments = (student, data_arguments, sasrec_arguments, training_arguments)
+    checkpoint = resumable_checkpoint(training_arguments.output_dir, arguments, fingerprint)
+    labels, teacher = load_teacher(student, sequences)  # before the run is on record
+    embeddings = None
+    if student.embedding_use != "none" or (training_arguments.embedding_weight and labels is not None):
+        embeddings = labels.item_embeddings()
+    with RunRecord(training_arguments.output_dir, arguments, seed=training_arguments.seed) as record:
+        record.add_data(fingerprint)
+        set_seed(training_arguments.seed)
+        model = build_student(student, sasrec_arguments, sequences.num_items, embeddings)
+        model.catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
+        train = sequences["train"]
+        windows = training_windows(
+            data_arguments,
+            train,
+            model.config.max_length,
+            targets,
+            training_arguments.seed,
+            with_origins=teacher is None,
+        )
+        item_counts = torch.from_numpy(windows.item_counts(sequences.num_items))
+        if model.config.popularity_power:
+            model.set_item_counts(item_counts)
+        if data_arguments.initial_items != "random" and checkpoint is None:
+            start_from_cooccurrence(model, data_arguments, train, item_counts, targets)
+        output_embeddings = None
+        if training_arguments.embedding_weight and embeddings is not None:
+            output_embeddings = pca_embeddings(embeddings, model.config.hidden_size)
+        collator = NextItemCollator()
+        if labels is not None:
+            collator = DistillationCollator(labels, training_arguments.distilled_positions)
+        callbacks = [WindowEpochCallback(windows), LogMetricsCallback()]
+        if data_arguments.early_stopping_patience:
+            callbacks.append(EarlyStoppingCallback(data_arguments.early_stopping_patience))
+        trainer = DistillationTrainer(
+            model,
+            training_arguments,
+            teacher=None if teacher is None else teacher.to(training_arguments.device),
+            item_counts=item_counts,
+            policy=POLICIES[student.policy](student.policy_threshold),
+            teacher_embeddings=output_embeddings,
+            train_dataset=windows,
+            eval_dataset=EvaluationHistories(sequences["validation"], model.config.max_length),
+            data_collator=collator,
+            compute_metrics=RankingMetrics(k=10),
+            preprocess_logits_for_metrics=ranks_from_logits,
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=next_item_optimizer(
+                model, training_arguments, data_arguments.item_learning_rate_factor
+            ),
+        )
+        trainer.remove_callback(PrinterCallback)  # LogMetricsCallback says the same, to the file too
+        with record.stage("train"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if student.embedding_use in ADDED:
+            model.fold_teacher_embeddings()
+        trainer.save_model()
+        for split in ("validation", "test"):
+            with record.stage(f"evaluate_{split}"):
+                metrics = summarize_ranks(rank_split(trainer.model_wrapped, sequences[split]))
+            record.add_metrics(split, metrics)
+            for name, value in metrics.items():
+                logger.info("%s %s %.4f [%.4f, %.4f]", split, name, value.mean, value.low, value.high)
+    trainer.accelerator.end_training()  # processes that leave with their connections open now and then crash on exit
+
+
+if __name__ == "__main__":
+    main()
