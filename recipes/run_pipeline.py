@@ -164,7 +164,7 @@ def main() -> None:
         if state.has(stage.name, key, "finished") and folder.is_dir() and stage.name not in (arguments.force or []):
             logger.info("%s: nothing has changed since it was finished, skipped", title)
             continue
-        pace = (time.monotonic() - begin) / 60 / estimated if estimated else 1.0
+        pace = (1 + (time.monotonic() - begin) / 60) / (1 + estimated)  # little is known after little time
         logger.info("%s begins; about %.1f minutes left", title, (minutes_left + stage.minutes) * pace)
         if not (stage.resumes and state.has(stage.name, key, "started")):
             shutil.rmtree(folder, ignore_errors=True)

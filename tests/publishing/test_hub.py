@@ -53,10 +53,11 @@ def last_line(printed: str) -> str:
 def test_published_run_recommends_titles_by_the_code_on_its_card(client, sasrec_run, tmp_path):
     results = write_results(tmp_path / "evaluation")
     options = ["--model", sasrec_run, "--repo_id", "user/sasrec", "--dataset_name", "Data", "--license", "mit"]
-    client.succeed(RECIPE, PUSH_RECIPE, *options, "--results", results, "--row", "SASRec", "--output_dir", tmp_path / "out")
+    options += ["--results", results, "--row", "SASRec"]
+    client.succeed(RECIPE, PUSH_RECIPE, *options, "--output_dir", tmp_path / "out")
     assert not client.hub.repositories
     assert {path.name for path in (tmp_path / "out").iterdir()} == MODEL_FILES | {"run.json"}
-    client.succeed(RECIPE, PUSH_RECIPE, *options, "--results", results, "--row", "SASRec")
+    client.succeed(RECIPE, PUSH_RECIPE, *options)
     commits = client.hub.repositories["user/sasrec"].history()
     assert len(commits) == 2 and set(commits[0].files) == MODEL_FILES | {".gitattributes", "run.json"}
     assert ".1155 [.1000, .1300]" in commits[0].files["README.md"].decode()
