@@ -22,7 +22,7 @@ from .hub_upload import HubUploads, UploadOfSaved, check_public_llm
 from .item_head import ItemHead
 from .language_models import load_language_model, load_tokenizer, truncate_layers
 from .modeling_sasrec import SASRecForNextItem
-from .next_item_model import newest_items
+from .next_item_model import evaluation_mode, newest_items
 from .next_item_output import top_k_items
 from .prompt_embedding import PromptEmbedding, check_placeholders
 from .prompts import IGNORED_LABEL, PromptBuilder, Prompts
@@ -514,7 +514,7 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         """
         if self.item_head is None:
             raise ValueError("this model has no item head: train one with item_head residual or plain")
-        with _evaluation(self):
+        with evaluation_mode(self):
             histories = self._checked_histories(histories)
             prompts = self.build_prompts(histories)
             user_embeddings = self.user_embeddings(histories)
@@ -569,7 +569,7 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
             ValueError: for ids outside the catalogue, histories or candidates that are empty, prompts longer than the
                 context, and language models whose attention takes no mask of ours.
         """
-        with _evaluation(self):
+        with evaluation_mode(self):
             histories = self._checked_histories(histories)
             candidates = self._checked_candidates(candidates, histories)
             prompts = self.build_prompts(histories, candidates)
@@ -615,7 +615,7 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         fewest = max(2, top_k) if constrained else top_k
         if num_beams < fewest:
             raise ValueError(f"num_beams is {num_beams}: expected at least {fewest} for top_k {top_k}")
-        with _evaluation(self):
+        with evaluation_mode(self):
             histories = self._checked_histories(histories)
             num_choices = self.config.num_items
             if candidates is not None:
@@ -657,7 +657,7 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         table = torch.zeros(self.config.num_items + 1, self.llm_size)
         # by length, so that little is spent on padding
         order = self.title_tokens.lengths[1:].argsort(kind="stable") + 1
-        with _evaluation(self):
+        with evaluation_mode(self):
             for first in range(0, len(order), batch_size):
                 items = order[first : first + batch_size]
                 # (items, tokens) each
@@ -695,7 +695,7 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
             history = history.unsqueeze(0)
         if len(history) != 1:
             raise ValueError(f"history has shape {tuple(history.shape)}: expected one, (length,) or (1, length)")
-        with _evaluation(self):
+        with evaluation_mode(self):
             histories = self._checked_histories(history)
             return plain_lora(self.llm, self.expert_gates(histories)[0])
 
@@ -736,22 +736,6 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
                 "the catalogue, 0 for padding"
             )
         return candidates.long()
-
-
-class _evaluation:
-    """Evaluation mode inside, the former mode afterwards."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __enter__(self):
-        self.was_training = self.model.training
-        if self.was_training:
-            self.model.eval()
-
-    def __exit__(self, *error) -> None:
-        if self.was_training:
-            self.model.train()
 
 
 def check_recommender(recommender: SASRecForNextItem, items: Catalogue) -> None:
