@@ -91,7 +91,10 @@ class GatedLoraLinear(nn.Module):
         # more than the adapter. The parameters stay float32, so that small steps are not lost.
         dtype = hidden_states.dtype
         rank_states = F.linear(self.dropout(hidden_states), self.lora_A.to(dtype))  # (batch, tokens, rank)
-        return output + F.linear(rank_states * rank_gates.to(rank_states.dtype), self.lora_B.to(dtype)).to(output.dtype)
+        gated = (rank_states * rank_gates.to(rank_states.dtype)).flatten(0, 1)  # (batch * tokens, rank)
+        # Product and sum in one operation: the states are read and written once less.
+        to_output = self.lora_B.to(output.dtype).t()  # (rank, out)
+        return torch.addmm(output.flatten(0, 1), gated.to(output.dtype), to_output).view_as(output)
 
 
 def add_gated_lora(
