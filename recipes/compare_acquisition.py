@@ -1,0 +1,199 @@
+"""What a budget of teacher queries is worth, by what it is spent on: NDCG@10 of the student against the budget.
+
+    python recipes/compare_acquisition.py --config_file recipes/configs/ml-100k/quickstart.yaml \
+        --data_dir outputs/ml-100k/data --teacher outputs/ml-100k/counts/transition_counts \
+        --recommender outputs/ml-100k/seeds/seed-1 --budgets 1000 8000 --policies random entropy k_center \
+        --seeds 1 2 3 --parallel 2 --output_dir outputs/ml-100k/acquisition --table docs/results/ml-100k-acquisition
+
+Each (policy, budget, seed) is a run of recipes/label_with_teacher.py and one of recipes/distill_sasrec.py; budget 0 is
+the student without a teacher. Random is always among the policies: it is the control that the others have to beat.
+Finished runs are not run again, so the same command may be given until it is through. Writes <table>.md, .json, .png.
+"""
+
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+from run_seeds import described_origin
+
+from hf_ilora.distillation.acquisition import POLICIES
+from hf_ilora.evaluation.written_files import written_whole
+from hf_ilora.runs import parse_arguments, read_record, set_up_logging
+
+logger = logging.getLogger(__name__)
+
+RECIPES = Path(__file__).resolve().parent
+CONTROL, METRIC = "random", "masked/ndcg@10"
+SPLITS = ("validation", "test")
+
+
+@dataclass
+class AcquisitionArguments:
+    """Which student, which teacher, and what is compared."""
+
+    config_file: str = field(metadata={"help": "YAML of the student, as recipes/distill_sasrec.py reads it"})
+    data_dir: str = field(metadata={"help": "leave-one-out data set"})
+    teacher: str = field(metadata={"help": "folder or Hub name of the model that is asked"})
+    recommender: str = field(metadata={"help": "folder or Hub name of the model by which policies choose"})
+    output_dir: str = field(metadata={"help": "folder of the labels and the runs"})
+    table: str = field(metadata={"help": "path of the table, without .md"})
+    budgets: list[int] = field(default_factory=lambda: [1000, 8000], metadata={"help": "histories to ask about"})
+    policies: list[str] = field(default_factory=lambda: list(POLICIES), metadata={"help": "what to spend them on"})
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "of the choice and of the student"})
+    lam: float = field(default=0.8, metadata={"help": "weight of the ranking distillation"})
+    parallel: int = field(default=1, metadata={"help": "runs at a time; the threads of the machine are divided"})
+
+    def __post_init__(self):
+        unknown = [policy for policy in self.policies if policy not in POLICIES]
+        if unknown or not self.policies:
+            raise ValueError(f"policies are {self.policies}: expected some of {', '.join(POLICIES)}")
+        if CONTROL not in self.policies:
+            self.policies = [CONTROL, *self.policies]
+        for name in ("budgets", "seeds"):
+            values = vars(self)[name]
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} are {values}: expected at least one, all different")
+        if min(self.budgets) < 1 or self.parallel < 1:
+            raise ValueError(f"budgets are {self.budgets}, parallel {self.parallel}: expected numbers of at least 1")
+        if find_spec("matplotlib") is None:
+            raise ValueError("the plot needs matplotlib: install hf_ilora[plot]")
+
+
+ARGUMENTS = (AcquisitionArguments,)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A student; `policy` is None for one without a teacher."""
+
+    policy: str | None
+    budget: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy or 'alone'}-{self.budget}-seed-{self.seed}"
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(ARGUMENTS)
+    output = Path(arguments.output_dir)
+    set_up_logging(output)
+    runs = [Run(None, 0, seed) for seed in arguments.seeds]
+    runs += [Run(*settings) for settings in product(arguments.policies, arguments.budgets, arguments.seeds)]
+    threads = max(1, (os.cpu_count() or 1) // arguments.parallel)
+    with ThreadPoolExecutor(arguments.parallel) as pool:
+        records = dict(zip(runs, pool.map(lambda run: record_of(run, arguments, output, threads), runs), strict=True))
+    table = Path(arguments.table)
+    table.parent.mkdir(parents=True, exist_ok=True)
+    text = table_text(arguments, records)
+    with written_whole(table.with_name(table.name + ".md")) as path:
+        path.write_text(text + "\n", encoding="utf-8")
+    content = [vars(run) | {split: value_of(record, split) for split in SPLITS} for run, record in records.items()]
+    with written_whole(table.with_name(table.name + ".json")) as path:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    plot(arguments, records, table.with_name(table.name + ".png"))
+    logger.info("wrote %s.md\n%s", table, text)
+
+
+def record_of(run: Run, arguments: AcquisitionArguments, output: Path, threads: int) -> dict:
+    """The record of a student, which is trained first unless it is finished."""
+    labels, student = output / f"{run.name}-labels", output / run.name
+    record = student / "run.json"
+    if not record.exists() or read_record(record)["status"] != "finished":
+        logger.info("%s: begins", run.name)
+        options = [arguments.config_file, "--data_dir", arguments.data_dir, "--output_dir", student]
+        options += ["--seed", run.seed, "--disable_tqdm", "true"]
+        if run.policy is None:
+            call("train_sasrec.py", options, threads)
+        else:
+            asked = ["--data_dir", arguments.data_dir, "--teacher", arguments.teacher, "--output_dir", labels]
+            asked += ["--positions", "all", "--budget", run.budget, "--acquire", run.policy, "--seed", run.seed]
+            asked += ["--exclude_seen", "false", "--batch_size", "256", "--shard_rows", "4096"]
+            if run.policy != CONTROL:
+                asked += ["--recommender", arguments.recommender]
+            call("label_with_teacher.py", asked, threads)
+            options += ["--teacher_labels", labels, "--distilled_positions", "all", "--lam", arguments.lam]
+            call("distill_sasrec.py", options, threads)
+    content = read_record(record)
+    logger.info("%s: validation NDCG@10 %.4f", run.name, value_of(content, "validation"))
+    return content
+
+
+def call(recipe: str, options: list, threads: int) -> None:
+    command = [sys.executable, str(RECIPES / recipe), *map(str, options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise RuntimeError(f"{' '.join(command[1:])} failed: {finished.stderr[-2000:]}")
+
+
+def value_of(record: dict, split: str) -> float:
+    return record["metrics"][split][METRIC]["mean"]
+
+
+def values(records: dict[Run, dict], split: str, policy: str | None, budget: int) -> list[float]:
+    """One per seed."""
+    return [value_of(record, split) for run, record in records.items() if (run.policy, run.budget) == (policy, budget)]
+
+
+def table_text(arguments: AcquisitionArguments, records: dict[Run, dict]) -> str:
+    """A row per policy, a column per budget, mean ± standard deviation over seeds, and the difference to random."""
+    lines = [
+        f"NDCG@10, seen items masked, of the student of `{arguments.config_file}`; teacher {arguments.teacher}; means "
+        f"over seeds {', '.join(map(str, arguments.seeds))} ± standard deviation. In brackets: mean difference to "
+        "random with the same budget.",
+        "",
+        f"{described_origin(list(records.values()))}.",
+    ]
+    for split in SPLITS:
+        lines += ["", f"| {split} | {' | '.join(f'{budget:,} asked' for budget in arguments.budgets)} |"]
+        lines.append("|---|" + "---:|" * len(arguments.budgets))
+        alone = summary(values(records, split, None, 0))
+        lines.append(f"| no teacher | {' | '.join([alone] * len(arguments.budgets))} |")
+        for policy in arguments.policies:
+            cells = []
+            for budget in arguments.budgets:
+                own, control = (values(records, split, name, budget) for name in (policy, CONTROL))
+                difference = "" if policy == CONTROL else f" ({statistics.mean(own) - statistics.mean(control):+.4f})"
+                cells.append(summary(own) + difference)
+            lines.append(f"| {policy} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def summary(numbers: list[float]) -> str:
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+    return f"{statistics.mean(numbers):.4f} ± {deviation:.4f}"
+
+
+def plot(arguments: AcquisitionArguments, records: dict[Run, dict], path: Path) -> None:
+    """Validation NDCG@10 against the budget, a line per policy."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    budgets = sorted(arguments.budgets)
+    for policy in arguments.policies:
+        means = [statistics.mean(values(records, "validation", policy, budget)) for budget in budgets]
+        axes.plot(budgets, means, marker="o", label=policy, color="black" if policy == CONTROL else None)
+    axes.axhline(
+        statistics.mean(values(records, "validation", None, 0)), linestyle="--", color="gray", label="no teacher"
+    )
+    axes.set_xscale("log")
+    axes.set_xlabel("histories that the teacher was asked about")
+    axes.set_ylabel("NDCG@10 of the student, validation")
+    axes.legend()
+    with written_whole(path) as whole:
+        figure.savefig(whole, format="png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
