@@ -102,7 +102,7 @@ class PartArguments:
     candidate_share: float | None = field(
         default=None,
         metadata={
-            "help": "share of the prompts that show candidates; by default 1 for the language loss, 0 for the item "
+            "help": "share of the prompts that show candidates; by default 1 for the losses on titles, 0 for the item "
             "loss and 0.5 for both, since prompts with candidates do not train the item head"
         },
     )
@@ -233,7 +233,7 @@ def default_candidate_share(config: ILoraConfig) -> float:
     """The share of prompts with candidates that serves the losses of this configuration."""
     if not config.item_loss_weight:
         return 1.0
-    return 0.5 if config.language_loss_weight else 0.0
+    return 0.5 if config.language_loss_weight or config.candidate_loss_weight else 0.0
 
 
 def ilora_optimizer(
@@ -307,7 +307,7 @@ def main() -> None:
             training_arguments,
             train_dataset=rows,
             eval_dataset=ConcatDataset(validation),
-            data_collator=PromptCollator(model.prompts, share, order),
+            data_collator=PromptCollator(model.prompts, share, order, config.candidate_loss_weight > 0),
             callbacks=callbacks,
             optimizer_cls_and_kwargs=ilora_optimizer(model, training_arguments, parts.router_learning_rate_factor),
         )

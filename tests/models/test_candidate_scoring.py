@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_ilora.models import candidate_scoring
-from hf_ilora.models.candidate_scoring import candidate_log_likelihoods
+from hf_ilora.models.candidate_scoring import candidate_log_likelihoods, packed_log_likelihoods
 from tests.models.ilora_fixtures import (
     CANDIDATES,
     CONFIGS,
@@ -182,3 +182,61 @@ def test_titles_that_do_not_fit_into_the_context_are_refused():
 def test_padding_alone_is_no_candidate():
     with pytest.raises(ValueError, match=re.escape("candidates have shape (3, 4) and hold no item")):
         ask(tiny_model(), candidates=CANDIDATES * 0)
+
+
+def packed(model, candidates=CANDIDATES):
+    """The scores (batch, candidates) of the prompts that `score_candidates` would build, and the last states."""
+    prompts = model.build_prompts(HISTORIES, candidates)
+    embeddings = model.embed_prompts(prompts.input_ids, prompts.placeholder_items)
+    gates = model.expert_gates(HISTORIES)
+    return packed_log_likelihoods(
+        model.llm, embeddings, prompts.attention_mask, gates, model.title_tokens, candidates, with_states=True
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_scores_are_those_of_the_shared_prompt(architecture):
+    model = tiny_model(architecture, llm=llm_of(architecture))
+    scores, states = packed(model)
+    torch.testing.assert_close(scores, model.score_candidates(HISTORIES, CANDIDATES), rtol=1e-5, atol=1e-4)
+    assert states.shape == (len(HISTORIES), model.llm_size)
+    some = CANDIDATES.clone()
+    some[0, -1] = 0
+    assert packed(model, some)[0][0, -1] == float("-inf")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_the_candidate_loss_are_those_of_forwards_one_by_one(checkpointing):
+    torch.manual_seed(0)
+    model = tiny_model("llama", llm=llm_of("llama"), candidate_loss_weight=1.0, language_loss_weight=0.3).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    targets = CANDIDATES[:, 1]
+    prompts = model.build_prompts(HISTORIES, CANDIDATES)
+    parts = {"attention_mask": prompts.attention_mask, "placeholder_items": prompts.placeholder_items}
+    output = model(prompts.input_ids, histories=HISTORIES, candidates=CANDIDATES, labels=targets, **parts)
+    output.loss.backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    gradients = {name: parameter.grad.clone() for name, parameter in trained.items()}
+    model.zero_grad()
+
+    columns = []
+    for column in range(CANDIDATES.shape[1]):
+        rows = model.prompts.build(HISTORIES, CANDIDATES, targets=CANDIDATES[:, column])
+        logits = model(
+            rows.input_ids, attention_mask=rows.attention_mask, placeholder_items=rows.placeholder_items,
+            histories=HISTORIES,
+        ).logits  # fmt: skip
+        labels = rows.title_labels[:, 1:]
+        log_p = logits[:, :-1].log_softmax(-1).gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
+        columns.append((log_p * labels.ne(-100)).sum(1))
+    scores = torch.stack(columns, dim=1)  # (batch, candidates)
+    chosen = torch.full((len(scores),), 1)
+    candidate_loss = torch.nn.functional.cross_entropy(scores, chosen)
+    language_loss = -scores[:, 1].mean()
+    torch.testing.assert_close(output.candidate_loss, candidate_loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.language_loss, language_loss, rtol=1e-4, atol=1e-5)
+    (candidate_loss + 0.3 * language_loss).backward()
+    for name, parameter in trained.items():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients.values())

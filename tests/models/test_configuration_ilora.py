@@ -41,7 +41,8 @@ def test_choices_are_those_of_the_parts():
         ({"duplicate_titles": "drop"}, "duplicate_titles is 'drop': expected one of raise, number"),
         ({"language_loss_weight": -1}, "expected weights of at least 0"),
         ({"item_loss_weight": -1.0, "item_head": "plain"}, "expected weights of at least 0"),
-        ({"language_loss_weight": 0}, "both loss weights are 0"),
+        ({"candidate_loss_weight": -1}, "expected weights of at least 0"),
+        ({"language_loss_weight": 0}, "one of them above"),
         ({"item_loss_weight": 1}, "item_loss_weight is 1 without an item head"),
     ],
 )

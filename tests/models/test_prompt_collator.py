@@ -94,9 +94,20 @@ def test_a_share_that_the_templates_cannot_serve_is_refused():
     PromptCollator(builder_of(["{history}"]), 0.0)
 
 
-def test_candidates_without_the_target_are_refused():
+@pytest.mark.parametrize("scores_candidates", [False, True])
+def test_candidates_without_the_target_are_refused(scores_candidates):
     with pytest.raises(ValueError, match=r"candidates of row 1 lack its target 4"):
-        PromptCollator(builder_of())([row([1], 2, [2, 3]), row([1], 4, [2, 3])])
+        PromptCollator(builder_of(), scores_candidates=scores_candidates)([row([1], 2, [2, 3]), row([1], 4, [2, 3])])
+
+
+def test_prompts_whose_candidates_are_scored_end_before_the_title():
+    rows = [row([1], 2, [2, 3]), row([1, 3], 4, [5, 4])]
+    scored = PromptCollator(builder_of(), scores_candidates=True)(rows)
+    assert scored["candidates"].tolist() == [[2, 3], [5, 4]] and "title_labels" not in scored
+    titled = PromptCollator(builder_of())(rows)
+    for prompt, whole in zip(scored["input_ids"], titled["input_ids"], strict=True):
+        length = int(scored["attention_mask"][0].sum())
+        assert prompt[-length:].tolist() in [whole[start : start + length].tolist() for start in range(len(whole))]
 
 
 def test_thousands_of_prompts_are_put_together_in_a_second():

@@ -185,6 +185,13 @@ def test_both_losses_train_together(train, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_candidate_loss_trains_the_ranking_of_titles(train, parts, tmp_path):
+    trainer = train(tmp_path / "run", candidate_loss_weight=1.0, language_loss_weight=0.1, **ITEM_HEAD)
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    loaded = check_loads_and_scores(tmp_path / "run")
+    assert loaded.config.candidate_loss_weight == 1.0
+
+
 def test_item_head_alone_starts_from_the_recommender_and_improves_on_it(train, parts, tmp_path):
     trainer = train(tmp_path, **ITEM_HEAD, language_loss_weight=0.0, num_train_epochs=8, learning_rate=5.0e-2)
     recommender = SASRecForNextItem.from_pretrained(parts.recommender)

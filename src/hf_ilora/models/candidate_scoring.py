@@ -122,6 +122,74 @@ def _log_likelihoods(
     return log_p
 
 
+def packed_log_likelihoods(
+    llm: PreTrainedModel,
+    prompt_embeddings: torch.Tensor,
+    attention_mask: torch.Tensor,
+    expert_gates: torch.Tensor,
+    title_tokens: TitleTokens,
+    candidates: torch.Tensor,
+    with_states: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`candidate_log_likelihoods` for training: prompt and titles in one forward, which gradients pass through.
+
+    There is no cache, so that gradient checkpointing works too, and no chunking: memory grows with the tokens of all
+    titles times the vocabulary.
+
+    Args:
+        llm, prompt_embeddings, attention_mask, expert_gates, title_tokens, candidates: as there.
+        with_states: also return the last hidden state of each prompt.
+
+    Returns:
+        scores (batch, candidates) float32, -inf for padding, and states (batch, llm hidden) or None.
+
+    Raises:
+        ValueError: as there.
+    """
+    device, (batch, num_tokens, _) = prompt_embeddings.device, prompt_embeddings.shape
+    items = candidates.cpu().numpy()
+    lengths = title_tokens.lengths[items]  # (batch, candidates)
+    if not lengths.any():
+        raise ValueError(f"candidates have shape {tuple(candidates.shape)} and hold no item: expected at least one")
+    _check_attention(llm, num_tokens + int(lengths.max()))
+    titles = _TitleRows(title_tokens, items, device)
+    longest = titles.tokens.shape[1]
+    prompt_positions = positions(attention_mask)  # (batch, tokens)
+    seen_prompt = attention_mask.bool().unsqueeze(1)  # (batch, 1, tokens)
+    causal = seen_prompt.expand(-1, num_tokens, -1).tril()  # (batch, tokens, tokens)
+    own_title = (titles.candidate.unsqueeze(2) == titles.candidate.unsqueeze(1)).tril()  # (batch, longest, longest)
+    visible = torch.cat(
+        [
+            F.pad(causal, (0, longest)),
+            torch.cat([seen_prompt.expand(-1, longest, -1), own_title], dim=2),
+        ],
+        dim=1,
+    )  # (batch, tokens + longest, tokens + longest)
+    mask = torch.zeros(visible.shape, dtype=prompt_embeddings.dtype, device=device)
+    title_embeddings = llm.get_input_embeddings()(titles.tokens)  # (batch, longest, llm hidden)
+    is_last = torch.arange(num_tokens, device=device).eq(num_tokens - 1).expand(batch, -1)  # (batch, tokens)
+    kept = torch.cat([is_last, titles.is_real], dim=1)  # (batch, tokens + longest)
+    output = llm(
+        inputs_embeds=torch.cat([prompt_embeddings, title_embeddings.to(prompt_embeddings.dtype)], dim=1),
+        attention_mask=mask.masked_fill(~visible, torch.finfo(mask.dtype).min).unsqueeze(1),
+        position_ids=torch.cat([prompt_positions, prompt_positions[:, -1:] + 1 + titles.place], dim=1),
+        expert_gates=expert_gates,
+        use_cache=False,
+        output_hidden_states=with_states,
+        logits_to_keep=kept,
+    )
+    logits = output.logits.view(-1, output.logits.shape[-1])  # (kept tokens, vocabulary)
+    ends_prompt = is_last.new_zeros(kept.shape).index_fill_(1, torch.tensor([num_tokens - 1], device=device), True)[
+        kept
+    ]
+    # The prompt predicts the first token of each title, and each token of a title the one behind it.
+    first_tokens = torch.from_numpy(title_tokens.token_ids[title_tokens.starts[items]]).to(device)
+    scores = logits[ends_prompt].float().log_softmax(-1).gather(1, first_tokens)  # (batch, candidates)
+    scores = scores + titles.sums(-F.cross_entropy(logits[~ends_prompt].float(), titles.next_tokens, reduction="none"))
+    scores = scores.masked_fill(candidates.to(device).eq(PADDING_ITEM_ID), float("-inf"))
+    return scores, output.hidden_states[-1][:, num_tokens - 1] if with_states else None
+
+
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """(batch, tokens): the place of each real token, from 0; padding does not count."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -191,4 +259,4 @@ def _check_attention(llm: PreTrainedModel, num_tokens: int) -> None:
             )
 
 
-__all__ = ["candidate_log_likelihoods", "positions"]
+__all__ = ["candidate_log_likelihoods", "packed_log_likelihoods", "positions"]

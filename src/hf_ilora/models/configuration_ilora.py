@@ -12,6 +12,7 @@ ROUTER_TYPES = ("conv", "linear", "mlp", "top_k", "noisy")
 ITEM_HEADS = ("residual", "plain", "none")
 DUPLICATE_TITLES = ("raise", "number")
 CANDIDATE_ORDERS = ("given", "recommender")
+LOSS_WEIGHTS = ("language_loss_weight", "candidate_loss_weight", "item_loss_weight")
 ALL_LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPT_TEMPLATES = (
     "A user chose these items, oldest first: {history}.\nThe next one is among: {candidates}.\nNext item:",
@@ -43,6 +44,8 @@ class ILoraConfig(PreTrainedConfig):
         item_head: how the hidden state ranks the catalogue: "residual" (it corrects the recommender's user embedding),
             "plain" (it replaces it) or "none" (no item head).
         language_loss_weight: weight of -log p(title | prompt), in nats per title.
+        candidate_loss_weight: weight of -log p(target among the candidates), the softmax over the log-likelihoods of
+            all candidates' titles, by which candidates are ranked. Reading all these titles nearly doubles a step.
         item_loss_weight: weight of -log p(item | prompt) by the item head, on prompts that show no candidates.
         prompt_templates: texts with {history} and, where candidates are shown, {candidates}. Training draws one of them
             per example; otherwise the first of either kind is used.
@@ -79,6 +82,7 @@ class ILoraConfig(PreTrainedConfig):
     item_placeholders: bool = True
     item_head: str = "none"
     language_loss_weight: float | int = 1.0
+    candidate_loss_weight: float | int = 0.0
     item_loss_weight: float | int = 0.0
     prompt_templates: list[str] = field(default_factory=lambda: list(PROMPT_TEMPLATES))
     title_separator: str = ", "
@@ -120,13 +124,10 @@ class ILoraConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         if self.router_type == "top_k" and self.router_top_k > self.num_experts:
             raise ValueError(f"router_top_k is {self.router_top_k}: expected at most num_experts, {self.num_experts}")
-        if self.language_loss_weight < 0 or self.item_loss_weight < 0:
-            raise ValueError(
-                f"language_loss_weight is {self.language_loss_weight} and item_loss_weight {self.item_loss_weight}: "
-                "expected weights of at least 0"
-            )
-        if not self.language_loss_weight and not self.item_loss_weight:
-            raise ValueError("both loss weights are 0: expected language_loss_weight or item_loss_weight above 0")
+        weights = {name: getattr(self, name) for name in LOSS_WEIGHTS}
+        if min(weights.values()) < 0 or not any(weights.values()):
+            found = ", ".join(f"{name} {weight}" for name, weight in weights.items())
+            raise ValueError(f"the loss weights are {found}: expected weights of at least 0, one of them above")
         if self.item_loss_weight and self.item_head == "none":
             raise ValueError(
                 f"item_loss_weight is {self.item_loss_weight} without an item head: set item_head to residual or plain"

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
 from .candidate_order import preferred_order
-from .candidate_scoring import candidate_log_likelihoods, positions
+from .candidate_scoring import candidate_log_likelihoods, packed_log_likelihoods, positions
 from .catalogue import CATALOGUE_FILE, Catalogue
 from .configuration_ilora import ILoraConfig
 from .gated_lora import add_gated_lora, plain_lora
@@ -37,8 +37,9 @@ class ILoraOutput(ModelOutput):
     """Output of `ILoraForRecommendation`.
 
     Args:
-        loss: scalar, the weighted sum of the two below.
+        loss: scalar, the weighted sum of those below.
         language_loss: scalar, -log p(title | prompt) in nats, averaged over the examples.
+        candidate_loss: scalar, -log p(target among the candidates) by the likelihoods of their titles, averaged.
         item_loss: scalar, -log p(item | prompt) by the item head, averaged over the examples.
         logits: (batch, tokens or the last of them, vocabulary) of the language model.
         item_logits: (batch, num_items + 1) of the item head, in evaluation.
@@ -48,6 +49,7 @@ class ILoraOutput(ModelOutput):
 
     loss: torch.FloatTensor | None = None
     language_loss: torch.FloatTensor | None = None
+    candidate_loss: torch.FloatTensor | None = None
     item_loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     item_logits: torch.FloatTensor | None = None
@@ -382,6 +384,7 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         placeholder_items: torch.Tensor | None = None,
         histories: torch.Tensor | None = None,
         title_labels: torch.Tensor | None = None,
+        candidates: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         shows_candidates: torch.Tensor | None = None,
         expert_gates: torch.Tensor | None = None,
@@ -402,6 +405,8 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
             histories: (batch, length) item ids, 0 for padding: what the gates are computed from.
             title_labels: (batch, title tokens): labels of the last tokens of `input_ids`, the target's title with its
                 terminator, -100 elsewhere.
+            candidates: (batch, candidates) item ids, the target among them, instead of `title_labels`: with
+                `candidate_loss_weight`, behind prompts without a title.
             labels: (batch,) target items.
             shows_candidates: (batch,) bool: prompts that hold candidates do not train the item head, which would learn
                 to find the target among twenty.
@@ -443,15 +448,26 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
             output = self.llm(use_cache=use_cache, logits_to_keep=logits_to_keep, **llm_arguments)
             return ILoraOutput(logits=output.logits, past_key_values=output.past_key_values, expert_gates=expert_gates)
         trains_items = self.config.item_loss_weight > 0
-        if title_labels is None:
-            raise ValueError("labels were given without title_labels: expected both, as PromptCollator makes them")
+        scores_candidates = self.config.candidate_loss_weight > 0
+        if (candidates if scores_candidates else title_labels) is None:
+            missing = "candidates" if scores_candidates else "title_labels"
+            raise ValueError(f"labels were given without {missing}: expected both, as PromptCollator makes them")
         if trains_items and user_embeddings is None:
             raise ValueError("the item loss reads the user embedding: expected histories, not expert_gates")
         num_examples = max(1, len(labels)) if num_items_in_batch is None else num_items_in_batch
-        title_labels = title_labels[:, -(num_tokens - 1) :]  # no token predicts the first
-        language_loss = item_loss = item_logits = None
+        language_loss = candidate_loss = item_loss = item_logits = None
         loss = 0.0
-        if self.config.language_loss_weight:
+        if scores_candidates:
+            scores, last_states = packed_log_likelihoods(
+                self.llm, inputs_embeds, attention_mask, expert_gates, self.title_tokens, candidates, trains_items
+            )  # (batch, candidates), (batch, llm hidden)
+            is_target = candidates == labels.unsqueeze(1)
+            candidate_loss = F.cross_entropy(scores, is_target.int().argmax(1), reduction="sum") / num_examples
+            language_loss = -scores[is_target].sum() / num_examples
+            loss = loss + self.config.candidate_loss_weight * candidate_loss
+            loss = loss + self.config.language_loss_weight * language_loss
+        elif self.config.language_loss_weight:
+            title_labels = title_labels[:, -(num_tokens - 1) :]  # no token predicts the first
             # The token before a label predicts it.
             kept = torch.arange(num_tokens - title_labels.shape[1] - 1, num_tokens - 1, device=labels.device)
             output = self.llm(
@@ -472,9 +488,10 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         else:
             hidden_states = self.llm.get_decoder()(use_cache=False, **llm_arguments).last_hidden_state
         if trains_items:
-            title_lengths = title_labels.ne(IGNORED_LABEL).sum(1)  # (batch,)
-            last = hidden_states.shape[1] - 1 - title_lengths  # (batch,), the last token of the prompt
-            last_states = hidden_states[torch.arange(len(last), device=last.device), last]  # (batch, llm hidden)
+            if not scores_candidates:
+                title_lengths = title_labels.ne(IGNORED_LABEL).sum(1)  # (batch,)
+                last = hidden_states.shape[1] - 1 - title_lengths  # (batch,), the last token of the prompt
+                last_states = hidden_states[torch.arange(len(last), device=last.device), last]  # (batch, llm hidden)
             item_logits = self._item_logits(last_states, user_embeddings, histories)
             losses = F.cross_entropy(item_logits, labels, reduction="none")  # (batch,)
             if shows_candidates is not None:
@@ -484,6 +501,7 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         return ILoraOutput(
             loss=loss,
             language_loss=language_loss,
+            candidate_loss=candidate_loss,
             item_loss=item_loss,
             item_logits=None if self.training else item_logits,
             expert_gates=expert_gates,

@@ -22,6 +22,8 @@ class PromptCollator:
             between epochs where worker processes hold a copy of the collator.
         order_candidates: puts candidates (batch, num_candidates) in the order in which histories (batch, longest) are
             to see them, such as `PreferredOrder`; None leaves them as they come.
+        scores_candidates: the model scores all candidates' titles (`candidate_loss_weight`): prompts end before the
+            title, and the candidates come along.
 
     Raises:
         ValueError: for a share outside [0, 1], and when it asks for templates that the builder has not.
@@ -32,11 +34,12 @@ class PromptCollator:
         prompt_builder: PromptBuilder,
         candidate_share: float = 1.0,
         order_candidates: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        scores_candidates: bool = False,
     ):
         templates = (prompt_builder.candidate_templates, prompt_builder.history_templates)
         check_candidate_share(candidate_share, *map(len, templates))
         self.prompt_builder, self.candidate_share = prompt_builder, candidate_share
-        self.order_candidates = order_candidates
+        self.order_candidates, self.scores_candidates = order_candidates, scores_candidates
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Collate rows.
@@ -44,8 +47,9 @@ class PromptCollator:
         Returns:
             input_ids, attention_mask (batch, tokens) and placeholder_items (batch, placeholders) as
             `PromptBuilder.build` gives them; title_labels (batch, title tokens), the last columns of its labels, in
-            which the titles stand, so that only these go through the vocabulary; histories (batch, longest) padded with
-            0 on the left; labels (batch,), the targets; shows_candidates (batch,) bool.
+            which the titles stand, so that only these go through the vocabulary, or candidates (batch, num_candidates);
+            histories (batch, longest) padded with 0 on the left; labels (batch,), the targets; shows_candidates
+            (batch,) bool.
 
         Raises:
             ValueError: as `PromptBuilder.build`.
@@ -67,14 +71,22 @@ class PromptCollator:
             candidates,
             template_indices=(draws[:, 0] * num_templates).astype(np.int64),
             show_candidates=shows_candidates,
-            targets=targets,
+            targets=None if self.scores_candidates else targets,
         )
-        longest = int((prompts.title_labels != IGNORED_LABEL).sum(1).max())
+        if self.scores_candidates:
+            has_target = (torch.as_tensor(candidates).numpy() == targets[:, None]).any(1)
+            if not has_target.all():
+                row = int(has_target.argmin())
+                raise ValueError(f"candidates of row {row} lack its target {targets[row]}: expected it among them")
+            answers = {"candidates": torch.as_tensor(candidates)}
+        else:
+            longest = int((prompts.title_labels != IGNORED_LABEL).sum(1).max())
+            answers = {"title_labels": prompts.title_labels[:, -longest:]}
         return {
             "input_ids": prompts.input_ids,
             "attention_mask": prompts.attention_mask,
             "placeholder_items": prompts.placeholder_items,
-            "title_labels": prompts.title_labels[:, -longest:],
+            **answers,
             "histories": torch.from_numpy(histories),
             "labels": torch.from_numpy(targets),
             "shows_candidates": torch.from_numpy(shows_candidates),
