@@ -41,7 +41,7 @@ from hf_ilora import (
 )
 from hf_ilora.data.windows import EvaluationHistories, NextItemCollator, WindowEpochCallback
 from hf_ilora.distillation.label_collator import DistillationCollator
-from hf_ilora.distillation.policies import AllSamplesPolicy, GroundTruthErrorPolicy, KLDivergencePolicy
+from hf_ilora.distillation.policies import GroundTruthErrorPolicy, KLDivergencePolicy
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.distillation.trainer import DistillationArguments, DistillationTrainer
 from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
@@ -58,7 +58,7 @@ STUDENTS = {
     "caser": (CaserConfig, CaserForNextItem),
 }
 POLICIES = {
-    "all": lambda threshold: AllSamplesPolicy(),
+    "all": lambda threshold: None,
     "ground_truth_error": GroundTruthErrorPolicy,
     "kl_divergence": KLDivergencePolicy,
 }

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -101,6 +102,22 @@ def test_a_student_learns_from_labels_and_is_saved_as_a_plain_sasrec(distill, pa
     assert model.config.model_type == "sasrec" and model.catalogue is not None
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "finished" and "masked/ndcg@10" in record["metrics"]["test"]
+
+
+def test_a_resumed_run_logs_and_learns_what_an_undisturbed_one_does(distill, parts, tmp_path):
+    settings = {"teacher_labels": parts / "labels", "distilled_positions": "all", "save_total_limit": 5}
+    whole = distill(**settings, output_dir=tmp_path / "whole")
+    killed = tmp_path / "killed"
+    shutil.copytree(whole, killed)
+    last = max(killed.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    shutil.rmtree(last)
+    record = json.loads((killed / "run.json").read_text())
+    (killed / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    distill(**settings, output_dir=killed)
+    assert logged(killed, "ranking_loss") == pytest.approx(logged(whole, "ranking_loss"), rel=1e-5)
+    histories = torch.tensor([[1, 2, 3]])
+    scores = [load_recommender(folder).next_item_scores(histories) for folder in (whole, killed)]
+    torch.testing.assert_close(*scores)
 
 
 def test_an_online_teacher_needs_no_labels(distill, parts):

@@ -166,8 +166,9 @@ class DistillationTrainer(Trainer):
             "kl_loss": args.kl_weight,
             "embedding_loss": args.embedding_weight,
         }
-        self._logged: dict[str, torch.Tensor] = {}  # sums of the parts since step `_logged_at`
-        self._logged_at = 0
+        self._weights = {name: weight for name, weight in self._weights.items() if weight or name == "ranking_loss"}
+        self._logged = torch.zeros(len(self._weights), device=device)  # sums of the parts since step `_logged_at`
+        self._logged_at: int | None = None  # a resumed run begins at a later one
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         if not model.training:  # the validation loss is the student's own
@@ -199,8 +200,10 @@ class DistillationTrainer(Trainer):
         loss = sum(self._weights[name] * value for name, value in parts.items())
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
-        for name, value in parts.items():
-            self._logged[name] = self._logged.get(name, 0.0) + value.detach()
+        if self._logged_at is None:
+            self._logged_at = self.state.global_step
+        zero = loss.new_zeros(())
+        self._logged += torch.stack([parts.get(name, zero).detach().float() for name in self._weights])
         return (loss, outputs) if return_outputs else loss
 
     def _teacher_labels(self, inputs: dict, labelled: torch.Tensor):
@@ -217,8 +220,8 @@ class DistillationTrainer(Trainer):
                 )
             items, distances = inputs.pop("teacher_items"), inputs.pop("teacher_distances")  # (batch, length, k)
             asked = items[..., 0].ne(PADDING_ITEM_ID)
-            return asked, items[asked], distances[asked]
-        needs_all = self.args.kl_weight or self.policy is not None
+            return asked, items[asked][:, : self.args.top_k], distances[asked][:, : self.args.top_k]
+        needs_all = self.args.kl_weight or isinstance(self.policy, KLDivergencePolicy)
         top_k = self.model.config.num_items if needs_all else self.args.top_k
         items, distances = self.teacher.rank_items(inputs["input_ids"], top_k=top_k, exclude_seen=False)
         asked = newest_only(labelled)
@@ -229,7 +232,7 @@ class DistillationTrainer(Trainer):
         """Ids of the items to score, ascending and different: all that is named, and some drawn; None means all."""
         if self.args.num_scored_items is None:
             return None
-        named = torch.cat([part.flatten() for part in (targets, negatives, teacher_items[:, : self.args.top_k])])
+        named = torch.cat([part.flatten() for part in (targets, negatives, teacher_items)])
         drawn = torch.randint(1, self.model.config.num_items + 1, (self.args.num_scored_items,), device=named.device)
         sample = torch.cat([named, drawn]).unique()
         return sample[sample != PADDING_ITEM_ID]
@@ -284,12 +287,12 @@ class DistillationTrainer(Trainer):
         return weights
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._logged:
-            steps = self.state.global_step - self._logged_at
-            for name, value in self._logged.items():
-                total = self.accelerator.reduce(value, reduction="sum")
-                logs[name] = total.item() / max(1, steps)
-            self._logged, self._logged_at = {}, self.state.global_step
+        if "loss" in logs and self._logged_at is not None:
+            # All processes reduce the same parts, also one that met no teacher label.
+            steps = max(1, self.state.global_step - self._logged_at)
+            means = self.accelerator.reduce(self._logged, reduction="sum") / steps
+            logs |= dict(zip(self._weights, means.tolist(), strict=True))
+            self._logged, self._logged_at = torch.zeros_like(self._logged), self.state.global_step
         super().log(logs, start_time)
 
 
