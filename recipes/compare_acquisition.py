@@ -53,8 +53,8 @@ class AcquisitionArguments:
 
     def __post_init__(self):
         unknown = [policy for policy in self.policies if policy not in POLICIES]
-        if unknown or not self.policies:
-            raise ValueError(f"policies are {self.policies}: expected some of {', '.join(POLICIES)}")
+        if unknown or not self.policies or len(set(self.policies)) < len(self.policies):
+            raise ValueError(f"policies are {self.policies}: expected some of {', '.join(POLICIES)}, each once")
         if CONTROL not in self.policies:
             self.policies = [CONTROL, *self.policies]
         for name in ("budgets", "seeds"):
@@ -86,6 +86,7 @@ class Run:
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
     output = Path(arguments.output_dir)
+    check_settings(arguments, output)
     set_up_logging(output)
     runs = [Run(None, 0, seed) for seed in arguments.seeds]
     runs += [Run(*settings) for settings in product(arguments.policies, arguments.budgets, arguments.seeds)]
@@ -102,6 +103,29 @@ def main() -> None:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     plot(arguments, records, table.with_name(table.name + ".png"))
     logger.info("wrote %s.md\n%s", table, text)
+
+
+def check_settings(arguments: AcquisitionArguments, output: Path) -> None:
+    """Finished runs are taken as they are, so that a folder holds those of one student, data set and teacher.
+
+    Raises:
+        ValueError: when the folder's are of others.
+    """
+    names = ("config_file", "data_dir", "teacher", "recommender", "lam")
+    settings = {name: vars(arguments)[name] for name in names}
+    settings["config"] = Path(arguments.config_file).read_text(encoding="utf-8")
+    file = output / "settings.json"
+    if not file.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        with written_whole(file) as path:
+            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    different = [name for name in settings if earlier.get(name) != settings[name]]
+    if different:
+        raise ValueError(
+            f"{output} holds runs with other settings ({', '.join(different)}): choose another output_dir, or delete it"
+        )
 
 
 def record_of(run: Run, arguments: AcquisitionArguments, output: Path, threads: int) -> dict:

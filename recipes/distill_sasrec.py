@@ -1,6 +1,6 @@
 """Distils a teacher into a small next-item model: DLLM2Rec's losses, or those beyond it, in a Trainer.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/label_with_teacher.py \
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/label_with_teacher.py --positions all \
         --teacher outputs/ml-100k/ilora --data_dir outputs/ml-100k/data --output_dir outputs/ml-100k/labels
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/distill_sasrec.py \
         recipes/configs/ml-100k/sasrec.yaml --teacher_labels outputs/ml-100k/labels --distilled_positions all \
@@ -17,6 +17,7 @@ import json
 import logging
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from train_sasrec import (
     DataArguments,
@@ -28,6 +29,7 @@ from train_sasrec import (
     training_windows,
 )
 from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_ilora import (
     CaserConfig,
@@ -47,6 +49,7 @@ from hf_ilora.distillation.trainer import DistillationArguments, DistillationTra
 from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.evaluation.ranking import RankingMetrics, rank_split, ranks_from_logits
 from hf_ilora.evaluation.statistics import summarize_ranks
+from hf_ilora.models.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.teacher_embeddings import pca_embeddings
 from hf_ilora.runs import LogMetricsCallback, RunRecord, parse_arguments, resumable_checkpoint, set_up_logging
 
@@ -125,7 +128,10 @@ def build_student(
 ) -> torch.nn.Module:
     """The saved model to start from, or a fresh one with the teacher's embeddings (num_items + 1, teacher size)."""
     if student.student is not None:
-        return load_recommender(model_folder(student.student)).train()
+        model = load_recommender(model_folder(student.student))
+        if not isinstance(model, EncoderForNextItem):
+            raise ValueError(f"{student.student} is a {type(model).__name__}: expected a SASRec, GRU4Rec or Caser")
+        return model.train()
     settings = dataclasses.asdict(sasrec_arguments)
     if student.student_type != "sasrec":
         settings = json.loads(student.student_settings or "{}")
@@ -146,9 +152,13 @@ def load_teacher(student: StudentArguments, sequences: SequenceDatasets) -> tupl
     if student.teacher is None:
         return TeacherLabels.load(student.teacher_labels, sequences.fingerprint), None
     teacher = load_recommender(model_folder(student.teacher))
-    raw_ids = sequences.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
-    check_catalogue(teacher, student.teacher, sequences.num_items, raw_ids)
+    check_catalogue(teacher, student.teacher, sequences.num_items, raw_ids_of(sequences))
     return None, teacher
+
+
+def raw_ids_of(sequences: SequenceDatasets) -> np.ndarray:
+    """(num_items,) raw ids in the order of item ids."""
+    return sequences.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
 
 
 def main() -> None:
@@ -161,6 +171,11 @@ def main() -> None:
             f"initial_items is {data_arguments.initial_items}: expected random for a student that is trained already, "
             "begins with the teacher's embeddings, or is no SASRec"
         )
+    if is_deepspeed_zero3_enabled() and (student.teacher is not None or student.embedding_use in ADDED):
+        raise ValueError(
+            "ZeRO-3 spreads weights over processes, where an online teacher cannot be asked and item embeddings cannot "
+            "be folded: expected labels and embedding_use none or initial, or another file of accelerate_configs"
+        )
     if data_arguments.train_share != [0, 1]:
         raise ValueError(f"train_share is {data_arguments.train_share}: expected 0 1, labels go by rows of the split")
     set_up_logging(training_arguments.output_dir)
@@ -170,6 +185,11 @@ def main() -> None:
     arguments = (student, data_arguments, sasrec_arguments, training_arguments)
     checkpoint = resumable_checkpoint(training_arguments.output_dir, arguments, fingerprint)
     labels, teacher = load_teacher(student, sequences)  # before the run is on record
+    if labels is not None and labels.description["positions"] == "last" and data_arguments.windows == "random":
+        raise ValueError(
+            f"{student.teacher_labels} holds labels of last positions, which random windows hardly ever meet: expected "
+            "--windows last, or labels made with --positions all"
+        )
     embeddings = None
     if student.embedding_use != "none" or (training_arguments.embedding_weight and labels is not None):
         embeddings = labels.item_embeddings()
@@ -177,6 +197,8 @@ def main() -> None:
         record.add_data(fingerprint)
         set_seed(training_arguments.seed)
         model = build_student(student, sasrec_arguments, sequences.num_items, embeddings)
+        if student.student is not None:
+            check_catalogue(model, student.student, sequences.num_items, raw_ids_of(sequences))
         model.catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
         train = sequences["train"]
         windows = training_windows(

@@ -28,6 +28,7 @@ from hf_ilora.distillation.acquisition import POLICIES
 from hf_ilora.distillation.labelling import POSITIONS, LabelFolder, LabelRequests, acquire_requests, label_shards
 from hf_ilora.distillation.teachers import ModelTeacher, Teacher, load_teacher, model_fingerprint
 from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
+from hf_ilora.models.next_item_model import NextItemPreTrainedModel
 from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,11 @@ def load_and_check(arguments: LabelArguments, device: torch.device):
     recommender = None
     if arguments.recommender is not None:
         recommender = load_recommender(model_folder(arguments.recommender)).to(device)
+        if not isinstance(recommender, NextItemPreTrainedModel):
+            raise ValueError(
+                f"{arguments.recommender} is a {type(recommender).__name__}: expected a recommender that is cheap to "
+                "ask about every history, such as SASRec"
+            )
         check_catalogue(recommender, arguments.recommender, sequences.num_items, raw_ids)
     return sequences, teacher, recommender
 

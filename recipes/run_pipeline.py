@@ -79,8 +79,14 @@ class Stage:
         return words
 
     def key(self, keys_read: list[str]) -> str:
-        """Changes when the recipe, its settings, the package's version or a stage that it reads change."""
-        files = [RECIPES / self.recipe, *(Path(file) for file in (self.config, self.launch) if file is not None)]
+        """Changes when the recipes, its settings, files that they name, the package's version or what it reads change.
+
+        Args:
+            keys_read: of the stages that it reads: their keys and when they were finished.
+        """
+        named = [self.config, self.launch, *(value for value in self.options.values() if isinstance(value, str))]
+        files = sorted(RECIPES.glob("*.py"))  # recipes import one another
+        files += [Path(name) for name in named if name is not None and Path(name).is_file()]
         content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         what = {"stage": asdict(self), "files": content, "reads": keys_read, "version": hf_ilora.__version__}
         del what["stage"]["minutes"]
@@ -125,9 +131,13 @@ class PipelineState:
         self.stages = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
 
     def note(self, name: str, key: str, status: str, seconds: float = 0.0) -> None:
-        self.stages[name] = {"key": key, "status": status, "seconds": round(seconds, 1)}
+        self.stages[name] = {"key": key, "status": status, "seconds": round(seconds, 1), "time": time.time()}
         with written_whole(self.path) as path:
             path.write_text(json.dumps(self.stages, indent=2) + "\n", encoding="utf-8")
+
+    def run_of(self, name: str) -> str:
+        """Tells the runs of a stage apart: what reads a stage that ran again has to run again."""
+        return f"{self.stages[name]['key']} {self.stages[name]['time']}"
 
     def has(self, name: str, key: str, status: str) -> bool:
         return (self.stages.get(name, {}).get("key"), self.stages.get(name, {}).get("status")) == (key, status)
@@ -155,14 +165,15 @@ def main() -> None:
     stages = selected(all_stages, arguments.only)
     selected(all_stages, arguments.force)  # raises for names that are none
     set_up_logging(output)
-    state, keys = PipelineState(output), {}
+    state, finished = PipelineState(output), {}
     minutes_left, begin, estimated = sum(stage.minutes for stage in stages), time.monotonic(), 0.0
     for number, stage in enumerate(stages, start=1):
-        keys[stage.name] = key = stage.key([keys[name] for name in stage.reads])
+        key = stage.key([finished[name] for name in stage.reads])
         folder, title = output / stage.name, f"stage {number} of {len(stages)}, {stage.name}"
         minutes_left -= stage.minutes
         if state.has(stage.name, key, "finished") and folder.is_dir() and stage.name not in (arguments.force or []):
             logger.info("%s: nothing has changed since it was finished, skipped", title)
+            finished[stage.name] = state.run_of(stage.name)
             continue
         pace = (1 + (time.monotonic() - begin) / 60) / (1 + estimated)  # little is known after little time
         logger.info("%s begins; about %.1f minutes left", title, (minutes_left + stage.minutes) * pace)
@@ -179,6 +190,7 @@ def main() -> None:
         seconds = time.monotonic() - start
         estimated += stage.minutes
         state.note(stage.name, key, "finished", seconds)
+        finished[stage.name] = state.run_of(stage.name)
         logger.info("%s: done in %.0f s", title, seconds)
     logger.info("all %d stages are done: %s", len(stages), output)
 

@@ -189,6 +189,32 @@ def test_an_equal_online_teacher_has_no_divergence(windows, tmp_path):
     assert other.compute_loss(model, dict(batch)) > own + 1e-4
 
 
+def test_an_online_teacher_goes_with_a_base_loss_over_every_label(windows, tmp_path):
+    """Positions about which it was not asked have no divergence, whatever the scores."""
+    model, teacher = student(), student(seed=7).eval()
+    batch = batch_of(TrainingWindows(cyclic_sequences(num_users=24)["train"], 6, windows="last"), NextItemCollator())
+    settings = {"collator": NextItemCollator(), "lam": 0.0, "base_loss": "cross_entropy", "teacher": teacher}
+    alone, taught = (
+        trainer_of(model, windows, tmp_path, kl_weight=weight, **settings).compute_loss(model.train(), dict(batch))
+        for weight in (0.0, 2.0)
+    )
+    own = model(batch["input_ids"], labels=batch["labels"]).loss
+    torch.testing.assert_close(alone, own)
+    from_newest = trainer_of(
+        model, windows, tmp_path, collator=NextItemCollator(), lam=0.0, kl_weight=2.0, teacher=teacher
+    )
+    torch.testing.assert_close(taught, from_newest.compute_loss(model, dict(batch)))
+
+
+def test_defaults_keep_what_the_collator_reads(windows, tmp_path):
+    arguments = DistillationArguments(
+        str(tmp_path), max_steps=1, use_cpu=True, top_k=TOP_K, save_strategy="no", disable_tqdm=True
+    )
+    collator = DistillationCollator(labels_of(windows), "all")
+    trainer = DistillationTrainer(student(), arguments, train_dataset=windows, data_collator=collator)
+    assert trainer.train().training_loss > 0
+
+
 def test_policies_leave_labels_out(windows, tmp_path):
     model = student()
     batch = batch_of(windows, DistillationCollator(labels_of(windows)))

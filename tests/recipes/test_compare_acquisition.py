@@ -51,6 +51,8 @@ def test_policies_are_compared_with_random_at_equal_budgets(compare, tmp_path):
 
     again = compare(*options)
     assert again.returncode == 0 and ": begins" not in again.stderr and ": begins" in result.stderr
+    other = compare(*options, "--lam", "2")
+    assert other.returncode != 0 and "holds runs with other settings (lam)" in other.stderr
 
 
 def test_unknown_policies_are_refused(compare, tmp_path):

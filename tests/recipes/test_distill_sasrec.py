@@ -39,7 +39,7 @@ def save_labels(folder, sequences, teacher, positions):
     requests = LabelRequests.of_split(sequences["train"], positions)
     settings = {
         "data_fingerprint": sequences.fingerprint, "teacher_fingerprint": teacher.fingerprint, "num_items": NUM_ITEMS,
-        "top_k": 4, "shard_rows": 64,
+        "top_k": 4, "shard_rows": 64, "positions": positions,
     }  # fmt: skip
     labels = LabelFolder(folder, settings)
     labels.start(lambda: requests)
@@ -129,6 +129,7 @@ def test_an_online_teacher_needs_no_labels(distill, parts):
 @pytest.mark.parametrize("use", ["input", "input_and_head", "initial"])
 def test_item_embeddings_leave_nothing_of_their_size(distill, parts, use):
     settings = {"teacher_labels": parts / "table_labels", "embedding_use": use, "embedding_weight": 0.5}
+    settings["windows"] = "last"
     model = load_recommender(distill(**settings))
     assert model.config.teacher_embedding_size is None
     assert not any(EMBEDDING_SIZE in value.shape for value in model.state_dict().values())
@@ -162,6 +163,7 @@ def test_a_trained_student_goes_on_from_its_weights(distill, parts, tmp_path):
         ({"teacher_labels": "{parts}/labels", "teacher": "{parts}/teacher"}, "expected either teacher_labels"),
         ({"teacher": "{parts}/teacher", "embedding_use": "input"}, "without teacher_labels"),
         ({"teacher_labels": "{parts}/labels", "embedding_use": "input"}, "has no item embeddings"),
+        ({"teacher_labels": "{parts}/table_labels"}, "which random windows hardly ever meet"),
         ({"teacher_labels": "{parts}/labels", "student_settings": "{{}}"}, "student_settings are for"),
         ({"teacher_labels": "{parts}/labels", "student_type": "bert"}, "student_type is 'bert': expected one of"),
         ({"teacher_labels": "{parts}/labels", "train_share": [0, 0.5]}, "labels go by rows of the split"),
@@ -177,6 +179,19 @@ def test_settings_that_do_not_fit_are_refused_before_the_run_is_on_record(distil
     with pytest.raises(ValueError, match=message):
         distill(**settings)
     assert not (tmp_path / "student" / "run.json").exists()
+
+
+def test_a_student_of_other_data_is_refused(distill, parts, tmp_path):
+    cyclic_sequences(num_users=40, num_items=31, seed=1).save(tmp_path / "other")
+    with pytest.raises(ValueError, match="knows 30 items and the data set has 31"):
+        distill(teacher=parts / "teacher", data_dir=tmp_path / "other")
+    first = distill(teacher_labels=parts / "labels")
+    other = cyclic_sequences(num_users=40, num_items=31, seed=1)
+    teacher = known_recommender(other)
+    teacher.save_pretrained(tmp_path / "other_teacher")
+    settings = {"teacher": tmp_path / "other_teacher", "data_dir": tmp_path / "other", "output_dir": tmp_path / "b"}
+    with pytest.raises(ValueError, match="knows 30 items and the data set has 31"):
+        distill(**settings, student=first)
 
 
 def test_labels_of_other_data_are_refused(distill, parts, tmp_path):

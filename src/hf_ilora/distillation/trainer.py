@@ -21,6 +21,8 @@ EMBEDDING_LOSSES = ("mse", "cosine")
 class DistillationArguments(TrainingArguments):
     """TrainingArguments with the settings of distillation; everything else can be set as usual."""
 
+    remove_unused_columns: bool = False  # the collator reads columns that no forward names
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
     base_loss: str = field(
         default=STUDENT_LOSS,
         metadata={
@@ -57,7 +59,11 @@ class DistillationArguments(TrainingArguments):
     )
     embedding_loss: str = field(default="cosine", metadata={"help": "that distance: mse or cosine"})
     rank_gap_weighting: bool = field(
-        default=False, metadata={"help": "weigh labels by how much higher than the student the teacher ranks the truth"}
+        default=False,
+        metadata={
+            "help": "weigh labels by how much higher than the student the teacher ranks the truth; 0 where the truth "
+            "is not among the teacher's items"
+        },
     )
 
     def __post_init__(self):
@@ -142,6 +148,11 @@ class DistillationTrainer(Trainer):
             )
         if args.alpha and item_counts is None:
             raise ValueError(f"alpha is {args.alpha} without item_counts: expected the counts of the training items")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs: expected one each; start with accelerate launch, since what is "
+                "scored must not be divided among copies of the student"
+            )
         super().__init__(model, args, **kwargs)
         device = self.args.device
         self.teacher, self.policy = teacher, policy
@@ -181,6 +192,7 @@ class DistillationTrainer(Trainer):
         scored = asked if has_student_loss else labelled
         if not has_student_loss:  # the base loss wants every label, whether the teacher was asked about it or not
             teacher_items, distances = (_spread(asked[scored], rows) for rows in (teacher_items, distances))
+            del inputs["labels"]  # the student would compute its own loss
         targets = labels[scored]  # (positions,)
         negatives = torch.randint(
             1,
@@ -254,7 +266,8 @@ class DistillationTrainer(Trainer):
         target, negative, teacher_columns = columns
         teacher_scores = None
         if self.teacher is not None and teacher_items.shape[1] == scores.shape[1]:
-            teacher_scores = torch.empty_like(distances).scatter_(1, teacher_columns, -distances)  # (positions, items)
+            # Positions about which the teacher was not asked get equal scores, and no weight.
+            teacher_scores = torch.zeros_like(distances).scatter_(1, teacher_columns.clamp(min=0), -distances)
         sample_weights = self._sample_weights(scores, teacher_scores, target, teacher_columns)  # (positions,)
         losses = self.distillation_loss(
             scores, target, negative, teacher_columns, distances, sample_weights, propensity
@@ -282,8 +295,8 @@ class DistillationTrainer(Trainer):
             if self.args.rank_gap_weighting:
                 student_ranks = scores.ge(scores.gather(1, target.unsqueeze(1))).sum(1)  # (positions,)
                 found = teacher_columns.eq(target.unsqueeze(1))  # (positions, k)
-                teacher_ranks = torch.where(found.any(1), found.int().argmax(1) + 1, found.shape[1] + 1)
-                weights = weights * rank_gap_weights(student_ranks, teacher_ranks)
+                teacher_ranks = found.int().argmax(1) + 1  # where the teacher names the truth at all
+                weights = weights * found.any(1) * rank_gap_weights(student_ranks, teacher_ranks)
         return weights
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
