@@ -16,6 +16,7 @@ import dataclasses
 import json
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,7 +52,14 @@ from hf_ilora.evaluation.ranking import RankingMetrics, rank_split, ranks_from_l
 from hf_ilora.evaluation.statistics import summarize_ranks
 from hf_ilora.models.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.teacher_embeddings import pca_embeddings
-from hf_ilora.runs import LogMetricsCallback, RunRecord, parse_arguments, resumable_checkpoint, set_up_logging
+from hf_ilora.runs import (
+    LogMetricsCallback,
+    RunRecord,
+    parse_arguments,
+    read_record,
+    resumable_checkpoint,
+    set_up_logging,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +73,7 @@ POLICIES = {
     "ground_truth_error": GroundTruthErrorPolicy,
     "kl_divergence": KLDivergencePolicy,
 }
+LABELS = "teacher_labels"  # what the record calls them
 ADDED = ("input", "input_and_head")
 EMBEDDING_USES = ("none", *ADDED, "initial")
 
@@ -156,6 +165,16 @@ def load_teacher(student: StudentArguments, sequences: SequenceDatasets) -> tupl
     return None, teacher
 
 
+def check_same_labels(checkpoint: str, labels: TeacherLabels) -> None:
+    """Raise a ValueError when the run that a checkpoint belongs to learnt from other labels."""
+    earlier = read_record(Path(checkpoint).parent / "run.json")["metrics"].get(LABELS, {}).get("fingerprint")
+    if earlier != labels.description["labels_fingerprint"]:
+        raise ValueError(
+            f"{checkpoint} was trained on labels with the fingerprint {earlier}, and {labels.folder} holds "
+            f"{labels.description['labels_fingerprint']}: expected the same; choose another output_dir, or delete it"
+        )
+
+
 def raw_ids_of(sequences: SequenceDatasets) -> np.ndarray:
     """(num_items,) raw ids in the order of item ids."""
     return sequences.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
@@ -190,11 +209,20 @@ def main() -> None:
             f"{student.teacher_labels} holds labels of last positions, which random windows hardly ever meet: expected "
             "--windows last, or labels made with --positions all"
         )
+    if labels is not None and checkpoint is not None:
+        check_same_labels(checkpoint, labels)
     embeddings = None
     if student.embedding_use != "none" or (training_arguments.embedding_weight and labels is not None):
         embeddings = labels.item_embeddings()
     with RunRecord(training_arguments.output_dir, arguments, seed=training_arguments.seed) as record:
         record.add_data(fingerprint)
+        if labels is not None:
+            names = {
+                "fingerprint": "labels_fingerprint",
+                "teacher": "teacher",
+                "teacher_fingerprint": "teacher_fingerprint",
+            }
+            record.add_metrics(LABELS, {name: labels.description[key] for name, key in names.items()})
         set_seed(training_arguments.seed)
         model = build_student(student, sasrec_arguments, sequences.num_items, embeddings)
         if student.student is not None:

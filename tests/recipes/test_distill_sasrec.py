@@ -111,8 +111,12 @@ def test_a_resumed_run_logs_and_learns_what_an_undisturbed_one_does(distill, par
     shutil.copytree(whole, killed)
     last = max(killed.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     shutil.rmtree(last)
-    record = json.loads((killed / "run.json").read_text())
-    (killed / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    record = json.loads((killed / "run.json").read_text()) | {"status": "running"}
+    other = record | {"metrics": {"teacher_labels": {"fingerprint": "other"}}}
+    (killed / "run.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="was trained on labels with the fingerprint other"):
+        distill(**settings, output_dir=killed)
+    (killed / "run.json").write_text(json.dumps(record))
     distill(**settings, output_dir=killed)
     assert logged(killed, "ranking_loss") == pytest.approx(logged(whole, "ranking_loss"), rel=1e-5)
     histories = torch.tensor([[1, 2, 3]])
