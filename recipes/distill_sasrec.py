@@ -18,7 +18,6 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from train_sasrec import (
     DataArguments,
@@ -26,6 +25,7 @@ from train_sasrec import (
     SASRecTrainingArguments,
     labelled_positions,
     next_item_optimizer,
+    record_quality,
     start_from_cooccurrence,
     training_windows,
 )
@@ -48,8 +48,7 @@ from hf_ilora.distillation.policies import GroundTruthErrorPolicy, KLDivergenceP
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.distillation.trainer import DistillationArguments, DistillationTrainer
 from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
-from hf_ilora.evaluation.ranking import RankingMetrics, rank_split, ranks_from_logits
-from hf_ilora.evaluation.statistics import summarize_ranks
+from hf_ilora.evaluation.ranking import RankingMetrics, ranks_from_logits
 from hf_ilora.models.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.teacher_embeddings import pca_embeddings
 from hf_ilora.runs import (
@@ -161,7 +160,7 @@ def load_teacher(student: StudentArguments, sequences: SequenceDatasets) -> tupl
     if student.teacher is None:
         return TeacherLabels.load(student.teacher_labels, sequences.fingerprint), None
     teacher = load_recommender(model_folder(student.teacher))
-    check_catalogue(teacher, student.teacher, sequences.num_items, raw_ids_of(sequences))
+    check_catalogue(teacher, student.teacher, sequences.num_items, sequences.raw_ids)
     return None, teacher
 
 
@@ -173,11 +172,6 @@ def check_same_labels(checkpoint: str, labels: TeacherLabels) -> None:
             f"{checkpoint} was trained on labels with the fingerprint {earlier}, and {labels.folder} holds "
             f"{labels.description['labels_fingerprint']}: expected the same; choose another output_dir, or delete it"
         )
-
-
-def raw_ids_of(sequences: SequenceDatasets) -> np.ndarray:
-    """(num_items,) raw ids in the order of item ids."""
-    return sequences.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
 
 
 def main() -> None:
@@ -226,7 +220,7 @@ def main() -> None:
         set_seed(training_arguments.seed)
         model = build_student(student, sasrec_arguments, sequences.num_items, embeddings)
         if student.student is not None:
-            check_catalogue(model, student.student, sequences.num_items, raw_ids_of(sequences))
+            check_catalogue(model, student.student, sequences.num_items, sequences.raw_ids)
         model.catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
         train = sequences["train"]
         windows = training_windows(
@@ -274,12 +268,7 @@ def main() -> None:
         if student.embedding_use in ADDED:
             model.fold_teacher_embeddings()
         trainer.save_model()
-        for split in ("validation", "test"):
-            with record.stage(f"evaluate_{split}"):
-                metrics = summarize_ranks(rank_split(trainer.model_wrapped, sequences[split]))
-            record.add_metrics(split, metrics)
-            for name, value in metrics.items():
-                logger.info("%s %s %.4f [%.4f, %.4f]", split, name, value.mean, value.low, value.high)
+        record_quality(trainer, sequences, record, logger)
     trainer.accelerator.end_training()  # processes that leave with their connections open now and then crash on exit
 
 

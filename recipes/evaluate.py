@@ -137,7 +137,7 @@ def load_and_check(arguments: EvaluationArguments):
         )
     folders = [model_folder(name) for name in arguments.models]
     models = [load_recommender(folder) for folder in folders]
-    raw_ids = sequences.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
+    raw_ids = sequences.raw_ids
     for name, model in zip(arguments.names, models, strict=True):
         if not check_catalogue(model, name, sequences.num_items, raw_ids):
             logger.warning("%s carries no catalogue: that its item ids mean these items could not be checked", name)

@@ -113,7 +113,7 @@ def main() -> None:
     for model in arguments.models:  # before anything is measured
         ILoraConfig.from_pretrained(model)
     recommenders = {name: load_recommender(model_folder(name)) for name in arguments.recommenders or []}
-    raw_ids = sequences.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
+    raw_ids = sequences.raw_ids
     for name, recommender in recommenders.items():
         check_catalogue(recommender, name, sequences.num_items, raw_ids)
     output = Path(arguments.output_dir)

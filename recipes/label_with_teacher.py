@@ -134,7 +134,7 @@ def load_and_check(arguments: LabelArguments, device: torch.device):
             f"positions is all and {arguments.data_dir} has the protocol {sequences.protocol['name']}, whose rows are "
             "prefixes of each other: expected last"
         )
-    raw_ids = sequences.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
+    raw_ids = sequences.raw_ids
     teacher = load_teacher(
         arguments.teacher, len(sequences["train"]), sequences.num_items, dtype=arguments.dtype, device=device
     )

@@ -55,7 +55,7 @@ def main() -> None:
         raise ValueError(f"{arguments.model} has no catalogue (items.parquet): expected one beside the weights")
     if arguments.user is not None:
         sequences = SequenceDatasets.load(arguments.data_dir)
-        raw_ids = sequences.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
+        raw_ids = sequences.raw_ids
         check_catalogue(model, arguments.model, sequences.num_items, raw_ids)
         history = history_of_user(sequences, arguments.data_dir, arguments.user)
     else:

@@ -199,6 +199,18 @@ def start_from_cooccurrence(
     model.start_from_item_embeddings(embeddings, data_arguments.initial_mixing, item_counts)
 
 
+def record_quality(
+    trainer: Trainer, sequences: SequenceDatasets, record: RunRecord, recipe_logger: logging.Logger
+) -> None:
+    """Rank both evaluation splits with the trained model, and put their metrics on record and in the recipe's log."""
+    for split in ("validation", "test"):
+        with record.stage(f"evaluate_{split}"):
+            metrics = summarize_ranks(rank_split(trainer.model_wrapped, sequences[split]))
+        record.add_metrics(split, metrics)
+        for name, value in metrics.items():
+            recipe_logger.info("%s %s %.4f [%.4f, %.4f]", split, name, value.mean, value.low, value.high)
+
+
 def main() -> None:
     data_arguments, model_arguments, training_arguments = parse_arguments(ARGUMENTS)
     if data_arguments.early_stopping_patience and training_arguments.eval_strategy == "no":
@@ -242,12 +254,7 @@ def main() -> None:
         with record.stage("train"):
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
-        for split in ("validation", "test"):
-            with record.stage(f"evaluate_{split}"):
-                metrics = summarize_ranks(rank_split(trainer.model_wrapped, sequences[split]))
-            record.add_metrics(split, metrics)
-            for name, value in metrics.items():
-                logger.info("%s %s %.4f [%.4f, %.4f]", split, name, value.mean, value.low, value.high)
+        record_quality(trainer, sequences, record, logger)
     trainer.accelerator.end_training()  # processes that leave with their connections open now and then crash on exit
 
 

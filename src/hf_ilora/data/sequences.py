@@ -65,6 +65,11 @@ class SequenceDatasets(DatasetDict):
         return len(self.catalogue)
 
     @property
+    def raw_ids(self) -> np.ndarray:
+        """(num_items,) raw ids in the order of item ids."""
+        return self.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
+
+    @property
     def fingerprint(self) -> str:
         """sha256, in hex, of the protocol, the catalogue and all rows in order.
 
