@@ -240,3 +240,40 @@ def test_gradients_of_the_candidate_loss_are_those_of_forwards_one_by_one(checkp
     for name, parameter in trained.items():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients.values())
+
+
+def test_candidates_are_scored_by_a_pool_with_the_recommender():
+    model = tiny_model("llama", llm=llm_of("llama"), recommender_share=0.75, candidate_loss_weight=1.0)
+    pooled = model.score_candidates(HISTORIES, CANDIDATES)
+    model.config.recommender_share = 0.0
+    by_title = model.score_candidates(HISTORIES, CANDIDATES)
+    with torch.no_grad():
+        log_p = model.recommender(HISTORIES).logits.log_softmax(-1).gather(1, CANDIDATES)
+    torch.testing.assert_close(pooled, 0.75 * log_p + 0.25 * by_title)
+    assert not torch.equal(pooled.argsort(1), by_title.argsort(1))
+    assert model.score_candidates(HISTORIES, torch.cat([CANDIDATES[:, :2], torch.zeros_like(CANDIDATES)], 1))[0, 2] == (
+        float("-inf")
+    )
+
+
+def test_the_candidate_loss_is_that_of_the_pool_and_the_language_loss_is_not():
+    model = tiny_model("llama", llm=llm_of("llama"), recommender_share=0.75, candidate_loss_weight=1.0)
+    prompts = model.build_prompts(HISTORIES, CANDIDATES)
+    batch = {
+        "input_ids": prompts.input_ids,
+        "attention_mask": prompts.attention_mask,
+        "placeholder_items": prompts.placeholder_items,
+        "candidates": CANDIDATES,
+        "labels": CANDIDATES[:, 1],
+    }
+    with torch.no_grad():
+        output = model(histories=HISTORIES, **batch)
+    chosen = torch.full((len(HISTORIES),), 1)
+    expected = torch.nn.functional.cross_entropy(model.score_candidates(HISTORIES, CANDIDATES), chosen)
+    torch.testing.assert_close(output.candidate_loss, expected, rtol=1e-4, atol=1e-4)
+    model.config.recommender_share = 0.0
+    by_title = model.score_candidates(HISTORIES, CANDIDATES)[:, 1]
+    torch.testing.assert_close(output.language_loss, -by_title.mean(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="expected histories, not expert_gates"):
+        model.config.recommender_share = 0.75
+        model(expert_gates=model.expert_gates(HISTORIES), **batch)

@@ -42,6 +42,8 @@ def test_choices_are_those_of_the_parts():
         ({"language_loss_weight": -1}, "expected weights of at least 0"),
         ({"item_loss_weight": -1.0, "item_head": "plain"}, "expected weights of at least 0"),
         ({"candidate_loss_weight": -1}, "expected weights of at least 0"),
+        ({"recommender_share": 1.0}, "recommender_share is 1.0: expected a share in [0, 1)"),
+        ({"recommender_share": -0.1}, "recommender_share is -0.1: expected a share in [0, 1)"),
         ({"language_loss_weight": 0}, "one of them above"),
         ({"item_loss_weight": 1}, "item_loss_weight is 1 without an item head"),
     ],

@@ -249,7 +249,7 @@ def test_forward_needs_histories_or_gates(model):
 def test_the_item_loss_needs_histories(model):
     batch = batch_of(model)
     gates = model.expert_gates(batch.pop("histories"))
-    with pytest.raises(ValueError, match="the item loss reads the user embedding: expected histories"):
+    with pytest.raises(ValueError, match="this loss reads the recommender: expected histories"):
         model(**batch, expert_gates=gates)
 
 

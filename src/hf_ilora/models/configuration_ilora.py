@@ -47,6 +47,9 @@ class ILoraConfig(PreTrainedConfig):
         candidate_loss_weight: weight of -log p(target among the candidates), the softmax over the log-likelihoods of
             all candidates' titles, by which candidates are ranked. Reading all these titles nearly doubles a step.
         item_loss_weight: weight of -log p(item | prompt) by the item head, on prompts that show no candidates.
+        recommender_share: share s of the frozen recommender in a candidate's score, the logarithmic opinion pool
+            s log p(item by the recommender) + (1 - s) log p(title | prompt). The candidate loss then teaches the
+            language model what the recommender does not know.
         prompt_templates: texts with {history} and, where candidates are shown, {candidates}. Training draws one of them
             per example; otherwise the first of either kind is used.
         title_separator: between two titles.
@@ -84,6 +87,7 @@ class ILoraConfig(PreTrainedConfig):
     language_loss_weight: float | int = 1.0
     candidate_loss_weight: float | int = 0.0
     item_loss_weight: float | int = 0.0
+    recommender_share: float | int = 0.0
     prompt_templates: list[str] = field(default_factory=lambda: list(PROMPT_TEMPLATES))
     title_separator: str = ", "
     candidate_order: str = "given"
@@ -111,6 +115,8 @@ class ILoraConfig(PreTrainedConfig):
             raise ValueError(f"rank {self.rank} is not divisible by num_experts {self.num_experts}: change one of them")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}: expected a probability in [0, 1)")
+        if not 0 <= self.recommender_share < 1:
+            raise ValueError(f"recommender_share is {self.recommender_share}: expected a share in [0, 1)")
         if not self.target_modules:
             raise ValueError("target_modules is empty: expected names of linear layers, such as q_proj")
         choices = {

@@ -452,8 +452,8 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         if (candidates if scores_candidates else title_labels) is None:
             missing = "candidates" if scores_candidates else "title_labels"
             raise ValueError(f"labels were given without {missing}: expected both, as PromptCollator makes them")
-        if trains_items and user_embeddings is None:
-            raise ValueError("the item loss reads the user embedding: expected histories, not expert_gates")
+        if histories is None and (trains_items or (scores_candidates and self.config.recommender_share)):
+            raise ValueError("this loss reads the recommender: expected histories, not expert_gates")
         num_examples = max(1, len(labels)) if num_items_in_batch is None else num_items_in_batch
         language_loss = candidate_loss = item_loss = item_logits = None
         loss = 0.0
@@ -462,7 +462,8 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
                 self.llm, inputs_embeds, attention_mask, expert_gates, self.title_tokens, candidates, trains_items
             )  # (batch, candidates), (batch, llm hidden)
             is_target = candidates == labels.unsqueeze(1)
-            candidate_loss = F.cross_entropy(scores, is_target.int().argmax(1), reduction="sum") / num_examples
+            pooled = self._pooled(scores, histories, candidates)
+            candidate_loss = F.cross_entropy(pooled, is_target.int().argmax(1), reduction="sum") / num_examples
             language_loss = -scores[is_target].sum() / num_examples
             loss = loss + self.config.candidate_loss_weight * candidate_loss
             loss = loss + self.config.language_loss_weight * language_loss
@@ -506,6 +507,16 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
             item_logits=None if self.training else item_logits,
             expert_gates=expert_gates,
         )
+
+    def _pooled(self, log_likelihoods, histories, candidates) -> torch.Tensor:
+        """(batch, candidates): log-likelihoods of titles pooled with the recommender's, by `recommender_share`."""
+        share = self.config.recommender_share
+        if not share:
+            return log_likelihoods
+        with torch.no_grad():
+            scores = self.recommender.next_item_scores(self.recommender.newest_items(histories)).float()
+            log_p = scores.log_softmax(-1).gather(1, candidates)
+        return share * log_p + (1 - share) * log_likelihoods
 
     def _item_logits(self, last_states, user_embeddings, histories) -> torch.Tensor:
         """(batch, num_items + 1) float32."""
@@ -575,13 +586,15 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
     def score_candidates(self, histories: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """Log-likelihood of each candidate's title after the prompt, which is read once for all of them.
 
+        With `config.recommender_share`, pooled with the recommender's log p of the item.
+
         Args:
             histories: as in `item_scores`.
             candidates: (batch, candidates) item ids, 0 for padding; shown in the prompt where a template shows
                 candidates.
 
         Returns:
-            (batch, candidates) log-likelihoods in nats, float32, -inf for padding.
+            (batch, candidates) scores in nats, float32, -inf for padding.
 
         Raises:
             ValueError: for ids outside the catalogue, histories or candidates that are empty, prompts longer than the
@@ -591,7 +604,7 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
             histories = self._checked_histories(histories)
             candidates = self._checked_candidates(candidates, histories)
             prompts = self.build_prompts(histories, candidates)
-            return candidate_log_likelihoods(
+            log_likelihoods = candidate_log_likelihoods(
                 self.llm,
                 self.embed_prompts(prompts.input_ids, prompts.placeholder_items),
                 prompts.attention_mask,
@@ -599,6 +612,7 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
                 self.title_tokens,
                 candidates,
             )
+            return self._pooled(log_likelihoods, histories, candidates.to(self.device))
 
     @torch.no_grad()
     def generate_recommendation(
