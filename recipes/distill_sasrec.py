@@ -54,6 +54,7 @@ from hf_ilora.models.teacher_embeddings import pca_embeddings
 from hf_ilora.runs import (
     LogMetricsCallback,
     RunRecord,
+    close_process_group,
     parse_arguments,
     read_record,
     resumable_checkpoint,
@@ -269,7 +270,7 @@ def main() -> None:
             model.fold_teacher_embeddings()
         trainer.save_model()
         record_quality(trainer, sequences, record, logger)
-    trainer.accelerator.end_training()  # processes that leave with their connections open now and then crash on exit
+    close_process_group()
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from hf_ilora.models.prompts import read_templates
 from hf_ilora.runs import (
     LogMetricsCallback,
     RunRecord,
+    close_process_group,
     config_arguments,
     parse_arguments,
     resumable_checkpoint,
@@ -320,7 +321,7 @@ def main() -> None:
         trainer.save_model()
         with record.stage("evaluate_validation"):
             record.add_metrics("validation", trainer.evaluate())
-    trainer.accelerator.end_training()  # processes that leave with their connections open now and then crash on exit
+    close_process_group()
 
 
 if __name__ == "__main__":

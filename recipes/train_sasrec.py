@@ -33,6 +33,7 @@ from hf_ilora.models.cooccurrence import cooccurrence_embeddings
 from hf_ilora.runs import (
     LogMetricsCallback,
     RunRecord,
+    close_process_group,
     config_arguments,
     parse_arguments,
     resumable_checkpoint,
@@ -255,7 +256,7 @@ def main() -> None:
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         record_quality(trainer, sequences, record, logger)
-    trainer.accelerator.end_training()  # processes that leave with their connections open now and then crash on exit
+    close_process_group()
 
 
 if __name__ == "__main__":

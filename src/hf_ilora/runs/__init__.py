@@ -4,11 +4,13 @@ from .arguments import parse_arguments, read_config
 from .checkpoints import configuration_differences, resumable_checkpoint
 from .config_arguments import config_arguments
 from .logs import LogMetricsCallback, set_up_logging
+from .processes import close_process_group
 from .record import RunRecord, read_record
 
 __all__ = [
     "LogMetricsCallback",
     "RunRecord",
+    "close_process_group",
     "config_arguments",
     "configuration_differences",
     "parse_arguments",
