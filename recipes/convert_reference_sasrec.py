@@ -4,8 +4,8 @@
 
 The first argument is the authors' `.pt` file (the whole module or its state dict, read without running anything in it)
 or a `.safetensors` file with the authors' names. `--items` gives titles: parquet with `item_id` (the reference's ids,
-from 0) and `title`, or the `items.parquet` of a prepared data set with the same items; `recipes/evaluate.py` then
-compares the model on that data set. The folder is for `from_pretrained`.
+from 0) and `title`, or the `items.parquet` of a prepared data set with the same items; `recipes/evaluate_models.py`
+then compares the model on that data set. The folder is for `from_pretrained`.
 """
 
 import argparse

@@ -6,7 +6,7 @@
 Both count the training rows only. The settings of the transition counts are searched one at a time, each time keeping
 the value with the best validation NDCG@10 (seen items masked), until a whole round brings nothing. The output folder
 holds the two models, `popularity` and `transition_counts`, with every trial in run.json beside them. The test split is
-not read: recipes/evaluate.py measures it.
+not read: recipes/evaluate_models.py measures it.
 
 To stay with the definition "up to five steps, in the order of time":
 `--max_gap 5 --max_length 5 --backward_weight 0 --source_power 0`.

@@ -33,7 +33,7 @@ class PublishArguments:
     dataset_name: str = field(metadata={"help": "what the card calls the data, such as MovieLens-100K"})
     license: str = field(metadata={"help": "of the weights, as the Hub names it, such as apache-2.0"})
     results: list[str] = field(
-        default_factory=list, metadata={"help": "results.json of evaluate.py and evaluate_ilora.py, or their folders"}
+        default_factory=list, metadata={"help": "results.json of evaluate_models.py and evaluate_ilora.py, or folders"}
     )
     row: str | None = field(default=None, metadata={"help": "the model's row in the results: its name or its source"})
     data_dir: str | None = field(default=None, metadata={"help": "the data set, for the protocol on the card"})

@@ -1,4 +1,4 @@
-"""recipes/fit_counts.py and recipes/evaluate.py from data to table, as a user calls them."""
+"""recipes/fit_counts.py and recipes/evaluate_models.py from data to table, as a user calls them."""
 
 import csv
 import importlib.util
@@ -97,7 +97,7 @@ def test_three_models_end_up_in_one_table_with_their_ranks(run_recipe, data_dir,
     output = tmp_path / "evaluation"
     names = ["popularity", "counts", "some/sasrec"]
     run_recipe(
-        "evaluate", "--data_dir", data_dir, "--output_dir", output, "--models", *models, "--names", *names, *QUICK
+        "evaluate_models", "--data_dir", data_dir, "--output_dir", output, "--models", *models, "--names", *names, *QUICK
     )
     found = {path.name for path in output.iterdir()}
     assert found == {"results.md", "results.csv", "results.json", "results.png", "ranks", "run.json"}
@@ -128,9 +128,9 @@ def test_a_model_of_other_items_is_an_error_before_anything_runs(run_recipe, dat
     other.save_pretrained(tmp_path / "other")
     options = ["--data_dir", data_dir, "--output_dir", tmp_path / "evaluation", *QUICK]
     with pytest.raises(ValueError, match="knows 7 items and the data set has 30"):
-        run_recipe("evaluate", *options, "--models", *models, tmp_path / "other")
+        run_recipe("evaluate_models", *options, "--models", *models, tmp_path / "other")
     with pytest.raises(FileNotFoundError, match="missing is no folder here"):
-        run_recipe("evaluate", *options, "--models", *models, tmp_path / "missing")
+        run_recipe("evaluate_models", *options, "--models", *models, tmp_path / "missing")
     assert not (tmp_path / "evaluation").exists()
 
 
@@ -143,7 +143,7 @@ def test_data_without_candidates_is_refused(run_recipe, sequences, models, tmp_p
     sequences_without.save(tmp_path / "data")
     with pytest.raises(ValueError, match="has no candidates: expected data prepared with num_candidates"):
         run_recipe(
-            "evaluate", "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "evaluation", "--models", *models
+            "evaluate_models", "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "evaluation", "--models", *models
         )
     with pytest.raises(ValueError, match="has no column candidates"):
         run_recipe("fit_counts", "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "counts2")
@@ -163,7 +163,7 @@ def test_data_without_candidates_is_refused(run_recipe, sequences, models, tmp_p
 def test_bad_options_are_refused(run_recipe, tmp_path, options, message):
     required = ["--models", "a", "b", "--data_dir", tmp_path, "--output_dir", tmp_path]
     with pytest.raises(ValueError, match=message):
-        run_recipe("evaluate", *required, *options)
+        run_recipe("evaluate_models", *required, *options)
 
 
 def test_a_plot_without_matplotlib_is_an_error_before_anything_runs(
@@ -174,8 +174,8 @@ def test_a_plot_without_matplotlib_is_an_error_before_anything_runs(
     monkeypatch.setattr(importlib.util, "find_spec", missing)
     options = ["--models", models[0], "--data_dir", data_dir, "--output_dir", tmp_path / "evaluation", *QUICK]
     with pytest.raises(ValueError, match=r"install hf_ilora\[plot\], or give --plot false"):
-        run_recipe("evaluate", *options)
-    run_recipe("evaluate", *options, "--plot", "false")
+        run_recipe("evaluate_models", *options)
+    run_recipe("evaluate_models", *options, "--plot", "false")
     assert (tmp_path / "evaluation" / "results.md").exists()
     assert not (tmp_path / "evaluation" / "results.png").exists()
 
@@ -185,8 +185,8 @@ def test_a_plot_without_matplotlib_is_an_error_before_anything_runs(
 def test_two_processes_give_the_ranks_of_one(launch, run_recipe, config, data_dir, models, tmp_path):
     options = ["--data_dir", data_dir, "--models", *models, "--names", "popularity", "counts", "sasrec", *QUICK]
     options += ["--batch_size", "7"]  # nine batches: the last round has a process without one
-    run_recipe("evaluate", *options, "--output_dir", tmp_path / "one")
-    launch(config, PROJECT / "recipes" / "evaluate.py", *options, "--output_dir", tmp_path / "two")
+    run_recipe("evaluate_models", *options, "--output_dir", tmp_path / "one")
+    launch(config, PROJECT / "recipes" / "evaluate_models.py", *options, "--output_dir", tmp_path / "two")
     record = json.loads((tmp_path / "two" / "run.json").read_text())
     assert record["world_size"] == 2
     alone = {path.name: pq.read_table(path) for path in (tmp_path / "one" / "ranks").iterdir()}

@@ -94,7 +94,7 @@ class SavedRanks:
             table = pq.ParquetFile(path).read()
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"no saved ranks at {path}: expected a parquet file of recipes/evaluate.py"
+                f"no saved ranks at {path}: expected a parquet file of recipes/evaluate_models.py"
             ) from error
         except pa.ArrowException as error:
             raise ValueError(f"{path} is not a whole parquet file ({error}): evaluate the model again") from error
@@ -103,6 +103,6 @@ class SavedRanks:
         if table.column_names != expected or _METADATA_KEY not in metadata:
             raise ValueError(
                 f"{path} holds the columns {', '.join(table.column_names)}: expected saved ranks of "
-                f"recipes/evaluate.py, with {', '.join(expected)} and a note of their source"
+                f"recipes/evaluate_models.py, with {', '.join(expected)} and a note of their source"
             )
         return cls(table, RanksSource(**json.loads(metadata[_METADATA_KEY])))

@@ -191,7 +191,7 @@ def compare_runs(
     """Whether run `b` differs from run `a`, paired over users.
 
     Args:
-        a: (users,) metric of each user, or the path of the ranks that `recipes/evaluate.py` saved.
+        a: (users,) metric of each user, or the path of the ranks that `recipes/evaluate_models.py` saved.
         b: the same of the other run, users in the same order.
         metric: for saved ranks, the metric to compare, such as "ndcg@10", "hit_ratio@10" or "mrr".
         ranking: for saved ranks, "masked", "unmasked" or "candidates".

@@ -44,7 +44,7 @@ def write_card(
         repo_id: "user/name" that the model will have.
         dataset_name: what the card calls the data set, such as "MovieLens-100K".
         license: of the weights, as the Hub names it, such as "apache-2.0".
-        results: results.json of recipes/evaluate.py and recipes/evaluate_ilora.py, or their folders.
+        results: results.json of recipes/evaluate_models.py and recipes/evaluate_ilora.py, or their folders.
         row: which row of them is this model, by name or source; None when they have only one.
         protocol: the `protocol` of the data set.
         seeds_table: JSON of recipes/run_seeds.py with the same configuration and other seeds.

@@ -1,6 +1,6 @@
 """Evaluates any number of saved models on one prepared data set: quality, latency and size in one table.
 
-    python recipes/evaluate.py --data_dir outputs/ml-100k/data --output_dir outputs/ml-100k/evaluation \
+    python recipes/evaluate_models.py --data_dir outputs/ml-100k/data --output_dir outputs/ml-100k/evaluation \
         --models outputs/ml-100k/counts/popularity outputs/ml-100k/counts/transition_counts outputs/ml-100k/sasrec-1
 
 Models are folders that `save_pretrained` wrote, or names on the Hub. The output folder gets results.md, results.csv,
@@ -28,7 +28,7 @@ from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.report import ModelReport, ReportContext, markdown_table, plot_quality, write_table
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks
 from hf_ilora.evaluation.statistics import summarize_ranks
-from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, close_process_group, parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ def main() -> None:
             if arguments.plot:
                 plot_quality(reports, context, output / "results.png")
             logger.info("wrote %s\n%s", output / "results.md", markdown_table(reports, context))
+    close_process_group()
 
 
 def load_and_check(arguments: EvaluationArguments):
