@@ -27,8 +27,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 from hf_ilora import SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.data.windows import NextItemCollator, TrainingWindows
 from hf_ilora.evaluation.ranking import rank_split
-from hf_ilora.evaluation.written_files import written_whole
 from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+from hf_ilora.written_files import written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import hf_ilora
-from hf_ilora.evaluation.written_files import written_whole
 from hf_ilora.runs import parse_arguments, set_up_logging
+from hf_ilora.written_files import written_whole
 
 logger = logging.getLogger(__name__)
 

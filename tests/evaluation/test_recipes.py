@@ -96,9 +96,8 @@ QUICK = ["--latency_calls", "5", "--num_resamples", "200"]
 def test_three_models_end_up_in_one_table_with_their_ranks(run_recipe, data_dir, models, sequences, tmp_path):
     output = tmp_path / "evaluation"
     names = ["popularity", "counts", "some/sasrec"]
-    run_recipe(
-        "evaluate_models", "--data_dir", data_dir, "--output_dir", output, "--models", *models, "--names", *names, *QUICK
-    )
+    folders = ["--data_dir", data_dir, "--output_dir", output]
+    run_recipe("evaluate_models", *folders, "--models", *models, "--names", *names, *QUICK)
     found = {path.name for path in output.iterdir()}
     assert found == {"results.md", "results.csv", "results.json", "results.png", "ranks", "run.json"}
     with (output / "results.csv").open(newline="") as file:
@@ -142,9 +141,8 @@ def test_data_without_candidates_is_refused(run_recipe, sequences, models, tmp_p
     )
     sequences_without.save(tmp_path / "data")
     with pytest.raises(ValueError, match="has no candidates: expected data prepared with num_candidates"):
-        run_recipe(
-            "evaluate_models", "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "evaluation", "--models", *models
-        )
+        folders = ["--data_dir", tmp_path / "data", "--output_dir", tmp_path / "evaluation"]
+        run_recipe("evaluate_models", *folders, "--models", *models)
     with pytest.raises(ValueError, match="has no column candidates"):
         run_recipe("fit_counts", "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "counts2")
 

@@ -96,7 +96,7 @@ def test_a_write_that_dies_half_way_leaves_the_earlier_file_whole(tmp_path, monk
     def killed(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(record_module.os, "replace", killed)
+    monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         record.add_data("a1b2")
     assert (tmp_path / "run.json").read_text() == before

@@ -10,7 +10,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from hf_ilora.distillation.teacher_labels import (
 )
 from hf_ilora.distillation.teachers import Teacher
 from hf_ilora.models.next_item_model import NextItemPreTrainedModel
+from hf_ilora.written_files import UNFINISHED_FILES, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,6 @@ REQUESTS_FILE = "requests.parquet"
 POSITIONS = ("last", "all")
 
 _SETTINGS_KEY = b"settings"
-_UNFINISHED = ".unfinished"
 _SECONDS_BETWEEN_REPORTS = 10
 
 
@@ -192,7 +191,7 @@ class LabelFolder:
             ValueError: when the folder holds labels of another run, with other settings or of unknown origin.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(f".*{_UNFINISHED}"):
+        for path in self.folder.glob(UNFINISHED_FILES):
             path.unlink(missing_ok=True)
         path = self.folder / REQUESTS_FILE
         if path.exists():
@@ -219,7 +218,7 @@ class LabelFolder:
         requests = choose()
         table = pa.table({"history_id": requests.history_ids, "position": requests.positions})
         table = table.replace_schema_metadata({_SETTINGS_KEY: json.dumps(self.settings)})
-        with _whole(path) as unfinished:
+        with written_whole(path) as unfinished:
             pq.write_table(table, unfinished)
 
     def requests(self, all_requests: LabelRequests) -> LabelRequests:
@@ -281,7 +280,7 @@ class LabelFolder:
                 f"distances {distances[row].tolist()}: expected ids 1..{self.num_items} and finite distances"
             )
         columns = [asked.history_ids, asked.positions, self._lists(item_ids), self._lists(distances)]
-        with _whole(self.folder / shard_name(shard)) as unfinished:
+        with written_whole(self.folder / shard_name(shard)) as unfinished:
             pq.write_table(pa.table([pa.array(column) for column in columns], schema=SCHEMA), unfinished)
 
     def _lists(self, values: np.ndarray) -> pa.ListArray:
@@ -309,7 +308,7 @@ class LabelFolder:
             "labels_fingerprint": content_digest(table),
             "embedding_size": self._write_embeddings(teacher),
         }
-        with _whole(self.folder / DESCRIPTION_FILE) as unfinished:
+        with written_whole(self.folder / DESCRIPTION_FILE) as unfinished:
             unfinished.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         return description
 
@@ -321,7 +320,7 @@ class LabelFolder:
         embeddings = teacher.item_embeddings()
         if embeddings is None:
             return None
-        with _whole(path) as unfinished:
+        with written_whole(path) as unfinished:
             save_file({EMBEDDINGS_KEY: embeddings.float().contiguous()}, unfinished)
         return embeddings.shape[1]
 
@@ -389,17 +388,6 @@ def label_shards(
         item_ids, distances = (np.concatenate(values) for values in zip(*answers, strict=True))
         folder.write(shard, part, item_ids, distances)
     return LabelSpeed(rows, tokens, time.monotonic() - begin)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the name `path` when the block ends without an error."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 __all__ = ["POSITIONS", "REQUESTS_FILE", "LabelFolder", "LabelRequests", "LabelSpeed", "acquire_requests"]

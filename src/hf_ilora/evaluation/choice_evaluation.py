@@ -18,9 +18,9 @@ from hf_ilora.evaluation.rank_metrics import metric_per_user
 from hf_ilora.evaluation.ranking import EvaluationRows, SplitRanks, rank_split
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks
 from hf_ilora.evaluation.statistics import Interval, bootstrap_interval, compare_runs, summarize_ranks
-from hf_ilora.evaluation.written_files import written_whole
 from hf_ilora.models.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.next_item_model import NextItemPreTrainedModel
+from hf_ilora.written_files import written_whole
 
 GENERATE = ("none", "free", "constrained")
 

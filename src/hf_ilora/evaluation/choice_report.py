@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hf_ilora.evaluation.report import REPORT_STEM, comparison_text, escaped, interval_text, short_number
 from hf_ilora.evaluation.statistics import Interval, RunComparison
-from hf_ilora.evaluation.written_files import written_whole
+from hf_ilora.written_files import written_whole
 
 
 @dataclass(frozen=True)

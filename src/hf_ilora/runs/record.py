@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import platform
 import subprocess
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+
+from hf_ilora.written_files import written_whole
 
 # What every record has, and its readers rely on.
 _RECORD_KEYS = ("status", "started", "configuration", "seed", "data_fingerprint", "git", "durations_seconds", "metrics")
@@ -110,12 +111,10 @@ class RunRecord:
     def _write(self) -> None:
         if not self.is_main_process:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_plain(self.content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         # A reader, or a run that is killed, finds the earlier file or the new one, and never a half.
-        temporary = self.path.with_name("run.json.partial")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path)
+        with written_whole(self.path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
 
 def read_record(path: str | Path) -> dict[str, object]:

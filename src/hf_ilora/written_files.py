@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# What a killed process may leave behind in a folder.
+UNFINISHED_FILES = ".*.unfinished*"
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
