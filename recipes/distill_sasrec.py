@@ -136,6 +136,11 @@ def build_student(
     student: StudentArguments, sasrec_arguments, num_items: int, embeddings: torch.Tensor | None
 ) -> torch.nn.Module:
     """The saved model to start from, or a fresh one with the teacher's embeddings (num_items + 1, teacher size)."""
+    if student.student is not None or student.student_type != "sasrec":
+        defaults = dataclasses.asdict(type(sasrec_arguments)())
+        unused = [name for name, value in dataclasses.asdict(sasrec_arguments).items() if value != defaults[name]]
+        if unused:
+            logger.warning("%s shape a SASRec from scratch and are not used here", ", ".join(unused))
     if student.student is not None:
         model = load_recommender(model_folder(student.student))
         if not isinstance(model, EncoderForNextItem):

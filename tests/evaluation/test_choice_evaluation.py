@@ -67,6 +67,14 @@ def context_of(sequences, split, generate="none"):
     return ChoiceContext("data", sequences.fingerprint, "test", len(split), 30, 5, 10, generate, 200, 0)
 
 
+def test_a_model_that_learnt_no_titles_has_no_choice_by_titles(sequences):
+    split = sequences["test"].select(range(5))
+    settings = {"item_head": "residual", "item_loss_weight": 1.0, "language_loss_weight": 0.0}
+    evaluation = ChoiceEvaluation(context_of(sequences, split), split)
+    evaluation.add_model(ilora(sequences, **settings), "iLoRA", "here")
+    assert [row.name for row in evaluation.reports()] == ["SASRec", "iLoRA, item head"]
+
+
 def test_rows_are_what_their_functions_give(sequences, tmp_path):
     split = sequences["test"].select(range(10))
     model, other = ilora(sequences, item_head="residual"), ilora(sequences, seed=1, num_experts=1)

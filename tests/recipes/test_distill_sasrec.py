@@ -140,10 +140,12 @@ def test_item_embeddings_leave_nothing_of_their_size(distill, parts, use):
 
 
 @pytest.mark.parametrize("student_type", ["gru4rec", "caser"])
-def test_other_students_learn_in_the_same_way(distill, parts, student_type):
+def test_other_students_learn_in_the_same_way(distill, parts, student_type, caplog):
     settings = {"student_type": student_type, "student_settings": '{"hidden_size": 8, "max_length": 8}'}
     folder = distill(teacher_labels=parts / "labels", targets="last", windows="last", **settings)
     assert load_recommender(folder).config.model_type == student_type
+    unused = "hidden_size, max_length, num_hidden_layers, num_attention_heads"
+    assert f"{unused} shape a SASRec from scratch and are not used here" in caplog.text
 
 
 def test_a_trained_student_goes_on_from_its_weights(distill, parts, tmp_path):

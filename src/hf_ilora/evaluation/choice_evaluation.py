@@ -61,6 +61,8 @@ class ChoiceEvaluation:
     def add_model(self, model: ILoraForRecommendation, name: str, source: str) -> None:
         """Measure a model: its choice, its experts, its item head, and its SASRec unless an earlier one reads the same.
 
+        A model that was trained by its item head alone has no choice by titles.
+
         Args:
             model: loaded from `source`.
             name: models of one name are runs of one model with different seeds.
@@ -69,7 +71,8 @@ class ChoiceEvaluation:
         label = f"{name} ({source})"
         hits = self._recommender_hits(model, source)
         num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        self._models.append(self._choice(model, name, source, label, num_trained, hits))
+        if model.config.language_loss_weight or model.config.candidate_loss_weight:
+            self._models.append(self._choice(model, name, source, label, num_trained, hits))
         if model.config.item_head != "none":
             ranks, seconds = self._timed(rank_split, model, scorer=model.item_scores)
             report = self._ranking(ranks, model, f"{name}, item head", source, num_trained, seconds)
