@@ -72,11 +72,13 @@ def naive_loss(scores, target, negative, items, distances, form, propensity, alp
     base = sum((F.softplus(-scores[r, target[r]]) + F.softplus(scores[r, negative[r]])) / 2 for r in rows) / len(scores)
     dro = sum(naive_dro(scores[r], int(target[r]), propensity, beta) for r in rows) / len(scores)
     weights = [naive_weights(scores[r].detach(), items[r].tolist(), distances[r].tolist(), gammas) for r in rows]
+    named = [{int(target[r]), *items[r].tolist()} for r in rows]
+    counts = [form == "reference" or int(negative[r]) not in named[r] for r in rows]
     ranking = 0.0
     for k in range(items.shape[1]):
         labels = [int(items[r, k]) for r in rows]
         pairs = [
-            -F.logsigmoid(scores[r, labels[r]]) - F.logsigmoid(sigmoid_of_negative(scores[r, negative[r]]))
+            -F.logsigmoid(scores[r, labels[r]]) - counts[r] * F.logsigmoid(sigmoid_of_negative(scores[r, negative[r]]))
             for r in rows
         ]
         terms = [naive_dro(scores[r], labels[r], propensity, beta) for r in rows]
@@ -416,10 +418,26 @@ def test_base_losses_by_the_naive_formula(base_loss):
 def test_several_negatives_are_averaged_in_the_ranking():
     scores, target, negative, items, distances = random_problem()
     program = DLLM2RecLoss(alpha=0, lam=1.0, top_k=4)
-    other = (negative + 1) % 23
+    named = torch.cat([target.unsqueeze(1), items], dim=1)  # (batch, 5)
+    free = [[item for item in range(23) if item not in row] for row in named.tolist()]
+    negative, other = (torch.tensor([row[place] for row in free]) for place in (0, 5))
     both = program(scores, target, torch.stack([negative, other], dim=1), items, distances).ranking_loss
     each = [program(scores, target, one, items, distances).ranking_loss for one in (negative, other)]
     torch.testing.assert_close(both, sum(each) / 2)
+
+
+@pytest.mark.parametrize("form", ["reference", "corrected"])
+def test_no_negative_pushes_down_the_target_or_an_item_of_the_teacher(form):
+    scores = torch.zeros(3, 6, requires_grad=True)
+    target, items = torch.tensor([1, 1, 1]), torch.tensor([[2, 3], [2, 3], [2, -1]])
+    negative = torch.tensor([[1, 5], [3, 5], [0, 5]])  # the target, a label, and column 0, which is no missing label
+    program = DLLM2RecLoss(alpha=0, lam=1.0, top_k=2, form=form, base_loss="none")
+    program(scores, target, negative, items, torch.ones(3, 2)).loss.backward()
+    pushed_down = [sorted((row > 1e-6).nonzero().flatten().tolist()) for row in scores.grad]
+    if form == "corrected":
+        assert pushed_down == [[5], [5], [0, 5]]
+    else:
+        assert pushed_down[0] == [1, 5]
 
 
 def test_the_student_may_have_a_base_loss_of_its_own():

@@ -9,8 +9,8 @@ import torch
 from hf_ilora import SASRecConfig, SASRecForNextItem
 from hf_ilora.data.windows import NextItemCollator, TrainingWindows
 from hf_ilora.distillation.label_collator import DistillationCollator, newest_only
-from hf_ilora.distillation.losses import DLLM2RecLoss, propensity_scores
-from hf_ilora.distillation.policies import GroundTruthErrorPolicy, KLDivergencePolicy
+from hf_ilora.distillation.losses import DLLM2RecLoss, distribution_loss, propensity_scores
+from hf_ilora.distillation.policies import GroundTruthErrorPolicy, KLDivergencePolicy, rank_gap_weights
 from hf_ilora.distillation.trainer import DistillationArguments, DistillationTrainer
 from tests.synthetic import cyclic_sequences
 
@@ -86,7 +86,7 @@ def test_newest_only_keeps_the_last_of_each_row():
 
 
 @pytest.mark.parametrize("form", ["corrected", "reference"])
-@pytest.mark.parametrize("base_loss", ["bce", "cross_entropy"])
+@pytest.mark.parametrize("base_loss", ["bce", "cross_entropy", "sampled_softmax", "gbce"])
 def test_the_loss_of_a_batch_is_that_of_dllm2rec(windows, tmp_path, form, base_loss, monkeypatch):
     model, counts = student(), torch.arange(NUM_ITEMS + 1)
     settings = {"form": form, "base_loss": base_loss, "alpha": 0.7, "beta": 1.5, "lam": 0.6}
@@ -114,6 +114,24 @@ def test_the_students_own_loss_is_the_base_by_default(windows, tmp_path):
     torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), own)
     with_labels = trainer_of(model, windows, tmp_path, lam=0.5).compute_loss(model, dict(batch))
     assert with_labels > own
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.2])
+def test_scores_shared_with_the_students_own_loss_change_nothing(windows, tmp_path, share):
+    """One pass over the catalogue serves both losses where most labels were asked about."""
+    some = labels_of(windows, asked=lambda history_ids, positions: (7 * history_ids + positions) % 10 < 10 * share)
+    batch = batch_of(windows, DistillationCollator(some, "all"))
+    found = []
+    for shares in (True, False):
+        model = student(repeat_bias=True)
+        trainer = trainer_of(model, windows, tmp_path, distilled_positions="all")
+        assert trainer._may_share_scores
+        trainer._may_share_scores = shares
+        torch.manual_seed(4)
+        loss, outputs = trainer.compute_loss(model.train(), dict(batch), return_outputs=True)
+        loss.backward()
+        found.append((loss, outputs.loss, model.model.item_embedding.weight.grad))
+    torch.testing.assert_close(*found)
 
 
 def test_rows_without_teacher_labels_have_the_students_own_loss(windows, tmp_path):
@@ -246,11 +264,46 @@ def test_the_embedding_loss_pulls_users_to_the_embedding_of_the_target(windows, 
 def test_rank_gaps_weigh_the_labels(windows, tmp_path):
     model = student()
     batch = batch_of(windows, DistillationCollator(labels_of(windows)))
-    losses = [
-        trainer_of(model, windows, tmp_path, rank_gap_weighting=weighting).compute_loss(model.train(), dict(batch))
-        for weighting in (False, True)
-    ]
-    assert losses[0] != losses[1]
+    trainer = trainer_of(model, windows, tmp_path, rank_gap_weighting=True)
+    torch.manual_seed(4)
+    loss = trainer.compute_loss(model.train(), dict(batch))
+    asked = batch["teacher_items"][..., 0] != 0
+    targets, items = batch["labels"][asked], batch["teacher_items"][asked]
+    torch.manual_seed(4)
+    negatives = torch.randint(1, NUM_ITEMS + 1, (len(targets), 1))
+    output = model(batch["input_ids"], labels=batch["labels"], scored_positions=asked)
+    ranks = (output.logits >= output.logits.gather(1, targets.unsqueeze(1))).sum(1)
+    # the rule's best item is the target itself, so that the teacher ranks it first
+    weights = rank_gap_weights(ranks, torch.ones_like(ranks))
+    assert weights.unique().numel() > 2
+    by_hand = DLLM2RecLoss(alpha=0, top_k=TOP_K, base_loss="none")
+    arguments = (targets - 1, negatives - 1, items - 1, batch["teacher_distances"][asked], weights)
+    ranking = by_hand(output.logits[:, 1:], *arguments).loss
+    share = len(targets) / (batch["labels"] != -100).sum()
+    torch.testing.assert_close(loss, output.loss + share * ranking)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_divergence_from_an_online_teacher_by_hand(windows, tmp_path, direction):
+    model, teacher = student(), student(seed=7).eval()
+    batch = batch_of(TrainingWindows(cyclic_sequences(num_users=24)["train"], 6, windows="last"), NextItemCollator())
+    settings = {"kl_weight": 2.0, "kl_temperature": 1.5, "kl_direction": direction, "lam": 0.0, "teacher": teacher}
+    trainer = trainer_of(model, windows, tmp_path, collator=NextItemCollator(), **settings)
+    loss = trainer.compute_loss(model.train(), dict(batch))
+    newest = newest_only(batch["labels"] != -100)
+    output = model(batch["input_ids"], labels=batch["labels"], scored_positions=newest)
+    with torch.no_grad():
+        teacher_scores = teacher(batch["input_ids"]).logits
+    divergence = distribution_loss(output.logits[:, 1:], teacher_scores[:, 1:], 1.5, direction)
+    share = newest.sum() / (batch["labels"] != -100).sum()
+    torch.testing.assert_close(loss, output.loss + 2.0 * share * divergence.mean())
+
+
+def test_rows_without_origins_are_refused(windows):
+    collator = DistillationCollator(labels_of(windows))
+    plain = TrainingWindows(cyclic_sequences(num_users=24)["train"], 6, windows="last")
+    with pytest.raises(ValueError, match="expected those of TrainingWindows"):
+        batch_of(plain, collator)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class DistillationCollator(NextItemCollator):
         teacher_distances: (batch, length, top_k) float32.
 
     Raises:
-        ValueError: for another `positions`.
+        ValueError: for another `positions`, and when called with rows of `TrainingWindows` without origins.
     """
 
     padding = NextItemCollator.padding | {"history_ids": -1, "label_positions": -1}
@@ -36,8 +36,13 @@ class DistillationCollator(NextItemCollator):
 
     def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(rows)
-        if "history_ids" not in batch:  # rows of evaluation, about which no teacher is asked
-            return batch
+        if "history_ids" not in batch:
+            if "seen_items" not in batch:
+                raise ValueError(
+                    "rows have neither history_ids nor seen_items: expected those of TrainingWindows(..., "
+                    "with_origins=True), which say what the teacher was asked about, or of EvaluationHistories"
+                )
+            return batch  # rows of evaluation, about which no teacher is asked
         origins = batch.pop("history_ids"), batch.pop("label_positions")  # (batch, length) each
         items, distances = self.teacher_labels.lookup(*origins)  # (batch, length, top_k) each
         asked = batch["labels"].ne(IGNORED_LABEL)  # (batch, length)

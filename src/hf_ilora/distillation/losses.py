@@ -238,8 +238,8 @@ class DLLM2RecLoss(nn.Module):
         propensity: (items,) from `propensity_scores`, a column of the scores each; needed with alpha.
         form: "corrected" or "reference". The published program ("reference") has sigmoid(1 - s) for negatives, where
             the logistic loss ("corrected") has sigmoid(-s), and multiplies the batch's mean weight of an item by the
-            batch's mean DROS term of it, where the paper ("corrected") weights each row's own term. It also lets a
-            negative that is the target itself count.
+            batch's mean DROS term of it, where the paper ("corrected") weights each row's own term. It also lets
+            negatives count that are the target itself or one of the teacher's items.
         base_loss: "bce" (as published), "cross_entropy", "sampled_softmax" or "gbce", see `base_losses`; "none" where
             the student computes a loss of its own.
         num_items: size of the catalogue, for the sampling rate of gBCE; None when the scores cover all of it.
@@ -342,7 +342,9 @@ class DLLM2RecLoss(nn.Module):
         if self.lam:
             # The reference writes sigmoid(1 - s), so that a negative has to fall below 1, not below 0.
             margin = 1.0 if self.form == "reference" else 0.0
-            against = F.softplus(negative_scores - margin).mean(1, keepdim=True)  # (batch, 1), equal for all labels
+            counts = self._counted_negatives(negative, columns[:, negative.shape[1] :], labels)  # (batch, negatives)
+            against = (F.softplus(negative_scores - margin) * counts).sum(1, keepdim=True)  # equal for all labels
+            against = against / counts.sum(1, keepdim=True).clamp(min=1)  # (batch, 1)
             ranking = (weights * (F.softplus(-label_scores) + against)).sum(1).mean()
         if self.alpha:
             _check_dro(scores, propensity, self.beta)
@@ -352,6 +354,14 @@ class DLLM2RecLoss(nn.Module):
             if self.lam:
                 ranking = ranking + self.alpha * self._ranking_dro(terms[:, 1:], weights, labels, sample_weights)
         return DLLM2RecOutput(base + self.alpha * dro + self.lam * ranking, base, dro, ranking)
+
+    def _counted_negatives(self, negative, named, labels) -> torch.Tensor:
+        """(batch, negatives) float32: 0 for those that are the target or a label, in `named` (batch, 1 + k)."""
+        if self.form == "reference":
+            return torch.ones_like(negative, dtype=torch.float32)
+        is_named = F.pad(labels != NO_LABEL, (1, 0), value=True)  # (batch, 1 + k); missing labels stand as column 0
+        collisions = (negative.unsqueeze(2) == named.unsqueeze(1)) & is_named.unsqueeze(1)
+        return 1.0 - collisions.any(2).float()
 
     def _ranking_dro(self, terms, weights, labels, sample_weights):
         """The labels' DROS terms (batch, k), weighted: a scalar."""

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_ilora.data.windows import IGNORED_LABEL, PADDING_ITEM_ID
 
@@ -33,7 +35,13 @@ class DistillationArguments(TrainingArguments):
     form: str = field(
         default="corrected", metadata={"help": "corrected, or reference: the published arithmetic to the digit"}
     )
-    alpha: float = field(default=0.0, metadata={"help": "weight of the DROS terms (1 as published)"})
+    alpha: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of the DROS terms (1 as published): of the labels that the teacher was asked about with "
+            "base_loss student, else of all"
+        },
+    )
     beta: float = field(default=1.0, metadata={"help": "temperature of the DROS terms"})
     lam: float = field(default=0.8, metadata={"help": "weight of the ranking distillation"})
     gamma_position: float = field(default=0.3, metadata={"help": "share of a label's weight by its rank"})
@@ -55,7 +63,10 @@ class DistillationArguments(TrainingArguments):
     kl_direction: str = field(default="forward", metadata={"help": "forward: KL(teacher || student), or reverse"})
     embedding_weight: float = field(
         default=0.0,
-        metadata={"help": "weight of the distance between user embedding and the teacher's embedding of the target"},
+        metadata={
+            "help": "weight of the distance between user embedding and the teacher's embedding of the target, at the "
+            "same positions as alpha's terms"
+        },
     )
     embedding_loss: str = field(default="cosine", metadata={"help": "that distance: mse or cosine"})
     rank_gap_weighting: bool = field(
@@ -156,6 +167,7 @@ class DistillationTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         device = self.args.device
         self.teacher, self.policy = teacher, policy
+        self._needs_whole_scores = bool(args.kl_weight) or isinstance(policy, KLDivergencePolicy)
         self.teacher_embeddings = None if teacher_embeddings is None else teacher_embeddings.to(device)
         self.distillation_loss = DLLM2RecLoss(
             args.alpha,
@@ -170,6 +182,13 @@ class DistillationTrainer(Trainer):
             base_loss="none" if args.base_loss == STUDENT_LOSS else args.base_loss,
             num_items=self.model.config.num_items,
         ).to(device)
+        # Not under ZeRO-3, where all processes must use the same layers in a step, whatever their batches hold.
+        self._may_share_scores = (
+            args.base_loss == STUDENT_LOSS
+            and self.model.config.loss_type == "cross_entropy"
+            and args.num_scored_items is None
+            and not is_deepspeed_zero3_enabled()
+        )
         self._weights = {
             "base_loss": 1.0,
             "dro_loss": args.alpha,
@@ -189,9 +208,13 @@ class DistillationTrainer(Trainer):
         labelled = labels.ne(IGNORED_LABEL)
         asked, teacher_items, distances = self._teacher_labels(inputs, labelled)  # (batch, length), (asked, k) twice
         has_student_loss = self.args.base_loss == STUDENT_LOSS
+        # Where the teacher was asked about most labels, their scores give the student's own loss too: one pass over the
+        # catalogue instead of two, at the price of scores for every label.
+        shares_scores = self._may_share_scores and bool(2 * asked.sum() > labelled.sum())
         scored = asked if has_student_loss else labelled
         if not has_student_loss:  # the base loss wants every label, whether the teacher was asked about it or not
             teacher_items, distances = (_spread(asked[scored], rows) for rows in (teacher_items, distances))
+        if not has_student_loss or shares_scores:
             del inputs["labels"]  # the student would compute its own loss
         targets = labels[scored]  # (positions,)
         negatives = torch.randint(
@@ -202,10 +225,18 @@ class DistillationTrainer(Trainer):
         )
         sample = self._sampled_items(targets, negatives, teacher_items)  # (items,) or None
         outputs = model(
-            **inputs, num_items_in_batch=num_items_in_batch, scored_positions=scored, scored_items=sample
+            **inputs,
+            num_items_in_batch=num_items_in_batch,
+            scored_positions=labelled if shares_scores else scored,
+            scored_items=sample,
         )  # logits: (positions, items), or (positions, num_items + 1)
-        parts = self._parts(outputs, targets, negatives, teacher_items, distances, scored, sample)
         num_labels = labelled.sum() if num_items_in_batch is None else num_items_in_batch
+        if shares_scores:
+            own_loss = F.cross_entropy(outputs.logits.float(), labels[labelled], reduction="sum")
+            outputs.loss = own_loss / num_labels
+            if len(targets) < len(outputs.logits):
+                outputs.logits = outputs.logits[asked[labelled]]
+        parts = self._parts(outputs, targets, negatives, teacher_items, distances, scored, sample)
         parts = {name: value * (len(targets) / num_labels) for name, value in parts.items()}
         if has_student_loss:
             parts["base_loss"] = outputs.loss
@@ -233,8 +264,7 @@ class DistillationTrainer(Trainer):
             items, distances = inputs.pop("teacher_items"), inputs.pop("teacher_distances")  # (batch, length, k)
             asked = items[..., 0].ne(PADDING_ITEM_ID)
             return asked, items[asked][:, : self.args.top_k], distances[asked][:, : self.args.top_k]
-        needs_all = self.args.kl_weight or isinstance(self.policy, KLDivergencePolicy)
-        top_k = self.model.config.num_items if needs_all else self.args.top_k
+        top_k = self.model.config.num_items if self._needs_whole_scores else self.args.top_k
         items, distances = self.teacher.rank_items(inputs["input_ids"], top_k=top_k, exclude_seen=False)
         asked = newest_only(labelled)
         has_label = asked.any(1)  # (batch,)
@@ -254,18 +284,18 @@ class DistillationTrainer(Trainer):
         if not len(targets):
             return {"ranking_loss": outputs.logits.sum()}  # of no numbers: 0, with a gradient of zeros
         arguments = self.args
-        if sample is None:
-            scores, propensity = outputs.logits[:, 1:], None
-            columns = [targets - 1, negatives - 1, teacher_items - 1]  # padding becomes NO_LABEL
-        else:
-            scores, propensity = outputs.logits, None
+        scores, columns, propensity = outputs.logits, [targets, negatives, teacher_items], None
+        if sample is not None:
+            columns = [torch.searchsorted(sample, ids) for ids in columns]
             if arguments.alpha:
                 propensity = self.distillation_loss.propensity[sample - 1]
-            columns = [torch.searchsorted(sample, ids) for ids in (targets, negatives, teacher_items)]
-            columns[2] = columns[2].masked_fill(teacher_items.eq(PADDING_ITEM_ID), NO_LABEL)
+        elif arguments.alpha or self._needs_whole_scores:
+            # Without padding, which these terms would read. Elsewhere its -inf does no harm, and a slice costs a copy.
+            scores, columns = scores[:, 1:], [ids - 1 for ids in columns]
         target, negative, teacher_columns = columns
+        teacher_columns = teacher_columns.masked_fill(teacher_items.eq(PADDING_ITEM_ID), NO_LABEL)
         teacher_scores = None
-        if self.teacher is not None and teacher_items.shape[1] == scores.shape[1]:
+        if self._needs_whole_scores:
             # Positions about which the teacher was not asked get equal scores, and no weight.
             teacher_scores = torch.zeros_like(distances).scatter_(1, teacher_columns.clamp(min=0), -distances)
         sample_weights = self._sample_weights(scores, teacher_scores, target, teacher_columns)  # (positions,)
@@ -304,6 +334,8 @@ class DistillationTrainer(Trainer):
             # All processes reduce the same parts, also one that met no teacher label.
             steps = max(1, self.state.global_step - self._logged_at)
             means = self.accelerator.reduce(self._logged, reduction="sum") / steps
+            if not self.args.average_tokens_across_devices:  # each process's parts are means of their own
+                means = means / self.accelerator.num_processes
             logs |= dict(zip(self._weights, means.tolist(), strict=True))
             self._logged, self._logged_at = torch.zeros_like(self._logged), self.state.global_step
         super().log(logs, start_time)
