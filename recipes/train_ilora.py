@@ -281,18 +281,18 @@ def main() -> None:
     model = ILoraForRecommendation.from_base(
         llm, recommender, tokenizer, catalogue, config, untrained_recommender=parts.untrained_recommender
     )
+    # As in answers, the recommender reads more of a history than the prompt shows.
+    longest = max(config.max_history, recommender.config.max_length)
     rows = CandidateRows(
         rows_in_share(sequences["train"], parts.train_share),
         sequences.num_items,
-        config.max_history,
+        longest,
         parts.num_candidates,
         seed=training_arguments.seed,
         targets="last" if sequences.protocol["name"] == "temporal_users" else "random",
     )
     kinds = [(0.0, 0.0)] * (share > 0) + [(0.0, 1.0)] * (share < 1)  # prompts with candidates, and without
-    validation = [
-        CandidateRows(sequences["validation"], sequences.num_items, config.max_history, draws=draws) for draws in kinds
-    ]
+    validation = [CandidateRows(sequences["validation"], sequences.num_items, longest, draws=draws) for draws in kinds]
     order = PreferredOrder(model.recommender) if config.candidate_order == "recommender" else None
     with RunRecord(training_arguments.output_dir, arguments, seed=training_arguments.seed) as record:
         record.add_data(fingerprint)

@@ -39,6 +39,10 @@ SETTINGS = {
     "save_total_limit": 3,
     "disable_tqdm": True,
 }
+LOSSES = {
+    "titles and items": {},
+    "pooled candidates": {"candidate_loss_weight": 1.0, "language_loss_weight": 0.1, "recommender_share": 0.5},
+}
 ROWS, BATCH = 64, 8  # 64 rows / (8 x 2 accumulated) = 4 steps per epoch
 HISTORIES = torch.tensor([[1, 2, 3, 4], [0, 0, 20, 22]])
 CANDIDATES = torch.tensor([[5, 6, 20], [24, 3, 9]])
@@ -63,15 +67,15 @@ def train(launch, parts):
 
 @pytest.fixture(scope="module")
 def run_of(train, tmp_path_factory):
-    """The output folder of a finished run and what it printed, by launch configuration; each runs once."""
+    """The output folder of a finished run and what it printed, by launch configuration and losses; each runs once."""
     runs = {}
 
-    def run(config):
-        if config not in runs:
+    def run(config, losses="titles and items"):
+        if (config, losses) not in runs:
             output_dir = tmp_path_factory.mktemp("runs") / "run"
-            batch_size = BATCH if config == "cpu.yaml" else BATCH // 2
-            runs[config] = output_dir, train(config, output_dir, per_device_train_batch_size=batch_size)
-        return runs[config]
+            changes = {"per_device_train_batch_size": BATCH if config == "cpu.yaml" else BATCH // 2, **LOSSES[losses]}
+            runs[config, losses] = output_dir, train(config, output_dir, **changes)
+        return runs[config, losses]
 
     return run
 
@@ -86,9 +90,18 @@ def own_log(output_dir) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["multi_cpu.yaml", "zero2_cpu.yaml", "zero3_cpu.yaml"])
-def test_two_processes_learn_what_one_learns(run_of, parts, config):
-    (one, _), (two, console) = run_of("cpu.yaml"), run_of(config)
+@pytest.mark.parametrize(
+    ("config", "losses"),
+    [
+        ("multi_cpu.yaml", "titles and items"),
+        ("zero2_cpu.yaml", "titles and items"),
+        ("zero3_cpu.yaml", "titles and items"),
+        ("multi_cpu.yaml", "pooled candidates"),
+        ("zero3_cpu.yaml", "pooled candidates"),
+    ],
+)
+def test_two_processes_learn_what_one_learns(run_of, parts, config, losses):
+    (one, _), (two, console) = run_of("cpu.yaml", losses), run_of(config, losses)
     assert [json.loads((folder / "run.json").read_text())["world_size"] for folder in (one, two)] == [1, 2]
 
     assert len(logged(one, "loss")) == 12 and logged(one, "loss")[-1] < 0.9 * logged(one, "loss")[0]

@@ -40,7 +40,7 @@ class ChoosingModel(nn.Module):
             ["no idea"] if int(last) % 2 and not constrained else [f"I say {title(int(item)).upper()}"]
             for last, item in zip(newest, best, strict=True)
         ]
-        return SimpleNamespace(texts=texts)
+        return SimpleNamespace(texts=texts, item_ids=best)
 
 
 def title(item: int) -> str:

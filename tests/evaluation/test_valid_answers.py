@@ -5,7 +5,7 @@ import pytest
 
 from hf_ilora.evaluation.metrics import ValidRatio
 from hf_ilora.evaluation.statistics import bootstrap_interval, wilson_interval
-from hf_ilora.evaluation.valid_answers import is_valid, judge_answers, named_candidates
+from hf_ilora.evaluation.valid_answers import is_valid, judge_answers, judge_items, named_candidates
 
 TITLES = ["Heat", "Alien", "Aliens", "Big"]
 
@@ -41,6 +41,15 @@ def test_both_definitions_of_hit_ratio_by_hand():
     assert quality.hit_ratio_of_all.mean == 2 / 5
     for interval in (quality.valid_ratio, quality.hit_ratio_of_valid, quality.hit_ratio_of_all):
         assert 0 <= interval.low < interval.mean < interval.high <= 1
+
+
+def test_answers_that_are_items_are_judged_as_items():
+    quality = judge_items([3, 0, 5, 7], [3, 2, 4, 7])
+    assert (quality.num_answers, quality.num_valid, quality.num_correct) == (4, 3, 2)
+    assert quality.valid_ratio == wilson_interval(3, 4)
+    assert quality.hit_ratio_of_valid == wilson_interval(2, 3) and quality.hit_ratio_of_all == wilson_interval(2, 4)
+    with pytest.raises(ValueError, match="1 answers and 2 targets: expected one of each"):
+        judge_items([1], [1, 2])
 
 
 def test_without_a_valid_answer_there_is_no_share_of_the_valid():

@@ -212,6 +212,15 @@ def test_prompts_longer_than_the_context_are_refused():
         batch_of(model)
 
 
+def test_prompts_that_leave_no_room_for_the_answer_are_refused():
+    longest = tiny_model().build_prompts(HISTORIES, CANDIDATES).input_ids.shape[1]
+    model = tiny_model(llm=base_llm(max_position_embeddings=longest + 5))
+    for constrained in (True, False):
+        with pytest.raises(ValueError, match=rf"have \d+ tokens: expected at most {longest + 5}, the context"):
+            model.generate_recommendation(HISTORIES, CANDIDATES, constrained=constrained)
+    model.generate_recommendation(HISTORIES, CANDIDATES, constrained=False, max_new_tokens=5)
+
+
 def test_more_answers_than_items_or_beams_are_refused(model):
     for top_k in (0, 4):
         with pytest.raises(ValueError, match=f"top_k is {top_k}: expected 1 to 3"):

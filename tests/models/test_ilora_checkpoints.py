@@ -12,6 +12,7 @@ from torch.ao.quantization import quantize_dynamic
 from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 import hf_ilora
+from hf_ilora.models import modeling_ilora
 from hf_ilora.models.catalogue import Catalogue
 from hf_ilora.models.language_models import load_language_model, truncate_layers
 from hf_ilora.models.modeling_ilora import ILoraForRecommendation
@@ -202,6 +203,30 @@ def test_recommender_from_a_folder(tmp_path):
     model = ILoraForRecommendation.from_base(base_llm(), loaded, tokenizer(), catalogue(), ilora_config())
     assert torch.equal(model.recommender.recommend(HISTORIES, 5)[1], recommender().recommend(HISTORIES, 5)[1])
     assert not any(parameter.requires_grad for parameter in model.recommender.parameters())
+
+
+def test_the_language_model_is_asked_for_as_the_adapter_is(llm_folder, tmp_path, monkeypatch):
+    tiny_model(llm_name_or_path=str(llm_folder)).save_pretrained(tmp_path)
+    given = {}
+
+    def record(name, **arguments):
+        given.update(arguments)
+        return load_language_model(name)
+
+    monkeypatch.setattr(modeling_ilora, "load_language_model", record)
+    settings = {"token": "secret", "local_files_only": True, "cache_dir": "elsewhere", "trust_remote_code": True}
+    ILoraForRecommendation.from_pretrained(tmp_path, revision="main", **settings)
+    assert {name: given[name] for name in settings} == settings
+    assert given["revision"] is None  # that of the adapter is not the language model's
+
+
+def test_a_language_model_with_a_map_of_devices_is_left_where_it_is(tmp_path):
+    llm = base_llm()
+    llm.hf_device_map = {"model": 0, "lm_head": 1}  # as accelerate notes it
+    model = tiny_model(llm=llm)
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True))
+    assert trainer.is_model_parallel
+    assert not hasattr(tiny_model(), "hf_device_map")
 
 
 def test_float32_adapter_survives_a_bfloat16_language_model(llm_folder, tmp_path):

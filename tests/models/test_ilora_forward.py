@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from hf_ilora.models.candidate_order import PreferredOrder
 from hf_ilora.models.gated_lora import gated_layers
+from hf_ilora.models.prompt_collator import PromptCollator
 from tests.models.ilora_fixtures import (
     ALPHA,
     ATTENTION,
@@ -443,3 +445,23 @@ def test_reentrant_checkpointing_is_refused(arguments, tmp_path):
 def test_reentrant_checkpointing_is_refused_by_the_trainer(tmp_path):
     with pytest.raises(ValueError, match="use_reentrant=True loses the gradients of the gates"):
         trained(tmp_path, 8, 1, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
+
+
+def test_training_reads_the_history_that_answers_read():
+    """A prompt shows the newest items; gates, item head and the order of candidates come from the whole history."""
+    model = tiny_model(item_head="residual", item_loss_weight=1.0, candidate_order="recommender")
+    history = [3, 7, 30, 5, 11, 2]  # the prompt holds 4 of them, the recommender reads 6
+    row = {"history": history, "target": 9, "candidates": [9, 2, 11], "draws": (0.0, 0.9)}
+    batch = PromptCollator(model.prompts, 0.5, PreferredOrder(model.recommender))([row])
+    histories = torch.tensor([history])
+    prompts = model.build_prompts(histories)
+    assert batch["placeholder_items"].tolist() == prompts.placeholder_items.tolist() == [history[-4:]]
+    with torch.no_grad():
+        output = model(**batch)
+    torch.testing.assert_close(output.expert_gates, model.expert_gates(histories))
+    assert not torch.allclose(output.expert_gates, model.expert_gates(histories[:, -4:]))
+    torch.testing.assert_close(output.item_logits, model.item_scores(histories))
+
+    shown = PromptCollator(model.prompts, 1.0, PreferredOrder(model.recommender))([row])["placeholder_items"]
+    asked = model.build_prompts(histories, torch.tensor([row["candidates"]])).placeholder_items
+    assert torch.equal(shown, asked)

@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel, gather_object, reduce
 
 from hf_ilora.evaluation.ranking import EvaluationRows, ranks_among_candidates
-from hf_ilora.evaluation.valid_answers import AnswerQuality, judge_answers
+from hf_ilora.evaluation.valid_answers import AnswerQuality, judge_answers, judge_items
 
 
 def choose_candidates(model: torch.nn.Module, split, *, batch_size: int = 8) -> np.ndarray:
@@ -55,14 +55,24 @@ class GeneratedAnswers:
         texts: (users,) the first answer for each.
         candidate_titles: (users, candidates) as the model calls them.
         target_titles: (users,) likewise.
+        item_ids: (users,) what the answers are when they were constrained to titles, 0 for none; None for free ones.
+        targets: (users,) item ids.
     """
 
     texts: list[str]
     candidate_titles: list[list[str]]
     target_titles: list[str]
+    item_ids: list[int] | None
+    targets: list[int]
 
     def quality(self) -> AnswerQuality:
-        """ValidRatio and HR@1, over the valid and over all answers."""
+        """ValidRatio and HR@1, over the valid and over all answers.
+
+        Free answers are judged by the published rule, by which a title that holds another candidate's names two.
+        Constrained ones are one title each, whatever its text holds.
+        """
+        if self.item_ids is not None:
+            return judge_items(self.item_ids, self.targets)
         return judge_answers(self.texts, self.candidate_titles, self.target_titles)
 
 
@@ -75,10 +85,11 @@ def generate_answers(
 
     Args:
         model: `generate_recommendation(histories, candidates, top_k, constrained, max_new_tokens)` gives an object with
-            `texts`, (batch, top_k) strings; `title_tokens.titles` are the titles of items 1..num_items as the model
-            calls them, and `config` has `num_items`. It may be wrapped for distributed evaluation.
+            `texts`, (batch, top_k) strings, and `item_ids`, (batch, top_k); `title_tokens.titles` are the titles of
+            items 1..num_items as the model calls them, and `config` has `num_items`. It may be wrapped for distributed
+            evaluation.
         split: `datasets.Dataset` with the columns history (list of item ids, oldest first), target and candidates.
-        constrained: only titles of candidates can be written, so that every answer names at least one.
+        constrained: only titles of candidates can be written, so that every answer is one of them.
         batch_size: rows per step and process.
         max_new_tokens: tokens after which an answer ends in any case.
 
@@ -87,7 +98,7 @@ def generate_answers(
     """
     model = extract_model_from_parallel(model)
     rows = EvaluationRows(split, model.config.num_items)
-    written: list[tuple[int, str]] = []
+    written: list[tuple[int, str, int]] = []
     was_training = model.training
     model.eval()
     with torch.inference_mode():
@@ -100,12 +111,16 @@ def generate_answers(
                 max_new_tokens=max_new_tokens,
             )
             if is_own:
-                written += [(int(row), texts[0]) for row, texts in zip(batch_rows, answers.texts, strict=True)]
+                item_ids = answers.item_ids[:, 0].tolist()
+                written += zip(batch_rows.tolist(), (texts[0] for texts in answers.texts), item_ids, strict=True)
     model.train(was_training)
-    text_of = dict(gather_object(written))
+    answer_of = {row: answer for row, *answer in gather_object(written)}
+    texts, item_ids = zip(*(answer_of[row] for row in range(len(rows))), strict=True)
     titles = ["", *model.title_tokens.titles]  # by item id
     return GeneratedAnswers(
-        texts=[text_of[row] for row in range(len(rows))],
+        texts=list(texts),
         candidate_titles=[[titles[item] for item in candidates] for candidates in rows.candidates],
         target_titles=[titles[item] for item in rows.target],
+        item_ids=list(item_ids) if constrained else None,
+        targets=rows.target.tolist(),
     )

@@ -11,6 +11,12 @@ from hf_ilora.evaluation.report import REPORT_STEM, comparison_text, escaped, in
 from hf_ilora.evaluation.statistics import Interval, RunComparison
 from hf_ilora.written_files import written_whole
 
+# What a table says of generated answers.
+GENERATED = {
+    "free": "Answers are generated freely, and valid when they name exactly one candidate.",
+    "constrained": "Answers are generated, constrained to the titles of the candidates; each is one of them.",
+}
+
 
 @dataclass(frozen=True)
 class ChoiceReport:
@@ -158,7 +164,7 @@ def choice_table(reports: Sequence[ChoiceReport], context: ChoiceContext) -> str
         f"({context.num_resamples:,} resamples, seed {context.seed}), for generated answers Wilson's. Difference: HR@1",
         f"of {context.num_candidates} minus that of the SASRec that the model reads, paired over users, with its",
         "interval and two-sided sign-flip p-value.",
-        *([f"Answers are generated ({context.generate}), and valid when they name exactly one candidate."] * generated),
+        *([GENERATED[context.generate]] if generated else []),
         "",
         "| " + " | ".join(header + ["s / answer"] * generated) + " |",
         "|---" + "|---:" * (len(header) - 1 + generated) + "|",

@@ -1,4 +1,4 @@
-"""The published rule for generated answers: valid when an answer names exactly one of its candidates."""
+"""Generated answers: a text is valid, by the published rule, when it names exactly one of its candidates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,11 +92,32 @@ def judge_answers(
         if len(named) == 1:
             num_valid += 1
             num_correct += titles[named[0]] == target
+    return _quality(len(answers), num_valid, num_correct)
+
+
+def judge_items(item_ids: Sequence[int], targets: Sequence[int]) -> AnswerQuality:
+    """As `judge_answers`, for answers that are items: those of generation constrained to the candidates' titles.
+
+    Args:
+        item_ids: (users,) item ids, 0 where the answer is no item, which makes it invalid.
+        targets: (users,) item ids.
+
+    Raises:
+        ValueError: for no answers and lengths that differ.
+    """
+    if not len(item_ids) or len(item_ids) != len(targets):
+        raise ValueError(f"there are {len(item_ids)} answers and {len(targets)} targets: expected one of each per user")
+    num_valid = sum(item != 0 for item in item_ids)
+    num_correct = sum(item == target for item, target in zip(item_ids, targets, strict=True))
+    return _quality(len(item_ids), num_valid, num_correct)
+
+
+def _quality(num_answers: int, num_valid: int, num_correct: int) -> AnswerQuality:
     return AnswerQuality(
-        num_answers=len(answers),
+        num_answers=num_answers,
         num_valid=num_valid,
         num_correct=num_correct,
-        valid_ratio=wilson_interval(num_valid, len(answers)),
+        valid_ratio=wilson_interval(num_valid, num_answers),
         hit_ratio_of_valid=wilson_interval(num_correct, num_valid) if num_valid else None,
-        hit_ratio_of_all=wilson_interval(num_correct, len(answers)),
+        hit_ratio_of_all=wilson_interval(num_correct, num_answers),
     )

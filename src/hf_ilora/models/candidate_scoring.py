@@ -250,13 +250,21 @@ def _check_attention(llm: PreTrainedModel, num_tokens: int) -> None:
             f"attn_implementation is {config._attn_implementation}: expected one of {', '.join(_MASKED_ATTENTION)} to "
             "score candidates; load the language model with attn_implementation='sdpa'"
         )
-    window = config.to_dict().get("sliding_window")
-    for limit, name in ((config.max_position_embeddings, "context"), (window, "sliding window")):
-        if limit is not None and num_tokens > limit:
-            raise ValueError(
-                f"the longest prompt and title have {num_tokens} tokens: expected at most {limit}, the {name} of the "
-                "language model; lower max_history or show fewer candidates"
-            )
+    check_context(llm, num_tokens)
+    _check_length(num_tokens, config.to_dict().get("sliding_window"), "sliding window")
 
 
-__all__ = ["candidate_log_likelihoods", "packed_log_likelihoods", "positions"]
+def check_context(llm: PreTrainedModel, num_tokens: int) -> None:
+    """Raise a ValueError when the longest prompt and answer, `num_tokens`, do not fit into the context."""
+    _check_length(num_tokens, llm.config.get_text_config().max_position_embeddings, "context")
+
+
+def _check_length(num_tokens: int, limit: int | None, name: str) -> None:
+    if limit is not None and num_tokens > limit:
+        raise ValueError(
+            f"the longest prompt and title have {num_tokens} tokens: expected at most {limit}, the {name} of the "
+            "language model; lower max_history or show fewer candidates"
+        )
+
+
+__all__ = ["candidate_log_likelihoods", "check_context", "packed_log_likelihoods", "positions"]

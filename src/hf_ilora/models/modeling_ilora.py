@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Pre
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
 from .candidate_order import preferred_order
-from .candidate_scoring import candidate_log_likelihoods, packed_log_likelihoods, positions
+from .candidate_scoring import candidate_log_likelihoods, check_context, packed_log_likelihoods, positions
 from .catalogue import CATALOGUE_FILE, Catalogue
 from .configuration_ilora import ILoraConfig
 from .gated_lora import add_gated_lora, plain_lora
@@ -31,6 +31,9 @@ from .title_generation import GeneratedRecommendation, generate_freely, generate
 from .title_tokens import TitleTokens
 from .title_trie import TitleTrie
 
+# How the Hub is asked for the language model, as for the adapter.
+LLM_HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only")
+
 
 @dataclass
 class ILoraOutput(ModelOutput):
@@ -40,7 +43,8 @@ class ILoraOutput(ModelOutput):
         loss: scalar, the weighted sum of those below.
         language_loss: scalar, -log p(title | prompt) in nats, averaged over the examples.
         candidate_loss: scalar, -log p(target among the candidates) by the likelihoods of their titles, averaged.
-        item_loss: scalar, -log p(item | prompt) by the item head, averaged over the examples.
+        item_loss: scalar, -log p(item | prompt) by the item head, averaged over all examples; those that show
+            candidates count as 0.
         logits: (batch, tokens or the last of them, vocabulary) of the language model.
         item_logits: (batch, num_items + 1) of the item head, in evaluation.
         expert_gates: (batch, experts).
@@ -132,6 +136,8 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         # Not the language model's: what a chat wants, such as a penalty on repetitions, would bend likelihoods.
         self.generation_config = GenerationConfig()
         self.post_init()
+        if vars(llm).get("hf_device_map") is not None:
+            self.hf_device_map = llm.hf_device_map  # the Trainer leaves a model alone that says where its parts are
         device = llm.get_input_embeddings().weight.device
         for part in (self.recommender, self.router, *self._small_parts()):
             part.to(device)
@@ -239,6 +245,7 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         device_map=None,
         quantization_config=None,
         attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
         **hub_arguments,
     ) -> "ILoraForRecommendation":
         """Load the adapter and the language model that it was trained on.
@@ -247,8 +254,10 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
             pretrained_model_name_or_path: folder that `save_pretrained` wrote, or name on the Hub.
             llm: the language model, or where it is; None loads the one that the checkpoint names.
             config: None reads the saved one.
-            dtype, device_map, quantization_config, attn_implementation: of the language model; the adapter is float32.
-            hub_arguments: revision, token, cache_dir, local_files_only... of the adapter's repository.
+            dtype, device_map, quantization_config, attn_implementation, trust_remote_code: of the language model; the
+                adapter is float32.
+            hub_arguments: revision, token, cache_dir, local_files_only... of the adapter's repository; the last three
+                count for the language model's, too.
 
         Raises:
             ValueError: for files that are missing or broken, and weights that are missing, foreign or of other shapes.
@@ -276,6 +285,8 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
                 device_map=device_map,
                 quantization_config=quantization_config,
                 attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                **{name: hub_arguments[name] for name in LLM_HUB_ARGUMENTS if name in hub_arguments},
             )
         recommender = SASRecForNextItem(config.recommender_config)
         model = cls(config, llm, recommender, tokenizer, items)
@@ -364,10 +375,9 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
             (batch, tokens, llm hidden).
 
         Raises:
-            ValueError: on a CPU, when a row has more or fewer placeholders than items.
+            ValueError: when a row has more or fewer placeholders than items; on a GPU, the device's own assertion.
         """
-        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
-            check_placeholders(input_ids, placeholder_items)
+        check_placeholders(input_ids, placeholder_items)
         embeddings = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # (batch, tokens, llm hidden)
         if not placeholder_items.shape[1]:
             return embeddings
@@ -487,7 +497,9 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
             loss = loss + self.config.language_loss_weight * language_loss
             hidden_states = output.hidden_states[-1] if trains_items else None
         else:
+            # The decoder alone leaves its states where its last layer is.
             hidden_states = self.llm.get_decoder()(use_cache=False, **llm_arguments).last_hidden_state
+            hidden_states = hidden_states.to(expert_gates.device)
         if trains_items:
             if not scores_candidates:
                 title_lengths = title_labels.ne(IGNORED_LABEL).sum(1)  # (batch,)
@@ -520,7 +532,7 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
 
     def _item_logits(self, last_states, user_embeddings, histories) -> torch.Tensor:
         """(batch, num_items + 1) float32."""
-        queries, scale = self.item_head(last_states, user_embeddings)
+        queries, scale = self.item_head(last_states.to(user_embeddings.device), user_embeddings)
         scores = self.recommender.score_users(queries, self.recommender.newest_items(histories)).float()
         # Without the -inf of padding, which would make the gradient of the scale NaN.
         return F.pad(scores[:, 1:] * scale, (1, 0), value=float("-inf"))
@@ -624,7 +636,7 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         max_new_tokens: int = 64,
         num_beams: int | None = None,
     ) -> GeneratedRecommendation:
-        """Let the language model write the title of the next item.
+        """Let the language model write the title of the next item, by itself: `config.recommender_share` has no part.
 
         Args:
             histories: as in `item_scores`.
@@ -640,7 +652,8 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
             The answers, best first.
 
         Raises:
-            ValueError: as `score_candidates`, for more answers than candidates, and for fewer beams than answers.
+            ValueError: as `score_candidates`, for more answers than candidates, fewer beams than answers, and prompts
+                that leave no room in the context for the longest title, or for `max_new_tokens`.
         """
         if num_beams is None:
             num_beams = max(4, top_k) if constrained else top_k
@@ -662,6 +675,8 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
                 "expert_gates": self.expert_gates(histories),
             }
             parts = (self, prompt, self.tokenizer, self.title_tokens)
+            longest_answer = int(self.title_tokens.lengths.max()) + 1 if constrained else max_new_tokens
+            check_context(self.llm, prompts.input_ids.shape[1] + longest_answer)
             if not constrained:
                 return generate_freely(*parts, candidates, top_k, num_beams, max_new_tokens)
             if candidates is None:
@@ -703,7 +718,8 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
                         expert_gates=gates.to(self.device),
                         use_cache=False,
                     )
-                ).last_hidden_state.float()  # (items, tokens, llm hidden)
+                ).last_hidden_state  # (items, tokens, llm hidden)
+                hidden_states = hidden_states.to(self.device, torch.float32)
                 weights = mask.unsqueeze(-1) / mask.sum(1).view(-1, 1, 1)
                 table[torch.as_tensor(items)] = (hidden_states * weights).sum(1).cpu()
         return table
@@ -711,6 +727,8 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def materialize_lora(self, history: torch.Tensor) -> dict[str, torch.Tensor]:
         """The ordinary LoRA that one user's gates make of the experts.
+
+        It belongs on the language model as it is here: with `config.num_llm_layers`, cut to its first layers.
 
         Args:
             history: (length,) or (1, length) item ids.

@@ -67,7 +67,7 @@ class PromptCollator:
             len(self.prompt_builder.history_templates),
         )
         prompts = self.prompt_builder.build(
-            histories,
+            histories[:, -self.prompt_builder.max_history :],
             candidates,
             template_indices=(draws[:, 0] * num_templates).astype(np.int64),
             show_candidates=shows_candidates,
