@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import importlib.util
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -137,13 +138,38 @@ def load_recipe(path: Path):
 
 
 @pytest.mark.parametrize("config", RECIPE_CONFIGS, ids=relative)
-def test_recipe_config_is_read_by_the_recipe_it_names(config):
+def test_recipe_config_is_read_by_the_recipe_it_names(config, monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT / "recipes"))  # recipes import one another
     first_line = config.read_text(encoding="utf-8").splitlines()[0]
     named = re.match(r"# (recipes/\w+\.py)\b", first_line)
     assert named, (
         f"expected the first line to name the recipe, such as `# recipes/train_sasrec.py`, found {first_line!r}"
     )
     parse_arguments(load_recipe(PROJECT / named[1]).ARGUMENTS, [str(config)])
+
+
+def printed_commands() -> list[list[str]]:
+    """The words, from the recipe on, of each command of a recipe in README and docs."""
+    commands = []
+    for path in (PROJECT / "README.md", PROJECT / "docs" / "results.md"):
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                recipe = next((place for place, word in enumerate(words) if word.startswith("recipes/")), None)
+                if recipe is not None and words[-1] != "...":
+                    commands.append(words[recipe:])
+    return commands
+
+
+def test_printed_commands_are_those_of_the_recipes(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT / "recipes"))
+    monkeypatch.chdir(PROJECT)  # where the commands are given
+    commands = printed_commands()
+    assert len(commands) > 15
+    for recipe, *options in commands:
+        module = load_recipe(PROJECT / recipe)
+        if hasattr(module, "ARGUMENTS"):
+            parse_arguments(module.ARGUMENTS, options)
 
 
 PIPELINES = [config for config in RECIPE_CONFIGS if "recipes/run_pipeline.py" in config.read_text().splitlines()[0]]
