@@ -43,9 +43,10 @@ from hf_ilora import (
     SequenceDatasets,
 )
 from hf_ilora.data.windows import EvaluationHistories, NextItemCollator, WindowEpochCallback
+from hf_ilora.distillation import teachers
 from hf_ilora.distillation.label_collator import DistillationCollator
 from hf_ilora.distillation.policies import GroundTruthErrorPolicy, KLDivergencePolicy
-from hf_ilora.distillation.teacher_labels import TeacherLabels
+from hf_ilora.distillation.teacher_labels import TeacherLabels, read_description
 from hf_ilora.distillation.trainer import DistillationArguments, DistillationTrainer
 from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.evaluation.ranking import RankingMetrics, ranks_from_logits
@@ -85,6 +86,13 @@ class StudentArguments:
     teacher_labels: str | None = field(
         default=None, metadata={"help": "folder written by recipes/label_with_teacher.py"}
     )
+    labels_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "teacher that the labels must come from, as label_with_teacher.py took it; by default not checked. "
+            "A model is loaded once in each process, with its language model"
+        },
+    )
     teacher: str | None = field(
         default=None, metadata={"help": "folder or Hub name of a model to ask in every step, instead of labels"}
     )
@@ -109,6 +117,10 @@ class StudentArguments:
     def __post_init__(self):
         if (self.teacher_labels is None) == (self.teacher is None):
             raise ValueError("expected either teacher_labels (a folder of labels) or teacher (a model to ask)")
+        if self.labels_teacher is not None and self.teacher_labels is None:
+            raise ValueError(
+                f"labels_teacher is {self.labels_teacher} without teacher_labels, whose teacher it checks: leave it out"
+            )
         for name, choices in (
             ("student_type", STUDENTS), ("policy", POLICIES), ("embedding_use", EMBEDDING_USES),
         ):  # fmt: skip
@@ -162,22 +174,44 @@ def build_student(
 
 
 def load_teacher(student: StudentArguments, sequences: SequenceDatasets) -> tuple[TeacherLabels | None, object]:
-    """The labels, or the model to ask: one of the two is None."""
+    """The labels, from labels_teacher if it is given, or the model to ask: one of the two is None."""
     if student.teacher is None:
-        return TeacherLabels.load(student.teacher_labels, sequences.fingerprint), None
+        fingerprint = None if student.labels_teacher is None else labels_teacher_fingerprint(student, sequences)
+        return TeacherLabels.load(student.teacher_labels, sequences.fingerprint, fingerprint), None
     teacher = load_recommender(model_folder(student.teacher))
     check_catalogue(teacher, student.teacher, sequences.num_items, sequences.raw_ids)
     return None, teacher
 
 
-def check_same_labels(checkpoint: str, labels: TeacherLabels) -> None:
-    """Raise a ValueError when the run that a checkpoint belongs to learnt from other labels."""
-    earlier = read_record(Path(checkpoint).parent / "run.json")["metrics"].get(LABELS, {}).get("fingerprint")
-    if earlier != labels.description["labels_fingerprint"]:
+def labels_teacher_fingerprint(student: StudentArguments, sequences: SequenceDatasets) -> str:
+    """As label_with_teacher.py computes it: of weights in the dtype in which they answered."""
+    if is_deepspeed_zero3_enabled():
         raise ValueError(
-            f"{checkpoint} was trained on labels with the fingerprint {earlier}, and {labels.folder} holds "
-            f"{labels.description['labels_fingerprint']}: expected the same; choose another output_dir, or delete it"
+            f"labels_teacher is {student.labels_teacher} and ZeRO-3 would spread its weights over processes: leave it "
+            "out, or give another file of accelerate_configs"
         )
+    dtype = read_description(Path(student.teacher_labels)).get("dtype")
+    try:
+        teacher = teachers.load_teacher(
+            student.labels_teacher, len(sequences["train"]), sequences.num_items, dtype=dtype
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"labels_teacher is {student.labels_teacher}: expected the teacher that {student.teacher_labels} was made "
+            f"with ({error})"
+        ) from error
+    return teacher.fingerprint
+
+
+def check_same_labels(checkpoint: str, labels: TeacherLabels) -> None:
+    """Raise a ValueError when the run that a checkpoint belongs to learnt from other labels or item embeddings."""
+    earlier = read_record(Path(checkpoint).parent / "run.json")["metrics"].get(LABELS, {})
+    for name, key in (("fingerprint", "labels_fingerprint"), ("embeddings_fingerprint", "embeddings_fingerprint")):
+        if earlier.get(name) != labels.description[key]:
+            raise ValueError(
+                f"{checkpoint} was trained on labels with the {name} {earlier.get(name)}, and {labels.folder} holds "
+                f"{labels.description[key]}: expected the same; choose another output_dir, or delete it"
+            )
 
 
 def main() -> None:
@@ -219,6 +253,7 @@ def main() -> None:
         if labels is not None:
             names = {
                 "fingerprint": "labels_fingerprint",
+                "embeddings_fingerprint": "embeddings_fingerprint",
                 "teacher": "teacher",
                 "teacher_fingerprint": "teacher_fingerprint",
             }

@@ -10,7 +10,7 @@ outputs/ml-100k/sasrec-1` asks only where it promises most.
 The output folder gets the labels in shards (labels-*.parquet), the teacher's item embeddings if it has some
 (item_embeddings.safetensors), and teacher_labels.json, which comes last; `TeacherLabels.load` reads them. A killed run
 goes on where it was when the same command is given again, with any number of processes and any batch size; given to a
-finished folder, the command checks it and changes nothing. run.json and run.log lie beside the labels.
+finished folder, the command checks it and changes nothing but run.json and run.log, which lie beside the labels.
 """
 
 import logging

@@ -1,12 +1,13 @@
 """What all tests share. No test reaches a hub: without a network the libraries would wait for one."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import kill_with_children
 
 for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
     os.environ.setdefault(variable, "1")  # read when the libraries are imported, which no test has done yet
@@ -45,7 +46,7 @@ def launch():
         try:
             output, _ = process.communicate(timeout=timeout_seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the launcher and the processes it started
+            kill_with_children(process)
             output, _ = process.communicate()
             pytest.fail(f"{config}: no end after {timeout_seconds} s\n{output}")
         assert process.returncode == 0, output

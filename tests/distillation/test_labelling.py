@@ -4,14 +4,17 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hf_ilora import PopularityConfig, PopularityForNextItem, SASRecConfig, SASRecForNextItem
 from hf_ilora.distillation import labelling
 from hf_ilora.distillation.labelling import LabelFolder, LabelRequests, acquire_requests, label_shards
 from hf_ilora.distillation.teacher_labels import TeacherLabels
+from hf_ilora.distillation.teachers import RankItemsTeacher
 from tests.distillation.known_teacher import DATA_FINGERPRINT, KnownTeacher, label_all, label_settings
 from tests.synthetic import cyclic_sequences
 
@@ -190,6 +193,32 @@ def test_finished_folder_is_checked_and_asked_nothing(train, undisturbed, tmp_pa
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def change_one_distance(folder):
+    path = folder / "labels-000000.parquet"
+    table = pq.read_table(path)
+    distances = table["teacher_distances"].to_pylist()
+    distances[0][0] += 1
+    column = pa.array(distances, pa.list_(pa.float32()))
+    pq.write_table(pa.table([*table.columns[:3], column], schema=table.schema), path)
+
+
+def change_embeddings(folder):
+    save_file({"item_embeddings": torch.ones(NUM_ITEMS + 1, 5)}, folder / "item_embeddings.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"), [(change_one_distance, "labels_fingerprint"), (change_embeddings, "embeddings_fingerprint")]
+)
+def test_finished_folder_whose_files_were_changed_is_not_described_anew(train, tmp_path, damage, name):
+    """Otherwise the same command, given again, would make changed files look like the teacher's answers."""
+    label_all(tmp_path, train, KnownTeacher(NUM_ITEMS))
+    damage(tmp_path)
+    before = (tmp_path / "teacher_labels.json").read_bytes()
+    with pytest.raises(ValueError, match=rf"have the {name} .*: expected .*; restore the files, or delete"):
+        label_all(tmp_path, train, KnownTeacher(NUM_ITEMS))
+    assert (tmp_path / "teacher_labels.json").read_bytes() == before
+
+
 def test_what_was_chosen_first_stays_chosen(train, tmp_path):
     everything = LabelRequests.of_split(train)
     folder = LabelFolder(tmp_path, label_settings(NUM_ITEMS))
@@ -253,3 +282,30 @@ def test_shards_have_the_columns_of_a_data_set(train, tmp_path):
     assert [str(schema.field(name).type) for name in ("history_id", "position")] == ["int64", "int32"]
     assert str(schema.field("teacher_items").type).startswith("list<")
     assert schema.field("teacher_distances").type.value_type == "float"
+
+
+# --- a teacher of another library ---
+
+
+class NextInCatalogue:
+    """Has nothing but rank_items: the items behind the newest one in the catalogue come next."""
+
+    def rank_items(self, histories, top_k, exclude_seen):
+        newest = [[item for item in history if item][-1] for history in histories.tolist()]
+        item_ids = [[(item + j) % NUM_ITEMS + 1 for j in range(top_k)] for item in newest]
+        return item_ids, [[0.5 * j for j in range(top_k)] for _ in newest]
+
+
+def test_any_object_that_ranks_items_labels_a_data_set(train, tmp_path):
+    teacher = RankItemsTeacher(NextInCatalogue(), NUM_ITEMS, "f" * 64, "next in the catalogue", max_history=3)
+    folder = label_all(tmp_path, train, teacher, positions="all", shard_rows=7)
+    labels = TeacherLabels.load(tmp_path, DATA_FINGERPRINT, teacher.fingerprint)
+    assert len(labels) == sum(len(row["history"]) for row in train)
+    for history_id, row in enumerate(train):
+        for position, newest in enumerate(row["history"], start=1):
+            items, distances = labels.lookup([history_id], [position])
+            assert items[0].tolist() == [(newest + j) % NUM_ITEMS + 1 for j in range(3)]
+            assert distances[0].tolist() == [0, 0.5, 1]
+    assert labels.description["teacher"] == "next in the catalogue" and labels.description["embedding_size"] is None
+    everything = LabelRequests.of_split(train, "all")
+    assert folder.requests(everything).costs(teacher).tolist() == everything.positions.clip(max=3).tolist()

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from tests.distillation.known_teacher import DATA_FINGERPRINT, KnownTeacher, expected_answer, label_all
@@ -120,6 +121,8 @@ def change_description(folder, **changes):
         (lambda folder: (folder / "teacher_labels.json").write_text("{"), "is not JSON"),
         (lambda folder: change_description(folder, format_version=2), "format_version 2: expected 1"),
         (lambda folder: change_description(folder, top_k="dropped"), "lacks top_k"),
+        (lambda folder: change_description(folder, embeddings_fingerprint="dropped"),
+         "lacks embeddings_fingerprint: restore it, or delete it and give the command of recipes/label_with_teacher"),
         (lambda folder: change_description(folder, num_rows=7), "expected 7 with"),
     ],
 )  # fmt: skip
@@ -134,3 +137,28 @@ def test_damaged_embeddings_are_refused(folder):
     (folder / "item_embeddings.safetensors").write_bytes(b"0123456789")
     with pytest.raises(ValueError, match="does not hold item_embeddings"):
         load(folder).item_embeddings()
+
+
+def change_one_embedding(folder):
+    path = folder / "item_embeddings.safetensors"
+    tensors = load_file(path)
+    tensors["item_embeddings"][7, 2] += 1
+    save_file(tensors, path)
+
+
+def test_embeddings_that_were_changed_are_refused(folder):
+    change_one_embedding(folder)
+    with pytest.raises(ValueError, match=r"embeddings\.safetensors has the fingerprint .*: expected .*; label"):
+        load(folder).item_embeddings()
+
+
+def test_folder_of_an_earlier_version_is_described_anew_by_the_same_command(folder, train):
+    expected = json.loads((folder / "teacher_labels.json").read_text())
+    change_description(folder, embeddings_fingerprint="dropped")
+    with pytest.raises(ValueError, match="delete it and give the command"):
+        load(folder)
+    (folder / "teacher_labels.json").unlink()
+    teacher = KnownTeacher(NUM_ITEMS)
+    label_all(folder, train, teacher, positions="all")
+    assert not teacher.calls
+    assert json.loads((folder / "teacher_labels.json").read_text()) == expected

@@ -10,6 +10,7 @@ from hf_ilora.distillation.labelling import LabelRequests
 from hf_ilora.distillation.teachers import (
     ModelTeacher,
     PublishedTeacher,
+    RankItemsTeacher,
     ScoreTableTeacher,
     load_teacher,
     model_fingerprint,
@@ -96,6 +97,41 @@ def test_fingerprint_is_of_weights_configuration_and_catalogue_and_not_of_the_fo
     others[2].catalogue = catalogue([f"Title {item}" for item in range(NUM_ITEMS)])
     assert len({model_fingerprint(other) for other in [model, *others]}) == 4
     assert model_fingerprint(model.to(torch.bfloat16)) != one.fingerprint
+
+
+# --- any object that ranks items ---
+
+
+class Ranker:
+    """Gives back what it was told to, and keeps what it was asked."""
+
+    def __init__(self, item_ids, distances):
+        self.answer = item_ids, distances
+
+    def rank_items(self, histories, top_k, exclude_seen):
+        self.asked = histories, top_k, exclude_seen
+        return self.answer
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_object_that_ranks_items_is_asked_about_whole_histories(kind):
+    ranker = Ranker(kind([[3, 1], [2, 5]]), kind([[0.5, 1.0], [0.25, 2.0]]))
+    teacher = RankItemsTeacher(ranker, ITEMS, "f" * 64, "a rule", max_history=2)
+    items, distances = teacher.rank(np.array([8, 9]), HISTORIES, 2, True)
+    assert ranker.asked == (HISTORIES, 2, True)
+    assert items.tolist() == [[3, 1], [2, 5]] and items.dtype == torch.int64
+    assert distances.tolist() == [[0.5, 1.0], [0.25, 2.0]]
+    assert teacher.item_embeddings() is None and teacher.answers_prefixes
+    assert (teacher.num_items, teacher.fingerprint, teacher.source, teacher.max_history) == (
+        ITEMS, "f" * 64, "a rule", 2,
+    )  # fmt: skip
+    assert teacher.tokens_per_item.tolist() == [0, 1, 1, 1, 1, 1]
+
+
+def test_item_ids_that_are_no_integers_are_refused():
+    teacher = RankItemsTeacher(Ranker([[1.5, 2.0]], [[0.0, 1.0]]), ITEMS, "f" * 64, "a rule")
+    with pytest.raises(ValueError, match=r"a rule gave item ids of type torch\.float32: expected integers"):
+        teacher.rank(np.array([0]), HISTORIES[:1], 2, True)
 
 
 # --- tables of scores ---

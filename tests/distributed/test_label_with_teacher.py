@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 from hf_ilora import ILoraConfig, ILoraForRecommendation, SASRecForNextItem, SequenceDatasets
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.models.language_models import load_language_model
+from tests.processes import kill_with_children
 from tests.tiny_ilora_parts import save_parts
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -68,6 +68,14 @@ def undisturbed(words, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def two_processes(words):
+    """The command for two processes, without the output folder."""
+    accelerate = Path(sys.executable).parent / "accelerate"
+    config = PROJECT / "accelerate_configs" / "multi_cpu.yaml"
+    return [str(word) for word in (accelerate, "launch", "--config_file", config, *words)]
+
+
 def results(folder) -> dict[str, bytes]:
     """All that a run leaves but its record and log."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("run.json", "run.log")}
@@ -76,7 +84,7 @@ def results(folder) -> dict[str, bytes]:
 def run_until(command: list[str], folder: Path, shards: int, seconds: float) -> bool:
     """Start a command and kill it and its children, `seconds` after it has written `shards` more; whether it ended."""
     goal = len(list(folder.glob("labels-*.parquet"))) + shards
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while process.poll() is None and len(list(folder.glob("labels-*.parquet"))) < goal:
         time.sleep(0.002)
     time.sleep(seconds)
@@ -84,7 +92,7 @@ def run_until(command: list[str], folder: Path, shards: int, seconds: float) -> 
         output = process.communicate()[0].decode()
         assert process.returncode == 0, output
         return True
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_with_children(process)
     process.communicate()
     return False
 
@@ -123,11 +131,23 @@ def test_two_processes_give_the_rows_of_one(words, undisturbed, launch, tmp_path
     assert len(TeacherLabels.load(folder, SequenceDatasets.load(parts.data_dir).fingerprint)) == SHARDS * SHARD_ROWS
 
 
-def test_two_killed_processes_are_finished_by_one(words, undisturbed, tmp_path):
+def test_two_processes_that_are_killed_again_and_again_lose_and_double_no_row(
+    two_processes, undisturbed, tmp_path, parts
+):
     folder = tmp_path / "labels"
-    accelerate = str(Path(sys.executable).parent / "accelerate")
-    config = str(PROJECT / "accelerate_configs" / "multi_cpu.yaml")
-    options = [str(word) for word in (*words, "--output_dir", folder)]
-    assert not run_until([accelerate, "launch", "--config_file", config, *options], folder, 30, 0.01)
-    assert run_until([sys.executable, *options], folder, SHARDS, 0)
+    kills = kill_again_and_again([*two_processes, "--output_dir", str(folder)], folder, most_shards=50)
+    assert kills >= 3  # at 24, 50 and 82 of the shards
+    assert results(folder) == results(undisturbed)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["world_size"] == 2 and 0 < record["metrics"]["labels"]["labelled_now"] < SHARDS * SHARD_ROWS
+    labels = TeacherLabels.load(folder, SequenceDatasets.load(parts.data_dir).fingerprint).table
+    rows = list(zip(labels["history_id"].to_pylist(), labels["position"].to_pylist(), strict=True))
+    assert len(set(rows)) == len(rows) == SHARDS * SHARD_ROWS
+
+
+def test_two_killed_processes_are_finished_by_one(words, two_processes, undisturbed, tmp_path):
+    folder = tmp_path / "labels"
+    assert not run_until([*two_processes, "--output_dir", str(folder)], folder, 30, 0.01)
+    assert len(list(folder.glob("labels-*.parquet"))) < SHARDS  # both are dead
+    assert run_until([sys.executable, *map(str, words), "--output_dir", str(folder)], folder, SHARDS, 0)
     assert results(folder) == results(undisturbed)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_ilora import SequenceDatasets
+from hf_ilora import ILoraConfig, ILoraForRecommendation, SequenceDatasets
 from hf_ilora.distillation.labelling import LabelFolder, LabelRequests, label_shards
 from hf_ilora.distillation.teachers import ScoreTableTeacher, load_teacher
 from hf_ilora.evaluation.loading import load_recommender
+from hf_ilora.models.language_models import load_language_model
 from tests.synthetic import cyclic_sequences
-from tests.tiny_ilora_parts import known_recommender
+from tests.tiny_ilora_parts import known_recommender, save_parts
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NUM_ITEMS, EMBEDDING_SIZE = 30, 24
@@ -35,13 +36,13 @@ class EmbeddingTeacher(ScoreTableTeacher):
         return table
 
 
-def save_labels(folder, sequences, teacher, positions):
+def save_labels(folder, sequences, teacher, positions, **changes):
     requests = LabelRequests.of_split(sequences["train"], positions)
     settings = {
         "data_fingerprint": sequences.fingerprint, "teacher_fingerprint": teacher.fingerprint, "num_items": NUM_ITEMS,
         "top_k": 4, "shard_rows": 64, "positions": positions,
     }  # fmt: skip
-    labels = LabelFolder(folder, settings)
+    labels = LabelFolder(folder, settings | changes)
     labels.start(lambda: requests)
     label_shards(
         labels, labels.requests(requests), teacher, exclude_seen=False, batch_size=16, process=0, num_processes=1
@@ -112,10 +113,11 @@ def test_a_resumed_run_logs_and_learns_what_an_undisturbed_one_does(distill, par
     last = max(killed.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     shutil.rmtree(last)
     record = json.loads((killed / "run.json").read_text()) | {"status": "running"}
-    other = record | {"metrics": {"teacher_labels": {"fingerprint": "other"}}}
-    (killed / "run.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="was trained on labels with the fingerprint other"):
-        distill(**settings, output_dir=killed)
+    for name in ("fingerprint", "embeddings_fingerprint"):
+        other = record | {"metrics": {"teacher_labels": record["metrics"]["teacher_labels"] | {name: "other"}}}
+        (killed / "run.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=f"was trained on labels with the {name} other"):
+            distill(**settings, output_dir=killed)
     (killed / "run.json").write_text(json.dumps(record))
     distill(**settings, output_dir=killed)
     assert logged(killed, "ranking_loss") == pytest.approx(logged(whole, "ranking_loss"), rel=1e-5)
@@ -168,6 +170,15 @@ def test_a_trained_student_goes_on_from_its_weights(distill, parts, tmp_path):
         ({}, "expected either teacher_labels"),
         ({"teacher_labels": "{parts}/labels", "teacher": "{parts}/teacher"}, "expected either teacher_labels"),
         ({"teacher": "{parts}/teacher", "embedding_use": "input"}, "without teacher_labels"),
+        ({"teacher": "{parts}/teacher", "labels_teacher": "{parts}/teacher"}, "without teacher_labels, whose teacher"),
+        (
+            {"teacher_labels": "{parts}/labels", "labels_teacher": "{parts}/scores.safetensors"},
+            "made for the teacher with the fingerprint",
+        ),
+        (
+            {"teacher_labels": "{parts}/labels", "labels_teacher": "nowhere"},
+            "labels_teacher is nowhere: expected the teacher that .*/labels was made with",
+        ),
         ({"teacher_labels": "{parts}/labels", "embedding_use": "input"}, "has no item embeddings"),
         ({"teacher_labels": "{parts}/table_labels"}, "which random windows hardly ever meet"),
         ({"teacher_labels": "{parts}/labels", "student_settings": "{{}}"}, "student_settings are for"),
@@ -206,3 +217,35 @@ def test_labels_of_other_data_are_refused(distill, parts, tmp_path):
     with pytest.raises(ValueError, match="were made for the data with the fingerprint"):
         distill(teacher_labels=parts / "labels", data_dir=tmp_path / "other")
     assert SequenceDatasets.load(tmp_path / "other").fingerprint != SequenceDatasets.load(parts / "data").fingerprint
+
+
+def test_labels_of_the_teacher_that_is_expected_are_taken(distill, parts, tmp_path):
+    """By what it is, and not by where it lies."""
+    shutil.copytree(parts / "teacher", tmp_path / "copy")
+    folder = distill(teacher_labels=parts / "labels", labels_teacher=tmp_path / "copy", num_train_epochs=1)
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_teacher_of_labels_is_compared_in_the_dtype_in_which_it_answered(distill, tmp_path):
+    parts = save_parts(tmp_path, num_users=12)
+    llm, tokenizer, _ = load_language_model(str(parts.llm))
+    recommender = load_recommender(parts.recommender)
+    config = ILoraConfig(
+        rank=4,
+        num_experts=2,
+        router_type="linear",
+        item_head="residual",
+        max_history=6,
+        llm_name_or_path=str(parts.llm),
+    )
+    model = ILoraForRecommendation.from_base(llm, recommender, tokenizer, recommender.catalogue, config)
+    model.save_pretrained(tmp_path / "ilora")
+    sequences = SequenceDatasets.load(parts.data_dir)
+    settings = {"data_dir": parts.data_dir, "labels_teacher": tmp_path / "ilora", "num_train_epochs": 1}
+    settings |= {"windows": "last", "targets": "last"}
+    teacher = load_teacher(str(tmp_path / "ilora"), len(sequences["train"]), NUM_ITEMS, dtype="bfloat16")
+    save_labels(tmp_path / "labels", sequences, teacher, "last", dtype="bfloat16")
+    distill(**settings, teacher_labels=tmp_path / "labels")
+    save_labels(tmp_path / "of_float32", sequences, teacher, "last", dtype=None)
+    with pytest.raises(ValueError, match="made for the teacher with the fingerprint"):
+        distill(**settings, teacher_labels=tmp_path / "of_float32", output_dir=tmp_path / "refused")

@@ -29,8 +29,10 @@ from hf_ilora.distillation.teacher_labels import (
     EMBEDDINGS_KEY,
     FORMAT_VERSION,
     SCHEMA,
+    embeddings_digest,
     in_key_order,
     keys,
+    read_description,
     read_embeddings,
     read_shards,
     shard_name,
@@ -292,11 +294,13 @@ class LabelFolder:
     def finish(self, requests: LabelRequests, teacher: Teacher) -> dict:
         """Write the item embeddings and, last, the description. One process calls it when all shards are there.
 
+        A folder that has a description is compared with it and stays as it is.
+
         Returns:
             The description.
 
         Raises:
-            ValueError: when a shard is missing or damaged.
+            ValueError: when a shard is missing or damaged, or the files are not those that the description is about.
         """
         table = in_key_order(read_shards(self.folder, self.num_shards(requests)))
         description = {
@@ -306,23 +310,37 @@ class LabelFolder:
             "num_rows": len(table),
             "num_shards": self.num_shards(requests),
             "labels_fingerprint": content_digest(table),
-            "embedding_size": self._write_embeddings(teacher),
+            **self._write_embeddings(teacher),
         }
+        if (self.folder / DESCRIPTION_FILE).exists():
+            return self._check_described(description)
         with written_whole(self.folder / DESCRIPTION_FILE) as unfinished:
             unfinished.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         return description
 
-    def _write_embeddings(self, teacher: Teacher) -> int | None:
-        """The size of the teacher's item embeddings, which are written unless they are there."""
+    def _check_described(self, found: dict) -> dict:
+        """The description that is there, when it is about the same files as `found`."""
+        description = read_description(self.folder)
+        for name in ("labels_fingerprint", "embeddings_fingerprint"):
+            if found[name] != description[name]:
+                raise ValueError(
+                    f"the files in {self.folder} have the {name} {found[name]}: expected {description[name]}, as "
+                    f"{DESCRIPTION_FILE} says; restore the files, or delete {DESCRIPTION_FILE} and give the same "
+                    "command again, which describes them as they are"
+                )
+        return description
+
+    def _write_embeddings(self, teacher: Teacher) -> dict:
+        """What the description says about the teacher's item embeddings, which are written unless they are there."""
         path = self.folder / EMBEDDINGS_FILE
-        if path.exists():
-            return read_embeddings(self.folder, self.num_items).shape[1]
-        embeddings = teacher.item_embeddings()
-        if embeddings is None:
-            return None
-        with written_whole(path) as unfinished:
-            save_file({EMBEDDINGS_KEY: embeddings.float().contiguous()}, unfinished)
-        return embeddings.shape[1]
+        if not path.exists():
+            embeddings = teacher.item_embeddings()
+            if embeddings is None:
+                return {"embedding_size": None, "embeddings_fingerprint": None}
+            with written_whole(path) as unfinished:
+                save_file({EMBEDDINGS_KEY: embeddings.float().contiguous()}, unfinished)
+        size = read_embeddings(self.folder, self.num_items).shape[1]
+        return {"embedding_size": size, "embeddings_fingerprint": embeddings_digest(self.folder)}
 
 
 @dataclass(frozen=True)

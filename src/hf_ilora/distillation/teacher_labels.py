@@ -1,5 +1,6 @@
 """Teacher labels as a data set: a folder of parquet shards that says what they are about and looks rows up."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,10 @@ EMBEDDINGS_FILE = "item_embeddings.safetensors"
 EMBEDDINGS_KEY = "item_embeddings"
 FORMAT_VERSION = 1
 REMEDY = "label again with recipes/label_with_teacher.py, or restore the file"
+DESCRIPTION_REMEDY = (
+    "restore it, or delete it and give the command of recipes/label_with_teacher.py again, which asks nothing anew and "
+    "describes the files as they are"
+)
 
 SCHEMA = pa.schema(
     {
@@ -40,7 +45,8 @@ class TeacherLabels:
             split, `position` (int32) the number of items of [history + target] that the teacher saw, and
             `teacher_items` (list<int32>, best first) and `teacher_distances` (list<float32>, smaller is more confident)
             are its `top_k` choices for the next one.
-        description: content of teacher_labels.json: fingerprints of data, teacher and labels, and the settings.
+        description: content of teacher_labels.json: fingerprints of data, teacher, labels and item embeddings, and the
+            settings.
         top_k: labels per row.
         num_items: size of the catalogue.
     """
@@ -124,14 +130,21 @@ class TeacherLabels:
         """The teacher's embeddings of the items, (num_items + 1, teacher size) float32, zero for padding.
 
         Raises:
-            ValueError: when the teacher had none, or the file is damaged.
+            ValueError: when the teacher had none, or the file is damaged or changed.
         """
         if self.description["embedding_size"] is None:
             raise ValueError(
                 f"the teacher of {self.folder} ({self.description['teacher']}) has no item embeddings: expected an "
                 "iLoRA model, or a folder of published files with all_embeddings.pt"
             )
-        return read_embeddings(self.folder, self.num_items, self.description["embedding_size"])
+        embeddings = read_embeddings(self.folder, self.num_items, self.description["embedding_size"])
+        found, expected = embeddings_digest(self.folder), self.description["embeddings_fingerprint"]
+        if found != expected:
+            raise ValueError(
+                f"{self.folder / EMBEDDINGS_FILE} has the fingerprint {found}: expected {expected}, as "
+                f"{DESCRIPTION_FILE} says; {REMEDY}"
+            )
+        return embeddings
 
 
 def keys(history_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -176,6 +189,12 @@ def read_embeddings(folder: Path, num_items: int, size: int | None = None) -> to
     return table
 
 
+def embeddings_digest(folder: Path) -> str:
+    """sha256, in hex, of the file of item embeddings."""
+    with (folder / EMBEDDINGS_FILE).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_description(folder: Path) -> dict:
     """The content of teacher_labels.json.
 
@@ -192,17 +211,18 @@ def read_description(folder: Path) -> dict:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): {REMEDY}") from error
+        raise ValueError(f"{path} is not JSON ({error}): {DESCRIPTION_REMEDY}") from error
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version {version}: expected {FORMAT_VERSION}; {REMEDY}")
+        raise ValueError(f"{path} has format_version {version}: expected {FORMAT_VERSION}; {DESCRIPTION_REMEDY}")
     needed = {"data_fingerprint", "teacher_fingerprint", "teacher", "labels_fingerprint", "embedding_size"}
-    missing = needed | {"top_k", "num_items", "num_rows", "num_shards"}
+    missing = needed | {"embeddings_fingerprint", "top_k", "num_items", "num_rows", "num_shards"}
     missing -= description.keys()
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: {REMEDY}")
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: {DESCRIPTION_REMEDY}")
     return description
 
 
 __all__ = ["DESCRIPTION_FILE", "EMBEDDINGS_FILE", "EMBEDDINGS_KEY", "FORMAT_VERSION", "SCHEMA", "TeacherLabels"]
-__all__ += ["in_key_order", "keys", "read_description", "read_embeddings", "read_shards", "shard_name"]
+__all__ += ["embeddings_digest", "in_key_order", "keys", "read_description", "read_embeddings", "read_shards"]
+__all__ += ["shard_name"]

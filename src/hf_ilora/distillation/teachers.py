@@ -16,7 +16,8 @@ and the methods
     item_embeddings() -> (num_items + 1, size) float32, or None
 
 where `history_ids` (batch,) are rows of the train split and `histories` (batch, longest) their items, oldest first,
-padded with 0 on the right. A model answers by history, a file by row.
+padded with 0 on the right. A model answers by history, a file by row. `RankItemsTeacher` makes one of any object that
+can rank items.
 """
 
 import hashlib
@@ -81,6 +82,44 @@ class ModelTeacher:
 
     def item_embeddings(self) -> torch.Tensor | None:
         return self.model.encode_items() if isinstance(self.model, ILoraForRecommendation) else None
+
+
+class RankItemsTeacher:
+    """Any object that ranks items, asked by history: a recommender of another library, a service, a rule.
+
+    Args:
+        ranker: with `rank_items(histories, top_k, exclude_seen) -> (item_ids, distances)`. Histories (batch, longest)
+            are int64, oldest item first, padded with 0 on the right; item ids (batch, top_k) are integers in
+            1..num_items, best first, and distances (batch, top_k) are smaller for more confident answers, both tensors,
+            arrays or lists.
+        num_items: size of the catalogue.
+        fingerprint: of all that decides the answers, such as the sha256 of a file of weights; labels of another
+            fingerprint are of another teacher.
+        source: name of the teacher in the description of its labels.
+        max_history: newest items that `ranker` reads, None for all. Only costs are counted by it: `ranker` is given
+            whole histories.
+
+    Raises:
+        ValueError: from `rank`, for item ids that are no integers.
+    """
+
+    answers_prefixes = True
+    tokens_per_history = 0
+
+    def __init__(self, ranker, num_items: int, fingerprint: str, source: str, max_history: int | None = None):
+        self.ranker, self.source = ranker, source
+        self.num_items, self.fingerprint, self.max_history = num_items, fingerprint, max_history
+        self.tokens_per_item = _one_per_item(num_items)
+
+    def rank(self, history_ids: np.ndarray, histories: torch.Tensor, top_k: int, exclude_seen: bool):
+        answer = self.ranker.rank_items(histories, top_k=top_k, exclude_seen=exclude_seen)
+        item_ids, distances = map(torch.as_tensor, answer)  # (batch, top_k) both
+        if item_ids.dtype.is_floating_point:
+            raise ValueError(f"{self.source} gave item ids of type {item_ids.dtype}: expected integers")
+        return item_ids.long(), distances
+
+    def item_embeddings(self) -> None:
+        return None
 
 
 class ScoreTableTeacher:
@@ -193,7 +232,7 @@ class PublishedTeacher:
         return torch.nn.functional.pad(embeddings, (0, 0, 1, 0))  # (num_items + 1, size)
 
 
-Teacher = ModelTeacher | ScoreTableTeacher | PublishedTeacher
+Teacher = ModelTeacher | RankItemsTeacher | ScoreTableTeacher | PublishedTeacher
 
 
 def load_teacher(
@@ -284,4 +323,5 @@ def _read_numbers(path: Path, num_rows: int) -> np.ndarray:
     return numbers
 
 
-__all__ = ["ModelTeacher", "PublishedTeacher", "ScoreTableTeacher", "Teacher", "load_teacher", "model_fingerprint"]
+__all__ = ["ModelTeacher", "PublishedTeacher", "RankItemsTeacher", "ScoreTableTeacher", "Teacher", "load_teacher"]
+__all__ += ["model_fingerprint"]
