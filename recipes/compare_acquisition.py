@@ -24,7 +24,10 @@ from pathlib import Path
 
 from run_seeds import described_origin
 
+from hf_ilora import SequenceDatasets
 from hf_ilora.distillation.acquisition import POLICIES
+from hf_ilora.distillation.teachers import load_teacher, model_fingerprint
+from hf_ilora.evaluation.loading import load_recommender, model_folder
 from hf_ilora.runs import parse_arguments, read_record, set_up_logging
 from hf_ilora.written_files import written_whole
 
@@ -108,12 +111,20 @@ def main() -> None:
 def check_settings(arguments: AcquisitionArguments, output: Path) -> None:
     """Finished runs are taken as they are, so that a folder holds those of one student, data set and teacher.
 
+    What the folders of data and models hold counts, and not their names alone: one may be replaced in place.
+
     Raises:
         ValueError: when the folder's are of others.
     """
     names = ("config_file", "data_dir", "teacher", "recommender", "lam")
     settings = {name: vars(arguments)[name] for name in names}
     settings["config"] = Path(arguments.config_file).read_text(encoding="utf-8")
+    sequences = SequenceDatasets.load(arguments.data_dir)
+    teacher = load_teacher(arguments.teacher, len(sequences["train"]), sequences.num_items)
+    recommender = load_recommender(model_folder(arguments.recommender))
+    settings["content of data_dir"] = sequences.fingerprint
+    settings["content of teacher"] = teacher.fingerprint
+    settings["content of recommender"] = model_fingerprint(recommender)
     file = output / "settings.json"
     if not file.exists():
         output.mkdir(parents=True, exist_ok=True)
@@ -124,7 +135,8 @@ def check_settings(arguments: AcquisitionArguments, output: Path) -> None:
     different = [name for name in settings if earlier.get(name) != settings[name]]
     if different:
         raise ValueError(
-            f"{output} holds runs with other settings ({', '.join(different)}): choose another output_dir, or delete it"
+            f"{output} holds runs with other settings ({', '.join(different)}): expected those of {file}; choose "
+            "another output_dir, or delete it"
         )
 
 

@@ -6,13 +6,15 @@
         --results outputs/ml-100k/evaluation --row "SASRec, seed 1" --seeds_table docs/results/ml-100k.json
 
 Everything arrives in one commit or not at all, so `from_pretrained("user/name")` never sees half a model; after a
-failure the same command may be given again. With `--output_dir` it is written to that folder and nothing is sent.
+failure the same command may be given again. With `--output_dir` all of it, the card too, is written to that folder;
+nothing is sent, and the model's folder stays as it is.
 
 The catalogue holds the titles and ids of the data set: publish it only where the data's licence allows that (MovieLens'
 does not without permission), or keep the repository private. run.json shows the settings of the run, folder names too.
 """
 
 import logging
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from hf_ilora.data.storage import read_description
 from hf_ilora.models.hub_upload import CARD_FILE
 from hf_ilora.publishing import check_folder, push_folder, write_card
 from hf_ilora.runs import parse_arguments
+from hf_ilora.written_files import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ class PublishArguments:
         default=None, metadata={"help": "iLoRA: the language model on the Hub, when config.json names a folder"}
     )
     llm_revision: str | None = field(default=None, metadata={"help": "iLoRA: commit of --llm_name"})
-    keep_card: bool = field(default=False, metadata={"help": "publish the README.md that is in the folder"})
+    keep_card: bool = field(default=False, metadata={"help": "publish the README.md of the folder as it is"})
     private: bool | None = field(
         default=None, metadata={"help": "make a new repository private; by default as the Hub's setting says"}
     )
@@ -57,6 +60,12 @@ class PublishArguments:
     def __post_init__(self):
         if self.llm_revision is not None and self.llm_name is None:
             raise ValueError("llm_revision is given without llm_name: expected both, or neither")
+        ignored = [name for name in ("results", "row", "seeds_table", "data_dir") if vars(self)[name]]
+        if self.keep_card and ignored:
+            raise ValueError(
+                f"keep_card is true and {', '.join(ignored)} given: expected none of what a new card would show; leave "
+                "it out, or move the README.md of the folder away and leave keep_card out"
+            )
 
 
 ARGUMENTS = (PublishArguments,)
@@ -88,14 +97,18 @@ def main() -> None:
             seeds_table=arguments.seeds_table,
             revision=arguments.revision,
             checked=checked,
+            output_dir=arguments.output_dir,
         )
         logger.info("wrote %s", card)
         checked.files[CARD_FILE] = card
     if arguments.output_dir is not None:
         output = Path(arguments.output_dir)
-        output.mkdir(parents=True, exist_ok=True)
         for name, content in checked.files.items():
-            (output / name).write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
+            with written_whole(output / name) as path:
+                if isinstance(content, bytes):
+                    path.write_bytes(content)
+                else:
+                    shutil.copyfile(content, path)
         logger.info("wrote %s: %s", output, ", ".join(sorted(checked.files)))
         return
     commit = push_folder(

@@ -3,23 +3,29 @@
     python recipes/run_pipeline.py recipes/configs/quickstart.yaml
     python recipes/run_pipeline.py recipes/configs/quickstart.yaml --output_dir outputs/mine --only data sasrec
 
-A pipeline is a YAML file of stages, each a recipe of this folder with its settings. A stage is skipped when neither its
-recipe, its settings nor what it reads have changed since it was finished, and it says so; else its folder is made
+A pipeline is a YAML file of stages, each a recipe of this folder with its settings. A stage is skipped when neither the
+recipes, its settings nor what it reads have changed since it was finished, and it says so; else its folder is made
 anew. A killed pipeline goes on where it was, inside the stage that was cut short where the recipe can resume.
+`Stage.key` says what counts as a change. An edit of the package's source does not, for it would throw away hours of
+training: a stage that is skipped in spite of one says so, and `--force <stage>` runs it again.
 """
 
 import hashlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import yaml
+
 import hf_ilora
-from hf_ilora.runs import parse_arguments, set_up_logging
+from hf_ilora.runs import parse_arguments, read_record, set_up_logging
 from hf_ilora.written_files import written_whole
 
 logger = logging.getLogger(__name__)
@@ -78,19 +84,78 @@ class Stage:
             words += [f"--{name}", *(_word(one).replace("{output_dir}", str(output_dir)) for one in values)]
         return words
 
-    def key(self, keys_read: list[str]) -> str:
-        """Changes when the recipes, its settings, files that they name, the package's version or what it reads change.
+    def key(self, keys_read: list[str], output_dir: Path) -> str:
+        """Changes when something that is tracked does.
+
+        Tracked are the stage's settings, the version of hf_ilora, the runs of the stages in `reads`, and the content of
+        all recipes, of the config and launch files, and of the files that the settings name, be it in the options or in
+        those two files, in lists too. Of a folder that the settings name, the names, sizes and times of change of its
+        files are tracked.
+
+        Not tracked are what lies in `output_dir` (that is for `reads`), folders around it or around the working
+        directory, the source of hf_ilora under the same version, other packages, and what is downloaded.
 
         Args:
             keys_read: of the stages that it reads: their keys and when they were finished.
+            output_dir: folder of the pipeline.
+
+        Raises:
+            ValueError: for a config or launch file that holds no settings.
         """
-        named = [self.config, self.launch, *(value for value in self.options.values() if isinstance(value, str))]
         files = sorted(RECIPES.glob("*.py"))  # recipes import one another
-        files += [Path(name) for name in named if name is not None and Path(name).is_file()]
-        content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        files += [Path(file) for file in (self.config, self.launch) if file is not None]
+        settings = {**_read_yaml(self.config), **self.options, "output_dir": None}  # the stage's own replaces config's
+        files += _named_paths([settings, _read_yaml(self.launch)], output_dir)
+        content = [_content(file) for file in files]
         what = {"stage": asdict(self), "files": content, "reads": keys_read, "version": hf_ilora.__version__}
         del what["stage"]["minutes"]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        return _digest(what)
+
+
+def source_digest() -> str:
+    """Changes when a Python file of hf_ilora does."""
+    package = Path(hf_ilora.__file__).parent
+    return _digest({str(file.relative_to(package)): _content(file) for file in package.rglob("*.py")})
+
+
+def _content(path: Path) -> str | list:
+    """sha256 of a file; for a folder name, size and time of change of its files, which are large."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _read_yaml(file: str | None) -> dict:
+    """The settings in a YAML file; none without a file."""
+    if file is None:
+        return {}
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds {str(settings)[:40]}: expected lines of `field: value`; mend the file")
+    return settings
+
+
+def _named_paths(settings: object, output_dir: Path) -> Iterator[Path]:
+    """Files and folders that text in settings names, at any depth, but for what is in or around `output_dir`."""
+    if isinstance(settings, dict | list):
+        for value in settings.values() if isinstance(settings, dict) else settings:
+            yield from _named_paths(value, output_dir)
+    elif isinstance(settings, str):
+        output = output_dir.resolve()
+        # os.path takes text of any length. "." and "/" may be separators of something: nobody means all that is there.
+        path = Path(os.path.realpath(settings.replace("{output_dir}", str(output))))
+        around = output.is_relative_to(path) or Path.cwd().is_relative_to(path)
+        if os.path.exists(path) and not around and not path.is_relative_to(output):
+            yield path
 
 
 def _word(value: object) -> str:
@@ -101,8 +166,8 @@ def read_stages(stages: dict) -> list[Stage]:
     """The stages in their order.
 
     Raises:
-        ValueError: for a stage with unknown or missing settings, files that are not there, and stages that read what
-            does not come before them.
+        ValueError: for a stage with unknown or missing settings, files that are not there or hold no settings, and
+            stages that read what does not come before them.
     """
     known = [setting.name for setting in fields(Stage) if setting.name != "name"]
     result: dict[str, Stage] = {}
@@ -114,6 +179,8 @@ def read_stages(stages: dict) -> list[Stage]:
         for file in (RECIPES / stage.recipe, stage.config, stage.launch):
             if file is not None and not Path(file).is_file():
                 raise ValueError(f"stage {name} names {file}, which is no file here ({Path.cwd()}): check the path")
+        for file in (stage.config, stage.launch):
+            _read_yaml(file)  # raises for what holds no settings
         for read in stage.reads:
             if read not in result:
                 raise ValueError(f"stage {name} reads {read}: expected an earlier one of {', '.join(result) or 'none'}")
@@ -127,17 +194,22 @@ class PipelineState:
     """Which stages are finished, by the key they had; kept in pipeline.json of the output folder."""
 
     def __init__(self, output_dir: Path):
-        self.path = output_dir / STATE_FILE
+        self.path, self.source = output_dir / STATE_FILE, source_digest()
         self.stages = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
 
     def note(self, name: str, key: str, status: str, seconds: float = 0.0) -> None:
-        self.stages[name] = {"key": key, "status": status, "seconds": round(seconds, 1), "time": time.time()}
+        entry = {"key": key, "status": status, "seconds": round(seconds, 1), "time": time.time()}
+        self.stages[name] = entry | {"source": self.source}
         with written_whole(self.path) as path:
             path.write_text(json.dumps(self.stages, indent=2) + "\n", encoding="utf-8")
 
     def run_of(self, name: str) -> str:
         """Tells the runs of a stage apart: what reads a stage that ran again has to run again."""
         return f"{self.stages[name]['key']} {self.stages[name]['time']}"
+
+    def source_changed(self, name: str) -> bool:
+        """Whether hf_ilora's source is another one than when the stage was noted."""
+        return self.stages[name]["source"] != self.source
 
     def has(self, name: str, key: str, status: str) -> bool:
         return (self.stages.get(name, {}).get("key"), self.stages.get(name, {}).get("status")) == (key, status)
@@ -158,6 +230,12 @@ def selected(stages: list[Stage], only: list[str] | None) -> list[Stage]:
     return [stage for stage in stages if stage.name in wanted]
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a stage's folder came to its end."""
+    record = folder / "run.json"
+    return record.exists() and read_record(record)["status"] == "finished"
+
+
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
     output = Path(arguments.output_dir)
@@ -168,11 +246,17 @@ def main() -> None:
     state, finished = PipelineState(output), {}
     minutes_left, begin, estimated = sum(stage.minutes for stage in stages), time.monotonic(), 0.0
     for number, stage in enumerate(stages, start=1):
-        key = stage.key([finished[name] for name in stage.reads])
+        key = stage.key([finished[name] for name in stage.reads], output)
         folder, title = output / stage.name, f"stage {number} of {len(stages)}, {stage.name}"
         minutes_left -= stage.minutes
+        if stage.resumes and state.has(stage.name, key, "started") and is_finished(folder):
+            # Killed between the end of the run and its note; the recipe refuses a folder that holds a finished run.
+            logger.info("%s: its run.json says that it is finished, noted", title)
+            state.note(stage.name, key, "finished")
         if state.has(stage.name, key, "finished") and folder.is_dir() and stage.name not in (arguments.force or []):
             logger.info("%s: nothing has changed since it was finished, skipped", title)
+            if state.source_changed(stage.name):
+                logger.warning("%s: the source of hf_ilora has changed; --force %s runs it again", title, stage.name)
             finished[stage.name] = state.run_of(stage.name)
             continue
         pace = (1 + (time.monotonic() - begin) / 60) / (1 + estimated)  # little is known after little time

@@ -9,6 +9,9 @@ from transformers import set_seed
 from hf_ilora import SASRecConfig, SASRecForNextItem, build_sequences
 from hf_ilora.data.windows import TrainingWindows, WindowEpochCallback
 from hf_ilora.distillation.label_collator import DistillationCollator
+from hf_ilora.distillation.labelling import LabelFolder, LabelRequests, label_shards
+from hf_ilora.distillation.teacher_labels import TeacherLabels
+from hf_ilora.distillation.teachers import RankItemsTeacher
 from hf_ilora.distillation.trainer import DistillationArguments, DistillationTrainer
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.statistics import summarize_ranks
@@ -55,27 +58,43 @@ def world():
     return sequences, answers, -np.log(shares)
 
 
-class PlantedLabels:
-    """Looks up what truly follows the newest item; `shuffled` gives each history the answer about another one."""
+class PlantedTeacher:
+    """Answers what truly follows the newest item; shuffled, what follows an item of another history."""
 
-    def __init__(self, windows, answers, distances, shuffled):
-        self.items, self.starts = windows.items, windows._first_starts
-        self.answers, self.distances = answers, distances
-        self.asked_places = np.arange(len(self.items))
+    def __init__(self, sequences, answers, distances, shuffled):
+        self.answers, self.distances = torch.from_numpy(answers), torch.from_numpy(distances.astype(np.float32))
+        self.others = None
         if shuffled:
-            self.asked_places = np.random.default_rng(5).permutation(len(self.items))
+            self.others = torch.cat([torch.as_tensor(history) for history in sequences["train"]["history"]])
+            self.generator = torch.Generator().manual_seed(5)
 
-    def lookup(self, history_ids, positions):
-        history_ids, positions = np.asarray(history_ids), np.asarray(positions)
-        real = (history_ids >= 0) & (positions > 0)
-        newest = self.items[self.asked_places[np.where(real, self.starts[history_ids] + positions - 1, 0)]]
-        items = self.answers[newest] * real[..., None]
-        distances = np.broadcast_to(self.distances, items.shape) * real[..., None]
-        return torch.from_numpy(items), torch.from_numpy(distances.astype(np.float32))
+    def rank_items(self, histories, top_k, exclude_seen):
+        newest = histories.gather(1, histories.ne(0).sum(1, keepdim=True) - 1).squeeze(1)  # (batch,)
+        if self.others is not None:
+            newest = self.others[torch.randint(len(self.others), (len(newest),), generator=self.generator)]
+        return self.answers[newest, :top_k], self.distances[:top_k].expand(len(newest), -1)
 
 
-def ndcg_of_student(world, folder, lam, shuffled=False, seed=0) -> float:
+def labels_of(world, folder, shuffled=False) -> TeacherLabels:
+    """Made as recipes/label_with_teacher.py makes them, and read back."""
     sequences, answers, distances = world
+    planted = PlantedTeacher(sequences, answers, distances, shuffled)
+    teacher = RankItemsTeacher(planted, sequences.num_items, fingerprint=str(shuffled), source="planted")
+    requests = LabelRequests.of_split(sequences["train"], "all")
+    settings = {
+        "data_fingerprint": sequences.fingerprint, "teacher_fingerprint": teacher.fingerprint,
+        "num_items": sequences.num_items, "top_k": SUCCESSORS, "shard_rows": 256, "positions": "all",
+    }  # fmt: skip
+    labels = LabelFolder(folder, settings)
+    labels.start(lambda: requests)
+    label_shards(
+        labels, labels.requests(requests), teacher, exclude_seen=False, batch_size=64, process=0, num_processes=1
+    )
+    labels.finish(labels.requests(requests), teacher)
+    return TeacherLabels.load(folder, sequences.fingerprint, teacher.fingerprint)
+
+
+def ndcg_of_student(sequences, folder, labels, lam, seed) -> float:
     set_seed(seed)
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "max_length": 8}
     model = SASRecForNextItem(SASRecConfig(num_items=sequences.num_items, **sizes))
@@ -90,7 +109,7 @@ def ndcg_of_student(world, folder, lam, shuffled=False, seed=0) -> float:
         model,
         arguments,
         train_dataset=windows,
-        data_collator=DistillationCollator(PlantedLabels(windows, answers, distances, shuffled), "all"),
+        data_collator=DistillationCollator(labels, "all"),
         callbacks=[WindowEpochCallback(windows)],
     )
     trainer.train()
@@ -98,8 +117,11 @@ def ndcg_of_student(world, folder, lam, shuffled=False, seed=0) -> float:
 
 
 def test_true_labels_help_by_a_third_and_shuffled_ones_do_not(world, tmp_path):
-    baseline = ndcg_of_student(world, tmp_path, lam=0.0)
-    distilled = ndcg_of_student(world, tmp_path, lam=4.0)
-    shuffled = ndcg_of_student(world, tmp_path, lam=4.0, shuffled=True)
-    assert distilled > 1.3 * baseline
-    assert shuffled < 1.05 * baseline
+    true, shuffled = labels_of(world, tmp_path / "true"), labels_of(world, tmp_path / "shuffled", shuffled=True)
+    found = {"alone": (true, 0.0), "distilled": (true, 4.0), "shuffled": (shuffled, 4.0)}
+    ndcg = {
+        name: np.mean([ndcg_of_student(world[0], tmp_path / "student", labels, lam, seed) for seed in range(3)])
+        for name, (labels, lam) in found.items()
+    }
+    assert ndcg["distilled"] > 1.3 * ndcg["alone"]
+    assert ndcg["shuffled"] <= ndcg["alone"]

@@ -54,15 +54,29 @@ def test_published_run_recommends_titles_by_the_code_on_its_card(client, sasrec_
     results = write_results(tmp_path / "evaluation")
     options = ["--model", sasrec_run, "--repo_id", "user/sasrec", "--dataset_name", "Data", "--license", "mit"]
     options += ["--results", results, "--row", "SASRec"]
+    before = {path: path.stat().st_mtime_ns for path in (sasrec_run, *sasrec_run.rglob("*"))}
     client.succeed(RECIPE, PUSH_RECIPE, *options, "--output_dir", tmp_path / "out")
     assert not client.hub.repositories
     assert {path.name for path in (tmp_path / "out").iterdir()} == MODEL_FILES | {"run.json"}
+    assert {path: path.stat().st_mtime_ns for path in (sasrec_run, *sasrec_run.rglob("*"))} == before
     client.succeed(RECIPE, PUSH_RECIPE, *options)
     commits = client.hub.repositories["user/sasrec"].history()
     assert len(commits) == 2 and set(commits[0].files) == MODEL_FILES | {".gitattributes", "run.json"}
     assert ".1155 [.1000, .1300]" in commits[0].files["README.md"].decode()
     printed = client.succeed(USE_CARD, "user/sasrec", token=None)
     assert last_line(printed) == titles(sasrec(), history=(1, 2), top_k=10)
+
+
+def test_kept_card_goes_out_as_it_is_and_with_nothing_that_a_new_one_would_show(client, sasrec_run, tmp_path):
+    (sasrec_run / "README.md").write_text("# Mine")
+    options = ["--model", sasrec_run, "--repo_id", "user/sasrec", "--dataset_name", "Data", "--license", "mit"]
+    options += ["--keep_card", "true", "--output_dir", tmp_path / "out"]
+    shown = ["--results", tmp_path / "evaluation", "--row", "SASRec", "--seeds_table", tmp_path / "seeds.json"]
+    refused = client.fail(RECIPE, PUSH_RECIPE, *options, *shown)
+    assert "keep_card is true and results, row, seeds_table given: expected none" in refused
+    assert not (tmp_path / "out").exists()
+    client.succeed(RECIPE, PUSH_RECIPE, *options)
+    assert (tmp_path / "out" / "README.md").read_text() == "# Mine"
 
 
 def test_model_object_takes_its_catalogue_along_and_is_sent_once(client, sasrec_run):

@@ -44,12 +44,13 @@ def test_card_holds_the_measured_table_and_the_metadata_of_this_row(sasrec_run, 
     assert (result.dataset_split, result.dataset_revision) == ("test", FINGERPRINT)
 
 
-def test_using_the_model_takes_five_lines_besides_imports(sasrec_run):
+def test_using_the_model_takes_five_lines_imports_included(sasrec_run):
+    """tests/publishing/test_hub.py runs such lines."""
     text = write_card(sasrec_run, "user/sasrec", revision="v2", **NAMES).read_text()
     code = text.split("```python\n")[1].split("```")[0]
-    lines = [line for line in code.splitlines() if line and "import" not in line]
+    lines = [line for line in code.splitlines() if line]
     assert len(lines) <= 5
-    assert 'SASRecForNextItem.from_pretrained("user/sasrec", revision="v2")' in lines[0]
+    assert lines[1] == 'model = hf_ilora.SASRecForNextItem.from_pretrained("user/sasrec", revision="v2")'
 
 
 def test_card_of_seeds_shows_their_mean_and_deviation(sasrec_run, tmp_path):
@@ -62,6 +63,19 @@ def test_card_of_seeds_shows_their_mean_and_deviation(sasrec_run, tmp_path):
     table.write_text("{}")
     with pytest.raises(ValueError, match=r"no table of seeds .*run_seeds\.py"):
         write_card(sasrec_run, "user/sasrec", seeds_table=table, **NAMES)
+
+
+def test_card_for_another_folder_leaves_the_models_folder_as_it_is(sasrec_run, tmp_path):
+    before = sorted(sasrec_run.iterdir())
+    path = write_card(sasrec_run, "user/sasrec", output_dir=tmp_path / "out", **NAMES)
+    assert path == tmp_path / "out" / "README.md" and "user/sasrec" in path.read_text()
+    assert sorted(sasrec_run.iterdir()) == before
+    for edited in (path, sasrec_run / "README.md"):  # neither what would be overwritten nor what would be passed over
+        edited.write_text("mine")
+        with pytest.raises(ValueError, match="written or edited by hand"):
+            write_card(sasrec_run, "user/sasrec", output_dir=tmp_path / "out", **NAMES)
+        assert edited.read_text() == "mine"
+        edited.unlink()
 
 
 def test_own_card_is_replaced_and_an_edited_one_is_kept(sasrec_run):

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from hf_ilora import SASRecForNextItem
 from tests.synthetic import cyclic_sequences
 from tests.tiny_ilora_parts import known_recommender
 
@@ -52,7 +54,24 @@ def test_policies_are_compared_with_random_at_equal_budgets(compare, tmp_path):
     again = compare(*options)
     assert again.returncode == 0 and ": begins" not in again.stderr and ": begins" in result.stderr
     other = compare(*options, "--lam", "2")
-    assert other.returncode != 0 and "holds runs with other settings (lam)" in other.stderr
+    assert other.returncode != 0 and "holds runs with other settings (lam): expected those of" in other.stderr
+
+
+def test_a_teacher_that_was_replaced_in_place_is_not_mixed_with_the_runs_of_the_earlier_one(compare, tmp_path):
+    options = ["--policies", "random", "--budgets", "10", "--seeds", "1"]
+    first = compare(*options)
+    assert first.returncode == 0, first.stderr
+    model = SASRecForNextItem.from_pretrained(tmp_path / "teacher")
+    model.save_pretrained(tmp_path / "teacher")
+    assert compare(*options).returncode == 0  # saved anew, the same model
+    with torch.no_grad():
+        next(model.parameters()).add_(0.1)
+    model.save_pretrained(tmp_path / "teacher")
+    replaced = compare(*options)
+    assert replaced.returncode != 0
+    assert "other settings (content of teacher, content of recommender): expected" in replaced.stderr
+    cyclic_sequences(num_users=41).save(tmp_path / "data")
+    assert "other settings (content of data_dir, content of teacher" in compare(*options).stderr
 
 
 def test_unknown_policies_are_refused(compare, tmp_path):

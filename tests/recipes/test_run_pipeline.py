@@ -1,6 +1,8 @@
 """recipes/run_pipeline.py: stages run in order, are skipped when nothing has changed, and go on after a failure."""
 
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def pipeline(tmp_path):
-    """Writes a pipeline of two stages, with changes, and runs it; gives what it printed."""
+    """Writes a pipeline of two stages, with changes and added ones, and runs it; gives what it printed."""
     (tmp_path / "ratings.csv").write_text(RATINGS)
     stages = {
         "data": {
@@ -34,7 +36,8 @@ def pipeline(tmp_path):
         "counts": {"recipe": "fit_counts.py", "reads": ["data"], "options": {"data_dir": "{output_dir}/data"}},
     }  # fmt: skip
 
-    def run(*options, **changes):
+    def run(*options, added=None, **changes):
+        stages.update(added or {})
         for name, changed in changes.items():
             stages[name]["options"] |= changed
         file = tmp_path / "pipeline.yaml"
@@ -73,6 +76,100 @@ def test_a_failed_stage_is_named_and_run_again(pipeline, tmp_path):
     assert (state["data"]["status"], state["counts"]["status"]) == ("finished", "started")
     mended = pipeline(counts={"max_gap": 2})
     assert mended.returncode == 0 and "data: nothing has changed" in mended.stderr
+
+
+def test_a_stage_whose_run_had_finished_when_the_pipeline_was_killed_is_not_started_again(pipeline, tmp_path):
+    """A recipe that resumes refuses the folder of a finished run, so the pipeline would fail for good."""
+    options = {
+        "data_dir": "{output_dir}/data", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "max_length": 8, "num_train_epochs": 1, "early_stopping_patience": 0, "use_cpu": True,
+    }  # fmt: skip
+    sasrec = {"recipe": "train_sasrec.py", "reads": ["data"], "options": options, "resumes": True}
+    state_file, record = tmp_path / "out" / "pipeline.json", tmp_path / "out" / "sasrec" / "run.json"
+
+    def kill_before_the_note():
+        state = json.loads(state_file.read_text())
+        state["sasrec"]["status"] = "started"
+        state_file.write_text(json.dumps(state))
+
+    first = pipeline("--only", "sasrec", added={"sasrec": sasrec})
+    assert first.returncode == 0, first.stderr
+    written = record.read_text()
+    kill_before_the_note()
+    again = pipeline("--only", "sasrec")
+    assert again.returncode == 0, again.stderr
+    assert "sasrec: its run.json says that it is finished, noted" in again.stderr
+    assert record.read_text() == written
+    assert json.loads(state_file.read_text())["sasrec"]["status"] == "finished"
+
+    kill_before_the_note()
+    forced = pipeline("--only", "sasrec", "--force", "sasrec")
+    assert forced.returncode == 0, forced.stderr
+    assert record.read_text() != written
+
+
+@pytest.fixture
+def run_pipeline(monkeypatch):
+    """The recipe as a module."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return importlib.import_module("run_pipeline")
+
+
+def test_a_key_changes_with_all_that_the_settings_name_but_for_the_pipelines_own_output(
+    run_pipeline, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    names = ["ratings.csv", "items.csv", "first.json", "model/weights", "model/deep/more", "overridden.csv"]
+    for name in [*names, "out/data/table", "unnamed.csv"]:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("1")
+    config = {"interactions": "ratings.csv", "items": ["items.csv"], "titles": "overridden.csv", "output_dir": "model"}
+    Path("data.yaml").write_text(yaml.safe_dump(config))
+    options = {
+        "titles": "{output_dir}/data/table", "results": ["{output_dir}/data", "first.json"], "separator": "/",
+        "split": ".", "empty": "", "prompt": "long " * 1000, "number": 3,
+    }  # fmt: skip
+
+    def key(**more):
+        stage = run_pipeline.Stage("data", "prepare_data.py", options | more, config="data.yaml")
+        return stage.key([], Path("out"))
+
+    for name in ("ratings.csv", "items.csv", "first.json", "data.yaml"):
+        before = key()
+        Path(name).write_text(Path(name).read_text() + "\n")
+        assert key() != before, name
+    before = key()
+    for name in ("overridden.csv", "out/data/table", "unnamed.csv", "model/weights"):  # the last by output_dir alone
+        Path(name).write_text("another")
+        assert key() == before, name
+
+    for name in ("model/weights", "model/deep/more"):
+        before = key(model="model")
+        os.utime(name, (0, 0))
+        assert key(model="model") != before, name
+    before = key(model="model")
+    Path("model/new").write_text("1")
+    assert key(model="model") != before
+
+
+def test_an_edit_of_the_source_is_told_and_does_not_throw_a_finished_stage_away(pipeline, tmp_path):
+    assert pipeline("--only", "data").returncode == 0
+    state_file = tmp_path / "out" / "pipeline.json"
+    state = json.loads(state_file.read_text())
+    assert "data: the source of hf_ilora" not in pipeline("--only", "data").stderr
+    state["data"]["source"] = "another"
+    state_file.write_text(json.dumps(state))
+    again = pipeline("--only", "data").stderr
+    assert "data: nothing has changed" in again
+    assert "data: the source of hf_ilora has changed; --force data runs it again" in again
+
+
+def test_config_that_holds_no_settings_is_refused_before_anything_runs(run_pipeline, tmp_path):
+    config = tmp_path / "data.yaml"
+    for text, message in (("- a list", "expected lines of `field: value`"), ("a: [", "is not valid YAML")):
+        config.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            run_pipeline.read_stages({"data": {"recipe": "prepare_data.py", "config": str(config)}})
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,7 @@ def _told(error: Exception) -> str:
 
 
 def usage(config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: str, revision: str | None = None) -> str:
-    """Python that loads a model from the Hub and prints recommended titles.
+    """Python that loads a model from the Hub and prints recommended titles: at most five lines, imports included.
 
     Args:
         config: of the saved model; `architectures` names its class.
@@ -290,17 +290,17 @@ def usage(config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: str, r
     """
     name = config.architectures[0]
     source = f'"{repo_id}"' if revision is None else f'"{repo_id}", revision="{revision}"'
-    lines = ["import torch", f"from hf_ilora import {name}", "", f"model = {name}.from_pretrained({source})"]
+    lines = ["import torch, hf_ilora", "", f"model = hf_ilora.{name}.from_pretrained({source})"]
     if catalogue is None:
         return "\n".join([*lines, "item_ids, scores = model.recommend(torch.tensor([[1, 2]]), top_k=10)"])
     shown = catalogue.raw_ids(range(1, min(len(catalogue), 2) + 1))
-    lines.append(f"history = model.catalogue.item_ids({shown})  # raw ids, oldest first")
+    lines.append(f"history = torch.tensor([model.catalogue.item_ids({shown})])  # raw ids, oldest first")
     if config.model_type != "ilora":
-        lines.append("item_ids, scores = model.recommend(torch.tensor([history]), top_k=10)")
+        lines.append("item_ids, scores = model.recommend(history, top_k=10)")
     elif config.item_head != "none":
-        lines.append("item_ids, distances = model.rank_items(torch.tensor([history]), top_k=10)")
+        lines.append("item_ids, distances = model.rank_items(history, top_k=10)")
     else:
-        return "\n".join([*lines, "print(model.generate_recommendation(torch.tensor([history]), top_k=3).texts)"])
+        return "\n".join([*lines, "print(model.generate_recommendation(history, top_k=3).texts)"])
     return "\n".join([*lines, "print(model.catalogue.titles(item_ids[0]))"])
 
 

@@ -36,8 +36,9 @@ def write_card(
     seeds_table: str | Path | None = None,
     revision: str | None = None,
     checked: ModelFolder | None = None,
+    output_dir: str | Path | None = None,
 ) -> Path:
-    """Write README.md into a model's folder.
+    """Write README.md into a model's folder, or into another one.
 
     Args:
         folder: what `check_folder` takes.
@@ -50,22 +51,25 @@ def write_card(
         seeds_table: JSON of recipes/run_seeds.py with the same configuration and other seeds.
         revision: branch that the model will have; None means main.
         checked: what `check_folder` returned; None checks here.
+        output_dir: folder to write README.md to, made when it does not exist; None means the model's.
 
     Returns:
         The path of the card.
 
     Raises:
         FileNotFoundError, ValueError: as `check_folder` and `read_measured`; for results on other data than the run's,
-            and for a card that was written or edited by hand, which is not overwritten.
+            and for a card in either folder that was written or edited by hand, which is not overwritten.
     """
     folder = Path(folder)
     checked = checked or check_folder(folder)
-    path = folder / CARD_FILE
-    if path.is_file() and not _is_untouched(path.read_text(encoding="utf-8")):
-        raise ValueError(
-            f"{path} was written or edited by hand: expected no card, or one of hf_ilora as it was written; publish "
-            "it as it is (recipes/push_to_hub.py --keep_card true), or move it away"
-        )
+    path = Path(output_dir or folder) / CARD_FILE
+    for card in (folder / CARD_FILE, path):
+        if card.is_file() and not _is_untouched(card.read_text(encoding="utf-8")):
+            raise ValueError(
+                f"{card} was written or edited by hand: expected no card, or one of hf_ilora as it was written; "
+                "publish the one of the model's folder as it is (recipes/push_to_hub.py --keep_card true), or move it "
+                "away"
+            )
     tables = [read_measured(Path(source), row, dataset_name) for source in results]
     for source, table in zip(results, tables, strict=True):
         _check_data(checked.run, str(source), table.data_fingerprint)
