@@ -150,6 +150,16 @@ def test_other_students_learn_in_the_same_way(distill, parts, student_type, capl
     assert f"{unused} shape a SASRec from scratch and are not used here" in caplog.text
 
 
+def test_early_stopping_keeps_the_best_epoch_and_folds_it(distill, parts):
+    """Nothing is learnt, so that the first epoch stays the best; it is loaded again before embeddings are folded."""
+    settings = {"early_stopping_patience": 2, "learning_rate": 0.0, "num_train_epochs": 9, "windows": "last"}
+    folder = distill(teacher_labels=parts / "table_labels", embedding_use="input", save_total_limit=9, **settings)
+    states = [json.loads(path.read_text()) for path in folder.glob("checkpoint-*/trainer_state.json")]
+    last = max(states, key=lambda state: state["global_step"])
+    assert last["epoch"] == 3 and last["best_global_step"] == min(state["global_step"] for state in states)
+    assert load_recommender(folder).config.teacher_embedding_size is None
+
+
 def test_a_trained_student_goes_on_from_its_weights(distill, parts, tmp_path):
     first = distill(teacher_labels=parts / "labels")
     settings = {
