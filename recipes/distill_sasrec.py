@@ -55,7 +55,7 @@ from hf_ilora.models.teacher_embeddings import pca_embeddings
 from hf_ilora.runs import (
     LogMetricsCallback,
     RunRecord,
-    close_process_group,
+    leave_launch,
     parse_arguments,
     read_record,
     resumable_checkpoint,
@@ -310,7 +310,7 @@ def main() -> None:
             model.fold_teacher_embeddings()
         trainer.save_model()
         record_quality(trainer, sequences, record, logger)
-    close_process_group()
+    leave_launch()
 
 
 if __name__ == "__main__":

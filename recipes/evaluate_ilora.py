@@ -32,7 +32,7 @@ from hf_ilora.evaluation.choice_report import ChoiceContext, choice_table, plot_
 from hf_ilora.evaluation.expert_usage import plot_expert_usage, usage_table
 from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.models.language_models import load_language_model
-from hf_ilora.runs import RunRecord, close_process_group, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, leave_launch, parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def main() -> None:
                 if usages:
                     plot_expert_usage(usages, output / "experts.png")
             logger.info("wrote %s\n%s%s", output / "results.md", choice_table(reports, context), appendix)
-    close_process_group()
+    leave_launch()
 
 
 def load_data(arguments: ILoraEvaluationArguments):

@@ -28,7 +28,7 @@ from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.report import ModelReport, ReportContext, markdown_table, plot_quality, write_table
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks
 from hf_ilora.evaluation.statistics import summarize_ranks
-from hf_ilora.runs import RunRecord, close_process_group, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, leave_launch, parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def main() -> None:
             if arguments.plot:
                 plot_quality(reports, context, output / "results.png")
             logger.info("wrote %s\n%s", output / "results.md", markdown_table(reports, context))
-    close_process_group()
+    leave_launch()
 
 
 def load_and_check(arguments: EvaluationArguments):

@@ -29,7 +29,7 @@ from hf_ilora.distillation.labelling import POSITIONS, LabelFolder, LabelRequest
 from hf_ilora.distillation.teachers import ModelTeacher, Teacher, load_teacher, model_fingerprint
 from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.models.next_item_model import NextItemPreTrainedModel
-from hf_ilora.runs import RunRecord, close_process_group, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, leave_launch, parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def main() -> None:
             record.add_metrics("labels", {"rows": description["num_rows"], "labelled_now": rows} | speed)
             logger.info("%s holds %d labels of %s", arguments.output_dir, description["num_rows"], teacher.source)
         state.wait_for_everyone()
-    close_process_group()
+    leave_launch()
 
 
 def load_and_check(arguments: LabelArguments, device: torch.device):

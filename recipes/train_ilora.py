@@ -46,8 +46,8 @@ from hf_ilora.models.prompts import read_templates
 from hf_ilora.runs import (
     LogMetricsCallback,
     RunRecord,
-    close_process_group,
     config_arguments,
+    leave_launch,
     parse_arguments,
     resumable_checkpoint,
     set_up_logging,
@@ -321,7 +321,7 @@ def main() -> None:
         trainer.save_model()
         with record.stage("evaluate_validation"):
             record.add_metrics("validation", trainer.evaluate())
-    close_process_group()
+    leave_launch()
 
 
 if __name__ == "__main__":

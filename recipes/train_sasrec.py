@@ -33,8 +33,8 @@ from hf_ilora.models.cooccurrence import cooccurrence_embeddings
 from hf_ilora.runs import (
     LogMetricsCallback,
     RunRecord,
-    close_process_group,
     config_arguments,
+    leave_launch,
     parse_arguments,
     resumable_checkpoint,
     set_up_logging,
@@ -256,7 +256,7 @@ def main() -> None:
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         record_quality(trainer, sequences, record, logger)
-    close_process_group()
+    leave_launch()
 
 
 if __name__ == "__main__":

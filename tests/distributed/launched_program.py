@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_ilora.runs import RunRecord, close_process_group, parse_arguments
+from hf_ilora.runs import RunRecord, leave_launch, parse_arguments
 
 
 class Linear(nn.Module):
@@ -42,4 +42,4 @@ report = {
     "rows": model.rows_read,
 }
 Path(arguments.output_dir, f"report_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(report))
-close_process_group()
+leave_launch()

@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_ilora import CaserConfig, CaserForNextItem, GRU4RecConfig, GRU4RecForNextItem, SASRecConfig, SASRecForNextItem
-from hf_ilora.runs import close_process_group, parse_arguments
+from hf_ilora.runs import leave_launch, parse_arguments
 
 NUM_ITEMS, TEACHER_SIZE = 20, 12
 BOTH = {"teacher_embedding_use": "input_and_head", "repeat_bias": True}
@@ -45,7 +45,7 @@ def main(kind: str, folder: str, batch_size: int) -> None:
     trainer = Trainer(model, arguments, train_dataset=rows)
     trainer.train()
     trainer.save_model()
-    close_process_group()
+    leave_launch()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from choosing_model import ChoosingModel
 from datasets import Dataset
 
 from hf_ilora.evaluation.candidate_choice import choose_candidates, generate_answers
-from hf_ilora.runs import close_process_group
+from hf_ilora.runs import leave_launch
 
 state = PartialState(cpu=True)
 split = Dataset.from_parquet(sys.argv[1])
@@ -19,4 +19,4 @@ found = {
     "texts": generate_answers(ChoosingModel(), split, batch_size=8).texts,
 }
 Path(sys.argv[2], f"found_{state.process_index}.json").write_text(json.dumps(found))
-close_process_group()
+leave_launch()

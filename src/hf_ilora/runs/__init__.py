@@ -4,15 +4,15 @@ from .arguments import parse_arguments, read_config
 from .checkpoints import configuration_differences, resumable_checkpoint
 from .config_arguments import config_arguments
 from .logs import LogMetricsCallback, set_up_logging
-from .processes import close_process_group
+from .processes import leave_launch
 from .record import RunRecord, read_record
 
 __all__ = [
     "LogMetricsCallback",
     "RunRecord",
-    "close_process_group",
     "config_arguments",
     "configuration_differences",
+    "leave_launch",
     "parse_arguments",
     "read_config",
     "read_record",
