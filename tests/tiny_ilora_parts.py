@@ -7,9 +7,17 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_ilora import Catalogue, SASRecConfig, SASRecForNextItem, SequenceDatasets
+from hf_ilora import (
+    Catalogue,
+    ILoraConfig,
+    ILoraForRecommendation,
+    SASRecConfig,
+    SASRecForNextItem,
+    SequenceDatasets,
+)
 from hf_ilora.data.windows import training_sequences
 from hf_ilora.models.cooccurrence import cooccurrence_embeddings
+from hf_ilora.models.language_models import load_language_model
 from tests.synthetic import cyclic_sequences
 from tests.tiny_tokenizers import byte_level
 
@@ -69,3 +77,19 @@ def known_recommender(sequences: SequenceDatasets) -> SASRecForNextItem:
     model.start_from_item_embeddings(cooccurrence_embeddings(rows, sequences.num_items, size))
     model.catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
     return model
+
+
+def save_ilora(parts, folder: Path) -> None:
+    """An iLoRA with an item head and a fresh adapter, of what `save_parts` saved."""
+    llm, tokenizer, _ = load_language_model(str(parts.llm))
+    recommender = SASRecForNextItem.from_pretrained(parts.recommender)
+    config = ILoraConfig(
+        rank=4,
+        num_experts=2,
+        router_type="linear",
+        item_head="residual",
+        max_history=6,
+        llm_name_or_path=str(parts.llm),
+    )
+    model = ILoraForRecommendation.from_base(llm, recommender, tokenizer, recommender.catalogue, config)
+    model.save_pretrained(folder)

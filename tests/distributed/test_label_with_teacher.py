@@ -11,11 +11,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from hf_ilora import ILoraConfig, ILoraForRecommendation, SASRecForNextItem, SequenceDatasets
+from hf_ilora import SequenceDatasets
 from hf_ilora.distillation.teacher_labels import TeacherLabels
-from hf_ilora.models.language_models import load_language_model
 from tests.processes import kill_with_children
-from tests.tiny_ilora_parts import save_parts
+from tests.tiny_ilora_parts import save_ilora, save_parts
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECIPE = PROJECT / "recipes" / "label_with_teacher.py"
@@ -28,19 +27,8 @@ pytestmark = pytest.mark.slow
 def parts(tmp_path_factory):
     """A data set of 440 prefixes and an iLoRA teacher."""
     parts = save_parts(tmp_path_factory.mktemp("parts"), num_users=40)
-    llm, tokenizer, _ = load_language_model(str(parts.llm))
-    recommender = SASRecForNextItem.from_pretrained(parts.recommender)
-    config = ILoraConfig(
-        rank=4,
-        num_experts=2,
-        router_type="linear",
-        item_head="residual",
-        max_history=6,
-        llm_name_or_path=str(parts.llm),
-    )
-    model = ILoraForRecommendation.from_base(llm, recommender, tokenizer, recommender.catalogue, config)
     parts.teacher = parts.llm.with_name("ilora")
-    model.save_pretrained(parts.teacher)
+    save_ilora(parts, parts.teacher)
     return parts
 
 

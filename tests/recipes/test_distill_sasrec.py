@@ -10,13 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_ilora import ILoraConfig, ILoraForRecommendation, SequenceDatasets
+from hf_ilora import SequenceDatasets
 from hf_ilora.distillation.labelling import LabelFolder, LabelRequests, label_shards
 from hf_ilora.distillation.teachers import ScoreTableTeacher, load_teacher
 from hf_ilora.evaluation.loading import load_recommender
-from hf_ilora.models.language_models import load_language_model
 from tests.synthetic import cyclic_sequences
-from tests.tiny_ilora_parts import known_recommender, save_parts
+from tests.tiny_ilora_parts import known_recommender, save_ilora, save_parts
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NUM_ITEMS, EMBEDDING_SIZE = 30, 24
@@ -238,18 +237,7 @@ def test_labels_of_the_teacher_that_is_expected_are_taken(distill, parts, tmp_pa
 
 def test_teacher_of_labels_is_compared_in_the_dtype_in_which_it_answered(distill, tmp_path):
     parts = save_parts(tmp_path, num_users=12)
-    llm, tokenizer, _ = load_language_model(str(parts.llm))
-    recommender = load_recommender(parts.recommender)
-    config = ILoraConfig(
-        rank=4,
-        num_experts=2,
-        router_type="linear",
-        item_head="residual",
-        max_history=6,
-        llm_name_or_path=str(parts.llm),
-    )
-    model = ILoraForRecommendation.from_base(llm, recommender, tokenizer, recommender.catalogue, config)
-    model.save_pretrained(tmp_path / "ilora")
+    save_ilora(parts, tmp_path / "ilora")
     sequences = SequenceDatasets.load(parts.data_dir)
     settings = {"data_dir": parts.data_dir, "labels_teacher": tmp_path / "ilora", "num_train_epochs": 1}
     settings |= {"windows": "last", "targets": "last"}

@@ -49,11 +49,8 @@ def candidate_log_likelihoods(
             sequence, and titles that do not fit into the context.
     """
     items = candidates.cpu().numpy()
-    title_lengths = title_tokens.lengths[items]  # (batch, candidates)
-    if not title_lengths.any():
-        raise ValueError(f"candidates have shape {tuple(candidates.shape)} and hold no item: expected at least one")
     num_tokens = prompt_embeddings.shape[1]
-    _check_attention(llm, num_tokens + int(title_lengths.max()))
+    title_lengths = _checked_lengths(llm, title_tokens, items, num_tokens)  # (batch, candidates)
     rows_at_once = len(items)
     if prompt_embeddings.device.type == "cpu":
         rows_at_once = max(1, _MAX_CPU_TOKENS // (num_tokens + int(title_lengths.sum(1).max())))
@@ -148,10 +145,7 @@ def packed_log_likelihoods(
     """
     device, (batch, num_tokens, _) = prompt_embeddings.device, prompt_embeddings.shape
     items = candidates.cpu().numpy()
-    lengths = title_tokens.lengths[items]  # (batch, candidates)
-    if not lengths.any():
-        raise ValueError(f"candidates have shape {tuple(candidates.shape)} and hold no item: expected at least one")
-    _check_attention(llm, num_tokens + int(lengths.max()))
+    _checked_lengths(llm, title_tokens, items, num_tokens)
     titles = _TitleRows(title_tokens, items, device)
     longest = titles.tokens.shape[1]
     prompt_positions = positions(attention_mask)  # (batch, tokens)
@@ -241,6 +235,15 @@ class _TitleRows:
         """Add up what the tokens of each title have: (real tokens,) -> (batch, candidates)."""
         sums = torch.zeros(self.shape, device=values.device)
         return sums.view(-1).index_add(0, self.title, values).view(self.shape)
+
+
+def _checked_lengths(llm: PreTrainedModel, title_tokens: TitleTokens, items: np.ndarray, num_tokens: int) -> np.ndarray:
+    """Tokens of the titles of `items` (batch, candidates); ValueError for none, and for what attention cannot score."""
+    lengths = title_tokens.lengths[items]  # (batch, candidates)
+    if not lengths.any():
+        raise ValueError(f"candidates have shape {items.shape} and hold no item: expected at least one")
+    _check_attention(llm, num_tokens + int(lengths.max()))
+    return lengths
 
 
 def _check_attention(llm: PreTrainedModel, num_tokens: int) -> None:
