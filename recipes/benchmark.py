@@ -25,10 +25,10 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_ilora import SASRecConfig, SASRecForNextItem, SequenceDatasets
-from hf_ilora.data.windows import NextItemCollator, TrainingWindows
 from hf_ilora.evaluation.ranking import rank_split
+from hf_ilora.files import written_whole
 from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
-from hf_ilora.written_files import written_whole
+from hf_ilora.training.windows import NextItemCollator, TrainingWindows
 
 logger = logging.getLogger(__name__)
 

@@ -21,12 +21,7 @@ from benchmark_ilora import median_ratio, table_of_targets, write_results
 from transformers import set_seed
 
 from hf_ilora import SASRecConfig, SASRecForNextItem
-from hf_ilora.distillation.losses import (
-    DLLM2RecLoss,
-    base_losses,
-    propensity_scores,
-    ranking_distillation_weights,
-)
+from hf_ilora.distillation.losses import DLLM2RecLoss, base_losses, propensity_scores, ranking_distillation_weights
 from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)

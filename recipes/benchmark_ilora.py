@@ -25,10 +25,10 @@ from benchmark import peak_bytes
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
-from hf_ilora.models.gated_lora import GatedLoraLinear, add_gated_lora, gated_layers
-from hf_ilora.models.routers import build_router
+from hf_ilora.files import written_whole
+from hf_ilora.models.ilora.gated_lora import GatedLoraLinear, add_gated_lora, gated_layers
+from hf_ilora.models.ilora.routers import build_router
 from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
-from hf_ilora.written_files import written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -26,14 +26,14 @@ from torch import nn
 from transformers import set_seed
 
 from hf_ilora import Catalogue, ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
-from hf_ilora.data.candidate_rows import CandidateRows
-from hf_ilora.downloads.embedded_llm import EMBEDDED_LLM
 from hf_ilora.evaluation.ranking import EvaluationRows
-from hf_ilora.models.gated_lora import gated_layers
-from hf_ilora.models.language_models import load_language_model
-from hf_ilora.models.prompt_collator import PromptCollator
-from hf_ilora.models.prompts import read_templates
+from hf_ilora.models.ilora.embedded_llm import EMBEDDED_LLM
+from hf_ilora.models.ilora.gated_lora import gated_layers
+from hf_ilora.models.ilora.language_models import load_language_model
+from hf_ilora.models.ilora.prompts import read_templates
 from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+from hf_ilora.training.candidate_rows import CandidateRows
+from hf_ilora.training.prompt_collator import PromptCollator
 
 logger = logging.getLogger(__name__)
 

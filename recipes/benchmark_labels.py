@@ -22,7 +22,7 @@ from benchmark_ilora import median_ratio, table_of_targets, write_results
 from hf_ilora import ILoraForRecommendation, SequenceDatasets
 from hf_ilora.distillation.labelling import LabelFolder, LabelRequests, label_shards
 from hf_ilora.distillation.teachers import ModelTeacher, load_teacher
-from hf_ilora.models.language_models import load_language_model, truncate_layers
+from hf_ilora.models.ilora.language_models import load_language_model, truncate_layers
 from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)

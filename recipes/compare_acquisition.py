@@ -27,9 +27,9 @@ from run_seeds import described_origin
 from hf_ilora import SequenceDatasets
 from hf_ilora.distillation.acquisition import POLICIES
 from hf_ilora.distillation.teachers import load_teacher, model_fingerprint
-from hf_ilora.evaluation.loading import load_recommender, model_folder
+from hf_ilora.files import written_whole
+from hf_ilora.models.loading import load_recommender, model_folder
 from hf_ilora.runs import parse_arguments, read_record, set_up_logging
-from hf_ilora.written_files import written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 from hf_ilora import SASRecConfig, convert_reference_sasrec
-from hf_ilora.models.catalogue import CATALOGUE_FILE
-from hf_ilora.models.convert_reference import load_reference_state_dict, reference_catalogue
+from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE
+from hf_ilora.reference.convert_sasrec import load_reference_state_dict, reference_catalogue
 
 logger = logging.getLogger(__name__)
 

@@ -42,16 +42,12 @@ from hf_ilora import (
     SASRecForNextItem,
     SequenceDatasets,
 )
-from hf_ilora.data.windows import EvaluationHistories, NextItemCollator, WindowEpochCallback
 from hf_ilora.distillation import teachers
-from hf_ilora.distillation.label_collator import DistillationCollator
 from hf_ilora.distillation.policies import GroundTruthErrorPolicy, KLDivergencePolicy
 from hf_ilora.distillation.teacher_labels import TeacherLabels, read_description
-from hf_ilora.distillation.trainer import DistillationArguments, DistillationTrainer
-from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.evaluation.ranking import RankingMetrics, ranks_from_logits
-from hf_ilora.models.encoder_for_next_item import EncoderForNextItem
-from hf_ilora.models.teacher_embeddings import pca_embeddings
+from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
+from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.runs import (
     LogMetricsCallback,
     RunRecord,
@@ -61,6 +57,10 @@ from hf_ilora.runs import (
     resumable_checkpoint,
     set_up_logging,
 )
+from hf_ilora.titles.pca import pca_embeddings
+from hf_ilora.training.distillation_trainer import DistillationArguments, DistillationTrainer
+from hf_ilora.training.label_collator import DistillationCollator
+from hf_ilora.training.windows import EvaluationHistories, NextItemCollator, WindowEpochCallback
 
 logger = logging.getLogger(__name__)
 
@@ -229,8 +229,10 @@ def main() -> None:
             "ZeRO-3 spreads weights over processes, where an online teacher cannot be asked and item embeddings cannot "
             "be folded: expected labels and embedding_use none or initial, or another file of accelerate_configs"
         )
-    if data_arguments.train_share != [0, 1]:
-        raise ValueError(f"train_share is {data_arguments.train_share}: expected 0 1, labels go by rows of the split")
+    if data_arguments.train_fraction != [0, 1]:
+        raise ValueError(
+            f"train_fraction is {data_arguments.train_fraction}: expected 0 1, labels go by rows of the split"
+        )
     set_up_logging(training_arguments.output_dir)
     sequences = SequenceDatasets.load(data_arguments.data_dir)
     targets = labelled_positions(data_arguments, sequences.protocol["name"])

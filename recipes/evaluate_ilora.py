@@ -7,7 +7,7 @@
 Every model ranks each user's fixed candidates by the likelihood of their titles and, when asked, writes its answer; an
 item head ranks the whole catalogue. Models of one name are runs with different seeds: the table adds their mean and
 standard deviation. Choose on the validation split, and run the test split once. Where validation and test have few
-users, `--split train --train_share 0.95 1` compares models on rows of users that none of them learnt from.
+users, `--split train --train_fraction 0.95 1` compares models on rows of users that none of them learnt from.
 
 The output folder gets results.md, results.csv, results.json and results.png, how the experts are used (experts.png),
 the ranks of every user among the candidates (candidate_ranks.parquet; ranks in the catalogue under ranks/, for
@@ -25,14 +25,14 @@ import torch
 from accelerate import PartialState
 
 from hf_ilora import ILoraConfig, ILoraForRecommendation, SequenceDatasets
-from hf_ilora.data.candidate_rows import draw_candidates
-from hf_ilora.data.row_shares import check_share, rows_in_share
-from hf_ilora.evaluation.choice_evaluation import GENERATE, ChoiceEvaluation
-from hf_ilora.evaluation.choice_report import ChoiceContext, choice_table, plot_choices, write_choice_table
+from hf_ilora.data.row_fractions import check_fraction, rows_in_fraction
+from hf_ilora.evaluation.candidate_evaluation import GENERATE, CandidateEvaluation
+from hf_ilora.evaluation.candidate_report import CandidateContext, candidate_table, plot_choices, write_candidate_table
 from hf_ilora.evaluation.expert_usage import plot_expert_usage, usage_table
-from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
-from hf_ilora.models.language_models import load_language_model
+from hf_ilora.models.ilora.language_models import load_language_model
+from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.runs import RunRecord, leave_launch, parse_arguments, set_up_logging
+from hf_ilora.training.candidate_rows import draw_candidates
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class ILoraEvaluationArguments:
     split: str = field(
         default="validation", metadata={"help": "validation, test, or train: rows of it that no model learnt from"}
     )
-    train_share: list[float] = field(
+    train_fraction: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
         metadata={"help": "rows of the train split, from and to, as shares; their candidates are drawn by the seed"},
     )
@@ -88,9 +88,9 @@ class ILoraEvaluationArguments:
             )
         if self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r}: expected one of {', '.join(SPLITS)}")
-        check_share(self.train_share)
-        if self.split != "train" and self.train_share != [0, 1]:
-            raise ValueError(f"train_share is {self.train_share} for split {self.split}: expected --split train")
+        check_fraction(self.train_fraction)
+        if self.split != "train" and self.train_fraction != [0, 1]:
+            raise ValueError(f"train_fraction is {self.train_fraction} for split {self.split}: expected --split train")
         if self.generate not in GENERATE:
             raise ValueError(f"generate is {self.generate!r}: expected one of {', '.join(GENERATE)}")
         for name in ("k", "batch_size", "num_resamples", "max_new_tokens"):
@@ -118,7 +118,7 @@ def main() -> None:
         check_catalogue(recommender, name, sequences.num_items, raw_ids)
     output = Path(arguments.output_dir)
     set_up_logging(output)
-    context = ChoiceContext(
+    context = CandidateContext(
         data=arguments.data_dir,
         data_fingerprint=sequences.fingerprint,
         split=arguments.split,
@@ -132,7 +132,7 @@ def main() -> None:
     )
     with RunRecord(output, [arguments], seed=arguments.seed) as record:
         record.add_data(context.data_fingerprint)
-        evaluation = ChoiceEvaluation(context, split, arguments.batch_size, arguments.max_new_tokens)
+        evaluation = CandidateEvaluation(context, split, arguments.batch_size, arguments.max_new_tokens)
         for name, recommender in recommenders.items():
             with record.stage(f"evaluate {name}"):
                 evaluation.add_recommender(recommender.to(state.device), name)
@@ -156,13 +156,13 @@ def main() -> None:
         if state.is_main_process:
             usages = evaluation.usages
             appendix = f"\nHow the experts are used:\n\n{usage_table(usages)}" if usages else ""
-            write_choice_table(reports, context, output, appendix)
+            write_candidate_table(reports, context, output, appendix)
             evaluation.write_rows(output)
             if arguments.plot:
                 plot_choices(reports, context, output / "results.png")
                 if usages:
                     plot_expert_usage(usages, output / "experts.png")
-            logger.info("wrote %s\n%s%s", output / "results.md", choice_table(reports, context), appendix)
+            logger.info("wrote %s\n%s%s", output / "results.md", candidate_table(reports, context), appendix)
     leave_launch()
 
 
@@ -171,7 +171,7 @@ def load_data(arguments: ILoraEvaluationArguments):
     sequences = SequenceDatasets.load(arguments.data_dir)
     split = sequences[arguments.split]
     if arguments.split == "train":
-        split = rows_in_share(split, arguments.train_share)
+        split = rows_in_fraction(split, arguments.train_fraction)
     if arguments.limit_rows != -1:
         rows = np.linspace(0, len(split) - 1, min(arguments.limit_rows, len(split)))
         split = split.select(rows.astype(int))

@@ -22,12 +22,12 @@ from accelerate import PartialState
 
 from hf_ilora import ILoraForRecommendation, SequenceDatasets, compare_runs
 from hf_ilora.evaluation.latency import measure_latency, model_size
-from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.evaluation.rank_metrics import metric_per_user
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.report import ModelReport, ReportContext, markdown_table, plot_quality, write_table
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks
 from hf_ilora.evaluation.statistics import summarize_ranks
+from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.runs import RunRecord, leave_launch, parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)

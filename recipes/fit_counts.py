@@ -27,7 +27,7 @@ from hf_ilora import (
     TransitionCountsConfig,
     TransitionCountsForNextItem,
 )
-from hf_ilora.data.windows import training_sequences
+from hf_ilora.data.columns import training_sequences
 from hf_ilora.evaluation.rank_metrics import ndcg_at
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.statistics import summarize_ranks

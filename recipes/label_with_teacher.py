@@ -27,8 +27,8 @@ from hf_ilora import SequenceDatasets
 from hf_ilora.distillation.acquisition import POLICIES
 from hf_ilora.distillation.labelling import POSITIONS, LabelFolder, LabelRequests, acquire_requests, label_shards
 from hf_ilora.distillation.teachers import ModelTeacher, Teacher, load_teacher, model_fingerprint
-from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
-from hf_ilora.models.next_item_model import NextItemPreTrainedModel
+from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
+from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.runs import RunRecord, leave_launch, parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_ilora import SequenceDatasets, build_sequences, convert_reference_sasrec, load_movielens
-from hf_ilora.data.published_sequences import load_published_sequences
-from hf_ilora.models.convert_reference import load_reference_state_dict, reference_catalogue
+from hf_ilora.reference.convert_sasrec import load_reference_state_dict, reference_catalogue
+from hf_ilora.reference.published_sequences import load_published_sequences
 from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
 
 logger = logging.getLogger(__name__)

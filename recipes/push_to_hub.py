@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_ilora.data.storage import read_description
-from hf_ilora.models.hub_upload import CARD_FILE
+from hf_ilora.files import written_whole
+from hf_ilora.models.next_item.hub_upload import CARD_FILE
 from hf_ilora.publishing import check_folder, push_folder, write_card
 from hf_ilora.runs import parse_arguments
-from hf_ilora.written_files import written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_ilora import SequenceDatasets
-from hf_ilora.evaluation.loading import check_catalogue, load_recommender, model_folder
+from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.runs import parse_arguments
 
 

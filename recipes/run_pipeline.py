@@ -25,8 +25,8 @@ from pathlib import Path
 import yaml
 
 import hf_ilora
+from hf_ilora.files import written_whole
 from hf_ilora.runs import parse_arguments, read_record, set_up_logging
-from hf_ilora.written_files import written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import train_sasrec
 
+from hf_ilora.files import written_whole
 from hf_ilora.runs import configuration_differences, parse_arguments, read_record, set_up_logging
-from hf_ilora.written_files import written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -32,17 +32,13 @@ from transformers import (
 from transformers.trainer_pt_utils import get_model_param_count
 
 from hf_ilora import Catalogue, ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
-from hf_ilora.data.candidate_rows import CandidateRows
-from hf_ilora.data.row_shares import check_share, rows_in_share
-from hf_ilora.data.windows import WindowEpochCallback
-from hf_ilora.downloads.embedded_llm import EMBEDDED_LLM
+from hf_ilora.data.row_fractions import check_fraction, rows_in_fraction
 from hf_ilora.evaluation.expert_usage import ExpertUsageCallback
-from hf_ilora.models.candidate_order import PreferredOrder
-from hf_ilora.models.curriculum import CurriculumCallback
-from hf_ilora.models.language_models import load_language_model
-from hf_ilora.models.modeling_ilora import check_recommender
-from hf_ilora.models.prompt_collator import PromptCollator, check_candidate_share
-from hf_ilora.models.prompts import read_templates
+from hf_ilora.models.ilora.candidate_order import PreferredOrder
+from hf_ilora.models.ilora.embedded_llm import EMBEDDED_LLM
+from hf_ilora.models.ilora.language_models import load_language_model
+from hf_ilora.models.ilora.modeling_ilora import check_recommender
+from hf_ilora.models.ilora.prompts import read_templates
 from hf_ilora.runs import (
     LogMetricsCallback,
     RunRecord,
@@ -52,6 +48,10 @@ from hf_ilora.runs import (
     resumable_checkpoint,
     set_up_logging,
 )
+from hf_ilora.training.candidate_rows import CandidateRows
+from hf_ilora.training.curriculum import CurriculumCallback
+from hf_ilora.training.prompt_collator import PromptCollator, check_candidate_fraction
+from hf_ilora.training.windows import WindowEpochCallback
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class PartArguments:
     prompt_file: str | None = field(
         default=None, metadata={"help": "templates separated by lines of ---; by default one that fits any items"}
     )
-    train_share: list[float] = field(
+    train_fraction: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
         metadata={
             "help": "rows to learn from, from and to, as shares of the train split; best users whom the recommender "
@@ -100,7 +100,7 @@ class PartArguments:
         },
     )
     num_candidates: int = field(default=20, metadata={"help": "candidates in a training prompt, the target included"})
-    candidate_share: float | None = field(
+    candidate_fraction: float | None = field(
         default=None,
         metadata={
             "help": "share of the prompts that show candidates; by default 1 for the losses on titles, 0 for the item "
@@ -129,9 +129,9 @@ class PartArguments:
         for name, choices in (("llm_dtype", DTYPES), ("llm_quantization", QUANTIZATIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
-        check_share(self.train_share)
-        if self.candidate_share is not None and not 0 <= self.candidate_share <= 1:
-            raise ValueError(f"candidate_share is {self.candidate_share}: expected a share in [0, 1]")
+        check_fraction(self.train_fraction)
+        if self.candidate_fraction is not None and not 0 <= self.candidate_fraction <= 1:
+            raise ValueError(f"candidate_fraction is {self.candidate_fraction}: expected a share in [0, 1]")
         if self.num_candidates < 2 or self.curriculum_steps < 0 or self.router_learning_rate_factor < 0:
             raise ValueError(
                 f"num_candidates is {self.num_candidates}, curriculum_steps {self.curriculum_steps}, "
@@ -196,9 +196,9 @@ def build_config(parts: PartArguments, model_arguments) -> tuple[ILoraConfig, fl
             f"item_head is {config.item_head} and item_loss_weight 0: expected a weight above 0, since no other loss "
             "trains the item head, or --item_head none"
         )
-    share = default_candidate_share(config) if parts.candidate_share is None else parts.candidate_share
+    share = default_candidate_fraction(config) if parts.candidate_fraction is None else parts.candidate_fraction
     with_candidates = [template for template in config.prompt_templates if "{candidates}" in template]
-    check_candidate_share(share, len(with_candidates), len(config.prompt_templates) - len(with_candidates))
+    check_candidate_fraction(share, len(with_candidates), len(config.prompt_templates) - len(with_candidates))
     return config, share
 
 
@@ -230,7 +230,7 @@ def load_parts(parts: PartArguments, catalogue: Catalogue):
     return llm, tokenizer, source, recommender
 
 
-def default_candidate_share(config: ILoraConfig) -> float:
+def default_candidate_fraction(config: ILoraConfig) -> float:
     """The share of prompts with candidates that serves the losses of this configuration."""
     if not config.item_loss_weight:
         return 1.0
@@ -284,7 +284,7 @@ def main() -> None:
     # As in answers, the recommender reads more of a history than the prompt shows.
     longest = max(config.max_history, recommender.config.max_length)
     rows = CandidateRows(
-        rows_in_share(sequences["train"], parts.train_share),
+        rows_in_fraction(sequences["train"], parts.train_fraction),
         sequences.num_items,
         longest,
         parts.num_candidates,

@@ -18,18 +18,10 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from hf_ilora import Catalogue, SASRecConfig, SASRecForNextItem, SequenceDatasets
-from hf_ilora.data.row_shares import check_share, rows_in_share
-from hf_ilora.data.windows import (
-    EvaluationHistories,
-    NextItemCollator,
-    TrainingWindows,
-    WindowEpochCallback,
-    check_windows,
-    training_sequences,
-)
+from hf_ilora.data.columns import training_sequences
+from hf_ilora.data.row_fractions import check_fraction, rows_in_fraction
 from hf_ilora.evaluation.ranking import RankingMetrics, rank_split, ranks_from_logits
 from hf_ilora.evaluation.statistics import summarize_ranks
-from hf_ilora.models.cooccurrence import cooccurrence_embeddings
 from hf_ilora.runs import (
     LogMetricsCallback,
     RunRecord,
@@ -38,6 +30,14 @@ from hf_ilora.runs import (
     parse_arguments,
     resumable_checkpoint,
     set_up_logging,
+)
+from hf_ilora.titles.cooccurrence import cooccurrence_embeddings
+from hf_ilora.training.windows import (
+    EvaluationHistories,
+    NextItemCollator,
+    TrainingWindows,
+    WindowEpochCallback,
+    check_windows,
 )
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class DataArguments:
     """What to train on."""
 
     data_dir: str = field(metadata={"help": "folder written by recipes/prepare_data.py"})
-    train_share: list[float] = field(
+    train_fraction: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
         metadata={"help": "rows to learn from, from and to, as shares of the train split; users are not cut in two"},
     )
@@ -83,7 +83,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        check_share(self.train_share)
+        check_fraction(self.train_fraction)
         check_windows(self.windows, self.targets or "all", self.skip_probability, self.shuffle_distance)
         if self.initial_items not in INITIAL_ITEMS:
             raise ValueError(f"initial_items is {self.initial_items!r}: expected one of {', '.join(INITIAL_ITEMS)}")
@@ -228,7 +228,7 @@ def main() -> None:
         set_seed(training_arguments.seed)
         model = SASRecForNextItem(config)
         model.catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
-        train = rows_in_share(sequences["train"], data_arguments.train_share)
+        train = rows_in_fraction(sequences["train"], data_arguments.train_fraction)
         windows = training_windows(data_arguments, train, config.max_length, targets, training_arguments.seed)
         item_counts = torch.from_numpy(windows.item_counts(config.num_items))
         if config.popularity_power:

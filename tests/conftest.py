@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.paths import PROJECT
 from tests.processes import kill_with_children
 
 for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
     os.environ.setdefault(variable, "1")  # read when the libraries are imported, which no test has done yet
-
-PROJECT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")

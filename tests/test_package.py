@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 
 import hf_ilora
 from hf_ilora.runs import parse_arguments
+from tests.paths import PROJECT
 
-PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = PROJECT / "src" / "hf_ilora"
 RECIPES = sorted((PROJECT / "recipes").glob("*.py"))
 RECIPE_CONFIGS = sorted((PROJECT / "recipes" / "configs").rglob("*.yaml"))
@@ -26,13 +26,15 @@ ACCELERATE_CONFIGS = sorted((PROJECT / "accelerate_configs").glob("*.yaml"))
 
 # Which packages and modules of ours a package may import besides itself; recipes may import all of them.
 ALLOWED_IMPORTS = {
-    "downloads": set(),
-    "data": {"downloads"},
-    "models": {"downloads"},
-    "runs": {"written_files"},
-    "evaluation": {"data", "models", "written_files"},
-    "distillation": {"data", "models", "written_files"},
-    "publishing": {"data", "models", "evaluation", "written_files"},
+    "data": {"downloads", "files"},
+    "models": {"downloads", "files"},
+    "titles": {"models"},
+    "reference": {"data", "models"},
+    "runs": {"files"},
+    "evaluation": {"data", "models", "files"},
+    "distillation": {"data", "models", "reference", "files"},
+    "training": {"data", "models", "titles", "evaluation", "distillation"},
+    "publishing": {"data", "models", "evaluation", "files"},
 }
 
 
@@ -107,22 +109,13 @@ def test_every_part_of_the_package_has_a_rule():
     assert parts == set(ALLOWED_IMPORTS)
 
 
-def test_files_of_models_import_one_another_as_siblings():
-    """`register_for_auto_class` copies `from .x` beside the weights; anything else would need the package installed.
-
-    Fetching files is not part of a model: hf_ilora.downloads is imported by its full name and stays behind.
-    """
-    for path in sorted((PACKAGE / "models").glob("*.py")):
+def test_the_next_item_models_import_siblings_only():
+    """They are published as remote code, which is loaded without hf_ilora."""
+    for path in sorted((PACKAGE / "models" / "next_item").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 ours = node.level > 0 or (node.module or "").split(".")[0] == "hf_ilora"
-                fetches = node.level == 0 and (node.module or "").startswith("hf_ilora.downloads.")
-                assert not ours or fetches or (node.level == 1 and node.module), f"{relative(path)}, line {node.lineno}"
-
-
-def test_nothing_is_called_utils():
-    names = {path.stem for root in ("src", "recipes", "tests") for path in (PROJECT / root).rglob("*.py")}
-    assert not names & {"utils", "util", "helpers", "helper", "common", "misc"}
+                assert not ours or (node.level == 1 and node.module), f"{relative(path)}, line {node.lineno}"
 
 
 # --- configurations ---

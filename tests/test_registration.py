@@ -59,8 +59,8 @@ def test_auto_classes_know_the_recommenders_after_a_bare_import():
         "import hf_ilora; from transformers import TrainingArguments",
         "import hf_ilora; from transformers import pipeline",
         "import hf_ilora; import transformers.models.auto.modeling_auto",
-        "import hf_ilora.models.configuration_sasrec",
-        "import hf_ilora.models.modeling_sasrec",
+        "import hf_ilora.models.next_item.configuration_sasrec",
+        "import hf_ilora.models.next_item.modeling_sasrec",
         "from hf_ilora import SASRecConfig",
         "from hf_ilora import SASRecForNextItem",
         "from transformers import AutoConfig; import hf_ilora",
@@ -86,6 +86,7 @@ def test_watched_modules_keep_their_source_and_run_as_programs():
     done = run_python(
         "import hf_ilora, inspect, runpy, transformers.hf_argparser\n"
         "assert 'class HfArgumentParser' in inspect.getsource(transformers.hf_argparser)\n"
-        "assert runpy.run_module('hf_ilora.models.next_item_output')['__name__'] == 'hf_ilora.models.next_item_output'"
+        "name = 'hf_ilora.models.next_item.next_item_output'\n"
+        "assert runpy.run_module(name)['__name__'] == name"
     )
     assert done.returncode == 0, done.stderr

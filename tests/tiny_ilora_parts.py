@@ -7,17 +7,10 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_ilora import (
-    Catalogue,
-    ILoraConfig,
-    ILoraForRecommendation,
-    SASRecConfig,
-    SASRecForNextItem,
-    SequenceDatasets,
-)
-from hf_ilora.data.windows import training_sequences
-from hf_ilora.models.cooccurrence import cooccurrence_embeddings
-from hf_ilora.models.language_models import load_language_model
+from hf_ilora import Catalogue, ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
+from hf_ilora.data.columns import training_sequences
+from hf_ilora.models.ilora.language_models import load_language_model
+from hf_ilora.titles.cooccurrence import cooccurrence_embeddings
 from tests.synthetic import cyclic_sequences
 from tests.tiny_tokenizers import byte_level
 

@@ -22,11 +22,11 @@ def register_with_auto_classes() -> None:
 def _register_configs() -> None:
     from transformers import AutoConfig
 
-    from .models.configuration_caser import CaserConfig
-    from .models.configuration_counting import PopularityConfig, TransitionCountsConfig
-    from .models.configuration_gru4rec import GRU4RecConfig
-    from .models.configuration_ilora import ILoraConfig
-    from .models.configuration_sasrec import SASRecConfig
+    from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
+    from hf_ilora.models.next_item.configuration_caser import CaserConfig
+    from hf_ilora.models.next_item.configuration_counting import PopularityConfig, TransitionCountsConfig
+    from hf_ilora.models.next_item.configuration_gru4rec import GRU4RecConfig
+    from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
 
     for config_class in (
         SASRecConfig,
@@ -42,11 +42,11 @@ def _register_configs() -> None:
 def _register_models() -> None:
     from transformers import AutoModel
 
-    from .models.modeling_caser import CaserForNextItem
-    from .models.modeling_counting import PopularityForNextItem, TransitionCountsForNextItem
-    from .models.modeling_gru4rec import GRU4RecForNextItem
-    from .models.modeling_ilora import ILoraForRecommendation
-    from .models.modeling_sasrec import SASRecForNextItem
+    from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+    from hf_ilora.models.next_item.modeling_caser import CaserForNextItem
+    from hf_ilora.models.next_item.modeling_counting import PopularityForNextItem, TransitionCountsForNextItem
+    from hf_ilora.models.next_item.modeling_gru4rec import GRU4RecForNextItem
+    from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 
     # AutoModel gives the whole recommender and not a bare encoder such as SASRecModel: every saved model holds its
     # head, `recommend` needs it, and the recommenders that count have no encoder. One name then loads any of them.

@@ -13,7 +13,8 @@ from datasets import List, Value
 
 from hf_ilora.data.archives import ArchiveError
 from hf_ilora.data.movielens import load_movielens
-from hf_ilora.downloads.files import ChecksumError, DownloadError
+from hf_ilora.downloads import ChecksumError, DownloadError
+from tests.paths import SHARED
 
 NAMES = ["ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m"]
 FOLDERS = {name: name for name in NAMES} | {"ml-10m": "ml-10M100K"}
@@ -21,7 +22,7 @@ GENRE_FLAGS = (
     "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
     "Mystery Romance Sci-Fi Thriller War Western"
 )
-REFERENCE = Path(__file__).parents[3] / "shared" / "reference" / "llara_movielens"
+REFERENCE = SHARED / "reference" / "llara_movielens"
 
 # Invented rows. Their order in the file is neither that of time nor that of users.
 RATINGS = [(7, 9, 3, 100), (2, 1, 5, 90), (7, 2, 1, 100), (2, 3, 4, 80)]

@@ -13,8 +13,8 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
 from hf_ilora import SequenceDatasets, build_sequences, load_movielens
+from tests.paths import PROJECT
 
-PROJECT = Path(__file__).resolve().parents[2]
 REFERENCE = PROJECT.parent / "shared" / "reference" / "llara_movielens"
 
 

@@ -1,7 +1,6 @@
 """The losses against the published program's numbers and against naive formulas in float64."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +17,9 @@ from hf_ilora.distillation.losses import (
     propensity_scores,
     ranking_distillation_weights,
 )
+from tests.paths import SHARED
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "reference" / "dllm2rec"
+GOLDEN = SHARED / "reference" / "dllm2rec"
 GAMMAS = (0.3, 0.5, 0.1)
 NUMBERS = ("alpha", "beta", "lam", "gamma_position", "gamma_confidence", "gamma_consistency")
 

@@ -15,7 +15,7 @@ from hf_ilora.distillation.teachers import (
     load_teacher,
     model_fingerprint,
 )
-from tests.models.ilora_fixtures import NUM_ITEMS, catalogue, recommender, tiny_model
+from tests.models.ilora.ilora_fixtures import NUM_ITEMS, catalogue, recommender, tiny_model
 from tests.synthetic import cyclic_sequences
 
 HISTORIES = torch.tensor([[3, 7, 30, 5], [12, 21, 0, 0]])

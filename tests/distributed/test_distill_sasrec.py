@@ -1,16 +1,16 @@
 """recipes/distill_sasrec.py under `accelerate launch` with two real processes, against one."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.paths import RECIPES
 from tests.synthetic import cyclic_sequences
 from tests.tiny_ilora_parts import known_recommender
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "distill_sasrec.py"
+RECIPE = RECIPES / "distill_sasrec.py"
 LABEL_RECIPE = RECIPE.with_name("label_with_teacher.py")
 # Without dropout two processes with half the batch must compute what one computes with the whole.
 SETTINGS = [

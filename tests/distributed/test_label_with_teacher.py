@@ -13,10 +13,10 @@ import pytest
 
 from hf_ilora import SequenceDatasets
 from hf_ilora.distillation.teacher_labels import TeacherLabels
+from tests.paths import PROJECT
 from tests.processes import kill_with_children
 from tests.tiny_ilora_parts import save_ilora, save_parts
 
-PROJECT = Path(__file__).resolve().parents[2]
 RECIPE = PROJECT / "recipes" / "label_with_teacher.py"
 SHARDS, SHARD_ROWS = 110, 4
 

@@ -3,19 +3,19 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from hf_ilora import ILoraForRecommendation, SequenceDatasets
-from hf_ilora.data.candidate_rows import CandidateRows
-from hf_ilora.models.candidate_order import PreferredOrder
-from hf_ilora.models.prompt_collator import PromptCollator
+from hf_ilora.models.ilora.candidate_order import PreferredOrder
+from hf_ilora.training.candidate_rows import CandidateRows
+from hf_ilora.training.prompt_collator import PromptCollator
+from tests.paths import RECIPES
 from tests.tiny_ilora_parts import save_parts
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "train_ilora.py"
+RECIPE = RECIPES / "train_ilora.py"
 # Without dropout and with a router that looks at each user alone, two processes with half the batch must compute what
 # one computes with the whole. Gradients are clipped at 1 in all of these runs, so that clipping is compared too.
 SETTINGS = {
@@ -41,7 +41,7 @@ SETTINGS = {
 }
 LOSSES = {
     "titles and items": {},
-    "pooled candidates": {"candidate_loss_weight": 1.0, "language_loss_weight": 0.1, "recommender_share": 0.5},
+    "pooled candidates": {"candidate_loss_weight": 1.0, "language_loss_weight": 0.1, "recommender_weight": 0.5},
 }
 ROWS, BATCH = 64, 8  # 64 rows / (8 x 2 accumulated) = 4 steps per epoch
 HISTORIES = torch.tensor([[1, 2, 3, 4], [0, 0, 20, 22]])

@@ -1,15 +1,15 @@
 """recipes/train_sasrec.py under `accelerate launch` with two real processes, against one."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.paths import RECIPES
 from tests.synthetic import cyclic_sequences
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "train_sasrec.py"
+RECIPE = RECIPES / "train_sasrec.py"
 # Without dropout two processes with half the batch must compute what one computes with the whole.
 SETTINGS = [
     "--hidden_size", "16", "--max_length", "8", "--hidden_dropout", "0", "--attention_dropout", "0",

@@ -14,7 +14,7 @@ from hf_ilora.evaluation.expert_usage import (
     plot_expert_usage,
     usage_table,
 )
-from tests.evaluation.choosing_model import ChoosingModel
+from tests.evaluation.ranking_model import ChoosingModel
 
 
 def test_values_by_hand():

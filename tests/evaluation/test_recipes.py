@@ -4,18 +4,17 @@ import csv
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from hf_ilora import SASRecConfig, SASRecForNextItem, compare_runs
-from hf_ilora.evaluation.loading import load_recommender
 from hf_ilora.evaluation.ranking import rank_split
+from hf_ilora.models.loading import load_recommender
+from tests.paths import PROJECT
 from tests.synthetic import cyclic_sequences
 
-PROJECT = Path(__file__).resolve().parents[2]
 SHORT_SEARCH = ["--max_gap", "1", "3", "--backward_weight", "0.5", "0", "--max_length", "5", "1", "--max_rounds", "2"]
 
 

@@ -8,11 +8,11 @@ import os
 import sys
 import traceback
 
-import hf_ilora.models.hub_upload
-import hf_ilora.models.modeling_ilora
+import hf_ilora.models.ilora.modeling_ilora
+import hf_ilora.models.next_item.hub_upload
 import hf_ilora.publishing
 
-hf_ilora.models.hub_upload.WAITS_SECONDS = (0.01, 0.02, 0.04)
+hf_ilora.models.next_item.hub_upload.WAITS_SECONDS = (0.01, 0.02, 0.04)
 
 
 def run(program: str, arguments: list[str], environment: dict[str, str], output: str) -> None:

@@ -10,8 +10,8 @@ from hf_ilora import Catalogue, ILoraForRecommendation, SASRecConfig, SASRecForN
 from hf_ilora.evaluation.latency import Latency, ModelSize
 from hf_ilora.evaluation.report import ModelReport, ReportContext, write_table
 from hf_ilora.evaluation.statistics import Interval, RunComparison
-from hf_ilora.models.language_models import load_language_model
-from tests.models.ilora_fixtures import ilora_config, randomise
+from hf_ilora.models.ilora.language_models import load_language_model
+from tests.models.ilora.ilora_fixtures import ilora_config, randomise
 from tests.tiny_ilora_parts import save_llm
 
 FINGERPRINT = "0123456789abcdef" * 4

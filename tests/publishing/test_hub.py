@@ -1,13 +1,12 @@
 """Models go to a Hub and come back, with the real clients and a server that has the faults of real ones."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from hf_ilora import ILoraForRecommendation, SASRecForNextItem
-from hf_ilora.models.language_models import load_language_model
+from hf_ilora.models.ilora.language_models import load_language_model
 from tests.hub_server import READER, STRANGER
+from tests.paths import RECIPES
 from tests.publishing.published_folders import HISTORIES, sasrec, save_ilora_run, write_results
 
 MODEL_FILES = {"README.md", "config.json", "items.parquet", "model.safetensors"}
@@ -25,7 +24,7 @@ folder, repo_id, arguments = sys.argv[1], sys.argv[2], eval(sys.argv[3])
 write_card(folder, repo_id, dataset_name="Data", license="mit")
 print(push_folder(folder, repo_id, **arguments).oid)
 """
-PUSH_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "push_to_hub.py"
+PUSH_RECIPE = RECIPES / "push_to_hub.py"
 RECIPE = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 LOAD = """
 import sys, torch

@@ -2,14 +2,12 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from hf_ilora.distillation.losses import DLLM2RecLoss
-
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+from tests.paths import RECIPES
 
 
 @pytest.fixture

@@ -1,15 +1,13 @@
 """The programs that the benchmark of iLoRA compares compute the same thing."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from hf_ilora.models.gated_lora import GatedLoraLinear, gated_layers
-
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+from hf_ilora.models.ilora.gated_lora import GatedLoraLinear, gated_layers
+from tests.paths import RECIPES
 
 
 @pytest.fixture

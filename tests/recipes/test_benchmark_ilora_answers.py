@@ -2,18 +2,17 @@
 
 import cProfile
 import importlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_ilora.models.gated_lora import gated_layers
+from hf_ilora.models.ilora.gated_lora import gated_layers
+from tests.paths import RECIPES
 from tests.synthetic import cyclic_sequences
 from tests.tiny_tokenizers import byte_level_bpe
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 ROWS = np.arange(3)
 
 

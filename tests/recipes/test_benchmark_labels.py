@@ -2,15 +2,13 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 
 from hf_ilora import ILoraConfig, ILoraForRecommendation, SASRecForNextItem
-from hf_ilora.models.language_models import load_language_model
+from hf_ilora.models.ilora.language_models import load_language_model
+from tests.paths import RECIPES
 from tests.tiny_ilora_parts import save_parts
-
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 @pytest.fixture

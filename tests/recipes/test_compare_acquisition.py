@@ -3,17 +3,17 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from hf_ilora import SASRecForNextItem
+from tests.paths import RECIPES
 from tests.synthetic import cyclic_sequences
 from tests.tiny_ilora_parts import known_recommender
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "compare_acquisition.py"
+RECIPE = RECIPES / "compare_acquisition.py"
 STUDENT = {
     "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "max_length": 8, "num_train_epochs": 2,
     "early_stopping_patience": 0, "use_cpu": True,

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from hf_ilora import SequenceDatasets
 from hf_ilora.distillation.labelling import LabelFolder, LabelRequests, label_shards
 from hf_ilora.distillation.teachers import ScoreTableTeacher, load_teacher
-from hf_ilora.evaluation.loading import load_recommender
+from hf_ilora.models.loading import load_recommender
+from tests.paths import RECIPES
 from tests.synthetic import cyclic_sequences
 from tests.tiny_ilora_parts import known_recommender, save_ilora, save_parts
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NUM_ITEMS, EMBEDDING_SIZE = 30, 24
 SETTINGS = {
     "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "max_length": 8, "top_k": 4, "use_cpu": True,
@@ -192,7 +192,7 @@ def test_a_trained_student_goes_on_from_its_weights(distill, parts, tmp_path):
         ({"teacher_labels": "{parts}/table_labels"}, "which random windows hardly ever meet"),
         ({"teacher_labels": "{parts}/labels", "student_settings": "{{}}"}, "student_settings are for"),
         ({"teacher_labels": "{parts}/labels", "student_type": "bert"}, "student_type is 'bert': expected one of"),
-        ({"teacher_labels": "{parts}/labels", "train_share": [0, 0.5]}, "labels go by rows of the split"),
+        ({"teacher_labels": "{parts}/labels", "train_fraction": [0, 0.5]}, "labels go by rows of the split"),
         (
             {"teacher_labels": "{parts}/labels", "student_type": "gru4rec", "initial_items": "cooccurrence"},
             "expected random for a student",

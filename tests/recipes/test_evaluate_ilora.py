@@ -3,25 +3,18 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_ilora import (
-    Catalogue,
-    ILoraConfig,
-    ILoraForRecommendation,
-    SASRecConfig,
-    SASRecForNextItem,
-    SequenceDatasets,
-)
+from hf_ilora import Catalogue, ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
+from tests.paths import RECIPES
 from tests.synthetic import cyclic_sequences
 from tests.tiny_tokenizers import byte_level_bpe
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "evaluate_ilora.py"
+RECIPE = RECIPES / "evaluate_ilora.py"
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +84,7 @@ def test_saved_models_become_one_table(folder, tmp_path):
 
 def test_rows_of_the_train_split_are_evaluated_beside_further_recommenders(folder, tmp_path):
     options = ["--models", folder / "lora", "--names", "plain LoRA", "--recommenders", folder / "other_sasrec"]
-    options += ["--split", "train", "--train_share", "0.5", "1", "--limit_rows", "8", "--num_resamples", "100"]
+    options += ["--split", "train", "--train_fraction", "0.5", "1", "--limit_rows", "8", "--num_resamples", "100"]
     result = evaluate(folder, *options, "--output_dir", tmp_path)
     assert result.returncode == 0, result.stderr
     content = json.loads((tmp_path / "results.json").read_text())
@@ -118,7 +111,7 @@ def test_two_processes_give_the_table_of_one(folder, tmp_path, launch):
     [
         (["--models", "{folder}/ilora", "--names", "a", "b"], "for 1 models: expected one each"),
         (["--models", "{folder}/ilora", "--split", "all"], "expected one of validation, test, train"),
-        (["--models", "{folder}/ilora", "--train_share", "0.5", "1"], "expected --split train"),
+        (["--models", "{folder}/ilora", "--train_fraction", "0.5", "1"], "expected --split train"),
         (["--models", "{folder}/ilora", "--generate", "all"], "expected one of none, free, constrained"),
         (["--models", "{folder}/nowhere"], "nowhere"),
     ],

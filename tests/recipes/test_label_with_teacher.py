@@ -12,10 +12,11 @@ import torch
 
 from hf_ilora import SASRecForNextItem, SequenceDatasets
 from hf_ilora.distillation.teacher_labels import TeacherLabels
+from tests.paths import RECIPES
 from tests.synthetic import cyclic_sequences
 from tests.tiny_ilora_parts import known_recommender
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "label_with_teacher.py"
+RECIPE = RECIPES / "label_with_teacher.py"
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from hf_ilora import SASRecForNextItem, SequenceDatasets
-from hf_ilora.evaluation.loading import check_catalogue
+from hf_ilora.models.loading import check_catalogue
+from tests.paths import RECIPES
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "prepare_reference_data.py"
+RECIPE = RECIPES / "prepare_reference_data.py"
 NUM_ITEMS, HIDDEN, LENGTH = 6, 4, 10
 
 pytestmark = pytest.mark.slow

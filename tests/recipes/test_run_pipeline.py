@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+from tests.paths import RECIPES
+
 RATINGS = "user,item,when,name\n" + "".join(
     f"{user},{item},{when},Title {item}\n"
     for user in range(12)

@@ -3,13 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.paths import RECIPES
 from tests.synthetic import cyclic_sequences
-
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 pytestmark = pytest.mark.slow
 

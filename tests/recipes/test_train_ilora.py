@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +17,11 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
 from hf_ilora import ILoraForRecommendation, SASRecConfig, SASRecForNextItem
-from hf_ilora.models.candidate_order import preferred_order
-from tests.models.ilora_fixtures import fresh_model
+from hf_ilora.models.ilora.candidate_order import preferred_order
+from tests.models.ilora.ilora_fixtures import fresh_model
+from tests.paths import PROJECT
 from tests.tiny_ilora_parts import save_parts
 
-PROJECT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "use_cpu": True,
     "disable_tqdm": True,
@@ -218,7 +217,7 @@ def test_plain_placeholders_are_trained_by_the_curriculum_only(train, plain, tmp
     assert change(plain[0], tmp_path / "still") < 1e-6
     trainer = train(tmp_path / "curriculum", curriculum_steps=3)
     assert change(trainer, tmp_path / "still") > 1e-3
-    assert trainer.model.item_share == 1.0 and still.model.item_share == 1.0
+    assert trainer.model.item_embedding_probability == 1.0 and still.model.item_embedding_probability == 1.0
 
 
 @pytest.mark.slow
@@ -292,7 +291,7 @@ EARLY = [  # found before the language model is loaded
     ({"recommender": None}, "recommender is missing"),
     ({"untrained_recommender": True}, "both given"),
     ({"recommender": "no/such folder"}, "no/such folder"),
-    ({"candidate_share": 1.5}, "expected a share in [0, 1]"),
+    ({"candidate_fraction": 1.5}, "expected a share in [0, 1]"),
     ({"learning_rte": 1e-3}, "did you mean --learning_rate"),
     ({"item_head": "residual"}, "expected a weight above 0"),
     ({"item_loss_weight": 1.0}, "without an item head"),
@@ -357,7 +356,7 @@ def test_unknown_keys_of_a_configuration_file_are_refused(recipe, parts, monkeyp
 )
 def test_templates_that_lack_what_the_share_asks_for_are_refused(train, tmp_path, template, share, message):
     (tmp_path / "prompts.txt").write_text(template)
-    changes = {"prompt_file": tmp_path / "prompts.txt", "candidate_share": share}
+    changes = {"prompt_file": tmp_path / "prompts.txt", "candidate_fraction": share}
     check_refused(train, tmp_path / "run", message, **changes)
 
 

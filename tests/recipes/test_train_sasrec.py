@@ -5,16 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from hf_ilora import SASRecForNextItem
+from tests.paths import PROJECT
 from tests.synthetic import cyclic_sequences
 
-PROJECT = Path(__file__).resolve().parents[2]
 SETTINGS = [
     "--hidden_size", "16", "--max_length", "8", "--per_device_train_batch_size", "64", "--num_train_epochs", "12",
     "--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "5e-3",

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from hf_ilora import SASRecConfig
-from hf_ilora.models.configuration_next_item import NextItemConfig
+from hf_ilora.models.next_item.configuration_next_item import NextItemConfig
 from hf_ilora.runs import config_arguments, parse_arguments
 
 Arguments = config_arguments(SASRecConfig, exclude=("num_items", "pad_token_id"))

@@ -17,7 +17,7 @@ from datasets import Dataset
 from hf_ilora.data.archives import open_archive
 from hf_ilora.data.interactions import check_different_items, check_known_items, interactions_dataset, items_dataset
 from hf_ilora.data.tables import check_row_limit, clean_seconds
-from hf_ilora.downloads.files import ChecksumError, DownloadError, default_cache_dir, download_file, download_wheel
+from hf_ilora.downloads import ChecksumError, DownloadError, default_cache_dir, download_file, download_wheel
 
 logger = logging.getLogger(__name__)
 

@@ -30,8 +30,6 @@ from .storage import (
 
 logger = logging.getLogger(__name__)
 
-PADDING_ITEM_ID = 0
-
 # Bounds the memory that gathering histories takes beside the result.
 _ELEMENTS_PER_CHUNK = 1 << 22
 
@@ -425,4 +423,4 @@ def _is_list(chunk: pa.Array) -> bool:
     return pa.types.is_list(chunk.type)
 
 
-__all__ = ["PADDING_ITEM_ID", "SequenceDatasets", "build_sequences"]
+__all__ = ["SequenceDatasets", "build_sequences"]

@@ -20,8 +20,8 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 
+from hf_ilora.data.columns import training_sequences
 from hf_ilora.data.storage import content_digest, read_parquet
-from hf_ilora.data.windows import training_sequences
 from hf_ilora.distillation.acquisition import acquire
 from hf_ilora.distillation.teacher_labels import (
     DESCRIPTION_FILE,
@@ -38,8 +38,8 @@ from hf_ilora.distillation.teacher_labels import (
     shard_name,
 )
 from hf_ilora.distillation.teachers import Teacher
-from hf_ilora.models.next_item_model import NextItemPreTrainedModel
-from hf_ilora.written_files import UNFINISHED_FILES, written_whole
+from hf_ilora.files import UNFINISHED_FILES, written_whole
+from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_ilora.models.next_item_losses import gbce_loss, sampled_softmax_loss
+from hf_ilora.models.next_item.next_item_losses import gbce_loss, sampled_softmax_loss
 
 FORMS = ("corrected", "reference")
 BASE_LOSSES = ("bce", "cross_entropy", "sampled_softmax", "gbce")

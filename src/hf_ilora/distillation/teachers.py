@@ -32,11 +32,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
-from hf_ilora.models.configuration_ilora import ILoraConfig
-from hf_ilora.models.convert_reference import load_reference_tensor
-from hf_ilora.models.modeling_ilora import ILoraForRecommendation
-from hf_ilora.models.next_item_model import NextItemPreTrainedModel
-from hf_ilora.models.next_item_output import top_k_items
+from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
+from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
+from hf_ilora.models.next_item.next_item_output import top_k_items
+from hf_ilora.reference.convert_sasrec import load_reference_tensor
 
 SCORES_KEY = "scores"
 RANKS_FILE, CONFIDENCE_FILE, PUBLISHED_EMBEDDINGS_FILE = "myrank_train.txt", "confidence_train.txt", "all_embeddings.pt"

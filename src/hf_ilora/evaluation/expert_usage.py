@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import Trainer, TrainerCallback
 
-from hf_ilora.written_files import written_whole
+from hf_ilora.files import written_whole
 
 # A router has collapsed when one expert has more than this of the mean gate ...
 DOMINANT_GATE = 0.9

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hf_ilora.models.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 
 
 @dataclass(frozen=True)

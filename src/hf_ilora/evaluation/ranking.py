@@ -13,11 +13,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, reduce
 
-from hf_ilora.data.windows import flatten_lists, read_column
+from hf_ilora.data.columns import flatten_lists, read_column
 from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at, reciprocal_rank
-from hf_ilora.models.configuration_sasrec import PADDING_ITEM_ID
-
-IGNORED_LABEL = -100
+from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_ilora.evaluation.latency import Latency, ModelSize
 from hf_ilora.evaluation.statistics import Interval, RunComparison
-from hf_ilora.written_files import written_whole
+from hf_ilora.files import written_whole
 
 REPORT_STEM = "results"
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_ilora.evaluation.ranking import SplitRanks
-from hf_ilora.written_files import written_whole
+from hf_ilora.files import written_whole
 
 RANKINGS = tuple(field.name for field in fields(SplitRanks))
 _METADATA_KEY = b"hf_ilora"

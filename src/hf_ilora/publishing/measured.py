@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hf_ilora.evaluation.choice_report import ChoiceContext, ChoiceReport, choice_table
+from hf_ilora.evaluation.candidate_report import CandidateContext, CandidateReport, candidate_table
 from hf_ilora.evaluation.latency import Latency, ModelSize
 from hf_ilora.evaluation.report import REPORT_STEM, ModelReport, ReportContext, markdown_table
 from hf_ilora.evaluation.statistics import Interval, RunComparison
@@ -50,9 +50,9 @@ def read_measured(path: Path, row: str | None, dataset_name: str) -> MeasuredTab
             context = replace(ReportContext(**content["context"]), data=dataset_name)
             text = markdown_table(reports, context)
         else:
-            reports = [_choice_report(report) for report in content["models"]]
-            context = replace(ChoiceContext(**content["context"]), data=dataset_name)
-            text = choice_table(reports, context)
+            reports = [_candidate_report(report) for report in content["models"]]
+            context = replace(CandidateContext(**content["context"]), data=dataset_name)
+            text = candidate_table(reports, context)
         sources = [report.get("source") for report in content["models"]]
     except FileNotFoundError as error:
         raise FileNotFoundError(
@@ -85,8 +85,8 @@ def _model_report(report: dict) -> ModelReport:
     return ModelReport(**report | parts | _measured_parts(report))
 
 
-def _choice_report(report: dict) -> ChoiceReport:
-    return ChoiceReport(**report | _measured_parts(report))
+def _candidate_report(report: dict) -> CandidateReport:
+    return CandidateReport(**report | _measured_parts(report))
 
 
 def _measured_parts(report: dict) -> dict:

@@ -9,11 +9,11 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 
 from hf_ilora.evaluation.report import escaped
-from hf_ilora.models.configuration_ilora import ILoraConfig
-from hf_ilora.models.hub_upload import CARD_FILE, card_data, usage
+from hf_ilora.files import written_whole
+from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
+from hf_ilora.models.next_item.hub_upload import CARD_FILE, card_data, usage
 from hf_ilora.publishing.measured import MeasuredTable, read_measured
 from hf_ilora.publishing.publish import ModelFolder, check_folder
-from hf_ilora.written_files import written_whole
 
 _SIGNATURE = re.compile(r"<!-- card of hf_ilora, (\w{16}) -->\n\Z")
 _METRIC_NAMES = {

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from hf_ilora.written_files import written_whole
+from hf_ilora.files import written_whole
 
 # What every record has, and its readers rely on.
 _RECORD_KEYS = ("status", "started", "configuration", "seed", "data_fingerprint", "git", "durations_seconds", "metrics")

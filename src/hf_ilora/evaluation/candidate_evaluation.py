@@ -1,0 +1,204 @@
+"""Measures iLoRA models one after the other on one split, beside the SASRecs that they read."""
+
+import hashlib
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from hf_ilora.evaluation.candidate_ranking import GeneratedAnswers, generate_answers, rank_candidates
+from hf_ilora.evaluation.candidate_report import CandidateContext, CandidateReport
+from hf_ilora.evaluation.expert_usage import ExpertUsage, expert_usage, gates_of_histories
+from hf_ilora.evaluation.rank_metrics import metric_per_user
+from hf_ilora.evaluation.ranking import EvaluationRows, SplitRanks, rank_split
+from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks
+from hf_ilora.evaluation.statistics import Interval, bootstrap_interval, compare_runs, summarize_ranks
+from hf_ilora.files import written_whole
+from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
+
+GENERATE = ("none", "free", "constrained")
+
+
+class CandidateEvaluation:
+    """Collects the rows of a `candidate_report`, model by model, so that one language model is in memory at a time.
+
+    Args:
+        context: what the rows have in common; `generate` says whether the models write answers, and how.
+        split: `datasets.Dataset` with the columns user_id, history, target and candidates.
+        batch_size: users at a time, per process.
+        max_new_tokens: of a free answer.
+
+    Attributes:
+        usages: how the experts are used, by the label of the model: its name, with its source where runs share it.
+
+    Raises:
+        ValueError: for an unknown `generate`.
+    """
+
+    def __init__(self, context: CandidateContext, split, batch_size: int = 8, max_new_tokens: int = 40):
+        if context.generate not in GENERATE:
+            raise ValueError(f"generate is {context.generate!r}: expected one of {', '.join(GENERATE)}")
+        self.context, self.split = context, split
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.draws = {"num_resamples": context.num_resamples, "seed": context.seed}
+        self.usages: dict[str, ExpertUsage] = {}
+        self._language_models: list[CandidateReport] = []
+        self._models: list[CandidateReport] = []
+        self._item_heads: list[CandidateReport] = []
+        self._other_recommenders: list[CandidateReport] = []
+        self._recommenders: list[CandidateReport] = []
+        self._recommender_weights: list[dict[str, torch.Tensor]] = []
+        self._candidate_ranks: dict[str, np.ndarray] = {}
+        self._catalogue_ranks: dict[str, SplitRanks] = {}
+        self._answers: dict[str, GeneratedAnswers] = {}
+
+    def add_model(self, model: ILoraForRecommendation, name: str, source: str) -> None:
+        """Measure a model: its choice, its experts, its item head, and its SASRec unless an earlier one reads the same.
+
+        A model that was trained by its item head alone has no choice by titles.
+
+        Args:
+            model: loaded from `source`.
+            name: models of one name are runs of one model with different seeds.
+            source: folder or Hub name, different for every model.
+        """
+        label = f"{name} ({source})"
+        hits = self._recommender_hits(model, source)
+        num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        if model.config.language_loss_weight or model.config.candidate_loss_weight:
+            self._models.append(self._choice(model, name, source, label, num_trained, hits))
+        if model.config.item_head != "none":
+            ranks, seconds = self._timed(rank_split, model, scorer=model.item_scores)
+            report = self._ranking(ranks, model, f"{name}, item head", source, num_trained, seconds)
+            comparison = compare_runs(hits, _hits(ranks.candidates), **self.draws)
+            self._item_heads.append(replace(report, comparison=comparison))
+            self._keep_ranks(f"{name}, item head ({source})", ranks)
+        if model.config.num_experts > 1:
+            rows = EvaluationRows(self.split, model.config.num_items)
+            histories = rows.histories(np.arange(len(rows)))  # (users, longest)
+            self.usages[label] = expert_usage(gates_of_histories(model, histories))
+
+    def add_language_model(self, model: ILoraForRecommendation, name: str, source: str) -> None:
+        """Measure the choice of a model without a trained adapter."""
+        self._language_models.append(self._choice(model, name, source, name, 0, self._recommender_hits(model, source)))
+
+    def add_recommender(self, recommender: NextItemPreTrainedModel, name: str) -> None:
+        """Measure a recommender that no model reads, under a name of its own."""
+        ranks, seconds = self._timed(rank_split, recommender)
+        self._other_recommenders.append(
+            self._ranking(ranks, recommender, name, name, recommender.num_parameters(), seconds)
+        )
+        self._keep_ranks(name, ranks)
+
+    def reports(self) -> list[CandidateReport]:
+        """The rows: language models, models, SASRecs (told apart by number when there are several), item heads."""
+        recommenders = self._recommenders
+        if len(recommenders) > 1:
+            recommenders = [replace(row, name=f"SASRec {number}") for number, row in enumerate(recommenders, start=1)]
+        return [*self._language_models, *self._models, *self._other_recommenders, *recommenders, *self._item_heads]
+
+    def write_rows(self, folder: Path) -> None:
+        """Write what was measured of every user: candidate_ranks.parquet, ranks/ (for `compare_runs`) and answers/."""
+        user_ids = self.split.select_columns("user_id").with_format("arrow")[:]["user_id"]
+        with written_whole(folder / "candidate_ranks.parquet") as path:
+            pq.write_table(pa.table({"user_id": user_ids, **self._candidate_ranks}), path)
+        for label, ranks in self._catalogue_ranks.items():
+            source = RanksSource(label, self.context.data_fingerprint, self.context.split)
+            SavedRanks.from_ranks(user_ids, ranks, source).save(folder / "ranks" / _file_name(label))
+        for label, answers in self._answers.items():
+            columns = {"answer": answers.texts, "target": answers.target_titles, "candidates": answers.candidate_titles}
+            with written_whole(folder / "answers" / _file_name(label)) as path:
+                pq.write_table(pa.table({"user_id": user_ids, **columns}), path)
+
+    def _recommender_hits(self, model: ILoraForRecommendation, source: str) -> np.ndarray:
+        """Whether the SASRec of a model ranks the target first, (users,); a SASRec is measured once."""
+        # A copy: on a CPU the tensors would be the model's own.
+        weights = {name: value.cpu().clone() for name, value in model.recommender.state_dict().items()}
+        for number, known in enumerate(self._recommender_weights, start=1):
+            if known.keys() == weights.keys() and all(torch.equal(known[name], weights[name]) for name in known):
+                return _hits(self._candidate_ranks[f"SASRec {number}"])
+        recommender = model.recommender
+        ranks, seconds = self._timed(rank_split, recommender)
+        self._recommenders.append(
+            self._ranking(ranks, recommender, "SASRec", source, recommender.num_parameters(), seconds)
+        )
+        self._recommender_weights.append(weights)
+        self._keep_ranks(f"SASRec {len(self._recommenders)}", ranks)
+        return _hits(ranks.candidates)
+
+    def _choice(
+        self, model: ILoraForRecommendation, name: str, source: str, label: str, num_trained: int, hits: np.ndarray
+    ) -> CandidateReport:
+        ranks, seconds = self._timed(rank_candidates, model)
+        self._candidate_ranks[label] = ranks
+        quality = self._candidate_quality(ranks)
+        seconds_per_answer = None
+        if self.context.generate != "none":
+            settings = {
+                "constrained": self.context.generate == "constrained",
+                "max_new_tokens": self.max_new_tokens,
+            }
+            answers, seconds_per_answer = self._timed(generate_answers, model, **settings)
+            self._answers[label] = answers
+            judged = answers.quality()
+            quality["answers/valid_ratio"] = judged.valid_ratio
+            if judged.hit_ratio_of_valid is not None:
+                quality["answers/hit_ratio@1_of_valid"] = judged.hit_ratio_of_valid
+            quality["answers/hit_ratio@1_of_all"] = judged.hit_ratio_of_all
+        return CandidateReport(
+            name=name,
+            source=source,
+            quality=quality,
+            comparison=compare_runs(hits, _hits(ranks), **self.draws),
+            num_parameters=model.num_parameters(),
+            num_trained=num_trained,
+            seconds_per_user=seconds,
+            seconds_per_answer=seconds_per_answer,
+        )
+
+    def _ranking(
+        self,
+        ranks: SplitRanks,
+        model: ILoraForRecommendation | NextItemPreTrainedModel,
+        name: str,
+        source: str,
+        num_trained: int,
+        seconds: float,
+    ) -> CandidateReport:
+        quality = self._candidate_quality(ranks.candidates) | summarize_ranks(ranks, self.context.k, **self.draws)
+        return CandidateReport(name, source, quality, None, model.num_parameters(), num_trained, seconds)
+
+    def _keep_ranks(self, label: str, ranks: SplitRanks) -> None:
+        self._catalogue_ranks[label] = ranks
+        self._candidate_ranks[label] = ranks.candidates
+
+    def _candidate_quality(self, ranks: np.ndarray) -> dict[str, Interval]:
+        return {
+            f"candidates/{metric}": bootstrap_interval(
+                metric_per_user(metric, torch.from_numpy(ranks)).numpy(), **self.draws
+            )
+            for metric in ("hit_ratio@1", f"ndcg@{self.context.k}")
+        }
+
+    def _timed(self, measure, model: torch.nn.Module, **settings):
+        """What `measure` gives on the split, and the seconds per user, all processes together."""
+        start = time.perf_counter()
+        result = measure(model, self.split, batch_size=self.batch_size, **settings)
+        return result, (time.perf_counter() - start) / len(self.split)
+
+
+def _hits(ranks: np.ndarray) -> np.ndarray:
+    """1.0 where the target is ranked first: (users,)."""
+    return (ranks == 1).astype(np.float64)
+
+
+def _file_name(label: str) -> str:
+    """Labels may hold paths: what cannot stand in a file name becomes a dash, and a hash keeps two labels apart."""
+    readable = re.sub(r"[^\w.-]+", "-", label.partition(" (")[0]).strip("-.")
+    return f"{readable}-{hashlib.sha256(label.encode()).hexdigest()[:8]}.parquet"

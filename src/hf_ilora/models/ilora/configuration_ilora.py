@@ -1,0 +1,143 @@
+"""Configuration of iLoRA."""
+
+from dataclasses import field
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
+
+ROUTER_TYPES = ("conv", "linear", "mlp", "top_k", "noisy")
+ITEM_HEADS = ("residual", "plain", "none")
+DUPLICATE_TITLES = ("raise", "number")
+CANDIDATE_ORDERS = ("given", "recommender")
+LOSS_WEIGHTS = ("language_loss_weight", "candidate_loss_weight", "item_loss_weight")
+ALL_LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROMPT_TEMPLATES = (
+    "A user chose these items, oldest first: {history}.\nThe next one is among: {candidates}.\nNext item:",
+    "A user chose these items, oldest first: {history}.\nNext item:",
+)
+
+
+@strict
+class ILoraConfig(PreTrainedConfig):
+    r"""Architecture, prompts and loss weights of an iLoRA recommender.
+
+    Args:
+        recommender_config: of the frozen SASRec; its hidden size is the size of the router's input.
+        text_config: of the frozen language model, as it is used (after `num_llm_layers`).
+        llm_name_or_path: where the language model comes from; a checkpoint holds its name and not its weights.
+        llm_revision: commit of the language model on the Hub, or None.
+        llm_gguf_file: file in that repository or folder, when the language model is read from GGUF.
+        num_llm_layers: keep the first layers of the language model only; None keeps all.
+        rank: of the LoRA, all experts together; divisible by `num_experts`.
+        num_experts: experts that share the rank; 1 is plain LoRA, without a router.
+        lora_alpha: scale: each expert's output is multiplied by lora_alpha / (rank / num_experts) and its gate.
+        lora_dropout: dropout on the input of the experts.
+        target_modules: last parts of the names of the linear layers that get experts.
+        router_type: what computes the gates from the user embedding: "conv" (the reference's), "linear", "mlp",
+            "top_k" or "noisy".
+        router_top_k: experts that the "top_k" router keeps.
+        router_noise: standard deviation of the noise on the logits of the "noisy" router, in training.
+        item_placeholders: follow every title in the prompt by the recommender's embedding of the item, projected.
+        item_head: how the hidden state ranks the catalogue: "residual" (it corrects the recommender's user embedding),
+            "plain" (it replaces it) or "none" (no item head).
+        language_loss_weight: weight of -log p(title | prompt), in nats per title.
+        candidate_loss_weight: weight of -log p(target among the candidates), the softmax over the log-likelihoods of
+            all candidates' titles, by which candidates are ranked. Reading all these titles nearly doubles a step.
+        item_loss_weight: weight of -log p(item | prompt) by the item head, on prompts that show no candidates.
+        recommender_weight: share s of the frozen recommender in a candidate's score, the logarithmic opinion pool
+            s log p(item by the recommender) + (1 - s) log p(title | prompt). The candidate loss then teaches the
+            language model what the recommender does not know.
+        prompt_templates: texts with {history} and, where candidates are shown, {candidates}. Training draws one of them
+            per example; otherwise the first of either kind is used.
+        title_separator: between two titles.
+        candidate_order: "given" shows candidates as they come (the reference's are shuffled), "recommender" as the
+            frozen recommender ranks them, so that the prompt holds all that it knows about them.
+        duplicate_titles: "raise" refuses equal titles, "number" adds (2), (3)... to the later ones.
+        max_history: newest titles that a prompt holds.
+
+    Source: iLoRA (arXiv 2408.10159); the item head is ours.
+    """
+
+    model_type = "ilora"
+    sub_configs_defaults = {
+        "recommender_config": SASRecConfig,
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+    keys_to_ignore_at_inference = ["logits", "past_key_values", "item_logits", "expert_gates"]
+
+    recommender_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    llm_name_or_path: str | None = None
+    llm_revision: str | None = None
+    llm_gguf_file: str | None = None
+    num_llm_layers: int | None = None
+    rank: int = 8
+    num_experts: int = 4
+    lora_alpha: float | int = 32
+    lora_dropout: float | int = 0.1
+    target_modules: list[str] = field(default_factory=lambda: list(ALL_LINEAR_MODULES))
+    router_type: str = "conv"
+    router_top_k: int = 2
+    router_noise: float | int = 0.1
+    item_placeholders: bool = True
+    item_head: str = "none"
+    language_loss_weight: float | int = 1.0
+    candidate_loss_weight: float | int = 0.0
+    item_loss_weight: float | int = 0.0
+    recommender_weight: float | int = 0.0
+    prompt_templates: list[str] = field(default_factory=lambda: list(PROMPT_TEMPLATES))
+    title_separator: str = ", "
+    candidate_order: str = "given"
+    duplicate_titles: str = "raise"
+    max_history: int = 10
+    tie_word_embeddings: bool = False
+
+    @property
+    def num_items(self) -> int:
+        """Size of the catalogue."""
+        return self.recommender_config.num_items
+
+    def validate_architecture(self):
+        """Check the ranges of all fields; `@strict` calls this after the type checks.
+
+        Raises:
+            ValueError: naming the field, its value and what it may be.
+        """
+        for name in ("rank", "num_experts", "router_top_k", "max_history"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if self.num_llm_layers is not None and self.num_llm_layers < 1:
+            raise ValueError(f"num_llm_layers is {self.num_llm_layers}: expected at least 1, or None for all")
+        if self.rank % self.num_experts:
+            raise ValueError(f"rank {self.rank} is not divisible by num_experts {self.num_experts}: change one of them")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}: expected a probability in [0, 1)")
+        if not 0 <= self.recommender_weight < 1:
+            raise ValueError(f"recommender_weight is {self.recommender_weight}: expected a share in [0, 1)")
+        if not self.target_modules:
+            raise ValueError("target_modules is empty: expected names of linear layers, such as q_proj")
+        choices = {
+            "router_type": ROUTER_TYPES,
+            "item_head": ITEM_HEADS,
+            "candidate_order": CANDIDATE_ORDERS,
+            "duplicate_titles": DUPLICATE_TITLES,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        if self.router_type == "top_k" and self.router_top_k > self.num_experts:
+            raise ValueError(f"router_top_k is {self.router_top_k}: expected at most num_experts, {self.num_experts}")
+        weights = {name: getattr(self, name) for name in LOSS_WEIGHTS}
+        if min(weights.values()) < 0 or not any(weights.values()):
+            found = ", ".join(f"{name} {weight}" for name, weight in weights.items())
+            raise ValueError(f"the loss weights are {found}: expected weights of at least 0, one of them above")
+        if self.item_loss_weight and self.item_head == "none":
+            raise ValueError(
+                f"item_loss_weight is {self.item_loss_weight} without an item head: set item_head to residual or plain"
+            )
+
+
+__all__ = ["ALL_LINEAR_MODULES", "ILoraConfig"]

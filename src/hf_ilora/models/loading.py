@@ -1,0 +1,114 @@
+"""Saved recommenders, checked before anything is measured with them."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from transformers import AutoModel
+from transformers.utils import CONFIG_NAME
+
+from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
+
+_MODEL_FILES = ("*.json", "*.safetensors", "*.parquet")
+
+
+def model_folder(name_or_path: str) -> Path:
+    """The folder of a saved model; a name on the Hub is downloaded first.
+
+    Args:
+        name_or_path: folder that `save_pretrained` wrote, or name of a model on the Hub.
+
+    Raises:
+        FileNotFoundError: when it is neither.
+        ValueError: for a folder without a model.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        folder = _downloaded(name_or_path)
+    if not (folder / CONFIG_NAME).is_file() or not any(folder.glob("*.safetensors")):
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise ValueError(
+            f"{name_or_path} holds {found}: expected {CONFIG_NAME} and *.safetensors, as save_pretrained writes them"
+        )
+    return folder
+
+
+def load_recommender(folder: str | os.PathLike) -> NextItemPreTrainedModel | ILoraForRecommendation:
+    """Load a recommender of this package, in evaluation mode: one that ranks the whole catalogue.
+
+    Args:
+        folder: what `model_folder` returned.
+
+    Raises:
+        ValueError: for another kind of model, an iLoRA without item head, and for what cannot be loaded: unreadable
+            files, an unknown model type, weights that are missing, foreign or of another size.
+    """
+    try:
+        model = AutoModel.from_pretrained(folder)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"no model could be loaded from {folder}: {error}") from error
+    if isinstance(model, ILoraForRecommendation):
+        if model.item_head is None:
+            raise ValueError(
+                f"{folder} holds an iLoRA without item head, which ranks no catalogue: train one with --item_head "
+                "residual, or evaluate it on candidates with recipes/evaluate_ilora.py"
+            )
+    elif not isinstance(model, NextItemPreTrainedModel):
+        raise ValueError(
+            f"{folder} holds a {type(model).__name__} (model_type {model.config.model_type}): expected a recommender "
+            "of hf_ilora, which scores the next item"
+        )
+    return model.eval()
+
+
+def check_catalogue(
+    model: NextItemPreTrainedModel | ILoraForRecommendation, name: str, num_items: int, raw_ids: np.ndarray
+) -> bool:
+    """Make sure that a model and a data set mean the same items by the same ids.
+
+    Args:
+        model: with its catalogue, or without.
+        name: of the model, for the error.
+        num_items: size of the data set's catalogue.
+        raw_ids: (num_items,) raw ids of the data set, in the order of item ids.
+
+    Returns:
+        Whether raw ids could be compared: False for a model without a catalogue.
+
+    Raises:
+        ValueError: for another number of items, or other raw ids.
+    """
+    if model.config.num_items != num_items:
+        raise ValueError(
+            f"{name} knows {model.config.num_items} items and the data set has {num_items}: expected the data set that "
+            "the model was made for"
+        )
+    if model.catalogue is None:
+        return False
+    known = model.catalogue.table["raw_id"].to_numpy()
+    if known.dtype.kind != raw_ids.dtype.kind:
+        raise ValueError(
+            f"{name} has raw ids of type {known.dtype} and the data set of type {raw_ids.dtype}: expected the data "
+            "set that the model was made for"
+        )
+    different = np.flatnonzero(known != raw_ids)
+    if len(different):
+        item = int(different[0])
+        raise ValueError(
+            f"{len(different)} of {num_items} items of {name} have other raw ids than in the data set (item {item + 1} "
+            f"is {known[item]} there and {raw_ids[item]} here): expected the data set that the model was made for"
+        )
+    return True
+
+
+def _downloaded(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_MODEL_FILES)))
+    except (HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name} is no folder here and could not be fetched from the Hub ({error}): check the path or the name"
+        ) from error

@@ -1,0 +1,115 @@
+"""What the configurations of all models that gradients train have in common: catalogue, head, losses, teacher."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+PADDING_ITEM_ID = 0
+IGNORED_LABEL = -100  # what cross-entropy leaves out
+
+_CHOICES = {
+    "loss_type": ("cross_entropy", "sampled_softmax", "gbce", "bce"),
+    "negative_sharing": ("batch", "position"),
+    "teacher_embedding_use": ("input", "input_and_head"),
+}
+
+
+@strict
+class NextItemConfig(PreTrainedConfig):
+    r"""Catalogue, scores, training loss and teacher embeddings of a next-item model.
+
+    Args:
+        num_items: size of the catalogue; item ids run 1..num_items and 0 is padding.
+        hidden_size: width of the item embeddings and of the user embedding.
+        max_length: number of newest items the model reads.
+        hidden_dropout: dropout on the embeddings, and on the hidden states as each model says.
+        initializer_range: standard deviation of the normal initialisation.
+        tie_word_embeddings: score items with the input embedding table instead of a separate one.
+        head_bias: add a learned bias per item to the scores.
+        repeat_bias: learn one number that is added to the scores of the items among the last `max_length`, so that the
+            model need not spend its hidden states on whether users come back to an item (needs "cross_entropy").
+        score_temperature: `None` scores by dot product; a number scores by cosine similarity divided by it.
+        loss_type: "cross_entropy" (the whole catalogue), "sampled_softmax", "gbce" or "bce".
+        num_negatives: negatives drawn per training step ("batch") or per position ("position").
+        negative_sharing: whether one draw of negatives serves the whole batch or each position has its own.
+        popularity_power: negatives are drawn in proportion to item count ** power; 0 draws uniformly.
+        logq_correction: subtract log q(item) from the scores of the sampled softmax (Bengio and Senecal 2008), so
+            that its expected gradient approaches that of the whole softmax.
+        gbce_calibration: t of gBCE (gSASRec, RecSys 2023, eq. 15): 0 is plain BCE, 1 is fully calibrated.
+        teacher_embedding_size: numbers per item of a language model's item embeddings that are added to the item
+            embeddings through a projection, until `fold_teacher_embeddings`; `None` adds nothing.
+        ed_weight: weight of what is added (DLLM2Rec, section 4.3).
+        teacher_embedding_use: "input" adds it to what the model reads (as published), "input_and_head" also to the
+            tied table that scores.
+
+    Source: the losses are in `next_item_losses.py`, the embeddings in `teacher_embeddings.py`.
+    """
+
+    keys_to_ignore_at_inference = ["last_hidden_state", "user_embedding"]
+
+    num_items: int | None = None
+    hidden_size: int = 64
+    max_length: int = 50
+    hidden_dropout: float | int = 0.2
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    head_bias: bool = False
+    repeat_bias: bool = False
+    score_temperature: float | int | None = None
+    loss_type: str = "cross_entropy"
+    num_negatives: int = 256
+    negative_sharing: str = "batch"
+    popularity_power: float | int = 0.0
+    logq_correction: bool = True
+    gbce_calibration: float | int = 0.75
+    teacher_embedding_size: int | None = None
+    ed_weight: float | int = 0.2
+    teacher_embedding_use: str = "input"
+    pad_token_id: int | None = PADDING_ITEM_ID
+
+    def validate_architecture(self):
+        """Check the ranges of all fields; `@strict` calls this after the type checks.
+
+        Raises:
+            ValueError: naming the field, its value and what it may be.
+        """
+        if self.num_items is not None and self.num_items < 1:
+            raise ValueError(f"num_items is {self.num_items}: expected the size of the catalogue, at least 1")
+        self.check_at_least_one("hidden_size", "max_length", "num_negatives")
+        self.check_probabilities("hidden_dropout")
+        if not 0 <= self.gbce_calibration <= 1:
+            raise ValueError(f"gbce_calibration is {self.gbce_calibration}: expected a number in [0, 1]")
+        if self.score_temperature is not None and self.score_temperature <= 0:
+            raise ValueError(f"score_temperature is {self.score_temperature}: expected a positive number or None")
+        self.check_choices(_CHOICES)
+        if self.repeat_bias and self.loss_type != "cross_entropy":
+            raise ValueError(
+                f"repeat_bias with loss_type {self.loss_type!r}: expected cross_entropy, since sampled negatives "
+                "hardly ever meet a seen item; switch one of them off"
+            )
+        if self.teacher_embedding_size is not None:
+            self.check_at_least_one("teacher_embedding_size")
+            if self.teacher_embedding_use == "input_and_head" and not self.tie_word_embeddings:
+                raise ValueError(
+                    "teacher_embedding_use is 'input_and_head' with a head of its own (tie_word_embeddings False): "
+                    "expected a tied head, or 'input'"
+                )
+        if self.pad_token_id != PADDING_ITEM_ID:
+            raise ValueError(f"pad_token_id is {self.pad_token_id}: expected {PADDING_ITEM_ID}, item ids start at 1")
+
+    def check_at_least_one(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+
+    def check_probabilities(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a probability in [0, 1)")
+
+    def check_choices(self, choices_of: dict[str, tuple[str, ...]]) -> None:
+        for name, choices in choices_of.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
+
+
+__all__ = ["IGNORED_LABEL", "PADDING_ITEM_ID", "NextItemConfig"]

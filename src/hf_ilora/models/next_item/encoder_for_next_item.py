@@ -1,0 +1,295 @@
+"""An encoder of histories with a head over the catalogue: all that the trained next-item models share."""
+
+import copy
+import math
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from .configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID, NextItemConfig
+from .next_item_head import NextItemHead, first_occurrences
+from .next_item_model import NextItemPreTrainedModel
+from .next_item_output import NextItemOutput
+from .padding import at_position, last_positions, padding_to_the_end, restore_padding
+
+
+class EncoderForNextItem(NextItemPreTrainedModel):
+    """A next-item model that is trained by gradients.
+
+    The loss is averaged over the labelled positions, or over `num_items_in_batch` of them when the Trainer counts the
+    positions of a whole accumulated and distributed batch.
+
+    Args:
+        config: the architecture and the training loss.
+        encoder: has an `item_embedding`, and `encode(item_ids (batch, length), lengths (batch,) or None, only_last,
+            teacher_embeddings)`, which reads sequences with padding last and returns hidden states (batch, length,
+            hidden), or (batch, 1, hidden) with `only_last`.
+    """
+
+    config: NextItemConfig
+    base_model_prefix = "model"
+    _tied_weights_keys = {"head.weight": "model.item_embedding.weight"}
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: NextItemConfig, encoder: nn.Module):
+        super().__init__(config)
+        self.model = encoder
+        self.head = NextItemHead(config)
+        if config.tie_word_embeddings:
+            self._keys_to_ignore_on_save = ["head.weight"]  # the Trainer would warn that a checkpoint lacks it
+        if config.popularity_power:
+            self.register_buffer("item_counts", torch.zeros(config.num_items + 1))
+        if config.teacher_embedding_size is not None:
+            # Every process has the same table: sending it around in every step would only cost time.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                self, ["model.item_embedding.teacher.table"]
+            )
+        self._find_head_offsets()
+        self.post_init()
+
+    def _find_head_offsets(self) -> None:
+        both = self.config.teacher_embedding_use == "input_and_head"
+        self._head_has_offsets = self.config.teacher_embedding_size is not None and both
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.item_embedding
+
+    def set_item_counts(self, item_counts: torch.Tensor) -> None:
+        """Give the training counts, (num_items + 1,), that `popularity_power` draws negatives by."""
+        if not self.config.popularity_power:
+            raise ValueError("popularity_power is 0: expected a positive one, since uniform negatives read no counts")
+        if item_counts.shape != self.item_counts.shape:
+            raise ValueError(
+                f"item_counts has shape {tuple(item_counts.shape)}: expected {tuple(self.item_counts.shape)}, "
+                "one count per item and one for padding"
+            )
+        self.item_counts.copy_(item_counts)
+        self.item_counts[PADDING_ITEM_ID] = 0
+
+    def set_teacher_embeddings(self, table: torch.Tensor) -> None:
+        """Give the language model's item embeddings, (num_items + 1, teacher_embedding_size), row 0 for padding.
+
+        They are saved with the model until `fold_teacher_embeddings`, so that a checkpoint resumes and scores alone.
+
+        Raises:
+            ValueError: without `teacher_embedding_size` in the configuration, for another shape, numbers that are not
+                finite, or nothing but zeros.
+        """
+        if self.model.item_embedding.teacher is None:
+            raise ValueError(
+                "teacher_embedding_size is None: expected a model whose configuration has teacher_embedding_size="
+                f"{table.shape[-1]}"
+            )
+        self.model.item_embedding.teacher.set_table(table)
+
+    @torch.no_grad()
+    def fold_teacher_embeddings(self):
+        """Add what the teacher's embeddings contribute to the item table, and forget them.
+
+        Scores stay equal, and nothing of the teacher's size is left: serving costs what the plain model costs. With
+        teacher_embedding_use="input" a tied head keeps the table as it was, so that it is untied.
+
+        Returns:
+            The model itself; a model without teacher embeddings stays as it is.
+
+        Raises:
+            ValueError: before `set_teacher_embeddings`, and while the weights are spread over processes.
+        """
+        embedding = self.model.item_embedding
+        if embedding.teacher is None:
+            return self
+        if not embedding.weight.numel():
+            raise ValueError(
+                "the weights are spread over processes (ZeRO-3): save the model, load it in one process, fold there"
+            )
+        offsets = embedding.teacher().to(embedding.weight)  # (num_items + 1, hidden)
+        config = copy.deepcopy(self.config)
+        if config.tie_word_embeddings and not self._head_has_offsets:
+            self.head.weight = nn.Parameter(embedding.weight.clone())
+            config.tie_word_embeddings, self._keys_to_ignore_on_save = False, None
+            self.all_tied_weights_keys = {}
+        embedding.weight[1:] += offsets[1:]
+        embedding.teacher = None
+        plain = type(config)()
+        for name in ("teacher_embedding_size", "ed_weight", "teacher_embedding_use"):
+            setattr(config, name, getattr(plain, name))
+        for module in self.modules():
+            if isinstance(module, NextItemPreTrainedModel | NextItemHead):
+                module.config = config
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, [])
+        self._find_head_offsets()
+        return self
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        seen_items: torch.Tensor | None = None,
+        teacher_embeddings: torch.Tensor | None = None,
+        scored_positions: torch.Tensor | None = None,
+        scored_items: torch.Tensor | None = None,
+    ) -> NextItemOutput:
+        """Score the next item of each history.
+
+        Args:
+            input_ids: (batch, length) item ids 1..num_items, 0 for padding on either side; length <= max_length.
+            attention_mask: (batch, length), 0 where padding stands; None means `input_ids != 0`.
+            labels: (batch, length), the next item at each position, -100 where there is none.
+            num_items_in_batch: number of labels to average over; None means those of this call.
+            seen_items: (batch, any); not read here. Evaluation batches carry it for the metrics.
+            teacher_embeddings: (num_items + 1, teacher_embedding_size) to read in this call instead of those that
+                `set_teacher_embeddings` was given.
+            scored_positions: (batch, length) bool, real positions whose scores are returned, instead of the last ones:
+                for losses on scores. Rows of `logits` are then these positions, one history after the other.
+            scored_items: (items,) different ids, none of them padding, whose scores are returned, in their order; None
+                means the catalogue.
+
+        Returns:
+            loss: scalar, when `labels` are given.
+            logits: (batch, num_items + 1) after the last real item, -inf for padding; None in a training step without
+                `scored_positions`, whose memory must not grow with the catalogue. With `scored_positions`
+                (positions, num_items + 1), with `scored_items` (..., items).
+            last_hidden_state: (batch, length, hidden), zero at padding.
+            user_embedding: (batch, hidden), the hidden state at the last real item.
+
+        Raises:
+            ValueError: for inputs of other shapes, longer than `max_length`, or, on a CPU, ids and labels outside the
+                catalogue.
+        """
+        self.check_input(
+            input_ids, attention_mask=attention_mask, labels=labels, scored_positions=scored_positions
+        )  # fmt: skip
+        real, order, slots = padding_to_the_end(input_ids, attention_mask)
+        lengths = real.sum(1)  # (batch,)
+        item_ids = (input_ids * real).gather(1, order)  # (batch, length), padding last
+        hidden_states = self.model.encode(item_ids, lengths, teacher_embeddings=teacher_embeddings)
+        user_embedding = at_position(hidden_states, last_positions(lengths, item_ids.shape[1])).squeeze(1)
+        item_offsets = self._item_offsets(teacher_embeddings)
+        loss = None
+        if labels is not None:
+            labels = labels.gather(1, order)  # (batch, length)
+            self.check_positions(labels.ne(IGNORED_LABEL), lengths, "labels")
+            loss = self._loss(hidden_states, item_ids, labels, num_items_in_batch, item_offsets)
+        logits = None
+        if scored_positions is not None:
+            scored_positions = scored_positions.gather(1, order)
+            self.check_positions(scored_positions, lengths, "scored_positions")
+            positions, repeated_items = self._select(hidden_states, item_ids, scored_positions)
+            logits = self.head(positions, repeated_items, item_offsets=item_offsets, scored_items=scored_items)
+        elif not self.training or labels is None:
+            repeated_items = self._repeated_items(item_ids)
+            logits = self.head(user_embedding, repeated_items, item_offsets=item_offsets, scored_items=scored_items)
+        return NextItemOutput(
+            loss=loss,
+            logits=logits,
+            last_hidden_state=restore_padding(hidden_states, real, slots),
+            user_embedding=user_embedding,
+        )
+
+    def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The logits of `forward`, (batch, num_items + 1), without the hidden states that only training reads."""
+        return self.score_users(self.user_embeddings(input_ids), input_ids)
+
+    def user_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The `user_embedding` of `forward`, (batch, hidden), of (batch, length) item ids."""
+        lengths, item_ids = None, input_ids
+        if not input_ids.all():  # with padding
+            real, order, _ = padding_to_the_end(input_ids, None)
+            lengths, item_ids = real.sum(1), input_ids.gather(1, order)
+        return self.model.encode(item_ids, lengths, only_last=True).squeeze(1)
+
+    def score_users(self, user_embeddings: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """(batch, num_items + 1) scores of user embeddings (batch, hidden) whose histories are `input_ids`."""
+        return self.head(user_embeddings, self._repeated_items(input_ids), item_offsets=self._item_offsets())
+
+    def check_positions(self, chosen: torch.Tensor, lengths: torch.Tensor, name: str) -> None:
+        """Raise a ValueError where `chosen` (batch, length), padding last, has positions without a hidden state."""
+
+    def _item_offsets(self, teacher_embeddings: torch.Tensor | None = None) -> torch.Tensor | None:
+        """(num_items + 1, hidden), what the teacher's embeddings add to the table that scores."""
+        if not self._head_has_offsets:
+            return None
+        return self.model.item_embedding.teacher(table=teacher_embeddings)
+
+    def _repeated_items(self, item_ids: torch.Tensor) -> torch.Tensor | None:
+        """The different items of each history, (batch, length), where the head's repeat bias reads them."""
+        return None if self.head.repeat_bias is None else first_occurrences(item_ids)
+
+    def _select(self, hidden_states, item_ids, chosen):
+        """Hidden states of the chosen positions, (positions, hidden), and what was seen there, (positions, length)."""
+        repeated_items = self._repeated_items(item_ids)  # (batch, length)
+        if repeated_items is not None:
+            length = item_ids.shape[1]
+            until_here = repeated_items.unsqueeze(1).expand(-1, length, -1).tril()  # (batch, length, length)
+            repeated_items = until_here[chosen]  # (positions, length)
+        return hidden_states[chosen], repeated_items
+
+    def _loss(self, hidden_states, item_ids, labels, num_items_in_batch, item_offsets):
+        labelled = labels.ne(IGNORED_LABEL)  # (batch, length)
+        # Selecting waits for the device once per step; it saves the scores of every padded position.
+        targets = labels[labelled]  # (positions,)
+        positions, repeated_items = self._select(hidden_states, item_ids, labelled)
+        if targets.device.type == "cpu" and len(targets):
+            lowest, highest = torch.aminmax(targets)
+            if lowest < 1 or highest > self.config.num_items:
+                wrong = int(lowest if lowest < 1 else highest)
+                raise ValueError(
+                    f"labels hold {wrong}: expected item ids 1..{self.config.num_items}, and {IGNORED_LABEL} where "
+                    "there is no next item"
+                )
+        negatives, log_q = self._draw_negatives(len(targets))
+        loss = self.head(positions, repeated_items, targets, negatives, log_q, item_offsets)
+        return loss / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)
+
+    def _draw_negatives(self, num_positions: int):
+        config = self.config
+        if config.loss_type == "cross_entropy":
+            return None, None
+        shape = (config.num_negatives,)
+        if config.negative_sharing == "position":
+            shape = (num_positions, config.num_negatives)
+        if not config.popularity_power:
+            return torch.randint(1, config.num_items + 1, shape, device=self.device), None
+        if not self.item_counts.any():
+            raise ValueError("popularity_power needs item counts: call set_item_counts before training")
+        q = self.item_counts**config.popularity_power * (self.item_counts > 0)
+        drawn = torch.multinomial(q, math.prod(shape), replacement=True).view(shape)
+        if not config.logq_correction:
+            return drawn, None
+        # An item that training never drew counts as drawn once, so that the loss of evaluation stays finite.
+        return drawn, (q / q.sum()).clamp(min=1 / self.item_counts.sum()).log()
+
+
+class _OneDimension(ConversionOps):
+    """Gives the `repeat_bias` of older checkpoints, which had no dimension, the one it has today."""
+
+    def convert(self, input_dict, **kwargs):
+        return {name: torch.atleast_1d(values[0]) for name, values in input_dict.items()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+def require_item_count(config: NextItemConfig) -> None:
+    """Raise a ValueError unless the configuration says how many items there are."""
+    if config.num_items is None:
+        raise ValueError(
+            f"{type(config).__name__}.num_items is None: expected the size of the catalogue, as in SequenceDatasets"
+        )
+
+
+def read_older_checkpoints(model_class: type[EncoderForNextItem]) -> None:
+    """Let `from_pretrained` of a class take the shapes that its parameters once had."""
+    name = "head.repeat_bias"
+    register_checkpoint_conversion_mapping(
+        model_class.__name__, [WeightConverter(name, name, [_OneDimension()])], overwrite=True
+    )
+
+
+__all__ = ["EncoderForNextItem", "read_older_checkpoints", "require_item_count"]

@@ -1,0 +1,345 @@
+"""How models reach the Hub: all files in one commit, sent again when the connection fails, and never twice."""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import httpx2
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
+from transformers import PreTrainedConfig
+
+from hf_ilora.models.ilora.embedded_llm import EMBEDDED_LLM, WHEEL_REQUIREMENT
+
+from .catalogue import Catalogue
+
+logger = logging.getLogger(__name__)
+
+CARD_FILE = "README.md"
+RUN_FILE = "run.json"
+WAITS_SECONDS = (1.0, 3.0, 9.0)  # between attempts
+
+_Result = TypeVar("_Result")
+_UPLOAD_ARGUMENTS = ("commit_message", "commit_description", "private", "revision", "create_pr", "parent_commit")
+
+
+class HubUploads:
+    """Mixin of models whose `save_pretrained(push_to_hub=True)` sends all that it writes."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        parent_commit: str | None = None,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | str | None = None,
+    ) -> CommitInfo:
+        """Send the model with its catalogue, and its tokenizer where it has one, to the Hub in one commit.
+
+        A card of the repository stays as it is; where there is none, a short one says how to use the model. For a card
+        with measured results, see `hf_ilora.publishing`.
+
+        Args:
+            repo_id: "user/name"; made when it does not exist.
+            commit_message, commit_description: of the commit.
+            private: make a new repository private; None leaves it to the Hub's setting.
+            token: None takes HF_TOKEN or that of `hf auth login`.
+            revision: branch; made from main when it does not exist.
+            create_pr: propose the commit as a pull request.
+            parent_commit: fail unless the branch stands at this commit.
+            max_shard_size: as in transformers.
+            tags: to add to the card.
+
+        Returns:
+            The commit; the one that is there already when nothing has changed.
+
+        Raises:
+            PermissionError: when the token is missing, wrong, or may not write there.
+            ValueError: when a public repository exists and a private one was asked for, and when somebody else commits
+                meanwhile.
+            OSError: when the Hub cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            return self.save_pretrained(
+                folder,
+                push_to_hub=True,
+                max_shard_size=max_shard_size,
+                repo_id=repo_id,
+                tags=tags,
+                token=token,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=parent_commit,
+            )
+
+
+class UploadOfSaved:
+    """Sends what a `save_pretrained` writes between the making of this object and `send`.
+
+    Args:
+        save_directory: of the `save_pretrained`.
+        arguments: its keyword arguments; those about the Hub are taken out.
+    """
+
+    def __init__(self, save_directory: str | os.PathLike, arguments: dict):
+        self.folder = Path(save_directory)
+        self.is_main_process = arguments.get("is_main_process", True)
+        self.repo_id = arguments.pop("repo_id", None) or self.folder.resolve().name
+        self.token = arguments.pop("token", None)
+        tags = arguments.pop("tags", None) or []
+        self.tags = [tags] if isinstance(tags, str) else list(tags)
+        self.arguments = {name: arguments.pop(name) for name in _UPLOAD_ARGUMENTS if name in arguments}
+        self.before = self._states()
+
+    def send(self, model) -> CommitInfo | None:
+        """Send what has been written since, with a card and the record of a run that stand in the folder.
+
+        Args:
+            model: with a `config`, a `catalogue` and `model_tags`.
+
+        Returns:
+            The commit; None in processes that write nothing.
+        """
+        if not self.is_main_process:
+            return None
+        written = [path for path, state in self._states().items() if self.before.get(path) != state]
+        beside = [self.folder / name for name in (RUN_FILE, CARD_FILE) if (self.folder / name).is_file()]
+        files = {path.relative_to(self.folder).as_posix(): path for path in (*written, *beside)}
+        tags = [*(model.model_tags or []), *self.tags]
+
+        def card(repo_id: str, existing: str | None) -> str:
+            revision = self.arguments.get("revision")
+            found = ModelCard(existing or usage_card(model.config, model.catalogue, repo_id, revision))
+            if tags:
+                found.data.tags = list(dict.fromkeys([*(found.data.tags or []), *tags]))
+            return str(found)
+
+        return upload(files, self.repo_id, missing_card=card, token=self.token, **self.arguments)
+
+    def _states(self) -> dict[Path, tuple[int, int]]:
+        return {
+            path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in self.folder.rglob("*") if path.is_file()
+        }
+
+
+def upload(
+    files: Mapping[str, Path | bytes],
+    repo_id: str,
+    *,
+    missing_card: Callable[[str, str | None], str] | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    parent_commit: str | None = None,
+) -> CommitInfo:
+    """Send files to a model repository in one commit on the branch as it stands, so that sending again is safe.
+
+    A commit whose answer is lost may have landed: before another attempt the branch is looked at.
+
+    Args:
+        files: by their path in the repository: where they are, or their content.
+        repo_id: "user/name", or "name" of the token's user; made when it does not exist.
+        missing_card: gives README.md when `files` lack it, from the whole repo_id and the card that is there (or None).
+        commit_message, commit_description, private, token, revision, create_pr, parent_commit: as in
+            `HubUploads.push_to_hub`.
+
+    Returns:
+        The commit; the one that is there already when nothing has changed.
+
+    Raises:
+        PermissionError, ValueError, OSError: as in `HubUploads.push_to_hub`.
+    """
+    api = HfApi(token=token)
+    try:
+        repo_id = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+        if private and not retried(lambda: api.repo_info(repo_id)).private:
+            raise ValueError(
+                f"{repo_id} exists and is public: expected a private repository; choose another name, or change its "
+                "visibility on the Hub first"
+            )
+        if revision is not None and not revision.startswith("refs/pr/"):
+            retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        head = retried(lambda: api.repo_info(repo_id, revision=revision)).sha
+        if parent_commit is not None and head != parent_commit:
+            raise ValueError(
+                f"{revision or 'main'} of {repo_id} stands at {head}: expected {parent_commit}, the parent_commit; "
+                "look at what has been committed since"
+            )
+        files = dict(files)
+        if missing_card is not None and CARD_FILE not in files:
+            existing = retried(lambda: _existing_card(api, repo_id, head))
+            files[CARD_FILE] = missing_card(repo_id, existing).encode()
+        message = commit_message or "Upload model"
+
+        def commit() -> CommitInfo:
+            now = api.repo_info(repo_id, revision=revision).sha
+            if now != head:
+                return _landed(api, repo_id, now, files, message, commit_description or "")
+            operations = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")  # the catalogue
+                return api.create_commit(
+                    repo_id,
+                    operations,
+                    commit_message=message,
+                    commit_description=commit_description,
+                    revision=revision,
+                    create_pr=create_pr,
+                    parent_commit=head,
+                )
+
+        # A pull request leaves its branch where it is: whether it has landed cannot be seen there.
+        return commit() if create_pr else retried(commit)
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise PermissionError(
+                f"the Hub does not let this token write to {repo_id} ({_told(error)}): expected a token with write "
+                "access; log in with `hf auth login`, set HF_TOKEN, or pass token="
+            ) from error
+        raise OSError(f"{repo_id} could not be sent ({_told(error)}): {_AGAIN}") from error
+    except httpx2.TransportError as error:
+        raise OSError(f"the connection to the Hub failed while sending {repo_id} ({_told(error)}): {_AGAIN}") from error
+
+
+_AGAIN = "check the connection and push again; what has arrived is not sent twice"
+
+
+def retried(call: Callable[[], _Result]) -> _Result:
+    """What `call` returns, after further attempts when the Hub or the way to it fails for a moment."""
+    for wait in WAITS_SECONDS:
+        try:
+            return call()
+        except (httpx2.TransportError, HfHubHTTPError, json.JSONDecodeError) as error:
+            # 412: the branch has moved, which a commit whose answer was lost may have done itself. The client reads
+            # some answers as JSON before it looks at their status.
+            if isinstance(error, HfHubHTTPError) and error.response.status_code not in (412, 429, 500, 502, 503, 504):
+                raise
+            logger.warning("the Hub did not do as asked (%s): trying again in %g s", _told(error), wait)
+        time.sleep(wait)
+    return call()
+
+
+def _existing_card(api: HfApi, repo_id: str, commit: str) -> str | None:
+    try:
+        return Path(api.hf_hub_download(repo_id, CARD_FILE, revision=commit)).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        return None
+
+
+def _landed(
+    api: HfApi, repo_id: str, head: str, files: Mapping[str, Path | bytes], message: str, description: str
+) -> CommitInfo:
+    """The commit `head`, when it holds the files; ValueError when it is somebody else's."""
+    entries = api.list_repo_tree(repo_id, revision=head, recursive=True)
+    found = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    for path, file in files.items():
+        if path not in found or not _is_same(found[path], file):
+            raise ValueError(
+                f"somebody else has committed {head} to {repo_id} meanwhile: expected no other commit while sending; "
+                "look at it and push again"
+            )
+    return CommitInfo(f"{api.endpoint}/{repo_id}/commit/{head}", message, description, head, _endpoint=api.endpoint)
+
+
+def _is_same(entry: RepoFile, file: Path | bytes) -> bool:
+    if entry.lfs is None:
+        return entry.blob_id == git_hash(file if isinstance(file, bytes) else file.read_bytes())
+    with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as content:
+        return entry.lfs.sha256 == hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _told(error: Exception) -> str:
+    """What the client says of an error, in one line."""
+    return " ".join(str(error).split())
+
+
+# --- what a card says of any model ---
+
+
+def usage(config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: str, revision: str | None = None) -> str:
+    """Python that loads a model from the Hub and prints recommended titles: at most five lines, imports included.
+
+    Args:
+        config: of the saved model; `architectures` names its class.
+        catalogue: gives raw ids for the example; None shows item ids.
+        repo_id: where the model is.
+        revision: branch or tag; None means main.
+    """
+    name = config.architectures[0]
+    source = f'"{repo_id}"' if revision is None else f'"{repo_id}", revision="{revision}"'
+    lines = ["import torch, hf_ilora", "", f"model = hf_ilora.{name}.from_pretrained({source})"]
+    if catalogue is None:
+        return "\n".join([*lines, "item_ids, scores = model.recommend(torch.tensor([[1, 2]]), top_k=10)"])
+    shown = catalogue.raw_ids(range(1, min(len(catalogue), 2) + 1))
+    lines.append(f"history = torch.tensor([model.catalogue.item_ids({shown})])  # raw ids, oldest first")
+    if config.model_type != "ilora":
+        lines.append("item_ids, scores = model.recommend(history, top_k=10)")
+    elif config.item_head != "none":
+        lines.append("item_ids, distances = model.rank_items(history, top_k=10)")
+    else:
+        return "\n".join([*lines, "print(model.generate_recommendation(history, top_k=3).texts)"])
+    return "\n".join([*lines, "print(model.catalogue.titles(item_ids[0]))"])
+
+
+def card_data(config: PreTrainedConfig, **metadata) -> ModelCardData:
+    """The metadata that follow from a configuration, and others as `ModelCardData` takes them."""
+    base_model = None
+    if config.model_type == "ilora":
+        name = config.llm_name_or_path
+        base_model = EMBEDDED_LLM if name == WHEEL_REQUIREMENT else name
+    tags = ["hf_ilora", config.model_type, "recommender-system", "sequential-recommendation"]
+    return ModelCardData(library_name="hf_ilora", tags=tags, base_model=base_model, **metadata)
+
+
+def usage_card(config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: str, revision: str | None = None) -> str:
+    """A card that says what the model is and how to use it."""
+    code = usage(config, catalogue, repo_id, revision)
+    items = "" if catalogue is None else f" of {len(catalogue):,} items"
+    return (
+        f"---\n{card_data(config).to_yaml()}\n---\n\n# {repo_id}\n\n"
+        f"A recommender{items} ({config.architectures[0]}), for the package hf_ilora.\n\n```python\n{code}\n```\n"
+    )
+
+
+def check_public_llm(config: PreTrainedConfig) -> None:
+    """Raise a ValueError unless an adapter names its language model as others can find it."""
+    name = config.llm_name_or_path
+    if name == WHEEL_REQUIREMENT:
+        return
+    if name is not None and not Path(name).is_dir():
+        try:
+            validate_repo_id(name)
+            return
+        except HFValidationError:
+            pass  # a path
+    raise ValueError(
+        f"the adapter names {name!r} as its language model, which only this machine has: expected a name on the Hub; "
+        "push the language model too and set config.llm_name_or_path to its name there (llm_revision to the commit)"
+    )
+
+
+__all__ = ["CARD_FILE", "RUN_FILE", "HubUploads", "UploadOfSaved", "card_data", "check_public_llm", "retried", "upload"]
+__all__ += ["usage", "usage_card"]

@@ -1,0 +1,267 @@
+"""Recommenders that only count, with the interface of SASRec: the baselines that cost nothing to train."""
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from .configuration_counting import PopularityConfig, TransitionCountsConfig
+from .configuration_next_item import PADDING_ITEM_ID
+from .next_item_model import NextItemPreTrainedModel
+from .next_item_output import NextItemOutput
+
+
+class CountingPreTrainedModel(NextItemPreTrainedModel):
+    """A recommender without parameters: its counts are buffers, and say where and in which type it computes."""
+
+    def __init__(self, config):
+        if config.num_items is None:
+            raise ValueError("num_items is None: expected the size of the catalogue, as in SequenceDatasets")
+        super().__init__(config)
+        self.register_buffer("item_counts", torch.zeros(config.num_items + 1))
+
+    def item_distances(self, best_scores: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """-log p as in `NextItemPreTrainedModel`; p is an item's share of all counts, which are no logits.
+
+        An item that was never counted has the smallest p that float32 holds, so that its distance is finite.
+        """
+        smallest = torch.finfo(torch.float32).tiny
+        total = scores[:, 1:].float().sum(-1, keepdim=True).clamp(min=smallest)  # (batch, 1)
+        return -(best_scores.float() / total).clamp(min=smallest).log()
+
+    @property
+    def device(self) -> torch.device:
+        return self.item_counts.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.item_counts.dtype
+
+
+class PopularityForNextItem(CountingPreTrainedModel):
+    """Scores every item by its number of occurrences in the training rows.
+
+    Args:
+        config: size of the catalogue. Build one that knows something with `fit`.
+    """
+
+    config: PopularityConfig
+
+    def __init__(self, config: PopularityConfig):
+        super().__init__(config)
+        self.post_init()
+
+    @classmethod
+    def fit(
+        cls, sequences: Iterable[Sequence[int]], config: PopularityConfig, *, targets_only: bool = False
+    ) -> "PopularityForNextItem":
+        """Count the items of the training rows.
+
+        Args:
+            sequences: one per training row, oldest item first, the row's target last.
+            config: size of the catalogue.
+            targets_only: count only the last item of each row, for data whose rows are all prefixes of a history.
+
+        Raises:
+            ValueError: for an empty row, no rows at all, or ids outside 1..num_items.
+        """
+        items, row_ends = _flatten(sequences, config.num_items)
+        model = cls(config)
+        model.item_counts.copy_(_item_counts(items, row_ends, config.num_items, targets_only))
+        return model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> NextItemOutput:
+        """The same scores for every history.
+
+        Args:
+            input_ids: (batch, length) item ids, 0 for padding on either side; any length.
+            attention_mask: (batch, length); not read.
+            labels: (batch, length); not read, there is nothing to train and no loss.
+
+        Returns:
+            logits: (batch, num_items + 1), -inf for padding; one row in memory, seen by the whole batch.
+
+        Raises:
+            ValueError: on a CPU, for ids outside the catalogue.
+        """
+        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
+            self.check_item_ids(input_ids)
+        scores = _without_padding(self.item_counts)  # (num_items + 1,)
+        return NextItemOutput(logits=scores.expand(len(input_ids), -1))
+
+
+class TransitionCountsForNextItem(CountingPreTrainedModel):
+    """Scores items by how often they followed, a few steps later, the newest items of the history.
+
+        C[i, j]  = sum of gap_decay ** (g - 1) over pairs "i, then g <= max_gap steps later j" of the training rows
+                   + backward_weight times the same sum over pairs "j, then i"
+        W[i, j]  = C[i, j] / (sum_j C[i, j]) ** source_power / popularity(j) ** target_power
+        score(j) = sum over the newest max_length items h_m, m = 0 the newest, of history_decay ** m * W[h_m, j]
+                   + popularity_weight * popularity(j) / largest popularity
+
+    Only pairs that occur are stored, row after row: `transition_targets` and `transition_weights` hold the items j
+    and W[i, j] of item i at positions `transition_starts[i]` to `transition_starts[i + 1]`.
+
+    Args:
+        config: hyper-parameters and sizes. Build one that knows something with `fit`.
+    """
+
+    config: TransitionCountsConfig
+
+    def __init__(self, config: TransitionCountsConfig):
+        super().__init__(config)
+        self.register_buffer("transition_weights", torch.zeros(config.num_transitions))
+        self.register_buffer("transition_targets", torch.zeros(config.num_transitions, dtype=torch.int32))
+        self.register_buffer("transition_starts", torch.zeros(config.num_items + 2, dtype=torch.int64))
+        self.post_init()
+
+    @classmethod
+    def fit(
+        cls, sequences: Iterable[Sequence[int]], config: TransitionCountsConfig, *, targets_only: bool = False
+    ) -> "TransitionCountsForNextItem":
+        """Count the transitions of the training rows.
+
+        Args:
+            sequences: one per training row, oldest item first, the row's target last.
+            config: hyper-parameters; `num_transitions` of the fitted model's own copy is set to what was found.
+            targets_only: count only pairs whose later item is the last of its row, for data whose rows are all
+                prefixes of a history; there every other pair stands in several rows.
+
+        Raises:
+            ValueError: for an empty row, no rows at all, or ids outside 1..num_items.
+        """
+        items, row_ends = _flatten(sequences, config.num_items)
+        item_counts = _item_counts(items, row_ends, config.num_items, targets_only)
+        sources, targets, weights = _count_transitions(items, row_ends, config, targets_only)
+        weights = _normalised(sources, targets, weights, item_counts.numpy(), config)
+        config = copy.deepcopy(config)
+        config.num_transitions = len(weights)
+        model = cls(config)
+        model.item_counts.copy_(item_counts)
+        model.transition_weights.copy_(torch.from_numpy(weights))
+        model.transition_targets.copy_(torch.from_numpy(targets))
+        model.transition_starts.copy_(torch.from_numpy(np.searchsorted(sources, np.arange(config.num_items + 2))))
+        return model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> NextItemOutput:
+        """Score the next item of each history.
+
+        Args:
+            input_ids: (batch, length) item ids, 0 for padding on either side; any length.
+            attention_mask: (batch, length), 0 where padding stands; None means `input_ids != 0`.
+            labels: (batch, length); not read, there is nothing to train and no loss.
+
+        Returns:
+            logits: (batch, num_items + 1), -inf for padding.
+
+        Raises:
+            ValueError: on a CPU, for ids outside the catalogue.
+        """
+        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
+            self.check_item_ids(input_ids)
+        if attention_mask is not None:
+            input_ids = input_ids.masked_fill(attention_mask == 0, PADDING_ITEM_ID)
+        popularity = self.item_counts * (self.config.popularity_weight / self.item_counts.max().clamp(min=1))
+        scores = popularity.repeat(len(input_ids), 1)  # (batch, num_items + 1)
+        users, items, item_weights = self._newest_real_items(input_ids)  # (sources,) each
+        starts = self.transition_starts[items]
+        lengths = self.transition_starts[items + 1] - starts  # (sources,)
+        source = torch.arange(len(items), device=items.device).repeat_interleave(lengths)  # (pairs,)
+        # The pairs of all sources stand one after the other: those of source s begin at `begins[s]`.
+        begins = lengths.cumsum(0) - lengths
+        stored = torch.arange(len(source), device=items.device) + (starts - begins)[source]  # (pairs,)
+        columns = self.transition_targets[stored] + (users * scores.shape[1])[source]
+        weights = self.transition_weights[stored] * item_weights[source]
+        scores.view(-1).index_add_(0, columns, weights)
+        scores[:, PADDING_ITEM_ID] = float("-inf")
+        return NextItemOutput(logits=scores)
+
+    def _newest_real_items(self, input_ids: torch.Tensor):
+        """Row, item id and weight of the items that scores are read from: (sources,) each."""
+        real = input_ids.ne(PADDING_ITEM_ID)
+        age = real.flip(1).cumsum(1).flip(1) - 1  # (batch, length), 0 for the newest real item
+        users, positions = (real & (age < self.config.max_length)).nonzero(as_tuple=True)
+        weights = self.config.history_decay ** age[users, positions].to(self.dtype)
+        return users, input_ids[users, positions].long(), weights
+
+
+def _without_padding(scores: torch.Tensor) -> torch.Tensor:
+    scores = scores.clone()
+    scores[PADDING_ITEM_ID] = float("-inf")
+    return scores
+
+
+def _flatten(sequences: Iterable[Sequence[int]], num_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """All rows one after the other, (total,), and the position after each row's end, (rows,)."""
+    rows = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+    if not rows:
+        raise ValueError("there are no training rows: expected at least one history with its target")
+    lengths = np.array([len(row) for row in rows])
+    if (lengths == 0).any():
+        raise ValueError(f"training row {int(lengths.argmin())} is empty: expected at least one item; drop such rows")
+    items = np.concatenate(rows)
+    if items.min() < 1 or items.max() > num_items:
+        wrong = items.min() if items.min() < 1 else items.max()
+        raise ValueError(
+            f"training rows hold item {wrong}: expected ids 1..{num_items}; fit on the data set whose catalogue "
+            "has that size, without padding"
+        )
+    return items, lengths.cumsum()
+
+
+def _item_counts(items: np.ndarray, row_ends: np.ndarray, num_items: int, targets_only: bool) -> torch.Tensor:
+    counted = items[row_ends - 1] if targets_only else items
+    return torch.from_numpy(np.bincount(counted, minlength=num_items + 1).astype(np.float32))
+
+
+def _count_transitions(items: np.ndarray, row_ends: np.ndarray, config: TransitionCountsConfig, targets_only: bool):
+    """C as sources, targets and counts of the pairs that occur, ordered by source, then target: (pairs,) each."""
+    rows = np.repeat(np.arange(len(row_ends)), np.diff(row_ends, prepend=0))  # (total,)
+    is_last = np.zeros(len(items), dtype=bool)
+    is_last[row_ends - 1] = True
+    base = config.num_items + 1  # a pair is the number source * base + target
+    pairs, counts = np.empty(0, dtype=np.int64), np.empty(0)
+    for gap in range(1, config.max_gap + 1):
+        counted = rows[:-gap] == rows[gap:]
+        if targets_only:
+            counted &= is_last[gap:]
+        found = items[:-gap][counted] * base + items[gap:][counted]
+        # One distance at a time, so that memory follows the pairs that differ rather than all that occur.
+        pairs, counts = _sum_by_pair(pairs, counts, found, np.full(len(found), config.gap_decay ** (gap - 1)))
+    if config.backward_weight:
+        reversed_pairs = pairs % base * base + pairs // base
+        pairs, counts = _sum_by_pair(pairs, counts, reversed_pairs, counts * config.backward_weight)
+    return pairs // base, (pairs % base).astype(np.int32), counts
+
+
+def _sum_by_pair(pairs: np.ndarray, counts: np.ndarray, more_pairs: np.ndarray, more_counts: np.ndarray):
+    pairs, counts = np.concatenate([pairs, more_pairs]), np.concatenate([counts, more_counts])
+    if not len(pairs):
+        return pairs, counts
+    order = np.argsort(pairs)
+    pairs = pairs[order]
+    firsts = np.flatnonzero(np.diff(pairs, prepend=-1))
+    return pairs[firsts], np.add.reduceat(counts[order], firsts)
+
+
+def _normalised(sources, targets, counts, item_counts, config: TransitionCountsConfig) -> np.ndarray:
+    """W of the pairs, (pairs,) float32."""
+    source_totals = np.bincount(sources, weights=counts, minlength=config.num_items + 1)
+    # With `targets_only`, an item may stand in a pair and never be a target: it counts once.
+    popularity = np.maximum(item_counts.astype(np.float64), 1)
+    weights = counts / source_totals[sources] ** config.source_power / popularity[targets] ** config.target_power
+    return weights.astype(np.float32)
+
+
+__all__ = ["PopularityForNextItem", "TransitionCountsForNextItem"]

@@ -1,0 +1,180 @@
+"""The released rows of LLaRA and iLoRA as sequence data sets, with their fixed candidates."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from hf_ilora.data.columns import flatten_lists, read_column
+from hf_ilora.data.filters import slice_indices
+from hf_ilora.data.sequences import SequenceDatasets, catalogue_features, dataset_of, split_features
+from hf_ilora.data.storage import read_parquet
+
+# MovieLens-100K has one film without a name, which its own files call "unknown"; the published titles leave it empty.
+BLANK_TITLE = "unknown"
+
+
+def load_published_sequences(
+    folder: str | os.PathLike,
+    *,
+    rebuilt: SequenceDatasets | None = None,
+    min_history: int = 3,
+    max_history: int = 10,
+) -> SequenceDatasets:
+    """Read rows that carry the published ids 0..num_items - 1, where num_items pads.
+
+    Args:
+        folder: holds `items.parquet` (item_id from 0, title), `validation.parquet` and `test.parquet` (history oldest
+            first, target, candidates), and `train.parquet` (history, target) unless `rebuilt` is given.
+        rebuilt: a data set of the same items whose train split is taken instead, with integer raw ids that are the
+            published ids + 1, as those of MovieLens-100K are.
+        min_history: train rows with a shorter history are dropped, as the published program does.
+        max_history: newest items that a history keeps.
+
+    Returns:
+        The splits under our ids, the published ids + 1. The catalogue has all items of `items.parquet`, with the
+        published id as raw id, titles without space around them, and a blank title as "unknown". The published rows
+        have no users: their `user_id` is the split and the row, such as "test-0"; rows of `rebuilt` keep theirs.
+
+    Raises:
+        FileNotFoundError: when a file is missing.
+        ValueError: for damaged files, other columns, ids outside 0..num_items - 1, targets outside their candidates,
+            and settings out of range.
+
+    Source: LLaRA (SIGIR 2024) and iLoRA (NeurIPS 2024), their released data.
+    """
+    folder = Path(folder)
+    if not 1 <= min_history <= max_history:
+        raise ValueError(
+            f"min_history is {min_history} and max_history {max_history}: expected 1 <= min_history <= max_history"
+        )
+    catalogue = _catalogue(folder / "items.parquet")
+    num_items = len(catalogue)
+    limits = num_items, min_history, max_history
+    splits = {
+        name: _published_split(folder / f"{name}.parquet", name, *limits)
+        for name in (("train",) if rebuilt is None else ()) + ("validation", "test")
+    }
+    if rebuilt is not None:
+        splits["train"] = _rebuilt_split(rebuilt, *limits)
+    num_candidates = len(splits["test"][0]["candidates"])
+    protocol = {
+        "name": "published",
+        "min_history": min_history,
+        "max_history": max_history,
+        "num_candidates": num_candidates,
+        "rebuilt": None if rebuilt is None else rebuilt.protocol,
+    }
+    return SequenceDatasets(splits, catalogue, protocol)
+
+
+def _catalogue(path: Path) -> Dataset:
+    table = _read(path, {"item_id": "int", "title": "string"}).sort_by("item_id")
+    published_ids = table["item_id"].to_numpy()
+    if not len(table) or not np.array_equal(published_ids, np.arange(len(table))):
+        raise ValueError(f"{path} has {len(table)} rows: expected the published ids from 0 on, once each")
+    titles = pc.utf8_trim_whitespace(table["title"].cast(pa.string()))
+    num_items = len(table)
+    columns = {
+        "item_id": pa.array(np.arange(1, num_items + 1)),
+        "raw_id": pa.array(published_ids),
+        "title": pc.if_else(pc.equal(titles, ""), BLANK_TITLE, titles),
+        "year": pa.nulls(num_items, pa.int32()),
+        "genres": pa.array([[]] * num_items, pa.list_(pa.string())),
+    }
+    features = catalogue_features("int64")
+    return dataset_of(pa.table(columns).cast(features.arrow_schema), features, "catalogue")
+
+
+def _published_split(path: Path, name: str, num_items: int, min_history: int, max_history: int) -> Dataset:
+    columns = {"history": "list", "target": "int"} | ({} if name == "train" else {"candidates": "list"})
+    table = _read(path, columns)
+    histories = table["history"].combine_chunks()
+    lengths = histories.value_lengths().to_numpy().astype(np.int64)  # (rows,)
+    published = histories.flatten().to_numpy()  # (total,)
+    row_of = np.repeat(np.arange(len(lengths)), lengths)
+    real = published != num_items
+    items, lengths = published[real] + 1, np.bincount(row_of[real], minlength=len(lengths))
+    users = np.char.add(f"{name}-", np.arange(len(lengths)).astype(str))
+    candidates = None
+    if name != "train":
+        candidates = np.asarray(table["candidates"].to_pylist()) + 1  # (rows, candidates)
+        if candidates.ndim != 2 or not (candidates == table["target"].to_numpy()[:, None] + 1).any(axis=1).all():
+            raise ValueError(f"{path}: expected the same number of candidates in all rows, the target among them")
+        if lengths.min() < min_history:
+            raise ValueError(
+                f"{path} has a row with {lengths.min()} history items: expected at least min_history={min_history}"
+            )
+    split = _split(users, items, lengths, table["target"].to_numpy() + 1, candidates, name, min_history, max_history)
+    for column in columns:
+        ids = read_column(split, column).to_numpy() if column == "target" else flatten_lists(split, column)[0]
+        if ids.min() < 1 or ids.max() > num_items:
+            raise ValueError(
+                f"{path} has the ids {ids.min() - 1} to {ids.max() - 1} in {column}: expected the published ids 0 to "
+                f"{num_items - 1} of items.parquet"
+            )
+    return split
+
+
+def _rebuilt_split(rebuilt: SequenceDatasets, num_items: int, min_history: int, max_history: int) -> Dataset:
+    raw_ids = read_column(rebuilt.catalogue, "raw_id").to_numpy()
+    if raw_ids.dtype.kind != "i" or raw_ids.min() < 1 or raw_ids.max() > num_items:
+        raise ValueError(
+            f"the rebuilt data set has raw ids from {raw_ids.min()} to {raw_ids.max()}: expected integers 1 to "
+            f"{num_items}, the published ids + 1"
+        )
+    item_of = np.concatenate([[0], raw_ids])  # their item id -> ours
+    train = rebuilt["train"]
+    items, boundaries = flatten_lists(train, "history")
+    targets = read_column(train, "target").to_numpy()
+    users = read_column(train, "user_id").to_numpy().astype(str)
+    lengths = np.diff(boundaries)
+    return _split(users, item_of[items], lengths, item_of[targets], None, "train", min_history, max_history)
+
+
+def _split(users, items, lengths, targets, candidates, name: str, min_history: int, max_history: int) -> Dataset:
+    """Rows with at least `min_history` items, cut to the newest `max_history`."""
+    ends = np.cumsum(lengths)
+    kept = lengths >= min_history  # (rows,)
+    if not kept.any():
+        raise ValueError(f"no row of {name} has {min_history} history items: lower min_history")
+    starts = np.maximum(ends - lengths, ends - max_history)[kept]
+    ends = ends[kept]
+    columns = [
+        pa.array(users[kept], pa.string()),
+        _lists(items[slice_indices(starts, ends)], ends - starts),
+        pa.array(targets[kept], pa.int32()),
+    ]
+    if candidates is not None:
+        columns.append(_lists(candidates[kept].ravel(), np.full(int(kept.sum()), candidates.shape[1])))
+    features = split_features("string", candidates is not None)
+    return dataset_of(pa.table(columns, schema=features.arrow_schema), features, name)
+
+
+def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
+
+
+def _read(path: Path, columns: dict[str, str]) -> pa.Table:
+    """The columns of a published file, whose types must be of the kinds int, list and string."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: expected the files of the published data, or another --train_from")
+    table = read_parquet(path)
+    is_kind = {
+        "int": pa.types.is_integer,
+        "list": lambda kind: pa.types.is_list(kind) and pa.types.is_integer(kind.value_type),
+        "string": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+    }
+    for name, kind in columns.items():
+        if name not in table.column_names or not is_kind[kind](table.schema.field(name).type):
+            raise ValueError(f"{path} has {table.schema.to_string()}: expected a column {name} of kind {kind}")
+        if table[name].null_count:
+            raise ValueError(f"{path} has {table[name].null_count} empty values in {name}: expected none")
+    return table.select(list(columns))
+
+
+__all__ = ["load_published_sequences"]

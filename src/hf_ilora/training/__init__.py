@@ -1,0 +1,1 @@
+"""Trainers of next-item models, of iLoRA and of distilled students, with their arguments, data sets and collators."""

@@ -1,0 +1,306 @@
+"""What iLoRA refuses, and what it says then."""
+
+import copy
+import re
+
+import pytest
+import torch
+
+from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
+from hf_ilora.models.ilora.gated_lora import gated_layers
+from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.next_item.catalogue import Catalogue
+from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
+from tests.models.ilora.ilora_fixtures import (
+    HISTORY_ALONE,
+    NUM_ITEMS,
+    TITLES,
+    WITH_CANDIDATES,
+    base_llm,
+    batch_of,
+    catalogue,
+    ilora_config,
+    recommender,
+    tiny_model,
+    tokenizer,
+)
+
+HISTORIES, CANDIDATES = torch.tensor([[3, 7, 30], [0, 12, 21]]), torch.tensor([[9, 2, 11], [4, 1, 5]])
+
+
+def build(untrained_recommender=True, **parts) -> ILoraForRecommendation:
+    parts = {
+        "llm": parts.get("llm") or base_llm(),
+        "recommender": parts.get("recommender") or recommender(),
+        "tokenizer": parts.get("tokenizer") or tokenizer(),
+        "items": parts.get("items") or catalogue(),
+        "config": parts.get("config") or ilora_config(),
+    }
+    return ILoraForRecommendation.from_base(**parts, untrained_recommender=untrained_recommender)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(item_head="residual", item_loss_weight=1.0)
+
+
+# --- parts that do not fit ---
+
+
+def test_a_configuration_alone_makes_no_model():
+    with pytest.raises(ValueError, match="was given a configuration alone: expected its parts; use from_base"):
+        ILoraForRecommendation(ilora_config())
+
+
+def test_an_untrained_recommender_must_be_asked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"made and not loaded: expected a trained one.*untrained_recommender=True"):
+        build(untrained_recommender=False)
+    recommender().save_pretrained(tmp_path)
+    build(untrained_recommender=False, recommender=SASRecForNextItem.from_pretrained(tmp_path))
+    build(untrained_recommender=True)
+
+
+@pytest.mark.parametrize("num_items", [29, 31])
+def test_a_recommender_of_another_catalogue_size_is_refused(num_items):
+    llm = base_llm()
+    message = f"the recommender knows {num_items} items and the catalogue has 30"
+    with pytest.raises(ValueError, match=message):
+        build(llm=llm, recommender=recommender(num_items))
+    assert not gated_layers(llm)  # the language model is as it was
+
+
+def test_a_recommender_of_other_raw_ids_is_refused():
+    sasrec = recommender()
+    sasrec.catalogue = catalogue()
+    build(recommender=sasrec)
+    other_titles = Catalogue(catalogue().table.set_column(2, "title", [[title + "!" for title in TITLES]]))
+    build(recommender=sasrec, items=other_titles)  # the same items in other words
+    raw_ids = [f"raw {i}" for i in range(2, 32)]
+    with pytest.raises(ValueError, match="the recommender's catalogue has other raw ids than the items given"):
+        build(recommender=sasrec, items=Catalogue(catalogue().table.set_column(1, "raw_id", [raw_ids])))
+
+
+@pytest.mark.parametrize(
+    ("titles", "message"),
+    [
+        (["Heat", "  ", *TITLES[2:]], "the title of item 2 is blank"),
+        (["Heat", *TITLES[1:]], "items 1 .* and 3 .*have the same title.*duplicate_titles='number'"),
+        (["Heat</s>", *TITLES[1:]], None),
+    ],
+)
+def test_titles_that_no_prompt_can_hold_are_refused(titles, message):
+    if message is None:
+        assert build(items=catalogue(titles)).title_tokens.titles[0] == "Heat</s>"
+        return
+    with pytest.raises(ValueError, match=message):
+        build(items=catalogue(titles))
+
+
+def test_equal_titles_may_be_numbered():
+    model = build(items=catalogue(["Heat", *TITLES[1:]]), config=ilora_config(duplicate_titles="number"))
+    assert (model.title_tokens.titles[0], model.title_tokens.titles[2]) == ("Heat", "Heat (2)")
+    assert model.catalogue.titles([3]) == ["Heat"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["query"], "target_modules query match nothing in LlamaForCausalLM: expected some of down_proj"),
+        (["q_proj", "wo"], "target_modules wo match nothing"),
+        (["mlp"], "mlp is a LlamaMLP: expected a linear layer"),
+    ],
+)
+def test_target_modules_that_match_nothing_are_refused(targets, message):
+    with pytest.raises(ValueError, match=message):
+        build(config=ilora_config(target_modules=targets))
+
+
+def test_a_language_model_that_has_an_adapter_is_refused():
+    llm = base_llm()
+    build(llm=llm)
+    with pytest.raises(ValueError, match="has gated LoRA layers already"):
+        build(llm=llm)
+
+
+@pytest.mark.parametrize("layers", [3, 100])
+def test_more_layers_than_there_are_is_refused(layers):
+    with pytest.raises(ValueError, match=f"cannot keep {layers} layers of LlamaForCausalLM, which has 2"):
+        build(config=ilora_config(num_llm_layers=layers))
+
+
+def test_a_tokenizer_without_pad_token_is_fine():
+    bare = copy.deepcopy(tokenizer())
+    bare.pad_token = None
+    model = build(tokenizer=bare)
+    assert model.score_candidates(HISTORIES, CANDIDATES).isfinite().all()
+
+
+def test_a_tokenizer_that_ends_no_title_is_refused():
+    bare = copy.deepcopy(tokenizer())
+    bare.eos_token = None
+    with pytest.raises(ValueError, match="neither an eos nor a sep token"):
+        build(tokenizer=bare)
+
+
+@pytest.mark.parametrize("templates", [["no field"], ["{history} {history}"], ["{history} {other}"], []])
+def test_templates_that_are_none_are_refused(templates):
+    with pytest.raises(ValueError, match="template"):
+        build(config=ilora_config(prompt_templates=templates))
+
+
+def test_a_configuration_given_to_a_model_stays_as_it_was():
+    config = ilora_config()
+    before = config.to_dict()
+    build(config=config)
+    assert config.to_dict() == before
+
+
+# --- questions that do not fit ---
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda model, histories: model.item_scores(histories),
+        lambda model, histories: model.rank_items(histories, 3),
+        lambda model, histories: model.score_candidates(histories, CANDIDATES),
+        lambda model, histories: model.generate_recommendation(histories, CANDIDATES),
+        lambda model, histories: model.materialize_lora(histories[1]),
+    ],
+    ids=["item_scores", "rank_items", "score_candidates", "generate_recommendation", "materialize_lora"],
+)
+@pytest.mark.parametrize(
+    ("histories", "message"),
+    [
+        ([[3, 7], [0, 0]], r"history \d is empty: expected at least one item"),
+        ([[3, 7], [2, 31]], r"hold item 31: expected ids 1..30"),
+        ([[3, 7], [-1, 2]], r"hold item -1: expected ids 1..30"),
+        ([[3.0, 7.0], [1.0, 2.0]], "float32: expected item ids as int64"),
+    ],
+)
+def test_histories_that_are_none_are_refused(model, method, histories, message):
+    with pytest.raises(ValueError, match=message):
+        method(model, torch.tensor(histories))
+
+
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        ([[9, 2], [4, 31]], "candidates hold item 31: expected ids 1..30"),
+        ([[9, 2], [4, -1]], "candidates hold item -1: expected ids 1..30"),
+        ([[9, 2], [0, 0]], "row 1 has no candidates"),
+        ([[9, 2]], re.escape("candidates have shape (1, 2)")),
+        ([9, 2], re.escape("candidates have shape (2,)")),
+        ([[9.0, 2.0], [1.0, 2.0]], "type torch.float32: expected item ids"),
+        ([[], []], "type torch.float32"),
+    ],
+)
+def test_candidates_that_are_none_are_refused(candidates, message, shown):
+    """Also where no template shows them, so that no prompt is built of them."""
+    model = tiny_model(prompt_templates=[WITH_CANDIDATES, HISTORY_ALONE] if shown else [HISTORY_ALONE])
+    for ask in (model.score_candidates, model.generate_recommendation):
+        with pytest.raises(ValueError, match=message):
+            ask(HISTORIES, torch.tensor(candidates))
+
+
+def test_prompts_longer_than_the_context_are_refused():
+    model = tiny_model(llm=base_llm(max_position_embeddings=40))
+    with pytest.raises(ValueError, match=r"the prompt of row 0 has \d\d tokens: expected at most 40 .*max_history"):
+        model.score_candidates(HISTORIES, CANDIDATES)
+    with pytest.raises(ValueError, match="expected at most 40"):
+        batch_of(model)
+
+
+def test_prompts_that_leave_no_room_for_the_answer_are_refused():
+    longest = tiny_model().build_prompts(HISTORIES, CANDIDATES).input_ids.shape[1]
+    model = tiny_model(llm=base_llm(max_position_embeddings=longest + 5))
+    for constrained in (True, False):
+        with pytest.raises(ValueError, match=rf"have \d+ tokens: expected at most {longest + 5}, the context"):
+            model.generate_recommendation(HISTORIES, CANDIDATES, constrained=constrained)
+    model.generate_recommendation(HISTORIES, CANDIDATES, constrained=False, max_new_tokens=5)
+
+
+def test_more_answers_than_items_or_beams_are_refused(model):
+    for top_k in (0, 4):
+        with pytest.raises(ValueError, match=f"top_k is {top_k}: expected 1 to 3"):
+            model.generate_recommendation(HISTORIES, CANDIDATES, top_k=top_k)
+    with pytest.raises(ValueError, match="top_k is 31: expected 1 to 30"):
+        model.generate_recommendation(HISTORIES, top_k=31)
+    for settings in (
+        {"num_beams": 1},
+        {"num_beams": 2, "top_k": 3},
+        {"num_beams": 2, "top_k": 3, "constrained": False},
+    ):
+        expected = max(settings.get("top_k", 1), 2)
+        with pytest.raises(ValueError, match=f"num_beams is {settings['num_beams']}: expected at least {expected}"):
+            model.generate_recommendation(HISTORIES, CANDIDATES, **settings)
+    with pytest.raises(ValueError, match="top_k is 31"):
+        model.rank_items(HISTORIES, 31)
+
+
+def test_a_model_without_item_head_ranks_nothing():
+    for ask in (tiny_model().item_scores, tiny_model().rank_items):
+        with pytest.raises(ValueError, match="this model has no item head: train one"):
+            ask(HISTORIES)
+
+
+# --- batches that do not fit ---
+
+
+def test_forward_needs_histories_or_gates(model):
+    batch = batch_of(model)
+    batch.pop("histories")
+    with pytest.raises(ValueError, match="neither histories nor expert_gates were given"):
+        model(**batch)
+
+
+def test_the_item_loss_needs_histories(model):
+    batch = batch_of(model)
+    gates = model.expert_gates(batch.pop("histories"))
+    with pytest.raises(ValueError, match="this loss reads the recommender: expected histories"):
+        model(**batch, expert_gates=gates)
+
+
+def test_labels_need_title_labels(model):
+    batch = batch_of(model)
+    batch.pop("title_labels")
+    with pytest.raises(ValueError, match="labels were given without title_labels"):
+        model(**batch)
+
+
+def test_gates_of_another_batch_are_refused(model):
+    batch = batch_of(model)
+    batch.pop("labels")
+    with pytest.raises(ValueError, match=re.escape("expert_gates have shape (2, 4): expected (3, 4)")):
+        model(**batch, expert_gates=torch.full((2, 4), 0.25))
+
+
+def test_more_or_fewer_items_than_placeholders_are_refused(model):
+    batch = batch_of(model)
+    found = int((batch["input_ids"][1] < 0).sum())
+    fewer, more = batch["placeholder_items"].clone(), batch["placeholder_items"].clone()
+    fewer[1, found - 1] = 0
+    more[1, found] = 5
+    for items, count in ((fewer, found - 1), (more, found + 1)):
+        with pytest.raises(ValueError, match=f"row 1 has {found} placeholders for {count} items: expected as many"):
+            model(**batch | {"placeholder_items": items})
+
+
+def test_histories_outside_the_catalogue_are_refused_in_training(model):
+    batch = batch_of(model)
+    with pytest.raises(ValueError, match=f"hold item 31: expected ids 1..{NUM_ITEMS}"):
+        model(**batch | {"histories": torch.full((3, 2), 31)})
+
+
+def test_default_configuration_works_for_any_items():
+    model = ILoraForRecommendation.from_base(
+        base_llm(max_position_embeddings=2048),
+        recommender(max_length=50),
+        tokenizer(),
+        catalogue(),
+        untrained_recommender=True,
+    )
+    assert model.config.to_dict().items() >= {"rank": 8, "num_experts": 4, "router_type": "conv"}.items()
+    assert isinstance(model.config, ILoraConfig)
+    assert model.score_candidates(HISTORIES, CANDIDATES).isfinite().all()
