@@ -6,7 +6,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from hf_ilora.data.columns import flatten_lists, read_column
 
-TARGETS = ("last", "random")
+TARGET_ITEMS = ("last", "random")
 
 
 class CandidateRows(TorchDataset):
@@ -23,13 +23,14 @@ class CandidateRows(TorchDataset):
         max_history: newest items that a row keeps; candidates keep clear of the whole history all the same.
         num_candidates: drawn per row, the target among them; a split's own candidates keep their number.
         seed: of all that is random.
-        targets: "last", the row's target, for rows that are prefixes of each other (temporal_users); or "random", for
-            whole histories (leave_one_out): another item of the row each epoch, with the items before it as history.
-            A split's own candidates go with the last target.
-        draws: the two numbers of every row in a split with its own candidates.
+        target_items: "last", the row's target, for rows that are prefixes of each other (temporal_users); or "random",
+            for whole histories (leave_one_out): another item of the row each epoch, with the items before it as
+            history. A split's own candidates belong to the last target.
+        uniforms: the two numbers of every row; None draws them for every row and epoch, or takes zeros for a split with
+            its own candidates.
 
-    Items are dictionaries: `history` (items,) int64, `target` int, `candidates` (num_candidates,) int64 and `draws`,
-    two numbers in [0, 1) for what else is to be random about a row; they are fixed in a split with its own candidates.
+    Items are dictionaries: `history` (items,) int64, `target` int, `candidates` (num_candidates,) int64 and `uniforms`,
+    two numbers in [0, 1) by which the collator chooses the row's prompt.
 
     Raises:
         ValueError: for a split without rows, an empty history, ids outside the catalogue, candidates without the
@@ -43,20 +44,20 @@ class CandidateRows(TorchDataset):
         max_history: int = 10,
         num_candidates: int = 20,
         seed: int = 0,
-        targets: str = "last",
-        draws: tuple[float, float] = (0.0, 0.0),
+        target_items: str = "last",
+        uniforms: tuple[float, float] | None = None,
     ):
         if len(split) == 0:
             raise ValueError("the split is empty: expected at least one row; loosen the filters")
         if max_history < 1 or num_candidates < 1:
             raise ValueError(f"max_history={max_history}, num_candidates={num_candidates}: expected at least 1 of each")
-        if targets not in TARGETS:
-            raise ValueError(f"targets is {targets!r}: expected one of {', '.join(TARGETS)}")
+        if target_items not in TARGET_ITEMS:
+            raise ValueError(f"target_items is {target_items!r}: expected one of {', '.join(TARGET_ITEMS)}")
         self.items, self.boundaries = flatten_lists(split, "history")  # (total,), (rows + 1,)
         self.targets = read_column(split, "target").to_numpy()  # (rows,)
         self.num_items, self.max_history, self.num_candidates = num_items, max_history, num_candidates
-        self.seed, self.epoch, self.draws = seed, 0, np.array(draws)
-        self.target_kind, self.candidates = targets, None
+        self.seed, self.epoch, self.uniforms = seed, 0, None if uniforms is None else np.array(uniforms)
+        self.target_items, self.candidates = target_items, None
         self._check("history", self.items)
         self._check("target", self.targets)
         lengths = np.diff(self.boundaries)  # (rows,)
@@ -90,23 +91,23 @@ class CandidateRows(TorchDataset):
         target = self.targets[index]
         if self.candidates is None:
             generator = np.random.default_rng((self.seed, self.epoch, index))
-            if self.target_kind == "random":
+            if self.target_items == "random":
                 sequence = np.append(history, target)
                 place = generator.integers(1, len(sequence))
                 history, target = sequence[:place], sequence[place]
-            candidates, draws = self._draw(index, target, generator)
+            candidates, uniforms = self._draw(index, target, generator)
         else:
-            candidates, draws = self.candidates[index], self.draws
+            candidates, uniforms = self.candidates[index], np.zeros(2)
         return {
             "history": history[-self.max_history :].astype(np.int64),
             "target": int(target),
             "candidates": candidates,
-            "draws": draws,
+            "uniforms": uniforms if self.uniforms is None else self.uniforms,
         }
 
     def _draw(self, index: int, target: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Candidates (num_candidates,) and two numbers of one row."""
-        *draws, place = generator.random(3)
+        *uniforms, place = generator.random(3)
         taken = self._taken(index)  # (num_items + 1,)
         length = self.boundaries[index + 1] - self.boundaries[index]
         if 2 * (length + self.num_candidates) > self.num_items:  # most draws would be in vain
@@ -119,7 +120,7 @@ class CandidateRows(TorchDataset):
             negatives = list(different)
         place = int(place * self.num_candidates)  # the others stand in random order as it is
         candidates = [*negatives[:place], target, *negatives[place : self.num_candidates - 1]]
-        return np.array(candidates, dtype=np.int64), np.array(draws)
+        return np.array(candidates, dtype=np.int64), np.array(uniforms)
 
     def _taken(self, index: int) -> np.ndarray:
         """(num_items + 1,) what may not be drawn for a row: padding, its history and its target."""

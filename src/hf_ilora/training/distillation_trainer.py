@@ -1,182 +1,205 @@
 """A Trainer that teaches a next-item model with a teacher's rankings, DLLM2Rec's way and beyond."""
 
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_ilora.distillation.losses import (
-    BASE_LOSSES,
-    FORMS,
     NO_LABEL,
+    STUDENT_LOSS,
     DLLM2RecLoss,
     distribution_loss,
     embedding_loss,
     propensity_scores,
 )
-from hf_ilora.distillation.policies import KLDivergencePolicy, rank_gap_weights
+from hf_ilora.distillation.policies import AllSamplesPolicy, KLDivergencePolicy, rank_gap_weights, sample_policy
+from hf_ilora.distillation.teacher_labels import TeacherLabels
+from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID
+from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
+from hf_ilora.titles.pca import pca_embeddings
 
-from .label_collator import POSITIONS, newest_only
-
-STUDENT_LOSS = "student"
-DIRECTIONS = ("forward", "reverse")
-EMBEDDING_LOSSES = ("mse", "cosine")
-
-
-@dataclass
-class DistillationArguments(TrainingArguments):
-    """TrainingArguments with the settings of distillation; everything else can be set as usual."""
-
-    remove_unused_columns: bool = False  # the collator reads columns that no forward names
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
-    base_loss: str = field(
-        default=STUDENT_LOSS,
-        metadata={
-            "help": "loss of the true next item: student (its own, loss_type), bce (as published), cross_entropy, "
-            "sampled_softmax or gbce over the distilled positions' scores"
-        },
-    )
-    form: str = field(
-        default="corrected", metadata={"help": "corrected, or reference: the published arithmetic to the digit"}
-    )
-    alpha: float = field(
-        default=0.0,
-        metadata={
-            "help": "weight of the DROS terms (1 as published): of the labels that the teacher was asked about with "
-            "base_loss student, else of all"
-        },
-    )
-    beta: float = field(default=1.0, metadata={"help": "temperature of the DROS terms"})
-    lam: float = field(default=0.8, metadata={"help": "weight of the ranking distillation"})
-    gamma_position: float = field(default=0.3, metadata={"help": "share of a label's weight by its rank"})
-    gamma_confidence: float = field(default=0.5, metadata={"help": "share by the teacher's confidence"})
-    gamma_consistency: float = field(default=0.1, metadata={"help": "share by being in the student's own top k"})
-    top_k: int = field(default=10, metadata={"help": "teacher items per label that count"})
-    distilled_positions: str = field(
-        default="last", metadata={"help": "last (as published): the newest label of each window; all: every label"}
-    )
-    num_scored_items: int | None = field(
-        default=None,
-        metadata={"help": "items drawn per step to score beside targets and teacher items; by default the catalogue"},
-    )
-    num_distillation_negatives: int = field(default=1, metadata={"help": "negatives per position (1 as published)"})
-    kl_weight: float = field(
-        default=0.0, metadata={"help": "weight of the divergence between whole distributions; needs an online teacher"}
-    )
-    kl_temperature: float = field(default=1.0, metadata={"help": "divides both models' scores in that divergence"})
-    kl_direction: str = field(default="forward", metadata={"help": "forward: KL(teacher || student), or reverse"})
-    embedding_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "weight of the distance between user embedding and the teacher's embedding of the target, at the "
-            "same positions as alpha's terms"
-        },
-    )
-    embedding_loss: str = field(default="cosine", metadata={"help": "that distance: mse or cosine"})
-    rank_gap_weighting: bool = field(
-        default=False,
-        metadata={
-            "help": "weigh labels by how much higher than the student the teacher ranks the truth; 0 where the truth "
-            "is not among the teacher's items"
-        },
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        choices = {
-            "base_loss": (STUDENT_LOSS, *BASE_LOSSES),
-            "form": FORMS,
-            "distilled_positions": POSITIONS,
-            "kl_direction": DIRECTIONS,
-            "embedding_loss": EMBEDDING_LOSSES,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        for name in ("kl_weight", "embedding_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number, 0 or more")
-        if self.num_distillation_negatives < 1 or (self.num_scored_items is not None and self.num_scored_items < 2):
-            raise ValueError(
-                f"num_distillation_negatives is {self.num_distillation_negatives}, num_scored_items "
-                f"{self.num_scored_items}: expected at least 1 and 2"
-            )
+from .distillation_arguments import DistillationArguments
+from .label_collator import DistillationCollator, newest_only
+from .next_item_arguments import INITIAL_ITEMS
+from .next_item_trainer import NextItemTrainer
+from .windows import NextItemCollator, item_counts
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(NextItemTrainer):
     """Trains a next-item model on its own labels and on a teacher's.
 
     The loss of a batch is base + alpha DROS + lam ranking (`DLLM2RecLoss`) + kl_weight KL + embedding_weight distance.
     Every term is a sum over positions, divided by the number of labels of the whole accumulated and distributed batch:
     eight small batches give the gradient of one large one (except with form="reference", whose DROS term multiplies
-    means of a batch). Each part is logged under its own name.
+    means of a batch). Each part is logged under its own name. A student whose configuration adds the teacher's item
+    embeddings (`teacher_embedding_size`) gets them from the labels, and ends with a plain item table.
 
     Args:
-        model: the student, any next-item model of this package.
+        model: the student, a SASRec, GRU4Rec or Caser.
         args: `DistillationArguments`.
-        teacher: an online teacher, with `rank_items(histories, top_k, exclude_seen)`; None reads `teacher_items` and
-            `teacher_distances` of the batches, which `DistillationCollator` puts there.
-        item_counts: (num_items + 1,) occurrences in training, for DROS.
-        policy: chooses which labels count, `select(student_scores, teacher_scores, target)`; None takes all.
-        teacher_embeddings: (num_items + 1, hidden) embeddings of the titles in the student's size, such as
-            `pca_embeddings` gives, for the embedding loss.
-        kwargs: as in `Trainer`.
+        teacher_labels: answers of a teacher about `train_dataset`, `TeacherLabels.load(...)`; or pass `teacher`.
+        teacher: a model that is asked in every step: any object with `rank_items(histories, top_k, exclude_seen)`, or
+            the folder or Hub name of a saved recommender.
+        policy: chooses the labels that count, `select(student_scores, teacher_scores, target)`; None builds the one
+            that the arguments name.
+        kwargs: as in `NextItemTrainer`.
 
     Raises:
-        ValueError: when a weight is positive and what it needs is missing.
+        TypeError: as `NextItemTrainer`.
+        ValueError: when a setting needs what is missing, and when the first epoch meets no teacher label.
     """
+
+    arguments_class = DistillationArguments
 
     def __init__(
         self,
-        model: nn.Module,
-        args: DistillationArguments,
+        model: EncoderForNextItem | None = None,
+        args: DistillationArguments | None = None,
+        data_collator: Callable | None = None,
         *,
-        teacher=None,
-        item_counts: torch.Tensor | None = None,
+        teacher_labels: TeacherLabels | None = None,
+        teacher: object | str | os.PathLike | None = None,
         policy=None,
-        teacher_embeddings: torch.Tensor | None = None,
         **kwargs,
     ):
-        if args.kl_weight and teacher is None:
+        args = self.checked_arguments(args)
+        if (teacher_labels is None) == (teacher is None):
+            given = "neither is given" if teacher is None else "both are given"
             raise ValueError(
-                f"kl_weight is {args.kl_weight} without an online teacher: expected one, since labels hold the "
-                "teacher's best items only; set kl_weight to 0"
+                f"expected either teacher_labels=TeacherLabels.load(folder, sequences.fingerprint) or teacher=model "
+                f"(or its folder or Hub name): {given}"
             )
-        if isinstance(policy, KLDivergencePolicy) and teacher is None:
+        if isinstance(teacher_labels, str | os.PathLike):
+            raise TypeError(
+                f"teacher_labels is the path {teacher_labels}: expected labels, TeacherLabels.load("
+                "folder, data_fingerprint=sequences.fingerprint), which checks that they are about this data"
+            )
+        self.teacher_labels, self.teacher = teacher_labels, teacher
+        if policy is None:
+            policy = sample_policy(args.policy, args.policy_threshold)
+        self.policy = policy
+        self._needs_whole_scores = bool(args.kl_weight) or isinstance(policy, KLDivergencePolicy)
+        self._check_teacher(args)
+        super().__init__(model, args, data_collator, **kwargs)
+        self._check_labels_of_rows()
+        if isinstance(teacher, str | os.PathLike):
+            self.teacher = load_recommender(str(teacher))
+        if isinstance(self.teacher, nn.Module):
+            self.teacher = self.teacher.eval().to(self.args.device)
+            if self.model.catalogue is not None:
+                raw_ids = self.model.catalogue.table["raw_id"].to_numpy()
+                check_catalogue(self.teacher, "the teacher", self.model.config.num_items, raw_ids)
+        self._build_losses()
+        self._labels_met = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self.add_callback(_TeacherWasMetCallback(self))
+
+    def _check_teacher(self, args: DistillationArguments) -> None:
+        """Raise a ValueError for settings that the kind of teacher does not serve."""
+        if self.teacher_labels is not None:
+            if args.kl_weight:
+                raise ValueError(
+                    f"kl_weight is {args.kl_weight} with teacher_labels, which have the teacher's best items only: "
+                    "expected an online teacher (teacher=model), or kl_weight=0"
+                )
+            if isinstance(self.policy, KLDivergencePolicy):
+                raise ValueError(
+                    "policy kl_divergence compares whole distributions, and teacher_labels have the teacher's best "
+                    "items only: expected an online teacher (teacher=model), or another policy"
+                )
+            return
+        if is_deepspeed_zero3_enabled():
             raise ValueError(
-                "KLDivergencePolicy without an online teacher: expected one, whose whole scores it compares"
+                "ZeRO-3 spreads weights over processes, where an online teacher cannot be asked: expected "
+                "teacher_labels, or another accelerate configuration"
             )
-        if teacher is not None and args.num_scored_items is not None:
+        if args.num_scored_items is not None:
             raise ValueError(
                 f"num_scored_items is {args.num_scored_items} with an online teacher, which ranks the whole catalogue: "
-                "expected None, or labels"
+                "expected None, or teacher_labels"
             )
-        if teacher is not None and args.distilled_positions != "last":
+        if args.distilled_positions != "last":
             raise ValueError(
-                "distilled_positions is all with an online teacher, which is asked about whole histories: expected "
-                "last, or labels of recipes/label_with_teacher.py"
+                f"distilled_positions is {args.distilled_positions!r} with an online teacher, which is asked about "
+                "whole histories: expected 'last', or teacher_labels"
             )
-        if args.embedding_weight and teacher_embeddings is None:
+        for name in ("embedding_weight", "initial_items"):
+            if getattr(args, name) in (0.0, *INITIAL_ITEMS):
+                continue
             raise ValueError(
-                f"embedding_weight is {args.embedding_weight} without teacher_embeddings: expected the item embeddings "
-                "of the teacher in the student's size (pca_embeddings)"
+                f"{name} is {getattr(args, name)} with an online teacher: expected teacher_labels, which have the "
+                "teacher's item embeddings"
             )
-        if args.alpha and item_counts is None:
-            raise ValueError(f"alpha is {args.alpha} without item_counts: expected the counts of the training items")
-        if args.n_gpu > 1:
+
+    def _check_labels_of_rows(self) -> None:
+        """Raise a ValueError for labels that the training windows will not meet."""
+        labels, args = self.teacher_labels, self.args
+        if labels is None or self._train_rows is None:
+            return
+        if labels.num_items != self.model.config.num_items:
             raise ValueError(
-                f"one process sees {args.n_gpu} GPUs: expected one each; start with accelerate launch, since what is "
-                "scored must not be divided among copies of the student"
+                f"the labels are about {labels.num_items} items and the model has {self.model.config.num_items}: "
+                "expected labels of this data"
             )
-        super().__init__(model, args, **kwargs)
-        device = self.args.device
-        self.teacher, self.policy = teacher, policy
-        self._needs_whole_scores = bool(args.kl_weight) or isinstance(policy, KLDivergencePolicy)
-        self.teacher_embeddings = None if teacher_embeddings is None else teacher_embeddings.to(device)
+        last_row = int(labels.table["history_id"].to_numpy().max(initial=-1))
+        if last_row >= len(self._train_rows):
+            raise ValueError(
+                f"the labels are about row {last_row} and train_dataset has {len(self._train_rows)} rows: expected the "
+                "whole train split that was labelled, since labels go by rows"
+            )
+        if labels.description.get("labelled_positions") == "last" and args.windows == "random":
+            raise ValueError(
+                f"the labels in {labels.folder} are about last positions, which random windows hardly ever meet: "
+                "expected windows='last', or labels of all positions (label_with_teacher.py --labelled_positions all)"
+            )
+
+    def _default_collator(self, args: DistillationArguments) -> Callable:
+        if self.teacher_labels is None:
+            return NextItemCollator()
+        return DistillationCollator(self.teacher_labels, args.distilled_positions)
+
+    def _window_settings(self) -> dict:
+        return super()._window_settings() | {"with_origins": self.teacher_labels is not None}
+
+    def _prepare_model(self, model: EncoderForNextItem, args: DistillationArguments) -> None:
+        super()._prepare_model(model, args)
+        if model.config.teacher_embedding_size is None:
+            return
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "ZeRO-3 spreads weights over processes, where the teacher's item embeddings cannot be folded: expected "
+                "teacher_embedding_size=None, or another accelerate configuration"
+            )
+        if self.teacher_labels is not None:
+            model.set_teacher_embeddings(self.teacher_labels.item_embeddings())
+
+    def _start_items(self, model: EncoderForNextItem) -> None:
+        if self.args.initial_items != "teacher":
+            super()._start_items(model)
+            return
+        embeddings = pca_embeddings(self.teacher_labels.item_embeddings(), model.config.hidden_size)
+        model.start_from_item_embeddings(embeddings, self.args.initial_mixing)
+
+    def _build_losses(self) -> None:
+        args, config = self.args, self.model.config
+        self._target_embeddings = None
+        if args.embedding_weight:
+            table = pca_embeddings(self.teacher_labels.item_embeddings(), config.hidden_size)
+            self._target_embeddings = table.to(args.device)  # (num_items + 1, hidden)
+        propensity = None
+        if args.alpha:
+            if self._train_rows is None:
+                raise ValueError(
+                    f"alpha is {args.alpha} without a datasets.Dataset as train_dataset, whose items are counted for "
+                    "the DROS terms: expected one, or alpha=0"
+                )
+            labelled_positions = self._labelled_positions(self.model, args)
+            propensity = propensity_scores(item_counts(self._train_rows, config.num_items, labelled_positions)[1:])
         self.distillation_loss = DLLM2RecLoss(
             args.alpha,
             args.beta,
@@ -185,28 +208,34 @@ class DistillationTrainer(Trainer):
             args.gamma_confidence,
             args.gamma_consistency,
             args.top_k,
-            propensity=None if item_counts is None else propensity_scores(item_counts[1:]),
+            propensity=propensity,
             form=args.form,
-            base_loss="none" if args.base_loss == STUDENT_LOSS else args.base_loss,
-            num_items=self.model.config.num_items,
-        ).to(device)
+            base_loss=args.base_loss,
+            num_items=config.num_items,
+        ).to(args.device)
         # Not under ZeRO-3, where all processes must use the same layers in a step, whatever their batches hold.
         self._may_share_scores = (
             args.base_loss == STUDENT_LOSS
-            and self.model.config.loss_type == "cross_entropy"
+            and config.loss_type == "cross_entropy"
             and args.num_scored_items is None
             and not is_deepspeed_zero3_enabled()
         )
-        self._weights = {
+        weights = {
             "base_loss": 1.0,
             "dro_loss": args.alpha,
             "ranking_loss": args.lam,
             "kl_loss": args.kl_weight,
             "embedding_loss": args.embedding_weight,
         }
-        self._weights = {name: weight for name, weight in self._weights.items() if weight or name == "ranking_loss"}
-        self._logged = torch.zeros(len(self._weights), device=device)  # sums of the parts since step `_logged_at`
+        self._weights = {name: weight for name, weight in weights.items() if weight or name == "ranking_loss"}
+        self._logged = torch.zeros(len(self._weights), device=args.device)  # sums of the parts since step `_logged_at`
         self._logged_at: int | None = None  # a resumed run begins at a later one
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+        """As `NextItemTrainer.train`; at the end the teacher's item embeddings are folded into the item table."""
+        result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.model.fold_teacher_embeddings()
+        return result
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         if not model.training:  # the validation loss is the student's own
@@ -214,7 +243,8 @@ class DistillationTrainer(Trainer):
         inputs = dict(inputs)
         labels = inputs["labels"]  # (batch, length)
         labelled = labels.ne(IGNORED_LABEL)
-        asked, teacher_items, distances = self._teacher_labels(inputs, labelled)  # (batch, length), (asked, k) twice
+        asked, teacher_items, distances = self._teacher_answers(inputs, labelled)  # (batch, length), (asked, k) twice
+        self._labels_met += asked.sum()
         has_student_loss = self.args.base_loss == STUDENT_LOSS
         # Where the teacher was asked about most labels, their scores give the student's own loss too: one pass over the
         # catalogue instead of two, at the price of scores for every label.
@@ -257,7 +287,7 @@ class DistillationTrainer(Trainer):
         self._logged += torch.stack([parts.get(name, zero).detach().float() for name in self._weights])
         return (loss, outputs) if return_outputs else loss
 
-    def _teacher_labels(self, inputs: dict, labelled: torch.Tensor):
+    def _teacher_answers(self, inputs: dict, labelled: torch.Tensor):
         """Takes the teacher's part out of a batch, or asks the online teacher.
 
         Returns:
@@ -267,7 +297,8 @@ class DistillationTrainer(Trainer):
         if self.teacher is None:
             if "teacher_items" not in inputs:
                 raise ValueError(
-                    "the batch has no teacher_items: expected batches of DistillationCollator, or an online teacher"
+                    "the batch has no teacher_items: expected a datasets.Dataset as train_dataset, or "
+                    "batches of DistillationCollator"
                 )
             items, distances = inputs.pop("teacher_items"), inputs.pop("teacher_distances")  # (batch, length, k)
             asked = items[..., 0].ne(PADDING_ITEM_ID)
@@ -320,7 +351,7 @@ class DistillationTrainer(Trainer):
             parts["kl_loss"] = (divergence * sample_weights).mean()
         if arguments.embedding_weight:
             users = outputs.last_hidden_state[scored]  # (positions, hidden)
-            wanted = self.teacher_embeddings[targets]  # (positions, hidden)
+            wanted = self._target_embeddings[targets]  # (positions, hidden)
             parts["embedding_loss"] = embedding_loss(users, wanted, arguments.embedding_loss).mean()
         return parts
 
@@ -328,7 +359,7 @@ class DistillationTrainer(Trainer):
         """How much each position's teacher labels count, (positions,): 0 where the policy leaves them out."""
         with torch.no_grad():
             weights = teacher_columns[:, 0].ne(NO_LABEL).float()
-            if self.policy is not None:
+            if not isinstance(self.policy, AllSamplesPolicy):
                 weights = weights * self.policy.select(scores, teacher_scores, target)
             if self.args.rank_gap_weighting:
                 student_ranks = scores.ge(scores.gather(1, target.unsqueeze(1))).sum(1)  # (positions,)
@@ -349,6 +380,25 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
 
+class _TeacherWasMetCallback(TrainerCallback):
+    """Ends a run whose first epoch met no teacher label: it would train without a teacher."""
+
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer, self.is_checked = trainer, False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.is_checked:
+            return
+        self.is_checked = True
+        met = self.trainer.accelerator.reduce(self.trainer._labels_met, reduction="sum")
+        if not met:
+            raise ValueError(
+                "no batch of the first epoch had a teacher label: expected labels of the rows and positions that the "
+                f"windows show (windows={args.windows!r}, distilled_positions={args.distilled_positions!r}); label "
+                "all positions, or pass the split that was labelled as train_dataset"
+            )
+
+
 def _spread(kept: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Rows (kept ones, k) put where `kept` (all,) is True: (all, k), zero elsewhere."""
     spread = rows.new_zeros(len(kept), rows.shape[1])
@@ -356,4 +406,4 @@ def _spread(kept: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return spread
 
 
-__all__ = ["DistillationArguments", "DistillationTrainer"]
+__all__ = ["DistillationTrainer"]

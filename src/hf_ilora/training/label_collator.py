@@ -5,9 +5,8 @@ import torch
 
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL
-from hf_ilora.training.windows import NextItemCollator
 
-POSITIONS = ("last", "all")
+from .windows import LABELLED_POSITIONS, NextItemCollator
 
 
 class DistillationCollator(NextItemCollator):
@@ -15,8 +14,8 @@ class DistillationCollator(NextItemCollator):
 
     Args:
         teacher_labels: of the split that the windows were made of.
-        positions: "last" takes teacher labels for the newest label of each window only, as DLLM2Rec does; "all" for
-            every label that the teacher was asked about.
+        distilled_positions: "last" takes teacher labels for the newest label of each window only, as DLLM2Rec does;
+            "all" for every label that the teacher was asked about.
 
     Rows are those of `TrainingWindows(with_origins=True)`, or of `EvaluationHistories`, which stay as they are. Batches
     add, to `input_ids` and `labels`:
@@ -24,15 +23,17 @@ class DistillationCollator(NextItemCollator):
         teacher_distances: (batch, length, top_k) float32.
 
     Raises:
-        ValueError: for another `positions`, and when called with rows of `TrainingWindows` without origins.
+        ValueError: for another `distilled_positions`, and when called with rows of `TrainingWindows` without origins.
     """
 
-    padding = NextItemCollator.padding | {"history_ids": -1, "label_positions": -1}
+    padding = NextItemCollator.padding | {"history_ids": -1, "prefix_lengths": -1}
 
-    def __init__(self, teacher_labels: TeacherLabels, positions: str = "last"):
-        if positions not in POSITIONS:
-            raise ValueError(f"positions is {positions!r}: expected one of {', '.join(POSITIONS)}")
-        self.teacher_labels, self.positions = teacher_labels, positions
+    def __init__(self, teacher_labels: TeacherLabels, distilled_positions: str):
+        if distilled_positions not in LABELLED_POSITIONS:
+            raise ValueError(
+                f"distilled_positions is {distilled_positions!r}: expected one of {', '.join(LABELLED_POSITIONS)}"
+            )
+        self.teacher_labels, self.distilled_positions = teacher_labels, distilled_positions
 
     def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(rows)
@@ -43,10 +44,10 @@ class DistillationCollator(NextItemCollator):
                     "with_origins=True), which say what the teacher was asked about, or of EvaluationHistories"
                 )
             return batch  # rows of evaluation, about which no teacher is asked
-        origins = batch.pop("history_ids"), batch.pop("label_positions")  # (batch, length) each
+        origins = batch.pop("history_ids"), batch.pop("prefix_lengths")  # (batch, length) each
         items, distances = self.teacher_labels.lookup(*origins)  # (batch, length, top_k) each
         asked = batch["labels"].ne(IGNORED_LABEL)  # (batch, length)
-        if self.positions == "last":
+        if self.distilled_positions == "last":
             asked = newest_only(asked)
         batch["teacher_items"] = items * asked.unsqueeze(-1)
         batch["teacher_distances"] = distances
@@ -59,4 +60,4 @@ def newest_only(labelled: torch.Tensor) -> torch.Tensor:
     return labelled & remaining.eq(1)
 
 
-__all__ = ["POSITIONS", "DistillationCollator", "newest_only"]
+__all__ = ["DistillationCollator", "newest_only"]

@@ -10,23 +10,23 @@ from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL, PAD
 
 
 class PromptCollator:
-    """Collates rows into prompts, drawing each row's template and whether it shows its candidates.
+    """Collates rows into prompts, choosing each row's template and whether it shows its candidates.
 
-    Rows are dictionaries of `history` (items,), `target`, `candidates` (num_candidates,) and `draws`, two numbers in
-    [0, 1): the first picks the template, the second shows the candidates when it is below `candidate_fraction`. Draws
-    of 0, as evaluation rows have them, mean the first template, with candidates unless `candidate_fraction` is 0.
+    Rows are dictionaries of `history` (items,), `target`, `candidates` (num_candidates,) and `uniforms`, two numbers
+    in [0, 1): the first picks the template, the second shows the candidates when it is below `candidate_fraction`.
+    Zeros, as evaluation rows have them, mean the first template, with candidates unless `candidate_fraction` is 0.
 
     Args:
         prompt_builder: builds the prompts.
-        candidate_fraction: share of the rows that show their candidates. It may change in the course of a training run,
-            between epochs where worker processes hold a copy of the collator.
+        candidate_fraction: fraction of the rows that show their candidates. It may change during training: between epochs,
+            where worker processes have a copy of the collator.
         order_candidates: puts candidates (batch, num_candidates) in the order in which histories (batch, longest) are
             to see them, such as `PreferredOrder`; None leaves them as they come.
         scores_candidates: the model scores all candidates' titles (`candidate_loss_weight`): prompts end before the
             title, and the candidates come along.
 
     Raises:
-        ValueError: for a share outside [0, 1], and when it asks for templates that the builder has not.
+        ValueError: for a fraction outside [0, 1], and when it asks for templates that the builder lacks.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class PromptCollator:
         if self.order_candidates is not None:
             candidates = self.order_candidates(torch.from_numpy(histories), torch.from_numpy(candidates))
         targets = np.array([row["target"] for row in rows], dtype=np.int64)  # (batch,)
-        draws = np.array([row["draws"] for row in rows])  # (batch, 2)
-        shows_candidates = draws[:, 1] < self.candidate_fraction
+        uniforms = np.array([row["uniforms"] for row in rows])  # (batch, 2)
+        shows_candidates = uniforms[:, 1] < self.candidate_fraction
         num_templates = np.where(
             shows_candidates,
             len(self.prompt_builder.candidate_templates),
@@ -69,7 +69,7 @@ class PromptCollator:
         prompts = self.prompt_builder.build(
             histories[:, -self.prompt_builder.max_history :],
             candidates,
-            template_indices=(draws[:, 0] * num_templates).astype(np.int64),
+            template_indices=(uniforms[:, 0] * num_templates).astype(np.int64),
             show_candidates=shows_candidates,
             targets=None if self.scores_candidates else targets,
         )
@@ -96,9 +96,9 @@ class PromptCollator:
 def check_candidate_fraction(
     candidate_fraction: float, num_candidate_templates: int, num_history_templates: int
 ) -> None:
-    """Raise a ValueError unless the share is in [0, 1] and there are templates for both of its sides."""
+    """Raise a ValueError unless the fraction is in [0, 1] and there are templates for both of its sides."""
     if not 0 <= candidate_fraction <= 1:
-        raise ValueError(f"candidate_fraction is {candidate_fraction}: expected a share in [0, 1]")
+        raise ValueError(f"candidate_fraction is {candidate_fraction}: expected a fraction in [0, 1]")
     for kind, is_missing, remedy in (
         ("with", candidate_fraction > 0 and not num_candidate_templates, 0),
         ("without", candidate_fraction < 1 and not num_history_templates, 1),

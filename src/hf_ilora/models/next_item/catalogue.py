@@ -120,6 +120,13 @@ class Catalogue:
         finally:
             unfinished.unlink(missing_ok=True)
 
+    # As the Trainer's processing class: which column tells the length of a row, and what is saved with the model.
+    model_input_names = ("input_ids",)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Write items.parquet into a folder."""
+        self.to_parquet(Path(save_directory) / CATALOGUE_FILE)
+
     @cached_property
     def _item_id_of(self) -> dict[int, int] | dict[str, int]:
         return {raw_id: row + 1 for row, raw_id in enumerate(self.table["raw_id"].to_pylist())}

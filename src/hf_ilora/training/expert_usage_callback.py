@@ -1,0 +1,1 @@
+from hf_ilora.evaluation.expert_usage import ExpertUsageCallback  # noqa

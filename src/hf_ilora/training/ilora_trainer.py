@@ -1,0 +1,259 @@
+"""A Trainer of iLoRA that takes splits of histories as they are."""
+
+from collections.abc import Callable
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset
+from torch.utils.data import Dataset as TorchDataset
+from transformers import Trainer
+from transformers.trainer_utils import PredictionOutput
+
+from hf_ilora.evaluation.candidate_ranking import rank_candidates
+from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at, reciprocal_rank
+from hf_ilora.evaluation.ranking import rank_split
+from hf_ilora.models.ilora.candidate_order import PreferredOrder
+from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
+from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.next_item.catalogue import Catalogue
+
+from .candidate_rows import CandidateRows
+from .curriculum import CurriculumCallback
+from .expert_usage_callback import ExpertUsageCallback
+from .ilora_arguments import ILoraTrainingArguments
+from .prompt_collator import PromptCollator, check_candidate_fraction
+from .recommender_trainer import RecommenderTrainer
+from .windows import EpochCallback, rows_are_prefixes
+
+# Users by whose gates the log says how the router uses its experts.
+USERS_OF_USAGE = 1000
+
+
+class ILoraTrainer(RecommenderTrainer):
+    """Trains the adapter, router, projector and item head of an iLoRA model.
+
+    Prompts, candidates, the curriculum, the optimizer's parameter groups and a log of how the experts are used follow
+    from the arguments. `evaluate` reports `eval_loss` and, outside of training, how the targets rank: `eval_ndcg@10`,
+    `eval_hit_ratio@10` and `eval_mrr` over the whole catalogue for a model with an item head, and
+    `eval_candidates_hit_ratio@1` among the rows' candidates for one that is trained on titles. Everything else is as in
+    `transformers.Trainer`.
+
+    Args:
+        model: built with `ILoraForRecommendation.from_base` or `from_pretrained`.
+        args: `ILoraTrainingArguments`.
+        data_collator: None makes prompts by the model's templates.
+        train_dataset: `datasets.Dataset` with `history` (item ids, oldest first) and `target`, such as
+            `sequences["train"]`; or a torch data set of rows as `CandidateRows` gives them.
+        eval_dataset: likewise, such as `sequences["validation"]`, whose `candidates` are shown.
+        processing_class: the model's catalogue, or None: the model saves catalogue and tokenizer itself.
+        kwargs: as in `Trainer`.
+
+    Raises:
+        TypeError: for a model, arguments or a catalogue of another kind.
+        ValueError: for an item head that no loss trains, templates that lack what `candidate_fraction` asks for, and
+            data that do not fit the model.
+    """
+
+    arguments_class = ILoraTrainingArguments
+
+    def __init__(
+        self,
+        model: ILoraForRecommendation,
+        args: ILoraTrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: datasets.Dataset | TorchDataset | None = None,
+        eval_dataset: datasets.Dataset | TorchDataset | dict | None = None,
+        processing_class: Catalogue | None = None,
+        **kwargs,
+    ):
+        args = self.checked_arguments(args)
+        if not isinstance(model, ILoraForRecommendation):
+            raise TypeError(
+                f"model is a {type(model).__name__}: expected an ILoraForRecommendation, built with from_base(llm, "
+                "recommender, tokenizer, catalogue, config)"
+            )
+        if processing_class is not None and processing_class != model.catalogue:
+            raise TypeError(
+                f"processing_class is a {type(processing_class).__name__} other than the model's catalogue: expected "
+                "None, since the model saves its catalogue and tokenizer"
+            )
+        self.candidate_fraction = checked_candidate_fraction(model.config, args.candidate_fraction)
+        # As in answers, the recommender reads more of a history than the prompt shows.
+        self._longest_history = max(model.config.max_history, model.recommender.config.max_length)
+        train_rows = self._training_rows(model, args, train_dataset)
+        if data_collator is None:
+            config = model.config
+            order = PreferredOrder(model.recommender) if config.candidate_order == "recommender" else None
+            data_collator = PromptCollator(
+                model.prompts, self.candidate_fraction, order, config.candidate_loss_weight > 0
+            )
+        super().__init__(
+            model, args, data_collator=data_collator, train_dataset=train_rows, eval_dataset=eval_dataset, **kwargs
+        )
+        if isinstance(train_rows, CandidateRows):
+            self.add_callback(EpochCallback(train_rows))
+        if args.curriculum_steps:
+            self.add_callback(CurriculumCallback(args.curriculum_steps))
+        if model.config.num_experts > 1 and isinstance(eval_dataset, datasets.Dataset):
+            rows = self._evaluation_rows(eval_dataset)
+            histories = self.data_collator([rows[row] for row in range(min(len(eval_dataset), USERS_OF_USAGE))])
+            self.add_callback(ExpertUsageCallback(self, histories["histories"]))
+
+    def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
+        """As `Trainer.evaluate`; outside of training, with `eval_ranking`, the targets are ranked too.
+
+        Args:
+            eval_dataset: rows as in the constructor; None takes those given there.
+            ignore_keys, metric_key_prefix: as in `Trainer.evaluate`.
+
+        Returns:
+            Metrics by name.
+        """
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = self.eval_dataset[rows]
+        if self.args.eval_ranking and not self.is_in_train and isinstance(rows, datasets.Dataset):
+            ranking = {f"{metric_key_prefix}_{name}": value for name, value in self._ranks(rows)[1].items()}
+            self.log(dict(ranking))
+            metrics |= ranking
+        return metrics
+
+    def predict(
+        self, test_dataset: datasets.Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Rank the target of every row.
+
+        Args:
+            test_dataset: rows with `history`, `target` and `candidates`, such as `sequences["test"]`.
+            ignore_keys: not read.
+            metric_key_prefix: prefix of the names of the metrics.
+
+        Returns:
+            predictions: by an item head (rows, 2) int64, the rank of each row's target in the whole catalogue without
+                the items of its history, and with them; otherwise (rows,), its rank among the row's candidates. 1 is
+                the best.
+            label_ids: (rows,) the targets.
+            metrics: the ranking metrics of `evaluate`.
+        """
+        ranks, metrics = self._ranks(test_dataset)
+        targets = np.asarray(test_dataset["target"])
+        return PredictionOutput(
+            ranks, targets, {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        )
+
+    def _ranks(self, rows: datasets.Dataset) -> tuple[np.ndarray, dict[str, float]]:
+        """Ranks of the targets as `predict` returns them, and their metrics."""
+        model, config = self.model, self.model.config
+        batch_size = self.args.per_device_eval_batch_size
+        metrics, ranks = {}, None
+        if config.language_loss_weight or config.candidate_loss_weight:
+            ranks = rank_candidates(model, rows, batch_size=batch_size)
+            metrics["candidates_hit_ratio@1"] = float((ranks == 1).mean())
+        if config.item_head != "none":
+            of_catalogue = rank_split(self.model_wrapped, rows, batch_size=batch_size, scorer=model.item_scores)
+            ranks = np.stack([of_catalogue.masked, of_catalogue.unmasked], axis=1)
+            for column, prefix in enumerate(("", "unmasked_")):
+                values = torch.from_numpy(ranks[:, column])
+                metrics[f"{prefix}ndcg@10"] = float(ndcg_at(values, 10).mean())
+                metrics[f"{prefix}hit_ratio@10"] = float(hit_at(values, 10).mean())
+                metrics[f"{prefix}mrr"] = float(reciprocal_rank(values).mean())
+        return ranks, metrics
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, datasets.Dataset):
+            rows = self._evaluation_prompts(rows)
+        return super().get_eval_dataloader(rows)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of the arguments; the router learns more slowly, and the LoRA does not decay."""
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            self.optimizer_cls_and_kwargs = ilora_optimizer(self.model if model is None else model, self.args)
+        return super().create_optimizer(model)
+
+    def _training_rows(self, model: ILoraForRecommendation, args: ILoraTrainingArguments, rows) -> TorchDataset | None:
+        if not isinstance(rows, datasets.Dataset):
+            return rows
+        target_items = args.target_items or ("last" if rows_are_prefixes(rows) else "random")
+        return CandidateRows(
+            rows,
+            model.config.num_items,
+            self._longest_history,
+            args.num_candidates,
+            seed=args.seed,
+            target_items=target_items,
+        )
+
+    def _evaluation_rows(self, rows: datasets.Dataset, shows_candidates: bool = True) -> CandidateRows:
+        """Every row with the first of the templates that show candidates, or of those that do not."""
+        uniforms = (0.0, 0.0 if shows_candidates else 1.0)
+        return CandidateRows(
+            rows,
+            self.model.config.num_items,
+            self._longest_history,
+            self.args.num_candidates,
+            seed=self.args.seed,
+            uniforms=uniforms,
+        )
+
+    def _evaluation_prompts(self, rows: datasets.Dataset) -> ConcatDataset:
+        """The rows as prompts of the kinds that training shows: with candidates, then without."""
+        kinds = [True] * (self.candidate_fraction > 0) + [False] * (self.candidate_fraction < 1)
+        return ConcatDataset([self._evaluation_rows(rows, shows_candidates) for shows_candidates in kinds])
+
+
+def checked_candidate_fraction(config: ILoraConfig, candidate_fraction: float | None) -> float:
+    """The fraction of prompts that show candidates, by default the one that serves the losses of the configuration.
+
+    Raises:
+        ValueError: for an item head that no loss trains, and templates that lack what the fraction asks for.
+    """
+    if config.item_head != "none" and not config.item_loss_weight:
+        raise ValueError(
+            f"item_head is {config.item_head!r} and item_loss_weight 0: expected a weight above 0, since no other loss "
+            "trains the item head, or item_head='none'"
+        )
+    if candidate_fraction is None:
+        on_titles = config.language_loss_weight or config.candidate_loss_weight
+        candidate_fraction = (0.5 if on_titles else 0.0) if config.item_loss_weight else 1.0
+    with_candidates = sum("{candidates}" in template for template in config.prompt_templates)
+    check_candidate_fraction(candidate_fraction, with_candidates, len(config.prompt_templates) - with_candidates)
+    return candidate_fraction
+
+
+def ilora_optimizer(
+    model: nn.Module, arguments: ILoraTrainingArguments
+) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
+    """The optimizer that `arguments` name, as `Trainer(optimizer_cls_and_kwargs=...)` takes it, in three groups.
+
+    The router learns more slowly, and the LoRA does not decay. A finished optimizer, `Trainer(optimizers=...)`, would
+    be dropped under DeepSpeed without a word.
+
+    Source: the published settings of iLoRA (weight decay on projector and router, 0.3 x the learning rate for the
+    router).
+    """
+    optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    lora, others, router = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = router if "router." in name else lora if name.endswith((".lora_A", ".lora_B")) else others
+        part.append(parameter)
+    groups = [
+        {"params": lora, "weight_decay": 0.0},
+        {"params": others, "weight_decay": arguments.weight_decay},
+        {
+            "params": router,
+            "weight_decay": arguments.weight_decay,
+            "lr": settings["lr"] * arguments.router_learning_rate_factor,
+        },
+    ]
+    return optimizer_class, {"params": [group for group in groups if group["params"]], **settings}
+
+
+__all__ = ["ILoraTrainer", "checked_candidate_fraction", "ilora_optimizer"]

@@ -1,0 +1,153 @@
+"""Arguments of next-item training."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from transformers import TrainingArguments
+
+from .windows import LABELLED_POSITIONS, WINDOWS, check_windows
+
+INITIAL_ITEMS = ("random", "cooccurrence", "plain_cooccurrence")
+
+
+@dataclass
+class NextItemTrainingArguments(TrainingArguments):
+    r"""Training of a next-item model: `transformers.TrainingArguments` with the settings below and defaults to match.
+
+    > Parameters that control the training windows
+
+    Args:
+        windows: the windows of a history that an epoch sees: "random" (one at a random place, a new one each epoch),
+            "all" (every item is a target once) or "last" (the newest window only).
+        labelled_positions: the positions of a window that have a label: "all" or "last". By default "last" where the
+            model or the rows need it (Caser; rows of one user that are prefixes of each other), else "all".
+        skip_probability: probability with which an epoch leaves out an item of a window.
+        shuffle_distance: the number of places, at most, by which an item of a window moves in an epoch.
+
+    > Parameters that control the item embeddings
+
+    Args:
+        initial_items: item embeddings of the untrained model: "random", "cooccurrence" (factorised logarithm of the
+            co-occurrence counts of the training rows) or "plain_cooccurrence" (without the logarithm).
+        initial_mixing: weight of the older items of a history in the untrained model that starts from co-occurrence.
+        item_learning_rate_factor: learning rate of the item embeddings, as a multiple of `learning_rate`.
+
+    > Parameters that control the end of training
+
+    Args:
+        early_stopping_patience: number of evaluations without a better `metric_for_best_model` after which training
+            stops; 0 never stops early.
+
+    Raises:
+        ValueError: for settings out of range or that contradict each other.
+    """
+
+    initial_items_choices: ClassVar[tuple[str, ...]] = INITIAL_ITEMS
+
+    windows: str = field(
+        default="random",
+        metadata={"choices": WINDOWS, "help": "windows of a history that an epoch sees: random, all or last"},
+    )
+    labelled_positions: str | None = field(
+        default=None,
+        metadata={
+            "help": "positions of a window that have a label: all or last; by default last where the model or the rows "
+            "need it (Caser; rows that are prefixes of each other), else all"
+        },
+    )
+    skip_probability: float = field(
+        default=0.0, metadata={"help": "probability with which an epoch leaves out an item of a window"}
+    )
+    shuffle_distance: float = field(
+        default=0.0, metadata={"help": "number of places, at most, by which an item of a window moves in an epoch"}
+    )
+    initial_items: str = field(
+        default="random",
+        metadata={
+            "choices": INITIAL_ITEMS,
+            "help": "item embeddings of the untrained model: random, cooccurrence or plain_cooccurrence (no logarithm)",
+        },
+    )
+    initial_mixing: float = field(
+        default=0.3,
+        metadata={"help": "weight of the older items in the untrained model that starts from co-occurrence"},
+    )
+    item_learning_rate_factor: float = field(
+        default=1.0, metadata={"help": "learning rate of the item embeddings, as a multiple of learning_rate"}
+    )
+    early_stopping_patience: int = field(
+        default=20,
+        metadata={"help": "evaluations without a better metric_for_best_model before training stops; 0: never"},
+    )
+
+    num_train_epochs: float = field(default=50.0, metadata={"help": "epochs; early stopping may end training sooner"})
+    learning_rate: float = field(default=1.0e-3, metadata={"help": "learning rate"})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "schedule of the learning rate"})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "norm to which gradients are clipped; 0: no clipping"})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "windows per step and device"})
+    per_device_eval_batch_size: int = field(default=512, metadata={"help": "histories per evaluation step and device"})
+    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate: no, steps or epoch"})
+    save_strategy: str = field(default="epoch", metadata={"help": "when to write a checkpoint: no, steps or epoch"})
+    save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints to keep"})
+    logging_strategy: str = field(default="epoch", metadata={"help": "when to log the loss: no, steps or epoch"})
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "end with the checkpoint that has the best metric_for_best_model"}
+    )
+    metric_for_best_model: str | None = field(
+        default="ndcg@10", metadata={"help": "validation metric that chooses the best checkpoint"}
+    )
+    greater_is_better: bool | None = field(default=True, metadata={"help": "whether a larger metric is better"})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available,
+        metadata={"help": "pin memory for transfers to an accelerator; by default where there is one"},
+    )
+    # The metrics read the seen items of every user, and reduce scores to ranks batch by batch.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "drop columns that the model does not read"})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels", "seen_items"], metadata={"help": "batch keys that the metrics read"}
+    )
+    batch_eval_metrics: bool = field(default=True, metadata={"help": "reduce scores to ranks batch by batch"})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "a resumed run has the patience that was left"}
+    )
+
+    def __post_init__(self):
+        check_run_arguments(self, "its new windows")
+        check_windows(self.windows, self.labelled_positions or "all", self.skip_probability, self.shuffle_distance)
+        if self.labelled_positions not in (None, *LABELLED_POSITIONS):
+            raise ValueError(
+                f"labelled_positions is {self.labelled_positions!r}: expected {' or '.join(LABELLED_POSITIONS)}"
+            )
+        if self.initial_items not in self.initial_items_choices:
+            choices = ", ".join(self.initial_items_choices)
+            raise ValueError(f"initial_items is {self.initial_items!r}: expected one of {choices}")
+        if self.item_learning_rate_factor < 0:
+            raise ValueError(f"item_learning_rate_factor is {self.item_learning_rate_factor}: expected at least 0")
+        super().__post_init__()
+
+
+def check_run_arguments(arguments: TrainingArguments, per_epoch: str) -> None:
+    """Raise a ValueError for settings with which no trainer of this package can work.
+
+    Args:
+        arguments: before `TrainingArguments.__post_init__`; they have `early_stopping_patience`.
+        per_epoch: what the training data renew in every epoch, for the message.
+    """
+    if arguments.output_dir is None:
+        raise ValueError("output_dir is missing: expected the folder for the model; pass output_dir")
+    if arguments.dataloader_persistent_workers:
+        raise ValueError(
+            "dataloader_persistent_workers is true: expected false, since workers that outlive an epoch never see "
+            f"{per_epoch}"
+        )
+    if arguments.early_stopping_patience < 0:
+        raise ValueError(f"early_stopping_patience is {arguments.early_stopping_patience}: expected at least 0")
+    if arguments.eval_strategy == "no" and (arguments.early_stopping_patience or arguments.load_best_model_at_end):
+        raise ValueError(
+            "eval_strategy is 'no', but early_stopping_patience and load_best_model_at_end need evaluations: pass "
+            "early_stopping_patience=0 and load_best_model_at_end=False, or another eval_strategy"
+        )
+
+
+__all__ = ["INITIAL_ITEMS", "NextItemTrainingArguments", "check_run_arguments"]

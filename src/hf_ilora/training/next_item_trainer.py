@@ -1,0 +1,349 @@
+"""A Trainer of next-item models that takes splits of histories as they are."""
+
+import logging
+from collections.abc import Callable
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PredictionOutput
+
+from hf_ilora.data.columns import flatten_lists, read_column, training_sequences
+from hf_ilora.evaluation.ranking import RankingMetrics, ranks_from_logits
+from hf_ilora.models.next_item.catalogue import Catalogue
+from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
+from hf_ilora.models.next_item.modeling_caser import CaserForNextItem
+from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
+from hf_ilora.titles.cooccurrence import cooccurrence_embeddings
+
+from .next_item_arguments import NextItemTrainingArguments
+from .recommender_trainer import RecommenderTrainer
+from .windows import (
+    EpochCallback,
+    EvaluationHistories,
+    NextItemCollator,
+    StreamedHistories,
+    StreamedWindows,
+    TrainingWindows,
+    item_counts,
+    rows_are_prefixes,
+)
+
+logger = logging.getLogger(__name__)
+
+METRICS_CUTOFF = 10  # of NDCG and hit ratio
+METRICS = ("loss", *(f"{seen}{name}" for seen in ("", "unmasked_") for name in ("ndcg@10", "hit_ratio@10", "mrr")))
+
+Rows = datasets.Dataset | datasets.IterableDataset
+
+
+class NextItemTrainer(RecommenderTrainer):
+    """Trains SASRec, GRU4Rec or Caser on histories.
+
+    Training windows, their collator, the ranking metrics, the optimizer's parameter groups and the initial item
+    embeddings follow from the arguments. `evaluate` reports `eval_ndcg@10`, `eval_hit_ratio@10` and `eval_mrr` over the
+    whole catalogue without the items of the history, the same with the prefix `unmasked_` for the whole catalogue, and
+    `eval_loss`. Everything else is as in `transformers.Trainer`.
+
+    Args:
+        model: the model to train; or pass `model_init`.
+        args: `NextItemTrainingArguments`.
+        data_collator: None pads rows on the right.
+        train_dataset: rows with `history` (item ids, oldest first) and `target`, such as `sequences["train"]`: a
+            `datasets.Dataset`, or a `datasets.IterableDataset` with `max_steps`. Another torch data set is taken as it
+            is: its rows have `input_ids` and `labels`.
+        eval_dataset: likewise, such as `sequences["validation"]`, or a dictionary of them.
+        processing_class: the catalogue of the items, `sequences.catalogue`: it is saved with the model, which maps ids
+            to titles by it. None keeps the model's.
+        model_init: returns an untrained model, for `hyperparameter_search`.
+        compute_metrics, preprocess_logits_for_metrics: None computes the ranking metrics.
+        callbacks, optimizers, kwargs: as in `Trainer`.
+
+    Raises:
+        TypeError: for a model, arguments, a data set or a catalogue of another kind.
+        ValueError: for settings and data that do not fit together.
+    """
+
+    arguments_class = NextItemTrainingArguments
+
+    def __init__(
+        self,
+        model: EncoderForNextItem | None = None,
+        args: NextItemTrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Rows | TorchDataset | None = None,
+        eval_dataset: Rows | TorchDataset | dict | None = None,
+        processing_class: Catalogue | None = None,
+        model_init: Callable[..., EncoderForNextItem] | None = None,
+        compute_metrics: Callable | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+        **kwargs,
+    ):
+        args = self.checked_arguments(args)
+        if processing_class is not None and not isinstance(processing_class, Catalogue):
+            raise TypeError(
+                f"processing_class is a {type(processing_class).__name__}: expected a Catalogue, sequences.catalogue"
+            )
+        if compute_metrics is None:
+            compute_metrics, preprocess_logits_for_metrics = RankingMetrics(k=METRICS_CUTOFF), ranks_from_logits
+            _check_best_metric(args)
+        self.catalogue = processing_class
+        self._train_rows = train_dataset if isinstance(train_dataset, datasets.Dataset) else None
+        if self._train_rows is not None:
+            _check_columns(self._train_rows, "train_dataset")
+        self._has_prefixes = self._train_rows is not None and rows_are_prefixes(self._train_rows)
+        self._evaluation_rows: dict[int, tuple[Rows, TorchDataset]] = {}
+        self._is_started = False
+        if model is not None:
+            self._prepare_model(model, args)
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator or self._default_collator(args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            **kwargs,
+        )
+        self.train_dataset = self._training_windows(train_dataset)
+        if isinstance(self.train_dataset, TrainingWindows | StreamedWindows):
+            self._add_first(EpochCallback(self.train_dataset))
+        if self.model.catalogue is None and train_dataset is not None:
+            logger.warning(
+                "the model has no catalogue and will be saved without titles: pass processing_class=sequences.catalogue"
+            )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+        """As `Trainer.train`; an untrained model first gets the item embeddings that `initial_items` names."""
+        if self.model_init is None and not resume_from_checkpoint and not self._is_started:
+            self._start_items(self.model)
+        self._is_started = True
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def predict(
+        self, test_dataset: Rows | TorchDataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Rank the target of every row in the whole catalogue.
+
+        Args:
+            test_dataset: rows with `history` and `target`, such as `sequences["test"]`.
+            ignore_keys, metric_key_prefix: as in `Trainer.predict`.
+
+        Returns:
+            predictions: (rows, 2) int64, the rank of each row's target without the items of its history, and with them;
+                1 is the best.
+            label_ids: labels (rows, length) and seen items (rows, items).
+            metrics: those of `evaluate`.
+        """
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return super().get_eval_dataloader(None if rows is None else self._evaluation_histories(rows))
+
+    def get_test_dataloader(self, test_dataset):
+        return super().get_test_dataloader(self._evaluation_histories(test_dataset))
+
+    def _get_eval_sampler(self, eval_dataset):
+        # In the order of the rows, also where training groups them by length: `predict` answers row by row.
+        if self.args.train_sampling_strategy == "group_by_length":
+            return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+        return super()._get_eval_sampler(eval_dataset)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of the arguments, with a learning rate of its own for the item embeddings.
+
+        As in `Trainer`, biases and layer normalisations do not decay. A finished optimizer, `Trainer(optimizers=...)`,
+        is kept.
+        """
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            self.optimizer_cls_and_kwargs = next_item_optimizer(self.model if model is None else model, self.args)
+            try:
+                return super().create_optimizer(model)
+            finally:
+                self.optimizer_cls_and_kwargs = None  # the next model, of a search, has parameters of its own
+        return super().create_optimizer(model)
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        model = super().call_model_init(trial)
+        self._prepare_model(model, self.args)
+        if self.is_in_train:
+            self._start_items(model)
+        return model
+
+    # --- from arguments and rows to what the Trainer reads ---
+
+    def _default_collator(self, args: NextItemTrainingArguments) -> Callable:
+        return NextItemCollator()
+
+    def _prepare_model(self, model: EncoderForNextItem, args: NextItemTrainingArguments) -> None:
+        """Check the model, and give it its catalogue and the counts that its negatives are drawn by."""
+        if not isinstance(model, EncoderForNextItem):
+            raise TypeError(
+                f"model is a {type(model).__name__}: expected a SASRecForNextItem, GRU4RecForNextItem or "
+                "CaserForNextItem"
+            )
+        if self.catalogue is not None:
+            model.catalogue = self.catalogue
+        labelled_positions = self._labelled_positions(model, args)
+        if self._train_rows is not None:
+            _check_item_ids(self._train_rows, model.config.num_items)
+            if model.config.popularity_power:
+                model.set_item_counts(item_counts(self._train_rows, model.config.num_items, labelled_positions))
+        elif model.config.popularity_power and not model.item_counts.any():
+            raise ValueError(
+                "popularity_power needs the item counts of the training rows, which a stream does not have: pass a "
+                "datasets.Dataset, or call model.set_item_counts"
+            )
+        if args.initial_items != "random":
+            _check_untrained(model, args.initial_items)
+            if self._train_rows is None:
+                raise ValueError(
+                    f"initial_items is {args.initial_items!r}: expected a datasets.Dataset as train_dataset, whose "
+                    "co-occurrences are counted before training"
+                )
+
+    def _labelled_positions(self, model: EncoderForNextItem, args: NextItemTrainingArguments) -> str:
+        chosen = args.labelled_positions
+        if isinstance(model, CaserForNextItem):
+            if chosen == "all" or args.skip_probability or args.shuffle_distance:
+                raise ValueError(
+                    "Caser predicts the item after the newest one only: expected labelled_positions='last', "
+                    "skip_probability=0 and shuffle_distance=0"
+                )
+            return "last"
+        if chosen is None:
+            return "last" if self._has_prefixes else "all"
+        if chosen == "all" and self._has_prefixes:
+            logger.warning(
+                "labelled_positions is 'all' on rows that are prefixes of each other: most targets count many times"
+            )
+        return chosen
+
+    def _training_windows(self, rows: Rows | TorchDataset | None) -> TorchDataset | None:
+        if not isinstance(rows, datasets.Dataset | datasets.IterableDataset):
+            return rows
+        kind = TrainingWindows if isinstance(rows, datasets.Dataset) else StreamedWindows
+        return kind(rows, **self._window_settings())
+
+    def _window_settings(self) -> dict:
+        return {
+            "max_length": self.model.config.max_length,
+            "windows": self.args.windows,
+            "labelled_positions": self._labelled_positions(self.model, self.args),
+            "skip_probability": self.args.skip_probability,
+            "shuffle_distance": self.args.shuffle_distance,
+            "seed": self.args.seed,
+        }
+
+    def _evaluation_histories(self, rows: Rows | TorchDataset) -> TorchDataset:
+        """The evaluation data set of some rows; made once, since a training run evaluates the same rows many times."""
+        if not isinstance(rows, datasets.Dataset | datasets.IterableDataset):
+            return rows
+        if id(rows) not in self._evaluation_rows:
+            max_length = self.model.config.max_length
+            if isinstance(rows, datasets.Dataset):
+                _check_columns(rows, "eval_dataset")
+                made = EvaluationHistories(rows, max_length)
+            else:
+                made = StreamedHistories(rows, max_length)
+            self._evaluation_rows[id(rows)] = rows, made  # the rows are kept, so that their id stays theirs
+        return self._evaluation_rows[id(rows)][1]
+
+    def _add_first(self, callback: TrainerCallback) -> None:
+        """Before the callbacks of the user, which may read what it changes."""
+        self.callback_handler.callbacks.insert(0, callback)
+
+    def _start_items(self, model: SASRecForNextItem) -> None:
+        """Give an untrained model the item embeddings that `initial_items` names."""
+        if self.args.initial_items == "random":
+            return
+        logger.info("factorising the co-occurrence of %d items", model.config.num_items)
+        labelled_positions = self._labelled_positions(model, self.args)
+        embeddings = cooccurrence_embeddings(
+            np.split(*training_sequences(self._train_rows))[1:-1],
+            model.config.num_items,
+            model.config.hidden_size,
+            take_logarithm=self.args.initial_items == "cooccurrence",
+            # A cosine reads directions only; the scale of dot products is that of the scores.
+            mean_norm=None if model.config.score_temperature is None else 1.0,
+            targets_only=labelled_positions == "last",
+        )
+        counts = item_counts(self._train_rows, model.config.num_items, labelled_positions)
+        model.start_from_item_embeddings(embeddings, self.args.initial_mixing, counts)
+
+
+def next_item_optimizer(
+    model: nn.Module, arguments: NextItemTrainingArguments
+) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
+    """The optimizer that `arguments` name, as `Trainer(optimizer_cls_and_kwargs=...)` takes it, in three groups.
+
+    Weights decay, biases and layer normalisations do not, and the item embeddings have a learning rate of their own.
+    """
+    optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    items, others = [], []
+    for name, parameter in model.named_parameters():
+        (items if name.endswith("item_embedding.weight") else others).append(parameter)
+    groups = [
+        {"params": [value for value in others if value.dim() > 1], "weight_decay": arguments.weight_decay},
+        {"params": [value for value in others if value.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": items,
+            "weight_decay": arguments.weight_decay,
+            "lr": settings["lr"] * arguments.item_learning_rate_factor,
+        },
+    ]
+    return optimizer_class, {"params": groups, **settings}
+
+
+def _check_best_metric(args: TrainingArguments) -> None:
+    name = args.metric_for_best_model
+    # With several evaluation data sets, the name of the data set comes before that of the metric.
+    is_known = name in METRICS or name.endswith(tuple(f"_{metric}" for metric in METRICS))
+    if (args.load_best_model_at_end or args.early_stopping_patience) and not is_known:
+        raise ValueError(f"metric_for_best_model is {name!r}: expected one of {', '.join(METRICS)}")
+
+
+def _check_columns(rows: datasets.Dataset, name: str) -> None:
+    missing = [column for column in ("history", "target") if column not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"{name} has no column {' and '.join(missing)} (found: {', '.join(rows.column_names)}): expected rows of "
+            "history (item ids, oldest first) and target, such as a split of build_sequences"
+        )
+
+
+def _check_item_ids(rows: datasets.Dataset, num_items: int) -> None:
+    for column in ("history", "target"):
+        items = flatten_lists(rows, column)[0] if column == "history" else read_column(rows, column).to_numpy()
+        if len(items) and (items.min() < 1 or items.max() > num_items):
+            wrong = items.min() if items.min() < 1 else items.max()
+            raise ValueError(
+                f"train_dataset holds item {wrong} in {column}: expected ids 1 to {num_items}, the model's num_items; "
+                "build the model with num_items=sequences.num_items"
+            )
+
+
+def _check_untrained(model: EncoderForNextItem, initial_items: str) -> None:
+    if not isinstance(model, SASRecForNextItem):
+        raise ValueError(
+            f"initial_items is {initial_items!r} for a {type(model).__name__}: expected 'random', since only SASRec "
+            "can start from item embeddings"
+        )
+    if model.name_or_path:
+        raise ValueError(
+            f"initial_items is {initial_items!r} for the model of {model.name_or_path}, which is trained: expected "
+            "'random', or an untrained model"
+        )
+
+
+__all__ = ["NextItemTrainer", "next_item_optimizer"]

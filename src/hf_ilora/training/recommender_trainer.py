@@ -1,0 +1,162 @@
+"""What the trainers of this package share."""
+
+import shutil
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, ModelCard
+from torch import nn
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from hf_ilora.models.next_item.hub_upload import CARD_FILE, UploadOfSaved, usage_card
+
+# What the Trainer writes into a checkpoint to resume from it.
+_RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json", TRAINING_ARGS_NAME, "latest")
+
+
+class RecommenderTrainer(Trainer):
+    """A `Trainer` that checks its settings before the first step, stops early, and publishes our model card.
+
+    The model writes everything that it needs to be loaded again (catalogue, tokenizer, code), and pushes send it. No
+    pickled `training_args.bin` is written beside the model.
+
+    Args:
+        model, args, kwargs: as in `Trainer`; `args` is of the class that `arguments_class` names.
+
+    Raises:
+        TypeError: for arguments of another class.
+        ValueError: when evaluations are asked for without a data set for them, and when one process sees several GPUs.
+    """
+
+    arguments_class: type[TrainingArguments]
+
+    def __init__(self, model: nn.Module | None, args: TrainingArguments | None, **kwargs):
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"this process sees {args.n_gpu} GPUs: expected one per process; start with `accelerate launch`, or "
+                "set CUDA_VISIBLE_DEVICES to one"
+            )
+        if args.eval_strategy != "no" and kwargs.get("eval_dataset") is None:
+            raise ValueError(
+                f"eval_strategy is {str(args.eval_strategy)!r} without an eval_dataset: pass "
+                'eval_dataset=sequences["validation"], or eval_strategy="no" with early_stopping_patience=0 and '
+                "load_best_model_at_end=False"
+            )
+        super().__init__(model, args, **kwargs)
+        if args.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    @classmethod
+    def checked_arguments(cls, args: TrainingArguments | None) -> TrainingArguments:
+        """`args`, or defaults for None.
+
+        Raises:
+            TypeError: for arguments of another class.
+        """
+        if args is None:
+            return cls.arguments_class(output_dir="tmp_trainer")
+        if not isinstance(args, cls.arguments_class):
+            raise TypeError(
+                f"args is a {type(args).__name__}: expected {cls.arguments_class.__name__}(output_dir, ...), which has "
+                f"every setting of TrainingArguments and those of {cls.__name__}"
+            )
+        return args
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md into `output_dir`: what the model is and how to use it, with the given metadata.
+
+        The text of a README.md that is already there stays.
+
+        Args:
+            language, license, tags, model_name, dataset_tags: metadata of the card.
+            finetuned_from, tasks, dataset, dataset_args: as in `Trainer`, for its callers; not used.
+        """
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir) / CARD_FILE
+        model = self.accelerator.unwrap_model(self.model)
+        repo_id = self.hub_model_id or model_name or Path(self.args.output_dir).resolve().name
+        if path.is_file():
+            card = ModelCard.load(path)
+        else:
+            card = ModelCard(usage_card(model.config, model.catalogue, repo_id, self.args.hub_revision))
+        given = {"language": language, "license": license, "model_name": model_name, "datasets": dataset_tags}
+        for name, value in given.items():
+            if value is not None:
+                setattr(card.data, name, value)
+        added = [tags] if isinstance(tags, str) else list(tags or [])
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(model.model_tags or []), *added]))
+        card.save(path)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | None:
+        """Save the model, write its card, and send both to the Hub in one commit.
+
+        Args:
+            commit_message: of the commit.
+            blocking: False is not supported: the commit is checked before this returns.
+            token: None takes `hub_token`, then HF_TOKEN or that of `hf auth login`.
+            revision: branch; None takes `hub_revision`.
+            private: make a new repository private; None takes `hub_private_repo`.
+            kwargs: of `create_model_card`.
+
+        Returns:
+            The commit, in the main process.
+
+        Raises:
+            ValueError: for `blocking=False`, and as `PreTrainedModel.push_to_hub` of the model.
+        """
+        if not blocking:
+            raise ValueError(
+                "blocking is False: expected True; `hub_strategy` pushes in the background during training"
+            )
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        upload = None
+        if self.is_world_process_zero():
+            settings = {"repo_id": self.hub_model_id, "token": token, "commit_message": commit_message}
+            settings["revision"] = revision or self.args.hub_revision
+            upload = UploadOfSaved(self.args.output_dir, settings)
+        self.save_model(_internal_call=True)
+        if upload is None:
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return upload.send(self.accelerator.unwrap_model(self.model))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():
+            # The Trainer copies the weights and the configuration only.
+            for path in Path(checkpoint_folder).iterdir():
+                if path.is_file() and path.name not in _RESUME_FILES and not path.name.startswith("rng_state"):
+                    shutil.copy(path, self.args.output_dir)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink()
+
+
+__all__ = ["RecommenderTrainer"]
