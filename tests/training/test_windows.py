@@ -6,7 +6,15 @@ import torch
 from datasets import Dataset, Features, List, Value
 
 from hf_ilora.data.columns import training_sequences
-from hf_ilora.training.windows import EvaluationHistories, NextItemCollator, TrainingWindows
+from hf_ilora.training.windows import (
+    EvaluationHistories,
+    NextItemCollator,
+    StreamedHistories,
+    StreamedWindows,
+    TrainingWindows,
+    item_counts,
+    rows_are_prefixes,
+)
 
 FEATURES = Features({"history": List(Value("int32")), "target": Value("int32")})
 
@@ -70,7 +78,7 @@ def test_random_windows_repeat_for_equal_seed_and_epoch_only():
 
 
 def test_last_target_labels_one_position_per_row():
-    windows = TrainingWindows(SPLIT, max_length=3, windows="last", targets="last")
+    windows = TrainingWindows(SPLIT, max_length=3, windows="last", labelled_positions="last")
     assert window(windows, 1) == ([15, 16, 17], [-100, -100, 18])
     assert windows.num_targets == 3
 
@@ -111,7 +119,46 @@ def test_shuffling_moves_items_by_less_than_the_distance():
 def test_training_sequences_are_given_whole():
     items, boundaries = training_sequences(SPLIT.select([2, 0]))
     assert [row.tolist() for row in np.split(items, boundaries)[1:-1]] == [[21, 22], [1, 2, 3]]
-    assert TrainingWindows(SPLIT, 3).item_counts(25)[[0, 1, 11, 25]].tolist() == [0, 1, 1, 0]
+    assert item_counts(SPLIT, 25)[[0, 1, 11, 25]].tolist() == [0, 1, 1, 0]
+
+
+def test_targets_alone_are_counted_where_rows_are_prefixes():
+    counts = item_counts(split_of([1, 2], [1, 2, 3]), 4, labelled_positions="last")
+    assert counts.tolist() == [0, 0, 1, 1, 0]
+
+
+def test_rows_of_one_user_one_after_the_other_are_prefixes():
+    rows = split_of([1, 2, 3], [1, 2, 3, 4], [5, 6])
+    assert not rows_are_prefixes(rows)  # nobody says whose they are
+    assert rows_are_prefixes(rows.add_column("user_id", ["a", "a", "b"]))
+    assert not rows_are_prefixes(rows.add_column("user_id", ["a", "b", "c"]))
+
+
+@pytest.mark.parametrize("windows", ["last", "all"])
+def test_streamed_rows_give_the_windows_of_rows_at_hand(windows):
+    at_hand = TrainingWindows(SPLIT, 3, windows, "all")
+    streamed = StreamedWindows(SPLIT.to_iterable_dataset(), 3, windows, "all")
+    found = [(row["input_ids"].tolist(), row["labels"].tolist()) for row in streamed]
+    assert found == [window(at_hand, i) for i in range(len(at_hand))]
+
+
+def test_streamed_random_windows_move_with_the_epoch_and_cover_the_history():
+    streamed = StreamedWindows(SPLIT.to_iterable_dataset(), 3, "random")
+    starts = set()
+    for epoch in range(60):
+        streamed.set_epoch(epoch)
+        _, row, _ = streamed
+        assert row["labels"].tolist() == (row["input_ids"] + 1).tolist()
+        starts.add(int(row["input_ids"][0]))
+    assert starts == set(range(11, 16))
+
+
+def test_streamed_histories_are_those_of_rows_at_hand():
+    at_hand, streamed = EvaluationHistories(SPLIT, 3), StreamedHistories(SPLIT.to_iterable_dataset(), 3)
+    for row, expected in zip(streamed, at_hand, strict=False):
+        assert {name: values.tolist() for name, values in row.items()} == {
+            name: values.tolist() for name, values in expected.items()
+        }
 
 
 def test_evaluation_rows_hold_newest_items_target_and_everything_seen():
@@ -138,5 +185,5 @@ def test_bad_input_is_refused():
         TrainingWindows(SPLIT, 3, windows="first")
     with pytest.raises(ValueError, match="skip_probability=1"):
         TrainingWindows(SPLIT, 3, skip_probability=1)
-    with pytest.raises(ValueError, match="keeps the target"):
-        TrainingWindows(SPLIT, 3, targets="last", skip_probability=0.1)
+    with pytest.raises(ValueError, match="must stay in its place"):
+        TrainingWindows(SPLIT, 3, labelled_positions="last", skip_probability=0.1)

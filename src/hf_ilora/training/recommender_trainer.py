@@ -38,7 +38,7 @@ class RecommenderTrainer(Trainer):
             )
         if args.eval_strategy != "no" and kwargs.get("eval_dataset") is None:
             raise ValueError(
-                f"eval_strategy is {str(args.eval_strategy)!r} without an eval_dataset: pass "
+                f"eval_strategy is {args.eval_strategy.value!r} without an eval_dataset: pass "
                 'eval_dataset=sequences["validation"], or eval_strategy="no" with early_stopping_patience=0 and '
                 "load_best_model_at_end=False"
             )
