@@ -154,7 +154,7 @@ def test_kill_at_any_write_loses_and_doubles_no_row(train, undisturbed, tmp_path
             return result
 
         monkeypatch.setattr(Path, "replace", replace_or_die)
-        (tmp_path / ".labels-000002.parquet.1.unfinished").write_bytes(b"half")  # what a kill cannot clean up
+        (tmp_path / ".labels-000002.1.unfinished.parquet").write_bytes(b"half")  # what a kill cannot clean up
         runs += 1
         try:
             label_all(tmp_path, train, teacher, shard_rows=4)

@@ -38,7 +38,7 @@ from hf_ilora.distillation.teacher_labels import (
     shard_name,
 )
 from hf_ilora.distillation.teachers import Teacher
-from hf_ilora.files import UNFINISHED_FILES, written_whole
+from hf_ilora.files import remove_unfinished, written_whole
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -193,8 +193,7 @@ class LabelFolder:
             ValueError: when the folder holds labels of another run, with other settings or of unknown origin.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(UNFINISHED_FILES):
-            path.unlink(missing_ok=True)
+        remove_unfinished(self.folder)
         path = self.folder / REQUESTS_FILE
         if path.exists():
             before = self._requests_table().schema.metadata
