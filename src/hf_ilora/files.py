@@ -107,5 +107,6 @@ def _check_replaceable(path: Path, replaceable_files: Collection[str]) -> None:
     if foreign:
         raise ValueError(
             f"{path} contains {', '.join(foreign[:3])}{' and more' if len(foreign) > 3 else ''}: expected a new "
-            "folder, an empty one or one that an earlier save wrote, because its content is replaced; choose another folder"
+            "folder, an empty one or one that an earlier save wrote, because its content is replaced; choose another "
+            "folder"
         )

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,15 @@ def content_digest(dataset: Dataset | pa.Table) -> str:
 def json_digest(value: dict) -> str:
     """sha256, in hex, of a dictionary of JSON types, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """sha256, in hex, of the sha256 of each file, in the order of `paths`."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def write_parquet(dataset: Dataset, path: Path) -> None:
@@ -131,5 +140,5 @@ def _number_streams(part: str, array: pa.Array) -> Iterator[tuple[str, np.ndarra
         yield part, array.to_numpy()
 
 
-__all__ = ["CATALOGUE_FILE", "DESCRIPTION_FILE", "FILES", "REMEDY", "SPLITS", "content_digest", "json_digest"]
-__all__ += ["read_description", "read_parquet", "write_description", "write_parquet"]
+__all__ = ["CATALOGUE_FILE", "DESCRIPTION_FILE", "FILES", "REMEDY", "SPLITS", "content_digest", "files_digest"]
+__all__ += ["json_digest", "read_description", "read_parquet", "write_description", "write_parquet"]

@@ -21,7 +21,6 @@ can rank items.
 """
 
 import hashlib
-import io
 import json
 import os
 from pathlib import Path
@@ -32,14 +31,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
+from hf_ilora.data.storage import files_digest
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.models.next_item.next_item_output import top_k_items
-from hf_ilora.reference.convert_sasrec import load_reference_tensor
+from hf_ilora.reference.dllm2rec_files import RANKS_FILE, DLLM2RecFilesTeacher
 
 SCORES_KEY = "scores"
-RANKS_FILE, CONFIDENCE_FILE, PUBLISHED_EMBEDDINGS_FILE = "myrank_train.txt", "confidence_train.txt", "all_embeddings.pt"
 
 # Where a configuration was loaded from, and with what, decides no answer.
 _ORIGINS = {"_name_or_path", "name_or_path", "llm_name_or_path", "llm_revision", "llm_gguf_file"}
@@ -151,7 +150,7 @@ class ScoreTableTeacher:
                 f"floating-point ({num_rows}, {num_items + 1}), a row per training row and a column per item and one "
                 "for padding"
             )
-        self.fingerprint = _files_fingerprint([Path(path)])
+        self.fingerprint = files_digest([Path(path)])
         self.tokens_per_item = _one_per_item(num_items)
 
     def rank(self, history_ids: np.ndarray, histories: torch.Tensor, top_k: int, exclude_seen: bool):
@@ -164,75 +163,7 @@ class ScoreTableTeacher:
         return None
 
 
-class PublishedTeacher:
-    """The text files that DLLM2Rec reads: a ranking and its distances for every training row.
-
-    Args:
-        folder: with myrank_train.txt and confidence_train.txt (a line per training row, numbers apart by white space or
-            commas; item ids from 0, which become ours by adding 1), and all_embeddings.pt, (num_items, size), unless
-            there are no embeddings.
-        num_rows: of the train split.
-        num_items: of the catalogue.
-
-    The lists are taken as they are: what a history already holds cannot be replaced by items behind the end of a list.
-
-    Raises:
-        ValueError: for files that do not fit the data set or each other.
-
-    Source: DLLM2Rec (RecSys 2024), its published program.
-    """
-
-    answers_prefixes = False
-    max_history = None
-    tokens_per_history = 0
-
-    def __init__(self, folder: str | os.PathLike, num_rows: int, num_items: int):
-        folder = Path(folder)
-        self.source, self.num_items = str(folder), num_items
-        ranks_path, confidence_path = folder / RANKS_FILE, folder / CONFIDENCE_FILE
-        ranks = _read_numbers(ranks_path, num_rows)  # (rows, K)
-        self.distances = _read_numbers(confidence_path, num_rows)  # (rows, K)
-        if ranks.shape != self.distances.shape:
-            raise ValueError(
-                f"{ranks_path} has shape {ranks.shape} and {confidence_path} {self.distances.shape}: expected the same"
-            )
-        wrong = (ranks != np.floor(ranks)) | (ranks < 0) | (ranks >= num_items)
-        if wrong.any():
-            row, column = np.argwhere(wrong)[0]
-            raise ValueError(
-                f"line {row + 1} of {ranks_path} holds {ranks[row, column]:g}: expected item ids 0 to {num_items - 1}; "
-                "use the data set that the ranking was made for"
-            )
-        self.item_ids = ranks.astype(np.int64) + 1
-        paths = [ranks_path, confidence_path]
-        self.embeddings_path = folder / PUBLISHED_EMBEDDINGS_FILE
-        if self.embeddings_path.is_file():
-            paths.append(self.embeddings_path)
-        self.fingerprint = _files_fingerprint(paths)
-        self.tokens_per_item = _one_per_item(num_items)
-
-    def rank(self, history_ids: np.ndarray, histories: torch.Tensor, top_k: int, exclude_seen: bool):
-        if exclude_seen:
-            raise ValueError(f"{self.source} holds finished lists, with or without seen items: give exclude_seen false")
-        if top_k > self.item_ids.shape[1]:
-            raise ValueError(f"top_k is {top_k}: expected at most {self.item_ids.shape[1]}, the length of the lists")
-        columns = (self.item_ids, self.distances)
-        item_ids, distances = (torch.from_numpy(column[history_ids, :top_k]) for column in columns)
-        return item_ids, distances
-
-    def item_embeddings(self) -> torch.Tensor | None:
-        if not self.embeddings_path.is_file():
-            return None
-        embeddings = load_reference_tensor(self.embeddings_path).float()
-        if embeddings.dim() != 2 or len(embeddings) != self.num_items:
-            raise ValueError(
-                f"{self.embeddings_path} has shape {tuple(embeddings.shape)}: expected ({self.num_items}, size), a row "
-                "per item and none for padding"
-            )
-        return torch.nn.functional.pad(embeddings, (0, 0, 1, 0))  # (num_items + 1, size)
-
-
-Teacher = ModelTeacher | RankItemsTeacher | ScoreTableTeacher | PublishedTeacher
+Teacher = ModelTeacher | RankItemsTeacher | ScoreTableTeacher | DLLM2RecFilesTeacher
 
 
 def load_teacher(
@@ -254,7 +185,7 @@ def load_teacher(
     if path.suffix == ".safetensors" or (path / RANKS_FILE).is_file():
         if dtype is not None:
             raise ValueError(f"dtype is {dtype} and {source} holds finished answers: leave dtype out")
-        kind = ScoreTableTeacher if path.suffix == ".safetensors" else PublishedTeacher
+        kind = ScoreTableTeacher if path.suffix == ".safetensors" else DLLM2RecFilesTeacher
         return kind(path, num_rows, num_items)
     try:
         config = AutoConfig.from_pretrained(source)
@@ -294,34 +225,8 @@ def _without_origins(config: dict) -> dict:
     }
 
 
-def _files_fingerprint(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
 def _one_per_item(num_items: int) -> np.ndarray:
     return (np.arange(num_items + 1) > 0).astype(np.int64)
 
 
-def _read_numbers(path: Path, num_rows: int) -> np.ndarray:
-    """A text file of numbers as (rows, columns) float64."""
-    try:
-        text = path.read_text(encoding="ascii").replace(",", " ")
-        numbers = np.loadtxt(io.StringIO(text), ndmin=2) if text.strip() else np.zeros((0, 0))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a table of numbers ({error}): expected a line per training row") from error
-    if len(numbers) != num_rows:
-        raise ValueError(
-            f"{path} has {len(numbers)} lines: expected {num_rows}, one per row of the train split; use the data set "
-            "that the ranking was made for"
-        )
-    if not np.isfinite(numbers).all():
-        raise ValueError(f"line {np.argwhere(~np.isfinite(numbers))[0][0] + 1} of {path} holds NaN or infinity")
-    return numbers
-
-
-__all__ = ["ModelTeacher", "PublishedTeacher", "RankItemsTeacher", "ScoreTableTeacher", "Teacher", "load_teacher"]
-__all__ += ["model_fingerprint"]
+__all__ = ["ModelTeacher", "RankItemsTeacher", "ScoreTableTeacher", "Teacher", "load_teacher", "model_fingerprint"]
