@@ -1,6 +1,6 @@
 """Distils a teacher into a small next-item model: DLLM2Rec's losses, or those beyond it, in a Trainer.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/label_with_teacher.py --positions all \
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/label_with_teacher.py --labelled_positions all \
         --teacher outputs/ml-100k/ilora --data_dir outputs/ml-100k/data --output_dir outputs/ml-100k/labels
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/distill_sasrec.py \
         recipes/configs/ml-100k/sasrec.yaml --teacher_labels outputs/ml-100k/labels --distilled_positions all \
@@ -43,7 +43,7 @@ from hf_ilora import (
     SequenceDatasets,
 )
 from hf_ilora.distillation import teachers
-from hf_ilora.distillation.policies import GroundTruthErrorPolicy, KLDivergencePolicy
+from hf_ilora.distillation.policies import SAMPLE_POLICIES, sample_policy
 from hf_ilora.distillation.teacher_labels import TeacherLabels, read_description
 from hf_ilora.evaluation.ranking import RankingMetrics, ranks_from_logits
 from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
@@ -68,11 +68,6 @@ STUDENTS = {
     "sasrec": (SASRecConfig, SASRecForNextItem),
     "gru4rec": (GRU4RecConfig, GRU4RecForNextItem),
     "caser": (CaserConfig, CaserForNextItem),
-}
-POLICIES = {
-    "all": lambda threshold: None,
-    "ground_truth_error": GroundTruthErrorPolicy,
-    "kl_divergence": KLDivergencePolicy,
 }
 LABELS = "teacher_labels"  # what the record calls them
 ADDED = ("input", "input_and_head")
@@ -122,7 +117,7 @@ class StudentArguments:
                 f"labels_teacher is {self.labels_teacher} without teacher_labels, whose teacher it checks: leave it out"
             )
         for name, choices in (
-            ("student_type", STUDENTS), ("policy", POLICIES), ("embedding_use", EMBEDDING_USES),
+            ("student_type", STUDENTS), ("policy", SAMPLE_POLICIES), ("embedding_use", EMBEDDING_USES),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
@@ -240,10 +235,10 @@ def main() -> None:
     arguments = (student, data_arguments, sasrec_arguments, training_arguments)
     checkpoint = resumable_checkpoint(training_arguments.output_dir, arguments, fingerprint)
     labels, teacher = load_teacher(student, sequences)  # before the run is on record
-    if labels is not None and labels.description["positions"] == "last" and data_arguments.windows == "random":
+    if labels is not None and labels.description["labelled_positions"] == "last" and data_arguments.windows == "random":
         raise ValueError(
             f"{student.teacher_labels} holds labels of last positions, which random windows hardly ever meet: expected "
-            "--windows last, or labels made with --positions all"
+            "--windows last, or labels made with --labelled_positions all"
         )
     if labels is not None and checkpoint is not None:
         check_same_labels(checkpoint, labels)
@@ -293,7 +288,7 @@ def main() -> None:
             training_arguments,
             teacher=None if teacher is None else teacher.to(training_arguments.device),
             item_counts=item_counts,
-            policy=POLICIES[student.policy](student.policy_threshold),
+            policy=sample_policy(student.policy, student.policy_threshold),
             teacher_embeddings=output_embeddings,
             train_dataset=windows,
             eval_dataset=EvaluationHistories(sequences["validation"], model.config.max_length),

@@ -130,7 +130,7 @@ def test_object_that_ranks_items_is_asked_about_whole_histories(kind):
 
 def test_item_ids_that_are_no_integers_are_refused():
     teacher = RankItemsTeacher(Ranker([[1.5, 2.0]], [[0.0, 1.0]]), ITEMS, "f" * 64, "a rule")
-    with pytest.raises(ValueError, match=r"a rule gave item ids of type torch\.float32: expected integers"):
+    with pytest.raises(ValueError, match=r"a rule returned item ids of type torch\.float32: expected integers"):
         teacher.rank(np.array([0]), HISTORIES[:1], 2, True)
 
 
@@ -164,7 +164,7 @@ def test_table_of_scores_answers_by_row(score_table):
         ({"scores": torch.zeros(ROWS + 1, ITEMS + 1)}, r"shape \(4, 6\) and type .*expected floating-point \(3, 6\)"),
         ({"scores": torch.zeros(ROWS, ITEMS)}, r"expected floating-point \(3, 6\)"),
         ({"scores": torch.zeros(ROWS, ITEMS + 1, dtype=torch.int64)}, "int64: expected floating-point"),
-        ({"logits": torch.zeros(ROWS, ITEMS + 1)}, "no safetensors file that holds scores"),
+        ({"logits": torch.zeros(ROWS, ITEMS + 1)}, "not a safetensors file with scores"),
     ],
 )
 def test_table_of_another_shape_is_refused(tmp_path, tensors, message):
@@ -190,10 +190,21 @@ def test_teacher_is_recognised_by_what_lies_there(published, score_table, tmp_pa
     assert isinstance(load_teacher(str(tmp_path / "sasrec"), ROWS, NUM_ITEMS), ModelTeacher)
 
 
+def test_a_loaded_model_is_a_teacher_as_its_folder_is(tmp_path):
+    model = recommender()
+    model.save_pretrained(tmp_path / "sasrec")
+    teacher = load_teacher(model, ROWS, NUM_ITEMS)
+    assert isinstance(teacher, ModelTeacher) and teacher.source == "SASRecForNextItem"
+    saved = load_teacher(tmp_path / "sasrec", ROWS, NUM_ITEMS)
+    assert (saved.source, saved.fingerprint) == (str(tmp_path / "sasrec"), teacher.fingerprint)
+    with pytest.raises(ValueError, match="dtype is bfloat16 and the teacher is loaded already"):
+        load_teacher(model, ROWS, NUM_ITEMS, dtype="bfloat16")
+
+
 def test_what_is_no_teacher_is_refused(published, tmp_path):
-    with pytest.raises(ValueError, match="nowhere is no teacher"):
+    with pytest.raises(ValueError, match="nowhere is not a teacher"):
         load_teacher(str(tmp_path / "nowhere"), ROWS, ITEMS)
-    with pytest.raises(ValueError, match=r"dtype is bfloat16 and .* holds finished answers"):
+    with pytest.raises(ValueError, match=r"dtype is bfloat16 and .* contains finished answers"):
         load_teacher(str(published), ROWS, ITEMS, dtype="bfloat16")
     recommender().save_pretrained(tmp_path / "sasrec")
     with pytest.raises(ValueError, match=r"dtype is bfloat16 and .* has no language model"):

@@ -187,7 +187,7 @@ class DistillationTrainer(Trainer):
             args.top_k,
             propensity=None if item_counts is None else propensity_scores(item_counts[1:]),
             form=args.form,
-            base_loss="none" if args.base_loss == STUDENT_LOSS else args.base_loss,
+            base_loss=args.base_loss,
             num_items=self.model.config.num_items,
         ).to(device)
         # Not under ZeRO-3, where all processes must use the same layers in a step, whatever their batches hold.
