@@ -25,7 +25,7 @@ from pathlib import Path
 from run_seeds import described_origin
 
 from hf_ilora import SequenceDatasets
-from hf_ilora.distillation.acquisition import POLICIES
+from hf_ilora.distillation.acquisition import ACQUISITION_POLICIES
 from hf_ilora.distillation.teachers import load_teacher, model_fingerprint
 from hf_ilora.files import written_whole
 from hf_ilora.models.loading import load_recommender, model_folder
@@ -49,15 +49,19 @@ class AcquisitionArguments:
     output_dir: str = field(metadata={"help": "folder of the labels and the runs"})
     table: str = field(metadata={"help": "path of the table, without .md"})
     budgets: list[int] = field(default_factory=lambda: [1000, 8000], metadata={"help": "histories to ask about"})
-    policies: list[str] = field(default_factory=lambda: list(POLICIES), metadata={"help": "what to spend them on"})
+    policies: list[str] = field(
+        default_factory=lambda: list(ACQUISITION_POLICIES), metadata={"help": "what to spend them on"}
+    )
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "of the choice and of the student"})
     lam: float = field(default=0.8, metadata={"help": "weight of the ranking distillation"})
     parallel: int = field(default=1, metadata={"help": "runs at a time; the threads of the machine are divided"})
 
     def __post_init__(self):
-        unknown = [policy for policy in self.policies if policy not in POLICIES]
+        unknown = [policy for policy in self.policies if policy not in ACQUISITION_POLICIES]
         if unknown or not self.policies or len(set(self.policies)) < len(self.policies):
-            raise ValueError(f"policies are {self.policies}: expected some of {', '.join(POLICIES)}, each once")
+            raise ValueError(
+                f"policies are {self.policies}: expected some of {', '.join(ACQUISITION_POLICIES)}, each once"
+            )
         if CONTROL not in self.policies:
             self.policies = [CONTROL, *self.policies]
         for name in ("budgets", "seeds"):
@@ -152,7 +156,8 @@ def record_of(run: Run, arguments: AcquisitionArguments, output: Path, threads: 
             call("train_sasrec.py", options, threads)
         else:
             asked = ["--data_dir", arguments.data_dir, "--teacher", arguments.teacher, "--output_dir", labels]
-            asked += ["--positions", "all", "--budget", run.budget, "--acquire", run.policy, "--seed", run.seed]
+            asked += ["--labelled_positions", "all", "--budget", run.budget]
+            asked += ["--acquire", run.policy, "--seed", run.seed]
             asked += ["--exclude_seen", "false", "--batch_size", "256", "--shard_rows", "4096"]
             if run.policy != CONTROL:
                 asked += ["--recommender", arguments.recommender]

@@ -11,11 +11,10 @@ then compares the model on that data set. The folder is for `from_pretrained`.
 import argparse
 import json
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 
 from hf_ilora import SASRecConfig, convert_reference_sasrec
+from hf_ilora.files import folder_written_whole
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE
 from hf_ilora.reference.convert_sasrec import load_reference_state_dict, reference_catalogue
 
@@ -50,21 +49,8 @@ def main() -> None:
     if arguments.items is not None:
         model.catalogue = reference_catalogue(arguments.items, model.config.num_items)
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent) as workplace:
-        new = Path(workplace) / "new"
-        model.save_pretrained(new)
-        previous = output_dir.with_name(f".{output_dir.name}.previous")  # where a kill between the renames leaves it
-        if output_dir.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            output_dir.rename(previous)
-        try:
-            new.rename(output_dir)
-        except OSError:
-            if previous.exists():
-                previous.rename(output_dir)
-            raise
-        shutil.rmtree(previous, ignore_errors=True)
+    with folder_written_whole(output_dir, replaceable_files=OUR_FILES) as folder:
+        model.save_pretrained(folder)
     logger.info(
         "%s -> %s: SASRec with %d items, hidden size %d, the newest %d items of a history, %s",
         arguments.weights,

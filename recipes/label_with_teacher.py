@@ -1,16 +1,16 @@
-"""Asks a teacher what comes next in the training histories and writes its answers as a data set of labels.
+"""Asks a teacher for the next items of the training histories and writes its answers as a data set of labels.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/label_with_teacher.py \
         --data_dir outputs/ml-100k/data --teacher outputs/ml-100k/ilora --output_dir outputs/ml-100k/labels
 
 The teacher is a saved model that ranks the catalogue (iLoRA with an item head, SASRec, a model that counts), a
 safetensors file of scores, or a folder with DLLM2Rec's text files. `--budget 200 --acquire entropy --recommender
-outputs/ml-100k/sasrec-1` asks only where it promises most.
+outputs/ml-100k/sasrec-1` asks about the 200 histories whose next item that SASRec is least certain about.
 
-The output folder gets the labels in shards (labels-*.parquet), the teacher's item embeddings if it has some
-(item_embeddings.safetensors), and teacher_labels.json, which comes last; `TeacherLabels.load` reads them. A killed run
-goes on where it was when the same command is given again, with any number of processes and any batch size; given to a
-finished folder, the command checks it and changes nothing but run.json and run.log, which lie beside the labels.
+The recipe writes the labels in shards (labels-*.parquet), the teacher's item embeddings if it has any
+(item_embeddings.safetensors), and finally teacher_labels.json; `TeacherLabels.load` reads them. To resume after a
+crash, run the same command again; the number of processes and the batch size may differ. On a finished folder, the
+command checks the labels and changes nothing but run.json and run.log.
 """
 
 import logging
@@ -24,8 +24,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from hf_ilora import SequenceDatasets
-from hf_ilora.distillation.acquisition import POLICIES
-from hf_ilora.distillation.labelling import POSITIONS, LabelFolder, LabelRequests, acquire_requests, label_shards
+from hf_ilora.distillation.acquisition import ACQUISITION_POLICIES
+from hf_ilora.distillation.labelling import (
+    LABELLED_POSITIONS,
+    LabelFolder,
+    LabelRequests,
+    acquire_requests,
+    label_shards,
+)
 from hf_ilora.distillation.teachers import ModelTeacher, Teacher, load_teacher, model_fingerprint
 from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
@@ -36,35 +42,45 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LabelArguments:
-    """Who is asked, about what, and how."""
+    """The teacher, the histories to label, and how to spend the budget."""
 
-    teacher: str = field(metadata={"help": "saved model, .safetensors file of scores, or folder of published files"})
+    teacher: str = field(
+        metadata={"help": "saved model, .safetensors file of scores, or folder of DLLM2Rec's text files"}
+    )
     data_dir: str = field(metadata={"help": "folder written by recipes/prepare_data.py"})
-    output_dir: str = field(metadata={"help": "folder for the labels"})
+    output_dir: str = field(metadata={"help": "folder to write the labels to"})
     top_k: int = field(default=10, metadata={"help": "items per label"})
     exclude_seen: bool = field(
-        default=True, metadata={"help": "leave out what the history holds; false where repeating is natural"}
+        default=True,
+        metadata={"help": "exclude the items of the history from the answers; set to false for data with repeats"},
     )
-    positions: str = field(
-        default="last", metadata={"help": "last: each row's target; all: every item of a leave-one-out sequence"}
+    labelled_positions: str = field(
+        default="last",
+        metadata={"help": "last: the target of each row; all: every item of a leave-one-out sequence but the first"},
     )
-    budget: int | None = field(default=None, metadata={"help": "ask about so many only; by default about all"})
-    acquire: str = field(default="random", metadata={"help": f"how the budget is spent: {', '.join(POLICIES)}"})
-    recommender: str | None = field(default=None, metadata={"help": "saved recommender that acquire looks at"})
-    seed: int = field(default=0, metadata={"help": "of the choice of what to ask"})
-    batch_size: int = field(default=16, metadata={"help": "histories at a time, per process"})
-    shard_rows: int = field(default=256, metadata={"help": "rows per shard: what a kill can lose, per process"})
-    dtype: str | None = field(default=None, metadata={"help": "of the teacher's language model, such as bfloat16"})
+    budget: int | None = field(default=None, metadata={"help": "number of labels to ask for; by default all"})
+    acquire: str = field(
+        default="random", metadata={"help": f"which labels to spend the budget on: {', '.join(ACQUISITION_POLICIES)}"}
+    )
+    recommender: str | None = field(default=None, metadata={"help": "saved recommender whose outputs acquire reads"})
+    seed: int = field(default=0, metadata={"help": "random seed of acquire"})
+    batch_size: int = field(default=16, metadata={"help": "histories per call of the teacher, per process"})
+    shard_rows: int = field(
+        default=256, metadata={"help": "rows per shard, the most that a crash can lose per process"}
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "data type of the teacher's language model, such as bfloat16"}
+    )
 
     def __post_init__(self):
         for name in ("top_k", "batch_size", "shard_rows"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
-        for name, known in (("positions", POSITIONS), ("acquire", POLICIES)):
+        for name, known in (("labelled_positions", LABELLED_POSITIONS), ("acquire", ACQUISITION_POLICIES)):
             if vars(self)[name] not in known:
                 raise ValueError(f"{name} is {vars(self)[name]!r}: expected one of {', '.join(known)}")
         if self.budget is None and (self.acquire != "random" or self.recommender is not None):
-            raise ValueError("acquire and recommender choose what to ask: expected a budget with them")
+            raise ValueError("acquire and recommender select what to ask: expected a budget with them")
         if self.budget is not None:
             if self.budget < 1:
                 raise ValueError(f"budget is {self.budget}: expected at least 1")
@@ -80,11 +96,11 @@ ARGUMENTS = (LabelArguments,)
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    # Without an accelerator the processes of one launch find one another only when they are told so at the start. They
-    # wait for the slowest as long as it takes.
+    # Without an accelerator, the processes of a launch only find each other if the first PartialState is told to use
+    # the CPU. The timeout is long because all processes wait for the slowest.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
     sequences, teacher, recommender = load_and_check(arguments, state.device)
-    all_requests = LabelRequests.of_split(sequences["train"], arguments.positions)
+    all_requests = LabelRequests.of_split(sequences["train"], arguments.labelled_positions)
     fingerprint = sequences.fingerprint
     settings = {
         "data_fingerprint": fingerprint,
@@ -93,7 +109,7 @@ def main() -> None:
         "max_history": teacher.max_history,
         "recommender_fingerprint": None if recommender is None else model_fingerprint(recommender),
     }
-    names = ("top_k", "exclude_seen", "positions", "budget", "acquire", "seed", "shard_rows", "dtype")
+    names = ("top_k", "exclude_seen", "labelled_positions", "budget", "acquire", "seed", "shard_rows", "dtype")
     folder = LabelFolder(arguments.output_dir, settings | {name: vars(arguments)[name] for name in names})
     if state.is_main_process:
         folder.start(partial(what_to_ask, all_requests, teacher, recommender, arguments))
@@ -122,18 +138,18 @@ def main() -> None:
                 description = folder.finish(requests, teacher)
             speed = {"rows_per_second": rows / seconds, "tokens_per_second": tokens / seconds}
             record.add_metrics("labels", {"rows": description["num_rows"], "labelled_now": rows} | speed)
-            logger.info("%s holds %d labels of %s", arguments.output_dir, description["num_rows"], teacher.source)
+            logger.info("%s contains %d labels of %s", arguments.output_dir, description["num_rows"], teacher.source)
         state.wait_for_everyone()
     leave_launch()
 
 
 def load_and_check(arguments: LabelArguments, device: torch.device):
-    """The data set, the teacher, and the recommender that chooses or None."""
+    """The data set, the teacher, and the recommender that `acquire` reads, or None."""
     sequences = SequenceDatasets.load(arguments.data_dir)
-    if arguments.positions == "all" and sequences.protocol["name"] != "leave_one_out":
+    if arguments.labelled_positions == "all" and sequences.protocol["name"] != "leave_one_out":
         raise ValueError(
-            f"positions is all and {arguments.data_dir} has the protocol {sequences.protocol['name']}, whose rows are "
-            "prefixes of each other: expected last"
+            f"labelled_positions is all and {arguments.data_dir} has the protocol {sequences.protocol['name']}, whose "
+            "rows are prefixes of each other: expected last"
         )
     raw_ids = sequences.raw_ids
     teacher = load_teacher(
@@ -141,22 +157,22 @@ def load_and_check(arguments: LabelArguments, device: torch.device):
     )
     if isinstance(teacher, ModelTeacher):
         check_catalogue(teacher.model, arguments.teacher, sequences.num_items, raw_ids)
-    elif arguments.positions == "all":
-        raise ValueError(f"{arguments.teacher} holds one answer per row: expected positions last")
+    if arguments.labelled_positions == "all" and not teacher.answers_prefixes:
+        raise ValueError(f"{arguments.teacher} contains one answer per row: expected labelled_positions last")
     recommender = None
     if arguments.recommender is not None:
         recommender = load_recommender(model_folder(arguments.recommender)).to(device)
         if not isinstance(recommender, NextItemPreTrainedModel):
             raise ValueError(
-                f"{arguments.recommender} is a {type(recommender).__name__}: expected a recommender that is cheap to "
-                "ask about every history, such as SASRec"
+                f"{arguments.recommender} is a {type(recommender).__name__}: expected a recommender that can score "
+                "every history at little cost, such as SASRec"
             )
         check_catalogue(recommender, arguments.recommender, sequences.num_items, raw_ids)
     return sequences, teacher, recommender
 
 
 def what_to_ask(requests: LabelRequests, teacher: Teacher, recommender, arguments: LabelArguments) -> LabelRequests:
-    """The requests within the budget, longest first, so that batches are of like length and short memory shows."""
+    """The requests within the budget, longest first, so that a batch has similar lengths and memory runs out early."""
     if arguments.budget is not None:
         requests = acquire_requests(requests, arguments.acquire, arguments.budget, recommender, arguments.seed)
     return requests.select(np.argsort(-requests.costs(teacher), kind="stable"))

@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx2
 from filelock import FileLock
 
+from hf_ilora.files import written_whole
+
 logger = logging.getLogger(__name__)
 
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
@@ -101,7 +103,9 @@ def download_wheel(requirement: str, destination: Path, *, checksum: str, python
     with FileLock(f"{destination}.lock"):
         if destination.is_file():
             return destination
-        with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
+        with tempfile.TemporaryDirectory(
+            dir=destination.parent, prefix=f".{destination.stem}.", suffix=".unfinished"
+        ) as folder:
             command = [python, "-m", "pip", "download", requirement, "--dest", folder, "--no-deps"]
             command += ["--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--quiet"]
             result = subprocess.run(command, capture_output=True, text=True)
@@ -118,7 +122,8 @@ def download_wheel(requirement: str, destination: Path, *, checksum: str, python
                     f"and {destination.name}: check pip's index configuration. pip says: {result.stderr.strip()}"
                 )
             _check(wheel, checksum, requirement)
-            os.replace(wheel, destination)
+            with written_whole(destination) as unfinished:
+                wheel.replace(unfinished)
     return destination
 
 

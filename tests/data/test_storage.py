@@ -107,7 +107,7 @@ class TestReplacing:
         rename = Path.rename
 
         def fail_for_the_new_folder(path, target):
-            if path.name.endswith(".partial"):
+            if path.name.endswith(".unfinished"):
                 raise OSError("Device or resource busy")
             return rename(path, target)
 
@@ -133,7 +133,7 @@ class TestReplacing:
 
     def test_a_folder_with_other_files_is_not_replaced(self, folder):
         (folder / "model.safetensors").write_bytes(b"weights")
-        with pytest.raises(ValueError, match=r"holds model\.safetensors: expected a folder that is new, empty or"):
+        with pytest.raises(ValueError, match=r"contains model\.safetensors: expected a new folder, an empty one or"):
             small_sequences().save(folder)
         assert (folder / "model.safetensors").read_bytes() == b"weights"
 

@@ -46,9 +46,11 @@ def label_settings(num_items: int, **changes) -> dict:
     return settings | {"num_items": num_items, "top_k": 3, "shard_rows": 16} | changes
 
 
-def label_all(path: Path, split, teacher, *, positions="last", batch_size=4, processes=1, **changes) -> LabelFolder:
+def label_all(
+    path: Path, split, teacher, *, labelled_positions="last", batch_size=4, processes=1, **changes
+) -> LabelFolder:
     """All processes of a run, one after the other."""
-    everything = LabelRequests.of_split(split, positions)
+    everything = LabelRequests.of_split(split, labelled_positions)
     folder = LabelFolder(path, label_settings(teacher.num_items, **changes))
     folder.start(lambda: everything)
     requests = folder.requests(everything)

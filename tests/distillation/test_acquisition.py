@@ -20,7 +20,7 @@ NEEDED = {
 }
 
 
-@pytest.mark.parametrize("policy", acquisition.POLICIES)
+@pytest.mark.parametrize("policy", acquisition.ACQUISITION_POLICIES)
 @pytest.mark.parametrize("budget", [1, 17, 40])
 def test_rows_are_different_sorted_and_the_same_at_every_call(policy, budget):
     rows = acquire(policy, budget, **NEEDED[policy])
@@ -123,7 +123,7 @@ def test_k_center_holds_no_matrix_of_distances():
     assert max(sizes) <= embeddings.numel() and peak < 4_000_000
 
 
-@pytest.mark.parametrize("policy", acquisition.POLICIES)
+@pytest.mark.parametrize("policy", acquisition.ACQUISITION_POLICIES)
 @pytest.mark.parametrize("budget", [0, -1, 41])
 def test_budgets_that_cannot_be_met_are_refused(policy, budget):
     with pytest.raises(ValueError, match=rf"budget is {budget}: expected 1\.\.40"):
@@ -134,11 +134,11 @@ def test_budgets_that_cannot_be_met_are_refused(policy, budget):
     "policy, inputs, message",
     [
         ("best", {}, "policy_name is 'best': expected one of random, entropy, margin, loss, k_center"),
-        ("random", {}, "num_rows is None: expected the number of rows"),
+        ("random", {}, "num_rows is None: policy 'random' needs the number of rows"),
         (
             "entropy",
             {"targets": [0]},
-            "scores is None: expected it for policy 'entropy', or policy 'random' without it",
+            "scores is None: policy 'entropy' needs it; pass it, or use policy 'random'",
         ),
         ("loss", {"scores": SCORES}, "targets is None"),
         ("k_center", {"scores": SCORES}, "user_embeddings is None"),
@@ -146,10 +146,14 @@ def test_budgets_that_cannot_be_met_are_refused(policy, budget):
         ("margin", {"scores": np.zeros((4, 1))}, "at least two items"),
         ("loss", {"scores": SCORES, "targets": [0, 1, 2]}, "targets end 1 rows before the scores"),
         ("loss", {"scores": SCORES, "targets": [0, 1, 2, 3, 0]}, "targets have length 5: expected 4"),
-        ("loss", {"scores": SCORES, "targets": [0, 1, 2, 4]}, r"targets hold 4: expected columns 0\.\.3"),
-        ("entropy", {"scores": np.where(SCORES == 3, np.nan, SCORES)}, "scores of row 3 hold NaN"),
+        ("loss", {"scores": SCORES, "targets": [0, 1, 2, 4]}, r"targets contain 4: expected columns 0\.\.3"),
+        ("entropy", {"scores": np.where(SCORES == 3, np.nan, SCORES)}, "scores of row 3 contain NaN"),
         ("k_center", {"user_embeddings": np.zeros(4)}, r"user_embeddings have shape \(4,\)"),
-        ("k_center", {"user_embeddings": np.array([[0.0], [np.inf]])}, "user_embeddings of row 1 hold NaN or infinity"),
+        (
+            "k_center",
+            {"user_embeddings": np.array([[0.0], [np.inf]])},
+            "user_embeddings of row 1 contain NaN or infinity",
+        ),
     ],
 )
 def test_inputs_that_are_missing_or_do_not_fit_are_refused(policy, inputs, message):

@@ -42,7 +42,7 @@ def labels_in(path):
 # --- what is asked ---
 
 
-def test_last_position_asks_for_the_target_after_the_whole_history(train):
+def test_labelling_last_positions_asks_for_the_target_after_the_whole_history(train):
     requests = LabelRequests.of_split(train)
     assert requests.history_ids.tolist() == list(range(NUM_USERS))
     assert requests.targets().tolist() == train["target"][:]
@@ -52,28 +52,28 @@ def test_last_position_asks_for_the_target_after_the_whole_history(train):
         assert histories[row, : len(example["history"])].all()  # padded on the right
 
 
-def test_all_positions_ask_for_every_item_but_the_first(train):
+def test_labelling_all_positions_asks_for_every_item_but_the_first(train):
     requests = LabelRequests.of_split(train, "all")
     expected = [
-        (row, position, [*example["history"], example["target"]][position])
+        (row, prefix_length, [*example["history"], example["target"]][prefix_length])
         for row, example in enumerate(train)
-        for position in range(1, len(example["history"]) + 1)
+        for prefix_length in range(1, len(example["history"]) + 1)
     ]
-    found = zip(requests.history_ids, requests.positions, requests.targets(), strict=True)
+    found = zip(requests.history_ids, requests.prefix_lengths, requests.targets(), strict=True)
     assert list(found) == expected
 
 
 def test_costs_are_those_of_the_newest_items_and_of_the_prompt(train):
     costs = LabelRequests.of_split(train, "all").costs(KnownTeacher(NUM_ITEMS))
     expected = [
-        10 + sum(item**2 for item in example["history"][:position][-3:])
+        10 + sum(item**2 for item in example["history"][:prefix_length][-3:])
         for example in train
-        for position in range(1, len(example["history"]) + 1)
+        for prefix_length in range(1, len(example["history"]) + 1)
     ]
     assert costs.tolist() == expected
 
 
-def test_empty_history_and_unknown_positions_are_refused(train):
+def test_empty_history_and_unknown_labelled_positions_are_refused(train):
     with pytest.raises(ValueError, match="'first': expected one of last, all"):
         LabelRequests.of_split(train, "first")
     broken = train.map(lambda row, index: {"history": [] if index == 7 else row["history"]}, with_indices=True)
@@ -95,12 +95,12 @@ def test_loss_policy_asks_where_the_recommender_is_worst(train, recommender):
     losses = []
     for row, example in enumerate(train):
         sequence = [*example["history"], example["target"]]
-        for position in range(1, len(sequence)):
-            logits = recommender.eval()(torch.tensor([sequence[:position][-4:]])).logits[0]
-            losses.append((-logits.log_softmax(0)[sequence[position]].item(), row, position))
+        for prefix_length in range(1, len(sequence)):
+            logits = recommender.eval()(torch.tensor([sequence[:prefix_length][-4:]])).logits[0]
+            losses.append((-logits.log_softmax(0)[sequence[prefix_length]].item(), row, prefix_length))
     chosen = acquire_requests(requests, "loss", 9, recommender, batch_size=32)
-    expected = {(row, position) for _, row, position in sorted(losses)[-9:]}
-    assert set(zip(chosen.history_ids.tolist(), chosen.positions.tolist(), strict=True)) == expected
+    expected = {(row, prefix_length) for _, row, prefix_length in sorted(losses)[-9:]}
+    assert set(zip(chosen.history_ids.tolist(), chosen.prefix_lengths.tolist(), strict=True)) == expected
 
 
 @pytest.mark.parametrize("policy", ["random", "entropy", "margin", "k_center"])
@@ -114,7 +114,7 @@ def test_policies_choose_different_requests_of_the_split(train, recommender, pol
 
 def test_policy_without_what_it_looks_at_is_refused(train):
     requests = LabelRequests.of_split(train)
-    with pytest.raises(ValueError, match="policy entropy looks at scores: expected a recommender"):
+    with pytest.raises(ValueError, match="policy entropy reads a recommender's outputs: expected a recommender"):
         acquire_requests(requests, "entropy", 3)
     popularity = PopularityForNextItem(PopularityConfig(num_items=NUM_ITEMS))
     with pytest.raises(ValueError, match="PopularityForNextItem has no user embeddings"):
@@ -154,7 +154,7 @@ def test_kill_at_any_write_loses_and_doubles_no_row(train, undisturbed, tmp_path
             return result
 
         monkeypatch.setattr(Path, "replace", replace_or_die)
-        (tmp_path / ".labels-000002.parquet.1.unfinished").write_bytes(b"half")  # what a kill cannot clean up
+        (tmp_path / ".labels-000002.1.unfinished.parquet").write_bytes(b"half")  # what a kill cannot clean up
         runs += 1
         try:
             label_all(tmp_path, train, teacher, shard_rows=4)
@@ -172,7 +172,7 @@ def test_kill_at_any_write_loses_and_doubles_no_row(train, undisturbed, tmp_path
         assert sum(map(len, teacher.calls)) == NUM_USERS
 
 
-def test_run_goes_on_with_another_number_of_processes(train, undisturbed, tmp_path):
+def test_run_resumes_with_another_number_of_processes(train, undisturbed, tmp_path):
     everything = LabelRequests.of_split(train)
     folder = LabelFolder(tmp_path, label_settings(NUM_ITEMS, shard_rows=3))
     folder.start(lambda: everything)
@@ -236,14 +236,14 @@ def test_other_settings_than_those_of_the_unfinished_run_are_refused(train, tmp_
 def test_labels_of_unknown_origin_are_not_overwritten(train, tmp_path):
     label_all(tmp_path, train, KnownTeacher(NUM_ITEMS))
     (tmp_path / "requests.parquet").unlink()
-    with pytest.raises(ValueError, match=r"holds labels-.* but no requests\.parquet"):
+    with pytest.raises(ValueError, match=r"contains labels-.* but no requests\.parquet"):
         label_all(tmp_path, train, KnownTeacher(NUM_ITEMS))
 
 
 def test_shard_that_answers_something_else_is_refused(train, tmp_path):
     label_all(tmp_path, train, KnownTeacher(NUM_ITEMS), shard_rows=5)
     (tmp_path / "labels-000001.parquet").write_bytes((tmp_path / "labels-000000.parquet").read_bytes())
-    with pytest.raises(ValueError, match=r"labels-000001\.parquet does not answer what requests\.parquet asks"):
+    with pytest.raises(ValueError, match=r"labels-000001\.parquet does not answer the requests of requests\.parquet"):
         label_all(tmp_path, train, KnownTeacher(NUM_ITEMS), shard_rows=5)
     (tmp_path / "labels-000001.parquet").write_bytes(b"half")
     with pytest.raises(ValueError, match="not a whole parquet file"):
@@ -272,14 +272,14 @@ def test_progress_is_reported_with_the_time_left(train, tmp_path, monkeypatch, c
     monkeypatch.setattr(labelling, "_SECONDS_BETWEEN_REPORTS", -1)
     with caplog.at_level(logging.INFO):
         label_all(tmp_path, train, KnownTeacher(NUM_ITEMS), batch_size=10, shard_rows=10)
-    assert "20 rows in 2 of 2 shards are left to this process" in caplog.text
+    assert "20 rows in 2 of 2 shards are left for this process" in caplog.text
     assert "10 of 20 rows" in caplog.text and ", 0 s left" in caplog.text
 
 
 def test_shards_have_the_columns_of_a_data_set(train, tmp_path):
     label_all(tmp_path, train, KnownTeacher(NUM_ITEMS))
     schema = pq.read_schema(tmp_path / "labels-000000.parquet")
-    assert [str(schema.field(name).type) for name in ("history_id", "position")] == ["int64", "int32"]
+    assert [str(schema.field(name).type) for name in ("history_id", "prefix_length")] == ["int64", "int32"]
     assert str(schema.field("teacher_items").type).startswith("list<")
     assert schema.field("teacher_distances").type.value_type == "float"
 
@@ -298,14 +298,14 @@ class NextInCatalogue:
 
 def test_any_object_that_ranks_items_labels_a_data_set(train, tmp_path):
     teacher = RankItemsTeacher(NextInCatalogue(), NUM_ITEMS, "f" * 64, "next in the catalogue", max_history=3)
-    folder = label_all(tmp_path, train, teacher, positions="all", shard_rows=7)
+    folder = label_all(tmp_path, train, teacher, labelled_positions="all", shard_rows=7)
     labels = TeacherLabels.load(tmp_path, DATA_FINGERPRINT, teacher.fingerprint)
     assert len(labels) == sum(len(row["history"]) for row in train)
     for history_id, row in enumerate(train):
-        for position, newest in enumerate(row["history"], start=1):
-            items, distances = labels.lookup([history_id], [position])
+        for prefix_length, newest in enumerate(row["history"], start=1):
+            items, distances = labels.lookup([history_id], [prefix_length])
             assert items[0].tolist() == [(newest + j) % NUM_ITEMS + 1 for j in range(3)]
             assert distances[0].tolist() == [0, 0.5, 1]
     assert labels.description["teacher"] == "next in the catalogue" and labels.description["embedding_size"] is None
     everything = LabelRequests.of_split(train, "all")
-    assert folder.requests(everything).costs(teacher).tolist() == everything.positions.clip(max=3).tolist()
+    assert folder.requests(everything).costs(teacher).tolist() == everything.prefix_lengths.clip(max=3).tolist()

@@ -272,7 +272,7 @@ def test_propensity_of_counts_by_hand():
 
 
 def test_propensity_refuses_what_are_no_counts():
-    with pytest.raises(ValueError, match=r"item_counts hold -1: expected numbers of occurrences"):
+    with pytest.raises(ValueError, match=r"item_counts contain -1: expected numbers of occurrences"):
         propensity_scores(torch.tensor([3, -1]))
     with pytest.raises(ValueError, match=r"shape \(2, 2\): expected \(items,\)"):
         propensity_scores(torch.ones(2, 2))
@@ -431,7 +431,7 @@ def test_no_negative_pushes_down_the_target_or_an_item_of_the_teacher(form):
     scores = torch.zeros(3, 6, requires_grad=True)
     target, items = torch.tensor([1, 1, 1]), torch.tensor([[2, 3], [2, 3], [2, -1]])
     negative = torch.tensor([[1, 5], [3, 5], [0, 5]])  # the target, a label, and column 0, which is no missing label
-    program = DLLM2RecLoss(alpha=0, lam=1.0, top_k=2, form=form, base_loss="none")
+    program = DLLM2RecLoss(alpha=0, lam=1.0, top_k=2, form=form, base_loss="student")
     program(scores, target, negative, items, torch.ones(3, 2)).loss.backward()
     pushed_down = [sorted((row > 1e-6).nonzero().flatten().tolist()) for row in scores.grad]
     if form == "corrected":
@@ -443,9 +443,9 @@ def test_no_negative_pushes_down_the_target_or_an_item_of_the_teacher(form):
 def test_the_student_may_have_a_base_loss_of_its_own():
     problem = random_problem()
     settings = {"alpha": 0.5, "lam": 0.7, "top_k": 4, "propensity": some_propensity()}
-    none, bce = DLLM2RecLoss(**settings, base_loss="none")(*problem), DLLM2RecLoss(**settings)(*problem)
-    assert none.base_loss == 0
-    torch.testing.assert_close(none.loss, bce.loss - bce.base_loss)
+    student, bce = DLLM2RecLoss(**settings, base_loss="student")(*problem), DLLM2RecLoss(**settings)(*problem)
+    assert student.base_loss == 0
+    torch.testing.assert_close(student.loss, bce.loss - bce.base_loss)
 
 
 def test_propensity_moves_with_the_loss_and_stays_out_of_its_weights():
@@ -510,19 +510,22 @@ def test_settings_outside_their_range_are_refused(settings, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"target": torch.tensor([23] * 6)}, r"target holds 23: expected columns 0\.\.22 .* lose 1 together"),
+        (
+            {"target": torch.tensor([23] * 6)},
+            r"target contains 23: expected columns 0\.\.22 .*; subtract 1 from item ids",
+        ),
         ({"target": torch.tensor([1] * 5)}, r"scores have shape \(6, 23\) and target \(5,\)"),
         ({"target": torch.zeros(6, 1).long()}, r"target \(6, 1\): expected \(batch, items\) and \(batch,\)"),
-        ({"negative": torch.tensor([-1] * 6)}, r"negative holds -1: expected columns 0\.\.22"),
+        ({"negative": torch.tensor([-1] * 6)}, r"negative contains -1: expected columns 0\.\.22"),
         ({"negative": None}, "negative is None"),
-        ({"teacher_items": torch.full((6, 4), -2)}, r"teacher_items holds -2: expected columns -1\.\.22"),
+        ({"teacher_items": torch.full((6, 4), -2)}, r"teacher_items contains -2: expected columns -1\.\.22"),
         (
             {"teacher_items": torch.zeros(6, 3).long()},
             r"teacher_items have shape \(6, 3\): expected \(batch, at least 4",
         ),
-        ({"teacher_items": None}, "teacher_items or teacher_distances is None and lam 0.8"),
+        ({"teacher_items": None}, "teacher_items or teacher_distances is None with lam 0.8"),
         ({"teacher_distances": torch.zeros(6, 3)}, r"teacher_distances have shape \(6, 3\): expected \(6, 4\)"),
-        ({"teacher_distances": torch.full((6, 4), math.nan)}, "teacher_distances hold NaN"),
+        ({"teacher_distances": torch.full((6, 4), math.nan)}, "teacher_distances contain NaN"),
         ({"sample_weights": torch.ones(5)}, r"sample_weights have shape \(5,\): expected \(6,\)"),
         ({"propensity": torch.ones(22)}, r"propensity has shape \(22,\): expected \(23,\) or \(6, 23\)"),
     ],
@@ -538,7 +541,7 @@ def test_input_that_does_not_fit_is_refused(changes, message):
 
 def test_dros_needs_propensity_beta_and_two_items():
     problem = random_problem()
-    with pytest.raises(ValueError, match="propensity None: expected propensity_scores"):
+    with pytest.raises(ValueError, match="propensity is None with alpha 1.0: expected propensity_scores"):
         DLLM2RecLoss(alpha=1.0, top_k=4)(*problem)
     with pytest.raises(ValueError, match="beta is 0: expected a positive number"):
         dro_loss(problem[0], problem[1], some_propensity(), beta=0)

@@ -11,6 +11,7 @@ from hf_ilora.distillation.policies import (
     GroundTruthErrorPolicy,
     KLDivergencePolicy,
     rank_gap_weights,
+    sample_policy,
 )
 
 STUDENT = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, -1.0], [0.0, 0.0, 0.0]])
@@ -46,6 +47,14 @@ def test_kl_threshold_is_in_nats_of_the_tempered_distributions():
     assert not KLDivergencePolicy(0.132, temperature=2).select(student, teacher, TARGET[:1]).item()
 
 
+def test_policies_are_built_from_their_names():
+    assert sample_policy("all", 0.3) == AllSamplesPolicy()
+    assert sample_policy("ground_truth_error", 0.3) == GroundTruthErrorPolicy(0.3)
+    assert sample_policy("kl_divergence", 0.3) == KLDivergencePolicy(0.3)
+    with pytest.raises(ValueError, match="policy is 'some': expected one of all, ground_truth_error, kl_divergence"):
+        sample_policy("some")
+
+
 def test_a_mask_is_a_sample_weight_of_the_loss():
     selected = GroundTruthErrorPolicy(0.5).select(STUDENT, None, TARGET)
     labels = torch.tensor([[1, 0]] * 3), torch.rand(3, 2)
@@ -64,7 +73,7 @@ def test_rank_gap_weights_grow_with_the_teachers_lead():
 
 
 def test_policies_refuse_what_they_cannot_use():
-    with pytest.raises(ValueError, match="teacher_scores are None: expected"):
+    with pytest.raises(ValueError, match="teacher_scores is None: expected"):
         KLDivergencePolicy(0.1).select(STUDENT, None, TARGET)
     with pytest.raises(ValueError, match="threshold is -1: expected 0 or more nats"):
         KLDivergencePolicy(-1)
@@ -72,7 +81,7 @@ def test_policies_refuse_what_they_cannot_use():
         KLDivergencePolicy(0.1, temperature=0)
     with pytest.raises(ValueError, match=r"student_ranks have shape \(2,\) and teacher_ranks \(1,\)"):
         rank_gap_weights(torch.tensor([1, 2]), torch.tensor([1]))
-    with pytest.raises(ValueError, match="teacher_ranks hold 0: expected ranks from 1"):
+    with pytest.raises(ValueError, match="teacher_ranks contain 0: expected ranks of at least 1"):
         rank_gap_weights(torch.tensor([1, 2]), torch.tensor([1, 0]))
     with pytest.raises(ValueError, match="sharpness is 0: expected a positive number"):
         rank_gap_weights(torch.tensor([1]), torch.tensor([1]), sharpness=0)

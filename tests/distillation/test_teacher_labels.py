@@ -23,7 +23,7 @@ def train():
 
 @pytest.fixture
 def folder(train, tmp_path):
-    label_all(tmp_path / "labels", train, KnownTeacher(NUM_ITEMS), positions="all")
+    label_all(tmp_path / "labels", train, KnownTeacher(NUM_ITEMS), labelled_positions="all")
     return tmp_path / "labels"
 
 
@@ -36,17 +36,17 @@ def test_every_prefix_has_the_answer_that_the_teacher_gives_to_it(folder, train)
     assert (labels.top_k, labels.num_items) == (TOP_K, NUM_ITEMS)
     assert len(labels) == sum(len(row["history"]) for row in train)
     for history_id, row in enumerate(train):
-        for position in range(1, len(row["history"]) + 1):
-            items, distances = labels.lookup([history_id], [position])
-            expected = expected_answer(row["history"][position - 1], history_id, TOP_K, NUM_ITEMS)
+        for prefix_length in range(1, len(row["history"]) + 1):
+            items, distances = labels.lookup([history_id], [prefix_length])
+            expected = expected_answer(row["history"][prefix_length - 1], history_id, TOP_K, NUM_ITEMS)
             assert (items[0].tolist(), distances[0].tolist()) == expected
 
 
 def test_lookup_takes_any_shape_and_gives_zeros_where_there_is_no_label(folder):
     labels = load(folder)
     history_ids = torch.tensor([[3, 3, 99], [-1, 3, 0]])
-    positions = torch.tensor([[1, 2, 1], [-1, 5000, 0]])
-    items, distances = labels.lookup(history_ids, positions)
+    prefix_lengths = torch.tensor([[1, 2, 1], [-1, 5000, 0]])
+    items, distances = labels.lookup(history_ids, prefix_lengths)
     assert items.shape == distances.shape == (2, 3, TOP_K)
     assert (items.dtype, distances.dtype) == (torch.int64, torch.float32)
     assert items[0, :2].all() and distances[0, :2].all()
@@ -57,14 +57,14 @@ def test_lookup_takes_any_shape_and_gives_zeros_where_there_is_no_label(folder):
 
 
 def test_lookup_of_other_shapes_is_refused(folder):
-    with pytest.raises(ValueError, match=r"\(2,\) and positions \(1,\): expected the same shape"):
+    with pytest.raises(ValueError, match=r"\(2,\) and prefix_lengths \(1,\): expected the same shape"):
         load(folder).lookup([1, 2], [1])
 
 
-def test_table_is_in_the_order_of_history_and_position(folder):
+def test_table_is_in_the_order_of_history_and_prefix_length(folder):
     table = load(folder).table
-    assert table.column_names == ["history_id", "position", "teacher_items", "teacher_distances"]
-    pairs = list(zip(table["history_id"].to_pylist(), table["position"].to_pylist(), strict=True))
+    assert table.column_names == ["history_id", "prefix_length", "teacher_items", "teacher_distances"]
+    pairs = list(zip(table["history_id"].to_pylist(), table["prefix_length"].to_pylist(), strict=True))
     assert pairs == sorted(set(pairs))
 
 
@@ -84,7 +84,7 @@ def test_teacher_without_embeddings_says_so(train, tmp_path):
 @pytest.mark.parametrize("name", ["data", "teacher"])
 def test_labels_of_other_data_or_of_another_teacher_are_refused(folder, name):
     load(folder, teacher_fingerprint=KnownTeacher.fingerprint)
-    message = f"made for the {name} with the fingerprint .*: expected 0000.*; label this {name}"
+    message = f"the {name} with the fingerprint .*: expected 0000.*; label again .*, or use the {name} of these labels"
     with pytest.raises(ValueError, match=message):
         load(folder, **{f"{name}_fingerprint": "0" * 64})
 
@@ -119,10 +119,10 @@ def change_description(folder, **changes):
         (lambda folder: pq.write_table(pq.read_table(folder / "requests.parquet"), folder / "labels-000003.parquet"),
          "expected those of labels"),
         (lambda folder: (folder / "teacher_labels.json").write_text("{"), "is not JSON"),
-        (lambda folder: change_description(folder, format_version=2), "format_version 2: expected 1"),
+        (lambda folder: change_description(folder, format_version=1), "format_version 1: expected 2"),
         (lambda folder: change_description(folder, top_k="dropped"), "lacks top_k"),
         (lambda folder: change_description(folder, embeddings_fingerprint="dropped"),
-         "lacks embeddings_fingerprint: restore it, or delete it and give the command of recipes/label_with_teacher"),
+         "lacks embeddings_fingerprint: restore it, or delete it and run the same command of recipes/label"),
         (lambda folder: change_description(folder, num_rows=7), "expected 7 with"),
     ],
 )  # fmt: skip
@@ -135,7 +135,7 @@ def test_damaged_labels_are_refused(folder, damage, message):
 
 def test_damaged_embeddings_are_refused(folder):
     (folder / "item_embeddings.safetensors").write_bytes(b"0123456789")
-    with pytest.raises(ValueError, match="does not hold item_embeddings"):
+    with pytest.raises(ValueError, match="does not contain item_embeddings"):
         load(folder).item_embeddings()
 
 
@@ -155,10 +155,10 @@ def test_embeddings_that_were_changed_are_refused(folder):
 def test_folder_of_an_earlier_version_is_described_anew_by_the_same_command(folder, train):
     expected = json.loads((folder / "teacher_labels.json").read_text())
     change_description(folder, embeddings_fingerprint="dropped")
-    with pytest.raises(ValueError, match="delete it and give the command"):
+    with pytest.raises(ValueError, match="delete it and run the same command"):
         load(folder)
     (folder / "teacher_labels.json").unlink()
     teacher = KnownTeacher(NUM_ITEMS)
-    label_all(folder, train, teacher, positions="all")
+    label_all(folder, train, teacher, labelled_positions="all")
     assert not teacher.calls
     assert json.loads((folder / "teacher_labels.json").read_text()) == expected

@@ -1,4 +1,4 @@
-"""Teachers: models, a table of scores, and the published text files, asked in the same way."""
+"""Teachers: models, a table of scores, and the text files of DLLM2Rec, asked in the same way."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from hf_ilora import PopularityConfig, PopularityForNextItem
 from hf_ilora.distillation.labelling import LabelRequests
 from hf_ilora.distillation.teachers import (
     ModelTeacher,
-    PublishedTeacher,
     RankItemsTeacher,
     ScoreTableTeacher,
     load_teacher,
     model_fingerprint,
 )
+from hf_ilora.reference.dllm2rec_files import DLLM2RecFilesTeacher
 from tests.models.ilora.ilora_fixtures import NUM_ITEMS, catalogue, recommender, tiny_model
 from tests.synthetic import cyclic_sequences
 
@@ -130,7 +130,7 @@ def test_object_that_ranks_items_is_asked_about_whole_histories(kind):
 
 def test_item_ids_that_are_no_integers_are_refused():
     teacher = RankItemsTeacher(Ranker([[1.5, 2.0]], [[0.0, 1.0]]), ITEMS, "f" * 64, "a rule")
-    with pytest.raises(ValueError, match=r"a rule gave item ids of type torch\.float32: expected integers"):
+    with pytest.raises(ValueError, match=r"a rule returned item ids of type torch\.float32: expected integers"):
         teacher.rank(np.array([0]), HISTORIES[:1], 2, True)
 
 
@@ -164,7 +164,7 @@ def test_table_of_scores_answers_by_row(score_table):
         ({"scores": torch.zeros(ROWS + 1, ITEMS + 1)}, r"shape \(4, 6\) and type .*expected floating-point \(3, 6\)"),
         ({"scores": torch.zeros(ROWS, ITEMS)}, r"expected floating-point \(3, 6\)"),
         ({"scores": torch.zeros(ROWS, ITEMS + 1, dtype=torch.int64)}, "int64: expected floating-point"),
-        ({"logits": torch.zeros(ROWS, ITEMS + 1)}, "no safetensors file that holds scores"),
+        ({"logits": torch.zeros(ROWS, ITEMS + 1)}, "not a safetensors file with scores"),
     ],
 )
 def test_table_of_another_shape_is_refused(tmp_path, tensors, message):
@@ -173,104 +173,38 @@ def test_table_of_another_shape_is_refused(tmp_path, tensors, message):
         ScoreTableTeacher(tmp_path / "scores.safetensors", ROWS, ITEMS)
 
 
-# --- published text files ---
-
-RANKS, CONFIDENCE = [[0, 4, 2], [3, 1, 0], [2, 0, 1]], [[0.5, 0.75, 2.0], [0.25, 1.5, 1.5], [0.125, 3.0, 9.0]]
+# --- whatever lies there ---
 
 
 @pytest.fixture
 def published(tmp_path):
-    """Written as the published program's numpy does."""
-    np.savetxt(tmp_path / "myrank_train.txt", RANKS)
-    np.savetxt(tmp_path / "confidence_train.txt", CONFIDENCE, delimiter=", ")
+    np.savetxt(tmp_path / "myrank_train.txt", [[0, 4, 2], [3, 1, 0], [2, 0, 1]])
+    np.savetxt(tmp_path / "confidence_train.txt", [[0.5, 0.75, 2.0], [0.25, 1.5, 1.5], [0.125, 3.0, 9.0]])
     return tmp_path
-
-
-def test_published_lists_answer_by_row_under_our_ids(published):
-    teacher = PublishedTeacher(published, ROWS, ITEMS)
-    items, distances = teacher.rank(np.array([2, 0]), torch.tensor([[1], [1]]), 2, False)
-    assert items.tolist() == [[3, 1], [1, 5]] and distances.tolist() == [[0.125, 3.0], [0.5, 0.75]]
-    assert teacher.item_embeddings() is None
-
-
-@pytest.mark.parametrize("zip_format", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_published_embeddings_get_a_row_of_zeros_for_padding(published, zip_format, dtype):
-    without = PublishedTeacher(published, ROWS, ITEMS).fingerprint
-    embeddings = torch.randn(ITEMS, 4).to(dtype)
-    torch.save(embeddings, published / "all_embeddings.pt", _use_new_zipfile_serialization=zip_format)
-    teacher = PublishedTeacher(published, ROWS, ITEMS)
-    table = teacher.item_embeddings()
-    assert table.dtype == torch.float32 and not table[0].any()
-    assert torch.equal(table[1:], embeddings.float())
-    assert teacher.fingerprint != without
-
-
-class Touch:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_published_embeddings_are_not_unpickled(published):
-    torch.save(Touch(published / "touched"), published / "all_embeddings.pt")
-    with pytest.raises(ValueError, match=r"names (_?io|builtins)\.open"):
-        PublishedTeacher(published, ROWS, ITEMS).item_embeddings()
-    assert not (published / "touched").exists()
-
-
-@pytest.mark.parametrize("value", [torch.zeros(ITEMS + 1, 4), torch.zeros(ITEMS), {"weight": torch.zeros(ITEMS, 4)}])
-def test_published_embeddings_of_another_shape_are_refused(published, value):
-    torch.save(value, published / "all_embeddings.pt")
-    with pytest.raises(ValueError, match=r"expected \(5, size\)|expected a tensor"):
-        PublishedTeacher(published, ROWS, ITEMS).item_embeddings()
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("myrank_train.txt", "0 1 2\n3 4 5\n0 1 2\n", "line 2 of .* holds 5: expected item ids 0 to 4"),
-        ("myrank_train.txt", "0 1 2\n3 4 -1\n0 1 2\n", "line 2 of .* holds -1: expected item ids 0 to 4"),
-        ("myrank_train.txt", "0 1 2\n3 4 1.5\n0 1 2\n", "line 2 of .* holds 1.5: expected item ids"),
-        ("myrank_train.txt", "0 1 2\n3 4 1\n", "has 2 lines: expected 3, one per row of the train split"),
-        ("myrank_train.txt", "", "has 0 lines: expected 3"),
-        ("myrank_train.txt", "0 1 2\n3 4\n0 1 2\n", "not a table of numbers"),
-        ("myrank_train.txt", "0 1\n3 4\n0 1\n", r"shape \(3, 2\) and .*\(3, 3\): expected the same"),
-        ("confidence_train.txt", "0 1 2\n3 nan 4\n0 1 2\n", "line 2 of .* holds NaN"),
-        ("confidence_train.txt", "0 1 2\n3 high 4\n0 1 2\n", "not a table of numbers"),
-        ("confidence_train.txt", "0 1 2\n3 é 4\n0 1 2\n", "not a table of numbers"),
-    ],
-)
-def test_damaged_published_files_are_refused(published, name, text, message):
-    (published / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        PublishedTeacher(published, ROWS, ITEMS)
-
-
-def test_published_lists_are_neither_filtered_nor_continued(published):
-    teacher = PublishedTeacher(published, ROWS, ITEMS)
-    with pytest.raises(ValueError, match="finished lists, with or without seen items: give exclude_seen false"):
-        teacher.rank(np.array([0]), torch.tensor([[1]]), 2, True)
-    with pytest.raises(ValueError, match="top_k is 4: expected at most 3, the length of the lists"):
-        teacher.rank(np.array([0]), torch.tensor([[1]]), 4, False)
-
-
-# --- whatever lies there ---
 
 
 def test_teacher_is_recognised_by_what_lies_there(published, score_table, tmp_path):
     recommender().save_pretrained(tmp_path / "sasrec")
-    assert isinstance(load_teacher(str(published), ROWS, ITEMS), PublishedTeacher)
+    assert isinstance(load_teacher(str(published), ROWS, ITEMS), DLLM2RecFilesTeacher)
     assert isinstance(load_teacher(str(score_table[0]), ROWS, ITEMS), ScoreTableTeacher)
     assert isinstance(load_teacher(str(tmp_path / "sasrec"), ROWS, NUM_ITEMS), ModelTeacher)
 
 
+def test_a_loaded_model_is_a_teacher_as_its_folder_is(tmp_path):
+    model = recommender()
+    model.save_pretrained(tmp_path / "sasrec")
+    teacher = load_teacher(model, ROWS, NUM_ITEMS)
+    assert isinstance(teacher, ModelTeacher) and teacher.source == "SASRecForNextItem"
+    saved = load_teacher(tmp_path / "sasrec", ROWS, NUM_ITEMS)
+    assert (saved.source, saved.fingerprint) == (str(tmp_path / "sasrec"), teacher.fingerprint)
+    with pytest.raises(ValueError, match="dtype is bfloat16 and the teacher is loaded already"):
+        load_teacher(model, ROWS, NUM_ITEMS, dtype="bfloat16")
+
+
 def test_what_is_no_teacher_is_refused(published, tmp_path):
-    with pytest.raises(ValueError, match="nowhere is no teacher"):
+    with pytest.raises(ValueError, match="nowhere is not a teacher"):
         load_teacher(str(tmp_path / "nowhere"), ROWS, ITEMS)
-    with pytest.raises(ValueError, match=r"dtype is bfloat16 and .* holds finished answers"):
+    with pytest.raises(ValueError, match=r"dtype is bfloat16 and .* contains finished answers"):
         load_teacher(str(published), ROWS, ITEMS, dtype="bfloat16")
     recommender().save_pretrained(tmp_path / "sasrec")
     with pytest.raises(ValueError, match=r"dtype is bfloat16 and .* has no language model"):

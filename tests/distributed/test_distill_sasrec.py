@@ -42,7 +42,7 @@ def parts(launch, tmp_path_factory):
     sequences.save(folder / "data")
     known_recommender(sequences).save_pretrained(folder / "teacher")
     folders = ["--data_dir", folder / "data", "--teacher", folder / "teacher", "--output_dir", folder / "labels"]
-    launch("cpu.yaml", LABEL_RECIPE, *folders, "--positions", "all", "--budget", "60", "--top_k", "3")
+    launch("cpu.yaml", LABEL_RECIPE, *folders, "--labelled_positions", "all", "--budget", "60", "--top_k", "3")
     return folder
 
 

@@ -41,7 +41,8 @@ def one_thread(monkeypatch):
 @pytest.fixture(scope="module")
 def words(parts):
     """The recipe and its options, without the output folder."""
-    settings = {"data_dir": parts.data_dir, "teacher": parts.teacher, "positions": "all", "batch_size": 2, "top_k": 5}
+    settings = {"data_dir": parts.data_dir, "teacher": parts.teacher, "labelled_positions": "all"}
+    settings |= {"batch_size": 2, "top_k": 5}
     settings |= {"shard_rows": SHARD_ROWS}
     return [RECIPE, *(word for name, value in settings.items() for word in (f"--{name}", value))]
 
@@ -129,7 +130,7 @@ def test_two_processes_that_are_killed_again_and_again_lose_and_double_no_row(
     record = json.loads((folder / "run.json").read_text())
     assert record["world_size"] == 2 and 0 < record["metrics"]["labels"]["labelled_now"] < SHARDS * SHARD_ROWS
     labels = TeacherLabels.load(folder, SequenceDatasets.load(parts.data_dir).fingerprint).table
-    rows = list(zip(labels["history_id"].to_pylist(), labels["position"].to_pylist(), strict=True))
+    rows = list(zip(labels["history_id"].to_pylist(), labels["prefix_length"].to_pylist(), strict=True))
     assert len(set(rows)) == len(rows) == SHARDS * SHARD_ROWS
 
 

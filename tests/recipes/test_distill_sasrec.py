@@ -35,11 +35,11 @@ class EmbeddingTeacher(ScoreTableTeacher):
         return table
 
 
-def save_labels(folder, sequences, teacher, positions, **changes):
-    requests = LabelRequests.of_split(sequences["train"], positions)
+def save_labels(folder, sequences, teacher, labelled_positions, **changes):
+    requests = LabelRequests.of_split(sequences["train"], labelled_positions)
     settings = {
         "data_fingerprint": sequences.fingerprint, "teacher_fingerprint": teacher.fingerprint, "num_items": NUM_ITEMS,
-        "top_k": 4, "shard_rows": 64, "positions": positions,
+        "top_k": 4, "shard_rows": 64, "labelled_positions": labelled_positions,
     }  # fmt: skip
     labels = LabelFolder(folder, settings | changes)
     labels.start(lambda: requests)

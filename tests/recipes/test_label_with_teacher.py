@@ -82,13 +82,13 @@ def test_second_run_asks_nothing_and_changes_nothing_but_its_record(label, parts
 @pytest.mark.parametrize("policy", ["random", "loss"])
 def test_budget_is_spent_on_as_many_rows(label, parts, policy):
     settings = {} if policy == "random" else {"recommender": parts / "sasrec"}
-    folder = label(positions="all", budget=25, acquire=policy, **settings)
+    folder = label(labelled_positions="all", budget=25, acquire=policy, **settings)
     sequences = SequenceDatasets.load(parts / "data")
     labels = TeacherLabels.load(folder, sequences.fingerprint)
     assert len(labels) == 25
     lengths = np.array([len(row) for row in sequences["train"]["history"]])
-    history_ids, positions = (labels.table[name].to_numpy() for name in ("history_id", "position"))
-    assert (positions <= lengths[history_ids]).all() and len(set(positions.tolist())) > 1
+    history_ids, prefix_lengths = (labels.table[name].to_numpy() for name in ("history_id", "prefix_length"))
+    assert (prefix_lengths <= lengths[history_ids]).all() and len(set(prefix_lengths.tolist())) > 1
 
 
 def test_published_files_become_labels(label, parts, tmp_path):
@@ -108,12 +108,12 @@ def test_published_files_become_labels(label, parts, tmp_path):
     ("changes", "message"),
     [
         ({"top_k": 0}, "top_k is 0: expected at least 1"),
-        ({"positions": "first"}, "positions is 'first': expected one of last, all"),
+        ({"labelled_positions": "first"}, "labelled_positions is 'first': expected one of last, all"),
         ({"acquire": "entropy"}, "expected a budget with them"),
         ({"acquire": "entropy", "budget": 3}, "expected a recommender for all but random"),
         ({"budget": 0}, "budget is 0: expected at least 1"),
         ({"budget": 41}, "budget is 41"),
-        ({"teacher": "nowhere"}, "nowhere is no teacher"),
+        ({"teacher": "nowhere"}, "nowhere is not a teacher"),
         ({"dtype": "bfloat16"}, "has no language model"),
     ],
 )
@@ -132,7 +132,7 @@ def test_teacher_of_another_catalogue_is_refused(label, tmp_path):
 def test_prefix_rows_take_no_further_positions(label, tmp_path):
     cyclic_sequences(num_users=40, protocol="temporal_users").save(tmp_path / "data")
     with pytest.raises(ValueError, match="protocol temporal_users, whose rows are prefixes"):
-        label(data_dir=tmp_path / "data", positions="all")
+        label(data_dir=tmp_path / "data", labelled_positions="all")
 
 
 def test_unfinished_run_with_other_settings_is_not_touched(label):

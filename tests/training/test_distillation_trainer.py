@@ -276,7 +276,7 @@ def test_rank_gaps_weigh_the_labels(windows, tmp_path):
     # the rule's best item is the target itself, so that the teacher ranks it first
     weights = rank_gap_weights(ranks, torch.ones_like(ranks))
     assert weights.unique().numel() > 2
-    by_hand = DLLM2RecLoss(alpha=0, top_k=TOP_K, base_loss="none")
+    by_hand = DLLM2RecLoss(alpha=0, top_k=TOP_K, base_loss="student")
     arguments = (targets - 1, negatives - 1, items - 1, batch["teacher_distances"][asked], weights)
     ranking = by_hand(output.logits[:, 1:], *arguments).loss
     share = len(targets) / (batch["labels"] != -100).sum()

@@ -83,7 +83,7 @@ def labels_of(world, folder, shuffled=False) -> TeacherLabels:
     requests = LabelRequests.of_split(sequences["train"], "all")
     settings = {
         "data_fingerprint": sequences.fingerprint, "teacher_fingerprint": teacher.fingerprint,
-        "num_items": sequences.num_items, "top_k": SUCCESSORS, "shard_rows": 256, "positions": "all",
+        "num_items": sequences.num_items, "top_k": SUCCESSORS, "shard_rows": 256, "labelled_positions": "all",
     }  # fmt: skip
     labels = LabelFolder(folder, settings)
     labels.start(lambda: requests)

@@ -11,15 +11,17 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, DatasetInfo, Features, List, NamedSplit, Value
 from datasets.table import InMemoryTable
 
+from hf_ilora.files import folder_written_whole
+
 from .candidates import sample_candidates
 from .filters import Histories, build_histories, read_interactions, read_items, slice_indices
 from .protocols import PROTOCOLS, USER_ORDERS, Rows, leave_one_out, limit_histories, temporal_users
 from .storage import (
     CATALOGUE_FILE,
     DESCRIPTION_FILE,
+    FILES,
     REMEDY,
     SPLITS,
-    FolderReplacement,
     content_digest,
     json_digest,
     read_description,
@@ -87,7 +89,7 @@ class SequenceDatasets(DatasetDict):
             ValueError: when `directory` is a file or holds files that no earlier save wrote: replacing the folder would
                 delete them.
         """
-        with FolderReplacement(directory) as folder:
+        with folder_written_whole(directory, replaceable_files=FILES) as folder:
             for name, dataset in self.items():
                 write_parquet(dataset, folder / f"{name}.parquet")
             write_parquet(self.catalogue, folder / CATALOGUE_FILE)

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +11,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from hf_ilora.files import previous_folder
+
 SPLITS = ("train", "validation", "test")
 CATALOGUE_FILE = "items.parquet"
 DESCRIPTION_FILE = "sequences.json"
 FORMAT_VERSION = 1
 REMEDY = "prepare the data again, or restore the file"
 
-_FILES = {*(f"{split}.parquet" for split in SPLITS), CATALOGUE_FILE, DESCRIPTION_FILE}
+FILES = {*(f"{split}.parquet" for split in SPLITS), CATALOGUE_FILE, DESCRIPTION_FILE}
 # Rows per parquet row group, and rows hashed at a time.
 _ROWS_PER_BATCH = 1 << 17
 
@@ -44,6 +44,15 @@ def content_digest(dataset: Dataset | pa.Table) -> str:
 def json_digest(value: dict) -> str:
     """sha256, in hex, of a dictionary of JSON types, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """sha256, in hex, of the sha256 of each file, in the order of `paths`."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def write_parquet(dataset: Dataset, path: Path) -> None:
@@ -88,13 +97,13 @@ def read_description(directory: Path) -> dict:
         ValueError: when the description is damaged or of another version.
     """
     if not directory.is_dir():
-        previous = _previous(directory.resolve())
+        previous = previous_folder(directory.resolve())
         remedy = f"a save was interrupted: rename {previous} to it" if previous.exists() else "prepare the data first"
         raise FileNotFoundError(f"{directory} is not a folder: expected what SequenceDatasets.save wrote; {remedy}")
     found = {path.name for path in directory.iterdir()}
-    if not found >= _FILES:
+    if not found >= FILES:
         raise FileNotFoundError(
-            f"{directory} has no {', '.join(sorted(_FILES - found))}: expected {', '.join(sorted(_FILES))}, as "
+            f"{directory} has no {', '.join(sorted(FILES - found))}: expected {', '.join(sorted(FILES))}, as "
             "SequenceDatasets.save writes them; prepare the data again, or name another folder"
         )
     path = directory / DESCRIPTION_FILE
@@ -115,62 +124,6 @@ def read_description(directory: Path) -> dict:
     return description
 
 
-class FolderReplacement:
-    """Context manager: a hidden folder to write to, which takes the place of `directory` when the block succeeds.
-
-    When the block fails, or the process is killed, `directory` stays as it was. A kill between the two renames of the
-    exchange leaves the earlier folder under the name `.<name>.previous`; the next replacement moves it back first.
-
-    Raises:
-        ValueError: on entry, when `directory` is a file or holds files of other names than those of a saved data set:
-            replacing the folder would delete them.
-    """
-
-    def __init__(self, directory: str | os.PathLike):
-        self.directory = Path(directory).resolve()
-        self.previous = _previous(self.directory)
-        self.partial = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.partial")
-
-    def __enter__(self) -> Path:
-        if self.previous.exists() and not self.directory.exists():
-            self.previous.rename(self.directory)
-        self._check_replaceable()
-        shutil.rmtree(self.partial, ignore_errors=True)  # left by a killed process that had the same id
-        self.partial.mkdir(parents=True)
-        return self.partial
-
-    def __exit__(self, exception_type, exception, traceback) -> None:
-        try:
-            if exception_type is None:
-                self._exchange()
-        finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
-
-    def _exchange(self) -> None:
-        if self.directory.exists():
-            shutil.rmtree(self.previous, ignore_errors=True)
-            self.directory.rename(self.previous)
-        try:
-            self.partial.rename(self.directory)
-        except OSError:
-            if self.previous.exists():
-                self.previous.rename(self.directory)
-            raise
-        shutil.rmtree(self.previous, ignore_errors=True)
-
-    def _check_replaceable(self) -> None:
-        if not self.directory.exists():
-            return
-        if not self.directory.is_dir():
-            raise ValueError(f"{self.directory} is a file: expected a folder to save to; choose another name")
-        foreign = sorted(path.name for path in self.directory.iterdir() if path.name not in _FILES)
-        if foreign:
-            raise ValueError(
-                f"{self.directory} holds {', '.join(foreign[:3])}{' and more' if len(foreign) > 3 else ''}: expected a "
-                "folder that is new, empty or written by an earlier save, because save replaces it; choose another"
-            )
-
-
 def _number_streams(part: str, array: pa.Array) -> Iterator[tuple[str, np.ndarray]]:
     """The values of `array` as named streams of numbers; concatenating arrays concatenates their streams."""
     if pa.types.is_list(array.type):
@@ -187,9 +140,5 @@ def _number_streams(part: str, array: pa.Array) -> Iterator[tuple[str, np.ndarra
         yield part, array.to_numpy()
 
 
-def _previous(directory: Path) -> Path:
-    return directory.with_name(f".{directory.name}.previous")
-
-
-__all__ = ["CATALOGUE_FILE", "DESCRIPTION_FILE", "REMEDY", "SPLITS", "FolderReplacement", "content_digest"]
+__all__ = ["CATALOGUE_FILE", "DESCRIPTION_FILE", "FILES", "REMEDY", "SPLITS", "content_digest", "files_digest"]
 __all__ += ["json_digest", "read_description", "read_parquet", "write_description", "write_parquet"]

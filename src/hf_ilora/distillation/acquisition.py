@@ -1,13 +1,13 @@
-"""Which rows to ask a slow teacher about, when it can be asked about only some of them."""
+"""Selects the rows to ask a slow teacher about when the budget does not cover all of them."""
 
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 
-POLICIES = ("random", "entropy", "margin", "loss", "k_center")
+ACQUISITION_POLICIES = ("random", "entropy", "margin", "loss", "k_center")
 
-# Rows of scores whose probabilities are held at once.
+# Rows whose probabilities are computed at once.
 CHUNK_ROWS = 1024
 
 
@@ -21,33 +21,33 @@ def acquire(
     num_rows: int | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Choose the rows to ask a teacher about.
+    """Select the rows to ask a teacher about.
 
     Args:
-        policy_name: "random" (the control that the others must beat), "entropy" (the student's distribution is
-            flattest), "margin" (its two best items are closest in probability), "loss" (it gives the true item the
-            lowest probability) or "k_center" (rows that lie far apart, so that every row is near a chosen one).
-        budget: number of rows.
-        scores: (rows, items) of the student, or an iterable of (chunk, items), in row order; -inf where an item does
-            not compete. For entropy, margin and loss.
-        targets: (rows,) columns of `scores`, the true items. For loss.
-        user_embeddings: (rows, hidden). For k_center.
-        num_rows: for random, when none of the above says it.
-        seed: of random, and of the row that k_center starts from.
+        policy_name: "random" (the baseline for the others), "entropy" (the student's distribution is flattest),
+            "margin" (the student's two best items have the closest probabilities), "loss" (the student gives the
+            target the lowest probability) or "k_center" (rows far apart, so that every row is near a selected one).
+        budget: number of rows to select.
+        scores: (rows, items) scores of the student, or an iterable of (chunk, items) in row order; -inf for items that
+            do not compete. Needed by entropy, margin and loss.
+        targets: (rows,) the targets, as columns of `scores`. Needed by loss.
+        user_embeddings: (rows, hidden). Needed by k_center.
+        num_rows: number of rows. Needed by random if no array above gives it.
+        seed: random seed of random, and of the first row of k_center.
 
     Returns:
-        (budget,) different row numbers, int64, ascending. The same input gives the same rows; among equals the first
-        are taken.
+        (budget,) distinct row numbers, int64, ascending. The same input gives the same rows; of equal rows, the first
+        are selected.
 
     Raises:
-        ValueError: for an unknown policy, an input that it needs and is missing, a budget outside 1..rows, targets
-            that are not one column per row, and NaN.
+        ValueError: for an unknown policy, a missing input, a budget outside 1..rows, targets that are not one column
+            per row, and NaN.
 
     Source: entropy, margin and loss as in active learning (Settles 2009); the greedy k-centre of Sener and Savarese
     (ICLR 2018), a 2-approximation (Gonzalez 1985).
     """
-    if policy_name not in POLICIES:
-        raise ValueError(f"policy_name is {policy_name!r}: expected one of {', '.join(POLICIES)}")
+    if policy_name not in ACQUISITION_POLICIES:
+        raise ValueError(f"policy_name is {policy_name!r}: expected one of {', '.join(ACQUISITION_POLICIES)}")
     given = {"scores": scores, "targets": targets, "user_embeddings": user_embeddings, "num_rows": num_rows}
     needed = {
         "entropy": ["scores"],
@@ -57,7 +57,7 @@ def acquire(
     }
     for name in needed.get(policy_name, []):
         if given[name] is None:
-            raise ValueError(f"{name} is None: expected it for policy {policy_name!r}, or policy 'random' without it")
+            raise ValueError(f"{name} is None: policy {policy_name!r} needs it; pass it, or use policy 'random'")
     if policy_name == "random":
         rows = _number_of_rows(given)
         _check_budget(budget, rows)
@@ -77,16 +77,16 @@ def _number_of_rows(given: dict) -> int:
     for name in ("targets", "user_embeddings", "scores"):
         if isinstance(given[name], (np.ndarray, torch.Tensor)):
             return len(given[name])
-    raise ValueError("num_rows is None: expected the number of rows for policy 'random', or targets of that length")
+    raise ValueError("num_rows is None: policy 'random' needs the number of rows, or an array with that many rows")
 
 
 def _check_budget(budget: int, rows: int) -> None:
     if not 1 <= budget <= rows:
-        raise ValueError(f"budget is {budget}: expected 1..{rows}, the number of rows to choose from")
+        raise ValueError(f"budget is {budget}: expected 1..{rows}, the number of rows to select from")
 
 
 def _uncertainty(policy_name: str, scores, targets) -> np.ndarray:
-    """(rows,) float32, large where the teacher is to be asked."""
+    """(rows,) float32, large for the rows to ask about."""
     if targets is not None:
         targets = torch.as_tensor(targets)
     values, start = [np.zeros(0, np.float32)], 0
@@ -96,7 +96,7 @@ def _uncertainty(policy_name: str, scores, targets) -> np.ndarray:
         values.append(_MEASURES[policy_name](chunk, chunk_targets).numpy())
         if np.isnan(values[-1]).any():
             row = start - len(chunk) + int(np.isnan(values[-1]).argmax())
-            raise ValueError(f"scores of row {row} hold NaN: expected numbers; check the weights that were loaded")
+            raise ValueError(f"scores of row {row} contain NaN: expected numbers; check the loaded weights")
     if targets is not None and len(targets) != start:
         raise ValueError(f"targets have length {len(targets)}: expected {start}, one for each row of scores")
     return np.concatenate(values)
@@ -128,7 +128,7 @@ def _loss(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     lowest, highest = map(int, torch.aminmax(targets))
     if lowest < 0 or highest >= scores.shape[1]:
         wrong = lowest if lowest < 0 else highest
-        raise ValueError(f"targets hold {wrong}: expected columns 0..{scores.shape[1] - 1} of the scores")
+        raise ValueError(f"targets contain {wrong}: expected columns 0..{scores.shape[1] - 1} of the scores")
     return -scores.log_softmax(1).gather(1, targets.long().unsqueeze(1)).squeeze(1)  # (chunk,)
 
 
@@ -136,9 +136,9 @@ _MEASURES: dict[str, Callable] = {"entropy": _entropy, "margin": _margin, "loss"
 
 
 def _k_center(embeddings: torch.Tensor, budget: int, seed: int) -> np.ndarray:
-    """(budget,) rows: a random one, then again and again the one farthest from all chosen ones.
+    """(budget,) rows: a random one, then repeatedly the row farthest from all selected ones.
 
-    Beside the embeddings it holds a few numbers per row, and it takes budget x rows x hidden multiplications.
+    It needs a few numbers per row beside the embeddings, and budget x rows x hidden multiplications.
     """
     if embeddings.dim() != 2:
         raise ValueError(f"user_embeddings have shape {tuple(embeddings.shape)}: expected (rows, hidden)")
@@ -148,14 +148,14 @@ def _k_center(embeddings: torch.Tensor, budget: int, seed: int) -> np.ndarray:
     lengths = torch.linalg.vector_norm(embeddings, dim=1).square()  # (rows,)
     if not lengths.isfinite().all():
         row = int((~lengths.isfinite()).nonzero()[0])
-        raise ValueError(f"user_embeddings of row {row} hold NaN or infinity: expected numbers")
+        raise ValueError(f"user_embeddings of row {row} contain NaN or infinity: expected numbers")
     chosen = np.empty(budget, np.int64)
     chosen[0] = np.random.default_rng(seed).integers(rows)
-    nearest = torch.full((rows,), float("inf"))  # (rows,), squared distance to the nearest chosen row
+    nearest = torch.full((rows,), float("inf"))  # (rows,), squared distance to the nearest selected row
     for place in range(1, budget):
         centre = chosen[place - 1]
         distance = lengths + lengths[centre] - 2 * (embeddings @ embeddings[centre])  # (rows,)
         nearest = torch.minimum(nearest, distance.clamp_(min=0))
-        nearest[centre] = -1  # and stays so: rows equal to a chosen one come before it
+        nearest[centre] = -1  # stays: rows equal to a selected one are preferred to it
         chosen[place] = int(nearest.argmax())
     return chosen

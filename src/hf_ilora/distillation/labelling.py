@@ -1,8 +1,8 @@
-"""Asks a teacher about prefixes of the train split and writes its answers shard by shard, so that a kill loses little.
+"""Asks a teacher about prefixes of the train split and writes its answers shard by shard, so a crash loses little work.
 
-What is asked, and in which order, is written down first (requests.parquet, with the settings). Shard n has the answers
-to a fixed slice of it, and takes its name when it is whole. So the shards that are there say all about the progress: no
-row can be lost or doubled, and a run may go on with another number of processes.
+`requests.parquet` is written first: what to ask, in which order, with which settings. Shard n contains the answers to a
+fixed slice of it and is written whole or not at all. The existing shards are therefore the whole state of the run: no
+row can be lost or duplicated, and the run can resume with another number of processes.
 """
 
 import json
@@ -38,13 +38,14 @@ from hf_ilora.distillation.teacher_labels import (
     shard_name,
 )
 from hf_ilora.distillation.teachers import Teacher
-from hf_ilora.files import UNFINISHED_FILES, written_whole
+from hf_ilora.files import remove_unfinished, written_whole
+from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 REQUESTS_FILE = "requests.parquet"
-POSITIONS = ("last", "all")
+LABELLED_POSITIONS = ("last", "all")
 
 _SETTINGS_KEY = b"settings"
 _SECONDS_BETWEEN_REPORTS = 10
@@ -52,33 +53,36 @@ _SECONDS_BETWEEN_REPORTS = 10
 
 @dataclass(frozen=True)
 class LabelRequests:
-    """Prefixes of the training sequences, each with the question what comes next.
+    """Prefixes of the training sequences; the teacher is asked for the next item of each.
 
     Args:
-        items: (total,) item ids, the sequences (history and target of a training row) one after the other.
-        boundaries: (rows + 1,) where they begin.
+        items: (total,) item ids: the sequences (history and target of each training row), concatenated.
+        boundaries: (rows + 1,) where each sequence begins.
         history_ids: (requests,) int64, rows of the train split.
-        positions: (requests,) int32, number of items that the teacher sees; the next one is known and not shown.
+        prefix_lengths: (requests,) int32, number of items that the teacher sees.
     """
 
     items: np.ndarray
     boundaries: np.ndarray
     history_ids: np.ndarray
-    positions: np.ndarray
+    prefix_lengths: np.ndarray
 
     @classmethod
-    def of_split(cls, split: Dataset, positions: str = "last") -> "LabelRequests":
+    def of_split(cls, split: Dataset, labelled_positions: str = "last") -> "LabelRequests":
         """The requests of a train split.
 
         Args:
             split: rows with `history` and `target`.
-            positions: "last" asks for each row's target alone; "all" for every item of the sequence but the first.
+            labelled_positions: "last" asks for the target of each row only; "all" for every item of its sequence except
+                the first.
 
         Raises:
-            ValueError: for another `positions`, a split without rows, and an empty history.
+            ValueError: for an unknown `labelled_positions`, a split without rows and an empty history.
         """
-        if positions not in POSITIONS:
-            raise ValueError(f"positions is {positions!r}: expected one of {', '.join(POSITIONS)}")
+        if labelled_positions not in LABELLED_POSITIONS:
+            raise ValueError(
+                f"labelled_positions is {labelled_positions!r}: expected one of {', '.join(LABELLED_POSITIONS)}"
+            )
         items, boundaries = training_sequences(split)
         lengths = np.diff(boundaries) - 1  # items before the target, (rows,)
         if not lengths.all():
@@ -87,7 +91,7 @@ class LabelRequests:
                 "(min_user_interactions)"
             )
         history_ids, last = np.arange(len(lengths)), lengths
-        if positions == "all":
+        if labelled_positions == "all":
             history_ids = np.repeat(history_ids, lengths)
             last = np.arange(1, len(history_ids) + 1) - np.repeat(lengths.cumsum() - lengths, lengths)
         return cls(items, boundaries, history_ids, last.astype(np.int32))
@@ -96,25 +100,25 @@ class LabelRequests:
         return len(self.history_ids)
 
     def select(self, indices: np.ndarray | slice) -> "LabelRequests":
-        """Some of the requests, in the order of `indices`."""
-        return replace(self, history_ids=self.history_ids[indices], positions=self.positions[indices])
+        """The requests at `indices`, in that order."""
+        return replace(self, history_ids=self.history_ids[indices], prefix_lengths=self.prefix_lengths[indices])
 
     def targets(self) -> np.ndarray:
-        """(requests,) the item that comes next."""
-        return self.items[self.boundaries[self.history_ids] + self.positions]
+        """(requests,) the actual next items, which the teacher does not see."""
+        return self.items[self.boundaries[self.history_ids] + self.prefix_lengths]
 
     def histories(self) -> torch.Tensor:
-        """(requests, longest) int64 items, oldest first, padded with 0 on the right."""
-        steps = np.arange(self.positions.max())  # (longest,)
-        real = steps < self.positions[:, None]  # (requests, longest)
+        """(requests, longest) int64 item ids, oldest first, padded with 0 on the right."""
+        steps = np.arange(self.prefix_lengths.max())  # (longest,)
+        real = steps < self.prefix_lengths[:, None]  # (requests, longest)
         places = np.where(real, self.boundaries[self.history_ids][:, None] + steps, 0)
-        return torch.from_numpy(np.where(real, self.items[places], 0).astype(np.int64))
+        return torch.from_numpy(np.where(real, self.items[places], PADDING_ITEM_ID).astype(np.int64))
 
     def costs(self, teacher: Teacher) -> np.ndarray:
-        """(requests,) tokens that the teacher reads for each; items, for teachers that read no text."""
+        """(requests,) tokens that the teacher reads for each request, or items if it does not read text."""
         tokens = np.concatenate([[0], teacher.tokens_per_item[self.items].cumsum()])  # (total + 1,) before each item
         starts = self.boundaries[self.history_ids]
-        ends = starts + self.positions
+        ends = starts + self.prefix_lengths
         if teacher.max_history is not None:
             starts = np.maximum(starts, ends - teacher.max_history)
         return tokens[ends] - tokens[starts] + teacher.tokens_per_history
@@ -128,28 +132,31 @@ def acquire_requests(
     seed: int = 0,
     batch_size: int = 256,
 ) -> LabelRequests:
-    """The `budget` requests that a policy of `acquire` picks by what a recommender makes of them.
+    """Select `budget` requests with a policy of `acquire`.
 
     Args:
-        requests: to pick from.
+        requests: to select from.
         policy: as in `acquire`.
         budget: number of requests.
-        recommender: of this catalogue, whose scores and user embeddings the policy looks at; "random" needs none.
-        seed: of the policy.
+        recommender: of this catalogue; the policy reads its scores or user embeddings. "random" needs none.
+        seed: random seed of the policy.
         batch_size: requests that the recommender scores at a time.
 
     Raises:
-        ValueError: as `acquire`, and for a policy that needs a recommender, or user embeddings, where there are none.
+        ValueError: as `acquire`, and when the policy needs a recommender or user embeddings and there are none.
     """
     if policy == "random":
         return requests.select(acquire(policy, budget, num_rows=len(requests), seed=seed))
     if recommender is None:
-        raise ValueError(f"the policy {policy} looks at scores: expected a recommender; give one, or the policy random")
+        raise ValueError(
+            f"policy {policy} reads a recommender's outputs: expected a recommender; pass one, or use random"
+        )
     if policy == "k_center":
         embeddings = [output.user_embedding for output in _outputs(recommender, requests, batch_size)]
         if embeddings[0] is None:
             raise ValueError(
-                f"a {type(recommender).__name__} has no user embeddings: expected one that has for k_center"
+                f"{type(recommender).__name__} has no user embeddings, which k_center compares: expected a recommender "
+                "that has, such as SASRec; or use another policy"
             )
         return requests.select(acquire(policy, budget, user_embeddings=torch.cat(embeddings).cpu(), seed=seed))
     # Without the padding column, so that an item's column is its id - 1, as in the targets.
@@ -159,7 +166,7 @@ def acquire_requests(
 
 
 def _outputs(recommender: NextItemPreTrainedModel, requests: LabelRequests, batch_size: int) -> Iterator:
-    """The recommender's outputs, batch by batch in the order of the requests."""
+    """The recommender's outputs, one per batch, in the order of the requests."""
     recommender.eval()
     with torch.inference_mode():
         for first in range(0, len(requests), batch_size):
@@ -168,12 +175,12 @@ def _outputs(recommender: NextItemPreTrainedModel, requests: LabelRequests, batc
 
 
 class LabelFolder:
-    """An unfinished or finished folder of labels.
+    """A folder of labels, finished or in progress.
 
     Args:
-        folder: made if it does not exist.
-        settings: all that decides the labels, JSON types only; "top_k", "num_items", "shard_rows" and the fingerprints
-            "data_fingerprint" and "teacher_fingerprint" are among them.
+        folder: created if it does not exist.
+        settings: everything that determines the labels, in JSON types. It contains "top_k", "num_items", "shard_rows",
+            "data_fingerprint" and "teacher_fingerprint".
     """
 
     def __init__(self, folder: str | os.PathLike, settings: dict[str, object]):
@@ -182,19 +189,18 @@ class LabelFolder:
         self.shard_rows = settings["shard_rows"]
 
     def start(self, choose: Callable[[], LabelRequests]) -> None:
-        """Write down what is asked, unless an earlier run has, and drop what a killed one left half written.
+        """Write the requests, unless an earlier run did, and delete unfinished files of a crashed run.
 
-        One process calls it, before all others go on.
+        Only one process calls it, before any process labels.
 
         Args:
-            choose: gives the requests in the order in which they are to be asked.
+            choose: returns the requests in the order in which to ask them.
 
         Raises:
-            ValueError: when the folder holds labels of another run, with other settings or of unknown origin.
+            ValueError: when the folder contains labels of a run with other settings, or of unknown origin.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(UNFINISHED_FILES):
-            path.unlink(missing_ok=True)
+        remove_unfinished(self.folder)
         path = self.folder / REQUESTS_FILE
         if path.exists():
             before = self._requests_table().schema.metadata
@@ -206,7 +212,7 @@ class LabelFolder:
             ]
             if differences:
                 raise ValueError(
-                    f"{self.folder} holds labels of a run that differs from this one: {'; '.join(differences)}; "
+                    f"{self.folder} contains labels of a run that differs from this one: {'; '.join(differences)}; "
                     "choose another output_dir, or delete the folder"
                 )
             return
@@ -214,20 +220,20 @@ class LabelFolder:
         foreign += [name for name in (DESCRIPTION_FILE, EMBEDDINGS_FILE) if (self.folder / name).exists()]
         if foreign:
             raise ValueError(
-                f"{self.folder} holds {foreign[0]} but no {REQUESTS_FILE}: choose another output_dir, or delete the "
+                f"{self.folder} contains {foreign[0]} but no {REQUESTS_FILE}: choose another output_dir, or delete the "
                 "folder"
             )
         requests = choose()
-        table = pa.table({"history_id": requests.history_ids, "position": requests.positions})
+        table = pa.table({"history_id": requests.history_ids, "prefix_length": requests.prefix_lengths})
         table = table.replace_schema_metadata({_SETTINGS_KEY: json.dumps(self.settings)})
         with written_whole(path) as unfinished:
             pq.write_table(table, unfinished)
 
     def requests(self, all_requests: LabelRequests) -> LabelRequests:
-        """What is asked, in its order, as `start` wrote it down."""
+        """The requests that `start` wrote, in their order."""
         table = self._requests_table()
-        history_ids, positions = (table[name].to_numpy().copy() for name in ("history_id", "position"))
-        return replace(all_requests, history_ids=history_ids, positions=positions)
+        history_ids, prefix_lengths = (table[name].to_numpy().copy() for name in ("history_id", "prefix_length"))
+        return replace(all_requests, history_ids=history_ids, prefix_lengths=prefix_lengths)
 
     def _requests_table(self) -> pa.Table:
         return read_parquet(self.folder / REQUESTS_FILE)
@@ -236,10 +242,10 @@ class LabelFolder:
         return -(-len(requests) // self.shard_rows)
 
     def open_shards(self, requests: LabelRequests, process: int, num_processes: int) -> list[int]:
-        """The shards of one process that are not there yet.
+        """The shards that one process still has to write.
 
         Raises:
-            ValueError: when a shard is there and damaged, or answers other requests.
+            ValueError: when an existing shard is damaged or answers other requests.
         """
         missing = []
         for shard in range(process, self.num_shards(requests), num_processes):
@@ -249,10 +255,10 @@ class LabelFolder:
                 continue
             asked, found = self.shard(requests, shard), read_parquet(path)
             if not found.schema.equals(SCHEMA) or not np.array_equal(
-                keys(found["history_id"].to_numpy(), found["position"].to_numpy()),
-                keys(asked.history_ids, asked.positions),
+                keys(found["history_id"].to_numpy(), found["prefix_length"].to_numpy()),
+                keys(asked.history_ids, asked.prefix_lengths),
             ):
-                raise ValueError(f"{path} does not answer what {REQUESTS_FILE} asks: delete it, and it is made anew")
+                raise ValueError(f"{path} does not answer the requests of {REQUESTS_FILE}: delete it to ask them again")
         return missing
 
     def shard(self, requests: LabelRequests, shard: int) -> LabelRequests:
@@ -260,19 +266,20 @@ class LabelFolder:
         return requests.select(self.rows_of(shard))
 
     def rows_of(self, shard: int) -> slice:
-        """Which of the requests one shard answers."""
+        """The range of requests that one shard answers."""
         return slice(shard * self.shard_rows, (shard + 1) * self.shard_rows)
 
     def write(self, shard: int, asked: LabelRequests, item_ids: np.ndarray, distances: np.ndarray) -> None:
-        """Write the answers (rows, top_k) to the requests of one shard.
+        """Write the answers, (rows, top_k), to the requests of one shard.
 
         Raises:
-            ValueError: for answers of another shape, items outside the catalogue, and distances that are not finite.
+            ValueError: for answers of another shape, items outside the catalogue and distances that are not finite.
         """
         expected = (len(asked), self.top_k)
         if item_ids.shape != expected or distances.shape != expected:
             raise ValueError(
-                f"the teacher gave items {item_ids.shape} and distances {distances.shape}: expected {expected} of both"
+                f"the teacher returned items {item_ids.shape} and distances {distances.shape}: expected {expected} for "
+                "both"
             )
         wrong = ((item_ids < 1) | (item_ids > self.num_items) | ~np.isfinite(distances)).any(axis=1)  # (rows,)
         if wrong.any():
@@ -281,26 +288,26 @@ class LabelFolder:
                 f"the teacher answered history {asked.history_ids[row]} with items {item_ids[row].tolist()} and "
                 f"distances {distances[row].tolist()}: expected ids 1..{self.num_items} and finite distances"
             )
-        columns = [asked.history_ids, asked.positions, self._lists(item_ids), self._lists(distances)]
+        columns = [asked.history_ids, asked.prefix_lengths, self._lists(item_ids), self._lists(distances)]
         with written_whole(self.folder / shard_name(shard)) as unfinished:
             pq.write_table(pa.table([pa.array(column) for column in columns], schema=SCHEMA), unfinished)
 
     def _lists(self, values: np.ndarray) -> pa.ListArray:
-        """(rows, top_k) -> a list per row."""
+        """(rows, top_k) -> a list for each row."""
         dtype = np.int32 if values.dtype.kind == "i" else np.float32
         offsets = np.arange(len(values) + 1, dtype=np.int32) * self.top_k
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(dtype).reshape(-1)))
 
     def finish(self, requests: LabelRequests, teacher: Teacher) -> dict:
-        """Write the item embeddings and, last, the description. One process calls it when all shards are there.
+        """Write the item embeddings and then the description. Only one process calls it, when all shards exist.
 
-        A folder that has a description is compared with it and stays as it is.
+        If the folder has a description already, the files are checked against it and nothing is written.
 
         Returns:
             The description.
 
         Raises:
-            ValueError: when a shard is missing or damaged, or the files are not those that the description is about.
+            ValueError: when a shard is missing or damaged, or the files do not match an existing description.
         """
         table = in_key_order(read_shards(self.folder, self.num_shards(requests)))
         description = {
@@ -319,19 +326,19 @@ class LabelFolder:
         return description
 
     def _check_described(self, found: dict) -> dict:
-        """The description that is there, when it is about the same files as `found`."""
+        """The existing description, if it describes the same files as `found`."""
         description = read_description(self.folder)
         for name in ("labels_fingerprint", "embeddings_fingerprint"):
             if found[name] != description[name]:
                 raise ValueError(
                     f"the files in {self.folder} have the {name} {found[name]}: expected {description[name]}, as "
-                    f"{DESCRIPTION_FILE} says; restore the files, or delete {DESCRIPTION_FILE} and give the same "
+                    f"{DESCRIPTION_FILE} says; restore the files, or delete {DESCRIPTION_FILE} and run the same "
                     "command again, which describes them as they are"
                 )
         return description
 
     def _write_embeddings(self, teacher: Teacher) -> dict:
-        """What the description says about the teacher's item embeddings, which are written unless they are there."""
+        """Write the teacher's item embeddings unless they exist; return their part of the description."""
         path = self.folder / EMBEDDINGS_FILE
         if not path.exists():
             embeddings = teacher.item_embeddings()
@@ -345,12 +352,12 @@ class LabelFolder:
 
 @dataclass(frozen=True)
 class LabelSpeed:
-    """What one process did.
+    """What one process labelled, and how long it took.
 
     Args:
-        rows: labelled.
-        tokens: read, as `LabelRequests.costs` counts them.
-        seconds: that it took.
+        rows: rows labelled.
+        tokens: tokens that the teacher read for them, as `LabelRequests.costs` counts them.
+        seconds: time taken.
     """
 
     rows: int
@@ -368,15 +375,16 @@ def label_shards(
     process: int = 0,
     num_processes: int = 1,
 ) -> LabelSpeed:
-    """Answer the shards of one process that are not there yet, and report the progress and the time left.
+    """Write the shards that one process still has to write, and log the progress and the time left.
 
     Args:
-        folder: started.
-        requests: what it asks.
-        teacher: who answers.
-        exclude_seen: leave out the items that the teacher saw.
-        batch_size: histories at a time.
-        process, num_processes: this one among all; shards are dealt out in turn.
+        folder: on which `start` was called.
+        requests: of the folder.
+        teacher: to ask.
+        exclude_seen: exclude the items of the history from the answers.
+        batch_size: histories per call of the teacher.
+        process: index of this process. Shard n belongs to process n % num_processes.
+        num_processes: number of processes.
     """
     shards = folder.open_shards(requests, process, num_processes)
     costs = requests.costs(teacher)  # (requests,) tokens
@@ -384,7 +392,7 @@ def label_shards(
     total_rows = sum(map(len, parts))
     total_tokens = sum(int(costs[folder.rows_of(shard)].sum()) for shard in shards)
     logger.info(
-        "%d rows in %d of %d shards are left to this process", total_rows, len(shards), folder.num_shards(requests)
+        "%d rows in %d of %d shards are left for this process", total_rows, len(shards), folder.num_shards(requests)
     )
     rows = tokens = 0
     begin = reported = time.monotonic()
@@ -408,5 +416,5 @@ def label_shards(
     return LabelSpeed(rows, tokens, time.monotonic() - begin)
 
 
-__all__ = ["POSITIONS", "REQUESTS_FILE", "LabelFolder", "LabelRequests", "LabelSpeed", "acquire_requests"]
+__all__ = ["LABELLED_POSITIONS", "REQUESTS_FILE", "LabelFolder", "LabelRequests", "LabelSpeed", "acquire_requests"]
 __all__ += ["label_shards"]

@@ -1,7 +1,7 @@
-"""Losses of DLLM2Rec and of plain distillation: pure functions of scores, and `DLLM2RecLoss`, which puts them together.
+"""Losses of DLLM2Rec and of plain distillation: pure functions of scores, and `DLLM2RecLoss`, which combines them.
 
-Items are columns of the score matrix, counted from 0: the scores may be the whole catalogue or any sample of it, and
-padding is no column. Everything is computed in float32, whatever the dtype of the scores.
+Items are given as columns of the score matrix, counted from 0. The scores may cover the whole catalogue or any sample
+of it, and have no column for padding. Everything is computed in float32, whatever the dtype of the scores.
 
 Source: DLLM2Rec (arXiv 2405.00338, RecSys 2024); the DROS term is that of DROS (SIGIR 2023).
 """
@@ -16,32 +16,32 @@ from hf_ilora.models.next_item.next_item_losses import gbce_loss, sampled_softma
 
 FORMS = ("corrected", "reference")
 BASE_LOSSES = ("bce", "cross_entropy", "sampled_softmax", "gbce")
-NO_BASE_LOSS = "none"  # where the student computes its own
-NO_LABEL = -1  # in teacher_items: fewer labels than places
+STUDENT_LOSS = "student"  # the base loss is computed by the student itself
+NO_LABEL = -1  # fills teacher_items of rows with fewer labels than columns
 
-# Added to the confidence and to the consistency weights, as published.
+# Added to the confidence and the consistency weights, as in DLLM2Rec's program.
 WEIGHT_FLOOR = 1e-8
 
 
 def propensity_scores(item_counts: torch.Tensor, power: float = 0.05) -> torch.Tensor:
-    """How likely each item is to be seen, flattened by `power`.
+    """The probability of each item to be seen, raised to `power`.
 
     Args:
         item_counts: (items,) occurrences of each item in training.
-        power: 0 makes all items equal, 1 gives their shares.
+        power: 0 makes all items equal; 1 gives the fraction of all occurrences.
 
     Returns:
         (items,) float32 in (0, 1].
 
     Raises:
-        ValueError: for another shape and for negative counts.
+        ValueError: for another shape and negative counts.
 
     Source: DROS, with the counts smoothed by one as in DLLM2Rec's program.
     """
     if item_counts.dim() != 1 or not len(item_counts):
         raise ValueError(f"item_counts have shape {tuple(item_counts.shape)}: expected (items,), one count per item")
     if item_counts.min() < 0:
-        raise ValueError(f"item_counts hold {item_counts.min().item()}: expected numbers of occurrences, 0 or more")
+        raise ValueError(f"item_counts contain {item_counts.min().item()}: expected numbers of occurrences, 0 or more")
     smoothed = item_counts.double() + 1
     return ((smoothed / smoothed.sum()) ** power).float()
 
@@ -53,8 +53,8 @@ def dro_loss(scores: torch.Tensor, target: torch.Tensor, propensity: torch.Tenso
 
     Args:
         scores: (batch, items), at least two items.
-        target: (batch,) or (batch, targets), columns of `scores`; each is the only target of a term of its own.
-        propensity: (items,), or (batch, items) when each row scores items of its own.
+        target: (batch,) or (batch, targets), columns of `scores`; each is the only target of its own term.
+        propensity: (items,), or (batch, items) when rows score different items.
         beta: temperature, positive.
 
     Returns:
@@ -63,8 +63,8 @@ def dro_loss(scores: torch.Tensor, target: torch.Tensor, propensity: torch.Tenso
     Raises:
         ValueError: for shapes that do not fit, targets that are no columns, and a beta that is not positive.
 
-    Source: DROS (SIGIR 2023) as in DLLM2Rec's program, which adds 1e-24 inside the logarithm; every exponent is at
-    least 0, so that the sum is at least 1 and the addition is lost in its rounding.
+    Source: DROS (SIGIR 2023) as in DLLM2Rec's program, which adds 1e-24 inside the logarithm. Every exponent is at
+    least 0, so the sum is at least 1 and rounding removes the addition.
     """
     _check_columns("target", target, scores)
     _check_dro(scores, propensity, beta)
@@ -75,14 +75,14 @@ def dro_loss(scores: torch.Tensor, target: torch.Tensor, propensity: torch.Tenso
 
 def _dro_terms(scores, target_scores, targets, scale):
     """DROS terms (batch, targets) of scores (batch, items), where scale is propensity / beta."""
-    # Taking the target's exponential out of the sum of all is exact unless it is most of the sum. Only the largest can
-    # be more than half of it, and so the sum without the largest is the one that is computed as a sum.
+    # Subtracting the target's exponential from the sum of all is accurate unless it is most of the sum. Only the
+    # largest can be more than half of it, so the sum without the largest is computed directly.
     without_largest, largest_exponent, largest = _LogSumExpAndLargest.apply(scores, scale)  # (batch, 1) each
     of_all = torch.logaddexp(without_largest, largest_exponent)  # (batch, 1)
     target_scale = scale.expand_as(scores).gather(1, targets)  # (batch, targets)
     is_largest = targets == largest  # (batch, targets)
-    share = (target_scores.square() * target_scale - of_all).masked_fill(is_largest, float("-inf")).exp()  # <= 1/2
-    without_target = torch.where(is_largest, without_largest, of_all + torch.log1p(-share))  # (batch, targets)
+    fraction = (target_scores.square() * target_scale - of_all).masked_fill(is_largest, float("-inf")).exp()  # <= 1/2
+    without_target = torch.where(is_largest, without_largest, of_all + torch.log1p(-fraction))  # (batch, targets)
     with_target = (target_scores - 1).square() * target_scale  # (batch, targets)
     return torch.logaddexp(without_target, with_target)
 
@@ -90,7 +90,7 @@ def _dro_terms(scores, target_scores, targets, scale):
 class _LogSumExpAndLargest(torch.autograd.Function):
     """The largest of the exponents scale s^2 of each row, and the log of the sum of the others' exponentials.
 
-    As one function, since most of its gradient's cost would be passes over (batch, items) that do next to nothing.
+    A function of its own because autograd's gradient would make several passes over (batch, items).
     """
 
     @staticmethod
@@ -122,21 +122,21 @@ def ranking_distillation_weights(
     gamma_confidence: float,
     gamma_consistency: float,
 ) -> torch.Tensor:
-    """How much each of the teacher's items counts: by its position, the teacher's confidence, the student's agreement.
+    """The weight of each of the teacher's items: by its rank, the teacher's confidence and the student's agreement.
 
     Args:
         student_scores: (batch, items).
         teacher_items: (batch, k) columns of `student_scores`, best first; -1 where there are fewer labels.
         teacher_distances: (batch, k), smaller is more confident, such as -log p.
-        gamma_position: weight of exp(-position).
+        gamma_position: weight of exp(-rank), where the first item has rank 1.
         gamma_confidence: weight of exp(-distance).
         gamma_consistency: weight of being among the student's own k best items.
 
     Returns:
-        (batch, k) float32 without gradients; a row sums to 1, or to 0 when it has no label at all.
+        (batch, k) float32 without gradients; a row sums to 1, or to 0 if it has no label.
 
     Raises:
-        ValueError: for shapes that do not fit, items that are no columns, and distances that are NaN.
+        ValueError: for shapes that do not fit, items that are no columns, and NaN among the distances.
 
     Source: DLLM2Rec, importance-aware ranking distillation.
     """
@@ -147,21 +147,21 @@ def ranking_distillation_weights(
             "one for each of teacher_items"
         )
     if teacher_distances.device.type == "cpu" and teacher_distances.isnan().any():
-        raise ValueError("teacher_distances hold NaN: expected numbers, smaller where the teacher is more confident")
+        raise ValueError("teacher_distances contain NaN: expected numbers, smaller where the teacher is more confident")
     labelled = (teacher_items != NO_LABEL).float()  # (batch, k)
     num_labels = teacher_items.shape[1]
-    places = torch.arange(1, num_labels + 1, device=teacher_items.device, dtype=torch.float32)
-    weights = gamma_position * _shares((-places).exp() * labelled)  # (batch, k)
-    weights += gamma_confidence * _shares(((-teacher_distances.float()).exp() + WEIGHT_FLOOR) * labelled)
+    ranks = torch.arange(1, num_labels + 1, device=teacher_items.device, dtype=torch.float32)
+    weights = gamma_position * _normalised((-ranks).exp() * labelled)  # (batch, k)
+    weights += gamma_confidence * _normalised(((-teacher_distances.float()).exp() + WEIGHT_FLOOR) * labelled)
     if gamma_consistency:
         student_items = student_scores.topk(min(num_labels, student_scores.shape[1]), dim=1).indices  # (batch, k)
         agreed = (teacher_items.unsqueeze(2) == student_items.unsqueeze(1)).any(2)  # (batch, k)
         weights += gamma_consistency * (agreed.float() + WEIGHT_FLOOR) * labelled  # not normalised, as published
-    return _shares(weights)
+    return _normalised(weights)
 
 
-def _shares(weights: torch.Tensor) -> torch.Tensor:
-    """(batch, k) weights divided by their sum; rows without any weight stay 0."""
+def _normalised(weights: torch.Tensor) -> torch.Tensor:
+    """(batch, k) weights divided by the sum of their row; rows of zeros stay zero."""
     total = weights.sum(1, keepdim=True)  # (batch, 1)
     return weights / total.masked_fill(total == 0, 1.0)
 
@@ -174,16 +174,16 @@ def base_losses(
     num_items: int | None = None,
     gbce_calibration: float = 0.75,
 ) -> torch.Tensor:
-    """The loss of the true next item, which distillation is added to, of each row.
+    """The base loss of each row: that of its target, without a teacher.
 
     Args:
         student_scores: (batch, items).
         target: (batch,) columns.
-        negative: (batch,) or (batch, negatives) columns; those that are the target itself count nothing. None with
-            "cross_entropy", which reads none.
+        negative: (batch,) or (batch, negatives) columns; negatives that equal the target are ignored. None for
+            "cross_entropy", which needs none.
         base_loss: "bce" (the average over the target and its negatives), "cross_entropy" (over all columns),
             "sampled_softmax" or "gbce".
-        num_items: size of the catalogue, for the sampling rate of gBCE; None when the columns are all of it.
+        num_items: size of the catalogue, for the sampling rate of gBCE; None if the columns cover all of it.
         gbce_calibration: t of gBCE.
 
     Returns:
@@ -208,7 +208,7 @@ def base_losses(
 
 def _sampled_losses(base_loss, target_scores, negative_scores, collisions, num_items, calibration):
     """(batch,) losses of target scores (batch, 1), negative scores and collisions (batch, negatives)."""
-    # The losses of `models` add up positions; mapped over rows, each sees one.
+    # The losses of `models` sum over positions; vmap gives them one row at a time.
     rows = (target_scores, negative_scores.unsqueeze(1), collisions.unsqueeze(1))
     if base_loss == "sampled_softmax":
         return torch.vmap(sampled_softmax_loss)(*rows)
@@ -226,23 +226,22 @@ class DLLM2RecOutput:
 
 
 class DLLM2RecLoss(nn.Module):
-    """The base loss of the true item, its DROS term, and the ranking that a teacher would give.
+    """The base loss of the target, its DROS term, and the distillation of the teacher's ranking.
 
     Args:
-        alpha: weight of the DROS terms; 0 leaves them out.
+        alpha: weight of the DROS terms; 0 disables them.
         beta: temperature of the DROS terms.
-        lam: weight of the ranking distillation; 0 leaves it out, and no teacher is read.
-        gamma_position, gamma_confidence, gamma_consistency: what the weights of the teacher's items are made of, see
-            `ranking_distillation_weights`.
-        top_k: how many of the teacher's items count, the first ones.
-        propensity: (items,) from `propensity_scores`, a column of the scores each; needed with alpha.
+        lam: weight of the ranking distillation; 0 disables it, and the teacher's items are not read.
+        gamma_position, gamma_confidence, gamma_consistency: see `ranking_distillation_weights`.
+        top_k: number of the teacher's items to learn from, the best ones.
+        propensity: (items,) from `propensity_scores`, one for each column of the scores; needed with alpha.
         form: "corrected" or "reference". The published program ("reference") has sigmoid(1 - s) for negatives, where
             the logistic loss ("corrected") has sigmoid(-s), and multiplies the batch's mean weight of an item by the
-            batch's mean DROS term of it, where the paper ("corrected") weights each row's own term. It also lets
-            negatives count that are the target itself or one of the teacher's items.
-        base_loss: "bce" (as published), "cross_entropy", "sampled_softmax" or "gbce", see `base_losses`; "none" where
-            the student computes a loss of its own.
-        num_items: size of the catalogue, for the sampling rate of gBCE; None when the scores cover all of it.
+            batch's mean DROS term of it, where the paper ("corrected") weights each row's own term. It also includes
+            negatives that equal the target or one of the teacher's items.
+        base_loss: "bce" (as published), "cross_entropy", "sampled_softmax" or "gbce", see `base_losses`; "student"
+            where the student computes a loss of its own, which is not part of the output.
+        num_items: size of the catalogue, for the sampling rate of gBCE; None if the scores cover all of it.
         gbce_calibration: t of gBCE.
 
     Raises:
@@ -279,7 +278,7 @@ class DLLM2RecLoss(nn.Module):
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}: expected at least 1, or lam=0 for no ranking distillation")
         _check_choice("form", form, FORMS)
-        _check_choice("base_loss", base_loss, (*BASE_LOSSES, NO_BASE_LOSS))
+        _check_choice("base_loss", base_loss, (*BASE_LOSSES, STUDENT_LOSS))
         self.alpha, self.beta, self.lam, self.top_k = alpha, beta, lam, top_k
         self.gammas = (gamma_position, gamma_confidence, gamma_consistency)
         self.form, self.base_loss = form, base_loss
@@ -296,18 +295,19 @@ class DLLM2RecLoss(nn.Module):
         sample_weights: torch.Tensor | None = None,
         propensity: torch.Tensor | None = None,
     ) -> DLLM2RecOutput:
-        """The loss of a batch; all parts are means over its rows.
+        """The loss of a batch. All parts are means over its rows.
 
         Args:
             student_scores: (batch, items), of the whole catalogue or a sample of it.
             target: (batch,) columns.
-            negative: (batch,) or (batch, negatives) columns; None when nothing reads it ("cross_entropy", lam 0).
+            negative: (batch,) or (batch, negatives) columns; None if nothing reads them (lam 0 with "cross_entropy" or
+                "student").
             teacher_items: (batch, labels) columns, best first, at least `top_k` of them; -1 where there are fewer.
             teacher_distances: (batch, labels), smaller is more confident.
-            sample_weights: (batch,) weight of each row's ranking distillation, or None for 1; 0 for rows that the
-                teacher was not asked about. The mean stays one over all rows, so that a labelled row counts the same
-                whatever the share of labelled rows.
-            propensity: (items,) or (batch, items) of these columns, where they are not those of the constructor's.
+            sample_weights: (batch,) weight of each row's ranking distillation, or None for 1; 0 for rows without
+                labels. The mean is always over all rows, so a labelled row has the same weight whatever the fraction
+                of labelled rows.
+            propensity: (items,) or (batch, items) of these columns, if they are not those of the constructor.
 
         Raises:
             ValueError: for a missing input, shapes that do not fit, and ids that are no columns.
@@ -324,7 +324,7 @@ class DLLM2RecLoss(nn.Module):
             weights = ranking_distillation_weights(scores, labels, teacher_distances[:, : self.top_k], *self.gammas)
             if sample_weights is not None:
                 weights = weights * sample_weights.float().unsqueeze(1)
-        # One gather: the gradient of each would be a matrix of (batch, items).
+        # One gather instead of three, because the gradient of each is a (batch, items) matrix.
         columns = torch.cat([negative, target, labels.clamp(min=0)], dim=1)
         picked = scores.gather(1, columns)  # (batch, negatives + 1 + k)
         negative_scores, target_scores, label_scores = picked.split([negative.shape[1], 1, labels.shape[1]], dim=1)
@@ -332,7 +332,7 @@ class DLLM2RecLoss(nn.Module):
         base = dro = ranking = scores.new_zeros(())
         if self.base_loss == "cross_entropy":
             base = F.cross_entropy(scores, target.squeeze(1))
-        elif self.base_loss != NO_BASE_LOSS:
+        elif self.base_loss != STUDENT_LOSS:
             collisions = (negative == target) & (self.form == "corrected")  # (batch, negatives)
             num_items = scores.shape[1] if self.num_items is None else self.num_items
             calibration = self.gbce_calibration if self.base_loss == "gbce" else 0.0
@@ -340,7 +340,7 @@ class DLLM2RecLoss(nn.Module):
                 self.base_loss, target_scores, negative_scores, collisions, num_items, calibration
             ).mean()
         if self.lam:
-            # The reference writes sigmoid(1 - s), so that a negative has to fall below 1, not below 0.
+            # The reference has sigmoid(1 - s): a negative is pushed below 1, not below 0.
             margin = 1.0 if self.form == "reference" else 0.0
             counts = self._counted_negatives(negative, columns[:, negative.shape[1] :], labels)  # (batch, negatives)
             against = (F.softplus(negative_scores - margin) * counts).sum(1, keepdim=True)  # equal for all labels
@@ -356,19 +356,19 @@ class DLLM2RecLoss(nn.Module):
         return DLLM2RecOutput(base + self.alpha * dro + self.lam * ranking, base, dro, ranking)
 
     def _counted_negatives(self, negative, named, labels) -> torch.Tensor:
-        """(batch, negatives) float32: 0 for those that are the target or a label, in `named` (batch, 1 + k)."""
+        """(batch, negatives) float32: 0 for negatives in `named`, (batch, 1 + k): the target and the labels."""
         if self.form == "reference":
             return torch.ones_like(negative, dtype=torch.float32)
-        is_named = F.pad(labels != NO_LABEL, (1, 0), value=True)  # (batch, 1 + k); missing labels stand as column 0
+        is_named = F.pad(labels != NO_LABEL, (1, 0), value=True)  # (batch, 1 + k); column 0 replaces missing labels
         collisions = (negative.unsqueeze(2) == named.unsqueeze(1)) & is_named.unsqueeze(1)
         return 1.0 - collisions.any(2).float()
 
     def _ranking_dro(self, terms, weights, labels, sample_weights):
-        """The labels' DROS terms (batch, k), weighted: a scalar."""
+        """The weighted mean of the labels' DROS terms, (batch, k): a scalar."""
         if self.form == "corrected":
             return (weights * terms).sum(1).mean()
-        # Rows without labels are left out of the second mean: what remains is the published product of the labelled
-        # rows, times their share of the batch.
+        # The second mean excludes rows without labels: the result is the published product of the labelled rows, times
+        # their fraction of the batch.
         counts = (labels != NO_LABEL).float()  # (batch, k)
         if sample_weights is not None:
             counts = counts * sample_weights.float().unsqueeze(1)
@@ -382,26 +382,26 @@ class DLLM2RecLoss(nn.Module):
         _check_columns("target", target, student_scores, shape="(batch,)")
         if negative is not None:
             _check_columns("negative", negative, student_scores)
-        elif self.lam or self.base_loss not in ("cross_entropy", NO_BASE_LOSS):
+        elif self.lam or self.base_loss not in ("cross_entropy", STUDENT_LOSS):
             raise ValueError(
-                f"negative is None: base_loss {self.base_loss!r} with lam {self.lam} expected (batch,) or (batch, "
-                "negatives) columns; only cross_entropy with lam=0 reads none"
+                f"negative is None: base_loss {self.base_loss!r} with lam {self.lam} needs (batch,) or (batch, "
+                "negatives) columns; only lam=0 with cross_entropy or student needs none"
             )
         if self.alpha and propensity is None:
             raise ValueError(
-                f"alpha is {self.alpha} and propensity None: expected propensity_scores(item_counts), or alpha=0"
+                f"propensity is None with alpha {self.alpha}: expected propensity_scores(item_counts), or alpha=0"
             )
         if not self.lam:
             return
         if teacher_items is None or teacher_distances is None:
             raise ValueError(
-                f"teacher_items or teacher_distances is None and lam {self.lam}: expected (batch, k) each, or lam=0; "
-                "rows without labels hold -1"
+                f"teacher_items or teacher_distances is None with lam {self.lam}: expected (batch, k) each, or lam=0; "
+                "fill rows without labels with -1"
             )
         if teacher_items.dim() != 2 or teacher_items.shape[1] < self.top_k:
             raise ValueError(
                 f"teacher_items have shape {tuple(teacher_items.shape)}: expected (batch, at least {self.top_k}), the "
-                "top_k; fill up with -1, or lower top_k"
+                "top_k; fill missing items with -1, or lower top_k"
             )
         if sample_weights is not None and sample_weights.shape != target.shape:
             raise ValueError(
@@ -417,7 +417,7 @@ def distribution_loss(
     Args:
         student_scores: (batch, items).
         teacher_scores: (batch, items), logits or log-probabilities.
-        temperature: divides both; the loss is multiplied by its square, so that gradients keep their size.
+        temperature: divides both; the loss is multiplied by its square, so that gradients keep their scale.
         direction: "forward" is KL(teacher || student), "reverse" KL(student || teacher).
 
     Returns:
@@ -447,7 +447,7 @@ def embedding_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "ms
 
     Args:
         student: (batch, hidden).
-        teacher: (batch, hidden); project it when the teacher's are of another size.
+        teacher: (batch, hidden); project it if the teacher's size differs.
         kind: "mse", the mean of the squared differences, or "cosine", 1 - cosine similarity.
 
     Returns:
@@ -475,7 +475,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def check_temperature(temperature: float) -> None:
     """Raise a ValueError unless `temperature` is positive."""
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}: expected a positive number, 1 for the scores as they are")
+        raise ValueError(f"temperature is {temperature}: expected a positive number; 1 leaves the scores unchanged")
 
 
 def _check_dro(scores: torch.Tensor, propensity: torch.Tensor, beta: float) -> None:
@@ -484,7 +484,7 @@ def _check_dro(scores: torch.Tensor, propensity: torch.Tensor, beta: float) -> N
     if propensity.shape not in (scores.shape, scores.shape[1:]):
         raise ValueError(
             f"propensity has shape {tuple(propensity.shape)}: expected {tuple(scores.shape[1:])} or "
-            f"{tuple(scores.shape)}, one for each column of the scores; a sample of items needs that of its items"
+            f"{tuple(scores.shape)}, one for each column of the scores; for sampled items, select their propensities"
         )
     if not beta > 0:
         raise ValueError(f"beta is {beta}: expected a positive number")
@@ -499,11 +499,11 @@ def _check_columns(
             f"scores have shape {tuple(scores.shape)} and {name} {tuple(columns.shape)}: expected (batch, items) and "
             f"{shape}"
         )
-    if columns.device.type != "cpu" or not columns.numel():  # elsewhere the check would wait for the device
+    if columns.device.type != "cpu" or not columns.numel():  # on an accelerator the check would synchronise
         return
     smallest, largest = map(int, torch.aminmax(columns))
     if smallest < lowest or largest >= scores.shape[1]:
         raise ValueError(
-            f"{name} holds {smallest if smallest < lowest else largest}: expected columns {lowest}.."
-            f"{scores.shape[1] - 1} of the scores; item ids 1..num_items lose 1 together with the column of padding"
+            f"{name} contains {smallest if smallest < lowest else largest}: expected columns {lowest}.."
+            f"{scores.shape[1] - 1} of the scores; subtract 1 from item ids, and drop the column of padding"
         )

@@ -1,7 +1,7 @@
 """Which rows of a batch to distil, and how much each counts.
 
-A policy's `select` reads scores of student and teacher (batch, items) and the target (batch,), a column of both, and
-returns a bool mask (batch,), which goes into `DLLM2RecLoss` as `sample_weights`, alone or times `rank_gap_weights`.
+A policy's `select` takes the scores of student and teacher, (batch, items), and the targets, (batch,), as columns of
+both. It returns a bool mask (batch,) to pass to `DLLM2RecLoss` as `sample_weights`, alone or times `rank_gap_weights`.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from hf_ilora.distillation.losses import check_temperature, distribution_loss
 
 @dataclass(frozen=True)
 class AllSamplesPolicy:
-    """Distil every row; no scores of the teacher are needed."""
+    """Distil every row. The teacher's scores are not read."""
 
     def select(
         self, student_scores: torch.Tensor, teacher_scores: torch.Tensor | None, target: torch.Tensor
@@ -24,7 +24,7 @@ class AllSamplesPolicy:
 
 @dataclass(frozen=True)
 class GroundTruthErrorPolicy:
-    """Distil the rows whose true item the student scores below a threshold; no scores of the teacher are needed.
+    """Distil the rows whose target the student scores below a threshold. The teacher's scores are not read.
 
     Args:
         threshold: in the units of the student's scores.
@@ -41,14 +41,14 @@ class GroundTruthErrorPolicy:
 
 @dataclass(frozen=True)
 class KLDivergencePolicy:
-    """Distil the rows in which the student is far from the teacher.
+    """Distil the rows in which the student diverges from the teacher.
 
     Args:
         threshold: of KL(teacher || student), in nats.
         temperature: divides both scores.
 
     Raises:
-        ValueError: for a negative threshold, which would take every row, and a temperature that is not positive.
+        ValueError: for a negative threshold, which would select every row, and a temperature that is not positive.
     """
 
     threshold: float
@@ -57,7 +57,7 @@ class KLDivergencePolicy:
     def __post_init__(self):
         if not self.threshold >= 0:
             raise ValueError(
-                f"threshold is {self.threshold}: expected 0 or more nats; AllSamplesPolicy takes every row"
+                f"threshold is {self.threshold}: expected 0 or more nats; AllSamplesPolicy selects every row"
             )
         check_temperature(self.temperature)
 
@@ -72,23 +72,47 @@ class KLDivergencePolicy:
         """
         if teacher_scores is None:
             raise ValueError(
-                "teacher_scores are None: expected (batch, items) scores of the teacher; without them use "
+                "teacher_scores is None: expected the teacher's scores, (batch, items); without them, use "
                 "AllSamplesPolicy or GroundTruthErrorPolicy"
             )
         scaled = distribution_loss(student_scores, teacher_scores, self.temperature)  # (batch,)
         return scaled / self.temperature**2 > self.threshold
 
 
+SamplePolicy = AllSamplesPolicy | GroundTruthErrorPolicy | KLDivergencePolicy
+
+SAMPLE_POLICIES = {
+    "all": AllSamplesPolicy,
+    "ground_truth_error": GroundTruthErrorPolicy,
+    "kl_divergence": KLDivergencePolicy,
+}
+
+
+def sample_policy(name: str, threshold: float = 0.0) -> SamplePolicy:
+    """The policy of that name.
+
+    Args:
+        name: "all", "ground_truth_error" or "kl_divergence".
+        threshold: of the policy, see its class; "all" has none and ignores it.
+
+    Raises:
+        ValueError: for another name, and as the policy's class.
+    """
+    if name not in SAMPLE_POLICIES:
+        raise ValueError(f"policy is {name!r}: expected one of {', '.join(SAMPLE_POLICIES)}")
+    return AllSamplesPolicy() if name == "all" else SAMPLE_POLICIES[name](threshold)
+
+
 def rank_gap_weights(
     student_ranks: torch.Tensor, teacher_ranks: torch.Tensor, sharpness: float = 0.1, floor: float = 0.0
 ) -> torch.Tensor:
-    """Weights that grow with how much higher the teacher ranks the true item than the student does.
+    """Weights that grow with how much higher the teacher ranks the target than the student does.
 
     Args:
-        student_ranks: (batch,) ranks of the target, 1 is the best.
-        teacher_ranks: (batch,); where the target is not among the teacher's items, one more than their number.
-        sharpness: per place of difference; at 0.1 a difference of 10 places weighs 0.76, one of 30 nearly 1.
-        floor: weight of the rows in which the student ranks the target as high as the teacher, or higher.
+        student_ranks: (batch,) ranks of the target; 1 is the best.
+        teacher_ranks: (batch,); if the target is not among the teacher's items, one more than their number.
+        sharpness: per rank of difference; at 0.1, a difference of 10 ranks gives a weight of 0.76, one of 30 nearly 1.
+        floor: weight of the rows in which the student ranks the target at least as high as the teacher does.
 
     Returns:
         (batch,) float32 in [floor, 1].
@@ -96,8 +120,8 @@ def rank_gap_weights(
     Raises:
         ValueError: for shapes that differ, ranks below 1, and settings outside their range.
 
-    Source: the discrepancy-aware weight of Ranking Distillation (KDD 2018), there of each of the teacher's items, here
-    of the true one. The floor is an addition.
+    Source: the discrepancy-aware weight of Ranking Distillation (KDD 2018), which weights each of the teacher's items;
+    this one weights the target. The floor is an addition.
     """
     if student_ranks.dim() != 1 or student_ranks.shape != teacher_ranks.shape:
         raise ValueError(
@@ -106,10 +130,10 @@ def rank_gap_weights(
         )
     for name, ranks in (("student_ranks", student_ranks), ("teacher_ranks", teacher_ranks)):
         if ranks.device.type == "cpu" and len(ranks) and ranks.min() < 1:
-            raise ValueError(f"{name} hold {ranks.min().item()}: expected ranks from 1, the best")
+            raise ValueError(f"{name} contain {ranks.min().item()}: expected ranks of at least 1, the best")
     if not sharpness > 0:
         raise ValueError(f"sharpness is {sharpness}: expected a positive number")
     if not 0 <= floor <= 1:
         raise ValueError(f"floor is {floor}: expected a number in [0, 1]")
-    gap = (student_ranks - teacher_ranks).float().clamp(min=0)  # (batch,) places
+    gap = (student_ranks - teacher_ranks).float().clamp(min=0)  # (batch,) ranks
     return floor + (1 - floor) * torch.tanh(sharpness * gap)

@@ -1,4 +1,4 @@
-"""Teacher labels as a data set: a folder of parquet shards that says what they are about and looks rows up."""
+"""Teacher labels as a data set: a folder of parquet shards with a description, checked when it is loaded."""
 
 import hashlib
 import json
@@ -16,17 +16,17 @@ from hf_ilora.data.storage import content_digest, read_parquet
 DESCRIPTION_FILE = "teacher_labels.json"
 EMBEDDINGS_FILE = "item_embeddings.safetensors"
 EMBEDDINGS_KEY = "item_embeddings"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REMEDY = "label again with recipes/label_with_teacher.py, or restore the file"
 DESCRIPTION_REMEDY = (
-    "restore it, or delete it and give the command of recipes/label_with_teacher.py again, which asks nothing anew and "
-    "describes the files as they are"
+    "restore it, or delete it and run the same command of recipes/label_with_teacher.py again, which describes the "
+    "files as they are and does not ask the teacher"
 )
 
 SCHEMA = pa.schema(
     {
         "history_id": pa.int64(),
-        "position": pa.int32(),
+        "prefix_length": pa.int32(),
         "teacher_items": pa.list_(pa.int32()),
         "teacher_distances": pa.list_(pa.float32()),
     }
@@ -38,16 +38,16 @@ def shard_name(shard: int) -> str:
 
 
 class TeacherLabels:
-    """What a teacher answered about the train split of one data set.
+    """A teacher's answers for the train split of one data set.
 
     Attributes:
-        table: one row per answer, in the order of (history_id, position): `history_id` (int64) is the row of the train
-            split, `position` (int32) the number of items of [history + target] that the teacher saw, and
+        table: one row per answer, ordered by history_id and prefix_length. `history_id` (int64) is the row of the train
+            split, `prefix_length` (int32) the number of items of [history + target] that the teacher saw.
             `teacher_items` (list<int32>, best first) and `teacher_distances` (list<float32>, smaller is more confident)
-            are its `top_k` choices for the next one.
+            are its `top_k` candidates for the next item.
         description: content of teacher_labels.json: fingerprints of data, teacher, labels and item embeddings, and the
             settings.
-        top_k: labels per row.
+        top_k: items per answer.
         num_items: size of the catalogue.
     """
 
@@ -55,7 +55,7 @@ class TeacherLabels:
         table = in_key_order(table)
         self.table, self.description, self.folder = table, description, folder
         self.top_k, self.num_items = description["top_k"], description["num_items"]
-        self._keys = keys(table["history_id"].to_numpy(), table["position"].to_numpy())  # (rows,), ascending
+        self._keys = keys(table["history_id"].to_numpy(), table["prefix_length"].to_numpy())  # (rows,), ascending
         self._items, self._distances = (
             table[name].combine_chunks().flatten().to_numpy().reshape(-1, self.top_k)  # (rows, top_k)
             for name in ("teacher_items", "teacher_distances")
@@ -65,12 +65,12 @@ class TeacherLabels:
     def load(
         cls, folder: str | os.PathLike, data_fingerprint: str, teacher_fingerprint: str | None = None
     ) -> "TeacherLabels":
-        """Read a finished folder of recipes/label_with_teacher.py and check that it is whole and about this data.
+        """Read a folder that recipes/label_with_teacher.py finished, and check that it is complete.
 
         Args:
             folder: with teacher_labels.json and its shards.
-            data_fingerprint: of the data set whose rows are to be looked up, `SequenceDatasets.fingerprint`.
-            teacher_fingerprint: of the teacher that is expected; None takes any.
+            data_fingerprint: `SequenceDatasets.fingerprint` of the data set that the labels are to be used with.
+            teacher_fingerprint: of the teacher that must have answered; None accepts any teacher.
 
         Raises:
             FileNotFoundError: when the folder is missing or its labels are not finished.
@@ -78,13 +78,12 @@ class TeacherLabels:
         """
         folder = Path(folder)
         description = read_description(folder)
-        for name, expected in (("data", data_fingerprint), ("teacher", teacher_fingerprint)):
+        for made, name, expected in (("for", "data", data_fingerprint), ("with", "teacher", teacher_fingerprint)):
             found = description[f"{name}_fingerprint"]
             if expected is not None and found != expected:
                 raise ValueError(
-                    f"the labels in {folder} were made for the {name} with the fingerprint {found}: expected "
-                    f"{expected}; label this {name} with recipes/label_with_teacher.py, or use the {name} they were "
-                    "made for"
+                    f"the labels in {folder} were made {made} the {name} with the fingerprint {found}: expected "
+                    f"{expected}; label again with recipes/label_with_teacher.py, or use the {name} of these labels"
                 )
         table = read_shards(folder, description["num_shards"])
         labels = cls(table, description, folder)
@@ -100,26 +99,27 @@ class TeacherLabels:
     def __len__(self) -> int:
         return len(self.table)
 
-    def lookup(self, history_ids, positions) -> tuple[torch.Tensor, torch.Tensor]:
-        """The labels of some histories; rows without a label are all zero.
+    def lookup(self, history_ids, prefix_lengths) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look up labels; where there is none, all items and distances are zero.
 
         Args:
-            history_ids: rows of the train split, a tensor, array or list of any shape, such as (batch,).
-            positions: of the same shape, the number of items seen.
+            history_ids: rows of the train split: a tensor, array or list of any shape, such as (batch,).
+            prefix_lengths: of the same shape: the number of items of each row that the teacher saw.
 
         Returns:
-            teacher_items (..., top_k) int64 in 1..num_items, or 0 where there is no label, and teacher_distances
+            teacher_items, (..., top_k) int64 in 1..num_items, or 0 where there is no label, and teacher_distances,
             (..., top_k) float32.
 
         Raises:
             ValueError: for shapes that differ.
         """
-        history_ids, positions = np.asarray(history_ids), np.asarray(positions)
-        if history_ids.shape != positions.shape:
+        history_ids, prefix_lengths = np.asarray(history_ids), np.asarray(prefix_lengths)
+        if history_ids.shape != prefix_lengths.shape:
             raise ValueError(
-                f"history_ids have shape {history_ids.shape} and positions {positions.shape}: expected the same shape"
+                f"history_ids have shape {history_ids.shape} and prefix_lengths {prefix_lengths.shape}: expected the "
+                "same shape"
             )
-        asked = keys(history_ids, positions)  # (...)
+        asked = keys(history_ids, prefix_lengths)  # (...)
         rows = np.searchsorted(self._keys, asked).clip(max=len(self._keys) - 1)  # (...)
         found = torch.from_numpy(np.asarray(self._keys[rows] == asked)).unsqueeze(-1)  # (..., 1)
         items = torch.from_numpy(self._items[rows].astype(np.int64)) * found  # (..., top_k)
@@ -127,15 +127,15 @@ class TeacherLabels:
         return items, distances
 
     def item_embeddings(self) -> torch.Tensor:
-        """The teacher's embeddings of the items, (num_items + 1, teacher size) float32, zero for padding.
+        """The teacher's item embeddings, (num_items + 1, teacher size) float32, zero for padding.
 
         Raises:
-            ValueError: when the teacher had none, or the file is damaged or changed.
+            ValueError: when the teacher has none, or the file is damaged or changed.
         """
         if self.description["embedding_size"] is None:
             raise ValueError(
                 f"the teacher of {self.folder} ({self.description['teacher']}) has no item embeddings: expected an "
-                "iLoRA model, or a folder of published files with all_embeddings.pt"
+                "iLoRA model, or a folder of DLLM2Rec's text files with all_embeddings.pt"
             )
         embeddings = read_embeddings(self.folder, self.num_items, self.description["embedding_size"])
         found, expected = embeddings_digest(self.folder), self.description["embeddings_fingerprint"]
@@ -147,22 +147,22 @@ class TeacherLabels:
         return embeddings
 
 
-def keys(history_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One int64 for each (history, position), ascending in both."""
-    return (history_ids.astype(np.int64) << 32) | positions.astype(np.int64)
+def keys(history_ids: np.ndarray, prefix_lengths: np.ndarray) -> np.ndarray:
+    """One int64 for each pair, in the order of the history and then of the prefix length."""
+    return (history_ids.astype(np.int64) << 32) | prefix_lengths.astype(np.int64)
 
 
 def in_key_order(table: pa.Table) -> pa.Table:
-    """The rows in the order of history and position."""
-    order = np.argsort(keys(table["history_id"].to_numpy(), table["position"].to_numpy()))
+    """The rows, ordered by history_id and prefix_length."""
+    order = np.argsort(keys(table["history_id"].to_numpy(), table["prefix_length"].to_numpy()))
     return table.take(order).combine_chunks()
 
 
 def read_shards(folder: Path, num_shards: int) -> pa.Table:
-    """All shards one after the other.
+    """All shards, concatenated.
 
     Raises:
-        ValueError: when a shard is missing, damaged, or another kind of table.
+        ValueError: when a shard is missing or damaged, or does not contain labels.
     """
     tables = []
     for shard in range(num_shards):
@@ -177,12 +177,12 @@ def read_shards(folder: Path, num_shards: int) -> pa.Table:
 
 
 def read_embeddings(folder: Path, num_items: int, size: int | None = None) -> torch.Tensor:
-    """(num_items + 1, size) float32; any size when it is None."""
+    """(num_items + 1, size) float32; None accepts any size."""
     path = folder / EMBEDDINGS_FILE
     try:
         table = load_file(path)[EMBEDDINGS_KEY]
     except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} does not hold {EMBEDDINGS_KEY} ({error!r}): {REMEDY}") from error
+        raise ValueError(f"{path} does not contain {EMBEDDINGS_KEY} ({error!r}): {REMEDY}") from error
     if table.dim() != 2 or len(table) != num_items + 1 or size not in (None, table.shape[1]):
         expected = f"({num_items + 1}, {'any' if size is None else size})"
         raise ValueError(f"{path} has shape {tuple(table.shape)}: expected {expected}; {REMEDY}")
@@ -206,7 +206,7 @@ def read_description(folder: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no {DESCRIPTION_FILE}: expected finished labels; run recipes/label_with_teacher.py with "
-            "this output_dir, which goes on where it was interrupted"
+            "this output_dir, which resumes where it was interrupted"
         )
     try:
         description = json.loads(path.read_text(encoding="utf-8"))

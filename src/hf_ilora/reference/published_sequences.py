@@ -12,6 +12,7 @@ from hf_ilora.data.columns import flatten_lists, read_column
 from hf_ilora.data.filters import slice_indices
 from hf_ilora.data.sequences import SequenceDatasets, catalogue_features, dataset_of, split_features
 from hf_ilora.data.storage import read_parquet
+from hf_ilora.reference.pickle_reader import integer, read_frame
 
 # MovieLens-100K has one film without a name, which its own files call "unknown"; the published titles leave it empty.
 BLANK_TITLE = "unknown"
@@ -69,6 +70,35 @@ def load_published_sequences(
         "rebuilt": None if rebuilt is None else rebuilt.protocol,
     }
     return SequenceDatasets(splits, catalogue, protocol)
+
+
+def load_reference_interactions(path: str | os.PathLike) -> pa.Table:
+    """The sequences in the authors' pickled pandas `.df` files, without running anything in them.
+
+    Args:
+        path: a pickled DataFrame with columns `seq` (padded histories of ids or (id, rating)), `len_seq` and `next`.
+
+    Returns:
+        `history` (list<int32>, oldest first, without padding) and `target` (int32), under our ids: the reference's + 1.
+
+    Raises:
+        UnsafePickleError: when the pickle names a class or function that no such file needs.
+        ValueError: when the file is truncated, or is not such a table.
+    """
+    columns = read_frame(path)
+    try:
+        seq, len_seq, target = columns["seq"], columns["len_seq"], columns["next"]
+        lengths = [integer(length) for length in len_seq]
+        if any(length > len(items) for items, length in zip(seq, lengths, strict=True)):
+            raise ValueError("len_seq exceeds the length of seq")
+        histories = [[integer(item) + 1 for item in items[:length]] for items, length in zip(seq, lengths, strict=True)]
+        targets = [integer(item) + 1 for item in target]
+        return pa.table({"history": pa.array(histories, pa.list_(pa.int32())), "target": pa.array(targets, pa.int32())})
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a DataFrame with columns seq, len_seq and next ({type(error).__name__}: {error}): read it "
+            "where it was written, and save these columns as parquet"
+        ) from error
 
 
 def _catalogue(path: Path) -> Dataset:
@@ -177,4 +207,4 @@ def _read(path: Path, columns: dict[str, str]) -> pa.Table:
     return table.select(list(columns))
 
 
-__all__ = ["load_published_sequences"]
+__all__ = ["load_published_sequences", "load_reference_interactions"]

@@ -86,7 +86,7 @@ def test_an_interrupted_conversion_leaves_nothing_half_and_is_made_up_for(fetche
 
 
 def test_what_a_killed_process_left_is_no_part_of_the_model(fetched, tmp_path):
-    unfinished = tmp_path / "cache" / "language_models" / "SmolLM2-135M-Instruct-Q4_1.unfinished"
+    unfinished = tmp_path / "cache" / "language_models" / ".SmolLM2-135M-Instruct-Q4_1.1.unfinished"
     unfinished.mkdir(parents=True)
     (unfinished / "model-00001-of-00002.safetensors").write_bytes(b"half")
     folder = embedded_llm_folder(tmp_path / "cache")

