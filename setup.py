@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 DEEPSPEED = ["deepspeed>=0.19", "ninja>=1.11"]  # ninja: DeepSpeed compiles its operations when they are first used
 PLOT = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboard>=2.17"]
+SHIPPED = ["recipes", "accelerate_configs"]
 
 setup(
     name="hf_ilora",
@@ -16,8 +17,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    package_dir={"": "src"},
-    packages=find_packages("src"),
+    # Recipes and configurations have one home, at the top of the project; a wheel has them inside of the package.
+    package_dir={"": "src", **{f"hf_ilora.{folder}": folder for folder in SHIPPED}},
+    packages=[*find_packages("src"), *(f"hf_ilora.{folder}" for folder in SHIPPED)],
+    package_data={
+        "hf_ilora.recipes": ["configs/**/*.yaml", "prompts/*.txt"],
+        "hf_ilora.accelerate_configs": ["*.yaml"],
+        "hf_ilora_cli": ["help/*.txt"],
+    },
+    entry_points={"console_scripts": ["hf-ilora = hf_ilora_cli.main:main"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.7",
@@ -35,6 +43,7 @@ setup(
         "pyyaml>=6.0",
         "httpx2>=2.0",
         "filelock>=3.16",
+        "psutil>=6.0",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -27,7 +27,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from hf_ilora import SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.files import written_whole
-from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
 from hf_ilora.training.windows import NextItemCollator, TrainingWindows
 
 logger = logging.getLogger(__name__)
@@ -284,4 +284,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--memory-of"]:
         print(json.dumps(train_with_items(int(sys.argv[2]), int(sys.argv[3]))))
     else:
-        main()
+        run_main(main)

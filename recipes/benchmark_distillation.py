@@ -22,7 +22,7 @@ from transformers import set_seed
 
 from hf_ilora import SASRecConfig, SASRecForNextItem
 from hf_ilora.distillation.losses import DLLM2RecLoss, base_losses, propensity_scores, ranking_distillation_weights
-from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -233,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

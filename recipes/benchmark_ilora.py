@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_see
 from hf_ilora.files import written_whole
 from hf_ilora.models.ilora.gated_lora import GatedLoraLinear, add_gated_lora, gated_layers
 from hf_ilora.models.ilora.routers import build_router
-from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -330,4 +330,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--memory-of"]:
         print(peak_of_steps(sys.argv[2], ILoraBenchmarkArguments(**json.loads(sys.argv[3]))))
     else:
-        main()
+        run_main(main)

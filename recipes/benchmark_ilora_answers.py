@@ -31,7 +31,7 @@ from hf_ilora.models.ilora.embedded_llm import EMBEDDED_LLM
 from hf_ilora.models.ilora.gated_lora import gated_layers
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.models.ilora.prompts import read_templates
-from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
 from hf_ilora.training.candidate_rows import CandidateRows
 from hf_ilora.training.prompt_collator import PromptCollator
 
@@ -310,4 +310,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

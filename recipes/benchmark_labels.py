@@ -23,7 +23,7 @@ from hf_ilora import ILoraForRecommendation, SequenceDatasets
 from hf_ilora.distillation.labelling import LabelFolder, LabelRequests, label_shards
 from hf_ilora.distillation.teachers import ModelTeacher, load_teacher
 from hf_ilora.models.ilora.language_models import load_language_model, truncate_layers
-from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -157,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

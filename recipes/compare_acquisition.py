@@ -29,7 +29,7 @@ from hf_ilora.distillation.acquisition import ACQUISITION_POLICIES
 from hf_ilora.distillation.teachers import load_teacher, model_fingerprint
 from hf_ilora.files import written_whole
 from hf_ilora.models.loading import load_recommender, model_folder
-from hf_ilora.runs import parse_arguments, read_record, set_up_logging
+from hf_ilora.runs import parse_arguments, read_record, run_main, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -237,4 +237,4 @@ def plot(arguments: AcquisitionArguments, records: dict[Run, dict], path: Path) 
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,26 +1,42 @@
-"""Turn the SASRec of LLaRA, iLoRA or DLLM2Rec into our folder format, with the same scores.
+"""Converts the SASRec weights of LLaRA, iLoRA or DLLM2Rec to a folder for `from_pretrained`, with the same scores.
 
-    python recipes/convert_reference_sasrec.py sasrec.pt outputs/sasrec_movielens --items items.parquet
+    python recipes/convert_reference_sasrec.py --weights sasrec.pt --output_dir outputs/sasrec_movielens \
+        --items items.parquet
 
-The first argument is the authors' `.pt` file (the whole module or its state dict, read without running anything in it)
-or a `.safetensors` file with the authors' names. `--items` gives titles: parquet with `item_id` (the reference's ids,
-from 0) and `title`, or the `items.parquet` of a prepared data set with the same items; `recipes/evaluate_models.py`
-then compares the model on that data set. The folder is for `from_pretrained`.
+`--weights` is the authors' `.pt` file (the whole module or its state dict, read without running anything in it) or a
+`.safetensors` file with the authors' names. `--items` gives titles: parquet with `item_id` (the reference's ids, from
+0) and `title`, or the `items.parquet` of a prepared data set with the same items; `recipes/evaluate_models.py` then
+compares the model on that data set.
 """
 
-import argparse
 import json
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_ilora import SASRecConfig, convert_reference_sasrec
 from hf_ilora.files import folder_written_whole
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE
 from hf_ilora.reference.convert_sasrec import load_reference_state_dict, reference_catalogue
+from hf_ilora.runs import parse_arguments, run_main
 
 logger = logging.getLogger(__name__)
 
 OUR_FILES = {"config.json", "model.safetensors", CATALOGUE_FILE}
+
+
+@dataclass
+class ConversionArguments:
+    """Which weights to convert, and where to write the model."""
+
+    weights: str = field(metadata={"help": "the authors' .pt file, or .safetensors with the authors' names"})
+    output_dir: str = field(metadata={"help": "folder to write; an earlier conversion in it is replaced"})
+    items: str | None = field(
+        default=None, metadata={"help": "parquet file with titles: the reference's, or that of a prepared data set"}
+    )
+
+
+ARGUMENTS = (ConversionArguments,)
 
 
 def check_output_dir(output_dir: Path) -> None:
@@ -36,14 +52,10 @@ def check_output_dir(output_dir: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("weights", type=Path, help="the authors' .pt file, or .safetensors with the authors' names")
-    parser.add_argument("output_dir", type=Path, help="folder to write; replaced when it is an earlier conversion")
-    parser.add_argument("--items", type=Path, help="parquet with titles: the reference's, or of a prepared data set")
-    arguments = parser.parse_args()
+    (arguments,) = parse_arguments(ARGUMENTS)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    output_dir = arguments.output_dir
+    output_dir = Path(arguments.output_dir)
     check_output_dir(output_dir)
     model = convert_reference_sasrec(load_reference_state_dict(arguments.weights))
     if arguments.items is not None:
@@ -63,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

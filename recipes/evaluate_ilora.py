@@ -31,7 +31,7 @@ from hf_ilora.evaluation.candidate_report import CandidateContext, candidate_tab
 from hf_ilora.evaluation.expert_usage import plot_expert_usage, usage_table
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
-from hf_ilora.runs import RunRecord, leave_launch, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
 from hf_ilora.training.candidate_rows import draw_candidates
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,6 @@ def main() -> None:
                 if usages:
                     plot_expert_usage(usages, output / "experts.png")
             logger.info("wrote %s\n%s%s", output / "results.md", candidate_table(reports, context), appendix)
-    leave_launch()
 
 
 def load_data(arguments: ILoraEvaluationArguments):
@@ -213,4 +212,4 @@ def without_adapter(model: ILoraForRecommendation, dtype: str | None) -> ILoraFo
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

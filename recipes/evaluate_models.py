@@ -28,7 +28,7 @@ from hf_ilora.evaluation.report import ModelReport, ReportContext, markdown_tabl
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks
 from hf_ilora.evaluation.statistics import summarize_ranks
 from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
-from hf_ilora.runs import RunRecord, leave_launch, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,6 @@ def main() -> None:
             if arguments.plot:
                 plot_quality(reports, context, output / "results.png")
             logger.info("wrote %s\n%s", output / "results.md", markdown_table(reports, context))
-    leave_launch()
 
 
 def load_and_check(arguments: EvaluationArguments):
@@ -162,4 +161,4 @@ def ranks_path(output: Path, name: str) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -31,7 +31,7 @@ from hf_ilora.data.columns import training_sequences
 from hf_ilora.evaluation.rank_metrics import ndcg_at
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.statistics import summarize_ranks
-from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,11 @@ class SearchedValues:
     )
 
 
+ARGUMENTS = (FitArguments, SearchedValues)
+
+
 def main() -> None:
-    arguments, searched = parse_arguments((FitArguments, SearchedValues))
+    arguments, searched = parse_arguments(ARGUMENTS)
     set_up_logging(arguments.output_dir)
     sequences = SequenceDatasets.load(arguments.data_dir)
     folder = Path(arguments.output_dir)
@@ -129,4 +132,4 @@ def search(rows, num_items: int, validation, searched: SearchedValues, arguments
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

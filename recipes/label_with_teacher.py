@@ -35,7 +35,7 @@ from hf_ilora.distillation.labelling import (
 from hf_ilora.distillation.teachers import ModelTeacher, Teacher, load_teacher, model_fingerprint
 from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
-from hf_ilora.runs import RunRecord, leave_launch, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,6 @@ def main() -> None:
             record.add_metrics("labels", {"rows": description["num_rows"], "labelled_now": rows} | speed)
             logger.info("%s contains %d labels of %s", arguments.output_dir, description["num_rows"], teacher.source)
         state.wait_for_everyone()
-    leave_launch()
 
 
 def load_and_check(arguments: LabelArguments, device: torch.device):
@@ -179,4 +178,4 @@ def what_to_ask(requests: LabelRequests, teacher: Teacher, recommender, argument
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

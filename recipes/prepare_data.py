@@ -12,7 +12,7 @@ import logging
 from dataclasses import asdict, dataclass, field
 
 from hf_ilora import build_sequences, load_interactions, load_movielens
-from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -112,4 +112,4 @@ def load(source: SourceArguments):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -16,7 +16,7 @@ from pathlib import Path
 from hf_ilora import SequenceDatasets, build_sequences, convert_reference_sasrec, load_movielens
 from hf_ilora.reference.convert_sasrec import load_reference_state_dict, reference_catalogue
 from hf_ilora.reference.published_sequences import load_published_sequences
-from hf_ilora.runs import RunRecord, parse_arguments, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -84,4 +84,4 @@ def rebuilt_movielens(arguments: ReferenceDataArguments) -> SequenceDatasets:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,7 +22,7 @@ from hf_ilora.data.storage import read_description
 from hf_ilora.files import written_whole
 from hf_ilora.models.next_item.hub_upload import CARD_FILE
 from hf_ilora.publishing import check_folder, push_folder, write_card
-from hf_ilora.runs import parse_arguments
+from hf_ilora.runs import parse_arguments, run_main
 
 logger = logging.getLogger(__name__)
 
@@ -123,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

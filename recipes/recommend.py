@@ -10,7 +10,7 @@ import torch
 
 from hf_ilora import SequenceDatasets
 from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
-from hf_ilora.runs import parse_arguments
+from hf_ilora.runs import parse_arguments, run_main
 
 
 @dataclass
@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

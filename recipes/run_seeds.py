@@ -20,7 +20,7 @@ from pathlib import Path
 import train_sasrec
 
 from hf_ilora.files import written_whole
-from hf_ilora.runs import configuration_differences, parse_arguments, read_record, set_up_logging
+from hf_ilora.runs import configuration_differences, parse_arguments, read_record, run_main, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -135,4 +135,4 @@ def write_table(arguments: SeedsArguments, records: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

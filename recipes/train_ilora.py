@@ -27,7 +27,7 @@ from hf_ilora.runs import (
     config_arguments,
     log_to_run,
     parse_arguments,
-    prompt_file,
+    prompt_path,
     resumable_checkpoint,
     run_main,
     set_up_logging,
@@ -77,7 +77,7 @@ def main() -> None:
     data, parts, model_arguments, training = arguments = parse_arguments(ARGUMENTS)
     settings = dataclasses.asdict(model_arguments)
     if data.prompt_file is not None:
-        settings["prompt_templates"] = read_templates(prompt_file(data.prompt_file))
+        settings["prompt_templates"] = read_templates(prompt_path(data.prompt_file))
     config = ILoraConfig(**settings)
     checked_candidate_fraction(config, training.candidate_fraction)
     set_up_logging(training.output_dir)

@@ -239,9 +239,7 @@ def test_plain_arguments_are_refused(sequences, tmp_path):
 
 def test_arguments_may_be_left_out(sequences, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    trainer = NextItemTrainer(
-        sasrec(), train_dataset=sequences["train"], eval_dataset=sequences["validation"]
-    )
+    trainer = NextItemTrainer(sasrec(), train_dataset=sequences["train"], eval_dataset=sequences["validation"])
     assert isinstance(trainer.args, NextItemTrainingArguments) and trainer.args.output_dir == "tmp_trainer"
 
 
@@ -261,7 +259,11 @@ def gru4rec():
             r"train_dataset has no column history and target \(found: items\)",
         ),
         ({"eval_dataset": None}, ValueError, "eval_strategy is 'epoch' without an eval_dataset: pass"),
-        ({"metric_for_best_model": "ndcg"}, ValueError, "metric_for_best_model is 'ndcg': expected one of loss, ndcg@10"),
+        (
+            {"metric_for_best_model": "ndcg"},
+            ValueError,
+            "metric_for_best_model is 'ndcg': expected one of loss, ndcg@10",
+        ),
         ({"eval_strategy": "no"}, ValueError, "pass early_stopping_patience=0 and load_best_model_at_end=False"),
         ({"windows": "first"}, ValueError, "windows='first'"),
         ({"labelled_positions": "some"}, ValueError, "labelled_positions"),

@@ -126,6 +126,16 @@ class TeacherLabels:
         distances = torch.from_numpy(self._distances[rows]) * found  # (..., top_k)
         return items, distances
 
+    def origin(self) -> dict[str, str | None]:
+        """The fingerprints of labels, item embeddings and teacher, and where the teacher was loaded from."""
+        names = {
+            "fingerprint": "labels_fingerprint",
+            "embeddings_fingerprint": "embeddings_fingerprint",
+            "teacher": "teacher",
+            "teacher_fingerprint": "teacher_fingerprint",
+        }
+        return {name: self.description[key] for name, key in names.items()}
+
     def item_embeddings(self) -> torch.Tensor:
         """The teacher's item embeddings, (num_items + 1, teacher size) float32, zero for padding.
 

@@ -30,8 +30,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.data.storage import files_digest
+from hf_ilora.distillation.teacher_labels import TeacherLabels, read_description
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
@@ -218,6 +221,38 @@ def load_teacher(
         if not isinstance(model, NextItemPreTrainedModel):
             raise ValueError(f"{source} is a {type(model).__name__}: expected a recommender of hf_ilora")
     return ModelTeacher(model.to(device), source)
+
+
+def labels_of_teacher(
+    folder: str | os.PathLike, sequences: SequenceDatasets, teacher: str | None = None
+) -> TeacherLabels:
+    """Labels of a data set, from the teacher that is expected.
+
+    Args:
+        folder: written by recipes/label_with_teacher.py.
+        sequences: the data set that the labels are about.
+        teacher: as `load_teacher` takes it; it is loaded in the dtype in which it answered, and its fingerprint
+            compared. None takes the labels of any teacher.
+
+    Raises:
+        FileNotFoundError, ValueError: as `TeacherLabels.load`; for a teacher that cannot be loaded; and under ZeRO-3,
+            which would spread a teacher's weights over processes.
+    """
+    fingerprint = None
+    if teacher is not None:
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                f"labels_teacher is {teacher} and ZeRO-3 would spread its weights over processes: leave it out, or use "
+                "another accelerate configuration"
+            )
+        dtype = read_description(Path(folder)).get("dtype")
+        try:
+            fingerprint = load_teacher(teacher, len(sequences["train"]), sequences.num_items, dtype=dtype).fingerprint
+        except ValueError as error:
+            raise ValueError(
+                f"labels_teacher is {teacher}: expected the teacher that {folder} was made with ({error})"
+            ) from error
+    return TeacherLabels.load(folder, sequences.fingerprint, fingerprint)
 
 
 def model_fingerprint(model: Recommender) -> str:

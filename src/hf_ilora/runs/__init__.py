@@ -1,21 +1,28 @@
 """What every recipe does around its work: settings in, log and `run.json` out, checkpoints to go on from."""
 
-from .arguments import parse_arguments, read_config
-from .checkpoints import configuration_differences, resumable_checkpoint
+from .arguments import parse_arguments, prompt_path, read_config
+from .checkpoints import check_same_inputs, configuration_differences, resumable_checkpoint
 from .config_arguments import config_arguments
-from .logs import LogMetricsCallback, set_up_logging
-from .processes import leave_launch
+from .logs import LogMetricsCallback, log_to_run, set_up_logging
+from .processes import ProgramFailed, leave_launch, run_main
+from .quality import evaluate_splits
 from .record import RunRecord, read_record
 
 __all__ = [
     "LogMetricsCallback",
+    "ProgramFailed",
     "RunRecord",
+    "check_same_inputs",
     "config_arguments",
     "configuration_differences",
+    "evaluate_splits",
     "leave_launch",
+    "log_to_run",
     "parse_arguments",
+    "prompt_path",
     "read_config",
     "read_record",
     "resumable_checkpoint",
+    "run_main",
     "set_up_logging",
 ]

@@ -1,7 +1,8 @@
 """Reads the settings of a recipe from a YAML file and the command line into its dataclasses.
 
-A recipe runs as ``recipe.py [config.yaml] [--field value ...]``, or with ``--config config.yaml``. The YAML is flat,
-its keys are the fields of the dataclasses, and the command line overrides it.
+A recipe runs as ``recipe.py [CONFIG] [--field value ...]``, or with ``--config CONFIG``. CONFIG is a YAML file or the
+name of one that ships with hf_ilora, such as ``ml-100k/sasrec``. The YAML is flat, its keys are the fields of the
+dataclasses, and the command line overrides it. Other paths in it count from the working directory.
 """
 
 import dataclasses
@@ -18,15 +19,19 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-_USAGE = "%(prog)s [config.yaml | --config config.yaml] [--field value ...]"
+from hf_ilora.runs.help_text import recipe_help
+from hf_ilora.runs.processes import program_name
+from hf_ilora_cli.shipped import CONFIG, PROMPT, find_file
 
 
 def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
     """Fills the dataclasses of a recipe from its YAML file and the command line.
 
+    `--help` prints the options and ends the program; `--help-all` prints those of `TrainingArguments` too.
+
     Args:
-        dataclass_types: the dataclasses, `transformers.TrainingArguments` among them where the recipe trains. A field
-            name stands in one of them only.
+        dataclass_types: the dataclasses, `transformers.TrainingArguments` among them where the recipe trains. Each
+            field name belongs to one of them only. `metadata={"choices": ...}` or a `Literal` restricts a field.
         argv: the command line without the program's name; None reads `sys.argv`.
 
     Returns:
@@ -36,8 +41,14 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
         ValueError: a key or option is unknown, given twice or of the wrong type, a required field is missing, or the
             YAML cannot be read. Range errors come from the dataclasses themselves.
     """
-    config_file, options = _take_config_file(list(sys.argv[1:] if argv is None else argv))
-    parser = _RecipeParser(dataclass_types, usage=_USAGE, allow_abbrev=False)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help", "--help-all"} & set(words):
+        recipe = sys.modules["__main__"]
+        everything = "--help-all" in words
+        print(recipe_help(recipe.__file__, recipe.__doc__, dataclass_types, program_name(), everything), end="")
+        raise SystemExit(0)
+    config_file, options = _take_config_file(words)
+    parser = _RecipeParser(dataclass_types, prog=program_name(), allow_abbrev=False, add_help=False)
     known = {name for action in parser._actions for name in action.option_strings}
     for word in options:  # before argparse, which would first complain that the option meant here is missing
         if word.startswith("--") and word.partition("=")[0] not in known:
@@ -57,11 +68,20 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     return tuple(arguments)
 
 
+def prompt_path(word: str) -> Path:
+    """The prompt file that the setting `prompt_file` names: a path, or the name of a shipped one such as `movies`.
+
+    Raises:
+        ValueError: neither exists.
+    """
+    return find_file(PROMPT, word)
+
+
 def read_config(config_file: str | Path, dataclass_types: Sequence[type]) -> dict[str, object]:
     """Reads a YAML file whose keys are fields of the dataclasses, and checks keys and types.
 
     Args:
-        config_file: a flat YAML mapping, UTF-8.
+        config_file: a flat YAML mapping, UTF-8: a path, or the name of a shipped one such as `ml-100k/sasrec`.
         dataclass_types: the dataclasses that its keys belong to.
 
     Returns:
@@ -70,9 +90,7 @@ def read_config(config_file: str | Path, dataclass_types: Sequence[type]) -> dic
     Raises:
         ValueError: the file is missing, not a flat mapping, or holds an unknown key, a key twice or a wrong type.
     """
-    config_file = Path(config_file)
-    if not config_file.is_file():
-        raise ValueError(f"configuration file {config_file} not found (looked in {Path.cwd()}): check the path")
+    config_file = find_file(CONFIG, str(config_file))
     try:
         settings = yaml.load(config_file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
@@ -80,18 +98,38 @@ def read_config(config_file: str | Path, dataclass_types: Sequence[type]) -> dic
     if not isinstance(settings, dict):
         found = "nothing" if settings is None else type(settings).__name__
         raise ValueError(f"{config_file}: expected lines of `field: value`, found {found}")
-    fields = _fields(dataclass_types)
+    return checked_settings(settings, dataclass_types, str(config_file))
+
+
+def checked_settings(settings: dict, dataclass_types: Sequence[type], source: str) -> dict[str, object]:
+    """Checks the keys and values of settings, such as those of a YAML file.
+
+    Args:
+        settings: the values by field name.
+        dataclass_types: the dataclasses that the fields belong to.
+        source: where the settings are from, for error messages.
+
+    Returns:
+        The settings, with numbers that YAML reads as text (`5e-5`) as floats where a float is expected.
+
+    Raises:
+        ValueError: for an unknown key, a value of a wrong type and one that is not among the field's choices.
+    """
+    fields, choices, checked = _fields(dataclass_types), _choices(dataclass_types), {}
     for name, value in settings.items():
         if name not in fields:
-            raise ValueError(f"{config_file}: unknown key {name!r}{_similar(str(name), list(fields))}")
+            raise ValueError(f"{source}: unknown key {name!r}{_similar(str(name), list(fields))}")
         try:
-            settings[name] = _checked(value, fields[name])
+            checked[name] = _checked(value, fields[name])
         except TypeError:
             raise ValueError(
-                f"{config_file}: {name} expects {_type_name(fields[name])}, found {value!r} ({type(value).__name__})"
+                f"{source}: {name} expects {_type_name(fields[name])}, found {value!r} ({type(value).__name__})"
                 f"{_remedy(value)}"
             ) from None
-    return settings
+        for each in value if isinstance(value, list) else [value]:
+            if name in choices and each is not None and each not in choices[name]:
+                raise ValueError(f"{source}: {name} expects one of {', '.join(choices[name])}, found {each!r}")
+    return checked
 
 
 class _RecipeParser(HfArgumentParser):
@@ -159,6 +197,12 @@ def _fields(dataclass_types: Sequence[type]) -> dict[str, object]:
         hints = typing.get_type_hints(dataclass_type)
         fields.update({field.name: hints[field.name] for field in dataclasses.fields(dataclass_type) if field.init})
     return fields
+
+
+def _choices(dataclass_types: Sequence[type]) -> dict[str, Sequence[str]]:
+    """The choices that fields give in their metadata, by field name."""
+    fields = [field for dataclass_type in dataclass_types for field in dataclasses.fields(dataclass_type)]
+    return {field.name: field.metadata["choices"] for field in fields if "choices" in field.metadata}
 
 
 def _checked(value: object, expected: object) -> object:

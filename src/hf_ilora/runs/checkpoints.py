@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -51,6 +51,30 @@ def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], da
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
     return checkpoint
+
+
+def check_same_inputs(checkpoint: str | None, inputs: Mapping[str, Mapping[str, object]]) -> None:
+    """Make sure that a resumed run reads what the run before it read.
+
+    Args:
+        checkpoint: what `resumable_checkpoint` returned.
+        inputs: what the run reads beside its data set, with the fingerprints that tell it apart; as recorded with
+            `RunRecord.add_metrics`.
+
+    Raises:
+        ValueError: when the run that the checkpoint belongs to read something else.
+    """
+    if checkpoint is None:
+        return
+    recorded = read_record(Path(checkpoint).parent / "run.json")["metrics"]
+    for name, origin in inputs.items():
+        for key, value in origin.items():
+            earlier = recorded.get(name, {}).get(key)
+            if earlier != value:
+                raise ValueError(
+                    f"{checkpoint} was trained on {name} with the {key} {earlier}, and they have {value} now: expected "
+                    "the same; choose another output_dir, or delete it"
+                )
 
 
 def configuration_differences(record: dict, arguments: Sequence[object], ignored: Sequence[str] = ()) -> list[str]:

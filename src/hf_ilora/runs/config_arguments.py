@@ -31,7 +31,11 @@ def config_arguments(config_class: type[PreTrainedConfig], exclude: tuple[str, .
         defaults = {kind: value for kind, value in defaults.items() if value is not dataclasses.MISSING}
         field = dataclasses.field(**defaults, metadata={"help": help_texts.get(name, "")})
         fields.append((name, _parsable(annotation), field))
-    return dataclasses.make_dataclass(config_class.__name__.replace("Config", "Arguments"), fields)
+    return dataclasses.make_dataclass(
+        config_class.__name__.replace("Config", "Arguments"),
+        fields,
+        namespace={"__doc__": f"The model ({config_class.__name__})."},
+    )
 
 
 def _parsable(annotation):

@@ -10,7 +10,7 @@ import datasets
 import transformers
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 logger = logging.getLogger(__name__)
 
@@ -90,3 +90,18 @@ class LogMetricsCallback(TrainerCallback):
             "epoch %.4g, step %d of %d, %.0f s left: %s",
             state.epoch, state.global_step, state.max_steps, seconds_left, values,
         )  # fmt: skip
+
+
+class _SilentProgressCallback(ProgressCallback):
+    """The progress bar alone: `LogMetricsCallback` reports what the Trainer logs."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
+
+
+def log_to_run(trainer: Trainer) -> None:
+    """Report what a Trainer logs once, as lines of the run's log."""
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_SilentProgressCallback)
+    trainer.add_callback(LogMetricsCallback)

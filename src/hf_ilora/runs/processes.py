@@ -1,10 +1,78 @@
-"""The end of a program that several processes run."""
+"""How a program starts its work and how it ends, alone or as one of several processes."""
 
 import atexit
+import logging
 import os
 import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from hf_ilora.downloads import DownloadError
+from hf_ilora_cli.commands import PROGRAM_VARIABLE
+
+# What a user causes and can cure: a wrong setting, a file that is missing or cannot be written, a download that fails.
+# StrictDataclassError wraps what the checks of a model's configuration raise.
+_MISTAKES = (ValueError, OSError, DownloadError, StrictDataclassError)
+# The values of TrainingArguments' own option --debug.
+_TRAINER_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
+_MISTAKE_CODE, _BUG_CODE, _INTERRUPTED_CODE = 2, 1, 130
+
+
+class ProgramFailed(RuntimeError):
+    """A program that this one started failed, and has printed why.
+
+    Args:
+        message: which program, and what to do.
+        exit_code: the program's exit code, with which this one ends too.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def program_name() -> str:
+    """What messages call this program: `hf-ilora prepare`, or the file name of the recipe."""
+    return os.environ.get(PROGRAM_VARIABLE) or Path(sys.argv[0]).name
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run the main function of a recipe and end the process with an exit code: what a recipe does when it is started.
+
+    A user's mistake (a ValueError, a file that cannot be read or written, a failed download) ends in a message of one
+    or two lines and exit code 2; `--debug` on the command line adds the traceback. Any other error shows its traceback
+    and ends with exit code 1, Ctrl-C with 130. Once `set_up_logging` was called, `run.log` has every traceback.
+
+    Of several processes only the main one prints. The others leave their error to the launcher.
+    """
+    debug = _take_debug(sys.argv)
+    try:
+        main()
+    except KeyboardInterrupt:
+        _end(_INTERRUPTED_CODE)
+    except ProgramFailed as error:
+        _write_to_run_log(error)
+        print(f"{program_name()}: error: {error}", file=sys.stderr)
+        _end(error.exit_code)
+    except Exception as error:
+        _write_to_run_log(error)
+        is_mistake = isinstance(error, _MISTAKES)
+        if _is_main_process() or "TORCHELASTIC_ERROR_FILE" not in os.environ:
+            if debug or not is_mistake:
+                traceback.print_exc()
+            if is_mistake:
+                print(f"{program_name()}: error: {_message(error)}", file=sys.stderr)
+                if not debug and not _explains_itself(error):
+                    print("--debug shows the traceback", file=sys.stderr)
+        else:
+            get_error_handler().record_exception(error)
+        _end(_MISTAKE_CODE if is_mistake else _BUG_CODE)
+    leave_launch()
 
 
 def leave_launch() -> None:
@@ -16,10 +84,72 @@ def leave_launch() -> None:
     refers to it (pytorch/pytorch, pull request 179291). So what is registered for the exit is run here, and the
     interpreter is not taken down. A single process returns.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if not _has_others():
         return
     torch.distributed.barrier()  # nobody leaves while another still waits for it
-    atexit._run_exitfuncs()
+    _end(0)
+
+
+def _end(code: int) -> None:
+    """End this process, without taking the interpreter down where `leave_launch` says why."""
+    if not _has_others():
+        sys.exit(code)
+    if code == 0:
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
+
+
+def _has_others() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _take_debug(words: list[str]) -> bool:
+    """Remove the bare `--debug` from a command line; whether it was there."""
+    places = [
+        place
+        for place, word in enumerate(words)
+        if word == "--debug" and not (place + 1 < len(words) and words[place + 1] in _TRAINER_DEBUG)
+    ]
+    for place in reversed(places):
+        del words[place]
+    return bool(places)
+
+
+def _message(error: Exception) -> str:
+    """The error in one line."""
+    error = _cause(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    lines = (line.strip() for line in str(error).splitlines())
+    return " ".join(line for line in lines if line) or type(error).__name__
+
+
+def _cause(error: Exception) -> Exception:
+    """What a configuration's check raised, without the name of the check; any other error as it is."""
+    return error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+
+
+def _explains_itself(error: Exception) -> bool:
+    """Whether the message alone says what to do: hf_ilora or the recipe raised it, or it names a file."""
+    error = _cause(error)
+    if isinstance(error, OSError | DownloadError):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    name = frame.f_globals.get("__name__", "")
+    return name == "__main__" or name.partition(".")[0] in ("hf_ilora", "hf_ilora_cli")
+
+
+def _write_to_run_log(error: Exception) -> None:
+    """Write the traceback to the log files of the run alone: the console gets what a user needs."""
+    logger = logging.getLogger(__name__)
+    info = (type(error), error, error.__traceback__)
+    record = logger.makeRecord(__name__, logging.ERROR, __file__, 0, "the run failed", (), info)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)

@@ -1,0 +1,327 @@
+"""The stages of a pipeline: what they run, when they are skipped, and what is recorded about them."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import yaml
+
+import hf_ilora
+from hf_ilora.files import written_whole
+from hf_ilora.runs.arguments import checked_settings, prompt_path, read_config
+from hf_ilora.runs.processes import ProgramFailed, program_name
+from hf_ilora.runs.recipe_files import load_recipe
+from hf_ilora.runs.record import read_record
+from hf_ilora_cli.commands import PROGRAM_VARIABLE
+from hf_ilora_cli.shipped import CONFIG, LAUNCH, RECIPE, find_file, shipped_folder
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "pipeline.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A recipe with its settings. Recipe, config and launch are paths or names of shipped files.
+
+    Args:
+        name: of the stage, and of its folder in the output folder.
+        recipe: such as train_sasrec.py.
+        options: settings of the recipe, by option; {output_dir} stands for the pipeline's folder.
+        reads: names of the earlier stages whose folders the recipe reads.
+        config: YAML file of the recipe, whose settings the options override.
+        launch: accelerate configuration to launch the recipe with; None runs it with python.
+        minutes: about how long it takes, for the time left.
+        resumes: whether the recipe resumes in its folder after a crash; else the folder is made anew.
+    """
+
+    name: str
+    recipe: str
+    options: dict = field(default_factory=dict)
+    reads: list[str] = field(default_factory=list)
+    config: str | None = None
+    launch: str | None = None
+    minutes: float = 1.0
+    resumes: bool = False
+
+    def command(self, output_dir: Path) -> list[str]:
+        """The words that run the stage."""
+        recipe = str(find_file(RECIPE, self.recipe))
+        words = [sys.executable, recipe]
+        if self.launch is not None:
+            words = [sys.executable, "-m", "hf_ilora_cli.launching", recipe, "--launch", self.launch]
+        return words + self.recipe_options(output_dir)
+
+    def recipe_options(self, output_dir: Path) -> list[str]:
+        """The command line of the recipe."""
+        words = [] if self.config is None else ["--config", self.config]
+        for name, value in {**self.options, "output_dir": "{output_dir}/" + self.name}.items():
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(_word(one).replace("{output_dir}", str(output_dir)) for one in values)]
+        return words
+
+    def check(self) -> None:
+        """Raises a ValueError where a file of the stage does not exist or the recipe does not know a setting."""
+        try:
+            argument_types = load_recipe(find_file(RECIPE, self.recipe)).ARGUMENTS
+            if self.config is not None:
+                read_config(self.config, argument_types)
+            if self.launch is not None:
+                _read_yaml(find_file(LAUNCH, self.launch))
+            checked_settings(self.options, argument_types, "options")
+            if "prompt_file" in self.options:
+                prompt_path(self.options["prompt_file"])
+        except ValueError as error:
+            raise ValueError(f"stage {self.name}: {error}") from error
+
+    def key(self, keys_read: list[str], output_dir: Path) -> str:
+        """Changes when something that is tracked does.
+
+        Tracked are the stage's settings, the version of hf_ilora, the runs of the stages in `reads`, and the content of
+        all recipes, of the config and launch files, and of the files that the settings name, be it in the options or in
+        those two files, in lists too. Of a folder that the settings name, the names, sizes and times of change of its
+        files are tracked.
+
+        Not tracked are what lies in `output_dir` (that is for `reads`), folders around it or around the working
+        directory, the source of hf_ilora under the same version, where it is installed, other packages, and what is
+        downloaded.
+
+        Args:
+            keys_read: of the stages that it reads: their keys and when they were finished.
+            output_dir: folder of the pipeline.
+
+        Raises:
+            ValueError: for a config or launch file that holds no settings.
+        """
+        files = sorted(shipped_folder(RECIPE).glob("*.py"))  # recipes import one another
+        files.append(find_file(RECIPE, self.recipe))
+        settings, launch_settings = dict(self.options), {}
+        if self.config is not None:
+            files.append(find_file(CONFIG, self.config))
+            settings = _read_yaml(files[-1]) | settings
+        if self.launch is not None:
+            files.append(find_file(LAUNCH, self.launch))
+            launch_settings = _read_yaml(files[-1])
+        settings.pop("output_dir", None)  # the stage's own replaces that of its config
+        if settings.get("prompt_file") is not None:
+            files.append(prompt_path(settings["prompt_file"]))
+        files += _named_paths([settings, launch_settings], output_dir)
+        content = [_content(file) for file in files]
+        what = {"stage": asdict(self), "files": content, "reads": keys_read, "version": hf_ilora.__version__}
+        del what["stage"]["minutes"]
+        return _digest(what)
+
+
+def read_stages(stages: dict, overrides: Sequence[str] = ()) -> list[Stage]:
+    """The stages in their order, checked before anything runs.
+
+    Args:
+        stages: the settings of each stage, by its name.
+        overrides: options of stages to replace or add, each as `stage.option=value`.
+
+    Raises:
+        ValueError: for a stage with unknown or missing settings, files that do not exist or hold no settings, options
+            that the recipe does not know, stages that read what does not come before them, and overrides of what does
+            not exist.
+    """
+    result: dict[str, Stage] = {}
+    for name, settings in stages.items():
+        if not isinstance(settings, dict) or "recipe" not in settings:
+            raise ValueError(f"stage {name} has {settings}: expected settings with a recipe, such as train_sasrec.py")
+        stage = Stage(name, **checked_settings(settings, (Stage,), f"stage {name}"))
+        for read in stage.reads:
+            if read not in result:
+                raise ValueError(f"stage {name} reads {read}: expected an earlier one of {', '.join(result) or 'none'}")
+        result[name] = stage
+    if not result:
+        raise ValueError("stages is empty: expected at least one stage")
+    for override in overrides:
+        name, option, value = _parsed_override(override)
+        if name not in result:
+            raise ValueError(f"--set {override}: there is no stage {name}: expected one of {', '.join(result)}")
+        result[name] = replace(result[name], options={**result[name].options, option: value})
+    for stage in result.values():
+        stage.check()
+    return list(result.values())
+
+
+def selected(stages: list[Stage], only: list[str] | None) -> list[Stage]:
+    """The stages that are asked for, with all that they read.
+
+    Raises:
+        ValueError: for a name that is none of a stage.
+    """
+    if only is None:
+        return stages
+    by_name = {stage.name: stage for stage in stages}
+    unknown = [name for name in only if name not in by_name]
+    if unknown:
+        raise ValueError(f"there is no stage {', '.join(unknown)}: expected names of {', '.join(by_name)}")
+    wanted = set(only)
+    for stage in reversed(stages):
+        if stage.name in wanted:
+            wanted.update(stage.reads)
+    return [stage for stage in stages if stage.name in wanted]
+
+
+class PipelineState:
+    """Which stages are finished, by the key they had; kept in pipeline.json of the output folder."""
+
+    def __init__(self, output_dir: Path):
+        self.path, self.source = output_dir / STATE_FILE, source_digest()
+        self.stages = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+
+    def note(self, name: str, key: str, status: str, seconds: float = 0.0) -> None:
+        """Records the status of a stage."""
+        entry = {"key": key, "status": status, "seconds": round(seconds, 1), "time": time.time()}
+        self.stages[name] = entry | {"source": self.source}
+        with written_whole(self.path) as path:
+            path.write_text(json.dumps(self.stages, indent=2) + "\n", encoding="utf-8")
+
+    def run_of(self, name: str) -> str:
+        """Tells the runs of a stage apart: what reads a stage that ran again has to run again."""
+        return f"{self.stages[name]['key']} {self.stages[name]['time']}"
+
+    def source_changed(self, name: str) -> bool:
+        """Whether hf_ilora's source differs from that when the stage was noted."""
+        return self.stages[name]["source"] != self.source
+
+    def has(self, name: str, key: str, status: str) -> bool:
+        """Whether the stage was last noted with this key and status."""
+        return (self.stages.get(name, {}).get("key"), self.stages.get(name, {}).get("status")) == (key, status)
+
+
+def run_stages(stages: list[Stage], output_dir: Path, force: Sequence[str] = ()) -> None:
+    """Run the stages in their order, but for those that nothing has changed for.
+
+    Args:
+        stages: the stages to run, all that they read among them.
+        output_dir: folder of the pipeline.
+        force: names of stages to run although nothing has changed.
+
+    Raises:
+        ProgramFailed: a stage failed.
+    """
+    state, finished = PipelineState(output_dir), {}
+    minutes_left, begin, estimated = sum(stage.minutes for stage in stages), time.monotonic(), 0.0
+    for number, stage in enumerate(stages, start=1):
+        key = stage.key([finished[name] for name in stage.reads], output_dir)
+        folder, title = output_dir / stage.name, f"stage {number} of {len(stages)}, {stage.name}"
+        minutes_left -= stage.minutes
+        if stage.resumes and state.has(stage.name, key, "started") and _is_finished(folder):
+            # Killed between the end of the run and its note; the recipe refuses a folder that holds a finished run.
+            logger.info("%s: its run.json says that it is finished, noted", title)
+            state.note(stage.name, key, "finished")
+        if state.has(stage.name, key, "finished") and folder.is_dir() and stage.name not in force:
+            logger.info("%s: nothing has changed since it was finished, skipped", title)
+            if state.source_changed(stage.name):
+                logger.warning("%s: the source of hf_ilora has changed; --force %s runs it again", title, stage.name)
+            finished[stage.name] = state.run_of(stage.name)
+            continue
+        pace = (1 + (time.monotonic() - begin) / 60) / (1 + estimated)  # little is known after little time
+        logger.info("%s begins; about %.1f minutes left", title, (minutes_left + stage.minutes) * pace)
+        if not (stage.resumes and state.has(stage.name, key, "started")):
+            shutil.rmtree(folder, ignore_errors=True)
+        state.note(stage.name, key, "started")
+        start = time.monotonic()
+        exit_code = _run(stage, output_dir)
+        if exit_code:
+            raise ProgramFailed(
+                f"{title}, failed with exit code {exit_code}; its log is {folder / 'run.log'}. The same command resumes "
+                "here",
+                exit_code,
+            )
+        seconds = time.monotonic() - start
+        estimated += stage.minutes
+        state.note(stage.name, key, "finished", seconds)
+        finished[stage.name] = state.run_of(stage.name)
+        logger.info("%s: done in %.0f s", title, seconds)
+
+
+def source_digest() -> str:
+    """Changes when a Python file of hf_ilora does; recipes, which an installed package holds too, count in the keys."""
+    package, recipes = Path(hf_ilora.__file__).parent, shipped_folder(RECIPE)
+    files = [file for file in package.rglob("*.py") if not file.is_relative_to(recipes)]
+    return _digest({str(file.relative_to(package)): _content(file) for file in files})
+
+
+def _run(stage: Stage, output_dir: Path) -> int:
+    """Run a stage to its end; the exit code."""
+    # In messages, the stage is the recipe and not the command that started the pipeline.
+    environment = {**os.environ, PROGRAM_VARIABLE: f"{program_name()} ({stage.name})"}
+    process = subprocess.Popen(stage.command(output_dir), env=environment)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        from hf_ilora_cli.launching import end_children
+
+        end_children()  # the terminal interrupts the stage too
+        raise
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether the run in a stage's folder came to its end."""
+    record = folder / "run.json"
+    return record.exists() and read_record(record)["status"] == "finished"
+
+
+def _parsed_override(override: str) -> tuple[str, str, object]:
+    """Stage, option and value of `stage.option=value`; YAML reads the value, as in the file of the pipeline."""
+    target, equals, text = override.partition("=")
+    name, dot, option = target.partition(".")
+    if not equals or not dot or not option:
+        raise ValueError(f"--set {override}: expected stage.option=value, such as sasrec.max_steps=20")
+    try:
+        return name, option, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {override}: the value is not valid YAML: {error}") from error
+
+
+def _read_yaml(file: Path) -> dict:
+    """The settings in a YAML file."""
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds {str(settings)[:40]}: expected lines of `field: value`; fix the file")
+    return settings
+
+
+def _named_paths(settings: object, output_dir: Path) -> Iterator[Path]:
+    """Files and folders that text in settings names, at any depth, but for what is in or around `output_dir`."""
+    if isinstance(settings, dict | list):
+        for value in settings.values() if isinstance(settings, dict) else settings:
+            yield from _named_paths(value, output_dir)
+    elif isinstance(settings, str):
+        output = output_dir.resolve()
+        # os.path takes text of any length. "." and "/" may be separators of something: nobody means all that is there.
+        path = Path(os.path.realpath(settings.replace("{output_dir}", str(output))))
+        around = output.is_relative_to(path) or Path.cwd().is_relative_to(path)
+        if os.path.exists(path) and not around and not path.is_relative_to(output):
+            yield path
+
+
+def _content(path: Path) -> str | list:
+    """sha256 of a file; for a folder name, size and time of change of its files, which are large."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

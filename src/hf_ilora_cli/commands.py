@@ -1,0 +1,125 @@
+"""The commands of `hf-ilora`, and the recipe that each starts."""
+
+from dataclasses import dataclass
+
+PROGRAM = "hf-ilora"
+# The environment variable that tells a recipe what its messages call the program; by default the recipe's file name.
+PROGRAM_VARIABLE = "HF_ILORA_PROGRAM"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `hf-ilora`.
+
+    Args:
+        name: the word after `hf-ilora`.
+        recipe: name of the shipped recipe, without suffix.
+        summary: what the list of commands says about it.
+        example: a command line to copy.
+        launched: whether accelerate's launcher starts the recipe, which then trains or runs on several processes.
+    """
+
+    name: str
+    recipe: str
+    summary: str
+    example: str
+    launched: bool = False
+
+    @property
+    def program(self) -> str:
+        """What messages of the recipe call the program."""
+        return f"{PROGRAM} {self.name}"
+
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command(
+            "pipeline",
+            "run_pipeline",
+            "Run all stages, from the data to the table of results.",
+            "hf-ilora pipeline quickstart",
+        ),
+        Command(
+            "prepare",
+            "prepare_data",
+            "Turn MovieLens or your own table into a data set of sequences.",
+            "hf-ilora prepare ml-100k/data",
+        ),
+        Command(
+            "fit-counts",
+            "fit_counts",
+            "Fit the baselines that count: popularity and transitions.",
+            "hf-ilora fit-counts --data_dir outputs/ml-100k/data --output_dir outputs/ml-100k/counts",
+        ),
+        Command(
+            "train-sasrec",
+            "train_sasrec",
+            "Train SASRec.",
+            "hf-ilora train-sasrec ml-100k/sasrec --seed 1 --output_dir outputs/ml-100k/sasrec",
+            launched=True,
+        ),
+        Command(
+            "train-ilora",
+            "train_ilora",
+            "Train iLoRA on a frozen language model and a frozen SASRec.",
+            "hf-ilora train-ilora ml-100k/ilora --recommender outputs/ml-100k/sasrec --prompt_file movies",
+            launched=True,
+        ),
+        Command(
+            "label",
+            "label_with_teacher",
+            "Ask a teacher what comes next and save its answers as labels.",
+            "hf-ilora label --data_dir outputs/ml-100k/data --teacher outputs/ml-100k/ilora "
+            "--output_dir outputs/ml-100k/labels",
+            launched=True,
+        ),
+        Command(
+            "distill",
+            "distill_sasrec",
+            "Train a SASRec that also learns from a teacher's labels.",
+            "hf-ilora distill ml-100k/sasrec --teacher_labels outputs/ml-100k/labels --output_dir "
+            "outputs/ml-100k/distilled",
+            launched=True,
+        ),
+        Command(
+            "evaluate",
+            "evaluate_models",
+            "Compare saved models: quality, latency and size.",
+            "hf-ilora evaluate --data_dir outputs/ml-100k/data --models outputs/ml-100k/sasrec outputs/ml-100k/ilora "
+            "--output_dir outputs/ml-100k/evaluation",
+        ),
+        Command(
+            "evaluate-ilora",
+            "evaluate_ilora",
+            "Compare iLoRA models on 20 candidates and by the answers they write.",
+            "hf-ilora evaluate-ilora --data_dir outputs/ml-100k/data --models outputs/ml-100k/ilora "
+            "--output_dir outputs/ml-100k/ilora_evaluation",
+        ),
+        Command(
+            "recommend",
+            "recommend",
+            "Recommend items to one user.",
+            "hf-ilora recommend --model outputs/ml-100k/sasrec --data_dir outputs/ml-100k/data --user 1",
+        ),
+        Command(
+            "push",
+            "push_to_hub",
+            "Publish a trained model on the Hub.",
+            "hf-ilora push --model outputs/ml-100k/sasrec --repo_id user/sasrec-ml-100k --private true "
+            "--dataset_name MovieLens-100K --license apache-2.0",
+        ),
+        Command(
+            "convert",
+            "convert_reference_sasrec",
+            "Convert the authors' SASRec weights to this format.",
+            "hf-ilora convert --weights sasrec.pt --output_dir outputs/sasrec_movielens --items items.parquet",
+        ),
+        Command(
+            "prepare-reference",
+            "prepare_reference_data",
+            "Convert the authors' published data sets to this format.",
+            "hf-ilora prepare-reference reference-movielens/data --source data/llara_movielens",
+        ),
+    )
+}

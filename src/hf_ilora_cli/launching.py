@@ -1,0 +1,154 @@
+"""Starts a recipe through accelerate's launcher, and ends with the recipe's exit code.
+
+    python -m hf_ilora_cli.launching RECIPE [--launch NAME] [--num_processes N] [option ...]
+
+`accelerate launch` ends with code 1 and a traceback of its own whatever the recipe ended with.
+"""
+
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import patch_environment
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from .commands import PROGRAM_VARIABLE
+from .shipped import LAUNCH, find_file
+
+SECONDS_TO_END = 10
+
+
+def launch_words(recipe: Path, words: list[str], program: str) -> int:
+    """Launch a recipe with the words of a command line, `--launch` and `--num_processes` among them.
+
+    Args:
+        recipe: the file to start.
+        words: the options of the recipe and those of the launch.
+        program: what messages call the program.
+
+    Returns:
+        The exit code of the recipe, or 2 for a mistake in the options of the launch.
+    """
+    try:
+        launch, num_processes, options = take_launch_options(words)
+        config_file = launch_config(launch, num_processes)
+    except ValueError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    with patch_environment(**{PROGRAM_VARIABLE: program}):
+        return run_launched(recipe, options, config_file, num_processes, program)
+
+
+def take_launch_options(words: list[str]) -> tuple[str | None, int | None, list[str]]:
+    """Split a command line into the value of `--launch`, that of `--num_processes`, and the other words.
+
+    Raises:
+        ValueError: an option has no value, or the number of processes is no positive whole number.
+    """
+    found: dict[str, str | None] = {"launch": None, "num_processes": None}
+    rest, remaining = [], list(words)
+    while remaining:
+        word = remaining.pop(0)
+        name, equals, value = word.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        if not word.startswith("--") or name not in found:
+            rest.append(word)
+        elif equals:
+            found[name] = value
+        elif remaining:
+            found[name] = remaining.pop(0)
+        else:
+            raise ValueError(f"{word} expects a value after it, found the end of the command line")
+    count = found["num_processes"]
+    if count is not None and not (count.isdecimal() and int(count) > 0):
+        raise ValueError(f"--num_processes is {count}: expected a number of processes, such as 2")
+    return found["launch"], None if count is None else int(count), rest
+
+
+def launch_config(launch: str | None, num_processes: int | None) -> Path:
+    """The accelerate configuration that is asked for, or the one that fits this machine.
+
+    Raises:
+        ValueError: for an unknown configuration, and for several processes with one that starts a single process.
+    """
+    if launch is None:
+        several = num_processes is not None and num_processes > 1
+        if torch.accelerator.is_available():
+            launch = "ddp" if several else "single_gpu"
+        else:
+            launch = "multi_cpu" if several else "cpu"
+    config_file = find_file(LAUNCH, launch)
+    settings = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    if num_processes is not None and num_processes > 1 and settings["distributed_type"] == "NO":
+        raise ValueError(
+            f"--num_processes is {num_processes} and --launch {launch} starts one process: expected a configuration "
+            "for several, such as multi_cpu or ddp"
+        )
+    return config_file
+
+
+def run_launched(recipe: Path, options: list[str], config_file: Path, num_processes: int | None, program: str) -> int:
+    """Start the processes and wait for them; returns the exit code of the main process, or of the first that failed."""
+    words = ["--config_file", str(config_file)]
+    if num_processes is not None:
+        words += ["--num_processes", str(num_processes)]
+    if "--debug" not in options:
+        logging.disable(logging.CRITICAL)  # accelerate and torchrun report the failure of a child at length
+    try:
+        launch_command(launch_command_parser().parse_args([*words, str(recipe), *options]))
+    except subprocess.CalledProcessError as error:  # of one process
+        return _exit_code(error.returncode, program)
+    except ChildFailedError as error:  # of several
+        _, first = error.get_first_failure()
+        if 0 not in error.failures:  # the main process prints its errors itself
+            _print_failure(first, program)
+        return _exit_code(error.failures.get(0, first).exitcode, program)
+    except SignalException as error:
+        return 128 + error.sigval
+    except KeyboardInterrupt:
+        end_children()
+        return 128 + signal.SIGINT
+    except (ImportError, ValueError) as error:  # DeepSpeed is not installed; accelerate refuses the configuration
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def end_children() -> None:
+    """Wait for the children of this process after Ctrl-C, which the terminal sends to them too, and end those left."""
+    children = psutil.Process().children(recursive=True)
+    _, alive = psutil.wait_procs(children, timeout=SECONDS_TO_END)
+    for child in alive:
+        child.terminate()
+    _, alive = psutil.wait_procs(alive, timeout=SECONDS_TO_END)
+    for child in alive:
+        child.kill()
+
+
+def _print_failure(failure: ProcessFailure, program: str) -> None:
+    """Print what `run_main` has left about the error of another process than the main one."""
+    if not isinstance(failure.message, dict):
+        return  # the process died without leaving anything
+    text = failure.message["message"] if failure.exitcode == 2 else failure.message["extraInfo"]["py_callstack"]
+    print(f"{program}: error: process {failure.local_rank}: {text}", file=sys.stderr)
+
+
+def _exit_code(returncode: int, program: str) -> int:
+    """The exit code as a shell counts it; a process that was killed is reported."""
+    if returncode >= 0:
+        return returncode
+    name = signal.Signals(-returncode).name
+    print(f"{program}: error: the process was ended by {name}", file=sys.stderr)
+    return 128 - returncode
+
+
+if __name__ == "__main__":
+    recipe = Path(sys.argv[1])
+    sys.exit(launch_words(recipe, sys.argv[2:], recipe.name))

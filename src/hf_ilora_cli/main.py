@@ -1,0 +1,85 @@
+"""Starts the recipe of a command, and answers `--help` without importing torch."""
+
+import difflib
+import os
+import runpy
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from .commands import COMMANDS, PROGRAM, PROGRAM_VARIABLE, Command
+from .shipped import RECIPE, shipped_folder
+
+HELP_FOLDER = Path(__file__).with_name("help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line of `hf-ilora`.
+
+    Args:
+        argv: the words after `hf-ilora`; None reads `sys.argv`.
+
+    Returns:
+        The exit code: that of the recipe, 2 for a mistake on the command line, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--debug"]:  # accepted before the command too
+        words = [*words[1:], "--debug"]
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if words[0] == "--version":
+        print(PROGRAM, metadata.version("hf_ilora"))
+        return 0
+    name, *options = words
+    if name not in COMMANDS:
+        closest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        print(
+            f"{PROGRAM}: error: unknown command {name}: did you mean {closest}? See {PROGRAM} --help", file=sys.stderr
+        )
+        return 2
+    command = COMMANDS[name]
+    if "-h" in options or "--help" in options:
+        print(help_file(command).read_text(encoding="utf-8"), end="")
+        return 0
+    try:
+        return start(command, options)
+    except KeyboardInterrupt:
+        return 130
+
+
+def overview() -> str:
+    """The text of `hf-ilora --help`."""
+    width = max(map(len, COMMANDS)) + 2
+    commands = "\n".join(f"  {command.name:<{width}}{command.summary}" for command in COMMANDS.values())
+    return f"""\
+usage: {PROGRAM} COMMAND [CONFIG] [--option value ...]
+
+Train LLM recommenders and distil them into a SASRec that is cheap to serve.
+
+Example:
+  {PROGRAM} pipeline quickstart
+
+Commands:
+{commands}
+
+`{PROGRAM} COMMAND --help` describes a command and its options. `{PROGRAM} --version` prints the version."""
+
+
+def help_file(command: Command) -> Path:
+    """The rendered help of a command; `python -m hf_ilora_cli.write_help` writes it."""
+    return HELP_FOLDER / f"{command.recipe}.txt"
+
+
+def start(command: Command, options: list[str]) -> int:
+    """Run the recipe of a command to its end, through accelerate's launcher where it trains; returns the exit code."""
+    recipe = shipped_folder(RECIPE) / f"{command.recipe}.py"
+    if command.launched and "--help-all" not in options:
+        from .launching import launch_words
+
+        return launch_words(recipe, options, command.program)
+    os.environ[PROGRAM_VARIABLE] = command.program
+    sys.argv = [str(recipe), *options]
+    sys.path.insert(0, str(recipe.parent))  # as `python recipe.py` does
+    runpy.run_path(str(recipe), run_name="__main__")
+    return 0
