@@ -541,7 +541,7 @@ def test_input_that_does_not_fit_is_refused(changes, message):
 
 def test_dros_needs_propensity_beta_and_two_items():
     problem = random_problem()
-    with pytest.raises(ValueError, match="propensity is None with alpha 1.0: expected propensity_scores"):
+    with pytest.raises(ValueError, match=r"propensity is None with alpha 1\.0: expected propensity_scores"):
         DLLM2RecLoss(alpha=1.0, top_k=4)(*problem)
     with pytest.raises(ValueError, match="beta is 0: expected a positive number"):
         dro_loss(problem[0], problem[1], some_propensity(), beta=0)

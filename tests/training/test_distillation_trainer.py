@@ -1,73 +1,90 @@
 """The distillation Trainer against the losses by hand, and against itself with other batches."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from transformers import TrainingArguments
 
-from hf_ilora import SASRecConfig, SASRecForNextItem
+from hf_ilora import DistillationArguments, DistillationTrainer, SASRecConfig, SASRecForNextItem
 from hf_ilora.distillation.losses import DLLM2RecLoss, distribution_loss, propensity_scores
 from hf_ilora.distillation.policies import GroundTruthErrorPolicy, KLDivergencePolicy, rank_gap_weights
-from hf_ilora.training.distillation_trainer import DistillationArguments, DistillationTrainer
+from hf_ilora.titles.pca import pca_embeddings
 from hf_ilora.training.label_collator import DistillationCollator, newest_only
-from hf_ilora.training.windows import NextItemCollator, TrainingWindows
+from hf_ilora.training.windows import NextItemCollator, TrainingWindows, item_counts
 from tests.synthetic import cyclic_sequences
 
 NUM_ITEMS, TOP_K = 30, 3
+SPLIT = cyclic_sequences(num_users=24)["train"]
+COUNTS = item_counts(SPLIT, NUM_ITEMS)
+EMBEDDINGS = torch.randn(NUM_ITEMS + 1, 12, generator=torch.Generator().manual_seed(1))
 
 
 class RuleLabels:
     """Answers as `TeacherLabels.lookup`: the items after the target; only some histories were asked about."""
 
-    def __init__(self, items, boundaries, asked=lambda history_ids, positions: positions > 0):
-        self.items, self.boundaries, self.asked = items, boundaries, asked
+    num_items, folder = NUM_ITEMS, Path("labels")
 
-    def lookup(self, history_ids, positions):
-        history_ids, positions = np.asarray(history_ids), np.asarray(positions)
-        asked = self.asked(history_ids, positions) & (history_ids >= 0)
-        target = self.items[np.where(asked, self.boundaries[history_ids] + positions, 0)]  # (...)
+    def __init__(self, windows, asked=lambda history_ids, prefix_lengths: prefix_lengths > 0, positions="all", rows=24):
+        self.items = windows.items
+        self.boundaries = np.append(windows._first_starts, len(windows.items))
+        self.asked, self.description = asked, {"labelled_positions": positions}
+        self.table = pa.table({"history_id": np.arange(rows)})
+
+    def lookup(self, history_ids, prefix_lengths):
+        history_ids, prefix_lengths = np.asarray(history_ids), np.asarray(prefix_lengths)
+        asked = self.asked(history_ids, prefix_lengths) & (history_ids >= 0)
+        target = self.items[np.where(asked, self.boundaries[history_ids] + prefix_lengths, 0)]  # (...)
         items = (target[..., None] - 1 + np.arange(TOP_K)) % NUM_ITEMS + 1  # (..., top_k)
         distances = np.broadcast_to(np.arange(1, TOP_K + 1, dtype=np.float32), items.shape)
         return torch.from_numpy(items * asked[..., None]), torch.from_numpy(distances * asked[..., None])
 
+    def item_embeddings(self):
+        return EMBEDDINGS
+
 
 @pytest.fixture(scope="module")
 def windows():
-    return TrainingWindows(cyclic_sequences(num_users=24)["train"], 6, windows="last", with_origins=True)
+    return TrainingWindows(SPLIT, 6, windows="last", with_origins=True)
 
 
-def labels_of(windows, **settings):
-    boundaries = np.append(windows._first_starts, len(windows.items))
-    return RuleLabels(windows.items, boundaries, **settings)
-
-
-def student(seed=0, **settings):
+def student(seed=0, num_items=NUM_ITEMS, **settings):
     torch.manual_seed(seed)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "max_length": 6, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-    return SASRecForNextItem(SASRecConfig(num_items=NUM_ITEMS, **sizes, **settings))
+    return SASRecForNextItem(SASRecConfig(num_items=num_items, **sizes, **settings))
 
 
-def trainer_of(model, windows, folder, labels=None, collator=None, **settings):
-    keywords = ("teacher", "item_counts", "policy", "teacher_embeddings")
-    given = {name: settings.pop(name) for name in keywords if name in settings}
+def trainer_of(model, rows, folder, labels=None, **settings):
+    given = {name: settings.pop(name) for name in ("teacher", "policy", "train_dataset") if name in settings}
+    if isinstance(given.get("policy"), str):
+        settings["policy"] = given.pop("policy")
     defaults = {"max_steps": 1, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "no"}
-    defaults |= {"per_device_train_batch_size": 8, "logging_steps": 1, "disable_tqdm": True, "use_cpu": True}
-    defaults |= {"remove_unused_columns": False, "label_names": ["labels"], "lr_scheduler_type": "constant"}
-    arguments = DistillationArguments(output_dir=str(folder), top_k=TOP_K, **defaults | settings)
-    if collator is None:
-        collator = DistillationCollator(labels or labels_of(windows), arguments.distilled_positions)
-    return DistillationTrainer(model, arguments, train_dataset=windows, data_collator=collator, **given)
+    defaults |= {"per_device_train_batch_size": 8, "logging_strategy": "steps", "logging_steps": 1, "use_cpu": True}
+    defaults |= {"disable_tqdm": True, "eval_strategy": "no", "load_best_model_at_end": False, "windows": "last"}
+    defaults |= {"early_stopping_patience": 0, "top_k": TOP_K}
+    if "teacher" not in given:
+        given["teacher_labels"] = labels or RuleLabels(rows)
+    return DistillationTrainer(
+        model, DistillationArguments(output_dir=str(folder), **defaults | settings), **{"train_dataset": SPLIT} | given
+    )
 
 
 def batch_of(windows, collator, rows=range(8)):
     return collator([windows[row] for row in rows])
 
 
+def plain_batch():
+    """Rows as an online teacher meets them."""
+    return batch_of(TrainingWindows(SPLIT, 6, windows="last"), NextItemCollator())
+
+
 def test_the_collator_labels_the_newest_position_or_all(windows):
     rows = range(4)
-    every = batch_of(windows, DistillationCollator(labels_of(windows), "all"), rows)
-    newest = batch_of(windows, DistillationCollator(labels_of(windows), "last"), rows)
+    every = batch_of(windows, DistillationCollator(RuleLabels(windows), "all"), rows)
+    newest = batch_of(windows, DistillationCollator(RuleLabels(windows), "last"), rows)
     # the rule's best item is the target itself, so that a wrong place would show
     labelled = every["labels"] != -100
     assert torch.equal(every["teacher_items"][..., 0][labelled], every["labels"][labelled])
@@ -87,10 +104,10 @@ def test_newest_only_keeps_the_last_of_each_row():
 
 @pytest.mark.parametrize("form", ["corrected", "reference"])
 @pytest.mark.parametrize("base_loss", ["bce", "cross_entropy", "sampled_softmax", "gbce"])
-def test_the_loss_of_a_batch_is_that_of_dllm2rec(windows, tmp_path, form, base_loss, monkeypatch):
-    model, counts = student(), torch.arange(NUM_ITEMS + 1)
+def test_the_loss_of_a_batch_is_that_of_dllm2rec(windows, tmp_path, form, base_loss):
+    model = student()
     settings = {"form": form, "base_loss": base_loss, "alpha": 0.7, "beta": 1.5, "lam": 0.6}
-    trainer = trainer_of(model, windows, tmp_path, distilled_positions="all", item_counts=counts, **settings)
+    trainer = trainer_of(model, windows, tmp_path, distilled_positions="all", **settings)
     batch = batch_of(windows, trainer.data_collator)
     torch.manual_seed(4)
     loss = trainer.compute_loss(model.train(), dict(batch))
@@ -99,7 +116,7 @@ def test_the_loss_of_a_batch_is_that_of_dllm2rec(windows, tmp_path, form, base_l
     torch.manual_seed(4)
     negatives = torch.randint(1, NUM_ITEMS + 1, (len(targets), 1))
     scores = model(batch["input_ids"], labels=batch["labels"], scored_positions=labelled).logits[:, 1:]
-    by_hand = DLLM2RecLoss(**settings, top_k=TOP_K, propensity=propensity_scores(counts[1:]))
+    by_hand = DLLM2RecLoss(**settings, top_k=TOP_K, propensity=propensity_scores(COUNTS[1:]))
     expected = by_hand(
         scores, targets - 1, negatives - 1, batch["teacher_items"][labelled] - 1, batch["teacher_distances"][labelled]
     ).loss
@@ -119,7 +136,9 @@ def test_the_students_own_loss_is_the_base_by_default(windows, tmp_path):
 @pytest.mark.parametrize("share", [1.0, 0.6, 0.2])
 def test_scores_shared_with_the_students_own_loss_change_nothing(windows, tmp_path, share):
     """One pass over the catalogue serves both losses where most labels were asked about."""
-    some = labels_of(windows, asked=lambda history_ids, positions: (7 * history_ids + positions) % 10 < 10 * share)
+    some = RuleLabels(
+        windows, asked=lambda history_ids, prefix_lengths: (7 * history_ids + prefix_lengths) % 10 < 10 * share
+    )
     batch = batch_of(windows, DistillationCollator(some, "all"))
     found = []
     for shares in (True, False):
@@ -135,7 +154,7 @@ def test_scores_shared_with_the_students_own_loss_change_nothing(windows, tmp_pa
 
 
 def test_rows_without_teacher_labels_have_the_students_own_loss(windows, tmp_path):
-    nobody = labels_of(windows, asked=lambda history_ids, positions: positions > 1000)
+    nobody = RuleLabels(windows, asked=lambda history_ids, prefix_lengths: prefix_lengths > 1000)
     model = student()
     trainer = trainer_of(model, windows, tmp_path, labels=nobody)
     batch = batch_of(windows, trainer.data_collator)
@@ -149,13 +168,13 @@ def test_rows_without_teacher_labels_have_the_students_own_loss(windows, tmp_pat
 def test_small_batches_accumulate_to_the_big_one(windows, tmp_path, base_loss, monkeypatch):
     # negatives are drawn per batch: fixed ones make the two comparable
     monkeypatch.setattr(torch, "randint", lambda low, high, size, device=None: torch.full(size, 5))
-    some = labels_of(windows, asked=lambda history_ids, positions: (history_ids + positions) % 3 == 0)
+    some = RuleLabels(windows, asked=lambda history_ids, prefix_lengths: (history_ids + prefix_lengths) % 3 == 0)
     settings = {"base_loss": base_loss, "distilled_positions": "all", "alpha": 0.5}
     trained = []
     for batch_size, accumulation in ((8, 1), (1, 8)):
         trainer = trainer_of(
             student(), windows, tmp_path, labels=some, per_device_train_batch_size=batch_size, max_steps=2,
-            gradient_accumulation_steps=accumulation, item_counts=torch.arange(NUM_ITEMS + 1), **settings,
+            gradient_accumulation_steps=accumulation, **settings,
         )  # fmt: skip
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "ranking_loss" in entry]
@@ -166,8 +185,8 @@ def test_small_batches_accumulate_to_the_big_one(windows, tmp_path, base_loss, m
 
 
 def test_a_sample_that_holds_every_item_gives_the_whole_catalogues_loss(windows, tmp_path):
-    model, counts = student(), torch.arange(NUM_ITEMS + 1)
-    settings = {"base_loss": "bce", "alpha": 0.5, "item_counts": counts}
+    model = student()
+    settings = {"base_loss": "bce", "alpha": 0.5}
     whole, sampled = (
         trainer_of(model, windows, tmp_path, num_scored_items=number, **settings) for number in (None, 5000)
     )
@@ -183,9 +202,8 @@ def test_a_sample_that_holds_every_item_gives_the_whole_catalogues_loss(windows,
 
 def test_an_online_teacher_gives_the_loss_of_its_labels(windows, tmp_path):
     teacher, model = student(seed=7).eval(), student()
-    online = trainer_of(model, windows, tmp_path, teacher=teacher, collator=NextItemCollator(), kl_weight=0.0)
-    plain = TrainingWindows(cyclic_sequences(num_users=24)["train"], 6, windows="last")
-    batch = batch_of(plain, NextItemCollator())
+    online = trainer_of(model, windows, tmp_path, teacher=teacher, kl_weight=0.0)
+    batch = plain_batch()
     torch.manual_seed(4)
     loss = online.compute_loss(model.train(), dict(batch))
     items, distances = teacher.rank_items(batch["input_ids"], top_k=TOP_K, exclude_seen=False)
@@ -198,9 +216,9 @@ def test_an_online_teacher_gives_the_loss_of_its_labels(windows, tmp_path):
 
 def test_an_equal_online_teacher_has_no_divergence(windows, tmp_path):
     model = student()
-    batch = batch_of(TrainingWindows(cyclic_sequences(num_users=24)["train"], 6, windows="last"), NextItemCollator())
+    batch = plain_batch()
     own = model.train()(batch["input_ids"], labels=batch["labels"]).loss
-    settings = {"collator": NextItemCollator(), "lam": 0.0, "kl_weight": 2.0}
+    settings = {"lam": 0.0, "kl_weight": 2.0}
     same = trainer_of(model, windows, tmp_path, teacher=copy.deepcopy(model).eval(), **settings)
     torch.testing.assert_close(same.compute_loss(model, dict(batch)), own)
     other = trainer_of(model, windows, tmp_path, teacher=student(seed=7).eval(), **settings)
@@ -210,32 +228,38 @@ def test_an_equal_online_teacher_has_no_divergence(windows, tmp_path):
 def test_an_online_teacher_goes_with_a_base_loss_over_every_label(windows, tmp_path):
     """Positions about which it was not asked have no divergence, whatever the scores."""
     model, teacher = student(), student(seed=7).eval()
-    batch = batch_of(TrainingWindows(cyclic_sequences(num_users=24)["train"], 6, windows="last"), NextItemCollator())
-    settings = {"collator": NextItemCollator(), "lam": 0.0, "base_loss": "cross_entropy", "teacher": teacher}
+    batch = plain_batch()
+    settings = {"lam": 0.0, "base_loss": "cross_entropy", "teacher": teacher}
     alone, taught = (
         trainer_of(model, windows, tmp_path, kl_weight=weight, **settings).compute_loss(model.train(), dict(batch))
         for weight in (0.0, 2.0)
     )
     own = model(batch["input_ids"], labels=batch["labels"]).loss
     torch.testing.assert_close(alone, own)
-    from_newest = trainer_of(
-        model, windows, tmp_path, collator=NextItemCollator(), lam=0.0, kl_weight=2.0, teacher=teacher
-    )
+    from_newest = trainer_of(model, windows, tmp_path, lam=0.0, kl_weight=2.0, teacher=teacher)
     torch.testing.assert_close(taught, from_newest.compute_loss(model, dict(batch)))
 
 
-def test_defaults_keep_what_the_collator_reads(windows, tmp_path):
-    arguments = DistillationArguments(
-        str(tmp_path), max_steps=1, use_cpu=True, top_k=TOP_K, save_strategy="no", disable_tqdm=True
+def test_ten_lines_distil_from_the_split(tmp_path):
+    sequences = cyclic_sequences(num_users=24)
+    labels = RuleLabels(TrainingWindows(sequences["train"], 6, windows="last"))
+    trainer = DistillationTrainer(
+        student(),
+        DistillationArguments(str(tmp_path), num_train_epochs=2, use_cpu=True, disable_tqdm=True),
+        train_dataset=sequences["train"],
+        eval_dataset=sequences["validation"],
+        processing_class=sequences.catalogue,
+        teacher_labels=labels,
     )
-    collator = DistillationCollator(labels_of(windows), "all")
-    trainer = DistillationTrainer(student(), arguments, train_dataset=windows, data_collator=collator)
     assert trainer.train().training_loss > 0
+    assert "eval_ndcg@10" in trainer.evaluate()
+    trainer.save_model()
+    assert SASRecForNextItem.from_pretrained(tmp_path).catalogue == sequences.catalogue
 
 
 def test_policies_leave_labels_out(windows, tmp_path):
     model = student()
-    batch = batch_of(windows, DistillationCollator(labels_of(windows)))
+    batch = batch_of(windows, DistillationCollator(RuleLabels(windows), "last"))
     own = model.train()(batch["input_ids"], labels=batch["labels"]).loss
     none, every = (
         trainer_of(model, windows, tmp_path, policy=GroundTruthErrorPolicy(threshold)).compute_loss(model, dict(batch))
@@ -246,13 +270,11 @@ def test_policies_leave_labels_out(windows, tmp_path):
 
 
 def test_the_embedding_loss_pulls_users_to_the_embedding_of_the_target(windows, tmp_path):
-    table = torch.randn(NUM_ITEMS + 1, 8, generator=torch.Generator().manual_seed(1))
     model = student()
     settings = {
         "embedding_weight": 1.0,
         "lam": 0.0,
-        "teacher_embeddings": table,
-        "max_steps": 60,
+        "max_steps": 200,
         "optim": "adamw_torch",
     }
     trainer = trainer_of(model, windows, tmp_path, learning_rate=0.01, **settings)
@@ -263,7 +285,7 @@ def test_the_embedding_loss_pulls_users_to_the_embedding_of_the_target(windows, 
 
 def test_rank_gaps_weigh_the_labels(windows, tmp_path):
     model = student()
-    batch = batch_of(windows, DistillationCollator(labels_of(windows)))
+    batch = batch_of(windows, DistillationCollator(RuleLabels(windows), "last"))
     trainer = trainer_of(model, windows, tmp_path, rank_gap_weighting=True)
     torch.manual_seed(4)
     loss = trainer.compute_loss(model.train(), dict(batch))
@@ -286,9 +308,9 @@ def test_rank_gaps_weigh_the_labels(windows, tmp_path):
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_the_divergence_from_an_online_teacher_by_hand(windows, tmp_path, direction):
     model, teacher = student(), student(seed=7).eval()
-    batch = batch_of(TrainingWindows(cyclic_sequences(num_users=24)["train"], 6, windows="last"), NextItemCollator())
+    batch = plain_batch()
     settings = {"kl_weight": 2.0, "kl_temperature": 1.5, "kl_direction": direction, "lam": 0.0, "teacher": teacher}
-    trainer = trainer_of(model, windows, tmp_path, collator=NextItemCollator(), **settings)
+    trainer = trainer_of(model, windows, tmp_path, **settings)
     loss = trainer.compute_loss(model.train(), dict(batch))
     newest = newest_only(batch["labels"] != -100)
     output = model(batch["input_ids"], labels=batch["labels"], scored_positions=newest)
@@ -300,23 +322,66 @@ def test_the_divergence_from_an_online_teacher_by_hand(windows, tmp_path, direct
 
 
 def test_rows_without_origins_are_refused(windows):
-    collator = DistillationCollator(labels_of(windows))
+    collator = DistillationCollator(RuleLabels(windows), "last")
     plain = TrainingWindows(cyclic_sequences(num_users=24)["train"], 6, windows="last")
     with pytest.raises(ValueError, match="expected those of TrainingWindows"):
         batch_of(plain, collator)
 
 
+@pytest.mark.parametrize("use", ["input", "input_and_head"])
+def test_item_embeddings_of_the_labels_are_added_and_folded_at_the_end(windows, tmp_path, use):
+    model = student(teacher_embedding_size=12, teacher_embedding_use=use)
+    trainer = trainer_of(model, windows, tmp_path, max_steps=2)
+    assert torch.equal(model.model.item_embedding.teacher.table[1:], EMBEDDINGS[1:])
+    trainer.train()
+    assert model.config.teacher_embedding_size is None and model.model.item_embedding.teacher is None
+    trainer.save_model()
+    assert SASRecForNextItem.from_pretrained(tmp_path).num_parameters() == model.num_parameters()
+
+
+def test_a_student_starts_from_the_principal_components_of_the_teachers_items(windows, tmp_path):
+    trainer = trainer_of(student(), windows, tmp_path, initial_items="teacher", learning_rate=0.0)
+    trainer.train()
+    expected = pca_embeddings(EMBEDDINGS, 8)
+    torch.testing.assert_close(trainer.model.model.item_embedding.weight.detach(), expected)
+
+
+def test_a_teacher_may_be_a_folder(windows, tmp_path):
+    student(seed=7).save_pretrained(tmp_path / "teacher")
+    folder, model = str(tmp_path / "teacher"), student(seed=7)
+    losses = [
+        trainer_of(student(), windows, tmp_path / "student", teacher=teacher, max_steps=2).train().training_loss
+        for teacher in (folder, model, student(seed=8))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_run_that_meets_no_label_ends_with_its_first_epoch(windows, tmp_path):
+    nobody = RuleLabels(windows, asked=lambda history_ids, prefix_lengths: prefix_lengths > 1000)
+    trainer = trainer_of(student(), windows, tmp_path, labels=nobody, max_steps=-1, num_train_epochs=5)
+    with pytest.raises(ValueError, match="no batch of the first epoch had a teacher label"):
+        trainer.train()
+    assert trainer.state.global_step == 3  # 24 rows in batches of 8
+    some = RuleLabels(windows, asked=lambda history_ids, prefix_lengths: history_ids == 5)
+    trainer_of(student(), windows, tmp_path, labels=some, max_steps=-1, num_train_epochs=2).train()
+
+
+ANY = "any"  # an online teacher
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kl_weight": 1.0}, "without an online teacher"),
-        ({"embedding_weight": 1.0}, "without teacher_embeddings"),
-        ({"alpha": 1.0}, "without item_counts"),
-        ({"policy": KLDivergencePolicy(0.1)}, "KLDivergencePolicy without an online teacher"),
-        ({"teacher": "any", "distilled_positions": "all"}, "distilled_positions is all with an online teacher"),
-        ({"teacher": "any", "num_scored_items": 10}, "num_scored_items is 10 with an online teacher"),
+        ({"kl_weight": 1.0}, "expected an online teacher"),
+        ({"policy": KLDivergencePolicy(0.1)}, "expected an online teacher"),
+        ({"policy": "kl_divergence", "policy_threshold": 0.1}, "expected an online teacher"),
+        ({"teacher": ANY, "distilled_positions": "all"}, "distilled_positions is 'all' with an online teacher"),
+        ({"teacher": ANY, "num_scored_items": 10}, "num_scored_items is 10 with an online teacher"),
+        ({"teacher": ANY, "embedding_weight": 1.0}, "embedding_weight is 1.0 with an online teacher"),
+        ({"teacher": ANY, "initial_items": "teacher"}, "initial_items is teacher with an online teacher"),
         ({"form": "other"}, "form is 'other': expected one of"),
         ({"base_loss": "hinge"}, "base_loss is 'hinge': expected one of"),
+        ({"policy": "best"}, "policy is 'best': expected one of"),
         ({"num_scored_items": 1}, "expected at least 1 and 2"),
         ({"kl_weight": -1.0}, "expected a finite number"),
     ],
@@ -326,9 +391,35 @@ def test_settings_that_do_not_fit_are_refused(windows, tmp_path, settings, messa
         trainer_of(student(), windows, tmp_path, **settings)
 
 
+def test_labels_that_the_rows_do_not_meet_are_refused(windows, tmp_path):
+    of_last = RuleLabels(windows, positions="last")
+    with pytest.raises(ValueError, match="which random windows hardly ever meet: expected windows='last'"):
+        trainer_of(student(), windows, tmp_path, labels=of_last, **{"windows": "random"})
+    with pytest.raises(ValueError, match="the labels are about row 29 and train_dataset has 24 rows"):
+        trainer_of(student(), windows, tmp_path, labels=RuleLabels(windows, rows=30))
+    with pytest.raises(ValueError, match="the labels are about 30 items and the model has 31"):
+        trainer_of(student(num_items=31), windows, tmp_path)
+
+
+def test_one_teacher_is_expected(windows, tmp_path):
+    arguments = DistillationArguments(str(tmp_path), use_cpu=True)
+    for given in ({}, {"teacher_labels": RuleLabels(windows), "teacher": student()}):
+        with pytest.raises(ValueError, match=r"expected either teacher_labels=.* or teacher=model"):
+            DistillationTrainer(student(), arguments, train_dataset=SPLIT, eval_dataset=SPLIT, **given)
+
+
+def test_labels_are_loaded_by_the_caller_who_knows_the_data(tmp_path):
+    with pytest.raises(TypeError, match=r"teacher_labels is the path .*: expected labels, TeacherLabels.load\("):
+        DistillationTrainer(student(), DistillationArguments(str(tmp_path)), teacher_labels=tmp_path)
+
+
+def test_plain_arguments_are_refused(windows, tmp_path):
+    with pytest.raises(TypeError, match="args is a TrainingArguments: expected DistillationArguments"):
+        DistillationTrainer(student(), TrainingArguments(str(tmp_path)), teacher_labels=RuleLabels(windows))
+
+
 def test_batches_without_labels_are_refused(windows, tmp_path):
     model = student()
     trainer = trainer_of(model, windows, tmp_path)
-    batch = batch_of(TrainingWindows(cyclic_sequences(num_users=24)["train"], 6), NextItemCollator())
     with pytest.raises(ValueError, match="the batch has no teacher_items"):
-        trainer.compute_loss(model.train(), batch)
+        trainer.compute_loss(model.train(), plain_batch())

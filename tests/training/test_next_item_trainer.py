@@ -137,7 +137,8 @@ def test_training_starts_from_the_items_that_the_arguments_name(sequences, tmp_p
     first = FirstItems()
     trainer = trainer_of(tmp_path, sequences, sasrec(), initial_items="cooccurrence", callbacks=[first])
     trainer.train()
-    rows = [[*history, target] for history, target in zip(*map(sequences["train"].__getitem__, ("history", "target")))]
+    columns = sequences["train"]["history"], sequences["train"]["target"]
+    rows = [[*history, target] for history, target in zip(*columns, strict=True)]
     torch.testing.assert_close(first.table, cooccurrence_embeddings(rows, NUM_ITEMS, 8))
     trainer.train()  # goes on from what was learnt
     assert not torch.equal(first.table, cooccurrence_embeddings(rows, NUM_ITEMS, 8))

@@ -6,15 +6,12 @@ import torch
 from datasets import Dataset
 from transformers import set_seed
 
-from hf_ilora import SASRecConfig, SASRecForNextItem, build_sequences
+from hf_ilora import DistillationArguments, DistillationTrainer, SASRecConfig, SASRecForNextItem, build_sequences
 from hf_ilora.distillation.labelling import LabelFolder, LabelRequests, label_shards
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.distillation.teachers import RankItemsTeacher
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.statistics import summarize_ranks
-from hf_ilora.training.distillation_trainer import DistillationArguments, DistillationTrainer
-from hf_ilora.training.label_collator import DistillationCollator
-from hf_ilora.training.windows import TrainingWindows, WindowEpochCallback
 
 NUM_ITEMS, SUCCESSORS, USERS, LENGTH = 200, 10, 130, 9
 
@@ -98,21 +95,13 @@ def ndcg_of_student(sequences, folder, labels, lam, seed) -> float:
     set_seed(seed)
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "max_length": 8}
     model = SASRecForNextItem(SASRecConfig(num_items=sequences.num_items, **sizes))
-    windows = TrainingWindows(sequences["train"], 8, seed=seed, with_origins=True)
     arguments = DistillationArguments(
         output_dir=str(folder), distilled_positions="all", lam=lam, seed=seed, num_train_epochs=60, use_cpu=True,
         per_device_train_batch_size=10, learning_rate=3e-3, logging_strategy="no", save_strategy="no",
-        disable_tqdm=True, remove_unused_columns=False, label_names=["labels"], max_grad_norm=0.0,
+        disable_tqdm=True, eval_strategy="no", load_best_model_at_end=False, early_stopping_patience=0,
         num_distillation_negatives=20,
     )  # fmt: skip
-    trainer = DistillationTrainer(
-        model,
-        arguments,
-        train_dataset=windows,
-        data_collator=DistillationCollator(labels, "all"),
-        callbacks=[WindowEpochCallback(windows)],
-    )
-    trainer.train()
+    DistillationTrainer(model, arguments, train_dataset=sequences["train"], teacher_labels=labels).train()
     return summarize_ranks(rank_split(model, sequences["test"]))["masked/ndcg@10"].mean
 
 

@@ -279,4 +279,5 @@ def _one_per_item(num_items: int) -> np.ndarray:
     return (np.arange(num_items + 1) != PADDING_ITEM_ID).astype(np.int64)
 
 
-__all__ = ["ModelTeacher", "RankItemsTeacher", "ScoreTableTeacher", "Teacher", "load_teacher", "model_fingerprint"]
+__all__ = ["ModelTeacher", "RankItemsTeacher", "ScoreTableTeacher", "Teacher", "labels_of_teacher", "load_teacher"]
+__all__ += ["model_fingerprint"]

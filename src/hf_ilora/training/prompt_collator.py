@@ -18,8 +18,8 @@ class PromptCollator:
 
     Args:
         prompt_builder: builds the prompts.
-        candidate_fraction: fraction of the rows that show their candidates. It may change during training: between epochs,
-            where worker processes have a copy of the collator.
+        candidate_fraction: fraction of the rows that show their candidates. It may change during training: between
+            epochs, where worker processes have a copy of the collator.
         order_candidates: puts candidates (batch, num_candidates) in the order in which histories (batch, longest) are
             to see them, such as `PreferredOrder`; None leaves them as they come.
         scores_candidates: the model scores all candidates' titles (`candidate_loss_weight`): prompts end before the
