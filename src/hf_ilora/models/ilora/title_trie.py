@@ -79,11 +79,6 @@ class TitleTrie:
         title = self.title_tokens.sequence(node)
         return node if token_ids[: len(title)] == title else None
 
-    def item_of_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens) generated token ids, without the prompt -> (batch,) int64 item ids, 0 where there is none."""
-        found = [self.item_of(row) or PADDING_ITEM_ID for row in token_ids.tolist()]
-        return torch.tensor(found, dtype=torch.int64, device=token_ids.device)
-
     def _add(self, item: int) -> None:
         node = self._root
         for depth, token in enumerate(self.title_tokens.sequence(item)):
