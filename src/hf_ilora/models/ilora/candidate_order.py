@@ -1,4 +1,4 @@
-"""Candidates in the order in which a recommender prefers them: the prompt then says what the recommender knows."""
+"""Candidates in the order of a recommender's scores, so that the prompt shows the recommender's preference."""
 
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -16,7 +16,7 @@ def preferred_order(recommender: SASRecForNextItem, histories: torch.Tensor, can
         candidates: (batch, candidates) item ids, 0 for padding.
 
     Returns:
-        (batch, candidates): the same ids in another order, padding last.
+        (batch, candidates): the same ids, reordered, padding last.
     """
     scores = recommender.next_item_scores(recommender.newest_items(histories))  # (batch, num_items + 1)
     order = scores.gather(1, candidates).argsort(dim=1, descending=True, stable=True)
@@ -24,10 +24,11 @@ def preferred_order(recommender: SASRecForNextItem, histories: torch.Tensor, can
 
 
 class PreferredOrder:
-    """`preferred_order` for the processes that collate batches: with a copy of the recommender on the CPU.
+    """`preferred_order` for the workers that collate batches, with a copy of the recommender on the CPU.
 
     Args:
-        recommender: whole or, under ZeRO-3, spread over the processes, which must all make their copy at once.
+        recommender: the recommender to copy. Under ZeRO-3 its weights are partitioned over the processes, and every
+            process must create its copy at the same time.
     """
 
     def __init__(self, recommender: SASRecForNextItem):
@@ -44,7 +45,7 @@ class PreferredOrder:
         self.recommender.eval()
 
     def __call__(self, histories: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """As `preferred_order`, on the CPU."""
+        """Call `preferred_order` with the copy; arguments and result are on the CPU."""
         return preferred_order(self.recommender, histories, candidates)
 
 

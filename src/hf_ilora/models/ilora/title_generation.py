@@ -1,4 +1,4 @@
-"""Titles that a language model writes: constrained to a catalogue or to candidates, or free."""
+"""Titles that a language model generates: constrained to the catalogue or to candidates, or free."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,17 @@ from transformers import GenerationMixin, PreTrainedTokenizerBase
 from .title_tokens import TitleTokens
 from .title_trie import TitleTrie
 
-# Beam search gives -1e9 to beams that never began; a title's log-likelihood is nowhere near.
+# Beam search initialises unused beams with -1e9, far below the log-likelihood of any title.
 _LOWEST_SCORE = -1e8
 
 
 @dataclass(frozen=True)
 class GeneratedRecommendation:
-    """What a language model answered.
+    """Answers of a language model.
 
     Args:
-        item_ids: (batch, top_k) int64 on the CPU, best first; 0 where the answer is no valid item.
-        scores: (batch, top_k) log-likelihoods of the answers, -inf where there is none; None for free answers.
+        item_ids: (batch, top_k) int64 on the CPU, best first; 0 where the answer is not a valid item.
+        scores: (batch, top_k) log-likelihoods of the answers, -inf where `item_ids` is 0; None for free answers.
         texts: the answers, `top_k` per row.
     """
 
@@ -36,18 +36,19 @@ def generate_titles(
     top_k: int,
     num_beams: int,
 ) -> GeneratedRecommendation:
-    """The most likely titles that a beam search finds among those allowed.
+    """Generate the most likely titles by beam search among the allowed ones.
 
     Args:
-        model: takes `prompt` as keywords of `generate`.
-        prompt: inputs_embeds (batch, tokens, llm hidden), attention_mask (batch, tokens) and what else the model needs.
-        tokenizer, title_tokens: of the model.
-        tries: the titles to choose among, one tree for each row.
-        top_k: answers per row.
-        num_beams: at least `top_k` and 2.
+        model: the model whose `generate` is called.
+        prompt: arguments of `generate`: inputs_embeds (batch, tokens, llm hidden), attention_mask (batch, tokens) and
+            others that the model needs.
+        tokenizer, title_tokens: those of the model.
+        tries: the allowed titles, one tree per row.
+        top_k: number of answers per row.
+        num_beams: at least `top_k`, and at least 2.
 
     Returns:
-        The answers with their log-likelihoods; no title twice in a row.
+        The answers with their log-likelihoods, each title at most once per row.
     """
 
     def allowed(row: int, answer: torch.Tensor) -> list[int]:
@@ -57,7 +58,7 @@ def generate_titles(
         **prompt,
         **_settings(title_tokens, top_k, num_beams),
         max_new_tokens=int(title_tokens.lengths.max()) + 1,
-        length_penalty=0.0,  # scores are log-likelihoods of whole titles, not means per token
+        length_penalty=0.0,  # scores are log-likelihoods of titles, not means per token
         prefix_allowed_tokens_fn=allowed,
         output_scores=True,
     )
@@ -66,7 +67,7 @@ def generate_titles(
         [[trie.item_of(answer) or 0 for answer in row] for trie, row in zip(tries, answers, strict=True)]
     )
     scores = output.sequences_scores.view(len(tries), top_k).float().cpu()
-    # With fewer titles than beams some beams hold none, or repeat a title.
+    # With fewer titles than beams, some beams contain no title or repeat one.
     missing = scores < _LOWEST_SCORE
     item_ids = item_ids.masked_fill(missing, 0)
     return GeneratedRecommendation(
@@ -84,15 +85,17 @@ def generate_freely(
     num_beams: int,
     max_new_tokens: int,
 ) -> GeneratedRecommendation:
-    """What the language model writes by itself; an answer means the one candidate whose title it holds.
+    """Generate text without constraints. An answer is valid if it contains the title of exactly one candidate.
 
     Args:
         model, prompt, tokenizer, title_tokens, top_k, num_beams: as in `generate_titles`.
-        candidates: (batch, candidates) item ids, or None for the whole catalogue.
-        max_new_tokens: most tokens of an answer.
+        candidates: (batch, candidates) item ids, 0 for padding; None means the whole catalogue.
+        max_new_tokens: maximum number of tokens of an answer.
 
-    Source: the protocol of LLaRA and iLoRA: an answer is valid when it holds exactly one candidate's title, in any
-        case of letters.
+    Returns:
+        The answers, without scores.
+
+    Source: the protocol of LLaRA and iLoRA, which ignores case.
     """
     output = model.generate(**prompt, **_settings(title_tokens, top_k, num_beams), max_new_tokens=max_new_tokens)
     answers = output.sequences.view(len(prompt["inputs_embeds"]), top_k, -1).tolist()

@@ -1,4 +1,4 @@
-"""The titles of a catalogue as tokens, made once, so that prompts are put together without a tokenizer."""
+"""The titles of a catalogue, tokenised once, so that prompts are assembled without a tokenizer."""
 
 from collections.abc import Sequence
 
@@ -6,25 +6,25 @@ import numpy as np
 
 from .configuration_ilora import DUPLICATE_TITLES
 
-# Text stands behind one of these while it is tokenised. The second serves text that would grow onto a letter.
+# Text is tokenised behind one of these. The second one is for text that would merge with a letter.
 _ANCHORS = ("a", ":")
-# A numbered title can clash again when the tokenizer drops its number; then another round would change nothing.
+# A tokenizer may drop the number of a numbered title, so that it clashes again, however many rounds follow.
 _MAX_ROUNDS_OF_NUMBERS = 5
 
 
 def continuation_ids(tokenizer, texts: Sequence[str], split_special_tokens: bool = False) -> list[list[int]]:
-    """Tokens of texts as they read in the middle of a prompt, whatever a tokenizer does at the start of a text.
+    """Tokenise texts as they read in the middle of a prompt, whatever a tokenizer does at the start of a text.
 
-    Some tokenizers put a space of their own before a text, some take a leading space for another word, and some drop
-    it. Here each text is tokenised behind a short anchor, whose tokens are then cut off again.
+    Some tokenizers insert a space before a text, some turn a leading space into a token, and some drop it. Each text is
+    therefore tokenised behind a short anchor, whose tokens are then cut off.
 
     Args:
-        tokenizer: of transformers.
-        texts: (texts,) strings; a leading space counts.
-        split_special_tokens: read "</s>" in a text as ordinary characters, not as the token.
+        tokenizer: a tokenizer of transformers.
+        texts: (texts,) strings; a leading space is significant.
+        split_special_tokens: read "</s>" in a text as ordinary characters instead of the token.
 
     Returns:
-        A list of token ids for each text, which may be empty.
+        A list of token ids for each text, possibly empty.
     """
     settings = {"add_special_tokens": False, "split_special_tokens": split_special_tokens, "verbose": False}
     token_ids: list[list[int]] = [[] for _ in texts]
@@ -39,9 +39,9 @@ def continuation_ids(tokenizer, texts: Sequence[str], split_special_tokens: bool
             if ids[: len(start)] == start:
                 token_ids[index] = list(ids[len(start) :])
             else:
-                merged.append(index)  # the first characters became one token with the anchor
+                merged.append(index)  # the first characters merged with the anchor
         waiting = merged
-    if waiting:  # whatever stands before them: these tokens, too, decode to the text
+    if waiting:  # texts that merge with both anchors: their tokens alone decode to the text, too
         alone = tokenizer([texts[index] for index in waiting], **settings)["input_ids"]
         for index, ids in zip(waiting, alone, strict=True):
             token_ids[index] = list(ids)
@@ -49,31 +49,31 @@ def continuation_ids(tokenizer, texts: Sequence[str], split_special_tokens: bool
 
 
 class TitleTokens:
-    """The titles of items 1..num_items and the tokens with which each continues a prompt.
+    """The titles of items 1..num_items and the tokens with which each of them continues a prompt.
 
     Args:
-        tokenizer: of transformers; it is called here and never again.
-        titles: (num_items,) strings, those of items 1 to num_items in order; white space around them does not count.
-        duplicate_titles: "raise", or "number" to call the second of two equal titles "Title (2)".
+        tokenizer: a tokenizer of transformers. It is only called here.
+        titles: (num_items,) strings, the titles of items 1 to num_items in order; surrounding white space is ignored.
+        duplicate_titles: "raise", or "number" to rename the second of two equal titles to "Title (2)".
 
     Attributes:
-        titles: (num_items,) as used.
-        token_ids: (total,) int64, all titles one after the other, without special tokens; each begins with a space as
-            far as the tokenizer knows one.
-        starts: (num_items + 2,) int64: item i is `token_ids[starts[i]:starts[i + 1]]`, and item 0, padding, is empty.
+        titles: (num_items,) titles as they appear in prompts.
+        token_ids: (total,) int64, the concatenated titles, without special tokens. Each begins with a space if the
+            tokenizer has one.
+        starts: (num_items + 2,) int64: item i is `token_ids[starts[i]:starts[i + 1]]`; item 0, padding, is empty.
         lengths: (num_items + 1,) int64, 0 for padding.
-        terminator_id: ends a title: the tokenizer's eos token, else its sep token.
+        terminator_id: token that ends a title: the tokenizer's eos token, else its sep token.
 
     Raises:
-        ValueError: for no titles, a title that is blank or tokenises to nothing or to unknown tokens only, titles that
-            are equal or have equal tokens, and a tokenizer without eos and sep token.
+        ValueError: if there are no titles, a title is blank or becomes no token or unknown tokens only, two titles are
+            equal or have equal tokens, or the tokenizer has neither an eos nor a sep token.
     """
 
     def __init__(self, tokenizer, titles: Sequence[str], duplicate_titles: str = "raise"):
         if duplicate_titles not in DUPLICATE_TITLES:
             raise ValueError(f"duplicate_titles is {duplicate_titles!r}: expected one of {DUPLICATE_TITLES}")
         if len(titles) == 0:
-            raise ValueError("there are no titles: expected one for each item of the catalogue")
+            raise ValueError("titles are empty: expected one for each item of the catalogue")
         self.terminator_id = terminator_id(tokenizer)
         self.titles = [title.strip() for title in titles]
         for index, title in enumerate(self.titles):
@@ -99,16 +99,16 @@ class TitleTokens:
         return len(self.titles)
 
     def sequence(self, item_id: int) -> list[int]:
-        """The tokens of an item's title and the terminator, as a model is to write them."""
+        """The tokens of an item's title and the terminator, as a model writes them."""
         title = self.token_ids[self.starts[item_id] : self.starts[item_id + 1]]
         return [*title.tolist(), self.terminator_id]
 
     def padded(self, item_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of several titles, without terminators, and which of them are real: (items, longest) int64 each."""
+        """Tokens of several titles, without terminators, and their mask: (items, longest) int64 each, right-padded."""
         lengths = self.lengths[item_ids]  # (items,)
         mask = np.arange(lengths.max()) < lengths[:, None]  # (items, longest)
-        places = np.where(mask, self.starts[item_ids][:, None] + np.arange(lengths.max()), 0)
-        return np.where(mask, self.token_ids[places], self.terminator_id), mask.astype(np.int64)
+        indices = np.where(mask, self.starts[item_ids][:, None] + np.arange(lengths.max()), 0)
+        return np.where(mask, self.token_ids[indices], self.terminator_id), mask.astype(np.int64)
 
     def _tokenise(self, tokenizer, indices: Sequence[int]) -> list[list[int]]:
         texts = [" " + self.titles[index] for index in indices]
@@ -120,8 +120,8 @@ class TitleTokens:
                 raise ValueError(f"{name} becomes {problem}: give the item a title in this tokenizer's alphabet")
             if self.terminator_id in ids:
                 raise ValueError(
-                    f"{name} holds token {self.terminator_id}, which ends titles: expected a title without the text of "
-                    "a special token"
+                    f"{name} contains token {self.terminator_id}, which ends titles: expected a title without the text "
+                    "of a special token"
                 )
         return token_ids
 
@@ -129,33 +129,33 @@ class TitleTokens:
         first, second = (f"{index + 1} ({self.titles[index]!r})" for index in clash)
         same = "title" if self.titles[clash[0]] == self.titles[clash[1]] else "tokens"
         remedy = "pass duplicate_titles='number'" if duplicate_titles == "raise" else "rename one of them"
-        return f"items {first} and {second} have the same {same}: expected titles that tell items apart; {remedy}"
+        return f"items {first} and {second} have the same {same}: expected different titles; {remedy}"
 
 
 def terminator_id(tokenizer) -> int:
-    """The token that ends a title: eos, else sep.
+    """The token that ends a title: eos, or else sep.
 
     Raises:
-        ValueError: for a tokenizer that has neither.
+        ValueError: if the tokenizer has neither.
     """
     found = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if found is None:
         raise ValueError(
-            "the tokenizer has neither an eos nor a sep token: expected one that ends a title; set tokenizer.eos_token "
-            "to a token of its vocabulary that no title holds"
+            "the tokenizer has neither an eos nor a sep token: expected one to end titles with; set "
+            "tokenizer.eos_token to a token of its vocabulary that occurs in no title"
         )
     return found
 
 
 def equal_sequences(token_ids: list[list[int]]) -> list[tuple[int, int]]:
-    """Pairs (first, later) of indices of equal sequences, a pair for each that repeats an earlier one."""
+    """Pairs (first, later) of indices, one for each sequence that repeats an earlier one."""
     first_of: dict[tuple[int, ...], int] = {}
     firsts = [first_of.setdefault(tuple(ids), index) for index, ids in enumerate(token_ids)]
     return [(first, index) for index, first in enumerate(firsts) if first != index]
 
 
 def number_titles(titles: list[str], indices: list[int]) -> None:
-    """Add to the titles at `indices`, in place, the first number from 2 that makes each different from all others."""
+    """Append to each title at `indices`, in place, the smallest number from 2 that makes it unique."""
     taken, next_number = set(titles), {}
     for index in indices:
         title = titles[index]

@@ -1,4 +1,4 @@
-"""Which token may follow which, so that a language model can write nothing but titles."""
+"""The titles of a catalogue as a prefix tree, which constrains generation to titles."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,17 +10,17 @@ from .title_tokens import TitleTokens
 
 
 class TitleTrie:
-    """The titles of some items, or of all, as a tree of tokens; each title ends with the terminator.
+    """Prefix tree of the titles of some items or of the whole catalogue; each title ends with the terminator.
 
-    Nodes are dictionaries. A branch that only one title is left on is just its item id: most of a title lies behind
-    the point where it differs from all others.
+    Nodes are dictionaries from tokens to nodes. A branch with a single title is stored as its item id, since most
+    tokens of a title follow the one that distinguishes it.
 
     Args:
-        title_tokens: of the catalogue.
+        title_tokens: tokenised titles of the catalogue.
         item_ids: the items that may be written, in any order, 0 for padding; None for the whole catalogue.
 
     Raises:
-        ValueError: for no items, and ids outside the catalogue.
+        ValueError: if there are no items, or ids outside the catalogue.
     """
 
     def __init__(self, title_tokens: TitleTokens, item_ids: Iterable[int] | None = None):
@@ -32,7 +32,7 @@ class TitleTrie:
         if not items or min(items) < 1 or max(items) > num_items:
             raise ValueError(
                 f"item_ids are {f'{min(items)} to {max(items)}' if items else 'empty'}: expected at least one of the "
-                f"ids 1..{num_items} of the catalogue"
+                f"ids 1 to {num_items} of the catalogue"
             )
         self.title_tokens, self.terminator_id = title_tokens, title_tokens.terminator_id
         self._root: dict[int, dict | int] = {}
@@ -43,11 +43,11 @@ class TitleTrie:
         """The tokens that may follow `prefix`, for transformers' `prefix_allowed_tokens_fn`.
 
         Args:
-            prefix: (tokens,) token ids written so far, without the prompt, as generation from `inputs_embeds` gives.
+            prefix: (tokens,) token ids generated so far, without the prompt.
 
         Returns:
-            At least one token id. Behind a whole title, and behind tokens that begin no title (beam search fills up
-            with such when there are fewer titles than beams), it is the terminator.
+            At least one token id. After a complete title it is the terminator; so it is after tokens that begin no
+            title, with which beam search fills up if there are fewer titles than beams.
         """
         prefix = _as_list(prefix)
         node = self._root
@@ -65,7 +65,7 @@ class TitleTrie:
         return list(node)
 
     def item_of(self, token_ids: Sequence[int] | torch.Tensor) -> int | None:
-        """The item whose title and terminator `token_ids` begin with, whatever follows; None when there is none."""
+        """The item whose title and terminator `token_ids` begin with, whatever follows; None if there is none."""
         token_ids = _as_list(token_ids)
         node = self._root
         for token in token_ids:
@@ -79,11 +79,6 @@ class TitleTrie:
         title = self.title_tokens.sequence(node)
         return node if token_ids[: len(title)] == title else None
 
-    def item_of_tokens(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens) generated token ids, without the prompt -> (batch,) int64 item ids, 0 where there is none."""
-        found = [self.item_of(row) or PADDING_ITEM_ID for row in token_ids.tolist()]
-        return torch.tensor(found, dtype=torch.int64, device=token_ids.device)
-
     def _add(self, item: int) -> None:
         node = self._root
         for depth, token in enumerate(self.title_tokens.sequence(item)):
@@ -91,13 +86,13 @@ class TitleTrie:
             if child is None:
                 node[token] = item
                 return
-            if isinstance(child, int):  # alone until here: it moves one token further
+            if isinstance(child, int):  # a single title so far: move it one token further
                 child = node[token] = {self.title_tokens.sequence(child)[depth + 1]: child}
             node = child
 
 
 def _as_list(token_ids: Sequence[int] | torch.Tensor) -> list[int]:
-    # Elements of a tensor are tensors, which no dictionary finds.
+    # The elements of a tensor are tensors, which are not equal to the integer keys of a dictionary.
     return token_ids.tolist() if isinstance(token_ids, torch.Tensor) else list(token_ids)
 
 

@@ -1,0 +1,288 @@
+"""What a trained iLoRA can be asked: rankings of the catalogue or of candidates, generated titles, embeddings, LoRA."""
+
+import functools
+
+import torch
+
+from hf_ilora.models.next_item.histories import padded_histories
+from hf_ilora.models.next_item.next_item_model import evaluation_mode, newest_items
+from hf_ilora.models.next_item.next_item_output import top_k_items
+
+from .candidate_order import preferred_order
+from .candidate_scoring import candidate_log_likelihoods, check_context, token_positions
+from .gated_lora import plain_lora
+from .prompts import Prompts
+from .title_generation import GeneratedRecommendation, generate_freely, generate_titles
+from .title_trie import TitleTrie
+
+
+class ILoraAnswers:
+    """Mixin of `ILoraForRecommendation`: its answers, which leave mode and weights of the model unchanged.
+
+    Every method takes `histories`, a row of item ids per user, oldest first: lists, arrays or tensors, of different
+    lengths or padded with 0 on either side. A prompt shows the newest `config.max_history` items; gates and the item
+    head read as many as the recommender can.
+    """
+
+    def item_scores(self, histories) -> torch.Tensor:
+        """Score the whole catalogue by the item head, in one forward per batch.
+
+        Args:
+            histories: (batch, length) item ids, in any form that the class describes.
+
+        Returns:
+            (batch, num_items + 1) logits, float32, -inf for padding.
+
+        Raises:
+            ValueError: without an item head, for an empty history, and for ids outside the catalogue.
+        """
+        return self._item_scores(self._padded(histories))
+
+    def recommend(self, histories, top_k: int = 10, exclude_seen: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Recommend the `top_k` best items of the catalogue by the item head.
+
+        Args:
+            histories: (batch, length) item ids, in any form that the class describes.
+            top_k: number of items per history.
+            exclude_seen: leave out the items of the history.
+
+        Returns:
+            item_ids (batch, top_k) int64, best first, and their log-probabilities (batch, top_k) float32: log p over
+            the whole catalogue, seen items included.
+
+        Raises:
+            ValueError: as `item_scores`, and if fewer than `top_k` items are left.
+        """
+        histories = self._padded(histories)
+        log_probabilities = self._item_scores(histories).log_softmax(-1)  # (batch, num_items + 1)
+        return top_k_items(log_probabilities, histories, top_k, exclude_seen)
+
+    def rank_items(self, histories, top_k: int = 10, exclude_seen: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """The items of `recommend` with their distances, which are the negative log-probabilities."""
+        item_ids, log_probabilities = self.recommend(histories, top_k, exclude_seen)
+        return item_ids, -log_probabilities
+
+    @torch.no_grad()
+    def score_candidates(self, histories, candidates) -> torch.Tensor:
+        """Score each candidate by the log-likelihood of its title after the prompt.
+
+        The prompt is read once for all candidates. With `config.recommender_weight` w > 0 the score is a logarithmic
+        opinion pool: w log p(item | recommender) + (1 - w) log p(title | prompt).
+
+        Args:
+            histories: (batch, length) item ids, in any form that the class describes.
+            candidates: (batch, candidates) item ids, 0 for padding. The prompt lists them if a template has
+                {candidates}.
+
+        Returns:
+            (batch, candidates) scores in nats, float32, -inf for padding.
+
+        Raises:
+            ValueError: for an empty history or no candidates, ids outside the catalogue, prompts longer than the
+                context, and attention implementations that ignore a custom mask.
+        """
+        with evaluation_mode(self):
+            histories = self._padded(histories)
+            candidates = self._checked_candidates(candidates, len(histories))
+            inputs = self._prompt_inputs(histories, self._user_embeddings(histories), candidates)
+            log_likelihoods = candidate_log_likelihoods(self.llm, self.title_tokens, candidates, **inputs)
+            return self._pool_with_recommender(log_likelihoods, histories, candidates.to(self.device))
+
+    @torch.no_grad()
+    def generate_recommendation(
+        self,
+        histories,
+        candidates=None,
+        top_k: int = 1,
+        constrained: bool = True,
+        max_new_tokens: int = 64,
+        num_beams: int | None = None,
+    ) -> GeneratedRecommendation:
+        """Let the language model write the title of the next item. `config.recommender_weight` is ignored.
+
+        Args:
+            histories: (batch, length) item ids, in any form that the class describes.
+            candidates: (batch, candidates) ids of the items to choose from, 0 for padding; None means the catalogue.
+            top_k: number of answers per history.
+            constrained: generate titles only, so that every answer is an item. Otherwise the model writes freely, and
+                an answer is valid if it contains exactly one candidate's title, as LLaRA and iLoRA evaluate.
+            max_new_tokens: maximum length of a free answer.
+            num_beams: at least `top_k`, and at least 2 if constrained. None means the larger of 4 and `top_k` if
+                constrained, else `top_k`.
+
+        Returns:
+            The answers, best first.
+
+        Raises:
+            ValueError: as `score_candidates`, for more answers than candidates, fewer beams than answers, and prompts
+                that leave no room in the context for the answer.
+        """
+        if num_beams is None:
+            num_beams = max(4, top_k) if constrained else top_k
+        fewest_beams = max(2, top_k) if constrained else top_k
+        if num_beams < fewest_beams:
+            raise ValueError(f"num_beams is {num_beams}: expected at least {fewest_beams} for top_k {top_k}")
+        with evaluation_mode(self):
+            histories = self._padded(histories)
+            most_answers = self.config.num_items
+            if candidates is not None:
+                candidates = self._checked_candidates(candidates, len(histories))
+                most_answers = candidates.shape[1]
+            if not 1 <= top_k <= most_answers:
+                raise ValueError(f"top_k is {top_k}: expected 1 to {most_answers}, the number of items to choose from")
+            inputs = self._prompt_inputs(histories, self._user_embeddings(histories), candidates)
+            longest_answer = int(self.title_tokens.lengths.max()) + 1 if constrained else max_new_tokens
+            check_context(self.llm, inputs["inputs_embeds"].shape[1] + longest_answer)
+            parts = (self, inputs, self.tokenizer, self.title_tokens)
+            if not constrained:
+                return generate_freely(*parts, candidates, top_k, num_beams, max_new_tokens)
+            if candidates is None:
+                tries = [self._catalogue_trie] * len(histories)
+            else:
+                tries = [TitleTrie(self.title_tokens, row) for row in candidates.tolist()]
+            return generate_titles(*parts, tries, top_k, num_beams)
+
+    @torch.no_grad()
+    def encode_items(self, batch_size: int = 64) -> torch.Tensor:
+        """Embed each item: the mean of the language model's last hidden states over the tokens of its title.
+
+        All experts have equal gates, since there is no user.
+
+        Args:
+            batch_size: number of titles per forward.
+
+        Returns:
+            (num_items + 1, llm hidden) float32 on the CPU, zero for padding.
+        """
+        table = torch.zeros(self.config.num_items + 1, self.llm_size)
+        # Titles of similar length share a batch, which saves padding.
+        order = self.title_tokens.lengths[1:].argsort(kind="stable") + 1
+        with evaluation_mode(self):
+            for first in range(0, len(order), batch_size):
+                items = order[first : first + batch_size]
+                # (items, tokens) each
+                input_ids, mask = (torch.from_numpy(part).to(self.device) for part in self.title_tokens.padded(items))
+                equal_gates = torch.full((len(items), self.config.num_experts), 1 / self.config.num_experts)
+                hidden_states = self._last_hidden_states(
+                    input_ids=input_ids,
+                    attention_mask=mask,
+                    position_ids=token_positions(mask),
+                    expert_gates=equal_gates.to(self.device),
+                ).float()  # (items, tokens, llm hidden)
+                weights = mask.unsqueeze(-1) / mask.sum(1).view(-1, 1, 1)  # (items, tokens, 1)
+                table[torch.as_tensor(items)] = (hidden_states * weights).sum(1).cpu()
+        return table
+
+    @torch.no_grad()
+    def materialize_lora(self, history) -> dict[str, torch.Tensor]:
+        """Merge the experts into the ordinary LoRA that one user's gates make of them.
+
+        It fits the language model as this model uses it: with `config.num_llm_layers`, only its first layers.
+
+        Args:
+            history: item ids of one user, (length,) or (1, length): a list, array or tensor.
+
+        Returns:
+            State dict in PEFT's format, for a LoraConfig with `r=config.rank`, `lora_alpha=config.lora_alpha` and
+            `target_modules=config.target_modules`.
+
+        Raises:
+            ValueError: for several histories, an empty one, and ids outside the catalogue.
+        """
+        history = torch.as_tensor(history)
+        if history.dim() == 1:
+            history = history.unsqueeze(0)
+        if len(history) != 1:
+            raise ValueError(f"history has shape {tuple(history.shape)}: expected one, (length,) or (1, length)")
+        with evaluation_mode(self):
+            return plain_lora(self.llm, self.expert_gates(history)[0])
+
+    def build_prompts(self, histories, candidates=None) -> Prompts:
+        """Build the prompts that the answers start from.
+
+        Args:
+            histories: (batch, length) item ids, in any form that the class describes.
+            candidates: (batch, candidates) item ids, 0 for padding; ignored if no template has {candidates}.
+
+        Returns:
+            The prompts, on the model's device.
+
+        Raises:
+            ValueError: for an empty history or no candidates, ids outside the catalogue, and prompts longer than the
+                context.
+        """
+        histories = self._padded(histories)
+        if candidates is not None:
+            candidates = self._checked_candidates(candidates, len(histories))
+        return self._prompts(histories, candidates)
+
+    # --- steps of the answers, which check histories and candidates once, before the others ---
+
+    def _padded(self, histories) -> torch.Tensor:
+        """(batch, length) int64 on the model's device, checked."""
+        return padded_histories(histories, self.config.num_items, self.device)
+
+    def _checked_candidates(self, candidates, batch_size: int) -> torch.Tensor:
+        """(batch, candidates) int64 on the CPU."""
+        try:
+            candidates = torch.as_tensor(candidates).cpu()
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"candidates are no table of item ids ({error}): expected rows of equal length; pad them with 0"
+            ) from error
+        if candidates.dim() != 2 or len(candidates) != batch_size or candidates.is_floating_point():
+            raise ValueError(
+                f"candidates have shape {tuple(candidates.shape)} and type {candidates.dtype}: expected item ids of "
+                f"shape ({batch_size}, candidates), a row per history"
+            )
+        empty = (~candidates.ne(0).any(1)).nonzero()
+        if len(empty):
+            raise ValueError(f"row {int(empty[0])} has no candidates: expected at least one; leave the row out")
+        lowest, highest = map(int, candidates.aminmax())
+        if lowest < 0 or highest > self.config.num_items:
+            raise ValueError(
+                f"candidates contain item {lowest if lowest < 0 else highest}: expected ids 1 to "
+                f"{self.config.num_items} of the catalogue, and 0 for padding"
+            )
+        return candidates.long()
+
+    @torch.no_grad()
+    def _item_scores(self, histories: torch.Tensor) -> torch.Tensor:
+        if self.item_head is None:
+            raise ValueError(
+                "this model has no item head, which ranks the catalogue: train one with item_head residual or plain, "
+                "or ask generate_recommendation or score_candidates"
+            )
+        with evaluation_mode(self):
+            user_embeddings = self._user_embeddings(histories)
+            inputs = self._prompt_inputs(histories, user_embeddings)
+            position_ids = token_positions(inputs["attention_mask"])
+            hidden_states = self._last_hidden_states(**inputs, position_ids=position_ids)  # (batch, tokens, llm hidden)
+            return self._item_logits(hidden_states[:, -1], user_embeddings, histories)
+
+    def _prompts(self, histories: torch.Tensor, candidates: torch.Tensor | None) -> Prompts:
+        if candidates is not None and not self.prompts.candidate_templates:
+            candidates = None
+        if candidates is not None and self.config.candidate_order == "recommender":
+            candidates = preferred_order(self.recommender, histories, candidates.to(self.device))
+        histories = newest_items(histories, self.config.max_history).cpu().numpy()
+        candidates = None if candidates is None else candidates.cpu().numpy()
+        return self.prompts.assemble(histories, candidates).to(self.device)
+
+    def _prompt_inputs(
+        self, histories: torch.Tensor, user_embeddings: torch.Tensor, candidates: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Arguments of the language model: inputs_embeds (batch, tokens, llm hidden), attention_mask, expert_gates."""
+        prompts = self._prompts(histories, candidates)
+        return {
+            "inputs_embeds": self.embed_prompts(prompts.input_ids, prompts.placeholder_items),
+            "attention_mask": prompts.attention_mask,
+            "expert_gates": self.router(user_embeddings),
+        }
+
+    @functools.cached_property
+    def _catalogue_trie(self) -> TitleTrie:
+        return TitleTrie(self.title_tokens)
+
+
+__all__ = ["ILoraAnswers"]

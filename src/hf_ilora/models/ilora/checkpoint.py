@@ -1,0 +1,170 @@
+"""Saving and loading iLoRA: a checkpoint contains the adapter and the name of its language model."""
+
+import os
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+
+from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
+from hf_ilora.models.next_item.hub_upload import UploadOfSaved, check_public_llm
+from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
+
+from .configuration_ilora import ILoraConfig
+from .language_models import load_language_model, load_tokenizer
+
+# Arguments of `from_pretrained` that apply to the language model's repository as well as to the adapter's.
+_LLM_HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only")
+
+
+class ILoraCheckpoint:
+    """Mixin of `ILoraForRecommendation`: saves and loads everything but the language model's own weights."""
+
+    def adapter_names(self) -> list[str]:
+        """Names, in the state dict, of the tensors that a checkpoint contains."""
+        names = [
+            name for name in self.state_dict() if not name.startswith("llm.") or name.endswith((".lora_A", ".lora_B"))
+        ]
+        if self.recommender.config.tie_word_embeddings:
+            names.remove("recommender.head.weight")
+        return names
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ):
+        """Save the adapter, the frozen SASRec, the configuration, the tokenizer and the catalogue.
+
+        Args:
+            save_directory: created if it does not exist.
+            state_dict: state dict of the whole model, for weights that are partitioned over processes (ZeRO-3); None
+                takes the model's own.
+            push_to_hub: upload the saved files, in one commit, to `repo_id` or, by default, the name of the folder;
+                `kwargs` then include the arguments of `push_to_hub`.
+            kwargs: as in transformers.
+
+        Returns:
+            The commit of `push_to_hub`, else None.
+
+        Raises:
+            ValueError: with `push_to_hub`, if the language model is recorded as a folder of this machine.
+        """
+        if push_to_hub:
+            check_public_llm(self.config)
+        upload = UploadOfSaved(save_directory, kwargs) if push_to_hub else None
+        # transformers records where this machine cached the language model, which means nothing on another one.
+        self.config.text_config._name_or_path = self.config.llm_name_or_path or ""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        adapter = {name: state_dict[name] for name in self.adapter_names()}
+        super().save_pretrained(save_directory, state_dict=adapter, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self.tokenizer.save_pretrained(save_directory)
+            self.catalogue.to_parquet(os.path.join(save_directory, CATALOGUE_FILE))
+        return None if upload is None else upload.send(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        llm: PreTrainedModel | str | os.PathLike | None = None,
+        config: ILoraConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map=None,
+        quantization_config=None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        **hub_arguments,
+    ):
+        """Load the adapter, and the language model that it was trained on.
+
+        Args:
+            pretrained_model_name_or_path: folder that `save_pretrained` wrote, or repository on the Hub.
+            llm: the language model, or its folder or Hub name; None loads the one that the checkpoint names.
+            config: replaces the saved configuration.
+            dtype, device_map, quantization_config, attn_implementation, trust_remote_code: passed on to the language
+                model; the adapter stays float32.
+            hub_arguments: revision, token, cache_dir, local_files_only... for the adapter's repository. The last three
+                also apply to the language model's.
+
+        Returns:
+            The `ILoraForRecommendation`, in evaluation mode.
+
+        Raises:
+            ValueError: if a file is missing or broken, or a weight is missing, unexpected or of another shape.
+        """
+        path = pretrained_model_name_or_path
+        if config is None:
+            config = ILoraConfig.from_pretrained(path, **hub_arguments)
+        tokenizer = load_tokenizer(path, **hub_arguments)
+        catalogue = Catalogue.from_parquet(_saved_file(path, CATALOGUE_FILE, hub_arguments))
+        try:
+            state = load_file(_saved_file(path, SAFE_WEIGHTS_NAME, hub_arguments))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{SAFE_WEIGHTS_NAME} of {path} is broken ({error}): restore the folder that save_pretrained wrote"
+            ) from error
+        if not isinstance(llm, PreTrainedModel):
+            if llm is None and config.llm_name_or_path is None:
+                raise ValueError(f"{path} does not name the language model that it was trained on: pass it as llm=")
+            is_recorded = llm is None
+            llm, _, _ = load_language_model(
+                config.llm_name_or_path if is_recorded else llm,
+                revision=config.llm_revision if is_recorded else None,
+                gguf_file=config.llm_gguf_file if is_recorded else None,
+                dtype=dtype,
+                device_map=device_map,
+                quantization_config=quantization_config,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                **{name: hub_arguments[name] for name in _LLM_HUB_ARGUMENTS if name in hub_arguments},
+            )
+        recommender = SASRecForNextItem(config.recommender_config)
+        model = cls(config, llm, recommender, tokenizer, catalogue)
+        model.load_adapter_state(state, str(path))
+        model.name_or_path = model.config.name_or_path = str(path)
+        return model.eval()
+
+    def load_adapter_state(self, state: dict[str, torch.Tensor], origin: str = "the state dict") -> None:
+        """Load the tensors that `save_pretrained` saved.
+
+        Args:
+            state: a tensor for each of `adapter_names()`.
+            origin: name of the state dict in errors.
+
+        Raises:
+            ValueError: if a key is missing or unexpected, or a tensor has another shape.
+        """
+        expected = self.adapter_names()
+        missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+        if missing or unexpected:
+            raise ValueError(
+                f"{origin} lacks {len(missing)} keys ({missing[:5] or 'none'}) and has {len(unexpected)} unexpected "
+                f"ones ({unexpected[:5] or 'none'}): expected the adapter of this configuration and language model"
+            )
+        own = self.state_dict()
+        for name, value in state.items():
+            if own[name].shape != value.shape:
+                raise ValueError(
+                    f"{name} in {origin} has shape {tuple(value.shape)}: expected {tuple(own[name].shape)}, as the "
+                    "configuration and the language model require"
+                )
+        # load_state_dict fails on quantised layers that the state dict does not contain.
+        with torch.no_grad():
+            for name, value in state.items():
+                own[name].copy_(value)
+
+
+def _saved_file(path: str | os.PathLike, name: str, hub_arguments: dict) -> str:
+    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    if found is None:
+        raise ValueError(f"{path} has no {name}: expected a folder or repository that save_pretrained wrote")
+    return found
+
+
+__all__ = ["ILoraCheckpoint"]
