@@ -235,8 +235,8 @@ def run_stages(stages: list[Stage], output_dir: Path, force: Sequence[str] = ())
         exit_code = _run(stage, output_dir)
         if exit_code:
             raise ProgramFailed(
-                f"{title}, failed with exit code {exit_code}; its log is {folder / 'run.log'}. The same command resumes "
-                "here",
+                f"{title}, failed with exit code {exit_code}; its log is {folder / 'run.log'}. The same command "
+                "resumes here",
                 exit_code,
             )
         seconds = time.monotonic() - start
