@@ -17,7 +17,7 @@ import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import patch_environment
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from .commands import PROGRAM_VARIABLE
 from .shipped import LAUNCH, find_file
@@ -95,7 +95,7 @@ def launch_config(launch: str | None, num_processes: int | None) -> Path:
 
 
 def run_launched(recipe: Path, options: list[str], config_file: Path, num_processes: int | None, program: str) -> int:
-    """Start the processes and wait for them; returns the exit code of the main process, or of the first that failed."""
+    """Start the processes and wait for them; returns their exit code."""
     words = ["--config_file", str(config_file)]
     if num_processes is not None:
         words += ["--num_processes", str(num_processes)]
@@ -106,10 +106,7 @@ def run_launched(recipe: Path, options: list[str], config_file: Path, num_proces
     except subprocess.CalledProcessError as error:  # of one process
         return _exit_code(error.returncode, program)
     except ChildFailedError as error:  # of several
-        _, first = error.get_first_failure()
-        if 0 not in error.failures:  # the main process prints its errors itself
-            _print_failure(first, program)
-        return _exit_code(error.failures.get(0, first).exitcode, program)
+        return _report(error, program)
     except SignalException as error:
         return 128 + error.sigval
     except KeyboardInterrupt:
@@ -132,12 +129,24 @@ def end_children() -> None:
         child.kill()
 
 
-def _print_failure(failure: ProcessFailure, program: str) -> None:
-    """Print what `run_main` has left about the error of another process than the main one."""
-    if not isinstance(failure.message, dict):
-        return  # the process died without leaving anything
-    text = failure.message["message"] if failure.exitcode == 2 else failure.message["extraInfo"]["py_callstack"]
-    print(f"{program}: error: process {failure.local_rank}: {text}", file=sys.stderr)
+def _report(error: ChildFailedError, program: str) -> int:
+    """Print what the main process has not printed itself; returns the exit code of the failure that matters.
+
+    When one process fails, the others fail with it: torchrun ends them, or they lose the connection. A user's mistake
+    comes first, and what `run_main` recorded in another process than the main one before what was merely ended.
+    """
+    failures = list(error.failures.values())
+    recorded = [failure for failure in failures if isinstance(failure.message, dict)]
+    if 0 in error.failures and error.failures[0].exitcode == 2:
+        return 2
+    for failure in recorded:
+        if failure.exitcode == 2:
+            print(f"{program}: error: {failure.message['message'].partition(': ')[2]}", file=sys.stderr)
+            return 2
+    for failure in recorded:
+        print(f"process {failure.local_rank}: {failure.message['extraInfo']['py_callstack']}", file=sys.stderr)
+    exit_codes = [failure.exitcode for failure in [*recorded, *failures] if failure.exitcode > 0]
+    return exit_codes[0] if exit_codes else _exit_code(error.get_first_failure()[1].exitcode, program)
 
 
 def _exit_code(returncode: int, program: str) -> int:

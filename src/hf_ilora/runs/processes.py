@@ -84,25 +84,21 @@ def leave_launch() -> None:
     refers to it (pytorch/pytorch, pull request 179291). So what is registered for the exit is run here, and the
     interpreter is not taken down. A single process returns.
     """
-    if not _has_others():
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
     torch.distributed.barrier()  # nobody leaves while another still waits for it
     _end(0)
 
 
 def _end(code: int) -> None:
-    """End this process, without taking the interpreter down where `leave_launch` says why."""
-    if not _has_others():
+    """End this process, at once where others of a launch would end it otherwise, or where `leave_launch` says why."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
     if code == 0:
         atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _has_others() -> bool:
-    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def _is_main_process() -> bool:
