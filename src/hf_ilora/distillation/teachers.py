@@ -43,7 +43,7 @@ RANKS_FILE, CONFIDENCE_FILE, PUBLISHED_EMBEDDINGS_FILE = "myrank_train.txt", "co
 
 # Where a configuration was loaded from, and with what, decides no answer.
 _ORIGINS = {"_name_or_path", "name_or_path", "llm_name_or_path", "llm_revision", "llm_gguf_file"}
-_ORIGINS |= {"_commit_hash", "transformers_version", "architectures"}
+_ORIGINS |= {"_commit_hash", "transformers_version", "architectures", "auto_map"}
 
 
 class ModelTeacher:

@@ -1,12 +1,17 @@
 """Configuration of iLoRA."""
 
 from dataclasses import field
+from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
+
+from .embedded_llm import EMBEDDED_LLM, WHEEL_REQUIREMENT
 
 ROUTER_TYPES = ("conv", "linear", "mlp", "top_k", "noisy")
 ITEM_HEADS = ("residual", "plain", "none")
@@ -100,6 +105,20 @@ class ILoraConfig(PreTrainedConfig):
         """Size of the catalogue."""
         return self.recommender_config.num_items
 
+    @property
+    def public_llm_name(self) -> str | None:
+        """Name of the language model on the Hub; None when it is known by a path of this machine, or not at all."""
+        name = self.llm_name_or_path
+        if name == WHEEL_REQUIREMENT:
+            return EMBEDDED_LLM
+        if name is None or Path(name).is_dir():
+            return None
+        try:
+            validate_repo_id(name)
+        except HFValidationError:  # a path
+            return None
+        return name
+
     def validate_architecture(self):
         """Check the ranges of all fields; `@strict` calls this after the type checks.
 
@@ -140,4 +159,14 @@ class ILoraConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["ALL_LINEAR_MODULES", "ILoraConfig"]
+def check_public_llm(config: ILoraConfig) -> None:
+    """Raise a ValueError unless an adapter names its language model as others can find it."""
+    if config.public_llm_name is None:
+        raise ValueError(
+            f"the adapter names {config.llm_name_or_path!r} as its language model, which only this machine has: "
+            "expected a name on the Hub; push the language model too and set config.llm_name_or_path to its name there "
+            "(llm_revision to the commit)"
+        )
+
+
+__all__ = ["ALL_LINEAR_MODULES", "ILoraConfig", "check_public_llm"]

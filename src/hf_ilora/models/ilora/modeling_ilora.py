@@ -15,14 +15,15 @@ from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL
-from hf_ilora.models.next_item.hub_upload import HubUploads, UploadOfSaved, check_public_llm
+from hf_ilora.models.next_item.histories import padded_histories
+from hf_ilora.models.next_item.hub_upload import HubUploads, UploadOfSaved
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 from hf_ilora.models.next_item.next_item_model import evaluation_mode, newest_items
 from hf_ilora.models.next_item.next_item_output import top_k_items
 
 from .candidate_order import preferred_order
 from .candidate_scoring import candidate_log_likelihoods, check_context, packed_log_likelihoods, positions
-from .configuration_ilora import ILoraConfig
+from .configuration_ilora import ILoraConfig, check_public_llm
 from .gated_lora import add_gated_lora, plain_lora
 from .item_head import ItemHead
 from .language_models import load_language_model, load_tokenizer, truncate_layers
@@ -764,13 +765,7 @@ class ILoraForRecommendation(HubUploads, PreTrainedModel, GenerationMixin):
 
     def _checked_histories(self, histories: torch.Tensor) -> torch.Tensor:
         """On the model's device; ValueError for empty ones and for ids outside the catalogue."""
-        histories = torch.as_tensor(histories)
-        self.recommender.check_item_ids(histories)
-        self.recommender.check_range(histories)
-        empty = (~histories.any(1)).nonzero()
-        if len(empty):
-            raise ValueError(f"history {int(empty[0])} is empty: expected at least one item; leave the row out")
-        return histories.to(self.device)
+        return padded_histories(histories, self.config.num_items, self.device)
 
     def _checked_candidates(self, candidates: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
         """(batch, candidates) on the CPU; ValueError for other shapes, rows without any, ids outside the catalogue."""

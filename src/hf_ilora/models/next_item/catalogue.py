@@ -120,6 +120,11 @@ class Catalogue:
         finally:
             unfinished.unlink(missing_ok=True)
 
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write `items.parquet` to a folder, made if it does not exist; the Trainer calls this for each checkpoint."""
+        os.makedirs(save_directory, exist_ok=True)
+        self.to_parquet(os.path.join(save_directory, CATALOGUE_FILE))
+
     @cached_property
     def _item_id_of(self) -> dict[int, int] | dict[str, int]:
         return {raw_id: row + 1 for row, raw_id in enumerate(self.table["raw_id"].to_pylist())}

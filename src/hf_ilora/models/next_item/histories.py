@@ -1,0 +1,96 @@
+"""What recommenders are asked with: histories in any usual form become one padded tensor, checked once."""
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from .configuration_next_item import PADDING_ITEM_ID
+
+_EXAMPLE = "such as [[3, 1, 2], [7, 4]]"
+
+
+def padded_histories(histories, num_items: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Turn histories into one tensor of item ids.
+
+    Args:
+        histories: a row of item ids per user, oldest first: lists, arrays or tensors, of different lengths or padded
+            with 0 on either side.
+        num_items: size of the catalogue.
+        device: where the result goes.
+
+    Returns:
+        (batch, length) int64, 0 for padding.
+
+    Raises:
+        ValueError: for anything else, an empty history, and item ids outside the catalogue, naming the row.
+    """
+    if isinstance(histories, np.ndarray) and histories.dtype != object:
+        histories = torch.tensor(histories)
+    elif not isinstance(histories, torch.Tensor):
+        histories = _padded_rows(histories)
+    if histories.dim() != 2 or not histories.numel():
+        raise ValueError(
+            f"histories have shape {tuple(histories.shape)}: expected (batch, length), at least one row of item ids, "
+            f"{_EXAMPLE}"
+        )
+    if not _is_integer(histories.dtype):
+        raise ValueError(f"histories have type {histories.dtype}: expected item ids, which are integers, {_EXAMPLE}")
+    histories = histories.to(device, torch.int64)
+    lowest, highest = map(int, torch.aminmax(histories))
+    if lowest < 0 or highest > num_items:
+        row, column = ((histories < 0) | (histories > num_items)).nonzero()[0].tolist()
+        raise ValueError(
+            f"history {row} holds item {int(histories[row, column])}: expected item ids 1 to {num_items} of this "
+            "model's catalogue, and 0 for padding; map raw ids with model.catalogue.item_ids"
+        )
+    if lowest == PADDING_ITEM_ID and not histories.any(1).all():
+        raise ValueError(_empty(int((~histories.any(1)).nonzero()[0])))
+    return histories
+
+
+def _padded_rows(histories) -> torch.Tensor:
+    """(batch, longest) on the CPU, padded on the right."""
+    try:
+        rows = list(histories)
+    except TypeError as error:
+        raise ValueError(
+            f"histories are of type {type(histories).__name__}: expected a row of item ids per user, {_EXAMPLE}"
+        ) from error
+    if not rows:
+        raise ValueError(f"there are no histories: expected at least one row of item ids, {_EXAMPLE}")
+    padded = []
+    for number, row in enumerate(rows):
+        try:
+            items = row.cpu() if isinstance(row, torch.Tensor) else torch.tensor(row)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"history {number} is {_shown(row)}, which holds no item ids ({error}): expected rows of integers, "
+                f"{_EXAMPLE}; map raw ids with model.catalogue.item_ids"
+            ) from error
+        if items.dim() != 1:
+            raise ValueError(
+                f"history {number} is {_shown(row)}, of shape {tuple(items.shape)}: expected a row of item ids per "
+                f"user, {_EXAMPLE}"
+            )
+        if not len(items):
+            raise ValueError(_empty(number))
+        if not _is_integer(items.dtype):
+            raise ValueError(f"history {number} holds {items.dtype}: expected item ids, which are integers")
+        padded.append(items)
+    return pad_sequence(padded, batch_first=True, padding_value=PADDING_ITEM_ID)
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def _empty(row: int) -> str:
+    return f"history {row} is empty: expected at least one item; leave the row out, or recommend popular items instead"
+
+
+def _shown(row) -> str:
+    text = repr(row)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+__all__ = ["padded_histories"]
