@@ -1,30 +1,50 @@
 """hf_ilora: LLM recommenders, distilled into a SASRec that is cheap to serve.
 
-Every public name is imported on first use, so that ``import hf_ilora`` loads neither torch nor datasets.
+Importing the package registers its models with `AutoConfig` and `AutoModel`. Every other public name is imported on
+first use, so that ``import hf_ilora`` loads neither datasets nor evaluate.
 """
 
 import importlib
 
-from ._registration import register_with_auto_classes
+from transformers import AutoConfig, AutoModel
+
+from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
+from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.next_item.configuration_caser import CaserConfig
+from hf_ilora.models.next_item.configuration_counting import PopularityConfig, TransitionCountsConfig
+from hf_ilora.models.next_item.configuration_gru4rec import GRU4RecConfig
+from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
+from hf_ilora.models.next_item.modeling_caser import CaserForNextItem
+from hf_ilora.models.next_item.modeling_counting import PopularityForNextItem, TransitionCountsForNextItem
+from hf_ilora.models.next_item.modeling_gru4rec import GRU4RecForNextItem
+from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 
 __version__ = "0.1.0"
 
+# AutoModel gives the whole recommender rather than a bare encoder such as SASRecModel: `recommend` needs the head, and
+# the models that count have no encoder.
+_MODELS = {
+    SASRecConfig: SASRecForNextItem,
+    GRU4RecConfig: GRU4RecForNextItem,
+    CaserConfig: CaserForNextItem,
+    PopularityConfig: PopularityForNextItem,
+    TransitionCountsConfig: TransitionCountsForNextItem,
+    ILoraConfig: ILoraForRecommendation,
+}
+for _config_class, _model_class in _MODELS.items():
+    AutoConfig.register(_config_class.model_type, _config_class)
+    AutoModel.register(_config_class, _model_class)
+
 _EXPORTS = {
     "AllSamplesPolicy": "hf_ilora.distillation.policies",
-    "CaserConfig": "hf_ilora.models.next_item.configuration_caser",
-    "CaserForNextItem": "hf_ilora.models.next_item.modeling_caser",
     "Catalogue": "hf_ilora.models.next_item.catalogue",
     "DLLM2RecLoss": "hf_ilora.distillation.losses",
     "DistillationArguments": "hf_ilora.training.distillation_arguments",
     "DistillationTrainer": "hf_ilora.training.distillation_trainer",
-    "GRU4RecConfig": "hf_ilora.models.next_item.configuration_gru4rec",
-    "GRU4RecForNextItem": "hf_ilora.models.next_item.modeling_gru4rec",
     "GatedLoraLinear": "hf_ilora.models.ilora.gated_lora",
     "GeneratedRecommendation": "hf_ilora.models.ilora.title_generation",
     "GroundTruthErrorPolicy": "hf_ilora.distillation.policies",
     "HitRatio": "hf_ilora.evaluation.metrics",
-    "ILoraConfig": "hf_ilora.models.ilora.configuration_ilora",
-    "ILoraForRecommendation": "hf_ilora.models.ilora.modeling_ilora",
     "ILoraOutput": "hf_ilora.models.ilora.modeling_ilora",
     "ILoraTrainer": "hf_ilora.training.ilora_trainer",
     "ILoraTrainingArguments": "hf_ilora.training.ilora_arguments",
@@ -34,16 +54,10 @@ _EXPORTS = {
     "NextItemTrainer": "hf_ilora.training.next_item_trainer",
     "NextItemTrainingArguments": "hf_ilora.training.next_item_arguments",
     "NextItemOutput": "hf_ilora.models.next_item.next_item_output",
-    "PopularityConfig": "hf_ilora.models.next_item.configuration_counting",
-    "PopularityForNextItem": "hf_ilora.models.next_item.modeling_counting",
     "Recall": "hf_ilora.evaluation.metrics",
-    "SASRecConfig": "hf_ilora.models.next_item.configuration_sasrec",
-    "SASRecForNextItem": "hf_ilora.models.next_item.modeling_sasrec",
     "SASRecModel": "hf_ilora.models.next_item.modeling_sasrec",
     "SequenceDatasets": "hf_ilora.data.sequences",
     "TeacherLabels": "hf_ilora.distillation.teacher_labels",
-    "TransitionCountsConfig": "hf_ilora.models.next_item.configuration_counting",
-    "TransitionCountsForNextItem": "hf_ilora.models.next_item.modeling_counting",
     "ValidRatio": "hf_ilora.evaluation.metrics",
     "acquire": "hf_ilora.distillation.acquisition",
     "build_sequences": "hf_ilora.data.sequences",
@@ -57,7 +71,7 @@ _EXPORTS = {
     "ranking_distillation_weights": "hf_ilora.distillation.losses",
 }
 
-__all__ = sorted(_EXPORTS)
+__all__ = sorted([*_EXPORTS, *(part.__name__ for pair in _MODELS.items() for part in pair)])
 
 
 def __getattr__(name: str):
@@ -70,6 +84,3 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted({*globals(), *__all__})
-
-
-register_with_auto_classes()

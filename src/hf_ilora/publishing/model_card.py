@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult
 from hf_ilora.evaluation.report import escaped
 from hf_ilora.files import written_whole
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
-from hf_ilora.models.next_item.hub_upload import CARD_FILE, card_data, usage
+from hf_ilora.models.next_item.hub_upload import CARD_FILE, card_data, usage_example
 from hf_ilora.publishing.measured import MeasuredTable, read_measured
 from hf_ilora.publishing.publish import ModelFolder, check_folder
 
@@ -83,7 +83,7 @@ def write_card(
     sections = [
         f"---\n{metadata.to_yaml()}\n---\n\n# {title}",
         _description(checked, dataset_name),
-        f"## How to use it\n\n```python\n{usage(checked.config, checked.catalogue, repo_id, revision)}\n```",
+        f"## How to use it\n\n```python\n{usage_example(checked.config, checked.catalogue, repo_id, revision)}\n```",
         _measured_section(tables),
         *([] if seeds_table is None else [_seeds_section(Path(seeds_table))]),
         _training_section(checked, dataset_name, protocol),

@@ -9,11 +9,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
+from hf_ilora.models.ilora.configuration_ilora import ILoraConfig, check_public_llm
 from hf_ilora.models.ilora.language_models import load_tokenizer
 from hf_ilora.models.loading import load_recommender
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
-from hf_ilora.models.next_item.hub_upload import CARD_FILE, RUN_FILE, check_public_llm, upload
+from hf_ilora.models.next_item.hub_upload import CARD_FILE, RUN_FILE, upload
 
 # What a run's folder holds besides stays behind: checkpoints, optimizer states, logs and pickled training arguments.
 _OPTIONAL_FILES = (

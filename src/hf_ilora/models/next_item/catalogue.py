@@ -120,12 +120,13 @@ class Catalogue:
         finally:
             unfinished.unlink(missing_ok=True)
 
-    # As the Trainer's processing class: which column tells the length of a row, and what is saved with the model.
+    # The Trainer, whose processing class a catalogue may be, groups rows by the length of this column.
     model_input_names = ("input_ids",)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Write items.parquet into a folder."""
-        self.to_parquet(Path(save_directory) / CATALOGUE_FILE)
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write `items.parquet` to a folder, made if it does not exist; the Trainer calls this for each checkpoint."""
+        os.makedirs(save_directory, exist_ok=True)
+        self.to_parquet(os.path.join(save_directory, CATALOGUE_FILE))
 
     @cached_property
     def _item_id_of(self) -> dict[int, int] | dict[str, int]:

@@ -36,4 +36,6 @@ class CaserConfig(NextItemConfig):
         self.check_at_least_one("num_horizontal_filters", "num_vertical_filters")
 
 
+CaserConfig.register_for_auto_class()
+
 __all__ = ["CaserConfig"]

@@ -91,4 +91,7 @@ def _check_sizes(**sizes: int | None) -> None:
             raise ValueError(f"{name} is {value}: expected at least 1")
 
 
+PopularityConfig.register_for_auto_class()
+TransitionCountsConfig.register_for_auto_class()
+
 __all__ = ["PopularityConfig", "TransitionCountsConfig"]

@@ -32,4 +32,6 @@ class GRU4RecConfig(NextItemConfig):
         self.check_at_least_one("num_hidden_layers")
 
 
+GRU4RecConfig.register_for_auto_class()
+
 __all__ = ["GRU4RecConfig"]

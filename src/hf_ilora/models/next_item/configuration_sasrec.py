@@ -55,4 +55,6 @@ class SASRecConfig(NextItemConfig):
         self.check_choices(_CHOICES)
 
 
+SASRecConfig.register_for_auto_class()
+
 __all__ = ["SASRecConfig"]

@@ -6,8 +6,6 @@ import math
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from .configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID, NextItemConfig
 from .next_item_head import NextItemHead, first_occurrences
@@ -53,6 +51,11 @@ class EncoderForNextItem(NextItemPreTrainedModel):
     def _find_head_offsets(self) -> None:
         both = self.config.teacher_embedding_use == "input_and_head"
         self._head_has_offsets = self.config.teacher_embedding_size is not None and both
+
+    @property
+    def device(self) -> torch.device:
+        """As in transformers, without a walk through the model, which counts when one user waits."""
+        return self.head.weight.device
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.item_embedding
@@ -265,17 +268,6 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         return drawn, (q / q.sum()).clamp(min=1 / self.item_counts.sum()).log()
 
 
-class _OneDimension(ConversionOps):
-    """Gives the `repeat_bias` of older checkpoints, which had no dimension, the one it has today."""
-
-    def convert(self, input_dict, **kwargs):
-        return {name: torch.atleast_1d(values[0]) for name, values in input_dict.items()}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return self
-
-
 def require_item_count(config: NextItemConfig) -> None:
     """Raise a ValueError unless the configuration says how many items there are."""
     if config.num_items is None:
@@ -284,12 +276,4 @@ def require_item_count(config: NextItemConfig) -> None:
         )
 
 
-def read_older_checkpoints(model_class: type[EncoderForNextItem]) -> None:
-    """Let `from_pretrained` of a class take the shapes that its parameters once had."""
-    name = "head.repeat_bias"
-    register_checkpoint_conversion_mapping(
-        model_class.__name__, [WeightConverter(name, name, [_OneDimension()])], overwrite=True
-    )
-
-
-__all__ = ["EncoderForNextItem", "read_older_checkpoints", "require_item_count"]
+__all__ = ["EncoderForNextItem", "require_item_count"]

@@ -14,13 +14,10 @@ from typing import TypeVar
 
 import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 from transformers import PreTrainedConfig
-
-from hf_ilora.models.ilora.embedded_llm import EMBEDDED_LLM, WHEEL_REQUIREMENT
 
 from .catalogue import Catalogue
 
@@ -279,7 +276,9 @@ def _told(error: Exception) -> str:
 # --- what a card says of any model ---
 
 
-def usage(config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: str, revision: str | None = None) -> str:
+def usage_example(
+    config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: str, revision: str | None = None
+) -> str:
     """Python that loads a model from the Hub and prints recommended titles: at most five lines, imports included.
 
     Args:
@@ -306,17 +305,14 @@ def usage(config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: str, r
 
 def card_data(config: PreTrainedConfig, **metadata) -> ModelCardData:
     """The metadata that follow from a configuration, and others as `ModelCardData` takes them."""
-    base_model = None
-    if config.model_type == "ilora":
-        name = config.llm_name_or_path
-        base_model = EMBEDDED_LLM if name == WHEEL_REQUIREMENT else name
+    base_model = config.public_llm_name if config.model_type == "ilora" else None
     tags = ["hf_ilora", config.model_type, "recommender-system", "sequential-recommendation"]
     return ModelCardData(library_name="hf_ilora", tags=tags, base_model=base_model, **metadata)
 
 
 def usage_card(config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: str, revision: str | None = None) -> str:
     """A card that says what the model is and how to use it."""
-    code = usage(config, catalogue, repo_id, revision)
+    code = usage_example(config, catalogue, repo_id, revision)
     items = "" if catalogue is None else f" of {len(catalogue):,} items"
     return (
         f"---\n{card_data(config).to_yaml()}\n---\n\n# {repo_id}\n\n"
@@ -324,22 +320,5 @@ def usage_card(config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: s
     )
 
 
-def check_public_llm(config: PreTrainedConfig) -> None:
-    """Raise a ValueError unless an adapter names its language model as others can find it."""
-    name = config.llm_name_or_path
-    if name == WHEEL_REQUIREMENT:
-        return
-    if name is not None and not Path(name).is_dir():
-        try:
-            validate_repo_id(name)
-            return
-        except HFValidationError:
-            pass  # a path
-    raise ValueError(
-        f"the adapter names {name!r} as its language model, which only this machine has: expected a name on the Hub; "
-        "push the language model too and set config.llm_name_or_path to its name there (llm_revision to the commit)"
-    )
-
-
-__all__ = ["CARD_FILE", "RUN_FILE", "HubUploads", "UploadOfSaved", "card_data", "check_public_llm", "retried", "upload"]
-__all__ += ["usage", "usage_card"]
+__all__ = ["CARD_FILE", "RUN_FILE", "HubUploads", "UploadOfSaved", "card_data", "retried", "upload"]
+__all__ += ["usage_card", "usage_example"]

@@ -6,7 +6,7 @@ from transformers import initialization as init
 
 from .configuration_caser import CaserConfig
 from .configuration_next_item import PADDING_ITEM_ID
-from .encoder_for_next_item import EncoderForNextItem, read_older_checkpoints, require_item_count
+from .encoder_for_next_item import EncoderForNextItem, require_item_count
 from .next_item_head import NextItemHead
 from .padding import last_positions
 from .teacher_embeddings import ItemEmbedding
@@ -121,6 +121,6 @@ def _is_last(lengths: torch.Tensor, length: int) -> torch.Tensor:
     return places == last_positions(lengths, length).unsqueeze(1)
 
 
-read_older_checkpoints(CaserForNextItem)
+CaserForNextItem.register_for_auto_class("AutoModel")
 
 __all__ = ["CaserForNextItem"]

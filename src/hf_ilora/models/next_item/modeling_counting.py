@@ -21,14 +21,14 @@ class CountingPreTrainedModel(NextItemPreTrainedModel):
         super().__init__(config)
         self.register_buffer("item_counts", torch.zeros(config.num_items + 1))
 
-    def item_distances(self, best_scores: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """-log p as in `NextItemPreTrainedModel`; p is an item's share of all counts, which are no logits.
+    def log_probabilities(self, best_scores: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """log p as in `NextItemPreTrainedModel`; p is an item's share of all counts, which are no logits.
 
-        An item that was never counted has the smallest p that float32 holds, so that its distance is finite.
+        An item that was never counted has the smallest p that float32 holds, so that its log is finite.
         """
         smallest = torch.finfo(torch.float32).tiny
         total = scores[:, 1:].float().sum(-1, keepdim=True).clamp(min=smallest)  # (batch, 1)
-        return -(best_scores.float() / total).clamp(min=smallest).log()
+        return (best_scores.float() / total).clamp(min=smallest).log()
 
     @property
     def device(self) -> torch.device:
@@ -90,10 +90,14 @@ class PopularityForNextItem(CountingPreTrainedModel):
         Raises:
             ValueError: on a CPU, for ids outside the catalogue.
         """
-        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
-            self.check_item_ids(input_ids)
-        scores = _without_padding(self.item_counts)  # (num_items + 1,)
-        return NextItemOutput(logits=scores.expand(len(input_ids), -1))
+        self.check_item_ids(input_ids)
+        return NextItemOutput(logits=self.next_item_scores(input_ids))
+
+    def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The logits of `forward`, (batch, num_items + 1), without a check of the ids."""
+        scores = self.item_counts.clone()  # (num_items + 1,)
+        scores[PADDING_ITEM_ID] = float("-inf")
+        return scores.expand(len(input_ids), -1)
 
 
 class TransitionCountsForNextItem(CountingPreTrainedModel):
@@ -168,10 +172,13 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         Raises:
             ValueError: on a CPU, for ids outside the catalogue.
         """
-        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
-            self.check_item_ids(input_ids)
+        self.check_item_ids(input_ids)
         if attention_mask is not None:
             input_ids = input_ids.masked_fill(attention_mask == 0, PADDING_ITEM_ID)
+        return NextItemOutput(logits=self.next_item_scores(input_ids))
+
+    def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The logits of `forward`, (batch, num_items + 1), without a check of the ids."""
         popularity = self.item_counts * (self.config.popularity_weight / self.item_counts.max().clamp(min=1))
         scores = popularity.repeat(len(input_ids), 1)  # (batch, num_items + 1)
         users, items, item_weights = self._newest_real_items(input_ids)  # (sources,) each
@@ -185,7 +192,7 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         weights = self.transition_weights[stored] * item_weights[source]
         scores.view(-1).index_add_(0, columns, weights)
         scores[:, PADDING_ITEM_ID] = float("-inf")
-        return NextItemOutput(logits=scores)
+        return scores
 
     def _newest_real_items(self, input_ids: torch.Tensor):
         """Row, item id and weight of the items that scores are read from: (sources,) each."""
@@ -194,12 +201,6 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         users, positions = (real & (age < self.config.max_length)).nonzero(as_tuple=True)
         weights = self.config.history_decay ** age[users, positions].to(self.dtype)
         return users, input_ids[users, positions].long(), weights
-
-
-def _without_padding(scores: torch.Tensor) -> torch.Tensor:
-    scores = scores.clone()
-    scores[PADDING_ITEM_ID] = float("-inf")
-    return scores
 
 
 def _flatten(sequences: Iterable[Sequence[int]], num_items: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_gru4rec import GRU4RecConfig
-from .encoder_for_next_item import EncoderForNextItem, read_older_checkpoints, require_item_count
+from .encoder_for_next_item import EncoderForNextItem, require_item_count
 from .padding import at_position, last_positions
 from .teacher_embeddings import ItemEmbedding
 
@@ -83,6 +83,6 @@ class GRU4RecForNextItem(EncoderForNextItem):
                     init.zeros_(parameter)
 
 
-read_older_checkpoints(GRU4RecForNextItem)
+GRU4RecForNextItem.register_for_auto_class("AutoModel")
 
 __all__ = ["GRU4RecForNextItem"]

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_sasrec import SASRecConfig
-from .encoder_for_next_item import EncoderForNextItem, read_older_checkpoints, require_item_count
+from .encoder_for_next_item import EncoderForNextItem, require_item_count
 from .next_item_model import NextItemPreTrainedModel
 from .padding import at_position, last_positions, padding_to_the_end, restore_padding
 from .teacher_embeddings import ItemEmbedding
@@ -258,6 +258,6 @@ class SASRecForNextItem(EncoderForNextItem, SASRecPreTrainedModel):
             self.head.bias.copy_(log_counts - log_counts[1:].mean())
 
 
-read_older_checkpoints(SASRecForNextItem)
+SASRecForNextItem.register_for_auto_class("AutoModel")
 
 __all__ = ["SASRecForNextItem", "SASRecModel"]

@@ -87,13 +87,6 @@ class NextItemHead(nn.Linear):
             scores[:, PADDING_ITEM_ID] = float("-inf")
         return scores
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """As in torch; also takes the `repeat_bias` of older checkpoints, which had no dimension."""
-        name = f"{prefix}repeat_bias"
-        if name in state_dict:
-            state_dict[name] = torch.atleast_1d(state_dict[name])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 def first_occurrences(item_ids: torch.Tensor) -> torch.Tensor:
     """(batch, length) item ids with every later occurrence of an item replaced by padding."""

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from .catalogue import CATALOGUE_FILE, Catalogue
+from .histories import padded_histories
 from .hub_upload import HubUploads, UploadOfSaved
 from .next_item_output import top_k_items
 
@@ -40,76 +41,83 @@ class evaluation_mode:
 
 
 class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
-    """A model that scores the next item: `forward(input_ids, ...).logits` are (batch, num_items + 1).
-
-    Attributes:
-        catalogue: titles and raw ids of the items, or None; saved as `items.parquet` beside the weights.
-    """
+    """A model that scores the next item: `forward(input_ids, ...).logits` are (batch, num_items + 1)."""
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        self.catalogue: Catalogue | None = None
+        self._catalogue: Catalogue | None = None
 
-    def recommend(self, input_ids: torch.Tensor, top_k: int = 10, exclude_seen: bool = True):
-        """The `top_k` best next items of each history.
+    @property
+    def catalogue(self) -> Catalogue | None:
+        """Titles and raw ids of the items, or None; saved as `items.parquet` beside the weights.
+
+        Raises:
+            TypeError: when it is set to something else.
+            ValueError: when it is set to a catalogue of another size than `config.num_items`.
+        """
+        return self._catalogue
+
+    @catalogue.setter
+    def catalogue(self, catalogue: Catalogue | None) -> None:
+        if catalogue is not None and not isinstance(catalogue, Catalogue):
+            raise TypeError(
+                f"catalogue is a {type(catalogue).__name__}: expected a Catalogue or None; pass sequences.catalogue, "
+                "or Catalogue(table) with a pyarrow.Table of items"
+            )
+        if catalogue is not None and len(catalogue) != self.config.num_items:
+            raise ValueError(
+                f"the catalogue has {len(catalogue)} items: expected {self.config.num_items}, the num_items of the "
+                "model; use the catalogue of the data set that the model is trained on"
+            )
+        self._catalogue = catalogue
+
+    def recommend(self, histories, top_k: int = 10, exclude_seen: bool = True):
+        """Recommend the `top_k` most probable next items of each history.
 
         Args:
-            input_ids: (batch, length) item ids, 0 for padding on either side; of a long history the model reads
-                the newest `config.max_length` items, and all of them count as seen.
+            histories: a row of item ids per user, oldest first: lists, arrays or tensors, of different lengths or
+                padded with 0 on either side. The model reads the newest `config.max_length` items of a row; all of
+                them count as seen.
             top_k: items per history.
             exclude_seen: leave out the items of the history.
 
         Returns:
-            item_ids (batch, top_k) int64, best first, and their scores (batch, top_k).
+            item_ids (batch, top_k) int64, best first, and scores (batch, top_k) float32: log p over the whole
+            catalogue, seen items included.
 
         Raises:
             ValueError: for ids outside the catalogue, an empty history, or `top_k` larger than what is left.
         """
         with evaluation_mode(self), torch.inference_mode():
-            input_ids, scores = self._ranked_scores(input_ids)
-            item_ids, scores = top_k_items(scores, input_ids, top_k, exclude_seen)
-        return item_ids.clone(), scores.clone()  # tensors that may be used where gradients flow
+            histories = padded_histories(histories, self.config.num_items, self.device)
+            scores = self.next_item_scores(self.newest_items(histories))
+            item_ids, best_scores = top_k_items(scores, histories, top_k, exclude_seen)
+            log_probabilities = self.log_probabilities(best_scores, scores)
+        return item_ids.clone(), log_probabilities.clone()  # tensors that may be used where gradients flow
 
-    def rank_items(self, histories: torch.Tensor, top_k: int = 10, exclude_seen: bool = True):
-        """The items of `recommend` with their distances: what a teacher is asked for.
+    def rank_items(self, histories, top_k: int = 10, exclude_seen: bool = True):
+        """The items of `recommend` with distances instead of scores: what a teacher is asked for.
 
         Args:
-            histories: (batch, length) item ids, as in `recommend`.
-            top_k: items per history.
-            exclude_seen: leave out the items of the history.
+            histories, top_k, exclude_seen: as in `recommend`.
 
         Returns:
             item_ids (batch, top_k) int64, best first, and distances (batch, top_k) float32: -log p over the whole
-            catalogue, seen items included.
+            catalogue.
 
         Raises:
             ValueError: as `recommend`.
         """
-        with evaluation_mode(self), torch.inference_mode():
-            histories, scores = self._ranked_scores(histories)
-            item_ids, best_scores = top_k_items(scores, histories, top_k, exclude_seen)
-            distances = self.item_distances(best_scores, scores)
-        return item_ids.clone(), distances.clone()
+        item_ids, log_probabilities = self.recommend(histories, top_k, exclude_seen)
+        return item_ids, -log_probabilities
 
-    def item_distances(self, best_scores: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """-log p of scores (batch, k) among the scores of the whole catalogue (batch, num_items + 1): their softmax."""
-        return (scores.float().logsumexp(-1, keepdim=True) - best_scores.float()).clamp(min=0)
-
-    def _ranked_scores(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Checked histories on the model's device, (batch, length), and their scores, (batch, num_items + 1)."""
-        if isinstance(input_ids, torch.Tensor):
-            input_ids = input_ids.to(self.device)
-        self.check_item_ids(input_ids)
-        if input_ids.device.type != "cpu":
-            self.check_range(input_ids)
-        if not input_ids.all() and not input_ids.any(1).all():
-            row = int((~input_ids.any(1)).nonzero()[0])
-            raise ValueError(f"history {row} is empty: expected at least one item; recommend popular items instead")
-        return input_ids, self.next_item_scores(self.newest_items(input_ids))
+    def log_probabilities(self, best_scores: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """log p of scores (batch, k) among those of the whole catalogue, (batch, num_items + 1): their softmax."""
+        return (best_scores.float() - scores.float().logsumexp(-1, keepdim=True)).clamp(max=0)
 
     def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(batch, length) item ids -> (batch, num_items + 1) scores; a model that has a shorter way overrides this."""
-        return self(input_ids).logits
+        """(batch, length) item ids, which are not checked -> (batch, num_items + 1) raw scores, -inf for padding."""
+        raise NotImplementedError(f"{type(self).__name__} has no scores: expected a model that ends in ForNextItem")
 
     def newest_items(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The part of the histories that the model reads; (batch, length) -> (batch, <= max_length)."""
@@ -127,8 +135,15 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             )
         if input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids are {input_ids.dtype}: expected item ids as int64 or int32")
-        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
-            self.check_range(input_ids)
+        if input_ids.device.type != "cpu":
+            return  # the check would wait for the device
+        lowest, highest = map(int, torch.aminmax(input_ids))
+        if lowest < 0 or highest > self.config.num_items:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(
+                f"input_ids hold item {wrong}: expected ids 1..{self.config.num_items} of this model's catalogue, "
+                "0 for padding; map raw ids with model.catalogue.item_ids"
+            )
 
     def check_input(self, input_ids, **aligned: torch.Tensor | None) -> None:
         """Raise a ValueError unless `input_ids` fit the model and `aligned` tensors have their shape."""
@@ -144,18 +159,8 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
                     f"{name} have shape {tuple(tensor.shape)}: expected {tuple(input_ids.shape)}, that of input_ids"
                 )
 
-    def check_range(self, input_ids: torch.Tensor) -> None:
-        """Raise a ValueError when an id lies outside 0..num_items."""
-        lowest, highest = map(int, torch.aminmax(input_ids))
-        if lowest < 0 or highest > self.config.num_items:
-            wrong = lowest if lowest < 0 else highest
-            raise ValueError(
-                f"input_ids hold item {wrong}: expected ids 1..{self.config.num_items} of this model's catalogue, "
-                "0 for padding; map raw ids with model.catalogue.item_ids"
-            )
-
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """As in transformers; writes the catalogue beside the weights.
+        """As in transformers; writes the catalogue and the code of the model beside the weights.
 
         Args:
             save_directory: made if it does not exist.
@@ -168,8 +173,8 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         """
         upload = UploadOfSaved(save_directory, kwargs) if push_to_hub else None
         super().save_pretrained(save_directory, **kwargs)
-        if self.catalogue is not None:
-            self.catalogue.to_parquet(os.path.join(save_directory, CATALOGUE_FILE))
+        if self.catalogue is not None and kwargs.get("is_main_process", True):
+            self.catalogue.save_pretrained(save_directory)
         return None if upload is None else upload.send(self)
 
     @classmethod
@@ -205,10 +210,9 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             **hub_arguments,
         )
         if path is not None:
-            model.catalogue = Catalogue.from_parquet(path)
-            if len(model.catalogue) != model.config.num_items:
-                raise ValueError(
-                    f"{path} holds {len(model.catalogue)} items: expected {model.config.num_items}, the num_items of "
-                    "the model; restore the catalogue that was saved with it"
-                )
+            catalogue = Catalogue.from_parquet(path)
+            try:
+                model.catalogue = catalogue
+            except ValueError as error:
+                raise ValueError(f"{path} belongs to another model: {error}") from error
         return (model, info) if wants_info else model
