@@ -33,7 +33,6 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from hf_ilora import Catalogue, ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.data.row_fractions import check_fraction, rows_in_fraction
-from hf_ilora.evaluation.expert_usage import ExpertUsageCallback
 from hf_ilora.models.ilora.candidate_order import PreferredOrder
 from hf_ilora.models.ilora.embedded_llm import EMBEDDED_LLM
 from hf_ilora.models.ilora.language_models import load_language_model
@@ -50,6 +49,7 @@ from hf_ilora.runs import (
 )
 from hf_ilora.training.candidate_rows import CandidateRows
 from hf_ilora.training.curriculum import CurriculumCallback
+from hf_ilora.training.expert_usage_callback import ExpertUsageCallback
 from hf_ilora.training.prompt_collator import PromptCollator, check_candidate_fraction
 from hf_ilora.training.windows import WindowEpochCallback
 
