@@ -1,23 +1,22 @@
-"""Evaluates iLoRA models beside the SASRec they read and the plain language model, in one table.
+"""Evaluates iLoRA models in one table with the SASRec that they read and, if asked to, the plain language model.
 
     python recipes/evaluate_ilora.py --data_dir outputs/reference/movielens/data --split validation \
         --models outputs/reference/movielens/lora outputs/reference/movielens/ilora --names "plain LoRA" iLoRA \
         --zero_shot true --generate free --output_dir outputs/reference/movielens/evaluation
 
-Every model ranks each user's fixed candidates by the likelihood of their titles and, when asked, writes its answer; an
-item head ranks the whole catalogue. Models of one name are runs with different seeds: the table adds their mean and
-standard deviation. Choose on the validation split, and run the test split once. Where validation and test have few
-users, `--split train --train_fraction 0.95 1` compares models on rows of users that none of them learnt from.
+Every model ranks each user's fixed candidates by the likelihood of their titles and, with --generate, generates its
+answer; an item head ranks the whole catalogue. Models with the same name are runs with different seeds: the table adds
+their mean and standard deviation. Select models on the validation split, and run the test split once. If validation and
+test have few users, `--split train --train_fraction 0.95 1` compares models on users that none of them was trained on.
 
-The output folder gets results.md, results.csv, results.json and results.png, how the experts are used (experts.png),
-the ranks of every user among the candidates (candidate_ranks.parquet; ranks in the catalogue under ranks/, for
-`compare_runs`), what was written (answers/), run.json and run.log.
+The recipe writes results.md, results.csv, results.json, results.png, experts.png (expert usage), run.json and run.log
+to the output folder, and for every user the rank among the candidates (candidate_ranks.parquet), the rank in the
+catalogue (ranks/, for `compare_runs`) and the generated answer (answers/).
 """
 
 import gc
 import logging
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -27,65 +26,69 @@ from accelerate import PartialState
 from hf_ilora import ILoraConfig, ILoraForRecommendation, SequenceDatasets
 from hf_ilora.data.row_fractions import check_fraction, rows_in_fraction
 from hf_ilora.evaluation.candidate_evaluation import GENERATE, CandidateEvaluation
-from hf_ilora.evaluation.candidate_report import CandidateContext, candidate_table, plot_choices, write_candidate_table
+from hf_ilora.evaluation.candidate_report import (
+    CandidateContext,
+    candidate_table,
+    plot_candidate_hits,
+    write_candidate_table,
+)
 from hf_ilora.evaluation.expert_usage import plot_expert_usage, usage_table
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
+from hf_ilora.runs.checks import check_at_least_one, check_can_plot, names_of_models
 from hf_ilora.training.candidate_rows import draw_candidates
 
 logger = logging.getLogger(__name__)
 
 ZERO_SHOT = "zero-shot LLM"
 SPLITS = ("validation", "test", "train")
-NUM_CANDIDATES = 20  # for rows of the train split, where the other splits have none
+NUM_CANDIDATES = 20  # for rows of the train split if the other splits have no candidates
 
 
 @dataclass
 class ILoraEvaluationArguments:
-    """What to evaluate, on what, and how."""
+    """The models, the data to evaluate them on, and the settings of the measurements."""
 
     models: list[str] = field(metadata={"help": "folders or Hub names of iLoRA models"})
     data_dir: str = field(metadata={"help": "folder of the data set that the models were trained on"})
-    output_dir: str = field(metadata={"help": "folder for the table, the plots and the ranks"})
+    output_dir: str = field(metadata={"help": "folder to write the table, the plots and the ranks to"})
     names: list[str] | None = field(
-        default=None, metadata={"help": "what the table calls the models; one name for several seeds of one model"}
+        default=None,
+        metadata={"help": "names of the models in the table; runs of one model with different seeds share a name"},
     )
     zero_shot: bool = field(
-        default=False, metadata={"help": "also the language model of the first model, without adapter and embeddings"}
+        default=False,
+        metadata={"help": "also evaluate the language model of the first model without adapter and embeddings"},
     )
     generate: str = field(
-        default="none", metadata={"help": "let the models write their answers: none, free or constrained"}
+        default="none", metadata={"help": "whether and how the models generate answers: none, free or constrained"}
     )
-    max_new_tokens: int = field(default=40, metadata={"help": "tokens of a free answer, at most"})
+    max_new_tokens: int = field(default=40, metadata={"help": "longest free answer, in tokens"})
     recommenders: list[str] | None = field(
-        default=None, metadata={"help": "folders or Hub names of further SASRecs for the table, named as they are here"}
+        default=None, metadata={"help": "folders or Hub names of further recommenders for the table"}
     )
-    split: str = field(
-        default="validation", metadata={"help": "validation, test, or train: rows of it that no model learnt from"}
-    )
+    split: str = field(default="validation", metadata={"help": "validation, test, or train (see train_fraction)"})
     train_fraction: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
-        metadata={"help": "rows of the train split, from and to, as shares; their candidates are drawn by the seed"},
+        metadata={"help": "start and end of the evaluated part of the train split, as fractions of its rows"},
     )
     limit_rows: int = field(
-        default=-1, metadata={"help": "evaluate so many rows, spread evenly over the split; -1: all"}
+        default=-1, metadata={"help": "number of rows to evaluate, spread evenly over the split; -1: all"}
     )
-    k: int = field(default=10, metadata={"help": "cut-off of NDCG, and of hit ratio in the catalogue"})
-    batch_size: int = field(default=8, metadata={"help": "users at a time, per process"})
-    dtype: str | None = field(default=None, metadata={"help": "of the language models, such as bfloat16"})
+    k: int = field(default=10, metadata={"help": "cut-off of NDCG, and of the hit ratio in the catalogue"})
+    batch_size: int = field(default=8, metadata={"help": "users per step, per process"})
+    dtype: str | None = field(default=None, metadata={"help": "data type of the language models, such as bfloat16"})
     num_resamples: int = field(default=2000, metadata={"help": "bootstrap resamples, and sign flips of the p-values"})
-    seed: int = field(default=0, metadata={"help": "of intervals and p-values"})
-    plot: bool = field(default=True, metadata={"help": "draw the plots; needs the extra hf_ilora[plot]"})
+    seed: int = field(
+        default=0, metadata={"help": "random seed of intervals, p-values and the candidates of the train split"}
+    )
+    plot: bool = field(default=True, metadata={"help": "draw the plots (needs the extra hf_ilora[plot])"})
 
     def __post_init__(self):
-        if not self.models:
-            raise ValueError("models is empty: expected at least one folder or Hub name")
-        self.names = self.names or [model.rstrip("/") for model in self.models]
-        if len(self.names) != len(self.models) or ZERO_SHOT in self.names:
-            raise ValueError(
-                f"names are {self.names} for {len(self.models)} models: expected one each, none {ZERO_SHOT!r}"
-            )
+        self.names = names_of_models(self.models, self.names)
+        if ZERO_SHOT in self.names:
+            raise ValueError(f"names are {self.names}: expected others than {ZERO_SHOT!r}, a row of the table")
         if self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r}: expected one of {', '.join(SPLITS)}")
         check_fraction(self.train_fraction)
@@ -93,13 +96,10 @@ class ILoraEvaluationArguments:
             raise ValueError(f"train_fraction is {self.train_fraction} for split {self.split}: expected --split train")
         if self.generate not in GENERATE:
             raise ValueError(f"generate is {self.generate!r}: expected one of {', '.join(GENERATE)}")
-        for name in ("k", "batch_size", "num_resamples", "max_new_tokens"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
+        check_at_least_one(self, "k", "batch_size", "num_resamples", "max_new_tokens")
         if self.limit_rows < 1 and self.limit_rows != -1:
             raise ValueError(f"limit_rows is {self.limit_rows}: expected at least 1, or -1 for all")
-        if self.plot and find_spec("matplotlib") is None:
-            raise ValueError("plot needs matplotlib: install hf_ilora[plot], or give --plot false")
+        check_can_plot(self.plot)
 
 
 ARGUMENTS = (ILoraEvaluationArguments,)
@@ -107,7 +107,8 @@ ARGUMENTS = (ILoraEvaluationArguments,)
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    # Without an accelerator the processes of one launch find one another only when they are told so at the start.
+    # Without an accelerator, the processes of a launch only find each other if the first PartialState is told to use
+    # the CPU.
     state = PartialState(cpu=not torch.accelerator.is_available())
     sequences, split = load_data(arguments)
     for model in arguments.models:  # before anything is measured
@@ -155,18 +156,18 @@ def main() -> None:
             record.add_metrics(f"{report.name} ({report.source})", report.quality)
         if state.is_main_process:
             usages = evaluation.usages
-            appendix = f"\nHow the experts are used:\n\n{usage_table(usages)}" if usages else ""
+            appendix = f"\nExpert usage:\n\n{usage_table(usages)}" if usages else ""
             write_candidate_table(reports, context, output, appendix)
             evaluation.write_rows(output)
             if arguments.plot:
-                plot_choices(reports, context, output / "results.png")
+                plot_candidate_hits(reports, context, output / "results.png")
                 if usages:
                     plot_expert_usage(usages, output / "experts.png")
             logger.info("wrote %s\n%s%s", output / "results.md", candidate_table(reports, context), appendix)
 
 
 def load_data(arguments: ILoraEvaluationArguments):
-    """The data set and the rows to evaluate, with their candidates."""
+    """The data set, and the rows to evaluate with their candidates."""
     sequences = SequenceDatasets.load(arguments.data_dir)
     split = sequences[arguments.split]
     if arguments.split == "train":
@@ -185,9 +186,9 @@ def load_data(arguments: ILoraEvaluationArguments):
 
 
 def without_adapter(model: ILoraForRecommendation, dtype: str | None) -> ILoraForRecommendation:
-    """The language model that `model` was trained on, with its prompts as plain text and an adapter that does nothing.
+    """The language model that `model` was trained on, with plain-text prompts and an adapter that adds zero.
 
-    With one expert there is no router, and a fresh LoRA adds zero.
+    With one expert there is no router, and an untrained LoRA adds zero.
     """
     config = model.config
     llm, tokenizer, _ = load_language_model(

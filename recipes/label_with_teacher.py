@@ -36,6 +36,7 @@ from hf_ilora.distillation.teachers import ModelTeacher, Teacher, load_teacher, 
 from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
+from hf_ilora.runs.checks import check_at_least_one
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +74,7 @@ class LabelArguments:
     )
 
     def __post_init__(self):
-        for name in ("top_k", "batch_size", "shard_rows"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
+        check_at_least_one(self, "top_k", "batch_size", "shard_rows")
         for name, known in (("labelled_positions", LABELLED_POSITIONS), ("acquire", ACQUISITION_POLICIES)):
             if vars(self)[name] not in known:
                 raise ValueError(f"{name} is {vars(self)[name]!r}: expected one of {', '.join(known)}")

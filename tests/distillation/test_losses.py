@@ -370,7 +370,7 @@ def test_a_sample_of_items_is_a_catalogue_of_its_own():
     columns = [torch.searchsorted(named, ids.contiguous()) for ids in (target, negative, items)]
     program = DLLM2RecLoss(alpha=0.5, top_k=4, propensity=propensity)
     sampled = program(scores[:, named], *columns, distances, propensity=propensity[named])
-    with pytest.raises(ValueError, match=r"propensity has shape \(30,\): expected .* that of its items"):
+    with pytest.raises(ValueError, match=r"propensity has shape \(30,\): expected .* select their propensities"):
         program(scores[:, named], *columns, distances)
     small = {"propensity": propensity[named], "alpha": 0.5, "beta": 1.0, "lam": 0.8, "gammas": GAMMAS}
     expected = naive_loss(scores[:, named], *columns, distances, "corrected", **small)

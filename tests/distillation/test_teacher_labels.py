@@ -84,7 +84,7 @@ def test_teacher_without_embeddings_says_so(train, tmp_path):
 @pytest.mark.parametrize("name", ["data", "teacher"])
 def test_labels_of_other_data_or_of_another_teacher_are_refused(folder, name):
     load(folder, teacher_fingerprint=KnownTeacher.fingerprint)
-    message = f"the {name} with the fingerprint .*: expected 0000.*; label again .*, or use the {name} of these labels"
+    message = f"the {name} of the labels in .* has the fingerprint .*: expected 0000.*, or use the {name} of these"
     with pytest.raises(ValueError, match=message):
         load(folder, **{f"{name}_fingerprint": "0" * 64})
 

@@ -15,7 +15,7 @@ from hf_ilora.evaluation.candidate_ranking import generate_answers, rank_candida
 from hf_ilora.evaluation.candidate_report import (
     CandidateContext,
     candidate_table,
-    plot_choices,
+    plot_candidate_hits,
     seed_summary,
     write_candidate_table,
 )
@@ -64,7 +64,7 @@ def ilora(sequences, seed=0, recommender_seed=0, **settings):
 
 
 def context_of(sequences, split, generate="none"):
-    return CandidateContext("data", sequences.fingerprint, "test", len(split), 30, 5, 10, generate, 200, 0)
+    return CandidateContext("data", sequences.fingerprint, "test", len(split), 30, 5, 10, 200, 0, generate=generate)
 
 
 def test_a_model_that_learnt_no_titles_has_no_choice_by_titles(sequences):
@@ -165,7 +165,7 @@ def test_table_shows_every_metric_once_and_seeds_as_mean_and_deviation(sequences
         lines = list(csv.DictReader(file))
     assert [float(line["candidates/hit_ratio@1"]) for line in lines[:2]] == values
     assert lines[0]["masked/ndcg@10"] == "" and lines[2]["p_value"] == ""
-    plot_choices(rows, context, tmp_path / "results.png")
+    plot_candidate_hits(rows, context, tmp_path / "results.png")
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -44,12 +44,18 @@ def test_constant_scores_put_the_target_last():
 
 def test_bad_scores_are_refused():
     candidates, target = torch.tensor([[3, 2], [4, 1]]), torch.tensor([3, 1])
-    with pytest.raises(ValueError, match="scores of row 1 hold NaN"):
+    with pytest.raises(ValueError, match="scores of row 1 contain NaN"):
         ranks_among_candidates(torch.tensor([[1.0, 2.0], [1.0, torch.nan]]), candidates, target)
     with pytest.raises(ValueError, match=r"candidate_scores have shape \(2, 3\): expected \(2, 2\)"):
         ranks_among_candidates(torch.zeros(2, 3), candidates, target)
     with pytest.raises(ValueError, match="candidates of row 1 lack its target 5"):
         ranks_among_candidates(torch.zeros(2, 2), candidates, torch.tensor([3, 5]))
+
+
+def test_a_split_without_candidates_is_refused(split):
+    for measure in (rank_candidates, generate_answers):
+        with pytest.raises(ValueError, match="has no column candidates: expected data prepared with num_candidates"):
+            measure(ChoosingModel(), split.remove_columns("candidates"))
 
 
 def test_an_item_head_is_ranked_by_its_scorer(split):

@@ -1,14 +1,11 @@
-"""Numbers of expert usage by hand, what counts as collapsed, and the callback in a real Trainer."""
+"""Numbers of expert usage by hand, and what counts as collapsed."""
 
-import json
 import math
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
 
 from hf_ilora.evaluation.expert_usage import (
-    ExpertUsageCallback,
     expert_usage,
     gates_of_histories,
     plot_expert_usage,
@@ -22,7 +19,7 @@ def test_values_by_hand():
     assert usage.num_users == 4
     assert usage.mean_gate == (0.5, 0.5)
     assert usage.deviation == pytest.approx((math.sqrt(0.125), math.sqrt(0.125)))
-    assert usage.top_share == (0.75, 0.25)  # of equal gates the first counts
+    assert usage.top_fraction == (0.75, 0.25)  # of equal gates the first counts
     assert usage.entropy_of_mean == pytest.approx(1)
     assert usage.mean_entropy == pytest.approx(0.5)
     skewed = expert_usage(torch.tensor([[0.75, 0.25, 0.0]]))
@@ -44,7 +41,7 @@ def test_collapsed_is_one_expert_for_all_or_one_mixture_for_all():
 
 def test_gates_that_are_no_distributions_are_refused():
     for wrong in ([[0.5, 0.6]], [[1.5, -0.5]], [[torch.nan, 1.0]]):
-        with pytest.raises(ValueError, match=r"gates of user 1 are .*: expected shares that sum to 1"):
+        with pytest.raises(ValueError, match=r"gates of user 1 are .*: expected probabilities that sum to 1"):
             expert_usage(torch.tensor([[0.5, 0.5], *wrong]))
     for shape in ((3,), (0, 2)):
         with pytest.raises(ValueError, match=r"expected \(users, experts\)"):
@@ -57,36 +54,6 @@ def test_gates_are_those_of_evaluation_in_the_order_of_users():
     gates = gates_of_histories(model, histories, batch_size=5)
     assert gates.argmax(1).tolist() == (histories[:, 0] % 4).tolist()
     assert model.training
-
-
-class TrainedModel(ChoosingModel):
-    def forward(self, row):
-        return {"loss": (self.table[row] ** 2).sum()}
-
-
-def test_the_trainer_logs_the_usage_at_each_evaluation(tmp_path):
-    model = TrainedModel()
-    rows = [{"row": row} for row in range(8)]
-    arguments = TrainingArguments(
-        output_dir=tmp_path,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        num_train_epochs=2,
-        eval_strategy="epoch",
-        save_strategy="no",
-        prediction_loss_only=True,
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
-    trainer.add_callback(ExpertUsageCallback(trainer, torch.tensor([[4], [8], [1], [2]])))
-    trainer.train()
-    logged = [entry for entry in trainer.state.log_history if "expert_0_gate" in entry]
-    assert [entry["epoch"] for entry in logged] == [1, 2]
-    assert [logged[0][f"expert_{number}_gate"] for number in range(4)] == [0.5, 0.25, 0.25, 0]
-    assert logged[0]["expert_mean_entropy"] == pytest.approx(0)
-    assert logged[0]["expert_entropy_of_mean"] == pytest.approx(1.5 * math.log(2) / math.log(4))
-    assert logged[0]["expert_deviation"] == pytest.approx(0.5)
-    json.dumps(logged)
 
 
 def test_table_and_plot_show_every_model(tmp_path):

@@ -13,6 +13,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from hf_ilora import NextItemOutput, SASRecConfig, SASRecForNextItem
 from hf_ilora.evaluation.ranking import RankingMetrics, candidate_ranks, rank_split, ranks_from_logits, target_ranks
+from hf_ilora.evaluation.statistics import summarize_ranks
 
 INFINITY = float("inf")
 
@@ -85,18 +86,18 @@ def test_bad_scores_targets_and_candidates_are_refused():
     broken = scores.clone()
     broken[1, 4] = torch.nan
     for call in (lambda: target_ranks(broken, target), lambda: candidate_ranks(broken, candidates, target)):
-        with pytest.raises(ValueError, match="scores of row 1 hold NaN"):
+        with pytest.raises(ValueError, match="scores of row 1 contain NaN"):
             call()
     for wrong in (0, 6):
-        with pytest.raises(ValueError, match=rf"target holds item {wrong}: expected ids 1\.\.5"):
+        with pytest.raises(ValueError, match=rf"target contains item {wrong}: expected ids 1\.\.5"):
             target_ranks(scores, torch.tensor([1, wrong]))
     with pytest.raises(ValueError, match=r"expected \(batch, num_items \+ 1\) and \(batch,\)"):
         target_ranks(scores, torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="candidates of row 1 lack its target 2"):
         candidate_ranks(scores, torch.tensor([[1, 2], [1, 3]]), target)
-    with pytest.raises(ValueError, match="candidates of row 0 hold an item twice"):
+    with pytest.raises(ValueError, match="candidates of row 0 contain an item twice"):
         candidate_ranks(scores, torch.tensor([[1, 1], [2, 3]]), target)
-    with pytest.raises(ValueError, match="candidates holds item 0"):
+    with pytest.raises(ValueError, match="candidates contains item 0"):
         candidate_ranks(scores, torch.tensor([[1, 0], [2, 3]]), target)
     with pytest.raises(ValueError, match=r"expected \(batch, candidates\) with batch 2"):
         candidate_ranks(scores, torch.tensor([[1, 2]]), target)
@@ -130,6 +131,16 @@ def test_split_ranks_equal_one_row_at_a_time(name, batch_size, split, request):
         assert (rank_split(sasrec(seed=1), split).masked != ranks.masked).any()
 
 
+def test_a_split_without_candidates_has_the_same_ranks_in_the_catalogue_and_no_others(split, counts):
+    without = rank_split(counts, split.remove_columns("candidates"), batch_size=7)
+    ranks = rank_split(counts, split)
+    assert without.masked.tolist() == ranks.masked.tolist() and without.unmasked.tolist() == ranks.unmasked.tolist()
+    assert without.candidates is None
+    metrics, expected = summarize_ranks(without, num_resamples=50), summarize_ranks(ranks, num_resamples=50)
+    assert expected.pop("candidates/hit_ratio@1").mean == (ranks.candidates == 1).mean()
+    assert metrics == expected
+
+
 def test_the_whole_history_is_masked_though_the_model_reads_its_end(split):
     model = sasrec()
     ranks = rank_split(model, split)
@@ -149,15 +160,15 @@ def test_training_mode_is_restored_and_no_dropout_disturbs(split):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda split: split.remove_columns("candidates"), "has no column candidates"),
+        (lambda split: split.remove_columns("target"), r"has no column target \(found: user_id, history, candidates\)"),
         (lambda split: split.select([]), "the split is empty"),
         (
             lambda split: split.map(lambda row, i: {"history": [] if i == 3 else [1]}, with_indices=True),
             "of row 3 is empty",
         ),
-        (lambda split: split.map(lambda row: {"history": [0]}), "history holds item 0"),
-        (lambda split: split.map(lambda row: {"target": 41}), r"target holds item 41: expected ids 1\.\.40"),
-        (lambda split: split.map(lambda row: {"candidates": [row["target"], 99]}), "candidates holds item 99"),
+        (lambda split: split.map(lambda row: {"history": [0]}), "history contains item 0"),
+        (lambda split: split.map(lambda row: {"target": 41}), r"target contains item 41: expected ids 1\.\.40"),
+        (lambda split: split.map(lambda row: {"candidates": [row["target"], 99]}), "candidates contains item 99"),
         (lambda split: split.map(lambda row: {"candidates": [row["target"] % 40 + 1]}), "lack its target"),
         (
             lambda split: split.map(lambda row, i: {"candidates": [1] * (i + 1)}, with_indices=True),

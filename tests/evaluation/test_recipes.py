@@ -132,26 +132,38 @@ def test_a_model_of_other_items_is_an_error_before_anything_runs(run_recipe, dat
     assert not (tmp_path / "evaluation").exists()
 
 
-def test_data_without_candidates_is_refused(run_recipe, sequences, models, tmp_path):
+def test_data_without_candidates_is_measured_in_the_catalogue_alone(run_recipe, sequences, models, tmp_path):
     sequences_without = type(sequences)(
         {name: split.select_columns(["user_id", "history", "target"]) for name, split in sequences.items()},
         sequences.catalogue,
         sequences.protocol | {"num_candidates": 0},
     )
     sequences_without.save(tmp_path / "data")
-    with pytest.raises(ValueError, match="has no candidates: expected data prepared with num_candidates"):
-        folders = ["--data_dir", tmp_path / "data", "--output_dir", tmp_path / "evaluation"]
-        run_recipe("evaluate_models", *folders, "--models", *models)
-    with pytest.raises(ValueError, match="has no column candidates"):
-        run_recipe("fit_counts", "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "counts2")
+    folders = ["--data_dir", tmp_path / "data", "--output_dir", tmp_path / "evaluation"]
+    run_recipe("evaluate_models", *folders, "--models", *models[:2], *QUICK)
+    quality = [
+        model["quality"] for model in json.loads((tmp_path / "evaluation" / "results.json").read_text())["models"]
+    ]
+    for folder, found in zip(models, quality, strict=False):
+        ranks = rank_split(load_recommender(folder), sequences["test"]).masked
+        assert found["masked/hit_ratio@10"]["mean"] == pytest.approx((ranks <= 10).mean())
+        assert not any(name.startswith("candidates/") for name in found)
+    header = next(line for line in (tmp_path / "evaluation" / "results.md").read_text().splitlines() if "|" in line)
+    assert "HR@10 masked" in header and "HR@1 of" not in header
+    runs = sorted((tmp_path / "evaluation" / "ranks").iterdir())
+    assert compare_runs(*runs, num_resamples=100).num_users == len(sequences["test"])
+    with pytest.raises(ValueError, match="of data without candidates: expected ranking masked or unmasked"):
+        compare_runs(*runs, ranking="candidates")
+    run_recipe("fit_counts", "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "counts2", *SHORT_SEARCH)
+    assert load_recommender(tmp_path / "counts2" / "transition_counts").config.num_items == sequences.num_items
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--split", "train"], "split is 'train': expected validation or test"),
-        (["--names", "one"], "expected one each, all different"),
-        (["--names", "same", "same"], "expected one each, all different"),
+        (["--names", "one"], "for 2 models: expected one name for each"),
+        (["--names", "same", "same"], "expected different names"),
         (["--k", "0"], "k is 0: expected at least 1"),
         (["--latency_threads", "0"], "latency_threads is 0"),
         (["--modles", "x"], "unknown option"),
@@ -170,7 +182,7 @@ def test_a_plot_without_matplotlib_is_an_error_before_anything_runs(
     missing = lambda name: None if name == "matplotlib" else find_spec(name)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", missing)
     options = ["--models", models[0], "--data_dir", data_dir, "--output_dir", tmp_path / "evaluation", *QUICK]
-    with pytest.raises(ValueError, match=r"install hf_ilora\[plot\], or give --plot false"):
+    with pytest.raises(ValueError, match=r"install hf_ilora\[plot\], or pass --plot false"):
         run_recipe("evaluate_models", *options)
     run_recipe("evaluate_models", *options, "--plot", "false")
     assert (tmp_path / "evaluation" / "results.md").exists()

@@ -12,7 +12,7 @@ from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.report import ModelReport, ReportContext, markdown_table, plot_quality, write_table
 from hf_ilora.evaluation.statistics import Interval, RunComparison, summarize_ranks
 
-CONTEXT = ReportContext("data", "0123456789abcdef0123", "test", 50, 40, 6, 10, "masked/ndcg@10", 500, 0)
+CONTEXT = ReportContext("data", "0123456789abcdef0123", "test", 50, 40, 6, 10, 500, 0, compared="masked/ndcg@10")
 
 
 class Recommender:
@@ -109,7 +109,7 @@ def test_a_table_of_nothing_is_refused(tmp_path):
 def test_a_table_that_fails_leaves_the_earlier_one_whole(reports, tmp_path, monkeypatch):
     write_table(reports, CONTEXT, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr("hf_ilora.evaluation.report.json.dumps", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("hf_ilora.evaluation.results.json.dumps", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_table(reports[:1], CONTEXT, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

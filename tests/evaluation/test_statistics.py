@@ -47,10 +47,10 @@ def test_interval_depends_on_the_seed_alone():
     assert bootstrap_interval(shuffled, seed=3).low == bootstrap_interval(values, seed=3).low
 
 
-def test_parts_of_the_draws_give_what_one_part_gives(monkeypatch):
+def test_parts_of_the_resamples_give_what_one_part_gives(monkeypatch):
     values = metric_values()
     expected = bootstrap_interval(values), sign_flip_p_value(values - values.mean())
-    monkeypatch.setattr("hf_ilora.evaluation.statistics._MAX_DRAWS", 1_000)
+    monkeypatch.setattr("hf_ilora.evaluation.statistics._MAX_RANDOM_NUMBERS", 1_000)
     assert (bootstrap_interval(values), sign_flip_p_value(values - values.mean())) == expected
 
 
@@ -176,7 +176,7 @@ def test_files_that_are_no_saved_ranks_are_refused(tmp_path):
         SavedRanks.load(truncated)
     foreign = tmp_path / "foreign.parquet"
     pa.parquet.write_table(pa.table({"rank": [1]}), foreign)
-    with pytest.raises(ValueError, match="holds the columns rank: expected saved ranks"):
+    with pytest.raises(ValueError, match="has the columns rank: expected saved ranks"):
         SavedRanks.load(foreign)
 
 

@@ -80,7 +80,9 @@ def write_results(folder: Path) -> Path:
         "unmasked/mrr": Interval(0.06, 0.05, 0.07),
         "candidates/hit_ratio@1": Interval(0.5, 0.47, 0.53),
     }
-    context = ReportContext("outputs/data", FINGERPRINT, "test", 943, NUM_ITEMS, 20, 10, "masked/ndcg@10", 2000, 0)
+    context = ReportContext(
+        "outputs/data", FINGERPRINT, "test", 943, NUM_ITEMS, 20, 10, 2000, 0, compared="masked/ndcg@10"
+    )
     parts = {"latency": Latency(0.44, 0.5, 300, 1, "cpu"), "size": ModelSize(3000, 12000)}
     worse = {name: Interval(value.mean / 2, value.low / 2, value.high / 2) for name, value in quality.items()}
     comparison = RunComparison(0.05775, 0.1155, Interval(0.05775, 0.04, 0.07), 0.0005, 943)

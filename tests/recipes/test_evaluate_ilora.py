@@ -74,7 +74,7 @@ def test_saved_models_become_one_table(folder, tmp_path):
     # the adapter is not in the zero-shot row: other likelihoods, other ranks
     assert zero_shot["quality"]["candidates/ndcg@10"] != lora["quality"]["candidates/ndcg@10"]
     text = (tmp_path / "results.md").read_text()
-    assert "ValidRatio" in text and "How the experts are used" in text
+    assert "ValidRatio" in text and "Expert usage" in text
     for file in ("results.csv", "results.png", "experts.png", "candidate_ranks.parquet"):
         assert (tmp_path / file).is_file()
     assert len(list((tmp_path / "ranks").iterdir())) == 2 and len(list((tmp_path / "answers").iterdir())) == 3
@@ -109,7 +109,7 @@ def test_two_processes_give_the_table_of_one(folder, tmp_path, launch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--models", "{folder}/ilora", "--names", "a", "b"], "for 1 models: expected one each"),
+        (["--models", "{folder}/ilora", "--names", "a", "b"], "for 1 models: expected one name for each"),
         (["--models", "{folder}/ilora", "--split", "all"], "expected one of validation, test, train"),
         (["--models", "{folder}/ilora", "--train_fraction", "0.5", "1"], "expected --split train"),
         (["--models", "{folder}/ilora", "--generate", "all"], "expected one of none, free, constrained"),

@@ -78,12 +78,12 @@ class TeacherLabels:
         """
         folder = Path(folder)
         description = read_description(folder)
-        for made, name, expected in (("for", "data", data_fingerprint), ("with", "teacher", teacher_fingerprint)):
+        for name, expected in (("data", data_fingerprint), ("teacher", teacher_fingerprint)):
             found = description[f"{name}_fingerprint"]
             if expected is not None and found != expected:
                 raise ValueError(
-                    f"the labels in {folder} were made {made} the {name} with the fingerprint {found}: expected "
-                    f"{expected}; label again with recipes/label_with_teacher.py, or use the {name} of these labels"
+                    f"the {name} of the labels in {folder} has the fingerprint {found}: expected {expected}; label "
+                    f"again with recipes/label_with_teacher.py, or use the {name} of these labels"
                 )
         table = read_shards(folder, description["num_shards"])
         labels = cls(table, description, folder)

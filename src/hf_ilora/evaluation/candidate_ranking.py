@@ -1,4 +1,4 @@
-"""The published protocol: a model chooses one of each user's fixed candidates, by likelihood or by what it writes."""
+"""LLaRA's protocol: a model ranks each user's fixed candidates by likelihood, or generates the title of one."""
 
 from dataclasses import dataclass
 
@@ -13,11 +13,11 @@ from hf_ilora.evaluation.valid_answers import AnswerQuality, judge_answers, judg
 def rank_candidates(model: torch.nn.Module, split, *, batch_size: int = 8) -> np.ndarray:
     """Rank the target of every row among its candidates, by the likelihood of their titles.
 
-    Ties count against the model. Under several processes each takes its share of the batches and all receive all ranks.
+    Ties count against the model. With several processes, each ranks a part of the batches and all receive all ranks.
 
     Args:
-        model: `score_candidates(histories, candidates)` gives (batch, candidates) for whole histories, padded with 0 on
-            the right, and `config` has `num_items`. It may be wrapped for distributed evaluation.
+        model: `score_candidates(histories, candidates)` returns (batch, candidates) for whole histories, padded with 0
+            on the right, and `config` has `num_items`. It may be wrapped for distributed evaluation.
         split: `datasets.Dataset` with the columns history (list of item ids, oldest first), target and candidates.
         batch_size: rows per step and process.
 
@@ -29,7 +29,7 @@ def rank_candidates(model: torch.nn.Module, split, *, batch_size: int = 8) -> np
             target or with an item twice, and NaN among the scores.
     """
     model = extract_model_from_parallel(model)
-    rows = EvaluationRows(split, model.config.num_items)
+    rows = _rows_with_candidates(split, model.config.num_items)
     ranks = torch.zeros(len(rows), dtype=torch.int64, device=model.device)
     was_training = model.training
     model.eval()
@@ -43,19 +43,19 @@ def rank_candidates(model: torch.nn.Module, split, *, batch_size: int = 8) -> np
             if is_own:
                 ranks[torch.from_numpy(batch_rows).to(model.device)] = batch_ranks
     model.train(was_training)
-    # Every row was ranked by one process and is zero in all others.
+    # Every row was ranked by one process and is zero in the others.
     return reduce(ranks, reduction="sum").cpu().numpy()
 
 
 @dataclass(frozen=True)
 class GeneratedAnswers:
-    """What a model wrote for every row of a split, in its order.
+    """The answers that a model generated for the rows of a split, in their order.
 
     Args:
-        texts: (users,) the first answer for each.
-        candidate_titles: (users, candidates) as the model calls them.
-        target_titles: (users,) likewise.
-        item_ids: (users,) what the answers are when they were constrained to titles, 0 for none; None for free ones.
+        texts: (users,) the first answer of each row.
+        candidate_titles: (users, candidates) titles, in the model's spelling.
+        target_titles: (users,) titles, in the model's spelling.
+        item_ids: (users,) item ids of constrained answers, 0 for none; None for free answers.
         targets: (users,) item ids.
     """
 
@@ -66,10 +66,10 @@ class GeneratedAnswers:
     targets: list[int]
 
     def quality(self) -> AnswerQuality:
-        """ValidRatio and HR@1, over the valid and over all answers.
+        """ValidRatio, and HR@1 over the valid and over all answers.
 
-        Free answers are judged by the published rule, by which a title that holds another candidate's names two.
-        Constrained ones are one title each, whatever its text holds.
+        Free answers are judged by LLaRA's rule, by which a title that contains the title of another candidate names
+        both. A constrained answer always names the one item it was generated for.
         """
         if self.item_ids is not None:
             return judge_items(self.item_ids, self.targets)
@@ -79,25 +79,25 @@ class GeneratedAnswers:
 def generate_answers(
     model: torch.nn.Module, split, *, constrained: bool = False, batch_size: int = 8, max_new_tokens: int = 40
 ) -> GeneratedAnswers:
-    """Let a model write its answer for every row, freely or constrained to the titles of the candidates.
+    """Generate a model's answer for every row, freely or constrained to the titles of the candidates.
 
-    Under several processes each takes its share of the batches and all receive all answers.
+    With several processes, each generates a part of the answers and all receive all answers.
 
     Args:
-        model: `generate_recommendation(histories, candidates, top_k, constrained, max_new_tokens)` gives an object with
-            `texts`, (batch, top_k) strings, and `item_ids`, (batch, top_k); `title_tokens.titles` are the titles of
-            items 1..num_items as the model calls them, and `config` has `num_items`. It may be wrapped for distributed
-            evaluation.
+        model: `generate_recommendation(histories, candidates, top_k, constrained, max_new_tokens)` returns an object
+            with `texts`, (batch, top_k) strings, and `item_ids`, (batch, top_k); `title_tokens.titles` are the titles
+            of items 1..num_items in the model's spelling, and `config` has `num_items`. It may be wrapped for
+            distributed evaluation.
         split: `datasets.Dataset` with the columns history (list of item ids, oldest first), target and candidates.
-        constrained: only titles of candidates can be written, so that every answer is one of them.
+        constrained: generate only titles of candidates.
         batch_size: rows per step and process.
-        max_new_tokens: tokens after which an answer ends in any case.
+        max_new_tokens: longest answer, in tokens.
 
     Raises:
         ValueError: for missing columns, no rows, empty histories, and ids outside the catalogue.
     """
     model = extract_model_from_parallel(model)
-    rows = EvaluationRows(split, model.config.num_items)
+    rows = _rows_with_candidates(split, model.config.num_items)
     written: list[tuple[int, str, int]] = []
     was_training = model.training
     model.eval()
@@ -124,3 +124,13 @@ def generate_answers(
         item_ids=list(item_ids) if constrained else None,
         targets=rows.target.tolist(),
     )
+
+
+def _rows_with_candidates(split, num_items: int) -> EvaluationRows:
+    rows = EvaluationRows(split, num_items)
+    if rows.candidates is None:
+        raise ValueError(
+            "the split has no column candidates: expected data prepared with num_candidates of 2 or more, as the model "
+            "ranks candidates"
+        )
+    return rows

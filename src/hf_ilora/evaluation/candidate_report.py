@@ -1,38 +1,46 @@
-"""One table of models that choose among candidates: what each gets right, what it costs, and the plot of it."""
+"""One table of models that rank a user's candidates: what each gets right, what it costs, and a plot of it."""
 
-import csv
-import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from hf_ilora.evaluation.report import REPORT_STEM, comparison_text, escaped, interval_text, short_number
+from hf_ilora.evaluation.results import (
+    EvaluationContext,
+    comparison_text,
+    escaped,
+    flat_comparison,
+    flat_quality,
+    interval_text,
+    markdown_rows,
+    short_number,
+    write_results,
+)
 from hf_ilora.evaluation.statistics import Interval, RunComparison
 from hf_ilora.files import written_whole
 
-# What a table says of generated answers.
+# Explains the columns of generated answers below a table.
 GENERATED = {
-    "free": "Answers are generated freely, and valid when they name exactly one candidate.",
-    "constrained": "Answers are generated, constrained to the titles of the candidates; each is one of them.",
+    "free": "Answers are generated freely. An answer is valid if it names exactly one candidate.",
+    "constrained": "Answers are generated under the constraint that they are titles of candidates, so each names one.",
 }
 
 
 @dataclass(frozen=True)
 class CandidateReport:
-    """All that was measured of one row of the table.
+    """The measurements of one row of the table.
 
     Args:
-        name: of the model; rows of one name are runs of one model with different seeds.
+        name: name of the model; rows with the same name are runs of one model with different seeds.
         source: folder or Hub name of the weights.
-        quality: an interval for each metric, named "ranking/metric". "candidates/..." is the choice by score,
-            "answers/..." that by generation, "masked/..." the ranking of the whole catalogue without seen items.
-        comparison: of HR@1 among the candidates with the SASRec that the model reads, paired over users; None for a
+        quality: an interval for each metric, named "ranking/metric": "candidates/..." for the candidates ranked by
+            score, "answers/..." for generated answers, "masked/..." for the catalogue without seen items.
+        comparison: with the SASRec that the model reads, by HR@1 among the candidates, paired over users; None for a
             SASRec.
-        num_parameters: numbers the model holds.
-        num_trained: those of them that were trained for this model.
-        seconds_per_user: of ranking the candidates (for a SASRec or an item head: the catalogue), in batches.
-        seconds_per_answer: of generating; None where nothing was generated.
+        num_parameters: number of parameters.
+        num_trained: number of parameters that were trained for this model.
+        seconds_per_user: time to rank the candidates (for a SASRec or an item head, the catalogue) in batches.
+        seconds_per_answer: time to generate an answer; None if none was generated.
     """
 
     name: str
@@ -45,37 +53,19 @@ class CandidateReport:
     seconds_per_answer: float | None = None
 
 
-@dataclass(frozen=True)
-class CandidateContext:
+@dataclass(frozen=True, kw_only=True)
+class CandidateContext(EvaluationContext):
     """What all rows of a table have in common.
 
     Args:
-        data: name or folder of the data set.
-        data_fingerprint: content hash of the data set.
-        split: evaluated split.
-        num_users: its rows.
-        num_items: size of the catalogue.
-        num_candidates: size of the candidate sets.
-        k: cut-off of NDCG and of the ranking of the catalogue.
         generate: how answers were generated: "free", "constrained" or "none".
-        num_resamples: of intervals and p-values.
-        seed: of intervals and p-values.
     """
 
-    data: str
-    data_fingerprint: str
-    split: str
-    num_users: int
-    num_items: int
-    num_candidates: int
-    k: int
     generate: str
-    num_resamples: int
-    seed: int
 
 
 def metric_titles(context: CandidateContext) -> dict[str, str]:
-    """Title of the column of each metric, in their order."""
+    """The column title of each metric, in the order of the columns."""
     k, among = context.k, context.num_candidates
     return {
         "candidates/hit_ratio@1": f"HR@1 of {among}",
@@ -89,10 +79,10 @@ def metric_titles(context: CandidateContext) -> dict[str, str]:
 
 
 def seed_summary(reports: Sequence[CandidateReport]) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean and standard deviation over the runs of each name that has several.
+    """Mean and standard deviation over the runs of each name that has several runs.
 
     Returns:
-        name -> metric -> {"runs", "mean", "standard_deviation"}, for metrics that all runs of the name have.
+        name -> metric -> {"runs", "mean", "standard_deviation"}, for the metrics that all runs of the name have.
     """
     summary = {}
     for name in dict.fromkeys(report.name for report in reports):
@@ -118,34 +108,19 @@ def write_candidate_table(
 
     Args:
         reports: in the order of the rows.
-        context: what they have in common.
-        folder: made when it is missing.
-        appendix: Markdown to stand behind the table.
+        context: of all reports.
+        folder: created if it is missing.
+        appendix: Markdown to append to the table.
 
     Raises:
         ValueError: for no reports.
     """
-    if not reports:
-        raise ValueError("there are no models to report on: expected at least one")
-    with written_whole(folder / f"{REPORT_STEM}.json") as path:
-        content = {
-            "context": asdict(context),
-            "models": [asdict(report) for report in reports],
-            "seeds": seed_summary(reports),
-        }
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    with written_whole(folder / f"{REPORT_STEM}.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-        rows = [_flat(report) for report in reports]
-        columns = dict.fromkeys(name for row in rows for name in row)
-        writer = csv.DictWriter(file, fieldnames=list(columns), restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    with written_whole(folder / f"{REPORT_STEM}.md") as path:
-        path.write_text(candidate_table(reports, context) + appendix, encoding="utf-8")
+    text = candidate_table(reports, context) + appendix
+    write_results(folder, context, reports, [_flat(report) for report in reports], text, seeds=seed_summary(reports))
 
 
 def candidate_table(reports: Sequence[CandidateReport], context: CandidateContext) -> str:
-    """The table as Markdown, with a paragraph that says how it was measured; metrics that no row has are left out."""
+    """The table in Markdown, with a paragraph on how it was measured; metrics that no row has are left out."""
     titles = {
         metric: title
         for metric, title in metric_titles(context).items()
@@ -153,53 +128,52 @@ def candidate_table(reports: Sequence[CandidateReport], context: CandidateContex
     }
     generated = context.generate != "none"
     header = ["model", *titles.values(), "difference to SASRec, p", "parameters", "trained", "s / user"]
-    lines = [
-        f"# {escaped(context.data)}, {context.split} split",
-        "",
-        f"{context.num_users:,} users, {context.num_items:,} items, {context.num_candidates} fixed candidates each;",
-        f"data fingerprint `{context.data_fingerprint[:16]}`. One user is {1 / context.num_users:.2%} of HR@1.",
-        "Candidates are ranked by the likelihood of their titles, pooled with the SASRec's where the model was trained",
-        "so (those of a SASRec and an item head by score); ties count against the model. In brackets: 95% bootstrap",
-        "interval over users",
-        f"({context.num_resamples:,} resamples, seed {context.seed}), for generated answers Wilson's. Difference: HR@1",
-        f"of {context.num_candidates} minus that of the SASRec that the model reads, paired over users, with its",
-        "interval and two-sided sign-flip p-value.",
-        *([GENERATED[context.generate]] if generated else []),
-        "",
-        "| " + " | ".join(header + ["s / answer"] * generated) + " |",
-        "|---" + "|---:" * (len(header) - 1 + generated) + "|",
-    ]
+    rows = []
     for report in reports:
-        cells = [escaped(report.name)]
-        cells += [interval_text(report.quality[metric]) if metric in report.quality else "" for metric in titles]
+        cells = [escaped(report.name), *(interval_text(report.quality.get(metric)) for metric in titles)]
         cells += [comparison_text(report.comparison), f"{report.num_parameters:,}", f"{report.num_trained:,}"]
         cells.append(f"{report.seconds_per_user:.4f}")
         if generated:
             cells.append("" if report.seconds_per_answer is None else f"{report.seconds_per_answer:.4f}")
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    lines = [
+        f"# {escaped(context.data)}, {context.split} split",
+        "",
+        f"{context.num_users:,} users, {context.num_items:,} items, {context.num_candidates} fixed candidates per",
+        f"user; data fingerprint `{context.data_fingerprint[:16]}`. One user is {1 / context.num_users:.2%} of HR@1.",
+        "Candidates are ranked by the likelihood of their titles, pooled with the scores of the SASRec if the model",
+        "was trained that way (SASRec and item head: by score); ties count against the model. In brackets: 95%",
+        f"bootstrap interval over users ({context.num_resamples:,} resamples, seed {context.seed}); for generated",
+        f"answers, Wilson's interval. Difference: HR@1 of {context.num_candidates} minus that of the SASRec that the",
+        "model reads, paired over users, with its interval and two-sided sign-flip p-value.",
+        *([GENERATED[context.generate]] if generated else []),
+        "",
+        *markdown_rows(header + ["s / answer"] * generated, rows),
+    ]
     summary = seed_summary(reports)
     if summary:
-        lines += ["", "Mean ± standard deviation over runs with different seeds:", ""]
-        lines += ["| model | runs | " + " | ".join(titles.values()) + " |", "|---" + "|---:" * (len(titles) + 1) + "|"]
+        rows = []
         for name, metrics in summary.items():
             cells = [escaped(name), str(sum(report.name == name for report in reports))]
             for metric in titles:
                 value = metrics.get(metric)
                 text = value and f"{short_number(value['mean'])} ± {short_number(value['standard_deviation'])}"
                 cells.append(text or "")
-            lines.append("| " + " | ".join(cells) + " |")
+            rows.append(cells)
+        lines += ["", "Mean ± standard deviation over runs with different seeds:", ""]
+        lines += markdown_rows(["model", "runs", *titles.values()], rows)
     return "\n".join([*lines, ""])
 
 
-def plot_choices(reports: Sequence[CandidateReport], context: CandidateContext, path: Path) -> None:
+def plot_candidate_hits(reports: Sequence[CandidateReport], context: CandidateContext, path: Path) -> None:
     """Plot HR@1 among the candidates with its interval, one line per row of the table.
 
     Args:
         reports: in the order of the rows.
-        context: what they have in common.
-        path: image file; its suffix is the format.
+        context: of all reports.
+        path: image file; the suffix determines the format.
     """
-    # Loading matplotlib takes most of a second, and only this function needs it.
+    # Importing matplotlib takes most of a second, and only this function needs it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -222,13 +196,13 @@ def plot_choices(reports: Sequence[CandidateReport], context: CandidateContext, 
 
 
 def _flat(report: CandidateReport) -> dict[str, str | int | float | None]:
-    row: dict[str, str | int | float | None] = {"model": report.name, "source": report.source}
-    for name, interval in report.quality.items():
-        row |= {name: interval.mean, f"{name} low": interval.low, f"{name} high": interval.high}
-    for name in ("num_parameters", "num_trained", "seconds_per_user", "seconds_per_answer"):
-        row[name] = asdict(report)[name]
-    if report.comparison is not None:
-        difference = report.comparison.difference
-        row |= {"difference": difference.mean, "difference low": difference.low, "difference high": difference.high}
-        row["p_value"] = report.comparison.p_value
-    return row
+    return {
+        "model": report.name,
+        "source": report.source,
+        **flat_quality(report.quality),
+        "num_parameters": report.num_parameters,
+        "num_trained": report.num_trained,
+        "seconds_per_user": report.seconds_per_user,
+        "seconds_per_answer": report.seconds_per_answer,
+        **flat_comparison(report.comparison),
+    }

@@ -1,4 +1,4 @@
-"""How a router uses its experts: whether all of them, and whether differently for different users."""
+"""Measures how a router uses its experts: whether it uses all of them, and differently for different users."""
 
 import math
 from collections.abc import Mapping
@@ -7,35 +7,36 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from transformers import Trainer, TrainerCallback
 
+from hf_ilora.evaluation.results import escaped
 from hf_ilora.files import written_whole
 
-# A router has collapsed when one expert has more than this of the mean gate ...
+# A router has collapsed if one expert's mean gate is above DOMINANT_GATE, or if no gate has a standard deviation
+# between users of at least EQUAL_GATES.
 DOMINANT_GATE = 0.9
-# ... or when no gate differs more than this (standard deviation) between users.
 EQUAL_GATES = 0.01
 
 
 @dataclass(frozen=True)
 class ExpertUsage:
-    """Gates of many users in numbers.
+    """Statistics of the gates of many users.
 
     Args:
-        num_users: users measured.
+        num_users: number of users.
         mean_gate: (experts,) mean over users.
         deviation: (experts,) standard deviation between users.
-        top_share: (experts,) share of users whose largest gate is this expert's; of equal gates the first counts.
-        entropy_of_mean: entropy of the mean gate as a share of the highest possible, log(experts): 1 when all experts
-            are used alike over all users, 0 when one has everything.
-        mean_entropy: mean over users of the entropy of their gates, likewise: 1 when every user mixes all experts
-            alike, 0 when every user has one expert.
+        top_fraction: (experts,) fraction of users whose largest gate is that of this expert; of equal gates, the first
+            counts.
+        entropy_of_mean: entropy of the mean gate divided by its maximum, log(experts): 1 if all experts are used
+            equally over all users, 0 if only one is used.
+        mean_entropy: mean over users of the entropy of their gates, divided by its maximum: 1 if every user mixes all
+            experts equally, 0 if every user has one expert.
     """
 
     num_users: int
     mean_gate: tuple[float, ...]
     deviation: tuple[float, ...]
-    top_share: tuple[float, ...]
+    top_fraction: tuple[float, ...]
     entropy_of_mean: float
     mean_entropy: float
 
@@ -43,8 +44,8 @@ class ExpertUsage:
     def is_collapsed(self) -> bool:
         """Whether the experts are no better than one LoRA.
 
-        Either one expert has more than 0.9 of the mean gate, so that the rank of the others is lost; or no gate has a
-        standard deviation above 0.01, so that all users get the same mixture. One expert alone cannot collapse.
+        Either the mean gate of one expert is above 0.9, so that the rank of the others is lost, or no gate has a
+        standard deviation of 0.01 or more, so that all users get the same mixture. A single expert cannot collapse.
         """
         if len(self.mean_gate) == 1:
             return False
@@ -52,13 +53,13 @@ class ExpertUsage:
 
 
 def expert_usage(gates: torch.Tensor) -> ExpertUsage:
-    """Sum up the gates of users.
+    """Summarise the gates of users.
 
     Args:
         gates: (users, experts), each row a distribution. With one expert both entropies are 1.
 
     Raises:
-        ValueError: for another shape, no users, and rows that are no distributions.
+        ValueError: for another shape, no users, and rows that are not distributions.
     """
     if gates.dim() != 2 or not gates.numel():
         raise ValueError(f"gates have shape {tuple(gates.shape)}: expected (users, experts), at least one of each")
@@ -66,21 +67,21 @@ def expert_usage(gates: torch.Tensor) -> ExpertUsage:
     wrong = ~((gates >= 0).all(dim=1) & ((gates.sum(dim=1) - 1).abs() < 1e-3))  # (users,), also for NaN
     if wrong.any():
         user = int(wrong.nonzero()[0])
-        raise ValueError(f"gates of user {user} are {gates[user].tolist()}: expected shares that sum to 1")
+        raise ValueError(f"gates of user {user} are {gates[user].tolist()}: expected probabilities that sum to 1")
     num_users, num_experts = gates.shape
     mean_gate = gates.mean(dim=0)  # (experts,)
-    top_share = torch.bincount(gates.argmax(dim=1), minlength=num_experts).double() / num_users
+    top_fraction = torch.bincount(gates.argmax(dim=1), minlength=num_experts).double() / num_users
     return ExpertUsage(
         num_users=num_users,
         mean_gate=tuple(mean_gate.tolist()),
         deviation=tuple(gates.std(dim=0, correction=0).tolist()),
-        top_share=tuple(top_share.tolist()),
-        entropy_of_mean=float(_entropy_share(mean_gate)),
-        mean_entropy=float(_entropy_share(gates).mean()),
+        top_fraction=tuple(top_fraction.tolist()),
+        entropy_of_mean=float(_relative_entropy(mean_gate)),
+        mean_entropy=float(_relative_entropy(gates).mean()),
     )
 
 
-def _entropy_share(gates: torch.Tensor) -> torch.Tensor:
+def _relative_entropy(gates: torch.Tensor) -> torch.Tensor:
     """Entropy over the last dimension, divided by its maximum."""
     if gates.shape[-1] == 1:
         return torch.ones(gates.shape[:-1])
@@ -88,12 +89,12 @@ def _entropy_share(gates: torch.Tensor) -> torch.Tensor:
 
 
 def gates_of_histories(model: torch.nn.Module, histories: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
-    """The gates of many users, without gradients and without what training adds to a router: (users, experts).
+    """The gates of many users in evaluation mode, without gradients: (users, experts).
 
     Args:
-        model: has `expert_gates(histories)` -> (batch, experts); it may be wrapped for distributed training.
+        model: `expert_gates(histories)` returns (batch, experts). It may be wrapped for distributed training.
         histories: (users, length) item ids, padded with 0.
-        batch_size: users at a time.
+        batch_size: users per step.
     """
     model = extract_model_from_parallel(model)
     was_training = model.training
@@ -104,35 +105,8 @@ def gates_of_histories(model: torch.nn.Module, histories: torch.Tensor, batch_si
     return torch.cat(gates)  # (users, experts)
 
 
-class ExpertUsageCallback(TrainerCallback):
-    """Logs how the experts are used, at each evaluation, through the Trainer: `trainer.add_callback` takes it.
-
-    Logged are expert_entropy_of_mean, expert_mean_entropy, expert_deviation (the largest between users), and
-    expert_<number>_gate, the mean gate of each expert. All processes compute and log, as the Trainer's own metrics
-    are; what reports them writes on the main process only.
-
-    Args:
-        trainer: whose `log` is used.
-        histories: (users, length) item ids, padded with 0: the users to look at.
-    """
-
-    def __init__(self, trainer: Trainer, histories: torch.Tensor):
-        self.trainer, self.histories = trainer, histories
-
-    def on_evaluate(self, args, state, control, model, **kwargs):
-        usage = expert_usage(gates_of_histories(model, self.histories))
-        self.trainer.log(
-            {
-                "expert_entropy_of_mean": usage.entropy_of_mean,
-                "expert_mean_entropy": usage.mean_entropy,
-                "expert_deviation": max(usage.deviation),
-            }
-            | {f"expert_{number}_gate": gate for number, gate in enumerate(usage.mean_gate)}
-        )
-
-
 def usage_table(usages: Mapping[str, ExpertUsage]) -> str:
-    """The usage of each model as a Markdown table, one row per model.
+    """A Markdown table with the expert usage of each model, one row per model.
 
     Raises:
         ValueError: for no models.
@@ -148,10 +122,9 @@ def usage_table(usages: Mapping[str, ExpertUsage]) -> str:
         gates = ", ".join(
             f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in zip(usage.mean_gate, usage.deviation, strict=True)
         )
-        top = ", ".join(f"{share:.0%}" for share in usage.top_share)
-        escaped = name.replace("|", "\\|")
+        top = ", ".join(f"{fraction:.0%}" for fraction in usage.top_fraction)
         lines.append(
-            f"| {escaped} | {usage.num_users:,} | {gates} | {top} | {usage.entropy_of_mean:.3f} "
+            f"| {escaped(name)} | {usage.num_users:,} | {gates} | {top} | {usage.entropy_of_mean:.3f} "
             f"| {usage.mean_entropy:.3f} | {'yes' if usage.is_collapsed else 'no'} |"
         )
     return "\n".join(lines) + "\n"
@@ -162,14 +135,14 @@ def plot_expert_usage(usages: Mapping[str, ExpertUsage], path: Path) -> None:
 
     Args:
         usages: by name of the model.
-        path: image file; its suffix is the format.
+        path: image file; the suffix determines the format.
 
     Raises:
         ValueError: for no models.
     """
     if not usages:
         raise ValueError("there is no usage to plot: expected at least one model")
-    # Loading matplotlib takes most of a second, and only this function needs it.
+    # Importing matplotlib takes most of a second, and only this function needs it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

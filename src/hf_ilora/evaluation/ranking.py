@@ -1,7 +1,7 @@
 """The rank of each user's target among the scores of a model, without ever holding users x items.
 
-A rank is 1-based. Ties count against the model: every other item that scores as much as the target stands before it.
-So constant scores put the target last, and no model gains by giving many items the same score.
+A rank is 1-based. Ties count against the model: every other item with the score of the target is ranked before it. So
+constant scores rank the target last, and no model gains by giving many items the same score.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,21 +25,21 @@ class SplitRanks:
     Args:
         masked: (users,) int64, in the whole catalogue without the items of the history (the target itself stays).
         unmasked: (users,) int64, in the whole catalogue.
-        candidates: (users,) int64, among the row's candidates.
+        candidates: (users,) int64, among the row's candidates; None for a split without candidates.
     """
 
     masked: np.ndarray
     unmasked: np.ndarray
-    candidates: np.ndarray
+    candidates: np.ndarray | None = None
 
 
 def target_ranks(scores: torch.Tensor, target: torch.Tensor, seen_items: torch.Tensor | None = None) -> torch.Tensor:
     """1 + the number of other items that score at least as much as the target.
 
     Args:
-        scores: (batch, num_items + 1); column 0 is padding and never counts.
+        scores: (batch, num_items + 1); column 0 is padding and is ignored.
         target: (batch,) item ids 1..num_items.
-        seen_items: (batch, any) item ids padded with 0, which do not count; the target counts though it was seen.
+        seen_items: (batch, any) item ids, padded with 0, to exclude from the ranking; the target always stays in it.
 
     Returns:
         (batch,) int64.
@@ -70,7 +70,7 @@ def candidate_ranks(scores: torch.Tensor, candidates: torch.Tensor, target: torc
 
     Raises:
         ValueError: for shapes that do not fit, ids outside the catalogue, a target that is not among its candidates,
-            a candidate that stands twice, and NaN among the scores.
+            a repeated candidate, and NaN among the scores.
     """
     _check_scores(scores, target)
     _check_candidates(candidates, target)
@@ -92,8 +92,8 @@ def ranks_among_candidates(
         (batch,) int64 in 1..candidates.
 
     Raises:
-        ValueError: for shapes that do not fit, a target that is not among its candidates, a candidate that stands
-            twice, and NaN among the scores.
+        ValueError: for shapes that do not fit, a target that is not among its candidates, a repeated candidate, and
+            NaN among the scores.
     """
     _check_candidates(candidates, target)
     if candidate_scores.shape != candidates.shape:
@@ -104,7 +104,7 @@ def ranks_among_candidates(
     is_nan = torch.isnan(candidate_scores).any(dim=1)  # (batch,)
     if is_nan.any():
         raise ValueError(
-            f"scores of row {int(is_nan.nonzero()[0])} hold NaN: expected numbers; check the weights that were loaded"
+            f"scores of row {int(is_nan.nonzero()[0])} contain NaN: expected numbers; check the loaded weights"
         )
     target_scores = candidate_scores[candidates == target.unsqueeze(1)]  # (batch,), one per row
     return (candidate_scores >= target_scores.unsqueeze(1)).sum(dim=1)
@@ -118,7 +118,7 @@ def _check_candidates(candidates: torch.Tensor, target: torch.Tensor) -> None:
     ordered = candidates.sort(dim=1).values
     if (ordered[:, 1:] == ordered[:, :-1]).any():
         row = int((ordered[:, 1:] == ordered[:, :-1]).any(dim=1).nonzero()[0])
-        raise ValueError(f"candidates of row {row} hold an item twice: expected different items")
+        raise ValueError(f"candidates of row {row} contain an item twice: expected different items")
     found = (candidates == target.unsqueeze(1)).any(dim=1)  # (batch,)
     if not found.all():
         row = int((~found).nonzero()[0])
@@ -126,8 +126,8 @@ def _check_candidates(candidates: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def _seen_before_target(scores: torch.Tensor, target: torch.Tensor, seen_items: torch.Tensor) -> torch.Tensor:
-    """How many different seen items, the target aside, score at least as much as the target: (batch,)."""
-    # Looking up the few seen items is cheaper than a second (batch, items) matrix with holes.
+    """(batch,) number of different seen items, other than the target, that score at least as much as the target."""
+    # Looking up the few seen items is cheaper than masking a second (batch, items) matrix.
     items = seen_items.masked_fill(seen_items == target.unsqueeze(1), PADDING_ITEM_ID).sort(dim=1).values
     counts = items != PADDING_ITEM_ID  # (batch, seen)
     counts[:, 1:] &= items[:, 1:] != items[:, :-1]
@@ -145,7 +145,7 @@ def _check_scores(scores: torch.Tensor, target: torch.Tensor) -> None:
     highest = scores[:, 1:].amax(dim=1)  # (batch,); the maximum of a row with NaN is NaN
     if torch.isnan(highest).any():
         row = int(torch.isnan(highest).nonzero()[0])
-        raise ValueError(f"scores of row {row} hold NaN: expected numbers; check the weights that were loaded")
+        raise ValueError(f"scores of row {row} contain NaN: expected numbers; check the loaded weights")
 
 
 def _check_ids(name: str, ids: torch.Tensor | np.ndarray, num_items: int) -> None:
@@ -154,8 +154,8 @@ def _check_ids(name: str, ids: torch.Tensor | np.ndarray, num_items: int) -> Non
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 1 or highest > num_items:
         raise ValueError(
-            f"{name} holds item {lowest if lowest < 1 else highest}: expected ids 1..{num_items} of the model's "
-            "catalogue; evaluate a model on the data set it was made for"
+            f"{name} contains item {lowest if lowest < 1 else highest}: expected ids 1..{num_items} of the model's "
+            "catalogue; evaluate a model on the data set it was trained on"
         )
 
 
@@ -167,24 +167,25 @@ def rank_split(
     device: torch.device | str | None = None,
     scorer: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> SplitRanks:
-    """Rank the target of every row of an evaluation split, under all three protocols at once.
+    """Rank the target of every row of an evaluation split, in the catalogue and among the row's candidates.
 
-    Rows are batched by length, so that little is spent on padding, and each batch is reduced to ranks before the next
-    one is scored: memory grows with the batch and the catalogue, not with users x items. Under several processes each
-    takes its share of the batches and all receive all ranks.
+    Rows are batched by length to save padding, and each batch is reduced to ranks before the next one is scored: memory
+    grows with the batch and the catalogue, not with users x items. With several processes, each ranks a part of the
+    batches and all receive all ranks.
 
     Args:
-        model: `forward(input_ids, attention_mask)` gives `.logits` (batch, num_items + 1), and `config` has
-            `num_items` and `max_length`, the number of newest items the model is handed. It may be wrapped for
+        model: `forward(input_ids, attention_mask)` returns `.logits`, (batch, num_items + 1), and `config` has
+            `num_items` and `max_length`, the number of newest items to pass to the model. It may be wrapped for
             distributed evaluation.
-        split: `datasets.Dataset` with the columns history (list of item ids, oldest first), target and candidates.
+        split: `datasets.Dataset` with the columns history (list of item ids, oldest first), target and, unless it was
+            prepared without them, candidates.
         batch_size: rows per step and process.
-        device: where to score; None means where the model is.
-        scorer: whole histories (batch, length), padded with 0 on the right -> scores (batch, num_items + 1), where the
-            model's forward does not score the catalogue, such as `ilora.item_scores`; None takes its logits.
+        device: where to score; None means the device of the model.
+        scorer: maps whole histories, (batch, length), padded with 0 on the right, to scores, (batch, num_items + 1).
+            For models whose forward does not score the catalogue, such as `ilora.item_scores`; None uses the logits.
 
     Returns:
-        Ranks of all rows, in the split's order.
+        Ranks of all rows, in the split's order. Without candidates in the split, `candidates` is None.
 
     Raises:
         ValueError: for missing columns, no rows, empty histories, ids outside the catalogue, candidates without the
@@ -196,7 +197,8 @@ def rank_split(
         device = extract_model_from_parallel(model).device
     if scorer is None:
         scorer = partial(_logits, model, config.max_length)
-    ranks = torch.zeros(len(rows), 3, dtype=torch.int64, device=device)
+    num_rankings = 2 if rows.candidates is None else 3
+    ranks = torch.zeros(len(rows), num_rankings, dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
     with torch.inference_mode():
@@ -205,7 +207,7 @@ def rank_split(
             if is_own:
                 ranks[torch.from_numpy(batch_rows).to(device)] = batch_ranks
     model.train(was_training)
-    # Every row was ranked by one process and is zero in all others.
+    # Every row was ranked by one process and is zero in the others.
     ranks = reduce(ranks, reduction="sum").cpu().numpy()
     return SplitRanks(*np.ascontiguousarray(ranks.T))
 
@@ -220,49 +222,46 @@ def _logits(model, max_length: int, histories: torch.Tensor) -> torch.Tensor:
 
 
 def _rank_batch(scorer, rows: "EvaluationRows", batch_rows: np.ndarray, device) -> torch.Tensor:
+    """(batch, 2 or 3) ranks: masked, unmasked and, if the rows have candidates, among these."""
     histories = rows.histories(batch_rows).to(device)  # (batch, longest)
     target = torch.from_numpy(rows.target[batch_rows]).to(device)  # (batch,)
-    candidates = torch.from_numpy(rows.candidates[batch_rows]).to(device)  # (batch, candidates)
     scores = scorer(histories)  # (batch, num_items + 1)
     unmasked = target_ranks(scores, target)
-    masked = unmasked - _seen_before_target(scores, target, histories)
-    return torch.stack([masked, unmasked, candidate_ranks(scores, candidates, target)], dim=1)  # (batch, 3)
+    ranks = [unmasked - _seen_before_target(scores, target, histories), unmasked]
+    if rows.candidates is not None:
+        candidates = torch.from_numpy(rows.candidates[batch_rows]).to(device)  # (batch, candidates)
+        ranks.append(candidate_ranks(scores, candidates, target))
+    return torch.stack(ranks, dim=1)
 
 
 class EvaluationRows:
-    """A split as flat arrays; reading rows one by one from a `datasets.Dataset` would take longer than scoring.
+    """An evaluation split as flat arrays: reading rows one by one from a `datasets.Dataset` takes longer than scoring.
 
     Args:
-        split: `datasets.Dataset` with the columns history, target and candidates.
+        split: `datasets.Dataset` with the columns history and target, and optionally candidates.
         num_items: size of the catalogue.
 
     Attributes:
         target: (users,) int64 item ids.
-        candidates: (users, candidates) int64 item ids.
+        candidates: (users, candidates) int64 item ids; None for a split without candidates.
 
     Raises:
-        ValueError: for missing columns, no rows, empty histories, candidates of different numbers, and ids outside the
-            catalogue.
+        ValueError: for missing columns, no rows, empty histories, rows with different numbers of candidates, and ids
+            outside the catalogue.
     """
 
     def __init__(self, split, num_items: int):
-        missing = [name for name in ("history", "target", "candidates") if name not in split.column_names]
+        missing = [name for name in ("history", "target") if name not in split.column_names]
         if missing:
             raise ValueError(
                 f"the split has no column {', '.join(missing)} (found: {', '.join(split.column_names)}): expected an "
-                "evaluation split of build_sequences, with history, target and candidates"
+                "evaluation split of build_sequences, with history and target"
             )
         if not len(split):
             raise ValueError("the split is empty: expected at least one row to evaluate")
         self.items, self.starts = flatten_lists(split, "history")  # (total,), (users + 1,)
         self.target = read_column(split, "target").to_numpy().astype(np.int64)  # (users,)
-        candidates, starts = flatten_lists(split, "candidates")
-        lengths = np.diff(starts)
-        if lengths.min() != lengths.max() or not lengths.max():
-            raise ValueError(
-                f"rows have {lengths.min()} to {lengths.max()} candidates: expected the same number, at least 1, in all"
-            )
-        self.candidates = candidates.reshape(len(lengths), -1).astype(np.int64)  # (users, candidates)
+        self.candidates = _read_candidates(split) if "candidates" in split.column_names else None
         self.lengths = np.diff(self.starts)  # (users,)
         if not self.lengths.min():
             row = int(self.lengths.argmin())
@@ -270,7 +269,8 @@ class EvaluationRows:
                 f"history of row {row} is empty: drop users with fewer interactions (min_user_interactions)"
             )
         for name, ids in (("history", self.items), ("target", self.target), ("candidates", self.candidates)):
-            _check_ids(name, ids, num_items)
+            if ids is not None:
+                _check_ids(name, ids, num_items)
 
     def __len__(self) -> int:
         return len(self.target)
@@ -280,10 +280,10 @@ class EvaluationRows:
         return np.argsort(-self.lengths, kind="stable")
 
     def batches_of_process(self, batch_size: int) -> Iterator[tuple[np.ndarray, bool]]:
-        """This process's batches of row numbers, (batch,) each, and whether its results are to be kept.
+        """This process's batches of row numbers, (batch,) each, and whether to keep their results.
 
-        All processes get the same number of batches: a process without one of its own repeats one, whose results it
-        drops, because under ZeRO-3 all must run every forward.
+        All processes get the same number of batches, because under ZeRO-3 all of them must run every forward: a process
+        that has none left repeats one and drops the results.
 
         Raises:
             ValueError: for `batch_size` < 1.
@@ -291,7 +291,7 @@ class EvaluationRows:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: expected at least 1")
         state = PartialState()
-        # Longest first: if memory is short, it shows at once.
+        # Longest first: if memory is too small, the first batch fails.
         batches = np.split(self.by_length(), range(batch_size, len(self), batch_size))
         for first in range(0, len(batches), state.num_processes):
             mine = first + state.process_index
@@ -301,25 +301,36 @@ class EvaluationRows:
         """The items of each row, oldest first, padded with 0 on the right: (rows, longest) int64."""
         lengths = self.lengths[rows]
         steps = np.arange(lengths.max())  # (longest,)
-        positions = self.starts[rows][:, None] + steps  # (rows, longest)
+        places = self.starts[rows][:, None] + steps  # (rows, longest)
         real = steps < lengths[:, None]
-        histories = np.where(real, self.items[np.where(real, positions, 0)], PADDING_ITEM_ID)
+        histories = np.where(real, self.items[np.where(real, places, 0)], PADDING_ITEM_ID)
         return torch.from_numpy(histories.astype(np.int64))
+
+
+def _read_candidates(split) -> np.ndarray:
+    """(users, candidates) int64."""
+    candidates, starts = flatten_lists(split, "candidates")
+    lengths = np.diff(starts)
+    if lengths.min() != lengths.max() or not lengths.max():
+        raise ValueError(
+            f"rows have {lengths.min()} to {lengths.max()} candidates: expected the same number, at least 1, in all"
+        )
+    return candidates.reshape(len(lengths), -1).astype(np.int64)
 
 
 def ranks_from_logits(logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Reduce an evaluation batch of the Trainer to ranks: its `preprocess_logits_for_metrics`.
 
     It needs `label_names=["labels", "seen_items"]`, and a config whose `keys_to_ignore_at_inference` names every
-    output but the logits.
+    output except the logits.
 
     Args:
         logits: (batch, num_items + 1).
-        labels: the labels (batch, length), -100 but for the target at the last real position, and the seen items
-            (batch, any), padded with 0; across processes the Trainer pads both with -100.
+        labels: the labels, (batch, length), ignored (-100) except for the target at the last real position, and the
+            seen items, (batch, any), padded with 0. Across processes, the Trainer pads both with -100.
 
     Returns:
-        (batch, 2) int64: rank with the seen items masked, and without.
+        (batch, 2) int64: the rank with the seen items masked, and without masking.
 
     Raises:
         ValueError: for a row without a label, and as `target_ranks`.
@@ -339,8 +350,8 @@ def ranks_from_logits(logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Te
 class RankingMetrics:
     """`compute_metrics` of a Trainer with `batch_eval_metrics=True`, fed with the ranks of `ranks_from_logits`.
 
-    It keeps sums between the batches of one evaluation and forgets them with its result, so an evaluation that was
-    broken off must not be followed by another with the same object.
+    It sums over the batches of one evaluation and resets the sums with the result, so do not reuse the object after an
+    evaluation that was interrupted.
 
     Args:
         k: cut-off of NDCG and hit ratio.
@@ -356,15 +367,15 @@ class RankingMetrics:
         self._sums, self._num_users = 0.0, 0
 
     def __call__(self, eval_prediction, compute_result: bool = True) -> dict[str, float]:
-        """Add a batch, and give the means over all batches when it is the last.
+        """Add a batch; after the last one, return the means over all batches.
 
         Args:
             eval_prediction: its `predictions` are (batch, 2) ranks, masked and unmasked.
             compute_result: whether this is the last batch.
 
         Returns:
-            ndcg@k, hit_ratio@k and mrr with the seen items masked, and the same with the prefix "unmasked_"; nothing
-            before the last batch.
+            ndcg@k, hit_ratio@k and mrr with the seen items masked, and without masking under the prefix "unmasked_";
+            an empty dictionary before the last batch.
 
         Raises:
             ValueError: for ranks < 1, or predictions of another shape.

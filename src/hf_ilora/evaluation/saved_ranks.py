@@ -1,7 +1,9 @@
-"""Ranks of every user as a parquet file, so that runs of different days can be compared user by user."""
+"""Ranks of every user in a parquet file, so that separate runs can be compared user by user."""
 
+import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -16,9 +18,15 @@ RANKINGS = tuple(field.name for field in fields(SplitRanks))
 _METADATA_KEY = b"hf_ilora"
 
 
+def parquet_name(label: str) -> str:
+    """The file name for a model's label, such as "iLoRA (outputs/ilora)": readable, and different for every label."""
+    readable = re.sub(r"[^\w.-]+", "-", label.partition(" (")[0]).strip("-.")
+    return f"{readable}-{hashlib.sha256(label.encode()).hexdigest()[:8]}.parquet"
+
+
 @dataclass(frozen=True)
 class RanksSource:
-    """Where ranks come from.
+    """The model and the data of saved ranks.
 
     Args:
         model: name or folder of the model.
@@ -36,7 +44,8 @@ class SavedRanks:
     """One row per user of an evaluation split, in its order.
 
     Args:
-        table: user_id and the columns rank_masked, rank_unmasked and rank_candidates, int64.
+        table: user_id and the int64 columns rank_masked, rank_unmasked and, if the split has candidates,
+            rank_candidates.
         source: the model and the data.
     """
 
@@ -45,22 +54,26 @@ class SavedRanks:
 
     @classmethod
     def from_ranks(cls, user_ids: pa.Array, ranks: SplitRanks, source: RanksSource) -> "SavedRanks":
-        """Put the ranks of a split beside its user ids, (users,)."""
-        columns = {f"rank_{ranking}": getattr(ranks, ranking) for ranking in RANKINGS}
+        """Combine the ranks of a split with its user ids, (users,)."""
+        columns = {f"rank_{ranking}": values for ranking, values in vars(ranks).items() if values is not None}
         return cls(pa.table({"user_id": user_ids, **columns}), source)
 
     def ranks(self, ranking: str) -> np.ndarray:
         """(users,) int64 ranks, "masked", "unmasked" or "candidates".
 
         Raises:
-            ValueError: for another name.
+            ValueError: for another name, and for "candidates" when the split has no candidates.
         """
         if ranking not in RANKINGS:
             raise ValueError(f"ranking is {ranking!r}: expected one of {', '.join(RANKINGS)}")
+        if f"rank_{ranking}" not in self.table.column_names:
+            raise ValueError(
+                f"the ranks of {self.source.model} are of data without candidates: expected ranking masked or unmasked"
+            )
         return self.table[f"rank_{ranking}"].to_numpy()
 
     def check_same_users(self, other: "SavedRanks") -> None:
-        """Raise a ValueError unless both hold the same users of the same split of the same data."""
+        """Raise a ValueError unless both have the same users of the same split of the same data."""
         for name in ("data_fingerprint", "split"):
             mine, theirs = asdict(self.source)[name], asdict(other.source)[name]
             if mine != theirs:
@@ -77,7 +90,7 @@ class SavedRanks:
             )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the parquet file; an earlier one is replaced by a whole one or stays as it is."""
+        """Write the parquet file, whole or not at all."""
         metadata = {_METADATA_KEY: json.dumps(asdict(self.source)).encode()}
         with written_whole(Path(path)) as unfinished:
             pq.write_table(self.table.replace_schema_metadata(metadata), unfinished)
@@ -100,9 +113,9 @@ class SavedRanks:
             raise ValueError(f"{path} is not a whole parquet file ({error}): evaluate the model again") from error
         expected = ["user_id", *(f"rank_{ranking}" for ranking in RANKINGS)]
         metadata = table.schema.metadata or {}
-        if table.column_names != expected or _METADATA_KEY not in metadata:
+        if table.column_names not in (expected, expected[:-1]) or _METADATA_KEY not in metadata:
             raise ValueError(
-                f"{path} holds the columns {', '.join(table.column_names)}: expected saved ranks of "
-                f"recipes/evaluate_models.py, with {', '.join(expected)} and a note of their source"
+                f"{path} has the columns {', '.join(table.column_names)}: expected saved ranks of "
+                f"recipes/evaluate_models.py, with {', '.join(expected)} and their source in the metadata"
             )
         return cls(table, RanksSource(**json.loads(metadata[_METADATA_KEY])))

@@ -1,8 +1,8 @@
-"""How far a mean over users can be trusted, and whether two models differ on the same users."""
+"""Intervals of means over users, and tests of whether two models differ on the same users."""
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -12,8 +12,8 @@ from hf_ilora.evaluation.rank_metrics import metric_per_user
 from hf_ilora.evaluation.ranking import SplitRanks
 from hf_ilora.evaluation.saved_ranks import SavedRanks
 
-# Random numbers drawn at a time: 32 MB.
-_MAX_DRAWS = 4_000_000
+# Random numbers generated at a time: 32 MB.
+_MAX_RANDOM_NUMBERS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Interval:
     """A mean over users with its interval.
 
     Args:
-        mean: of the users measured.
+        mean: mean of the users measured.
         low: lower end of the interval.
         high: upper end of the interval.
     """
@@ -33,14 +33,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class RunComparison:
-    """Two models on the same users; differences are second minus first.
+    """Two models compared on the same users.
 
     Args:
-        mean_a: mean of the first.
-        mean_b: mean of the second.
+        mean_a: mean of the first model.
+        mean_b: mean of the second model.
         difference: mean over users of b - a, with its bootstrap interval.
-        p_value: two-sided, of the hypothesis that the two are exchangeable for every user.
-        num_users: users compared.
+        p_value: two-sided, under the hypothesis that the models are exchangeable for every user.
+        num_users: number of users.
     """
 
     mean_a: float
@@ -53,16 +53,16 @@ class RunComparison:
 def bootstrap_interval(
     values: np.ndarray, *, confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap of the mean, over users.
+    """Percentile bootstrap of the mean over users.
 
-    A resample's mean depends only on how often each different value was drawn, and those counts are multinomial. As
-    ranking metrics take few different values, drawing counts is the same bootstrap at a fraction of its cost.
+    The mean of a resample depends only on how often it contains each different value, and these counts are multinomial.
+    Ranking metrics have few different values, so sampling the counts is the same bootstrap at a fraction of the cost.
 
     Args:
         values: (users,) one number per user.
-        confidence: share of resampled means inside the interval, between 0 and 1.
+        confidence: fraction of the resampled means inside the interval, between 0 and 1.
         num_resamples: number of resamples, at least 1.
-        seed: of the draws; equal seeds give equal intervals.
+        seed: random seed of the resampling; equal seeds give equal intervals.
 
     Returns:
         The mean of `values` and the ends of the interval.
@@ -87,7 +87,7 @@ def bootstrap_interval(
 
 
 def wilson_interval(num_successes: int, num_trials: int, *, confidence: float = 0.95) -> Interval:
-    """A share and Wilson's score interval, which has a width even where all or none succeed.
+    """A proportion with Wilson's score interval, whose width is positive even if all or none succeed.
 
     Args:
         num_successes: at most `num_trials`.
@@ -104,38 +104,40 @@ def wilson_interval(num_successes: int, num_trials: int, *, confidence: float = 
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}: expected a number between 0 and 1, such as 0.95")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, shrinkage = num_successes / num_trials, 1 + z * z / num_trials
-    centre = (share + z * z / (2 * num_trials)) / shrinkage
-    half = z / shrinkage * math.sqrt(share * (1 - share) / num_trials + (z / (2 * num_trials)) ** 2)
-    # At the ends the formula gives the share itself, but for rounding.
-    return Interval(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
+    proportion, shrinkage = num_successes / num_trials, 1 + z * z / num_trials
+    centre = (proportion + z * z / (2 * num_trials)) / shrinkage
+    half = z / shrinkage * math.sqrt(proportion * (1 - proportion) / num_trials + (z / (2 * num_trials)) ** 2)
+    # At 0 and 1 the formula gives the proportion itself, up to rounding.
+    return Interval(proportion, min(proportion, max(0.0, centre - half)), max(proportion, min(1.0, centre + half)))
 
 
 def summarize_ranks(
     ranks: SplitRanks, k: int = 10, *, num_resamples: int = 2_000, seed: int = 0
 ) -> dict[str, Interval]:
-    """The metrics of a split under all protocols, each with its 95% interval over users.
+    """The metrics of a split, each with its 95% interval over users.
 
     Args:
-        ranks: of all users.
+        ranks: ranks of all users.
         k: cut-off, at least 1.
-        num_resamples: of each interval.
-        seed: of each interval.
+        num_resamples: bootstrap resamples of each interval.
+        seed: random seed of each interval.
 
     Returns:
-        An interval by name, "ranking/metric": ndcg@k, hit_ratio@k, recall@k (equal to hit_ratio@k, as every user has
-        one relevant item) and mrr for the rankings "masked" and "unmasked", and "candidates/hit_ratio@1".
+        An interval for each name "ranking/metric": ndcg@k, hit_ratio@k, recall@k (equal to hit_ratio@k, as every user
+        has one relevant item) and mrr for the rankings "masked" and "unmasked", and "candidates/hit_ratio@1" if there
+        are ranks among candidates.
 
     Raises:
         ValueError: for `k` < 1.
     """
     full = [(ranking, name) for ranking in ("masked", "unmasked") for name in _full_ranking_metrics(k)]
-    ranks_of = asdict(ranks)
+    ranks_of = vars(ranks)
+    among_candidates = [] if ranks.candidates is None else [("candidates", "hit_ratio@1")]
     return {
         f"{ranking}/{name}": bootstrap_interval(
             metric_per_user(name, torch.from_numpy(ranks_of[ranking])).numpy(), num_resamples=num_resamples, seed=seed
         )
-        for ranking, name in [*full, ("candidates", "hit_ratio@1")]
+        for ranking, name in full + among_candidates
     }
 
 
@@ -144,14 +146,14 @@ def _full_ranking_metrics(k: int) -> tuple[str, ...]:
 
 
 def sign_flip_p_value(differences: np.ndarray, *, num_resamples: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p-value of a mean difference: how often chance signs give one at least as far from zero.
+    """Two-sided p-value of a mean difference: how often random signs give a mean at least as far from zero.
 
-    The observed signs count as one of the draws, so the value is never 0: its smallest is 1 / (num_resamples + 1).
+    The observed signs count as one of the resamples, so the p-value is at least 1 / (num_resamples + 1).
 
     Args:
         differences: (users,) paired differences.
-        num_resamples: number of draws of all signs, at least 1.
-        seed: of the draws; equal seeds give equal values.
+        num_resamples: number of random sign assignments, at least 1.
+        seed: random seed of the signs; equal seeds give equal values.
 
     Returns:
         p-value in (0, 1]; 1 when no user differs.
@@ -163,7 +165,7 @@ def sign_flip_p_value(differences: np.ndarray, *, num_resamples: int = 10_000, s
     """
     differences = _checked("differences", differences)
     _check_num_resamples(num_resamples)
-    # Users who differ by the same amount are alike: only the number of plus signs among them matters.
+    # Of users with the same absolute difference, only the number of plus signs matters.
     sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
     if not len(sizes):
         return 1.0
@@ -173,7 +175,7 @@ def sign_flip_p_value(differences: np.ndarray, *, num_resamples: int = 10_000, s
     for part in _parts(num_resamples, len(sizes)):
         plus = generator.binomial(counts, 0.5, size=(part.stop - part.start, len(sizes)))
         sums = (2 * plus - counts) @ sizes  # (resamples,)
-        # Sums in another order differ in the last digits; an equal one must count.
+        # Sums in another order differ in the last digits; equal sums must count.
         as_extreme += int((np.abs(sums) >= observed * (1 - 1e-12)).sum())
     return (as_extreme + 1) / (num_resamples + 1)
 
@@ -188,27 +190,27 @@ def compare_runs(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> RunComparison:
-    """Whether run `b` differs from run `a`, paired over users.
+    """Compare two runs user by user.
 
     Args:
         a: (users,) metric of each user, or the path of the ranks that `recipes/evaluate_models.py` saved.
-        b: the same of the other run, users in the same order.
+        b: the same for the other run, with the users in the same order.
         metric: for saved ranks, the metric to compare, such as "ndcg@10", "hit_ratio@10" or "mrr".
         ranking: for saved ranks, "masked", "unmasked" or "candidates".
-        confidence: of the interval of the difference.
-        num_resamples: of the bootstrap and of the p-value.
-        seed: of both.
+        confidence: confidence level of the interval of the difference.
+        num_resamples: resamples of the bootstrap and of the p-value.
+        seed: random seed of both.
 
     Returns:
         The means, the difference b - a with its interval, and the p-value.
 
     Raises:
-        ValueError: for different users, data or splits, values that are not finite, an array beside a path, and
-            settings out of range.
+        ValueError: for different users, data or splits, values that are not finite, an array and a path, and settings
+            out of range.
     """
     saved = [isinstance(run, str | os.PathLike) for run in (a, b)]
     if saved[0] != saved[1]:
-        raise ValueError("one run is an array and the other a path: expected both of one kind")
+        raise ValueError("one run is an array and the other a path: expected two arrays or two paths")
     if all(saved):
         first, second = SavedRanks.load(a), SavedRanks.load(b)
         first.check_same_users(second)
@@ -238,11 +240,13 @@ def _checked(name: str, values: np.ndarray) -> np.ndarray:
 
 def _check_num_resamples(num_resamples: int) -> None:
     if num_resamples < 1:
-        raise ValueError(f"num_resamples is {num_resamples}: expected at least 1; intervals want 1,000 or more")
+        raise ValueError(
+            f"num_resamples is {num_resamples}: expected at least 1; use 1,000 or more for a stable interval"
+        )
 
 
 def _parts(num_resamples: int, num_different: int):
-    """Slices of the resamples, so that memory does not grow with resamples x different values."""
-    step = max(1, _MAX_DRAWS // num_different)
+    """Slices of the resamples that bound the memory needed for resamples x different values."""
+    step = max(1, _MAX_RANDOM_NUMBERS // num_different)
     for start in range(0, num_resamples, step):
         yield slice(start, min(start + step, num_resamples))

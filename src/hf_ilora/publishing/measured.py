@@ -6,7 +6,8 @@ from pathlib import Path
 
 from hf_ilora.evaluation.candidate_report import CandidateContext, CandidateReport, candidate_table
 from hf_ilora.evaluation.latency import Latency, ModelSize
-from hf_ilora.evaluation.report import REPORT_STEM, ModelReport, ReportContext, markdown_table
+from hf_ilora.evaluation.report import ModelReport, ReportContext, markdown_table
+from hf_ilora.evaluation.results import RESULTS_STEM
 from hf_ilora.evaluation.statistics import Interval, RunComparison
 
 
@@ -42,7 +43,7 @@ def read_measured(path: Path, row: str | None, dataset_name: str) -> MeasuredTab
         ValueError: when it is no table of this package, and when `row` names none of its rows or several.
     """
     if path.is_dir():
-        path = path / f"{REPORT_STEM}.json"
+        path = path / f"{RESULTS_STEM}.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if "compared" in content["context"]:

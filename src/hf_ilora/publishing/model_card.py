@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
-from hf_ilora.evaluation.report import escaped
+from hf_ilora.evaluation.results import escaped
 from hf_ilora.files import written_whole
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.next_item.hub_upload import CARD_FILE, card_data, usage_example

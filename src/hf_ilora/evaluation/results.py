@@ -1,0 +1,127 @@
+"""Results as files and their numbers as text, for the tables of `report` and `candidate_report`."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hf_ilora.evaluation.statistics import Interval, RunComparison
+from hf_ilora.files import written_whole
+
+RESULTS_STEM = "results"
+
+
+@dataclass(frozen=True)
+class EvaluationContext:
+    """What all rows of a table have in common.
+
+    Args:
+        data: name or folder of the data set.
+        data_fingerprint: content hash of the data set.
+        split: evaluated split.
+        num_users: number of rows of the split.
+        num_items: size of the catalogue.
+        num_candidates: size of the candidate sets; 0 without candidates.
+        k: cut-off of the metrics.
+        num_resamples: resamples of intervals and p-values.
+        seed: random seed of intervals and p-values.
+    """
+
+    data: str
+    data_fingerprint: str
+    split: str
+    num_users: int
+    num_items: int
+    num_candidates: int
+    k: int
+    num_resamples: int
+    seed: int
+
+    @property
+    def bootstrap(self) -> dict[str, int]:
+        """The settings of every interval and comparison, as keyword arguments."""
+        return {"num_resamples": self.num_resamples, "seed": self.seed}
+
+
+def write_results(
+    folder: Path, context: EvaluationContext, reports: Sequence, rows: Sequence[dict], text: str, **more
+) -> None:
+    """Write results.md, results.csv and results.json, each whole or not at all.
+
+    Args:
+        folder: created if it is missing.
+        context: of all reports.
+        reports: dataclasses, one per row of the table.
+        rows: the same, flat, for the CSV; the columns are those of all rows, in order of appearance.
+        text: content of results.md.
+        more: further entries of the JSON.
+
+    Raises:
+        ValueError: for no reports.
+    """
+    if not reports:
+        raise ValueError("there are no models to report on: expected at least one")
+    content = {"context": asdict(context), "models": [asdict(report) for report in reports], **more}
+    with written_whole(folder / f"{RESULTS_STEM}.json") as path:
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    with written_whole(folder / f"{RESULTS_STEM}.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    with written_whole(folder / f"{RESULTS_STEM}.md") as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def flat_quality(quality: Mapping[str, Interval]) -> dict[str, float]:
+    """Cells of the CSV for the intervals of one row."""
+    row = {}
+    for name, interval in quality.items():
+        row |= {name: interval.mean, f"{name} low": interval.low, f"{name} high": interval.high}
+    return row
+
+
+def flat_comparison(comparison: RunComparison | None) -> dict[str, float]:
+    """Cells of the CSV for the comparison of one row; none without a comparison."""
+    if comparison is None:
+        return {}
+    difference = comparison.difference
+    row = {"difference": difference.mean, "difference low": difference.low, "difference high": difference.high}
+    return row | {"p_value": comparison.p_value}
+
+
+def markdown_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table whose first column is text and whose other columns are numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    return lines + ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
+def interval_text(interval: Interval | None) -> str:
+    """A mean with its interval in brackets; nothing for None."""
+    if interval is None:
+        return ""
+    return f"{short_number(interval.mean)} [{short_number(interval.low)}, {short_number(interval.high)}]"
+
+
+def comparison_text(comparison: RunComparison | None) -> str:
+    """A difference with its interval and p-value; nothing for None."""
+    if comparison is None:
+        return ""
+    difference = comparison.difference
+    interval = f"[{signed_number(difference.low)}, {signed_number(difference.high)}]"
+    return f"{signed_number(difference.mean)} {interval}, p={comparison.p_value:.4f}"
+
+
+def short_number(value: float) -> str:
+    """0.0421 as .0421, the notation of papers."""
+    return f"{value:.4f}".removeprefix("0")
+
+
+def signed_number(value: float) -> str:
+    """0.0421 as +.0421."""
+    return ("-" if value < 0 else "+") + short_number(abs(value))
+
+
+def escaped(text: str) -> str:
+    """Text that does not break out of its cell of a Markdown table."""
+    return text.replace("|", "\\|")
