@@ -1,11 +1,10 @@
 """Starts a recipe through accelerate's launcher, and ends with the recipe's exit code.
 
-    python -m hf_ilora_cli.launching RECIPE [--launch NAME] [--num_processes N] [option ...]
-
 `accelerate launch` ends with code 1 and a traceback of its own whatever the recipe ended with.
 """
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -15,35 +14,35 @@ import psutil
 import torch
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.utils import patch_environment
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from .commands import PROGRAM_VARIABLE
+from .recipe_process import INTERRUPTED_CODE
 from .shipped import LAUNCH, find_file
 
+RECIPE_PROCESS = str(Path(__file__).with_name("recipe_process.py"))
 SECONDS_TO_END = 10
 
 
-def launch_words(recipe: Path, words: list[str], program: str) -> int:
+def launch_words(recipe: Path, words: list[str]) -> int:
     """Launch a recipe with the words of a command line, `--launch` and `--num_processes` among them.
 
     Args:
         recipe: the file to start.
         words: the options of the recipe and those of the launch.
-        program: what messages call the program.
 
     Returns:
         The exit code of the recipe, or 2 for a mistake in the options of the launch.
     """
+    program = os.environ.get(PROGRAM_VARIABLE, recipe.name)
     try:
         launch, num_processes, options = take_launch_options(words)
         config_file = launch_config(launch, num_processes)
     except ValueError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
-    with patch_environment(**{PROGRAM_VARIABLE: program}):
-        return run_launched(recipe, options, config_file, num_processes, program)
+    return run_launched(recipe, options, config_file, num_processes, program)
 
 
 def take_launch_options(words: list[str]) -> tuple[str | None, int | None, list[str]]:
@@ -102,16 +101,16 @@ def run_launched(recipe: Path, options: list[str], config_file: Path, num_proces
     if "--debug" not in options:
         logging.disable(logging.CRITICAL)  # accelerate and torchrun report the failure of a child at length
     try:
-        launch_command(launch_command_parser().parse_args([*words, str(recipe), *options]))
+        launch_command(launch_command_parser().parse_args([*words, RECIPE_PROCESS, str(recipe), *options]))
     except subprocess.CalledProcessError as error:  # of one process
         return _exit_code(error.returncode, program)
     except ChildFailedError as error:  # of several
         return _report(error, program)
     except SignalException as error:
-        return 128 + error.sigval
+        return 128 + int(error.sigval)
     except KeyboardInterrupt:
         end_children()
-        return 128 + signal.SIGINT
+        return INTERRUPTED_CODE
     except (ImportError, ValueError) as error:  # DeepSpeed is not installed; accelerate refuses the configuration
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
@@ -157,7 +156,3 @@ def _exit_code(returncode: int, program: str) -> int:
     print(f"{program}: error: the process was ended by {name}", file=sys.stderr)
     return 128 - returncode
 
-
-if __name__ == "__main__":
-    recipe = Path(sys.argv[1])
-    sys.exit(launch_words(recipe, sys.argv[2:], recipe.name))

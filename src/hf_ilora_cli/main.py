@@ -2,12 +2,12 @@
 
 import difflib
 import os
-import runpy
 import sys
 from importlib import metadata
 from pathlib import Path
 
 from .commands import COMMANDS, PROGRAM, PROGRAM_VARIABLE, Command
+from .recipe_process import INTERRUPTED_CODE, run_recipe
 from .shipped import RECIPE, shipped_folder
 
 HELP_FOLDER = Path(__file__).with_name("help")
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return start(command, options)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED_CODE
 
 
 def overview() -> str:
@@ -74,12 +74,10 @@ def help_file(command: Command) -> Path:
 def start(command: Command, options: list[str]) -> int:
     """Run the recipe of a command to its end, through accelerate's launcher where it trains; returns the exit code."""
     recipe = shipped_folder(RECIPE) / f"{command.recipe}.py"
+    os.environ[PROGRAM_VARIABLE] = command.program
     if command.launched and "--help-all" not in options:
         from .launching import launch_words
 
-        return launch_words(recipe, options, command.program)
-    os.environ[PROGRAM_VARIABLE] = command.program
-    sys.argv = [str(recipe), *options]
-    sys.path.insert(0, str(recipe.parent))  # as `python recipe.py` does
-    runpy.run_path(str(recipe), run_name="__main__")
+        return launch_words(recipe, options)
+    run_recipe(str(recipe), options)
     return 0

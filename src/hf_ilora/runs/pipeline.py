@@ -55,9 +55,10 @@ class Stage:
     def command(self, output_dir: Path) -> list[str]:
         """The words that run the stage."""
         recipe = str(find_file(RECIPE, self.recipe))
-        words = [sys.executable, recipe]
-        if self.launch is not None:
-            words = [sys.executable, "-m", "hf_ilora_cli.launching", recipe, "--launch", self.launch]
+        if self.launch is None:
+            words = [sys.executable, "-m", "hf_ilora_cli.recipe_process", recipe]
+        else:
+            words = [sys.executable, "-m", "hf_ilora_cli.launch_recipe", recipe, "--launch", self.launch]
         return words + self.recipe_options(output_dir)
 
     def recipe_options(self, output_dir: Path) -> list[str]:

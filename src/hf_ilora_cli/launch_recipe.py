@@ -1,0 +1,19 @@
+"""Launches any recipe, as a pipeline launches its stages.
+
+    python -m hf_ilora_cli.launch_recipe RECIPE [--launch NAME] [--num_processes N] [option ...]
+
+Unlike `accelerate launch`, it ends with the recipe's exit code and without a traceback of its own.
+"""
+
+import sys
+from pathlib import Path
+
+from .recipe_process import INTERRUPTED_CODE
+
+if __name__ == "__main__":
+    try:
+        from .launching import launch_words  # takes seconds, in which Ctrl-C ends quietly too
+
+        sys.exit(launch_words(Path(sys.argv[1]), sys.argv[2:]))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED_CODE)

@@ -1,0 +1,25 @@
+"""Runs a recipe in this process as `python recipe.py` does, but ends quietly after Ctrl-C from its first line on.
+
+The launcher starts this file, with the recipe and its options: importing what a recipe needs takes seconds, in which
+`run_main` is not there yet.
+"""
+
+import os
+import runpy
+import sys
+
+INTERRUPTED_CODE = 130
+
+
+def run_recipe(recipe: str, options: list[str]) -> None:
+    """Run a recipe to its end; a recipe that fails raises SystemExit."""
+    sys.argv = [recipe, *options]
+    sys.path[0] = os.path.dirname(recipe)
+    runpy.run_path(recipe, run_name="__main__")
+
+
+if __name__ == "__main__":
+    try:
+        run_recipe(sys.argv[1], sys.argv[2:])
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED_CODE)
