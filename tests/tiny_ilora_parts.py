@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_ilora import Catalogue, ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
+from hf_ilora import ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.data.columns import training_sequences
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.titles.cooccurrence import cooccurrence_embeddings
@@ -68,7 +68,7 @@ def known_recommender(sequences: SequenceDatasets) -> SASRecForNextItem:
     model = SASRecForNextItem(SASRecConfig(num_items=sequences.num_items, hidden_size=size, max_length=8)).eval()
     rows = np.split(*training_sequences(sequences["train"]))[1:-1]
     model.start_from_item_embeddings(cooccurrence_embeddings(rows, sequences.num_items, size))
-    model.catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
+    model.catalogue = sequences.catalogue
     return model
 
 
