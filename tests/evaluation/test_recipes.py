@@ -78,7 +78,7 @@ def test_fitting_reads_training_rows_only(fitted, sequences):
         for item in [*row["history"], row["target"]]:
             expected[item] += 1
     assert popularity.item_counts.tolist() == expected.tolist()
-    assert popularity.catalogue.table["raw_id"].to_pylist() == sequences.catalogue["raw_id"][:]
+    assert popularity.catalogue.table["raw_id"].to_pylist() == sequences.raw_ids.tolist()
 
 
 @pytest.fixture
