@@ -1,9 +1,9 @@
-"""What every recipe does around its work: settings in, log and `run.json` out, checkpoints to go on from."""
+"""The frame of every recipe: it reads settings, writes a log and `run.json`, and finds checkpoints to resume from."""
 
 from .arguments import parse_arguments, read_config
 from .checkpoints import configuration_differences, resumable_checkpoint
 from .config_arguments import config_arguments
-from .logs import LogMetricsCallback, set_up_logging
+from .logs import LogMetricsCallback, log_to_run, set_up_logging
 from .processes import leave_launch
 from .record import RunRecord, read_record
 
@@ -13,6 +13,7 @@ __all__ = [
     "config_arguments",
     "configuration_differences",
     "leave_launch",
+    "log_to_run",
     "parse_arguments",
     "read_config",
     "read_record",
