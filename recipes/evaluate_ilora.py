@@ -55,14 +55,15 @@ class ILoraEvaluationArguments:
         default=False, metadata={"help": "also the language model of the first model, without adapter and embeddings"}
     )
     generate: str = field(
-        default="none", metadata={"help": "let the models write their answers: none, free or constrained"}
+        default="none", metadata={"help": "whether and how the models write their answers", "choices": GENERATE}
     )
     max_new_tokens: int = field(default=40, metadata={"help": "tokens of a free answer, at most"})
     recommenders: list[str] | None = field(
         default=None, metadata={"help": "folders or Hub names of further SASRecs for the table, named as they are here"}
     )
     split: str = field(
-        default="validation", metadata={"help": "validation, test, or train: rows of it that no model learnt from"}
+        default="validation",
+        metadata={"help": "split to evaluate on; of train, rows that no model was trained on", "choices": SPLITS},
     )
     train_fraction: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
@@ -75,8 +76,11 @@ class ILoraEvaluationArguments:
     batch_size: int = field(default=8, metadata={"help": "users at a time, per process"})
     dtype: str | None = field(default=None, metadata={"help": "of the language models, such as bfloat16"})
     num_resamples: int = field(default=2000, metadata={"help": "bootstrap resamples, and sign flips of the p-values"})
-    seed: int = field(default=0, metadata={"help": "of intervals and p-values"})
-    plot: bool = field(default=True, metadata={"help": "draw the plots; needs the extra hf_ilora[plot]"})
+    seed: int = field(default=0, metadata={"help": "random seed for intervals and p-values"})
+    plot: bool | None = field(
+        default=None,
+        metadata={"help": "draw the plots; by default where matplotlib is installed, as by the extra hf_ilora[plot]"},
+    )
 
     def __post_init__(self):
         if not self.models:
@@ -86,20 +90,18 @@ class ILoraEvaluationArguments:
             raise ValueError(
                 f"names are {self.names} for {len(self.models)} models: expected one each, none {ZERO_SHOT!r}"
             )
-        if self.split not in SPLITS:
-            raise ValueError(f"split is {self.split!r}: expected one of {', '.join(SPLITS)}")
         check_fraction(self.train_fraction)
         if self.split != "train" and self.train_fraction != [0, 1]:
             raise ValueError(f"train_fraction is {self.train_fraction} for split {self.split}: expected --split train")
-        if self.generate not in GENERATE:
-            raise ValueError(f"generate is {self.generate!r}: expected one of {', '.join(GENERATE)}")
         for name in ("k", "batch_size", "num_resamples", "max_new_tokens"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
         if self.limit_rows < 1 and self.limit_rows != -1:
             raise ValueError(f"limit_rows is {self.limit_rows}: expected at least 1, or -1 for all")
-        if self.plot and find_spec("matplotlib") is None:
+        has_matplotlib = find_spec("matplotlib") is not None
+        if self.plot and not has_matplotlib:
             raise ValueError("plot needs matplotlib: install hf_ilora[plot], or give --plot false")
+        self.plot = has_matplotlib if self.plot is None else self.plot
 
 
 ARGUMENTS = (ILoraEvaluationArguments,)

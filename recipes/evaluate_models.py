@@ -40,15 +40,22 @@ class EvaluationArguments:
     models: list[str] = field(metadata={"help": "folders or Hub names of saved models; the first is compared with"})
     data_dir: str = field(metadata={"help": "folder written by recipes/prepare_data.py"})
     output_dir: str = field(metadata={"help": "folder for the table, the plot and the ranks"})
-    names: list[str] | None = field(default=None, metadata={"help": "what the table calls the models"})
-    split: str = field(default="test", metadata={"help": "validation or test"})
+    names: list[str] | None = field(
+        default=None, metadata={"help": "names of the models in the table; by default their folders"}
+    )
+    split: str = field(default="test", metadata={"help": "split to evaluate on", "choices": ("validation", "test")})
     k: int = field(default=10, metadata={"help": "cut-off of NDCG, hit ratio and recall"})
     batch_size: int = field(default=256, metadata={"help": "users scored at a time, per process"})
     num_resamples: int = field(default=2000, metadata={"help": "bootstrap resamples, and sign flips of the p-values"})
-    seed: int = field(default=0, metadata={"help": "of intervals, p-values and the users that latency is measured on"})
+    seed: int = field(
+        default=0, metadata={"help": "random seed for intervals, p-values and the users that latency is measured on"}
+    )
     latency_calls: int = field(default=300, metadata={"help": "recommendations timed per model, one user at a time"})
     latency_threads: int = field(default=1, metadata={"help": "CPU threads while latency is measured"})
-    plot: bool = field(default=True, metadata={"help": "draw results.png; needs the extra hf_ilora[plot]"})
+    plot: bool | None = field(
+        default=None,
+        metadata={"help": "draw results.png; by default where matplotlib is installed, as by the extra hf_ilora[plot]"},
+    )
     device: str | None = field(default=None, metadata={"help": "where to evaluate; by default a GPU if there is one"})
 
     def __post_init__(self):
@@ -59,13 +66,13 @@ class EvaluationArguments:
             raise ValueError(
                 f"names are {self.names} for {len(self.models)} models: expected one each, all different; give --names"
             )
-        if self.split not in ("validation", "test"):
-            raise ValueError(f"split is {self.split!r}: expected validation or test")
         for name in ("k", "batch_size", "num_resamples", "latency_calls", "latency_threads"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
-        if self.plot and find_spec("matplotlib") is None:
+        has_matplotlib = find_spec("matplotlib") is not None
+        if self.plot and not has_matplotlib:
             raise ValueError("plot needs matplotlib: install hf_ilora[plot], or give --plot false")
+        self.plot = has_matplotlib if self.plot is None else self.plot
 
 
 ARGUMENTS = (EvaluationArguments,)

@@ -46,12 +46,16 @@ class LabelArguments:
         default=True, metadata={"help": "leave out what the history holds; false where repeating is natural"}
     )
     positions: str = field(
-        default="last", metadata={"help": "last: each row's target; all: every item of a leave-one-out sequence"}
+        default="last",
+        metadata={
+            "help": "last: each row's target; all: every item of a leave-one-out sequence",
+            "choices": tuple(POSITIONS),
+        },
     )
     budget: int | None = field(default=None, metadata={"help": "ask about so many only; by default about all"})
-    acquire: str = field(default="random", metadata={"help": f"how the budget is spent: {', '.join(POLICIES)}"})
+    acquire: str = field(default="random", metadata={"help": "how the budget is spent", "choices": tuple(POLICIES)})
     recommender: str | None = field(default=None, metadata={"help": "saved recommender that acquire looks at"})
-    seed: int = field(default=0, metadata={"help": "of the choice of what to ask"})
+    seed: int = field(default=0, metadata={"help": "random seed for the choice of what to ask"})
     batch_size: int = field(default=16, metadata={"help": "histories at a time, per process"})
     shard_rows: int = field(default=256, metadata={"help": "rows per shard: what a kill can lose, per process"})
     dtype: str | None = field(default=None, metadata={"help": "of the teacher's language model, such as bfloat16"})
@@ -60,9 +64,6 @@ class LabelArguments:
         for name in ("top_k", "batch_size", "shard_rows"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
-        for name, known in (("positions", POSITIONS), ("acquire", POLICIES)):
-            if vars(self)[name] not in known:
-                raise ValueError(f"{name} is {vars(self)[name]!r}: expected one of {', '.join(known)}")
         if self.budget is None and (self.acquire != "random" or self.recommender is not None):
             raise ValueError("acquire and recommender choose what to ask: expected a budget with them")
         if self.budget is not None:

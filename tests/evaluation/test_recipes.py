@@ -149,7 +149,7 @@ def test_data_without_candidates_is_refused(run_recipe, sequences, models, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--split", "train"], "split is 'train': expected validation or test"),
+        (["--split", "train"], "--split: invalid choice: 'train' .*validation.*test"),
         (["--names", "one"], "expected one each, all different"),
         (["--names", "same", "same"], "expected one each, all different"),
         (["--k", "0"], "k is 0: expected at least 1"),
