@@ -161,7 +161,7 @@ def test_data_without_candidates_is_measured_in_the_catalogue_alone(run_recipe, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--split", "train"], "split is 'train': expected validation or test"),
+        (["--split", "train"], "--split: invalid choice: 'train' .*validation.*test"),
         (["--names", "one"], "for 2 models: expected one name for each"),
         (["--names", "same", "same"], "expected different names"),
         (["--k", "0"], "k is 0: expected at least 1"),

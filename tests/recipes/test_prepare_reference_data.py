@@ -65,8 +65,8 @@ def test_published_files_become_a_data_set_and_a_model_of_one_catalogue(source, 
 
 def test_bad_sources_name_what_is_wrong(source, tmp_path):
     for options, message in (
-        (["--train_from", "lastfm"], "expected published or ml-100k"),
+        (["--train_from", "lastfm"], "invalid choice: 'lastfm'"),
         (["--source", tmp_path / "nowhere"], "nowhere"),
     ):
         result = prepare("--source", source, *options, "--output_dir", tmp_path / "out")
-        assert result.returncode != 0 and message in result.stderr
+        assert result.returncode == 2 and message in result.stderr
