@@ -5,14 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_ilora import ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.data.columns import training_sequences
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.titles.cooccurrence import cooccurrence_embeddings
 from tests.synthetic import cyclic_sequences
-from tests.tiny_tokenizers import byte_level
+from tests.tiny_language_models import save_llm
 
 WITH_CANDIDATES, HISTORY_ALONE = "{history}; one of {candidates}:", "After {history}:"
 
@@ -39,26 +38,6 @@ def save_parts(folder: Path, **data_settings) -> SimpleNamespace:
     known_recommender(sequences).save_pretrained(parts.recommender)
     parts.prompt_file.write_text(f"{WITH_CANDIDATES}\n---\n{HISTORY_ALONE}\n")
     return parts
-
-
-def save_llm(folder: Path, seed: int = 0) -> None:
-    """A random Llama that reads bytes, with its tokenizer."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_level().save_pretrained(folder)
 
 
 def known_recommender(sequences: SequenceDatasets) -> SASRecForNextItem:
