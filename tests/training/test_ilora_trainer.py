@@ -53,6 +53,11 @@ def arguments(folder, **settings):
     return ILoraTrainingArguments(str(folder), **defaults | settings)
 
 
+def each_step(steps):
+    """Evaluate and save after so many steps."""
+    return {"eval_strategy": "steps", "eval_steps": steps, "save_strategy": "steps", "save_steps": steps}
+
+
 def trainer_of(model, sequences, folder, **settings):
     given = {name: settings.pop(name) for name in ("train_dataset", "eval_dataset") if name in settings}
     splits = {"train_dataset": sequences["train"], "eval_dataset": sequences["validation"]}
@@ -79,7 +84,7 @@ def test_ten_lines_train_evaluate_and_save_a_model_that_answers(ilora, sequences
 
 
 def test_the_evaluation_after_training_ranks_the_targets(ilora, sequences, tmp_path):
-    trainer = trainer_of(ilora(**ITEM_HEAD), sequences, tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1)
+    trainer = trainer_of(ilora(**ITEM_HEAD), sequences, tmp_path, **each_step(1))
     trainer.train()
     during = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(during) == 2 and not any("eval_mrr" in entry for entry in during)
@@ -151,7 +156,7 @@ def test_the_router_learns_more_slowly_and_the_lora_does_not_decay(ilora, sequen
 
 
 def test_the_log_says_how_the_experts_are_used(ilora, sequences, tmp_path):
-    trainer = trainer_of(ilora(), sequences, tmp_path, eval_strategy="steps", eval_steps=2, save_steps=2)
+    trainer = trainer_of(ilora(), sequences, tmp_path, **each_step(2))
     trainer.train()
     assert any("expert_0_gate" in entry for entry in trainer.state.log_history)
 
