@@ -34,7 +34,7 @@ ALLOWED_IMPORTS = {
     "models": {"downloads", "files"},
     "titles": {"models"},
     "reference": {"data", "models"},
-    "runs": {"files"},
+    "runs": {"downloads", "files"},
     "evaluation": {"data", "models", "files"},
     "distillation": {"data", "models", "reference", "files"},
     "training": {"data", "models", "titles", "evaluation", "distillation"},
