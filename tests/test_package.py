@@ -17,6 +17,10 @@ from packaging.utils import canonicalize_name
 
 import hf_ilora
 from hf_ilora.runs import parse_arguments
+from hf_ilora.runs.pipeline import read_stages
+from hf_ilora.runs.recipe_files import load_recipe
+from hf_ilora_cli.commands import COMMANDS
+from hf_ilora_cli.launching import take_launch_options
 from tests.paths import PROJECT
 
 PACKAGE = PROJECT / "src" / "hf_ilora"
@@ -30,7 +34,7 @@ ALLOWED_IMPORTS = {
     "models": {"downloads", "files"},
     "titles": {"models"},
     "reference": {"data", "models"},
-    "runs": {"files"},
+    "runs": {"downloads", "files"},
     "evaluation": {"data", "models", "files"},
     "distillation": {"data", "models", "reference", "files"},
     "training": {"data", "models", "titles", "evaluation", "distillation"},
@@ -121,18 +125,8 @@ def test_the_next_item_models_import_siblings_only():
 # --- configurations ---
 
 
-def load_recipe(path: Path):
-    name = f"recipe_{path.stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their types up there
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @pytest.mark.parametrize("config", RECIPE_CONFIGS, ids=relative)
-def test_recipe_config_is_read_by_the_recipe_it_names(config, monkeypatch):
-    monkeypatch.syspath_prepend(str(PROJECT / "recipes"))  # recipes import one another
+def test_recipe_config_is_read_by_the_recipe_it_names(config):
     first_line = config.read_text(encoding="utf-8").splitlines()[0]
     named = re.match(r"# (recipes/\w+\.py)\b", first_line)
     assert named, (
@@ -142,20 +136,24 @@ def test_recipe_config_is_read_by_the_recipe_it_names(config, monkeypatch):
 
 
 def printed_commands() -> list[list[str]]:
-    """The words, from the recipe on, of each command of a recipe in README and docs."""
+    """The recipe and its options, of each command in README and docs that starts one, directly or as hf-ilora."""
     commands = []
     for path in (PROJECT / "README.md", PROJECT / "docs" / "results.md"):
         for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 recipe = next((place for place, word in enumerate(words) if word.startswith("recipes/")), None)
-                if recipe is not None and words[-1] != "...":
+                if words[-1:] == ["..."]:
+                    continue
+                if recipe is not None:
                     commands.append(words[recipe:])
+                elif words[:1] == ["hf-ilora"] and words[1] in COMMANDS:
+                    _, _, options = take_launch_options(words[2:])
+                    commands.append([f"recipes/{COMMANDS[words[1]].recipe}.py", *options])
     return commands
 
 
 def test_printed_commands_are_those_of_the_recipes(monkeypatch):
-    monkeypatch.syspath_prepend(str(PROJECT / "recipes"))
     monkeypatch.chdir(PROJECT)  # where the commands are given
     commands = printed_commands()
     assert len(commands) > 15
@@ -165,18 +163,24 @@ def test_printed_commands_are_those_of_the_recipes(monkeypatch):
             parse_arguments(module.ARGUMENTS, options)
 
 
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda command: command.name)
+def test_the_example_of_a_command_is_read_by_its_recipe(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # commands are given from any folder
+    words = shlex.split(command.example)[2:]
+    (tmp_path / "items.parquet").touch()
+    parse_arguments(load_recipe(PROJECT / "recipes" / f"{command.recipe}.py").ARGUMENTS, words)
+
+
 PIPELINES = [config for config in RECIPE_CONFIGS if "recipes/run_pipeline.py" in config.read_text().splitlines()[0]]
 
 
 @pytest.mark.parametrize("config", PIPELINES, ids=relative)
-def test_the_recipes_of_a_pipeline_read_its_settings(config, monkeypatch):
-    monkeypatch.syspath_prepend(str(PROJECT / "recipes"))  # recipes import one another
-    pipeline = load_recipe(PROJECT / "recipes" / "run_pipeline.py")
-    (arguments,) = parse_arguments(pipeline.ARGUMENTS, [str(config)])
-    for stage in pipeline.read_stages(arguments.stages):
-        command = stage.command(Path("outputs"))
-        options = command[command.index(str(PROJECT / "recipes" / stage.recipe)) + 1 :]
-        parse_arguments(load_recipe(PROJECT / "recipes" / stage.recipe).ARGUMENTS, options)
+def test_the_recipes_of_a_pipeline_read_its_settings(config, tmp_path, monkeypatch):
+    (arguments,) = parse_arguments(load_recipe(PROJECT / "recipes" / "run_pipeline.py").ARGUMENTS, [str(config)])
+    monkeypatch.chdir(tmp_path)  # a pipeline names shipped files by name, so that it runs from any folder
+    for stage in read_stages(arguments.stages):
+        recipe = load_recipe(PROJECT / "recipes" / stage.recipe)
+        parse_arguments(recipe.ARGUMENTS, stage.recipe_options(Path("outputs")))
 
 
 @pytest.mark.parametrize("config", ACCELERATE_CONFIGS, ids=relative)
