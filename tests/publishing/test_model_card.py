@@ -50,7 +50,8 @@ def test_using_the_model_takes_five_lines_imports_included(sasrec_run):
     code = text.split("```python\n")[1].split("```")[0]
     lines = [line for line in code.splitlines() if line]
     assert len(lines) <= 5
-    assert lines[1] == 'model = hf_ilora.SASRecForNextItem.from_pretrained("user/sasrec", revision="v2")'
+    loading = 'model = AutoModel.from_pretrained("user/sasrec", revision="v2", trust_remote_code=True)'
+    assert lines[:2] == ["from transformers import AutoModel", loading]
 
 
 def test_card_of_seeds_shows_their_mean_and_deviation(sasrec_run, tmp_path):
