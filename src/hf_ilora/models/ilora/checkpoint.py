@@ -13,7 +13,7 @@ from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
 from hf_ilora.models.next_item.hub_upload import UploadOfSaved
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 
-from .configuration_ilora import ILoraConfig
+from .configuration_ilora import ILoraConfig, check_public_llm
 from .language_models import load_language_model, load_tokenizer
 
 # Arguments of `from_pretrained` that apply to the language model's repository as well as to the adapter's.
