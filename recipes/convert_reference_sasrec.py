@@ -1,11 +1,11 @@
-"""Turn the SASRec of LLaRA, iLoRA or DLLM2Rec into our folder format, with the same scores.
+"""Converts the SASRec of LLaRA, iLoRA or DLLM2Rec to a folder for `from_pretrained`; the scores stay the same.
 
     python recipes/convert_reference_sasrec.py sasrec.pt outputs/sasrec_movielens --items items.parquet
 
 The first argument is the authors' `.pt` file (the whole module or its state dict, read without running anything in it)
-or a `.safetensors` file with the authors' names. `--items` gives titles: parquet with `item_id` (the reference's ids,
-from 0) and `title`, or the `items.parquet` of a prepared data set with the same items; `recipes/evaluate_models.py`
-then compares the model on that data set. The folder is for `from_pretrained`.
+or a `.safetensors` file with the authors' names. Pass the titles as `--items`: parquet with `item_id` (the reference's
+ids, from 0) and `title`, or the `items.parquet` of a prepared data set with the same items, on which
+`recipes/evaluate_models.py` can then evaluate the model.
 """
 
 import argparse
@@ -24,7 +24,7 @@ OUR_FILES = {"config.json", "model.safetensors", CATALOGUE_FILE}
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Raise a ValueError when `output_dir` holds anything but an earlier conversion."""
+    """Raise a ValueError if `output_dir` contains anything but an earlier conversion."""
     found = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
     problem = ", ".join(sorted(found - OUR_FILES))
     if found and not problem:
@@ -32,7 +32,7 @@ def check_output_dir(output_dir: Path) -> None:
         is_ours = config.exists() and json.loads(config.read_text()).get("model_type") == SASRecConfig.model_type
         problem = "" if is_ours else "another model"
     if problem:
-        raise ValueError(f"{output_dir} holds {problem}: expected a new folder or an earlier conversion")
+        raise ValueError(f"{output_dir} contains {problem}: expected a new folder or an earlier conversion")
 
 
 def main() -> None:

@@ -227,7 +227,7 @@ def test_a_missing_column_lists_the_columns_and_the_close_ones(as_source):
 
 
 def test_one_column_for_two_purposes_is_refused():
-    with pytest.raises(ValueError, match="column 'user' is named for two purposes"):
+    with pytest.raises(ValueError, match="column 'user' is given for two purposes"):
         load_interactions(pd.DataFrame(ROWS), "user", "user", "time")
 
 
@@ -307,7 +307,7 @@ def test_ids_of_mixed_types_are_refused(tmp_path, ids):
         (["2024-05-31", "yesterday"], r"holds 'yesterday' in row 1 .*ISO 8601"),
         (["2024-05-31", "31.05.2024"], r"holds '31.05.2024' in row 1"),
         (["2024-05-31", "5"], r"holds '5' in row 1"),
-        (["2024-05-31", "2024-13-01"], r"2024-13-01.*expected dates of the calendar"),
+        (["2024-05-31", "2024-13-01"], r"2024-13-01.*expected valid dates"),
         (["2024-05-31", "1969-12-31"], r"row 1 .*expected a time from 1970 on"),
         (pd.to_datetime(["2024-05-31", None]), r"in row 1"),
         (pd.to_datetime(["2024-05-31", "1960-01-01"]), r"row 1 .*expected a time from 1970 on"),

@@ -183,8 +183,11 @@ def test_a_saved_conversion_scores_the_same_and_is_not_the_given_tensors(referen
         ({"positional_embeddings.weight": torch.zeros(LENGTH, 7)}, r"positional_embeddings.weight has shape \(5, 7\)"),
         ({"item_embeddings.weight": torch.zeros(HIDDEN)}, r"item_embeddings.weight has shape \(8,\)"),
         ({"item_embeddings.weight": torch.zeros(1, HIDDEN)}, r"item_embeddings.weight has shape \(1, 8\)"),
-        ({"ln_1.weight": torch.zeros(HIDDEN, dtype=torch.int64)}, "ln_1.weight is no tensor of floating-point numbers"),
-        ({"ln_1.weight": [0.0] * HIDDEN}, "ln_1.weight is no tensor"),
+        (
+            {"ln_1.weight": torch.zeros(HIDDEN, dtype=torch.int64)},
+            "ln_1.weight is not a tensor of floating-point numbers",
+        ),
+        ({"ln_1.weight": [0.0] * HIDDEN}, "ln_1.weight is not a tensor"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(reference, changes, message):
@@ -301,13 +304,13 @@ def test_another_model_is_named_and_refused(tmp_path, zip_format):
     with pytest.raises(UnsafePickleError, match=r"names torch\.nn\.modules\.rnn\.GRU"):
         load_reference_state_dict(path)
     save({"epoch": 3, "state_dict": {}}, path, zip_format)
-    with pytest.raises(ValueError, match="'epoch' is a int: expected a tensor; of a checkpoint, give the state dict"):
+    with pytest.raises(ValueError, match="'epoch' is a int: expected a tensor; of a checkpoint, save the state dict"):
         load_reference_state_dict(path)
     save({("a", "b"): torch.zeros(2)}, path, zip_format)
-    with pytest.raises(ValueError, match="holds a dict: expected the authors' SASRec module or its state dict"):
+    with pytest.raises(ValueError, match="contains a dict: expected the authors' SASRec module or its state dict"):
         load_reference_state_dict(path)
     save([1, 2], path, zip_format)
-    with pytest.raises(ValueError, match="holds a list: expected the authors' SASRec module or its state dict"):
+    with pytest.raises(ValueError, match="contains a list: expected the authors' SASRec module or its state dict"):
         load_reference_state_dict(path)
 
 
@@ -514,10 +517,10 @@ def rewritten(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda members: [*members, ("sasrec/code/model.py", b"")], r"holds the member 'sasrec/code/model\.py'"),
-        (lambda members: [*members, ("../evil", b"")], r"holds the member '\.\./evil'"),
-        (lambda members: [*members, members[0]], "holds a member twice"),
-        (lambda members: [*members, ("other/data.pkl", members[0][1])], "holds a member twice"),
+        (lambda members: [*members, ("sasrec/code/model.py", b"")], r"contains the member 'sasrec/code/model\.py'"),
+        (lambda members: [*members, ("../evil", b"")], r"contains the member '\.\./evil'"),
+        (lambda members: [*members, members[0]], "contains a member twice"),
+        (lambda members: [*members, ("other/data.pkl", members[0][1])], "contains a member twice"),
         (lambda members: members[1:], "lacks data.pkl"),
         (lambda members: [(*member, zipfile.ZIP_DEFLATED) for member in members], "not compressed"),
         (lambda members: [(n, b"big" if n.endswith("byteorder") else d) for n, d in members], "is not little-endian"),
@@ -541,7 +544,7 @@ def test_an_archive_with_other_members_is_refused(tmp_path, change, message):
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_an_archive_of_torchscript_is_refused(tmp_path):
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "script.pt")
-    with pytest.raises(ValueError, match="holds the member 'script/"):
+    with pytest.raises(ValueError, match="contains the member 'script/"):
         load_reference_state_dict(tmp_path / "script.pt")
 
 
@@ -814,7 +817,7 @@ def test_the_command_overwrites_no_foreign_folder(reference, tmp_path, monkeypat
     for name, text in files.items():
         (output_dir / name).write_text(text)
     before = content(output_dir)
-    with pytest.raises(ValueError, match=f"holds {problem}: expected a new folder or an earlier conversion"):
+    with pytest.raises(ValueError, match=f"contains {problem}: expected a new folder or an earlier conversion"):
         convert(monkeypatch, tmp_path / "sasrec.pt", output_dir)
     assert content(output_dir) == before
 
