@@ -378,7 +378,7 @@ def test_a_refused_run_leaves_its_folder_free_and_a_finished_one_keeps_it(train,
     check_refused(train, tmp_path, "match nothing", target_modules=["query"])
     train(tmp_path, num_train_epochs=1, max_steps=1)
     before = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="holds a finished run: choose another output_dir"):
+    with pytest.raises(ValueError, match="contains a finished run: choose another output_dir"):
         train(tmp_path, learning_rate=1.0)
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
@@ -443,7 +443,7 @@ def test_killed_run_resumes_to_the_same_result(finished, parts, tmp_path):
     assert json.loads((output_dir / "run.json").read_text())["status"] == "running"
     result = subprocess.run(command(parts, output_dir, **LONG), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "going on from" in result.stderr
+    assert "resuming from" in result.stderr
     metrics, expected_metrics = (
         json.loads((folder / "run.json").read_text())["metrics"]["validation"] for folder in (output_dir, finished[0])
     )

@@ -93,7 +93,7 @@ def test_killed_run_resumes_to_the_same_result(finished, data_dir, tmp_path):
     assert record_of(output_dir)["status"] == "running"
     result = run(data_dir, output_dir)
     assert result.returncode == 0, result.stderr
-    assert "going on from" in result.stderr
+    assert "resuming from" in result.stderr
     assert record_of(output_dir)["metrics"] == record_of(finished)["metrics"]
     whole, resumed = (load_file(folder / "model.safetensors") for folder in (finished, output_dir))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -103,7 +103,7 @@ def test_killed_run_resumes_to_the_same_result(finished, data_dir, tmp_path):
 def test_finished_run_is_never_overwritten(finished, data_dir):
     before = (finished / "model.safetensors").read_bytes()
     result = run(data_dir, finished)
-    assert result.returncode != 0 and "holds a finished run: choose another output_dir" in result.stderr
+    assert result.returncode != 0 and "contains a finished run: choose another output_dir" in result.stderr
     assert (finished / "model.safetensors").read_bytes() == before
 
 
