@@ -25,7 +25,7 @@ from benchmark_ilora import median_ratio, table_of_targets, use_published_form, 
 from torch import nn
 from transformers import set_seed
 
-from hf_ilora import Catalogue, ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
+from hf_ilora import ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.evaluation.ranking import EvaluationRows
 from hf_ilora.models.ilora.embedded_llm import EMBEDDED_LLM
 from hf_ilora.models.ilora.gated_lora import gated_layers
@@ -83,10 +83,9 @@ def build_ilora(
     sequences: SequenceDatasets, arguments: AnswerBenchmarkArguments, dtype: str, num_layers: int | None
 ) -> ILoraForRecommendation:
     """iLoRA with a small random adapter on the real language model; what it costs does not depend on its weights."""
-    catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
     set_seed(0)
     if arguments.recommender is None:
-        recommender = SASRecForNextItem(SASRecConfig(num_items=len(catalogue), hidden_size=64))
+        recommender = SASRecForNextItem(SASRecConfig(num_items=sequences.num_items, hidden_size=64))
     else:
         recommender = SASRecForNextItem.from_pretrained(arguments.recommender)
     llm, tokenizer, source = load_language_model(arguments.llm, dtype=dtype)
@@ -97,7 +96,7 @@ def build_ilora(
         **({} if arguments.prompt_file is None else {"prompt_templates": read_templates(arguments.prompt_file)}),
     )
     model = ILoraForRecommendation.from_base(
-        llm, recommender, tokenizer, catalogue, config, untrained_recommender=arguments.recommender is None
+        llm, recommender, tokenizer, sequences.catalogue, config, untrained_recommender=arguments.recommender is None
     )
     for layer in gated_layers(model.llm).values():
         nn.init.normal_(layer.lora_B, std=1e-3)

@@ -98,7 +98,7 @@ class NextItemTrainer(RecommenderTrainer):
             _check_columns(self._train_rows, "train_dataset")
         self._has_prefixes = self._train_rows is not None and rows_are_prefixes(self._train_rows)
         self._evaluation_rows: dict[int, tuple[Rows, TorchDataset]] = {}
-        self._is_started = False
+        self._is_started = self.is_in_train = False
         if model is not None:
             self._prepare_model(model, args)
         super().__init__(

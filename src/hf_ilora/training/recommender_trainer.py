@@ -86,6 +86,7 @@ class RecommenderTrainer(Trainer):
             return
         path = Path(self.args.output_dir) / CARD_FILE
         model = self.accelerator.unwrap_model(self.model)
+        model.config.architectures = [type(model).__name__]  # as saving does
         repo_id = self.hub_model_id or model_name or Path(self.args.output_dir).resolve().name
         if path.is_file():
             card = ModelCard.load(path)

@@ -11,12 +11,8 @@ from hf_ilora.models.ilora.gated_lora import gated_layers
 from hf_ilora.training.prompt_collator import PromptCollator
 from tests.models.ilora.ilora_fixtures import (
     ALPHA,
-    ATTENTION,
-    CONFIGS,
     EXPERTS,
-    MLP,
     ROWS,
-    base_llm,
     batch_of,
     fresh_model,
     naive_gates,
@@ -25,9 +21,9 @@ from tests.models.ilora.ilora_fixtures import (
     recommender,
     tiny_model,
 )
+from tests.tiny_language_models import ARCHITECTURES, ATTENTION, MLP, base_llm
 
 BOTH_LOSSES = {"item_head": "residual", "item_loss_weight": 0.5, "language_loss_weight": 2.0}
-ARCHITECTURES = list(CONFIGS)
 
 
 def naive_losses(model, base, rows=ROWS, shown=(True, False, True)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +139,7 @@ def test_two_forwards_of_one_row_each_are_one_of_both():
 def trained(folder, batch_size: int, accumulation: int, **arguments):
     """One step of plain gradient descent by the stock Trainer on 8 rows; the trainer."""
     model = tiny_model(**BOTH_LOSSES)
-    rows = [row | {"draws": (0.0, 0.3 + 0.4 * (index % 2))} for index, row in enumerate((ROWS * 3)[:8])]
+    rows = [row | {"uniforms": (0.0, 0.3 + 0.4 * (index % 2))} for index, row in enumerate((ROWS * 3)[:8])]
     settings = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=batch_size,
@@ -208,6 +204,14 @@ def test_gates_of_histories_are_the_routers_and_may_be_given_instead():
     batch.pop("histories")
     torch.testing.assert_close(model(**batch, expert_gates=gates).loss, expected.loss)
     assert (model(**batch, expert_gates=gates.roll(1, 0)).loss - expected.loss).abs() > 0.01
+
+
+def test_given_gates_replace_those_of_the_histories_and_the_item_head_reads_the_histories():
+    model = tiny_model(**BOTH_LOSSES)
+    batch = batch_of(model)
+    gates = model.expert_gates(batch["histories"])
+    torch.testing.assert_close(model(**batch, expert_gates=gates).loss, model(**batch).loss)
+    assert (model(**batch, expert_gates=gates.roll(1, 0)).item_loss - model(**batch).item_loss).abs() > 1e-3
 
 
 def test_padding_of_a_history_may_stand_on_either_side_and_long_ones_are_cut():
@@ -451,7 +455,7 @@ def test_training_reads_the_history_that_answers_read():
     """A prompt shows the newest items; gates, item head and the order of candidates come from the whole history."""
     model = tiny_model(item_head="residual", item_loss_weight=1.0, candidate_order="recommender")
     history = [3, 7, 30, 5, 11, 2]  # the prompt holds 4 of them, the recommender reads 6
-    row = {"history": history, "target": 9, "candidates": [9, 2, 11], "draws": (0.0, 0.9)}
+    row = {"history": history, "target": 9, "candidates": [9, 2, 11], "uniforms": (0.0, 0.9)}
     batch = PromptCollator(model.prompts, 0.5, PreferredOrder(model.recommender))([row])
     histories = torch.tensor([history])
     prompts = model.build_prompts(histories)
