@@ -1,5 +1,7 @@
 """The Trainer of iLoRA on splits as they are, and what it says to those who forget something."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,21 @@ def test_the_router_learns_more_slowly_and_the_lora_does_not_decay(ilora, sequen
     assert lora | others | router == {name for name, value in trainer.model.named_parameters() if value.requires_grad}
     assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([1e-2, 1e-2, 1e-3])
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.0, 0.5, 0.5]
+
+
+def test_learning_rates_warm_up_and_fall_along_a_cosine_to_their_floor(ilora, sequences, tmp_path):
+    peak = 8.0e-4
+    trainer = trainer_of(ilora(), sequences, tmp_path, learning_rate=peak)
+    trainer.create_optimizer_and_scheduler(num_training_steps=100)
+    rates = []
+    for _ in range(101):
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    middle = 0.01 + 0.99 * (1 + math.cos(math.pi * (50 - 5) / 95)) / 2  # 5 of 100 steps warm up
+    for step, fraction in {0: 0.0, 1: 0.2, 5: 1.0, 50: middle, 100: 0.01}.items():
+        assert rates[step] == pytest.approx([peak * fraction, peak * fraction, 0.3 * peak * fraction]), step
+    assert max(rate for rate, _, _ in rates) == pytest.approx(peak)
 
 
 def test_the_log_says_how_the_experts_are_used(ilora, sequences, tmp_path):

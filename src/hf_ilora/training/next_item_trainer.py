@@ -14,6 +14,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from hf_ilora.data.columns import flatten_lists, read_column, training_sequences
 from hf_ilora.evaluation.ranking import RankingMetrics, ranks_from_logits
+from hf_ilora.models.loading import check_catalogue
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.modeling_caser import CaserForNextItem
@@ -193,6 +194,8 @@ class NextItemTrainer(RecommenderTrainer):
                 "CaserForNextItem"
             )
         if self.catalogue is not None:
+            raw_ids = self.catalogue.table["raw_id"].to_numpy()
+            check_catalogue(model, model.name_or_path or "the model", len(self.catalogue), raw_ids)
             model.catalogue = self.catalogue
         labelled_positions = self._labelled_positions(model, args)
         if self._train_rows is not None:
