@@ -36,7 +36,7 @@ from hf_ilora.evaluation.expert_usage import plot_expert_usage, usage_table
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
-from hf_ilora.runs.checks import check_at_least_one, check_can_plot, names_of_models
+from hf_ilora.runs.checks import check_at_least_one, checked_plot, names_of_models
 from hf_ilora.training.candidate_rows import draw_candidates
 
 logger = logging.getLogger(__name__)
@@ -62,13 +62,16 @@ class ILoraEvaluationArguments:
         metadata={"help": "also evaluate the language model of the first model without adapter and embeddings"},
     )
     generate: str = field(
-        default="none", metadata={"help": "whether and how the models generate answers: none, free or constrained"}
+        default="none", metadata={"help": "whether and how the models generate answers", "choices": GENERATE}
     )
     max_new_tokens: int = field(default=40, metadata={"help": "longest free answer, in tokens"})
     recommenders: list[str] | None = field(
         default=None, metadata={"help": "folders or Hub names of further recommenders for the table"}
     )
-    split: str = field(default="validation", metadata={"help": "validation, test, or train (see train_fraction)"})
+    split: str = field(
+        default="validation",
+        metadata={"help": "split to evaluate on (for train see train_fraction)", "choices": SPLITS},
+    )
     train_fraction: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
         metadata={"help": "start and end of the evaluated part of the train split, as fractions of its rows"},
@@ -83,23 +86,22 @@ class ILoraEvaluationArguments:
     seed: int = field(
         default=0, metadata={"help": "random seed of intervals, p-values and the candidates of the train split"}
     )
-    plot: bool = field(default=True, metadata={"help": "draw the plots (needs the extra hf_ilora[plot])"})
+    plot: bool | None = field(
+        default=None,
+        metadata={"help": "draw the plots; by default where matplotlib is installed, as by the extra hf_ilora[plot]"},
+    )
 
     def __post_init__(self):
         self.names = names_of_models(self.models, self.names)
         if ZERO_SHOT in self.names:
             raise ValueError(f"names are {self.names}: expected others than {ZERO_SHOT!r}, a row of the table")
-        if self.split not in SPLITS:
-            raise ValueError(f"split is {self.split!r}: expected one of {', '.join(SPLITS)}")
         check_fraction(self.train_fraction)
         if self.split != "train" and self.train_fraction != [0, 1]:
             raise ValueError(f"train_fraction is {self.train_fraction} for split {self.split}: expected --split train")
-        if self.generate not in GENERATE:
-            raise ValueError(f"generate is {self.generate!r}: expected one of {', '.join(GENERATE)}")
         check_at_least_one(self, "k", "batch_size", "num_resamples", "max_new_tokens")
         if self.limit_rows < 1 and self.limit_rows != -1:
             raise ValueError(f"limit_rows is {self.limit_rows}: expected at least 1, or -1 for all")
-        check_can_plot(self.plot)
+        self.plot = checked_plot(self.plot)
 
 
 ARGUMENTS = (ILoraEvaluationArguments,)

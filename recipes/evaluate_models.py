@@ -26,7 +26,7 @@ from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks, parquet_nam
 from hf_ilora.evaluation.statistics import summarize_ranks
 from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
-from hf_ilora.runs.checks import check_at_least_one, check_can_plot, names_of_models
+from hf_ilora.runs.checks import check_at_least_one, checked_plot, names_of_models
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class EvaluationArguments:
     names: list[str] | None = field(
         default=None, metadata={"help": "names of the models in the table; by default their folders"}
     )
-    split: str = field(default="test", metadata={"help": "validation or test"})
+    split: str = field(default="test", metadata={"help": "split to evaluate on", "choices": ("validation", "test")})
     k: int = field(default=10, metadata={"help": "cut-off of NDCG, hit ratio and recall"})
     batch_size: int = field(default=256, metadata={"help": "users scored per step, per process"})
     num_resamples: int = field(default=2000, metadata={"help": "bootstrap resamples, and sign flips of the p-values"})
@@ -54,7 +54,10 @@ class EvaluationArguments:
         default=300, metadata={"help": "number of recommendations timed per model, one user at a time"}
     )
     latency_threads: int = field(default=1, metadata={"help": "CPU threads while latency is measured"})
-    plot: bool = field(default=True, metadata={"help": "draw results.png (needs the extra hf_ilora[plot])"})
+    plot: bool | None = field(
+        default=None,
+        metadata={"help": "draw results.png; by default where matplotlib is installed, as by the extra hf_ilora[plot]"},
+    )
     device: str | None = field(
         default=None, metadata={"help": "device to evaluate on; by default a GPU if there is one"}
     )
@@ -63,10 +66,8 @@ class EvaluationArguments:
         self.names = names_of_models(self.models, self.names)
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"names are {self.names}: expected different names; pass --names")
-        if self.split not in ("validation", "test"):
-            raise ValueError(f"split is {self.split!r}: expected validation or test")
         check_at_least_one(self, "k", "batch_size", "num_resamples", "latency_calls", "latency_threads")
-        check_can_plot(self.plot)
+        self.plot = checked_plot(self.plot)
 
 
 ARGUMENTS = (EvaluationArguments,)

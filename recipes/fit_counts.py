@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from hf_ilora import (
-    Catalogue,
     PopularityConfig,
     PopularityForNextItem,
     SequenceDatasets,
@@ -84,7 +83,6 @@ def main() -> None:
         # Rows that are every prefix of a history hold a pair many times: there the targets alone are counted.
         targets_only = sequences.protocol["name"] == "temporal_users"
         rows = np.split(*training_sequences(sequences["train"]))[1:-1]
-        catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
         validation = sequences["validation"]
         with record.stage("search"):
             config, trials = search(rows, sequences.num_items, validation, searched, arguments, targets_only)
@@ -98,7 +96,7 @@ def main() -> None:
             ),
             ("transition_counts", TransitionCountsForNextItem.fit(rows, config, targets_only=targets_only)),
         ):
-            model.catalogue = catalogue
+            model.catalogue = sequences.catalogue
             model.save_pretrained(folder / name)
             metrics = summarize_ranks(rank_split(model, validation, batch_size=arguments.batch_size))
             record.add_metrics(f"validation_{name}", metrics)

@@ -57,11 +57,15 @@ class LabelArguments:
     )
     labelled_positions: str = field(
         default="last",
-        metadata={"help": "last: the target of each row; all: every item of a leave-one-out sequence but the first"},
+        metadata={
+            "help": "last: the target of each row; all: every item of a leave-one-out sequence but the first",
+            "choices": LABELLED_POSITIONS,
+        },
     )
     budget: int | None = field(default=None, metadata={"help": "number of labels to ask for; by default all"})
     acquire: str = field(
-        default="random", metadata={"help": f"which labels to spend the budget on: {', '.join(ACQUISITION_POLICIES)}"}
+        default="random",
+        metadata={"help": "which labels to spend the budget on", "choices": tuple(ACQUISITION_POLICIES)},
     )
     recommender: str | None = field(default=None, metadata={"help": "saved recommender whose outputs acquire reads"})
     seed: int = field(default=0, metadata={"help": "random seed of acquire"})
@@ -75,9 +79,6 @@ class LabelArguments:
 
     def __post_init__(self):
         check_at_least_one(self, "top_k", "batch_size", "shard_rows")
-        for name, known in (("labelled_positions", LABELLED_POSITIONS), ("acquire", ACQUISITION_POLICIES)):
-            if vars(self)[name] not in known:
-                raise ValueError(f"{name} is {vars(self)[name]!r}: expected one of {', '.join(known)}")
         if self.budget is None and (self.acquire != "random" or self.recommender is not None):
             raise ValueError("acquire and recommender select what to ask: expected a budget with them")
         if self.budget is not None:

@@ -4,8 +4,8 @@
     python recipes/prepare_data.py --interactions plays.csv --user_column user --item_column song --time_column when \
         --items songs.csv --items_title_column name --output_dir outputs/songs/data
 
-The output folder holds train, validation, test and items as parquet, and sequences.json with the settings; run.json
-and run.log stand beside it in `<output_dir>_run`.
+The output folder holds train, validation, test and items as parquet, and sequences.json with the settings. The recipe
+writes run.json and run.log to `<output_dir>_run`.
 """
 
 import logging
@@ -22,7 +22,13 @@ class SourceArguments:
     """Where the interactions come from: a MovieLens release, or a table of your own."""
 
     output_dir: str = field(metadata={"help": "folder to write the data set to"})
-    movielens: str | None = field(default=None, metadata={"help": "ml-100k, ml-1m, ml-10m, ml-20m, ml-25m or ml-32m"})
+    movielens: str | None = field(
+        default=None,
+        metadata={
+            "help": "release of MovieLens",
+            "choices": ("ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m"),
+        },
+    )
     movielens_source: str | None = field(
         default=None, metadata={"help": "folder or zip of that release; by default the cache, else GroupLens"}
     )
@@ -40,7 +46,11 @@ class SourceArguments:
         default=True, metadata={"help": "move a year at the end of a title to its own column, and ', The' to the front"}
     )
     missing_titles: str = field(
-        default="raise", metadata={"help": "items without a title: raise, or item_id to use the id as title"}
+        default="raise",
+        metadata={
+            "help": "what to do with items without a title: fail, or use the id as title",
+            "choices": ("raise", "item_id"),
+        },
     )
     limit_data_rows: int = field(default=-1, metadata={"help": "read only the first so many interactions; -1: all"})
 
@@ -57,16 +67,22 @@ class SourceArguments:
 class SequenceArguments:
     """How histories are filtered and split; see `build_sequences`."""
 
-    protocol: str = field(default="leave_one_out", metadata={"help": "leave_one_out or temporal_users"})
+    protocol: str = field(
+        default="leave_one_out",
+        metadata={"help": "how histories are split", "choices": ("leave_one_out", "temporal_users")},
+    )
     min_user_interactions: int = field(default=3, metadata={"help": "drop users with fewer, with the next: k-core"})
     min_item_interactions: int = field(default=1, metadata={"help": "drop items with fewer"})
     max_history: int | None = field(default=None, metadata={"help": "newest items kept per history"})
     min_history: int | None = field(default=None, metadata={"help": "drop rows with shorter histories"})
     num_candidates: int = field(default=20, metadata={"help": "items per evaluation row, target included; 0: none"})
-    candidate_seed: int = field(default=0, metadata={"help": "of the candidates"})
+    candidate_seed: int = field(default=0, metadata={"help": "random seed for the candidates"})
     drop_repeats: bool = field(default=False, metadata={"help": "keep a user's first interaction with an item only"})
     min_rating: float | None = field(default=None, metadata={"help": "ignore interactions with a lower rating"})
-    order_users_by: str | None = field(default=None, metadata={"help": "temporal_users: first or last interaction"})
+    order_users_by: str | None = field(
+        default=None,
+        metadata={"help": "temporal_users: the interaction that orders the users", "choices": ("first", "last")},
+    )
 
 
 ARGUMENTS = (SourceArguments, SequenceArguments)

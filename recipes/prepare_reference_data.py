@@ -28,7 +28,11 @@ class ReferenceDataArguments:
     source: str = field(metadata={"help": "folder of the published parquet files"})
     output_dir: str = field(metadata={"help": "folder to write data/ and sasrec/ to"})
     train_from: str = field(
-        default="published", metadata={"help": "published: train.parquet; ml-100k: rebuilt from MovieLens-100K"}
+        default="published",
+        metadata={
+            "help": "train rows: from train.parquet, or rebuilt from MovieLens-100K",
+            "choices": ("published", "ml-100k"),
+        },
     )
     movielens_source: str | None = field(
         default=None, metadata={"help": "folder or zip of ml-100k; by default the cache, else GroupLens"}
@@ -38,10 +42,6 @@ class ReferenceDataArguments:
     sasrec: str | None = field(
         default=None, metadata={"help": "the authors' weights, .safetensors or .pt; none: no sasrec/ is written"}
     )
-
-    def __post_init__(self):
-        if self.train_from not in ("published", "ml-100k"):
-            raise ValueError(f"train_from is {self.train_from!r}: expected published or ml-100k")
 
 
 ARGUMENTS = (ReferenceDataArguments,)

@@ -5,14 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_ilora import Catalogue, ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
+from hf_ilora import ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.data.columns import training_sequences
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.titles.cooccurrence import cooccurrence_embeddings
 from tests.synthetic import cyclic_sequences
-from tests.tiny_tokenizers import byte_level
+from tests.tiny_language_models import save_llm
 
 WITH_CANDIDATES, HISTORY_ALONE = "{history}; one of {candidates}:", "After {history}:"
 
@@ -41,26 +40,6 @@ def save_parts(folder: Path, **data_settings) -> SimpleNamespace:
     return parts
 
 
-def save_llm(folder: Path, seed: int = 0) -> None:
-    """A random Llama that reads bytes, with its tokenizer."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_level().save_pretrained(folder)
-
-
 def known_recommender(sequences: SequenceDatasets) -> SASRecForNextItem:
     """A SASRec that knows which items meet, without the minute of training."""
     torch.manual_seed(1)
@@ -68,7 +47,7 @@ def known_recommender(sequences: SequenceDatasets) -> SASRecForNextItem:
     model = SASRecForNextItem(SASRecConfig(num_items=sequences.num_items, hidden_size=size, max_length=8)).eval()
     rows = np.split(*training_sequences(sequences["train"]))[1:-1]
     model.start_from_item_embeddings(cooccurrence_embeddings(rows, sequences.num_items, size))
-    model.catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
+    model.catalogue = sequences.catalogue
     return model
 
 

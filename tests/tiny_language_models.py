@@ -1,13 +1,72 @@
-"""Tiny language models in every form in which real ones come: objects, folders and GGUF files."""
+"""Tiny language models in every form that real ones come in: objects, folders and GGUF files."""
 
+import copy
 from pathlib import Path
 
-import torch
 from gguf import GGUFWriter
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    set_seed,
+)
+
+from tests.tiny_tokenizers import byte_level
+
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+# The sliding windows are shorter than the prompts of the tests.
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(head_dim=8, **SIZES),
+    "gemma3": Gemma3TextConfig(
+        head_dim=8,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        **SIZES | {"num_hidden_layers": 3},
+    ),
+    "mistral": MistralConfig(sliding_window=16, **SIZES),
+}
+ARCHITECTURES = list(CONFIGS)
+ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
 TINY = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+
+
+def base_llm(architecture: str = "llama", seed: int = 0, **changes) -> PreTrainedModel:
+    """A random language model that reads bytes; `changes` are fields of its configuration."""
+    config = copy.deepcopy(CONFIGS[architecture])
+    for name, value in changes.items():
+        setattr(config, name, value)
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def llm_with_window(architecture: str, window: int = 512) -> PreTrainedModel:
+    """`base_llm` with another sliding window, where the architecture has one; 512 covers every prompt."""
+    return base_llm(architecture, **({"sliding_window": window} if architecture in ("gemma3", "mistral") else {}))
+
+
+def save_llm(folder: Path, seed: int = 0) -> None:
+    """A folder with a random Llama that reads bytes, and its tokenizer."""
+    base_llm(seed=seed, initializer_range=0.1).save_pretrained(folder)
+    byte_level().save_pretrained(folder)
 
 
 def tiny_tokenizer():
@@ -18,8 +77,8 @@ def tiny_tokenizer():
 
 
 def tiny_llama(seed=0, num_hidden_layers=3):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=1, num_hidden_layers=num_hidden_layers)).eval()
+    """A Llama for `tiny_tokenizer`, with a vocabulary of 40 words."""
+    return base_llm("llama", seed, **TINY, num_key_value_heads=1, num_hidden_layers=num_hidden_layers)
 
 
 def save_tiny_llama(folder: Path, seed: int = 0) -> Path:

@@ -155,4 +155,3 @@ def _exit_code(returncode: int, program: str) -> int:
     name = signal.Signals(-returncode).name
     print(f"{program}: error: the process was ended by {name}", file=sys.stderr)
     return 128 - returncode
-

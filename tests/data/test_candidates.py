@@ -140,7 +140,7 @@ class TestInSequences:
     @pytest.mark.parametrize("protocol", ["leave_one_out", "temporal_users"])
     def test_rows_hold_the_target_and_items_that_the_user_never_saw(self, protocol):
         sequences = self.build(protocol=protocol)
-        raw_ids = [None, *sequences.catalogue["raw_id"]]
+        raw_ids = [None, *sequences.raw_ids.tolist()]
         assert "candidates" not in sequences["train"].column_names
         for split in ("validation", "test"):
             for row in sequences[split]:

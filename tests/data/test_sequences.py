@@ -1,5 +1,6 @@
 """build_sequences against a naive implementation, hand-made histories, and the files of a published split."""
 
+import hashlib
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
-from hf_ilora import SequenceDatasets, build_sequences, load_movielens
+from hf_ilora import Catalogue, SequenceDatasets, build_sequences, load_movielens
 from tests.paths import PROJECT
 
 REFERENCE = PROJECT.parent / "shared" / "reference" / "llara_movielens"
@@ -108,7 +109,7 @@ def naive_splits(
 
 
 def in_raw_ids(sequences: SequenceDatasets) -> dict:
-    raw_ids = [None, *sequences.catalogue["raw_id"]]
+    raw_ids = [None, *sequences.raw_ids.tolist()]
     return {
         name: [(row["user_id"], [raw_ids[item] for item in row["history"]], raw_ids[row["target"]]) for row in split]
         for name, split in sequences.items()
@@ -116,7 +117,9 @@ def in_raw_ids(sequences: SequenceDatasets) -> dict:
 
 
 def contents(sequences: SequenceDatasets) -> dict:
-    return {name: split.to_dict() for name, split in [*sequences.items(), ("catalogue", sequences.catalogue)]}
+    return {name: split.to_dict() for name, split in sequences.items()} | {
+        "catalogue": sequences.catalogue.table.to_pydict()
+    }
 
 
 @pytest.fixture
@@ -154,7 +157,7 @@ class TestLeaveOneOut:
     def test_the_catalogue_numbers_the_items_that_occur_by_raw_id(self, small):
         sequences = build_sequences(*small, num_candidates=0)
         assert sequences.num_items == 5
-        assert sequences.catalogue.to_dict() == {
+        assert sequences.catalogue.table.to_pydict() == {
             "item_id": [1, 2, 3, 4, 5],
             "raw_id": [10, 20, 30, 40, 50],
             "title": [f"Title of {raw_id}" for raw_id in (10, 20, 30, 40, 50)],
@@ -172,8 +175,8 @@ class TestLeaveOneOut:
     def test_string_ids_are_numbered_by_code_point(self):
         rows = [("ü", item, time) for time, item in enumerate(["b", "Z", "10", "9", "é"])]
         sequences = build_sequences(interactions_table(rows), items_table(["é", "b", "10", "9", "Z"]), num_candidates=0)
-        assert sequences.catalogue["raw_id"][:] == ["10", "9", "Z", "b", "é"]
-        assert sequences.catalogue["title"][:][-1] == "Title of é"
+        assert sequences.raw_ids.tolist() == ["10", "9", "Z", "b", "é"]
+        assert sequences.catalogue.titles([sequences.num_items])[0] == "Title of é"
         assert sequences["test"].to_dict() == {"user_id": ["ü"], "history": [[4, 3, 1, 2]], "target": [5]}
 
     def test_max_history_keeps_the_newest_items(self, small):
@@ -369,7 +372,7 @@ class TestFilters:
             sequences = build_sequences(more, items, num_candidates=0)
         assert "dropped 1 of 4 users, 1 of 6 items, 2 of 14 interactions" in caplog.text
         assert 99 not in sequences["test"]["user_id"][:]
-        assert 60 not in sequences.catalogue["raw_id"][:]
+        assert 60 not in sequences.raw_ids
 
     def test_repeats_stay_unless_dropped(self):
         rows = [(1, 10, 1), (1, 20, 2), (1, 10, 3), (1, 30, 4), (1, 20, 5), (1, 40, 6), (1, 40, 6)]
@@ -504,8 +507,36 @@ class TestSaveAndLoad:
         assert {name: split.features for name, split in loaded.items()} == {
             name: split.features for name, split in sequences.items()
         }
-        assert loaded.catalogue.features == sequences.catalogue.features
+        assert loaded.catalogue == sequences.catalogue
         assert os.listdir(tmp_path / "new") == ["data"]
+
+    @pytest.mark.parametrize(
+        ("string_ids", "fingerprint", "items_digest"),
+        [
+            (
+                False,
+                "ee60639f0ee0ee104984c503292813c96a902c52282293f53ff94d23f03da859",
+                "77473bb30a8ed8ab0a41c2338c2b8dc69acc513bde9009da374295105d82a5fe",
+            ),
+            (
+                True,
+                "098c74b9ef048b60e0d3e9c8c4649157cc15b451652f01113e53f4cc4ea9689a",
+                "e441a9e6b69dcc7870e779cb02ff340ce7264e0ff4a6f483ba1de5573cd1a319",
+            ),
+        ],
+    )
+    def test_fingerprint_and_catalogue_file_stay_those_of_folders_prepared_earlier(
+        self, tmp_path, string_ids, fingerprint, items_digest
+    ):
+        """Runs, labels and results record the fingerprint: another one would make all of them foreign."""
+        rows = random_rows(8, users=30, string_ids=string_ids)
+        items = items_table(sorted({item for _, item, *_ in rows}))
+        sequences = build_sequences(
+            interactions_table(rows), items, num_candidates=3, candidate_seed=4, drop_repeats=True
+        )
+        assert sequences.fingerprint == fingerprint
+        sequences.save(tmp_path / "data")
+        assert hashlib.sha256((tmp_path / "data" / "items.parquet").read_bytes()).hexdigest() == items_digest
 
     def test_the_folder_holds_parquet_and_one_description(self, sequences, tmp_path):
         sequences.save(tmp_path / "data")
@@ -535,6 +566,13 @@ class TestSaveAndLoad:
         printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
         assert printed.split() == [sequences.fingerprint, sequences.fingerprint]
         assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []
+
+    def test_the_catalogue_must_be_one_with_all_columns(self, sequences):
+        table = sequences.catalogue.table
+        with pytest.raises(TypeError, match="catalogue is a Table: expected a Catalogue"):
+            SequenceDatasets(dict(sequences), table, sequences.protocol)
+        with pytest.raises(ValueError, match="the catalogue has no year, genres"):
+            SequenceDatasets(dict(sequences), Catalogue(table.drop_columns(["year", "genres"])), sequences.protocol)
 
     def test_splits_must_be_complete(self, sequences):
         with pytest.raises(ValueError, match="splits are test, train: expected train, validation, test"):

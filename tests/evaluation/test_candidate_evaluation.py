@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_ilora import Catalogue, ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, compare_runs
+from hf_ilora import ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, compare_runs
 from hf_ilora.evaluation.candidate_evaluation import CandidateEvaluation
 from hf_ilora.evaluation.candidate_ranking import generate_answers, rank_candidates
 from hf_ilora.evaluation.candidate_report import (
@@ -33,7 +33,6 @@ def sequences():
 
 def ilora(sequences, seed=0, recommender_seed=0, **settings):
     """A model whose adapter is random and not zero, so that its experts matter."""
-    catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
     torch.manual_seed(recommender_seed)
     recommender = SASRecForNextItem(SASRecConfig(num_items=sequences.num_items, hidden_size=8, initializer_range=0.5))
     tokenizer = byte_level_bpe()
@@ -53,7 +52,7 @@ def ilora(sequences, seed=0, recommender_seed=0, **settings):
         llm,
         recommender,
         tokenizer,
-        catalogue,
+        sequences.catalogue,
         ILoraConfig(**{"rank": 4, "num_experts": 2, "router_type": "linear", "max_history": 4} | settings),
         untrained_recommender=True,
     )

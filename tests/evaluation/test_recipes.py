@@ -78,7 +78,7 @@ def test_fitting_reads_training_rows_only(fitted, sequences):
         for item in [*row["history"], row["target"]]:
             expected[item] += 1
     assert popularity.item_counts.tolist() == expected.tolist()
-    assert popularity.catalogue.table["raw_id"].to_pylist() == sequences.catalogue["raw_id"][:]
+    assert popularity.catalogue.table["raw_id"].to_pylist() == sequences.raw_ids.tolist()
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_data_without_candidates_is_measured_in_the_catalogue_alone(run_recipe, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--split", "train"], "split is 'train': expected validation or test"),
+        (["--split", "train"], "--split: invalid choice: 'train' .*validation.*test"),
         (["--names", "one"], "for 2 models: expected one name for each"),
         (["--names", "same", "same"], "expected different names"),
         (["--k", "0"], "k is 0: expected at least 1"),

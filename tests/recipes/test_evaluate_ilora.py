@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_ilora import Catalogue, ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
+from hf_ilora import ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from tests.paths import RECIPES
 from tests.synthetic import cyclic_sequences
 from tests.tiny_tokenizers import byte_level_bpe
@@ -25,7 +25,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate_ilora")
     sequences = cyclic_sequences(num_users=40)
     sequences.save(folder / "data")
-    catalogue = Catalogue(sequences.catalogue.with_format("arrow")[:])
     tokenizer = byte_level_bpe()
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -35,14 +34,14 @@ def folder(tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")
     recommender = SASRecForNextItem(SASRecConfig(num_items=30, hidden_size=8, initializer_range=0.5))
-    recommender.catalogue = catalogue
+    recommender.catalogue = sequences.catalogue
     recommender.save_pretrained(folder / "other_sasrec")
     for name, settings in (("ilora", {"num_experts": 2, "item_head": "residual"}), ("lora", {"num_experts": 1})):
         model = ILoraForRecommendation.from_base(
             AutoModelForCausalLM.from_pretrained(folder / "llm"),
             recommender,
             tokenizer,
-            catalogue,
+            sequences.catalogue,
             ILoraConfig(
                 rank=4, router_type="linear", num_llm_layers=1, llm_name_or_path=str(folder / "llm"), **settings
             ),

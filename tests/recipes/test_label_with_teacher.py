@@ -108,7 +108,7 @@ def test_published_files_become_labels(label, parts, tmp_path):
     ("changes", "message"),
     [
         ({"top_k": 0}, "top_k is 0: expected at least 1"),
-        ({"labelled_positions": "first"}, "labelled_positions is 'first': expected one of last, all"),
+        ({"labelled_positions": "first"}, "--labelled_positions: invalid choice: 'first' .*last.*all"),
         ({"acquire": "entropy"}, "expected a budget with them"),
         ({"acquire": "entropy", "budget": 3}, "expected a recommender for all but random"),
         ({"budget": 0}, "budget is 0: expected at least 1"),

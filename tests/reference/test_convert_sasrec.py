@@ -10,7 +10,6 @@ import math
 import os
 import pickle
 import random
-import runpy
 import subprocess
 import sys
 import types
@@ -29,6 +28,7 @@ from hf_ilora import Catalogue, SASRecForNextItem, convert_reference_sasrec
 from hf_ilora.reference.convert_sasrec import load_reference_state_dict, reference_catalogue
 from hf_ilora.reference.pickle_reader import UnsafePickleError
 from hf_ilora.reference.published_sequences import load_reference_interactions
+from hf_ilora.runs.recipe_files import load_recipe
 from tests.paths import PROJECT
 
 REFERENCE = PROJECT.parent / "shared" / "reference"
@@ -758,8 +758,9 @@ def test_titles_under_other_ids_are_refused(tmp_path, ids):
 
 
 def convert(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [str(RECIPE), *map(str, arguments)])
-    runpy.run_path(str(RECIPE), run_name="__main__")
+    weights, output_dir, *options = map(str, arguments)
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), "--weights", weights, "--output_dir", output_dir, *options])
+    load_recipe(RECIPE).main()
 
 
 def content(folder):
@@ -770,7 +771,8 @@ def test_the_command_writes_a_folder_that_speaks_titles(reference, authors_modul
     save(reference, tmp_path / "sasrec.pt", True)
     pq.write_table(titles(), tmp_path / "items.parquet")
     output_dir = tmp_path / "new" / "sasrec"
-    command = [sys.executable, RECIPE, tmp_path / "sasrec.pt", output_dir, "--items", tmp_path / "items.parquet"]
+    command = [sys.executable, RECIPE, "--weights", tmp_path / "sasrec.pt", "--output_dir", output_dir]
+    command += ["--items", tmp_path / "items.parquet"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert (

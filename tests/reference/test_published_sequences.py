@@ -43,8 +43,8 @@ def test_ids_are_shifted_and_short_or_padded_rows_are_dropped(folder, tmp_path):
     assert rows_of(sequences["test"]) == [([1, 2, 3], 4), ([6, 5, 4, 3], 1)]
     assert sequences["test"]["candidates"][:] == [[4, 6], [2, 1]]
     assert sequences["test"]["user_id"][:] == ["test-0", "test-1"]
-    assert sequences.catalogue["raw_id"][:] == list(range(NUM_ITEMS))
-    assert sequences.catalogue["title"][:] == ["A", "B", "unknown", "D", "A", "F"]
+    assert sequences.catalogue.raw_ids(range(1, NUM_ITEMS + 1)) == list(range(NUM_ITEMS))
+    assert sequences.catalogue.titles(range(1, NUM_ITEMS + 1)) == ["A", "B", "unknown", "D", "A", "F"]
     sequences.save(tmp_path / "saved")
     loaded = SequenceDatasets.load(tmp_path / "saved")
     assert loaded.fingerprint == sequences.fingerprint
@@ -63,7 +63,7 @@ def test_rebuilt_train_rows_are_mapped_through_their_raw_ids(folder, tmp_path):
     write(tmp_path, items={"item_id": range(130), "title": [f"T{item}" for item in range(130)]})
     (tmp_path / "train.parquet").unlink()
     sequences = load_published_sequences(folder, rebuilt=rebuilt)
-    raw_ids = [None, *rebuilt.catalogue["raw_id"]]
+    raw_ids = [None, *rebuilt.raw_ids.tolist()]
     expected = [
         ([raw_ids[item] for item in row["history"]], raw_ids[row["target"]], str(row["user_id"]))
         for row in rebuilt["train"]
@@ -121,7 +121,7 @@ def test_the_converted_sasrec_reproduces_its_figures_on_the_saved_data(name, tmp
     model.catalogue = reference_catalogue(tmp_path / "data" / "items.parquet", model.config.num_items)
     model.save_pretrained(tmp_path / "sasrec")
     model = SASRecForNextItem.from_pretrained(tmp_path / "sasrec")
-    assert model.catalogue.titles([1]) == sequences.catalogue["title"][:1]
+    assert model.catalogue.titles([1]) == sequences.catalogue.titles([1])
     summary = json.loads((source / "summary.json").read_text())
     assert len(sequences["train"]) == {"movielens": 66_127, "lastfm": 47_872}[name]
     for split in ("validation", "test"):

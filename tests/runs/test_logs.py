@@ -1,4 +1,4 @@
-"""set_up_logging: what stands on the console and in run.log, once each."""
+"""What appears on the console and in run.log, once each, also from a Trainer."""
 
 import logging
 import re
@@ -9,10 +9,12 @@ import datasets
 import pytest
 import torch
 import transformers
+from torch import nn
 from tqdm.auto import tqdm
+from transformers import Trainer, TrainingArguments
 
 from hf_ilora.runs import logs as logs_module
-from hf_ilora.runs.logs import set_up_logging
+from hf_ilora.runs.logs import log_to_run, set_up_logging
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def log_everything():
     warnings.warn("from warnings", stacklevel=1)
 
 
-def test_every_message_stands_once_in_the_file_with_its_time(tmp_path):
+def test_every_message_is_once_in_the_file_with_its_time(tmp_path):
     set_up_logging(tmp_path / "run")
     log_everything()
     file = (tmp_path / "run" / "run.log").read_text(encoding="utf-8")
@@ -100,3 +102,46 @@ def test_a_message_does_not_tear_a_progress_bar(tmp_path, capsys):
     message = next(line for line in lines if "in between" in line)
     assert "it/s" not in message and "%" not in message
     assert any("2/2" in line for line in lines)
+
+
+class Squares(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, row):
+        return {"loss": (self.weight[row] ** 2).sum()}
+
+
+@pytest.mark.parametrize("disable_tqdm", [False, True], ids=["bars", "no bars"])
+def test_a_trainer_reports_every_loss_and_evaluation_once(tmp_path, capfd, disable_tqdm):
+    rows = [{"row": row} for row in range(4)]
+    arguments = TrainingArguments(
+        output_dir=tmp_path,
+        use_cpu=True,
+        disable_tqdm=disable_tqdm,
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        eval_strategy="epoch",
+        logging_strategy="epoch",
+        label_names=["row"],
+        save_strategy="no",
+        prediction_loss_only=True,
+    )
+    trainer = Trainer(Squares(), arguments, train_dataset=rows, eval_dataset=rows)
+    log_to_run(trainer)
+    set_up_logging(tmp_path)
+    trainer.evaluate()  # before training there is no step and no time left
+    trainer.train()
+    trainer.evaluate()
+    file = (tmp_path / "run.log").read_text(encoding="utf-8")
+    lines = [line for line in file.splitlines() if "hf_ilora.runs.logs" in line]
+    assert [line.count("eval_loss") for line in lines] == [1, 0, 1, 0, 1, 1]
+    assert re.search(r"INFO hf_ilora\.runs\.logs: eval_loss 4, ", lines[0])
+    assert re.search(r": epoch 1, step 2 of 4, \d+ s left: loss [\d.]+, grad_norm", lines[1])
+    assert re.search(r": epoch 2, step 4 of 4, 0 s left: eval_loss", lines[4])
+    assert "step" not in lines[5]
+    output, console = capfd.readouterr()
+    assert "eval_loss" not in output  # where transformers prints its dictionaries
+    assert console.count("eval_loss") == 4 and console.count("grad_norm") == 2
+    assert ("4/4" in console) != disable_tqdm

@@ -47,7 +47,7 @@ def world():
         }
     )
     sequences = build_sequences(interactions, catalogue, "leave_one_out", num_candidates=20)
-    raw_ids = np.array(sequences.catalogue["raw_id"])
+    raw_ids = sequences.raw_ids
     item_of = np.zeros(NUM_ITEMS, dtype=int)
     item_of[raw_ids] = np.arange(1, len(raw_ids) + 1)
     answers = np.zeros((sequences.num_items + 1, SUCCESSORS), dtype=int)

@@ -94,10 +94,9 @@ def test_a_share_that_the_templates_cannot_serve_is_refused():
     PromptCollator(builder_of(["{history}"]), 0.0)
 
 
-@pytest.mark.parametrize("scores_candidates", [False, True])
-def test_candidates_without_the_target_are_refused(scores_candidates):
+def test_candidates_without_the_target_are_refused():
     with pytest.raises(ValueError, match=r"candidates of row 1 lack its target 4"):
-        PromptCollator(builder_of(), scores_candidates=scores_candidates)([row([1], 2, [2, 3]), row([1], 4, [2, 3])])
+        PromptCollator(builder_of())([row([1], 2, [2, 3]), row([1], 4, [2, 3])])
 
 
 def test_prompts_whose_candidates_are_scored_end_before_the_title():

@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, DatasetInfo, Features, List, NamedSpl
 from datasets.table import InMemoryTable
 
 from hf_ilora.files import folder_written_whole
+from hf_ilora.models.next_item.catalogue import Catalogue
 
 from .candidates import sample_candidates
 from .filters import Histories, build_histories, read_interactions, read_items, slice_indices
@@ -47,12 +48,18 @@ class SequenceDatasets(DatasetDict):
 
     Args:
         splits: a Dataset for each of "train", "validation" and "test".
-        catalogue: columns `item_id` (int64, 1..num_items in order), `raw_id` (int64 or string), `title` (string),
-            `year` (int32, may be null) and `genres` (list of strings).
+        catalogue: titles and raw ids of the items, with `year` (may be null) and `genres`.
         protocol: the settings that made the splits, JSON types only; `protocol["name"]` is the name.
     """
 
-    def __init__(self, splits: dict[str, Dataset], catalogue: Dataset, protocol: dict):
+    def __init__(self, splits: dict[str, Dataset], catalogue: Catalogue, protocol: dict):
+        if not isinstance(catalogue, Catalogue):
+            raise TypeError(
+                f"catalogue is a {type(catalogue).__name__}: expected a Catalogue, made of a pyarrow.Table of the items"
+            )
+        missing = [name for name in catalogue_features("int64") if name not in catalogue.table.column_names]
+        if missing:
+            raise ValueError(f"the catalogue has no {', '.join(missing)}: expected the column, empty where unknown")
         if set(splits) != set(SPLITS):
             raise ValueError(f"splits are {', '.join(sorted(splits)) or 'none'}: expected {', '.join(SPLITS)}")
         super().__init__({name: splits[name] for name in SPLITS})
@@ -67,7 +74,7 @@ class SequenceDatasets(DatasetDict):
     @property
     def raw_ids(self) -> np.ndarray:
         """(num_items,) raw ids in the order of item ids."""
-        return self.catalogue.with_format("arrow")[:]["raw_id"].to_numpy()
+        return self.catalogue.table["raw_id"].to_numpy()
 
     @property
     def fingerprint(self) -> str:
@@ -77,7 +84,8 @@ class SequenceDatasets(DatasetDict):
         content, about a second for 20 million interactions.
         """
         digests = {name: content_digest(dataset) for name, dataset in self.items()}
-        return json_digest({"protocol": self.protocol, "catalogue": content_digest(self.catalogue), "splits": digests})
+        catalogue_digest = content_digest(self.catalogue.table)
+        return json_digest({"protocol": self.protocol, "catalogue": catalogue_digest, "splits": digests})
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write train, validation, test and items as parquet, and sequences.json, to `directory`.
@@ -92,7 +100,9 @@ class SequenceDatasets(DatasetDict):
         with folder_written_whole(directory, replaceable_files=FILES) as folder:
             for name, dataset in self.items():
                 write_parquet(dataset, folder / f"{name}.parquet")
-            write_parquet(self.catalogue, folder / CATALOGUE_FILE)
+            table = self.catalogue.table
+            features = catalogue_features(_raw_id_type(table, "raw_id"))
+            write_parquet(dataset_of(table, features, "catalogue"), folder / CATALOGUE_FILE)
             counts = {name: len(dataset) for name, dataset in self.items()}
             write_description(folder, self.protocol, self.num_items, counts, self.fingerprint)
 
@@ -121,7 +131,10 @@ class SequenceDatasets(DatasetDict):
                 f"{path} has {len(table)} items: expected the item ids 1 to {num_items} in order, the num_items of "
                 f"{DESCRIPTION_FILE}; {REMEDY}"
             )
-        catalogue = dataset_of(table, features, "catalogue")
+        try:
+            catalogue = Catalogue(table)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; {REMEDY}") from error
         splits = {}
         for name in SPLITS:
             path, rows = directory / f"{name}.parquet", description["counts"][name]
@@ -352,11 +365,10 @@ def _list_array(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
-def _catalogue(known_items: pa.Table, item_ids: pa.Array) -> Dataset:
+def _catalogue(known_items: pa.Table, item_ids: pa.Array) -> Catalogue:
     rows = known_items.take(pc.index_in(item_ids, value_set=known_items["item_id"]))
     rows = rows.rename_columns(["raw_id", "title", "year", "genres"])
-    rows = rows.add_column(0, "item_id", pa.array(np.arange(1, len(rows) + 1)))
-    return dataset_of(rows, catalogue_features(str(item_ids.type)), "catalogue")
+    return Catalogue(rows.add_column(0, "item_id", pa.array(np.arange(1, len(rows) + 1))))
 
 
 def split_features(user_id_type: str, with_candidates: bool) -> Features:

@@ -10,8 +10,9 @@ from datasets import Dataset
 
 from hf_ilora.data.columns import flatten_lists, read_column
 from hf_ilora.data.filters import slice_indices
-from hf_ilora.data.sequences import SequenceDatasets, catalogue_features, dataset_of, split_features
+from hf_ilora.data.sequences import SequenceDatasets, dataset_of, split_features
 from hf_ilora.data.storage import read_parquet
+from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.reference.pickle_reader import integer, read_frame
 
 # MovieLens-100K has one film without a name, which its own files call "unknown"; the published titles leave it empty.
@@ -101,7 +102,7 @@ def load_reference_interactions(path: str | os.PathLike) -> pa.Table:
         ) from error
 
 
-def _catalogue(path: Path) -> Dataset:
+def _catalogue(path: Path) -> Catalogue:
     table = _read(path, {"item_id": "int", "title": "string"}).sort_by("item_id")
     published_ids = table["item_id"].to_numpy()
     if not len(table) or not np.array_equal(published_ids, np.arange(len(table))):
@@ -115,8 +116,7 @@ def _catalogue(path: Path) -> Dataset:
         "year": pa.nulls(num_items, pa.int32()),
         "genres": pa.array([[]] * num_items, pa.list_(pa.string())),
     }
-    features = catalogue_features("int64")
-    return dataset_of(pa.table(columns).cast(features.arrow_schema), features, "catalogue")
+    return Catalogue(pa.table(columns))
 
 
 def _published_split(path: Path, name: str, num_items: int, min_history: int, max_history: int) -> Dataset:
@@ -150,7 +150,7 @@ def _published_split(path: Path, name: str, num_items: int, min_history: int, ma
 
 
 def _rebuilt_split(rebuilt: SequenceDatasets, num_items: int, min_history: int, max_history: int) -> Dataset:
-    raw_ids = read_column(rebuilt.catalogue, "raw_id").to_numpy()
+    raw_ids = rebuilt.raw_ids
     if raw_ids.dtype.kind != "i" or raw_ids.min() < 1 or raw_ids.max() > num_items:
         raise ValueError(
             f"the rebuilt data set has raw ids from {raw_ids.min()} to {raw_ids.max()}: expected integers 1 to "

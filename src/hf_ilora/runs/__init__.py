@@ -1,4 +1,4 @@
-"""What every recipe does around its work: settings in, log and `run.json` out, checkpoints to go on from."""
+"""The frame of every recipe: it reads settings, writes a log and `run.json`, and finds checkpoints to resume from."""
 
 from .arguments import parse_arguments, prompt_path, read_config
 from .checkpoints import check_same_inputs, configuration_differences, resumable_checkpoint

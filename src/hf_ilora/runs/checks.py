@@ -26,7 +26,13 @@ def names_of_models(models: Sequence[str], names: Sequence[str] | None) -> list[
     return list(names)
 
 
-def check_can_plot(plot: bool) -> None:
-    """Raise a ValueError if a plot is asked for and matplotlib is not installed."""
-    if plot and importlib.util.find_spec("matplotlib") is None:
+def checked_plot(plot: bool | None) -> bool:
+    """Whether to plot: as asked for, by default where matplotlib is installed.
+
+    Raises:
+        ValueError: if a plot is asked for and matplotlib is not installed.
+    """
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    if plot and not has_matplotlib:
         raise ValueError("plot needs matplotlib: install hf_ilora[plot], or pass --plot false")
+    return has_matplotlib if plot is None else plot

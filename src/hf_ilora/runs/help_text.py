@@ -230,7 +230,8 @@ def _group(title: str, options: list[tuple[str, str]]) -> str:
     for option, help_text in options:
         wrapped = _wrapped(help_text, _HELP_COLUMN)
         if len(option) + 4 > _HELP_COLUMN:
-            lines += [f"  {option}", *([wrapped] if wrapped else [])]
+            spellings = [f"  {option}"] if len(option) < _WIDTH - 1 else [f"  {one}" for one in option.split(", ")]
+            lines += [*spellings, *([wrapped] if wrapped else [])]
         else:
             lines.append(f"  {option}".ljust(_HELP_COLUMN) + wrapped[_HELP_COLUMN:])
     return "\n".join(line.rstrip() for line in lines)

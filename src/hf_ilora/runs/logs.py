@@ -10,7 +10,7 @@ import datasets
 import transformers
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes above the progress bars instead of through them, and leaves what libraries only tell to the file."""
+    """Writes above the progress bars instead of through them, and omits the libraries' messages below WARNING."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         ours = record.name == "__main__" or record.name.startswith("hf_ilora")
@@ -27,23 +27,24 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stderr)
-        except Exception:  # the contract of logging: a message that cannot be written must not end the run
+        except Exception:  # as logging requires: a message that cannot be written must not end the run
             self.handleError(record)
 
 
 class _RunFileHandler(logging.FileHandler):
-    """Marks the handler of this module, so that a second call replaces it."""
+    """The handler of this module, a class of its own so that a second call recognises and replaces it."""
 
 
 def set_up_logging(output_dir: str | Path) -> None:
-    """Sends what the recipe and hf_ilora report and all warnings to the console, and that and more to `run.log`.
+    """Log to the console and to `run.log`.
 
-    The file also has what transformers, datasets and other libraries report. The main process logs from INFO on, the
-    others from WARNING on and to the console only. A second call replaces the first. Call it after `parse_arguments`,
-    which starts what the processes share.
+    The console shows the messages of the recipe and of hf_ilora, and all warnings; the file also has the messages of
+    transformers, datasets and other libraries. The main process logs messages from INFO on; the others log warnings, to
+    the console only. A second call replaces the first. Call it after `parse_arguments`, which initialises the state
+    that the processes share.
 
     Args:
-        output_dir: the folder of `run.log`, made if it does not exist; an existing log is continued.
+        output_dir: the folder of `run.log`, created if it does not exist. Messages are appended to an existing log.
     """
     is_main_process = PartialState().is_main_process
     root = logging.getLogger()
@@ -60,9 +61,9 @@ def set_up_logging(output_dir: str | Path) -> None:
     level = logging.INFO if is_main_process else logging.WARNING
     root.setLevel(level)
     logging.captureWarnings(True)
-    # DeepSpeed calls torch's older names, which would be told of several times per step.
+    # DeepSpeed calls torch's older names, which would give several warnings per step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # Both libraries print through a handler of their own; one line must come out once, and in one format.
+    # Both libraries print through handlers of their own: every message must appear once, in one format.
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
     transformers.utils.logging.set_verbosity(level)
@@ -70,38 +71,53 @@ def set_up_logging(output_dir: str | Path) -> None:
     datasets.utils.logging.set_verbosity(level)
 
 
-class LogMetricsCallback(TrainerCallback):
-    """Writes what the Trainer reports, losses and metrics, to the run's log as one line each, with the time left."""
+def log_to_run(trainer) -> None:
+    """Make a Trainer write its losses and metrics to the run's log, one line each, and nowhere else on the console.
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.begin, self.first_step = time.monotonic(), state.global_step
+    Without it, transformers prints them a second time, as a dictionary. The progress bars stay.
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "train_runtime" in logs:
-            return
-        steps_done = state.global_step - self.first_step
-        seconds_left = (time.monotonic() - self.begin) / max(1, steps_done) * (state.max_steps - state.global_step)
-        values = ", ".join(
-            f"{name} {value:.4g}"
-            for name, value in logs.items()
-            if name != "epoch" and not name.endswith("_per_second")
-        )
-        logger.info(
-            "epoch %.4g, step %d of %d, %.0f s left: %s",
-            state.epoch, state.global_step, state.max_steps, seconds_left, values,
-        )  # fmt: skip
+    Args:
+        trainer: a `transformers.Trainer`, before training.
+    """
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_ProgressBarsCallback)
+    trainer.add_callback(LogMetricsCallback)
 
 
-class _SilentProgressCallback(ProgressCallback):
-    """The progress bar alone: `LogMetricsCallback` reports what the Trainer logs."""
+class _ProgressBarsCallback(ProgressCallback):
+    """The progress bars of transformers, without the printed metrics."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         pass
 
 
-def log_to_run(trainer: Trainer) -> None:
-    """Report what a Trainer logs once, as lines of the run's log."""
-    trainer.remove_callback(PrinterCallback)
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(_SilentProgressCallback)
-    trainer.add_callback(LogMetricsCallback)
+class LogMetricsCallback(TrainerCallback):
+    """Logs the losses and metrics of a Trainer as one line each; during training with the step and the time left."""
+
+    def __init__(self):
+        self.begin: float | None = None  # None outside of training
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begin, self.first_step = time.monotonic(), state.global_step
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.begin = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        values = ", ".join(
+            f"{name} {value:.4g}"
+            for name, value in logs.items()
+            if name != "epoch" and not name.endswith("_per_second")
+        )
+        if self.begin is None:
+            logger.info("%s", values)
+            return
+        steps_done = state.global_step - self.first_step
+        seconds_left = (time.monotonic() - self.begin) / max(1, steps_done) * (state.max_steps - state.global_step)
+        logger.info(
+            "epoch %.4g, step %d of %d, %.0f s left: %s",
+            state.epoch, state.global_step, state.max_steps, seconds_left, values,
+        )  # fmt: skip

@@ -5,15 +5,7 @@ import functools
 
 import pyarrow as pa
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedModel,
-    Qwen3Config,
-    set_seed,
-)
+from transformers import PreTrainedModel, set_seed
 
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.gated_lora import gated_layers
@@ -22,6 +14,7 @@ from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 from hf_ilora.training.prompt_collator import PromptCollator
+from tests.tiny_language_models import base_llm
 from tests.tiny_tokenizers import byte_level
 
 TITLES = [
@@ -32,33 +25,6 @@ TITLES = [
 NUM_ITEMS = len(TITLES)
 WITH_CANDIDATES, HISTORY_ALONE = "Saw {history}. Among {candidates}. Next:", "Had {history}, then:"
 RANK, EXPERTS, ALPHA = 8, 4, 16.0
-SIZES = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
-# The windows are shorter than the prompts of the tests.
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES),
-    "qwen3": Qwen3Config(head_dim=8, **SIZES),
-    "gemma3": Gemma3TextConfig(
-        head_dim=8,
-        sliding_window=16,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        **SIZES | {"num_hidden_layers": 3},
-    ),
-    "mistral": MistralConfig(sliding_window=16, **SIZES),
-}
-ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
-
 # Histories of several lengths, so that prompts are padded; targets of several lengths, so that titles are.
 ROWS = [
     {"history": [3, 7, 30, 5], "target": 2, "candidates": [9, 2, 11], "draws": (0.0, 0.1)},
@@ -74,19 +40,6 @@ CANDIDATES = torch.tensor([[9, 2, 11, 1], [4, 1, 5, 2], [24, 8, 30, 3]])
 def catalogue(titles=TITLES) -> Catalogue:
     ids = list(range(1, len(titles) + 1))
     return Catalogue(pa.table({"item_id": ids, "raw_id": [f"raw {i}" for i in ids], "title": list(titles)}))
-
-
-def base_llm(architecture: str = "llama", seed: int = 0, **changes) -> PreTrainedModel:
-    config = copy.deepcopy(CONFIGS[architecture])
-    for name, value in changes.items():
-        setattr(config, name, value)
-    set_seed(seed)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-def llm_of(architecture, window: int = 512):
-    """A language model whose windows hold the prompts."""
-    return base_llm(architecture, **({"sliding_window": window} if architecture in ("gemma3", "mistral") else {}))
 
 
 def recommender(num_items: int = NUM_ITEMS, **changes) -> SASRecForNextItem:
@@ -172,12 +125,12 @@ def naive_gates(model: ILoraForRecommendation, history: list[int]) -> torch.Tens
 
 
 def merged_llm(
-    model: ILoraForRecommendation, gates: torch.Tensor, base: PreTrainedModel, lora_alpha: float = ALPHA
+    gated: PreTrainedModel, gates: torch.Tensor, base: PreTrainedModel, lora_alpha: float = ALPHA
 ) -> PreTrainedModel:
-    """`base`, untouched, with one user's experts added to its weights one by one."""
+    """A copy of `base` with one user's experts of the language model `gated` added to its weights, one by one."""
     llm, size = copy.deepcopy(base), RANK // EXPERTS
     with torch.no_grad():
-        for name, layer in gated_layers(model.llm).items():
+        for name, layer in gated_layers(gated).items():
             for expert, gate in enumerate(gates):
                 part = slice(expert * size, (expert + 1) * size)
                 delta = layer.lora_B[:, part] @ layer.lora_A[part]
@@ -221,7 +174,7 @@ def naive_prompt(model: ILoraForRecommendation, llm: PreTrainedModel, history, c
 @torch.no_grad()
 def naive_log_p(model, base, history, candidates, item, gates=None, lora_alpha=ALPHA) -> torch.Tensor:
     """log p(title and terminator | prompt) of one row: one sequence without padding, a softmax per token."""
-    llm = merged_llm(model, naive_gates(model, history) if gates is None else gates, base, lora_alpha)
+    llm = merged_llm(model.llm, naive_gates(model, history) if gates is None else gates, base, lora_alpha)
     prompt = naive_prompt(model, llm, history, candidates)
     title = [*text_ids(" " + TITLES[item - 1]), tokenizer().eos_token_id]
     embeddings = torch.cat([prompt, llm.get_input_embeddings()(torch.tensor(title))])
@@ -232,7 +185,7 @@ def naive_log_p(model, base, history, candidates, item, gates=None, lora_alpha=A
 @torch.no_grad()
 def naive_item_logits(model, base, history) -> torch.Tensor:
     """(num_items + 1,) of the item head on a prompt without candidates."""
-    llm = merged_llm(model, naive_gates(model, history), base)
+    llm = merged_llm(model.llm, naive_gates(model, history), base)
     prompt = naive_prompt(model, llm, history)
     state = llm(inputs_embeds=prompt[None], output_hidden_states=True).hidden_states[-1][0, -1]
     query = model.item_head.projection.weight @ (state / state.norm())

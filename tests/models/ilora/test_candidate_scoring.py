@@ -9,19 +9,15 @@ from hf_ilora.models.ilora import candidate_scoring
 from hf_ilora.models.ilora.candidate_scoring import candidate_log_likelihoods, packed_log_likelihoods
 from tests.models.ilora.ilora_fixtures import (
     CANDIDATES,
-    CONFIGS,
     HISTORIES,
     HISTORY_ALONE,
     WITH_CANDIDATES,
-    base_llm,
-    llm_of,
     naive_log_p,
     real,
     text_ids,
     tiny_model,
 )
-
-ARCHITECTURES = list(CONFIGS)
+from tests.tiny_language_models import ARCHITECTURES, base_llm, llm_with_window
 
 
 def naive_scores(model, base, candidates=CANDIDATES, shown: bool = True) -> torch.Tensor:
@@ -37,26 +33,28 @@ def naive_scores(model, base, candidates=CANDIDATES, shown: bool = True) -> torc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_scores_are_those_of_each_candidate_alone(architecture, shown):
     templates = [WITH_CANDIDATES, HISTORY_ALONE] if shown else [HISTORY_ALONE]
-    model = tiny_model(architecture, llm=llm_of(architecture), prompt_templates=templates)
+    model = tiny_model(architecture, llm=llm_with_window(architecture), prompt_templates=templates)
     scores = model.score_candidates(HISTORIES, CANDIDATES)
     assert scores.dtype == torch.float32 and not scores.is_inference()
-    torch.testing.assert_close(scores, naive_scores(model, llm_of(architecture), shown=shown), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        scores, naive_scores(model, llm_with_window(architecture), shown=shown), rtol=1e-5, atol=1e-4
+    )
     other_user = model.score_candidates(HISTORIES.roll(1, 0), CANDIDATES)
     assert (scores - other_user).abs().min() > 1e-3
 
 
 def test_eager_attention_scores_the_same():
-    llm = llm_of("gemma3")
+    llm = llm_with_window("gemma3")
     llm.set_attn_implementation("eager")
     scores = tiny_model("gemma3", llm=llm).score_candidates(HISTORIES, CANDIDATES)
-    expected = tiny_model("gemma3", llm=llm_of("gemma3")).score_candidates(HISTORIES, CANDIDATES)
+    expected = tiny_model("gemma3", llm=llm_with_window("gemma3")).score_candidates(HISTORIES, CANDIDATES)
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("max_logits", [1, 260 * 3 * 12 * 2])
 def test_scores_do_not_depend_on_how_candidates_are_divided(architecture, max_logits, monkeypatch):
-    model = tiny_model(architecture, llm=llm_of(architecture))
+    model = tiny_model(architecture, llm=llm_with_window(architecture))
     expected = model.score_candidates(HISTORIES, CANDIDATES)
     forwards = []
     model.llm.register_forward_hook(lambda *_: forwards.append(1))
@@ -72,9 +70,9 @@ def test_scores_do_not_depend_on_how_candidates_are_divided(architecture, max_lo
 @pytest.mark.parametrize("architecture", ["gemma3", "mistral"])
 def test_all_titles_together_may_be_longer_than_the_window(architecture):
     """Only the prompt and the longest title must fit."""
-    expected = tiny_model(architecture, llm=llm_of(architecture)).score_candidates(HISTORIES, CANDIDATES)
+    expected = tiny_model(architecture, llm=llm_with_window(architecture)).score_candidates(HISTORIES, CANDIDATES)
     lengths = []
-    model = tiny_model(architecture, llm=llm_of(architecture, window=100))
+    model = tiny_model(architecture, llm=llm_with_window(architecture, window=100))
     model.llm.register_forward_hook(lambda *call: lengths.append(call[2].logits.shape[1]))
     prompt = model.build_prompts(HISTORIES, CANDIDATES).input_ids.shape[1]
     scores = model.score_candidates(HISTORIES, CANDIDATES)
@@ -136,7 +134,7 @@ def ask(model, **changes):
     prompts = model.build_prompts(HISTORIES, CANDIDATES)
     arguments = {
         "llm": model.llm,
-        "prompt_embeddings": model.embed_prompts(prompts.input_ids, prompts.placeholder_items),
+        "inputs_embeds": model.embed_prompts(prompts.input_ids, prompts.placeholder_items),
         "attention_mask": prompts.attention_mask,
         "expert_gates": model.expert_gates(HISTORIES),
         "title_tokens": model.title_tokens,
@@ -157,10 +155,10 @@ def test_windows_shorter_than_prompt_and_title_are_refused(architecture):
     length = int(tiny_model(prompt_templates=[HISTORY_ALONE]).build_prompts(HISTORIES).input_ids.shape[1])
     longest = len(text_ids(" Toy Story 2"))
     fits, short = (
-        tiny_model(architecture, llm=llm_of(architecture, window=window), prompt_templates=[HISTORY_ALONE])
+        tiny_model(architecture, llm=llm_with_window(architecture, window=window), prompt_templates=[HISTORY_ALONE])
         for window in (length + longest, length + longest - 1)
     )
-    expected = tiny_model(architecture, llm=llm_of(architecture), prompt_templates=[HISTORY_ALONE])
+    expected = tiny_model(architecture, llm=llm_with_window(architecture), prompt_templates=[HISTORY_ALONE])
     torch.testing.assert_close(
         fits.score_candidates(HISTORIES, CANDIDATES), expected.score_candidates(HISTORIES, CANDIDATES)
     )
@@ -180,7 +178,7 @@ def test_titles_that_do_not_fit_into_the_context_are_refused():
 
 
 def test_padding_alone_is_no_candidate():
-    with pytest.raises(ValueError, match=re.escape("candidates have shape (3, 4) and hold no item")):
+    with pytest.raises(ValueError, match=re.escape("candidates of shape (3, 4) are all padding")):
         ask(tiny_model(), candidates=CANDIDATES * 0)
 
 
@@ -190,13 +188,13 @@ def packed(model, candidates=CANDIDATES):
     embeddings = model.embed_prompts(prompts.input_ids, prompts.placeholder_items)
     gates = model.expert_gates(HISTORIES)
     return packed_log_likelihoods(
-        model.llm, embeddings, prompts.attention_mask, gates, model.title_tokens, candidates, with_states=True
+        model.llm, model.title_tokens, candidates, embeddings, prompts.attention_mask, gates, with_states=True
     )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_scores_are_those_of_the_shared_prompt(architecture):
-    model = tiny_model(architecture, llm=llm_of(architecture))
+    model = tiny_model(architecture, llm=llm_with_window(architecture))
     scores, states = packed(model)
     torch.testing.assert_close(scores, model.score_candidates(HISTORIES, CANDIDATES), rtol=1e-5, atol=1e-4)
     assert states.shape == (len(HISTORIES), model.llm_size)
@@ -208,7 +206,9 @@ def test_packed_scores_are_those_of_the_shared_prompt(architecture):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_of_the_candidate_loss_are_those_of_forwards_one_by_one(checkpointing):
     torch.manual_seed(0)
-    model = tiny_model("llama", llm=llm_of("llama"), candidate_loss_weight=1.0, language_loss_weight=0.3).train()
+    model = tiny_model(
+        "llama", llm=llm_with_window("llama"), candidate_loss_weight=1.0, language_loss_weight=0.3
+    ).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     targets = CANDIDATES[:, 1]
@@ -243,7 +243,7 @@ def test_gradients_of_the_candidate_loss_are_those_of_forwards_one_by_one(checkp
 
 
 def test_candidates_are_scored_by_a_pool_with_the_recommender():
-    model = tiny_model("llama", llm=llm_of("llama"), recommender_weight=0.75, candidate_loss_weight=1.0)
+    model = tiny_model(recommender_weight=0.75, candidate_loss_weight=1.0)
     pooled = model.score_candidates(HISTORIES, CANDIDATES)
     model.config.recommender_weight = 0.0
     by_title = model.score_candidates(HISTORIES, CANDIDATES)
@@ -257,7 +257,7 @@ def test_candidates_are_scored_by_a_pool_with_the_recommender():
 
 
 def test_the_candidate_loss_is_that_of_the_pool_and_the_language_loss_is_not():
-    model = tiny_model("llama", llm=llm_of("llama"), recommender_weight=0.75, candidate_loss_weight=1.0)
+    model = tiny_model(recommender_weight=0.75, candidate_loss_weight=1.0)
     prompts = model.build_prompts(HISTORIES, CANDIDATES)
     batch = {
         "input_ids": prompts.input_ids,

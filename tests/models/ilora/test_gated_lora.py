@@ -13,52 +13,23 @@ from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from hf_ilora.models.ilora.gated_lora import GatedLoraLinear, add_gated_lora, gated_layers, plain_lora
+from tests.models.ilora.ilora_fixtures import ALPHA, EXPERTS, RANK, merged_llm
 from tests.paths import SHARED
+from tests.tiny_language_models import ARCHITECTURES, ATTENTION, CONFIGS, MLP, llm_with_window
 
 REFERENCE = SHARED / "reference" / "ilora"
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 TARGETS = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}
-RANK, EXPERTS, ALPHA = 8, 4, 16.0
-SIZES = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES),
-    "qwen3": Qwen3Config(head_dim=8, **SIZES),
-    "gemma3": Gemma3TextConfig(
-        head_dim=8,
-        sliding_window=4,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        **SIZES | {"num_hidden_layers": 3},
-    ),
-    "mistral": MistralConfig(sliding_window=4, **SIZES),
-}
 INPUT_IDS = torch.randint(1, 101, (3, 7), generator=torch.Generator().manual_seed(5))
 GATES = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.0, 0.5, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]])
 OTHER_GATES = GATES.roll(1, dims=1)
 
 
 def base_model(architecture="llama"):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[architecture])).eval()
+    """Its sliding window is shorter than `INPUT_IDS`."""
+    return llm_with_window(architecture, window=4)
 
 
 def gated_model(architecture="llama", targets=ATTENTION + MLP, num_experts=EXPERTS, dropout=0.0):
@@ -70,19 +41,6 @@ def gated_model(architecture="llama", targets=ATTENTION + MLP, num_experts=EXPER
         with torch.no_grad():
             layer.lora_B.copy_(0.1 * torch.randn(layer.lora_B.shape, generator=generator))
     return llm.eval()
-
-
-def merged_model(architecture, gated, gates):
-    """The base model with one user's LoRA added to its weights, expert by expert."""
-    llm = base_model(architecture)
-    size = RANK // EXPERTS
-    with torch.no_grad():
-        for name, layer in gated_layers(gated).items():
-            for expert, gate in enumerate(gates):
-                part = slice(expert * size, (expert + 1) * size)
-                delta = layer.lora_B[:, part] @ layer.lora_A[part]
-                llm.get_submodule(name).weight += ALPHA / size * gate * delta
-    return llm
 
 
 def naive_experts(hidden_states, base_weight, lora_A, lora_B, gates, lora_alpha):
@@ -293,13 +251,13 @@ def test_a_layer_without_gates_is_refused():
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_each_row_is_the_model_with_that_users_lora_merged(architecture, targets):
     llm = gated_model(architecture, TARGETS[targets])
     with torch.no_grad():
         logits = llm(INPUT_IDS, expert_gates=GATES).logits
         for row, gates in enumerate(GATES):
-            expected = merged_model(architecture, llm, gates)(INPUT_IDS[row : row + 1]).logits[0]
+            expected = merged_llm(llm, gates, base_model(architecture))(INPUT_IDS[row : row + 1]).logits[0]
             torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
         plain = base_model(architecture)(INPUT_IDS).logits
         other = llm(INPUT_IDS, expert_gates=OTHER_GATES).logits
@@ -308,7 +266,7 @@ def test_each_row_is_the_model_with_that_users_lora_merged(architecture, targets
     torch.testing.assert_close(logits[2], other[2])  # equal gates
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_only_the_adapter_is_trained_and_all_of_it(architecture):
     llm = gated_model(architecture)
     names = {name for name, parameter in llm.named_parameters() if parameter.requires_grad}
@@ -363,7 +321,7 @@ def test_an_exception_in_a_layer_comes_through_and_leaves_no_gates_behind(broken
     assert torch.equal(llm(INPUT_IDS, expert_gates=GATES).logits, expected)
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradient_checkpointing_gives_the_same_gradients(architecture, dropout):
     llm = gated_model(architecture, dropout=dropout).train()
@@ -375,7 +333,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(architecture, dropout):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_forwards_before_one_backward_use_their_own_gates(architecture, checkpointing):
     llm = gated_model(architecture).train()
@@ -390,7 +348,7 @@ def test_two_forwards_before_one_backward_use_their_own_gates(architecture, chec
         assert not torch.allclose(gradient, 3 * first[name], rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_left_padding_changes_nothing(architecture):
     llm = gated_model(architecture)
     short = INPUT_IDS[1:2, -4:]
@@ -403,7 +361,7 @@ def test_left_padding_changes_nothing(architecture):
     torch.testing.assert_close(batch[1, 3:], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_later_tokens_do_not_reach_earlier_ones(architecture):
     llm = gated_model(architecture)
     changed = INPUT_IDS.clone()
@@ -414,7 +372,7 @@ def test_later_tokens_do_not_reach_earlier_ones(architecture):
     assert (logits[:, 4:] - after[:, 4:]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_decoding_with_a_cache_equals_one_forward(architecture):
     llm = gated_model(architecture)
     with torch.no_grad():
@@ -494,7 +452,7 @@ def test_a_language_model_of_another_build_is_refused():
 # --- one user's plain LoRA ---
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_peft_loads_one_users_lora_and_gives_the_same_logits(architecture, tmp_path):
     llm = gated_model(architecture)
     for row, folder in ((0, tmp_path / "first"), (1, tmp_path / "second")):

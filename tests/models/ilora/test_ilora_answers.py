@@ -3,24 +3,24 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
+from hf_ilora.models.ilora import answers
+from hf_ilora.models.next_item.histories import padded_histories
 from tests.models.ilora.ilora_fixtures import (
     ALPHA,
     CANDIDATES,
-    CONFIGS,
     HISTORIES,
     HISTORY_ALONE,
     NUM_ITEMS,
     RANK,
     TITLES,
-    base_llm,
     fresh_model,
-    llm_of,
     merged_llm,
     naive_gates,
     naive_item_logits,
@@ -31,8 +31,7 @@ from tests.models.ilora.ilora_fixtures import (
     tiny_model,
     tokenizer,
 )
-
-ARCHITECTURES = list(CONFIGS)
+from tests.tiny_language_models import ARCHITECTURES, base_llm, llm_with_window
 
 
 def best_first(scores, candidates=CANDIDATES) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +45,7 @@ def best_first(scores, candidates=CANDIDATES) -> tuple[torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_enough_beams_rank_the_candidates_by_likelihood(architecture):
     """With beams and left padding, each sequence must keep the gates of its own user."""
-    model = tiny_model(architecture, llm=llm_of(architecture))
+    model = tiny_model(architecture, llm=llm_with_window(architecture))
     answers = model.generate_recommendation(HISTORIES, CANDIDATES, top_k=4, num_beams=8)
     item_ids, scores = best_first(model.score_candidates(HISTORIES, CANDIDATES))
     assert torch.equal(answers.item_ids, item_ids)
@@ -227,7 +226,7 @@ def test_item_embeddings_are_the_mean_states_of_their_titles(architecture):
     table = model.encode_items(batch_size=7)
     assert table.shape == (NUM_ITEMS + 1, 32) and table.dtype == torch.float32 and not table.is_inference()
     assert not table[0].any()
-    llm = merged_llm(model, torch.full((4,), 0.25), base_llm(architecture))
+    llm = merged_llm(model.llm, torch.full((4,), 0.25), base_llm(architecture))
     for item, title in enumerate(TITLES, start=1):
         with torch.no_grad():
             tokens = torch.tensor([text_ids(" " + title)])
@@ -248,7 +247,7 @@ def test_one_users_lora_loaded_by_peft_gives_the_same_logits(architecture, tmp_p
             histories=HISTORIES[:1],
         ).logits
         embeddings = naive_prompt(model, base_llm(architecture), real(HISTORIES[0]), real(CANDIDATES[0]))[None]
-        by_hand = merged_llm(model, naive_gates(model, real(HISTORIES[0])), base_llm(architecture))
+        by_hand = merged_llm(model.llm, naive_gates(model, real(HISTORIES[0])), base_llm(architecture))
         torch.testing.assert_close(by_hand(inputs_embeds=embeddings).logits, ours, rtol=1e-4, atol=1e-4)
         for row in (0, 1):
             folder = tmp_path / str(row)
@@ -289,12 +288,43 @@ def test_results_may_be_used_where_gradients_flow():
         assert weight.grad.any()
 
 
-def test_lists_will_do():
-    model = tiny_model()
-    scores = model.score_candidates(HISTORIES.tolist(), CANDIDATES.tolist())
-    assert torch.equal(scores, model.score_candidates(HISTORIES, CANDIDATES))
-    answers = model.generate_recommendation(HISTORIES.tolist(), CANDIDATES.tolist(), top_k=2)
-    assert torch.equal(answers.item_ids, model.generate_recommendation(HISTORIES, CANDIDATES, top_k=2).item_ids)
+METHODS = {
+    "item_scores": lambda model, histories: model.item_scores(histories),
+    "recommend": lambda model, histories: model.recommend(histories, 3)[1],
+    "rank_items": lambda model, histories: model.rank_items(histories, 3)[1],
+    "score_candidates": lambda model, histories: model.score_candidates(histories, CANDIDATES.tolist()),
+    "generate_recommendation": lambda model, histories: model.generate_recommendation(histories, CANDIDATES).scores,
+    "expert_gates": lambda model, histories: model.expert_gates(histories),
+    "user_embeddings": lambda model, histories: model.user_embeddings(histories),
+    "build_prompts": lambda model, histories: model.build_prompts(histories, CANDIDATES).input_ids,
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_histories_may_be_ragged_lists_arrays_or_tensors_and_are_checked_once(name, monkeypatch):
+    model, calls = tiny_model(item_head="residual"), []
+    monkeypatch.setattr(answers, "padded_histories", lambda *a: calls.append(a) or padded_histories(*a))
+    expected = METHODS[name](model, HISTORIES)
+    assert len(calls) == 1
+    rows = [real(history) for history in HISTORIES]
+    forms = [HISTORIES.tolist(), HISTORIES.numpy(), HISTORIES.int(), rows, [np.array(row) for row in rows]]
+    for histories in [*forms, [torch.tensor(row) for row in rows]]:
+        torch.testing.assert_close(METHODS[name](model, histories), expected)
+
+
+def test_recommended_items_come_with_log_probabilities_and_ranked_ones_with_their_negatives():
+    model = tiny_model(item_head="residual")
+    log_p = model.item_scores(HISTORIES)[:, 1:].log_softmax(1)
+    item_ids, scores = model.recommend(HISTORIES, top_k=26)
+    torch.testing.assert_close(scores, log_p.gather(1, item_ids - 1))
+    assert (scores.diff(dim=1) <= 0).all()
+    for row, history in enumerate(HISTORIES):
+        assert len(set(item_ids[row].tolist())) == 26 and not set(item_ids[row].tolist()) & set(real(history))
+    ranked, distances = model.rank_items(HISTORIES, top_k=26)
+    assert torch.equal(ranked, item_ids) and torch.equal(distances, -scores)
+    everything, scores = model.recommend(HISTORIES, top_k=NUM_ITEMS, exclude_seen=False)
+    torch.testing.assert_close(scores.exp().sum(1), torch.ones(3))
+    assert everything.sort(1).values.tolist() == [list(range(1, NUM_ITEMS + 1))] * 3
 
 
 def test_the_language_models_own_weights_never_change():

@@ -12,15 +12,13 @@ from torch.ao.quantization import quantize_dynamic
 from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 import hf_ilora
-from hf_ilora.models.ilora import modeling_ilora
+from hf_ilora.models.ilora import checkpoint
 from hf_ilora.models.ilora.language_models import load_language_model, truncate_layers
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 from tests.models.ilora.ilora_fixtures import (
-    CONFIGS,
     ROWS,
-    base_llm,
     batch_of,
     catalogue,
     fresh_model,
@@ -29,6 +27,7 @@ from tests.models.ilora.ilora_fixtures import (
     tiny_model,
     tokenizer,
 )
+from tests.tiny_language_models import CONFIGS, base_llm
 
 HISTORIES, CANDIDATES = torch.tensor([[3, 7, 30], [0, 12, 21]]), torch.tensor([[9, 2, 11], [4, 1, 5]])
 EVERYTHING = {"item_head": "residual", "item_loss_weight": 0.5}
@@ -213,7 +212,7 @@ def test_the_language_model_is_asked_for_as_the_adapter_is(llm_folder, tmp_path,
         given.update(arguments)
         return load_language_model(name)
 
-    monkeypatch.setattr(modeling_ilora, "load_language_model", record)
+    monkeypatch.setattr(checkpoint, "load_language_model", record)
     settings = {"token": "secret", "local_files_only": True, "cache_dir": "elsewhere", "trust_remote_code": True}
     ILoraForRecommendation.from_pretrained(tmp_path, revision="main", **settings)
     assert {name: given[name] for name in settings} == settings
@@ -293,14 +292,14 @@ def load(folder, **arguments):
 )
 def test_a_missing_weight_is_an_error(copied, key):
     change_weights(copied, lambda state: state.pop(key))
-    with pytest.raises(ValueError, match=rf"lacks \['{key}'\] \(1 keys\) and has nothing \(0 keys\) too many"):
+    with pytest.raises(ValueError, match=rf"lacks 1 keys \(\['{key}'\]\) and has 0 unexpected ones \(none\)"):
         load(copied)
 
 
 @pytest.mark.parametrize("key", ["router.bias", "llm.lm_head.weight", "llm.model.layers.2.mlp.up_proj.lora_B"])
 def test_a_foreign_weight_is_an_error(copied, key):
     change_weights(copied, lambda state: state.update({key: torch.zeros(3)}))
-    with pytest.raises(ValueError, match=rf"lacks nothing \(0 keys\) and has \['{key}'\] \(1 keys\) too many"):
+    with pytest.raises(ValueError, match=rf"lacks 0 keys \(none\) and has 1 unexpected ones \(\['{key}'\]\)"):
         load(copied)
 
 
@@ -314,7 +313,7 @@ def test_a_weight_of_another_shape_is_an_error(copied):
 def test_a_language_model_of_another_shape_is_an_error(copied):
     with pytest.raises(ValueError, match=r"in .* has shape \(8, 32\): expected \(8, 16\)"):
         load(copied, llm=base_llm(hidden_size=16, head_dim=8))
-    with pytest.raises(ValueError, match=r"lacks \['llm.model.layers.2"):
+    with pytest.raises(ValueError, match=r"lacks \d+ keys \(\['llm.model.layers.2"):
         load(copied, llm=base_llm(num_hidden_layers=3))
 
 
@@ -322,7 +321,7 @@ def test_another_configuration_is_an_error(copied):
     config = json.loads((copied / "config.json").read_text())
     config["router_type"] = "mlp"
     (copied / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"lacks \['router.hidden.bias', 'router.hidden.weight'"):
+    with pytest.raises(ValueError, match=r"lacks 3 keys \(\['router.hidden.bias', 'router.hidden.weight'"):
         load(copied)
 
 
@@ -355,13 +354,13 @@ def test_a_catalogue_of_another_size_is_an_error(copied):
 
 
 def test_a_checkpoint_that_names_no_language_model_needs_one(saved):
-    with pytest.raises(ValueError, match="does not say which language model it was trained on: pass it as llm="):
+    with pytest.raises(ValueError, match="does not name the language model that it was trained on: pass it as llm="):
         ILoraForRecommendation.from_pretrained(saved)
 
 
 def test_a_language_model_that_moved_is_an_error(tmp_path):
     tiny_model(llm_name_or_path=str(tmp_path / "gone")).save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="gone is neither a folder that exists nor a name on the Hub"):
+    with pytest.raises(ValueError, match="gone is neither an existing folder nor a valid name on the Hub"):
         ILoraForRecommendation.from_pretrained(tmp_path / "saved")
 
 

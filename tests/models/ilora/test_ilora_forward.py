@@ -11,12 +11,8 @@ from hf_ilora.models.ilora.gated_lora import gated_layers
 from hf_ilora.training.prompt_collator import PromptCollator
 from tests.models.ilora.ilora_fixtures import (
     ALPHA,
-    ATTENTION,
-    CONFIGS,
     EXPERTS,
-    MLP,
     ROWS,
-    base_llm,
     batch_of,
     fresh_model,
     naive_gates,
@@ -25,9 +21,9 @@ from tests.models.ilora.ilora_fixtures import (
     recommender,
     tiny_model,
 )
+from tests.tiny_language_models import ARCHITECTURES, ATTENTION, MLP, base_llm
 
 BOTH_LOSSES = {"item_head": "residual", "item_loss_weight": 0.5, "language_loss_weight": 2.0}
-ARCHITECTURES = list(CONFIGS)
 
 
 def naive_losses(model, base, rows=ROWS, shown=(True, False, True)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,6 +204,14 @@ def test_gates_of_histories_are_the_routers_and_may_be_given_instead():
     batch.pop("histories")
     torch.testing.assert_close(model(**batch, expert_gates=gates).loss, expected.loss)
     assert (model(**batch, expert_gates=gates.roll(1, 0)).loss - expected.loss).abs() > 0.01
+
+
+def test_given_gates_replace_those_of_the_histories_and_the_item_head_reads_the_histories():
+    model = tiny_model(**BOTH_LOSSES)
+    batch = batch_of(model)
+    gates = model.expert_gates(batch["histories"])
+    torch.testing.assert_close(model(**batch, expert_gates=gates).loss, model(**batch).loss)
+    assert (model(**batch, expert_gates=gates.roll(1, 0)).item_loss - model(**batch).item_loss).abs() > 1e-3
 
 
 def test_padding_of_a_history_may_stand_on_either_side_and_long_ones_are_cut():

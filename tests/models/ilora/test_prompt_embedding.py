@@ -79,6 +79,6 @@ def test_counts_of_placeholders_and_items_must_agree():
         ([[3, 1, 2], [2, 1, 0], [0, 0, 0]], 1, 1, 2),
         ([[3, 1, 2], [2, 0, 0], [7, 0, 0]], 2, 0, 1),
     ):
-        message = f"row {row} has {found} placeholders for {expected} items: expected as many"
+        message = f"row {row} has {found} placeholders for {expected} items: expected equal numbers"
         with pytest.raises(ValueError, match=re.escape(message)):
             check_placeholders(INPUT_IDS, torch.tensor(items))

@@ -99,7 +99,7 @@ def test_special_tokens_in_a_title_are_text_or_refused():
     for family, tokenizer in ((name, make()) for name, make in FAMILIES.items()):
         text = f"Heat {tokenizer.eos_token or tokenizer.sep_token}"
         if family.startswith("unigram"):  # the token is a piece of the model's own
-            with pytest.raises(ValueError, match=r"'Heat </s>' of item 1 holds token 1, which ends titles"):
+            with pytest.raises(ValueError, match=r"'Heat </s>' of item 1 contains token 1, which ends titles"):
                 TitleTokens(tokenizer, [text])
         else:
             title = TitleTokens(tokenizer, [text]).sequence(1)[:-1]
@@ -119,7 +119,7 @@ def test_calling_leaves_the_tokenizer_as_it_was():
 def test_blank_and_empty_titles_are_refused_by_item():
     with pytest.raises(ValueError, match=r"title of item 2 is blank: give it one"):
         TitleTokens(byte_level(), ["Heat", " \t "])
-    with pytest.raises(ValueError, match="there are no titles"):
+    with pytest.raises(ValueError, match="titles are empty"):
         TitleTokens(byte_level(), [])
 
 

@@ -78,18 +78,12 @@ def test_tensors_mean_the_same_as_lists():
         and len(trie.allowed(heat[:-1])) == 2
     )
     assert trie.item_of(heat) == 1
-    batch = torch.zeros(3, len(heat) + 2, dtype=torch.int64)
-    batch[0, : len(heat)] = heat
-    batch[1, : len(heat) - 1] = heat[:-1]
-    sequence = title_tokens.sequence(7)
-    batch[2, : len(sequence)] = torch.tensor(sequence)
-    assert trie.item_of_tokens(batch).tolist() == [1, 0, 7]
 
 
 def test_items_that_are_not_there_are_refused():
     title_tokens = TitleTokens(byte_level(), NESTED)
     for item_ids, found in (([], "empty"), ([0, 0], "empty"), ([3, 8], "3 to 8"), ([-1, 2], "-1 to 2")):
-        with pytest.raises(ValueError, match=rf"item_ids are {found}: expected at least one of the ids 1\.\.7"):
+        with pytest.raises(ValueError, match=rf"item_ids are {found}: expected at least one of the ids 1 to 7"):
             TitleTrie(title_tokens, item_ids)
 
 

@@ -1,0 +1,203 @@
+"""The Trainer of iLoRA on splits as they are, and what it says to those who forget something."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainingArguments, set_seed
+
+from hf_ilora import (
+    ILoraConfig,
+    ILoraForRecommendation,
+    ILoraTrainer,
+    ILoraTrainingArguments,
+    SASRecForNextItem,
+    SequenceDatasets,
+)
+from hf_ilora.evaluation.candidate_ranking import rank_candidates
+from hf_ilora.evaluation.ranking import rank_split
+from hf_ilora.models.ilora.language_models import load_language_model
+from tests.synthetic import cyclic_sequences
+from tests.tiny_ilora_parts import HISTORY_ALONE, WITH_CANDIDATES, save_parts
+
+TEMPLATES = [WITH_CANDIDATES, HISTORY_ALONE]
+SETTINGS = {"rank": 4, "num_experts": 2, "router_type": "linear", "max_history": 4, "prompt_templates": TEMPLATES}
+ITEM_HEAD = {"item_head": "residual", "item_loss_weight": 1.0}
+HEAD_ALONE = ITEM_HEAD | {"language_loss_weight": 0.0}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return save_parts(tmp_path_factory.mktemp("parts"), num_users=32)
+
+
+@pytest.fixture(scope="module")
+def sequences(parts):
+    return SequenceDatasets.load(parts.data_dir)
+
+
+@pytest.fixture
+def ilora(parts):
+    def build(**settings):
+        llm, tokenizer, _ = load_language_model(str(parts.llm))
+        recommender = SASRecForNextItem.from_pretrained(parts.recommender)
+        set_seed(1)
+        config = ILoraConfig(**SETTINGS | settings)
+        return ILoraForRecommendation.from_base(llm, recommender, tokenizer, recommender.catalogue, config)
+
+    return build
+
+
+def arguments(folder, **settings):
+    defaults = {"max_steps": 2, "num_candidates": 5, "per_device_train_batch_size": 8, "use_cpu": True}
+    defaults |= {"gradient_accumulation_steps": 1, "logging_steps": 1, "disable_tqdm": True, "learning_rate": 1e-2}
+    return ILoraTrainingArguments(str(folder), **defaults | settings)
+
+
+def trainer_of(model, sequences, folder, **settings):
+    given = {name: settings.pop(name) for name in ("train_dataset", "eval_dataset") if name in settings}
+    splits = {"train_dataset": sequences["train"], "eval_dataset": sequences["validation"]}
+    return ILoraTrainer(model, arguments(folder, **settings), **splits | given)
+
+
+def test_ten_lines_train_evaluate_and_save_a_model_that_answers(ilora, sequences, tmp_path):
+    model = ilora(**ITEM_HEAD)
+    trainer = ILoraTrainer(
+        model,
+        arguments(tmp_path / "out", num_train_epochs=2, max_steps=-1),
+        train_dataset=sequences["train"],
+        eval_dataset=sequences["validation"],
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    trainer.save_model()
+    loaded = ILoraForRecommendation.from_pretrained(tmp_path / "out")
+    item_ids, scores = loaded.recommend([[1, 2, 3], [7]], top_k=3)
+    assert item_ids.shape == (2, 3) and loaded.catalogue == sequences.catalogue
+    torch.testing.assert_close(scores, model.eval().recommend([[1, 2, 3], [7]], top_k=3)[1], rtol=1e-4, atol=1e-4)
+    assert not list(tmp_path.rglob("training_args.bin"))
+
+
+def test_the_evaluation_after_training_ranks_the_targets(ilora, sequences, tmp_path):
+    trainer = trainer_of(ilora(**ITEM_HEAD), sequences, tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1)
+    trainer.train()
+    during = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(during) == 2 and not any("eval_mrr" in entry for entry in during)
+    metrics = trainer.evaluate()
+    model = trainer.model.eval()
+    ranks = rank_split(model, sequences["validation"], scorer=model.item_scores)
+    assert metrics["eval_unmasked_mrr"] == pytest.approx((1 / ranks.unmasked).mean())
+    assert metrics["eval_mrr"] == pytest.approx((1 / ranks.masked).mean())
+    among = rank_candidates(model, sequences["validation"])
+    assert metrics["eval_candidates_hit_ratio@1"] == pytest.approx((among == 1).mean())
+    predicted = trainer.predict(sequences["test"])
+    of_test = rank_split(model, sequences["test"], scorer=model.item_scores)
+    assert np.array_equal(predicted.predictions, np.stack([of_test.masked, of_test.unmasked], axis=1))
+    assert predicted.label_ids.tolist() == list(sequences["test"]["target"])
+    trainer.args.eval_ranking = False
+    assert "eval_mrr" not in trainer.evaluate()
+
+
+def test_a_model_that_is_trained_on_titles_ranks_candidates(ilora, sequences, tmp_path):
+    trainer = trainer_of(ilora(), sequences, tmp_path)
+    predicted = trainer.predict(sequences["test"])
+    assert predicted.predictions.tolist() == rank_candidates(trainer.model, sequences["test"]).tolist()
+    assert predicted.metrics.keys() == {"test_candidates_hit_ratio@1"}
+
+
+@pytest.mark.parametrize(
+    ("losses", "fraction", "kinds"),
+    [({}, 1.0, [True]), (ITEM_HEAD, 0.5, [True, False]), (HEAD_ALONE, 0.0, [False])],
+)
+def test_prompts_show_candidates_as_the_losses_need_it(ilora, sequences, tmp_path, losses, fraction, kinds):
+    trainer = trainer_of(ilora(**losses), sequences, tmp_path)
+    assert trainer.candidate_fraction == fraction
+    shown = [shows for batch in trainer.get_eval_dataloader() for shows in batch["shows_candidates"].tolist()]
+    assert shown == [kind for kind in kinds for _ in range(len(sequences["validation"]))]
+    asked_for = trainer_of(ilora(**ITEM_HEAD), sequences, tmp_path, candidate_fraction=0.0)
+    assert not any(batch["shows_candidates"].any() for batch in asked_for.get_train_dataloader())
+
+
+def test_data_without_candidates_get_drawn_ones_for_evaluation(ilora, sequences, tmp_path):
+    rows = sequences["validation"].remove_columns("candidates")
+    trainer = trainer_of(ilora(**ITEM_HEAD), sequences, tmp_path, eval_dataset=rows, eval_ranking=False)
+    first, second = trainer.evaluate()["eval_loss"], trainer.evaluate()["eval_loss"]
+    assert first == second  # the draw is fixed
+    shown = [shows for batch in trainer.get_eval_dataloader() for shows in batch["shows_candidates"].tolist()]
+    assert shown == [True] * len(rows) + [False] * len(rows)
+
+
+def test_histories_ask_for_another_item_each_epoch_and_prefixes_for_their_last(ilora, sequences, tmp_path, parts):
+    assert trainer_of(ilora(), sequences, tmp_path).train_dataset.target_items == "random"
+    assert trainer_of(ilora(), sequences, tmp_path, target_items="last").train_dataset.target_items == "last"
+    prefixes = cyclic_sequences(num_users=32, protocol="temporal_users")
+    rows = trainer_of(ilora(), sequences, tmp_path, train_dataset=prefixes["train"]).train_dataset
+    assert rows.target_items == "last"
+
+
+def test_the_router_learns_more_slowly_and_the_lora_does_not_decay(ilora, sequences, tmp_path):
+    trainer = trainer_of(ilora(**ITEM_HEAD), sequences, tmp_path, weight_decay=0.5, router_learning_rate_factor=0.1)
+    trainer.create_optimizer()
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    lora, others, router = (
+        {names[parameter] for parameter in group["params"]} for group in trainer.optimizer.param_groups
+    )
+    assert all(name.startswith("llm.") and ".lora_" in name for name in lora)
+    assert {name.split(".")[0] for name in others} == {"prompt_embedding", "item_head"}
+    assert router == {"router.projection.weight"}
+    assert lora | others | router == {name for name, value in trainer.model.named_parameters() if value.requires_grad}
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([1e-2, 1e-2, 1e-3])
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.0, 0.5, 0.5]
+
+
+def test_the_log_says_how_the_experts_are_used(ilora, sequences, tmp_path):
+    trainer = trainer_of(ilora(), sequences, tmp_path, eval_strategy="steps", eval_steps=2, save_steps=2)
+    trainer.train()
+    assert any("expert_0_gate" in entry for entry in trainer.state.log_history)
+
+
+def test_the_curriculum_ends_with_every_prompt(ilora, sequences, tmp_path):
+    trainer = trainer_of(ilora(), sequences, tmp_path, curriculum_steps=4, max_steps=3)
+    trainer.train()
+    assert trainer.model.item_embedding_probability == 0.5  # of the step that begins after two
+    trainer = trainer_of(ilora(), sequences, tmp_path, curriculum_steps=2, max_steps=3)
+    trainer.train()
+    assert trainer.model.item_embedding_probability == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"candidate_fraction": 1.5}, ValueError, "candidate_fraction is 1.5: expected a fraction"),
+        ({"num_candidates": 1}, ValueError, "num_candidates is 1: expected at least 2"),
+        ({"num_candidates": 40}, ValueError, "lower num_candidates"),
+        ({"target_items": "first"}, ValueError, "target_items is 'first': expected one of last, random"),
+        ({"eval_dataset": None}, ValueError, "without an eval_dataset: pass"),
+        ({"eval_strategy": "no"}, ValueError, "early_stopping_patience=0 and load_best_model_at_end=False"),
+        ({"curriculum_steps": -1}, ValueError, "curriculum_steps is -1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(ilora, sequences, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        trainer_of(ilora(), sequences, tmp_path, **changes)
+
+
+def test_other_models_arguments_and_catalogues_are_refused(ilora, sequences, tmp_path, parts):
+    recommender = SASRecForNextItem.from_pretrained(parts.recommender)
+    with pytest.raises(TypeError, match="model is a SASRecForNextItem: expected an ILoraForRecommendation"):
+        trainer_of(recommender, sequences, tmp_path)
+    plain = TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match="args is a TrainingArguments: expected ILoraTrainingArguments"):
+        ILoraTrainer(ilora(), plain, train_dataset=sequences["train"])
+    splits = {"train_dataset": sequences["train"], "eval_dataset": sequences["validation"]}
+    other = cyclic_sequences(num_users=40, num_items=31).catalogue
+    with pytest.raises(TypeError, match="other than the model's catalogue"):
+        ILoraTrainer(ilora(), arguments(tmp_path), processing_class=other, **splits)
+    ILoraTrainer(ilora(), arguments(tmp_path), processing_class=sequences.catalogue, **splits)
+
+
+def test_templates_and_heads_that_no_loss_uses_are_refused(ilora, sequences, tmp_path):
+    with pytest.raises(ValueError, match="item_head is 'residual' and item_loss_weight 0"):
+        trainer_of(ilora(item_head="residual"), sequences, tmp_path)
+    with pytest.raises(ValueError, match=r"no template is with \{candidates\}"):
+        trainer_of(ilora(prompt_templates=[HISTORY_ALONE]), sequences, tmp_path)
