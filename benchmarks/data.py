@@ -127,8 +127,8 @@ def report(results: dict) -> str:
         "# Preparing a large table",
         "",
         f"{setting['rows']:,} interactions with {'string' if setting['string_ids'] else 'integer'} ids, "
-        f"{found['items']:,} items, protocol {setting['protocol']} with {found['test_users']:,} test users. Peak memory "
-        f"{found['peak_rss_gigabytes']:.2f} GB; {found['disk_megabytes']:.0f} MB on disk.",
+        f"{found['items']:,} items, protocol {setting['protocol']} with {found['test_users']:,} test users. Peak "
+        f"memory {found['peak_rss_gigabytes']:.2f} GB; {found['disk_megabytes']:.0f} MB on disk.",
         "",
         "| stage | seconds | CPU seconds |",
         "|---|---:|---:|",

@@ -230,8 +230,8 @@ def report(results: dict) -> str:
         "# What a training step of iLoRA costs",
         "",
         f"{setting['threads']} CPU thread(s), torch {setting['torch']}. Medians of {setting['rounds']} rounds in which "
-        f"all programs take turns; ratios are medians of the rounds' ratios. {setting['num_experts']} experts with rank "
-        f"{setting['rank']} in sum, on {', '.join(TARGET_MODULES)}.",
+        f"all programs take turns; ratios are medians of the rounds' ratios. {setting['num_experts']} experts with "
+        f"rank {setting['rank']} in sum, on {', '.join(TARGET_MODULES)}.",
         "",
         f"A step is forward, backward and AdamW of {setting['num_layers']} decoder layers with the shapes of "
         f"SmolLM2-135M (hidden 576, MLP 1536, vocabulary 49152) and random float32 weights, on {setting['batch_size']} "

@@ -8,7 +8,6 @@ a million items. Compared programs take turns in one process.
 """
 
 import logging
-import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
