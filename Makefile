@@ -48,4 +48,4 @@ quickstart: setup ## MovieLens-100K from the ratings to a distilled SASRec, and 
 
 clean: ## remove caches and build leftovers; .venv and outputs stay
 	rm -rf build dist .pytest_cache .ruff_cache src/*.egg-info
-	find src tests recipes -name __pycache__ -prune -exec rm -rf {} +
+	find src tests recipes benchmarks experiments -name __pycache__ -prune -exec rm -rf {} +
