@@ -133,16 +133,16 @@ def test_recipe_config_is_read_by_the_recipe_it_names(config):
 
 
 def printed_commands() -> list[list[str]]:
-    """The recipe and its options, of each command in README and docs that starts one, directly or as hf-ilora."""
+    """The program and its options, of each command in README and docs that starts a recipe, benchmark or experiment."""
     commands = []
     for path in (PROJECT / "README.md", PROJECT / "docs" / "results.md"):
         for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 recipe = next((place for place, word in enumerate(words) if word.startswith("recipes/")), None)
-                if words[-1:] == ["..."]:
-                    continue
-                if recipe is not None:
+                if words[:2] == ["python", "-m"]:
+                    commands.append([f"{words[2].replace('.', '/')}.py", *words[3:]])
+                elif recipe is not None:
                     commands.append(words[recipe:])
                 elif words[:1] == ["hf-ilora"] and words[1] in COMMANDS:
                     _, _, options = take_launch_options(words[2:])
@@ -150,14 +150,12 @@ def printed_commands() -> list[list[str]]:
     return commands
 
 
-def test_printed_commands_are_those_of_the_recipes(monkeypatch):
+def test_printed_commands_are_read_by_the_programs_they_start(monkeypatch):
     monkeypatch.chdir(PROJECT)  # where the commands are given
     commands = printed_commands()
-    assert len(commands) > 15
-    for recipe, *options in commands:
-        module = load_recipe(PROJECT / recipe)
-        if hasattr(module, "ARGUMENTS"):
-            parse_arguments(module.ARGUMENTS, options)
+    assert len(commands) > 40
+    for program, *options in commands:
+        parse_arguments(load_recipe(PROJECT / program).ARGUMENTS, options)
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda command: command.name)
