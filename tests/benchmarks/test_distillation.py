@@ -28,7 +28,7 @@ def test_published_form_is_the_reference_form(arguments, base_loss):
         arguments.top_k,
         batch.propensity,
     )
-    program = DLLM2RecLoss(*weights, arguments.top_k, batch.propensity, form="reference", base_loss=base_loss)
+    program = DLLM2RecLoss(*settings, form="reference", base_loss=base_loss)
     expected = program(scores, batch.target, batch.negative, batch.teacher_items, batch.teacher_distances).loss
     loss = distillation.published_loss(scores, batch, base_loss)
     torch.testing.assert_close(loss, expected)
