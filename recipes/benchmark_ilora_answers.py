@@ -31,7 +31,7 @@ from hf_ilora.models.ilora.embedded_llm import EMBEDDED_LLM
 from hf_ilora.models.ilora.gated_lora import gated_layers
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.models.ilora.prompts import read_templates
-from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, prompt_path, run_main, set_up_logging
 from hf_ilora.training.candidate_rows import CandidateRows
 from hf_ilora.training.prompt_collator import PromptCollator
 
@@ -94,7 +94,11 @@ def build_ilora(
         llm_name_or_path=source.name_or_path,
         num_llm_layers=num_layers,
         duplicate_titles="number",
-        **({} if arguments.prompt_file is None else {"prompt_templates": read_templates(arguments.prompt_file)}),
+        **(
+            {}
+            if arguments.prompt_file is None
+            else {"prompt_templates": read_templates(prompt_path(arguments.prompt_file))}
+        ),
     )
     model = ILoraForRecommendation.from_base(
         llm, recommender, tokenizer, catalogue, config, untrained_recommender=arguments.recommender is None
