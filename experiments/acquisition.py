@@ -29,7 +29,7 @@ from hf_ilora.distillation.acquisition import ACQUISITION_POLICIES
 from hf_ilora.distillation.teachers import load_teacher, model_fingerprint
 from hf_ilora.files import written_whole
 from hf_ilora.models.loading import load_recommender, model_folder
-from hf_ilora.runs import parse_arguments, read_record, run_main, set_up_logging
+from hf_ilora.runs import ProgramFailed, parse_arguments, read_record, run_main, set_up_logging
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,8 @@ def call(recipe: str, options: list, threads: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed: {finished.stderr[-2000:]}")
+        message = f"{' '.join(command[1:])} failed: {finished.stderr[-2000:].rstrip()}"
+        raise ProgramFailed(message, finished.returncode)
 
 
 def value_of(record: dict, split: str) -> float:

@@ -20,7 +20,14 @@ from pathlib import Path
 import train_sasrec
 
 from hf_ilora.files import written_whole
-from hf_ilora.runs import configuration_differences, parse_arguments, read_record, run_main, set_up_logging
+from hf_ilora.runs import (
+    ProgramFailed,
+    configuration_differences,
+    parse_arguments,
+    read_record,
+    run_main,
+    set_up_logging,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +84,7 @@ def run_seed(arguments: SeedsArguments, seed: int, threads: int) -> dict:
         command = [sys.executable, train_sasrec.__file__, *options]
         finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if finished.returncode:
-            raise RuntimeError(f"seed {seed} failed: {finished.stderr[-2000:]}")
+            raise ProgramFailed(f"seed {seed} failed: {finished.stderr[-2000:].rstrip()}", finished.returncode)
     content = read_record(record)
     differences = configuration_differences(content, parse_arguments(train_sasrec.ARGUMENTS, options))
     if differences:
