@@ -173,8 +173,8 @@ def test_a_configuration_given_to_a_model_stays_as_it_was():
     ("histories", "message"),
     [
         ([[3, 7], [0, 0]], r"history \d is empty: expected at least one item"),
-        ([[3, 7], [2, 31]], r"history 1 holds item 31: expected ids 1..30"),
-        ([[3, 7], [-1, 2]], r"history 1 holds item -1: expected ids 1..30"),
+        ([[3, 7], [2, 31]], r"history \d holds item 31: expected ids 1..30"),
+        ([[3, 7], [-1, 2]], r"history \d holds item -1: expected ids 1..30"),
         ([[3.0, 7.0], [1.0, 2.0]], "float32: expected item ids as int64"),
     ],
 )
