@@ -1,17 +1,10 @@
 """recipes/run_pipeline.py: stages run in order, are skipped when nothing has changed, and go on after a failure."""
 
-import importlib
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
-
-from tests.paths import RECIPES
 
 RATINGS = "user,item,when,name\n" + "".join(
     f"{user},{item},{when},Title {item}\n"
@@ -19,11 +12,8 @@ RATINGS = "user,item,when,name\n" + "".join(
     for when, item in enumerate(range(user % 4, user % 4 + 8))
 )
 
-pytestmark = pytest.mark.slow
-
-
 @pytest.fixture
-def pipeline(tmp_path):
+def pipeline(start_recipe, tmp_path):
     """Writes a pipeline of two stages, with changes and added ones, and runs it; gives what it printed."""
     (tmp_path / "ratings.csv").write_text(RATINGS)
     stages = {
@@ -37,18 +27,18 @@ def pipeline(tmp_path):
         "counts": {"recipe": "fit_counts.py", "reads": ["data"], "options": {"data_dir": "{output_dir}/data"}},
     }  # fmt: skip
 
-    def run(*options, added=None, **changes):
+    def run(only=None, force=None, added=None, **changes):
         stages.update(added or {})
         for name, changed in changes.items():
             stages[name]["options"] |= changed
         file = tmp_path / "pipeline.yaml"
         file.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "out"), "stages": stages}, sort_keys=False))
-        command = [sys.executable, str(RECIPES / "run_pipeline.py"), str(file), *map(str, options)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=RECIPES.parent)
+        return start_recipe("run_pipeline", config=file, only=only, force=force)
 
     return run
 
 
+@pytest.mark.slow
 def test_stages_are_skipped_until_something_changes(pipeline, tmp_path):
     first = pipeline()
     assert first.returncode == 0, first.stderr
@@ -64,11 +54,12 @@ def test_stages_are_skipped_until_something_changes(pipeline, tmp_path):
     both = pipeline(data={"min_user_interactions": 4})
     assert both.returncode == 0 and "nothing has changed" not in both.stderr  # what reads it runs again, too
 
-    forced = pipeline("--force", "counts")
+    forced = pipeline(force="counts")
     assert "data: nothing has changed" in forced.stderr and "counts begins" in forced.stderr
-    assert "stage 1 of 1, data: nothing has changed" in pipeline("--only", "data").stderr
+    assert "stage 1 of 1, data: nothing has changed" in pipeline(only="data").stderr
 
 
+@pytest.mark.slow
 def test_a_failed_stage_is_named_and_run_again(pipeline, tmp_path):
     failed = pipeline(counts={"max_gap": -1})
     assert failed.returncode != 0
@@ -79,6 +70,7 @@ def test_a_failed_stage_is_named_and_run_again(pipeline, tmp_path):
     assert mended.returncode == 0 and "data: nothing has changed" in mended.stderr
 
 
+@pytest.mark.slow
 def test_a_stage_whose_run_had_finished_when_the_pipeline_was_killed_is_not_started_again(pipeline, tmp_path):
     """A recipe that resumes refuses the folder of a finished run, so the pipeline would fail for good."""
     options = {
@@ -93,100 +85,49 @@ def test_a_stage_whose_run_had_finished_when_the_pipeline_was_killed_is_not_star
         state["sasrec"]["status"] = "started"
         state_file.write_text(json.dumps(state))
 
-    first = pipeline("--only", "sasrec", added={"sasrec": sasrec})
+    first = pipeline(only="sasrec", added={"sasrec": sasrec})
     assert first.returncode == 0, first.stderr
     written = record.read_text()
     kill_before_the_note()
-    again = pipeline("--only", "sasrec")
+    again = pipeline(only="sasrec")
     assert again.returncode == 0, again.stderr
     assert "sasrec: its run.json says that it is finished, noted" in again.stderr
     assert record.read_text() == written
     assert json.loads(state_file.read_text())["sasrec"]["status"] == "finished"
 
     kill_before_the_note()
-    forced = pipeline("--only", "sasrec", "--force", "sasrec")
+    forced = pipeline(only="sasrec", force="sasrec")
     assert forced.returncode == 0, forced.stderr
     assert record.read_text() != written
 
 
-@pytest.fixture
-def run_pipeline(monkeypatch):
-    """The recipe as a module."""
-    monkeypatch.syspath_prepend(str(RECIPES))
-    return importlib.import_module("run_pipeline")
-
-
-def test_a_key_changes_with_all_that_the_settings_name_but_for_the_pipelines_own_output(
-    run_pipeline, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    names = ["ratings.csv", "items.csv", "first.json", "model/weights", "model/deep/more", "overridden.csv"]
-    for name in [*names, "out/data/table", "unnamed.csv"]:
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text("1")
-    config = {"interactions": "ratings.csv", "items": ["items.csv"], "titles": "overridden.csv", "output_dir": "model"}
-    Path("data.yaml").write_text(yaml.safe_dump(config))
-    options = {
-        "titles": "{output_dir}/data/table", "results": ["{output_dir}/data", "first.json"], "separator": "/",
-        "split": ".", "empty": "", "prompt": "long " * 1000, "number": 3,
-    }  # fmt: skip
-
-    def key(**more):
-        stage = run_pipeline.Stage("data", "prepare_data.py", options | more, config="data.yaml")
-        return stage.key([], Path("out"))
-
-    for name in ("ratings.csv", "items.csv", "first.json", "data.yaml"):
-        before = key()
-        Path(name).write_text(Path(name).read_text() + "\n")
-        assert key() != before, name
-    before = key()
-    for name in ("overridden.csv", "out/data/table", "unnamed.csv", "model/weights"):  # the last by output_dir alone
-        Path(name).write_text("another")
-        assert key() == before, name
-
-    for name in ("model/weights", "model/deep/more"):
-        before = key(model="model")
-        os.utime(name, (0, 0))
-        assert key(model="model") != before, name
-    before = key(model="model")
-    Path("model/new").write_text("1")
-    assert key(model="model") != before
-
-
+@pytest.mark.slow
 def test_an_edit_of_the_source_is_told_and_does_not_throw_a_finished_stage_away(pipeline, tmp_path):
-    assert pipeline("--only", "data").returncode == 0
+    assert pipeline(only="data").returncode == 0
     state_file = tmp_path / "out" / "pipeline.json"
     state = json.loads(state_file.read_text())
-    assert "data: the source of hf_ilora" not in pipeline("--only", "data").stderr
+    assert "data: the source of hf_ilora" not in pipeline(only="data").stderr
     state["data"]["source"] = "another"
     state_file.write_text(json.dumps(state))
-    again = pipeline("--only", "data").stderr
+    again = pipeline(only="data").stderr
     assert "data: nothing has changed" in again
     assert "data: the source of hf_ilora has changed; --force data runs it again" in again
-
-
-def test_config_that_holds_no_settings_is_refused_before_anything_runs(run_pipeline, tmp_path):
-    config = tmp_path / "data.yaml"
-    for text, message in (("- a list", "expected lines of `field: value`"), ("a: [", "is not valid YAML")):
-        config.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            run_pipeline.read_stages({"data": {"recipe": "prepare_data.py", "config": str(config)}})
 
 
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"recipe": "nothing.py"}, "names .*nothing.py, which is no file"),
+        ({"recipe": "nothing.py"}, "recipe nothing.py not found"),
         ({"recipe": "fit_counts.py", "reads": ["later"]}, "reads later: expected an earlier one of data"),
-        ({"recipe": "fit_counts.py", "option": {}}, "expected recipe, and any of recipe, options"),
-        ({"options": {}}, "expected recipe"),
+        ({"recipe": "fit_counts.py", "option": {}}, "unknown key 'option'"),
+        ({"recipe": "fit_counts.py", "options": {"gap": 3}}, "unknown key 'gap'"),
+        ({"recipe": "fit_counts.py", "launch": "nothing"}, "accelerate configuration nothing not found"),
+        ({"options": {}}, "expected settings with a recipe"),
     ],
 )
-def test_stages_that_cannot_run_are_refused_before_anything_runs(tmp_path, stage, message):
-    file = tmp_path / "pipeline.yaml"
-    stages = {"data": {"recipe": "prepare_data.py"}, "counts": stage}
+def test_stages_that_cannot_run_are_refused_before_anything_runs(run_recipe, tmp_path, stage, message):
+    file, stages = tmp_path / "pipeline.yaml", {"data": {"recipe": "prepare_data.py"}, "counts": stage}
     file.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "out"), "stages": stages}, sort_keys=False))
-    command = [sys.executable, str(RECIPES / "run_pipeline.py"), str(file)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=RECIPES.parent)
-    assert result.returncode != 0 and not (tmp_path / "out").exists()
-    assert re.search(message, result.stderr)
+    with pytest.raises(ValueError, match=message):
+        run_recipe("run_pipeline", config=file)
+    assert not (tmp_path / "out").exists()
