@@ -70,7 +70,7 @@ class ILoraEvaluationArguments:
     )
     split: str = field(
         default="validation",
-        metadata={"help": "split to evaluate on (for train see train_fraction)", "choices": SPLITS},
+        metadata={"help": "split to evaluate on (train: see train_fraction)", "choices": SPLITS},
     )
     train_fraction: list[float] = field(
         default_factory=lambda: [0.0, 1.0],

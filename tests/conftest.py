@@ -7,11 +7,68 @@ from pathlib import Path
 
 import pytest
 
-from tests.paths import PROJECT
+from tests.paths import PROJECT, RECIPES
 from tests.processes import kill_with_children
+
+# What the recipes build their Trainer of.
+TRAINERS = ("NextItemTrainer", "ILoraTrainer", "DistillationTrainer")
 
 for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
     os.environ.setdefault(variable, "1")  # read when the libraries are imported, which no test has done yet
+
+
+@pytest.fixture(scope="session")
+def run_recipe():
+    """Runs a recipe in this process: `run_recipe("train_sasrec", data_dir=..., output_dir=..., hidden_size=16)`.
+
+    The settings become the words of a command line: a list gives several values, and None leaves a setting out. What a
+    recipe raises is raised here. Returns a `RecipeRun`. Logging stays as the test has it.
+    """
+    from hf_ilora.runs.recipe_files import load_recipe
+    from tests.recipe_runs import RecipeRun, recipe_words
+
+    def run(name: str, /, **settings) -> RecipeRun:
+        recipe, built = load_recipe(RECIPES / f"{name}.py"), []
+
+        def keeping(trainer_class):
+            def build(*arguments, **named_arguments):
+                built.append(trainer_class(*arguments, **named_arguments))
+                return built[-1]
+
+            return build
+
+        with pytest.MonkeyPatch.context() as patch:
+            for trainer in TRAINERS:
+                if trainer in vars(recipe):
+                    patch.setattr(recipe, trainer, keeping(vars(recipe)[trainer]))
+            patch.setattr(recipe, "set_up_logging", lambda output_dir: None, raising=False)
+            patch.setattr(sys, "argv", [f"{name}.py", *recipe_words(**settings)])
+            recipe.main()
+        output_dir = settings.get("output_dir")
+        return RecipeRun(None if output_dir is None else Path(output_dir), built[0] if built else None)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def start_recipe():
+    """Runs a recipe as a process, `python recipes/<name>.py`, to its end; returns the finished process, failed or not.
+
+    The settings are those of `run_recipe`; `working_dir` is the folder it is started in.
+    """
+    from tests.recipe_runs import ENVIRONMENT, recipe_command
+
+    def run(name: str, /, working_dir: Path = PROJECT, **settings) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            recipe_command(name, **settings),
+            env=os.environ | ENVIRONMENT,
+            cwd=working_dir,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

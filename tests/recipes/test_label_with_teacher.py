@@ -1,10 +1,6 @@
 """recipes/label_with_teacher.py from a prepared data set and a saved teacher to labels, in this process."""
 
-import importlib.util
-import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +8,9 @@ import torch
 
 from hf_ilora import SASRecForNextItem, SequenceDatasets
 from hf_ilora.distillation.teacher_labels import TeacherLabels
-from tests.paths import RECIPES
+from tests.recipe_runs import RecipeRun
 from tests.synthetic import cyclic_sequences
 from tests.tiny_ilora_parts import known_recommender
-
-RECIPE = RECIPES / "label_with_teacher.py"
 
 
 @pytest.fixture(scope="module")
@@ -30,28 +24,20 @@ def parts(tmp_path_factory):
 
 
 @pytest.fixture
-def label(parts, tmp_path, monkeypatch):
-    """Runs the recipe with the data set, the SASRec and an output folder; returns the folder."""
-    spec = importlib.util.spec_from_file_location("recipe_label_with_teacher", RECIPE)
-    recipe = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, recipe)
-    spec.loader.exec_module(recipe)
-    monkeypatch.setattr(recipe, "set_up_logging", lambda output_dir: None)  # for a process of its own
+def label(run_recipe, parts, tmp_path):
+    """Runs the recipe with the data set, the SASRec and an output folder."""
 
-    def run(**changes) -> Path:
+    def run(**changes) -> RecipeRun:
         settings = {"data_dir": parts / "data", "teacher": parts / "sasrec", "output_dir": tmp_path / "labels"}
-        words = [str(word) for name, value in (settings | changes).items() for word in (f"--{name}", value)]
-        monkeypatch.setattr(sys, "argv", [str(RECIPE), *words])
-        recipe.main()
-        return tmp_path / "labels"
+        return run_recipe("label_with_teacher", **settings | changes)
 
     return run
 
 
 def test_sasrec_labels_every_training_row(label, parts):
-    folder = label(top_k=4, shard_rows=16)
+    run = label(top_k=4, shard_rows=16)
     sequences = SequenceDatasets.load(parts / "data")
-    labels = TeacherLabels.load(folder, sequences.fingerprint)
+    labels = TeacherLabels.load(run.output_dir, sequences.fingerprint)
     model = SASRecForNextItem.from_pretrained(parts / "sasrec")
     assert len(labels) == 40
     for history_id, row in enumerate(sequences["train"]):
@@ -59,7 +45,7 @@ def test_sasrec_labels_every_training_row(label, parts):
         expected_items, expected_distances = model.rank_items(torch.tensor([row["history"]]), 4)
         assert torch.equal(items, expected_items)
         torch.testing.assert_close(distances, expected_distances)
-    record = json.loads((folder / "run.json").read_text())
+    record = run.record
     assert record["status"] == "finished" and record["data_fingerprint"] == sequences.fingerprint
     assert record["metrics"]["labels"]["rows"] == record["metrics"]["labels"]["labelled_now"] == 40
     assert record["metrics"]["labels"]["tokens_per_second"] > 0
@@ -71,18 +57,17 @@ def files(folder) -> dict[str, bytes]:
 
 
 def test_second_run_asks_nothing_and_changes_nothing_but_its_record(label, parts, tmp_path):
-    before = files(label())
+    before = files(label().output_dir)
     shutil.copytree(parts / "sasrec", tmp_path / "copy")
-    folder = label(batch_size=3, teacher=tmp_path / "copy")  # the same teacher from another folder
-    record = json.loads((folder / "run.json").read_text())
-    assert record["metrics"]["labels"]["labelled_now"] == 0
-    assert "teacher_labels.json" in before and files(folder) == before
+    again = label(batch_size=3, teacher=tmp_path / "copy")  # the same teacher from another folder
+    assert again.record["metrics"]["labels"]["labelled_now"] == 0
+    assert "teacher_labels.json" in before and files(again.output_dir) == before
 
 
 @pytest.mark.parametrize("policy", ["random", "loss"])
 def test_budget_is_spent_on_as_many_rows(label, parts, policy):
     settings = {} if policy == "random" else {"recommender": parts / "sasrec"}
-    folder = label(labelled_positions="all", budget=25, acquire=policy, **settings)
+    folder = label(labelled_positions="all", budget=25, acquire=policy, **settings).output_dir
     sequences = SequenceDatasets.load(parts / "data")
     labels = TeacherLabels.load(folder, sequences.fingerprint)
     assert len(labels) == 25
@@ -98,7 +83,7 @@ def test_published_files_become_labels(label, parts, tmp_path):
     np.savetxt(published / "myrank_train.txt", ranks, fmt="%d")
     np.savetxt(published / "confidence_train.txt", np.tile(np.arange(5.0), (40, 1)))
     torch.save(torch.ones(30, 6), published / "all_embeddings.pt")
-    folder = label(teacher=published, top_k=5, exclude_seen="false")
+    folder = label(teacher=published, top_k=5, exclude_seen=False).output_dir
     labels = TeacherLabels.load(folder, SequenceDatasets.load(parts / "data").fingerprint)
     assert labels.table["teacher_items"].to_pylist() == (ranks + 1).tolist()
     assert labels.item_embeddings().shape == (31, 6)
@@ -108,7 +93,7 @@ def test_published_files_become_labels(label, parts, tmp_path):
     ("changes", "message"),
     [
         ({"top_k": 0}, "top_k is 0: expected at least 1"),
-        ({"labelled_positions": "first"}, "--labelled_positions: invalid choice: 'first' .*last.*all"),
+        ({"labelled_positions": "first"}, "invalid choice: 'first' .*last.*all"),
         ({"acquire": "entropy"}, "expected a budget with them"),
         ({"acquire": "entropy", "budget": 3}, "expected a recommender for all but random"),
         ({"budget": 0}, "budget is 0: expected at least 1"),
@@ -136,7 +121,7 @@ def test_prefix_rows_take_no_further_positions(label, tmp_path):
 
 
 def test_unfinished_run_with_other_settings_is_not_touched(label):
-    folder = label()
+    folder = label().output_dir
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match="top_k was 10 and is 4; choose another output_dir"):
         label(top_k=4)

@@ -1,19 +1,12 @@
-"""From a user's own CSV files to titles, by the commands of the README."""
-
-import json
-import subprocess
-import sys
+"""From a user's own CSV files to titles, by the recipes of the README."""
 
 import pytest
 
-from tests.paths import RECIPES
+from tests.recipe_runs import RecipeRun
 
-pytestmark = pytest.mark.slow
-
-
-def run(recipe, *options):
-    command = [sys.executable, str(RECIPES / recipe), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+COLUMNS = {"user_column": "user", "item_column": "song", "time_column": "when"}
+TITLES = {"items_item_column": "song", "items_title_column": "name", "num_candidates": 5}
+COUNTS = {"max_gap": 2, "gap_decay": 0.5, "backward_weight": 0, "max_length": 2, "history_decay": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -29,51 +22,57 @@ def tables(tmp_path_factory):
     return folder
 
 
-COLUMNS = ["--user_column", "user", "--item_column", "song", "--time_column", "when"]
-OWN = ["--output_dir", "x", "--interactions", "{plays}"]
-TITLES = ["--items_item_column", "song", "--items_title_column", "name", "--num_candidates", 5]
-
-
 @pytest.fixture(scope="module")
-def data_dir(tables):
-    folder = tables / "data"
-    sources = ["--interactions", tables / "plays.csv", "--items", tables / "songs.csv"]
-    result = run("prepare_data.py", *sources, *COLUMNS, *TITLES, "--output_dir", folder)
-    assert result.returncode == 0, result.stderr
-    return folder
+def prepared(run_recipe, tables):
+    """The data set and the baselines of the tables."""
+    sources = {"interactions": tables / "plays.csv", "items": tables / "songs.csv"}
+    run_recipe("prepare_data", output_dir=tables / "data", **sources, **COLUMNS, **TITLES)
+    run_recipe("fit_counts", data_dir=tables / "data", output_dir=tables / "counts", **COUNTS)
+    return tables
 
 
-def test_own_table_becomes_recommendations_in_titles(tables, data_dir):
-    assert json.loads((tables / "data_run" / "run.json").read_text())["status"] == "finished"
-    counts = tables / "counts"
-    small = ["--max_gap", 2, "--gap_decay", 0.5, "--backward_weight", 0, "--max_length", 2, "--history_decay", 0.5]
-    result = run("fit_counts.py", "--data_dir", data_dir, "--output_dir", counts, *small)
-    assert result.returncode == 0, result.stderr
-    result = run("recommend.py", "--model", counts / "transition_counts", "--history", "song-c", "song-d", "--top_k", 2)
-    assert result.returncode == 0, result.stderr
-    assert "1. The song-e" in result.stdout
-    by_user = ["--data_dir", data_dir, "--user", "user-0", "--top_k", 1]
-    result = run("recommend.py", "--model", counts / "transition_counts", *by_user)
-    assert result.returncode == 0, result.stderr
-    assert "The song-h" in result.stdout and "1. The song-i" in result.stdout  # user-0 ended with song-h
+def test_preparing_is_on_record_beside_the_data(prepared):
+    assert RecipeRun(prepared / "data_run").record["status"] == "finished"
+
+
+def test_a_history_becomes_recommendations_in_titles(prepared, run_recipe, capsys):
+    model = prepared / "counts" / "transition_counts"
+    run_recipe("recommend", model=model, history=["song-c", "song-d"], top_k=2)
+    assert "1. The song-e" in capsys.readouterr().out
+
+
+def test_a_user_of_the_data_becomes_recommendations_in_titles(prepared, run_recipe, capsys):
+    model = prepared / "counts" / "transition_counts"
+    run_recipe("recommend", model=model, data_dir=prepared / "data", user="user-0", top_k=1)
+    printed = capsys.readouterr().out
+    assert "The song-h" in printed and "1. The song-i" in printed  # user-0 ended with song-h
+
+
+OWN = {"interactions": "{tables}/plays.csv", **COLUMNS}
+POPULARITY = {"model": "{tables}/counts/popularity"}
 
 
 @pytest.mark.parametrize(
-    ("recipe", "options", "message"),
+    ("recipe", "settings", "message"),
     [
-        ("prepare_data.py", ["--output_dir", "x"], "expected exactly one"),
-        ("prepare_data.py", ["--output_dir", "x", "--interactions", "nowhere.csv", *COLUMNS], "nowhere.csv"),
-        ("prepare_data.py", [*OWN, *COLUMNS, "--user_column", "usr"], "usr"),
-        ("prepare_data.py", [*OWN, *COLUMNS, "--min_rating", 3], "min_rating"),
-        ("recommend.py", ["--model", "{counts}", "--history", "song-a", "--shown", 0], "shown is 0"),
-        ("recommend.py", ["--model", "nowhere", "--history", "song-a"], "nowhere"),
-        ("recommend.py", ["--model", "{counts}"], "--history"),
-        ("recommend.py", ["--model", "{counts}", "--history", "song-z"], "song-z"),
-        ("recommend.py", ["--model", "{counts}", "--data_dir", "{data}", "--user", "nobody"], "nobody"),
+        ("prepare_data", {}, "expected exactly one"),
+        ("prepare_data", OWN | {"movielens": "ml-100k"}, "expected exactly one"),
+        ("prepare_data", OWN | {"interactions": "nowhere.csv"}, "nowhere.csv"),
+        ("prepare_data", OWN | {"user_column": "usr"}, "usr"),
+        ("prepare_data", OWN | {"min_rating": 3}, "min_rating"),
+        ("recommend", POPULARITY | {"history": "song-a", "shown": 0}, "shown is 0"),
+        ("recommend", {"model": "nowhere", "history": "song-a"}, "nowhere"),
+        ("recommend", POPULARITY, "--history"),
+        ("recommend", POPULARITY | {"history": "song-z"}, "song-z"),
+        ("recommend", POPULARITY | {"data_dir": "{tables}/data", "user": "nobody"}, "nobody"),
     ],
-)  # fmt: skip
-def test_bad_input_names_what_is_wrong(tables, data_dir, recipe, options, message, tmp_path):
-    places = {"plays": tables / "plays.csv", "counts": tables / "counts" / "popularity", "data": data_dir}
-    command = [sys.executable, str(RECIPES / recipe), *[str(option).format(**places) for option in options]]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert result.returncode != 0 and message in result.stderr
+)
+def test_bad_input_names_what_is_wrong(prepared, run_recipe, recipe, settings, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if recipe == "prepare_data":
+        settings = settings | {"output_dir": "data"}
+    filled = {name: str(value).format(tables=prepared) for name, value in settings.items()}
+    with pytest.raises((ValueError, OSError)) as raised:
+        run_recipe(recipe, **filled)
+    assert message in str(raised.value)
+    assert not (tmp_path / "data").exists()

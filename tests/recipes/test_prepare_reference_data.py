@@ -1,9 +1,5 @@
 """recipes/prepare_reference_data.py on a small folder of published form."""
 
-import json
-import subprocess
-import sys
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,12 +8,8 @@ from safetensors.torch import save_file
 
 from hf_ilora import SASRecForNextItem, SequenceDatasets
 from hf_ilora.models.loading import check_catalogue
-from tests.paths import RECIPES
 
-RECIPE = RECIPES / "prepare_reference_data.py"
 NUM_ITEMS, HIDDEN, LENGTH = 6, 4, 10
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -45,28 +37,23 @@ def source(tmp_path):
     return tmp_path
 
 
-def prepare(*options):
-    command = [sys.executable, str(RECIPE), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_published_files_become_a_data_set_and_a_model_of_one_catalogue(source, tmp_path):
+def test_published_files_become_a_data_set_and_a_model_of_one_catalogue(run_recipe, source, tmp_path):
     output = tmp_path / "out"
-    result = prepare("--source", source, "--sasrec", source / "sasrec.safetensors", "--output_dir", output)
-    assert result.returncode == 0, result.stderr
+    settings = {"source": source, "sasrec": source / "sasrec.safetensors"}
+    run = run_recipe("prepare_reference_data", output_dir=output, **settings)
     sequences = SequenceDatasets.load(output / "data")
     assert sequences["test"]["target"][:] == [4, 1]
     model = SASRecForNextItem.from_pretrained(output / "sasrec")
     assert check_catalogue(model, "sasrec", sequences.num_items, sequences.raw_ids)
     assert model.catalogue.titles([1, 6]) == ["A", "F"]
-    record = json.loads((output / "run.json").read_text())
-    assert record["status"] == "finished" and record["data_fingerprint"] == sequences.fingerprint
+    assert run.record["status"] == "finished" and run.record["data_fingerprint"] == sequences.fingerprint
 
 
-def test_bad_sources_name_what_is_wrong(source, tmp_path):
-    for options, message in (
-        (["--train_from", "lastfm"], "invalid choice: 'lastfm'"),
-        (["--source", tmp_path / "nowhere"], "nowhere"),
-    ):
-        result = prepare("--source", source, *options, "--output_dir", tmp_path / "out")
-        assert result.returncode == 2 and message in result.stderr
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"train_from": "lastfm"}, "invalid choice: 'lastfm'"), ({"source": "nowhere"}, "nowhere")],
+)
+def test_bad_sources_name_what_is_wrong(run_recipe, source, tmp_path, settings, message):
+    with pytest.raises((ValueError, OSError)) as raised:
+        run_recipe("prepare_reference_data", output_dir=tmp_path / "out", **{"source": source} | settings)
+    assert message in str(raised.value)

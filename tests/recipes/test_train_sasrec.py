@@ -1,23 +1,21 @@
-"""recipes/train_sasrec.py as a user runs it: real processes, killed ones among them."""
+"""recipes/train_sasrec.py from a prepared data set to a saved model, and as a user runs it: killed and resumed."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from hf_ilora import SASRecForNextItem
-from tests.paths import PROJECT
+from tests.recipe_runs import RecipeRun, kill_recipe
 from tests.synthetic import cyclic_sequences
 
-SETTINGS = [
-    "--hidden_size", "16", "--max_length", "8", "--per_device_train_batch_size", "64", "--num_train_epochs", "12",
-    "--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "5e-3",
-]  # fmt: skip
+SETTINGS = {
+    "hidden_size": 16, "max_length": 8, "per_device_train_batch_size": 64, "num_train_epochs": 12, "use_cpu": True,
+    "disable_tqdm": True, "learning_rate": 5.0e-3,
+}  # fmt: skip
+STEPS_PER_EPOCH = 4  # 240 users / 64
 
 
 @pytest.fixture(scope="module")
@@ -27,114 +25,113 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def command(data_dir, output_dir, *options):
-    recipe = PROJECT / "recipes" / "train_sasrec.py"
-    return [
-        sys.executable,
-        str(recipe),
-        "--data_dir",
-        str(data_dir),
-        "--output_dir",
-        str(output_dir),
-        *SETTINGS,
-        *options,
-    ]
+@pytest.fixture(scope="module")
+def train(run_recipe, data_dir):
+    """Runs the recipe in this process."""
 
+    def run(output_dir, **changes) -> RecipeRun:
+        return run_recipe("train_sasrec", **{"data_dir": data_dir, "output_dir": output_dir, **SETTINGS, **changes})
 
-def run(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    return run
 
 
 @pytest.fixture(scope="module")
-def finished(data_dir, tmp_path_factory):
-    output_dir = tmp_path_factory.mktemp("runs") / "whole"
-    result = run(data_dir, output_dir, "--report_to", "tensorboard")
-    assert result.returncode == 0, result.stderr
-    return output_dir
+def trained(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs") / "trained")
 
 
-def record_of(output_dir):
-    return json.loads((output_dir / "run.json").read_text())
-
-
-@pytest.mark.slow
-def test_run_leaves_a_model_that_knows_the_rule_and_a_full_record(finished, data_dir):
-    record = record_of(finished)
+def test_run_writes_a_model_that_knows_the_rule_and_a_full_record(trained):
+    record = trained.record
     assert record["status"] == "finished" and record["seed"] == 42
     assert record["configuration"]["SASRecArguments"]["hidden_size"] == 16
     assert record["versions"]["torch"] and record["durations_seconds"]["train"] > 0
     # Two of thirty items can come next, so a model that knows the rule is right about half the time.
     assert record["metrics"]["test"]["unmasked/hit_ratio@10"]["mean"] > 0.95
     assert record["metrics"]["test"]["unmasked/mrr"]["mean"] > 0.5
-    model = SASRecForNextItem.from_pretrained(finished)
+    model = SASRecForNextItem.from_pretrained(trained.output_dir)
     item_ids, _ = model.recommend(torch.tensor([[1, 2, 3]]), top_k=2)
     assert set(model.catalogue.titles(item_ids[0])) == {"Title 103", "Title 104"}
-    log = (finished / "run.log").read_text()
-    assert "step 48 of 48, 0 s left: eval_loss" in log and "eval_ndcg@10" in log
-    assert list(finished.rglob("events.out.tfevents.*")), "TensorBoard was asked for"
+    assert not list(trained.output_dir.glob("*.bin"))
 
 
-@pytest.mark.slow
-def test_killed_run_resumes_to_the_same_result(finished, data_dir, tmp_path):
-    output_dir = tmp_path / "killed"
-    kills = 0
-    for epochs_before_kill in (2, 5):
-        process = subprocess.Popen(command(data_dir, output_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            steps = [int(path.name.split("-")[1]) for path in output_dir.glob("checkpoint-*")]
-            if steps and max(steps) >= epochs_before_kill * 4:  # 240 users / 64 = 4 steps per epoch
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.005)
-        process.wait()
-    assert kills == 2, "the run ended before it could be killed: train longer"
-    assert record_of(output_dir)["status"] == "running"
-    result = run(data_dir, output_dir)
-    assert result.returncode == 0, result.stderr
-    assert "going on from" in result.stderr
-    assert record_of(output_dir)["metrics"] == record_of(finished)["metrics"]
-    whole, resumed = (load_file(folder / "model.safetensors") for folder in (finished, output_dir))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+def test_a_fraction_of_the_rows_is_learnt_from(train, tmp_path):
+    run = train(tmp_path, train_fraction=[0.5, 1.0], num_train_epochs=1)
+    assert len(run.trainer.train_dataset) == 120
+    assert run.record["configuration"]["DataArguments"]["train_fraction"] == [0.5, 1.0]
 
 
-@pytest.mark.slow
-def test_finished_run_is_never_overwritten(finished, data_dir):
-    before = (finished / "model.safetensors").read_bytes()
-    result = run(data_dir, finished)
-    assert result.returncode != 0 and "holds a finished run: choose another output_dir" in result.stderr
-    assert (finished / "model.safetensors").read_bytes() == before
+def test_rows_that_are_prefixes_teach_their_last_target_only(train, tmp_path):
+    cyclic_sequences(num_users=100, protocol="temporal_users").save(tmp_path / "data")
+    run = train(tmp_path / "run", data_dir=tmp_path / "data", num_train_epochs=1)
+    assert run.trainer.train_dataset.labelled_positions == "last"
+    assert run.record["metrics"]["test"]["candidates/hit_ratio@1"]["mean"] >= 0
 
 
-@pytest.mark.slow
+def test_finished_run_is_never_overwritten(trained, train):
+    before = {path.name: path.read_bytes() for path in trained.output_dir.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match="a finished run: choose another output_dir"):
+        train(trained.output_dir, learning_rate=1.0)
+    assert {path.name: path.read_bytes() for path in trained.output_dir.iterdir() if path.is_file()} == before
+
+
+def test_unfinished_run_with_other_settings_is_never_continued(trained, train, tmp_path):
+    shutil.copytree(trained.output_dir, tmp_path / "killed")
+    (tmp_path / "killed" / "run.json").write_text(json.dumps(trained.record | {"status": "running"}))
+    with pytest.raises(ValueError, match=r"learning_rate was 0.005 and is 1.0; choose another output_dir"):
+        train(tmp_path / "killed", learning_rate=1.0)
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("changes", "message"),
     [
-        (["--learning_rte", "1e-3"], "learning_rte"),
-        (["--hidden_size", "wide"], "hidden_size"),
-        (["--block_type", "post"], "pre_norm"),
-        (["--data_dir", "nowhere"], "nowhere"),
-        (["--windows", "first"], "windows='first'"),
-        (["--dataloader_persistent_workers", "true", "--dataloader_num_workers", "1"], "dataloader_persistent_workers"),
-        (
-            ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"],
-            "early_stopping_patience",
-        ),
+        ({"learning_rte": 1e-3}, "did you mean --learning_rate"),
+        ({"hidden_size": "wide"}, "invalid int value: 'wide'"),
+        ({"block_type": "post"}, "pre_norm"),
+        ({"data_dir": "nowhere"}, "nowhere"),
+        ({"train_fraction": [0.5, 0.5]}, "train_fraction"),
     ],
 )
-def test_bad_settings_say_what_is_expected_before_anything_is_written(data_dir, tmp_path, options, message):
-    result = run(data_dir, tmp_path / "bad", *options)
-    assert result.returncode != 0 and message in result.stderr
-    assert not list((tmp_path / "bad").glob("**/*.safetensors"))
+def test_bad_settings_are_refused_before_anything_is_written(train, tmp_path, changes, message):
+    with pytest.raises((ValueError, OSError, StrictDataclassClassValidationError)) as raised:
+        train(tmp_path / "bad", **changes)
+    assert message in str(raised.value)
+    assert not (tmp_path / "bad").exists()
+
+
+# --- as a user runs it ---
+
+
+@pytest.fixture(scope="module")
+def finished(start_recipe, data_dir, tmp_path_factory):
+    """A run as a process, and what it printed."""
+    output_dir = tmp_path_factory.mktemp("runs") / "whole"
+    folders = {"data_dir": data_dir, "output_dir": output_dir}
+    result = start_recipe("train_sasrec", **folders, **SETTINGS, report_to="tensorboard")
+    assert result.returncode == 0, result.stderr
+    return RecipeRun(output_dir), result.stderr
 
 
 @pytest.mark.slow
-def test_rows_that_are_prefixes_teach_their_last_target_only(tmp_path):
-    sequences = cyclic_sequences(num_users=100, protocol="temporal_users")
-    sequences.save(tmp_path / "data")
-    refused = run(tmp_path / "data", tmp_path / "all", "--targets", "all")
-    assert refused.returncode != 0 and "its rows are prefixes" in refused.stderr
-    trained = run(tmp_path / "data", tmp_path / "last", "--num_train_epochs", "1")
-    assert trained.returncode == 0, trained.stderr
-    assert record_of(tmp_path / "last")["metrics"]["test"]["candidates/hit_ratio@1"]["mean"] >= 0
+def test_log_tells_every_epoch_once(finished):
+    run, console = finished
+    log = (run.output_dir / "run.log").read_text()
+    for text in (log, console):
+        assert text.count("step 48 of 48, 0 s left: eval_loss") == 1
+        assert text.count("eval_ndcg@10") == 12
+    assert list(run.output_dir.rglob("events.out.tfevents.*")), "TensorBoard was asked for"
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_to_the_same_result(finished, start_recipe, data_dir, tmp_path):
+    whole, killed = finished[0], RecipeRun(tmp_path / "killed")
+    settings = {"data_dir": data_dir, "output_dir": killed.output_dir, **SETTINGS}
+    for epochs in (2, 5):
+        kill_recipe("train_sasrec", epochs * STEPS_PER_EPOCH, **settings)
+    assert killed.record["status"] == "running"
+    result = start_recipe("train_sasrec", **settings)
+    assert result.returncode == 0, result.stderr
+    assert f"from {killed.output_dir}/checkpoint-" in result.stderr
+    assert killed.record["metrics"] == whole.record["metrics"]
+    assert len(killed.record["earlier_runs"]) == 2
+    assert killed.weights.keys() == whole.weights.keys()
+    assert all(torch.equal(value, killed.weights[name]) for name, value in whole.weights.items())

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, Features, List, Value
 
 from hf_ilora.training.candidate_rows import CandidateRows, draw_candidates
-from hf_ilora.training.windows import WindowEpochCallback
+from hf_ilora.training.windows import EpochCallback
 
 ITEMS = List(Value("int32"))
 
@@ -43,7 +43,7 @@ def test_candidates_are_the_target_and_items_that_the_history_lacks(num_items, n
         assert not set(candidates) & set(original["history"]), "also not with what is older than max_history"
         assert all(1 <= item <= num_items for item in candidates)
         assert row["history"].dtype == row["candidates"].dtype == np.int64
-        assert row["draws"].shape == (2,) and (row["draws"] >= 0).all() and (row["draws"] < 1).all()
+        assert row["uniforms"].shape == (2,) and (row["uniforms"] >= 0).all() and (row["uniforms"] < 1).all()
 
 
 def test_draws_depend_on_seed_epoch_and_row_alone():
@@ -51,7 +51,9 @@ def test_draws_depend_on_seed_epoch_and_row_alone():
     first, again, other = (CandidateRows(split, 100, seed=seed) for seed in (3, 3, 4))
     backwards = [again[index] for index in reversed(range(len(again)))][::-1]
     for index, row in enumerate(backwards):
-        assert (row["candidates"] == first[index]["candidates"]).all() and (row["draws"] == first[index]["draws"]).all()
+        assert (row["candidates"] == first[index]["candidates"]).all() and (
+            row["uniforms"] == first[index]["uniforms"]
+        ).all()
     start = all_candidates(first)
     assert (start != all_candidates(other)).any(axis=1).mean() > 0.99
     part = CandidateRows(split.select(range(7)), 100, seed=3)
@@ -61,10 +63,10 @@ def test_draws_depend_on_seed_epoch_and_row_alone():
 
 def test_each_epoch_draws_others_and_can_be_repeated():
     rows = CandidateRows(random_split(), 100)
-    start, draws = all_candidates(rows), rows[0]["draws"]
-    WindowEpochCallback(rows).on_epoch_begin(None, type("State", (), {"epoch": 1.0}), None)
+    start, uniforms = all_candidates(rows), rows[0]["uniforms"]
+    EpochCallback(rows).on_epoch_begin(None, type("State", (), {"epoch": 1.0}), None)
     assert rows.epoch == 1
-    assert (all_candidates(rows) != start).any(axis=1).all() and (rows[0]["draws"] != draws).all()
+    assert (all_candidates(rows) != start).any(axis=1).all() and (rows[0]["uniforms"] != uniforms).all()
     rows.set_epoch(0)
     assert (all_candidates(rows) == start).all()
 
@@ -84,10 +86,10 @@ def test_every_free_item_and_every_place_is_equally_likely(num_items, length):
 
 def test_draws_are_uniform_and_apart_from_the_candidates():
     rows = CandidateRows(random_split(rows=2000), 100)
-    draws = np.stack([rows[index]["draws"] for index in range(len(rows))])
+    uniforms = np.stack([rows[index]["uniforms"] for index in range(len(rows))])
     place = np.array([(rows[index]["candidates"] == rows[index]["target"]).argmax() for index in range(len(rows))])
-    assert np.abs(draws.mean(axis=0) - 0.5).max() < 0.04
-    correlations = np.corrcoef(np.column_stack([draws, place]).T) - np.eye(3)
+    assert np.abs(uniforms.mean(axis=0) - 0.5).max() < 0.04
+    correlations = np.corrcoef(np.column_stack([uniforms, place]).T) - np.eye(3)
     assert np.abs(correlations).max() < 0.12
 
 
@@ -98,8 +100,8 @@ def test_evaluation_rows_keep_their_candidates():
         rows.set_epoch(epoch)
         assert [rows[index]["candidates"].tolist() for index in range(2)] == [[9, 5, 7], [6, 8, 1]]
     assert rows.num_candidates == 3 and rows[0]["history"].tolist() == [2, 3]
-    assert rows[1]["draws"].tolist() == [0, 0] and len(rows) == 2
-    assert CandidateRows(split, 10, draws=(0.0, 1.0))[1]["draws"].tolist() == [0, 1]
+    assert rows[1]["uniforms"].tolist() == [0, 0] and len(rows) == 2
+    assert CandidateRows(split, 10, uniforms=(0.0, 1.0))[1]["uniforms"].tolist() == [0, 1]
 
 
 def test_a_catalogue_that_is_just_large_enough_serves():
@@ -147,7 +149,7 @@ def test_a_row_costs_microseconds():
 
 def test_random_targets_take_any_item_but_the_first_with_the_items_before_it():
     history = list(range(1, 13))
-    rows = CandidateRows(split_of([history], [13]), 100, max_history=4, targets="random")
+    rows = CandidateRows(split_of([history], [13]), 100, max_history=4, target_items="random")
     seen = set()
     for epoch in range(200):
         rows.set_epoch(epoch)
@@ -168,12 +170,12 @@ def test_random_targets_take_any_item_but_the_first_with_the_items_before_it():
 
 def test_a_split_with_candidates_keeps_its_target():
     split = split_of([[1, 2, 3]], [4], [[4, 5, 6]])
-    assert CandidateRows(split, 10, targets="random")[0]["target"] == 4
+    assert CandidateRows(split, 10, target_items="random")[0]["target"] == 4
 
 
 def test_unknown_targets_are_refused():
-    with pytest.raises(ValueError, match="targets is 'any': expected one of last, random"):
-        CandidateRows(split_of([[1, 2, 3]], [4]), 10, targets="any")
+    with pytest.raises(ValueError, match="target_items is 'any': expected one of last, random"):
+        CandidateRows(split_of([[1, 2, 3]], [4]), 10, target_items="any")
 
 
 def test_drawn_candidates_make_a_split_for_evaluation():

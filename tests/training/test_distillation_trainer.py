@@ -245,7 +245,7 @@ def test_ten_lines_distil_from_the_split(tmp_path):
     labels = RuleLabels(TrainingWindows(sequences["train"], 6, windows="last"))
     trainer = DistillationTrainer(
         student(),
-        DistillationArguments(str(tmp_path), num_train_epochs=2, use_cpu=True, disable_tqdm=True),
+        DistillationArguments(str(tmp_path), num_train_epochs=2, top_k=TOP_K, use_cpu=True, disable_tqdm=True),
         train_dataset=sequences["train"],
         eval_dataset=sequences["validation"],
         processing_class=sequences.catalogue,

@@ -1,5 +1,7 @@
 """The Trainer of iLoRA on splits as they are, and what it says to those who forget something."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,11 @@ def arguments(folder, **settings):
     return ILoraTrainingArguments(str(folder), **defaults | settings)
 
 
+def each_step(steps):
+    """Evaluate and save after so many steps."""
+    return {"eval_strategy": "steps", "eval_steps": steps, "save_strategy": "steps", "save_steps": steps}
+
+
 def trainer_of(model, sequences, folder, **settings):
     given = {name: settings.pop(name) for name in ("train_dataset", "eval_dataset") if name in settings}
     splits = {"train_dataset": sequences["train"], "eval_dataset": sequences["validation"]}
@@ -79,7 +86,7 @@ def test_ten_lines_train_evaluate_and_save_a_model_that_answers(ilora, sequences
 
 
 def test_the_evaluation_after_training_ranks_the_targets(ilora, sequences, tmp_path):
-    trainer = trainer_of(ilora(**ITEM_HEAD), sequences, tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1)
+    trainer = trainer_of(ilora(**ITEM_HEAD), sequences, tmp_path, **each_step(1))
     trainer.train()
     during = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(during) == 2 and not any("eval_mrr" in entry for entry in during)
@@ -150,8 +157,23 @@ def test_the_router_learns_more_slowly_and_the_lora_does_not_decay(ilora, sequen
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.0, 0.5, 0.5]
 
 
+def test_learning_rates_warm_up_and_fall_along_a_cosine_to_their_floor(ilora, sequences, tmp_path):
+    peak = 8.0e-4
+    trainer = trainer_of(ilora(), sequences, tmp_path, learning_rate=peak)
+    trainer.create_optimizer_and_scheduler(num_training_steps=100)
+    rates = []
+    for _ in range(101):
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    middle = 0.01 + 0.99 * (1 + math.cos(math.pi * (50 - 5) / 95)) / 2  # 5 of 100 steps warm up
+    for step, fraction in {0: 0.0, 1: 0.2, 5: 1.0, 50: middle, 100: 0.01}.items():
+        assert rates[step] == pytest.approx([peak * fraction, peak * fraction, 0.3 * peak * fraction]), step
+    assert max(rate for rate, _, _ in rates) == pytest.approx(peak)
+
+
 def test_the_log_says_how_the_experts_are_used(ilora, sequences, tmp_path):
-    trainer = trainer_of(ilora(), sequences, tmp_path, eval_strategy="steps", eval_steps=2, save_steps=2)
+    trainer = trainer_of(ilora(), sequences, tmp_path, **each_step(2))
     trainer.train()
     assert any("expert_0_gate" in entry for entry in trainer.state.log_history)
 

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
@@ -12,6 +13,7 @@ from transformers import AutoModel, TrainerCallback, TrainingArguments, set_seed
 from hf_ilora import (
     CaserConfig,
     CaserForNextItem,
+    Catalogue,
     GRU4RecConfig,
     GRU4RecForNextItem,
     NextItemTrainer,
@@ -297,6 +299,17 @@ def test_a_trained_model_does_not_start_anew(sequences, tmp_path):
     with pytest.raises(ValueError, match="which is trained: expected 'random'"):
         trainer_of(tmp_path, sequences, trained, initial_items="cooccurrence")
     trainer_of(tmp_path, sequences, trained).train()
+
+
+def test_a_model_of_other_items_is_refused_although_it_knows_as_many(sequences, tmp_path):
+    model = sasrec()
+    table = sequences.catalogue.table
+    raw_ids = pa.array(np.arange(1, NUM_ITEMS + 1))
+    model.catalogue = Catalogue(table.set_column(table.column_names.index("raw_id"), "raw_id", raw_ids))
+    model.save_pretrained(tmp_path / "trained")
+    trained = SASRecForNextItem.from_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match=r"items of .*trained have other raw ids than in the data set"):
+        trainer_of(tmp_path, sequences, trained, processing_class=sequences.catalogue)
 
 
 def test_a_process_with_several_gpus_is_refused(sequences, tmp_path, monkeypatch):

@@ -20,12 +20,12 @@ def builder_of(templates=TEMPLATES, num_items: int = 30) -> PromptBuilder:
     return PromptBuilder(tokenizer, TitleTokens(tokenizer, [f"Item {i}" for i in range(1, num_items + 1)]), templates)
 
 
-def row(history, target, candidates, draws=(0.0, 0.0)) -> dict:
+def row(history, target, candidates, uniforms=(0.0, 0.0)) -> dict:
     return {
         "history": np.array(history),
         "target": target,
         "candidates": np.array(candidates),
-        "draws": np.array(draws),
+        "uniforms": np.array(uniforms),
     }
 
 
@@ -58,15 +58,15 @@ def test_labels_are_as_long_as_the_longest_title_of_the_batch():
     assert (labels[:, 0] == -100).tolist() == [True, False] and (labels[:, 1:] != -100).all()
 
 
-def test_the_first_draw_picks_the_template_among_those_of_the_rows_kind():
-    draws = [(0.0, 0.1), (0.49, 0.1), (0.5, 0.1), (0.999, 0.1), (0.0, 0.9), (0.33, 0.9), (0.34, 0.9), (0.999, 0.9)]
-    batch = PromptCollator(builder_of(), candidate_fraction=0.5)([row([1], 2, [2, 3], draw) for draw in draws])
+def test_the_first_number_picks_the_template_among_those_of_the_rows_kind():
+    uniforms = [(0.0, 0.1), (0.49, 0.1), (0.5, 0.1), (0.999, 0.1), (0.0, 0.9), (0.33, 0.9), (0.34, 0.9), (0.999, 0.9)]
+    batch = PromptCollator(builder_of(), candidate_fraction=0.5)([row([1], 2, [2, 3], draw) for draw in uniforms])
     assert first_characters(batch) == list("00112234")
     assert batch["shows_candidates"].tolist() == [True] * 4 + [False] * 4
     assert (batch["placeholder_items"] != 0).sum(dim=1).tolist() == [3] * 4 + [1] * 4
 
 
-def test_the_share_of_rows_with_candidates_may_change():
+def test_the_fraction_of_rows_with_candidates_may_change():
     collator = PromptCollator(builder_of(), candidate_fraction=0.0)
     rows = [row([1], 2, [2, 3], (0.2, draw)) for draw in (0.0, 0.3, 0.999)]
     shown = []
@@ -83,9 +83,9 @@ def test_worker_processes_can_be_given_the_collator():
     assert all(torch.equal(batch[name], copied[name]) for name in batch)
 
 
-def test_a_share_that_the_templates_cannot_serve_is_refused():
+def test_a_fraction_that_the_templates_cannot_serve_is_refused():
     for share in (-0.1, 1.1):
-        with pytest.raises(ValueError, match=rf"candidate_fraction is {share}: expected a share in \[0, 1\]"):
+        with pytest.raises(ValueError, match=rf"candidate_fraction is {share}: expected a fraction in \[0, 1\]"):
             PromptCollator(builder_of(), share)
     with pytest.raises(ValueError, match=r"is 1\.0 and no template is with \{candidates\}: add one.*to 0"):
         PromptCollator(builder_of(["{history}"]))

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from hf_ilora.data.columns import flatten_lists, read_column, training_sequences
 from hf_ilora.evaluation.ranking import RankingMetrics, ranks_from_logits
+from hf_ilora.models.loading import check_catalogue
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.modeling_caser import CaserForNextItem
@@ -97,7 +98,7 @@ class NextItemTrainer(RecommenderTrainer):
             _check_columns(self._train_rows, "train_dataset")
         self._has_prefixes = self._train_rows is not None and rows_are_prefixes(self._train_rows)
         self._evaluation_rows: dict[int, tuple[Rows, TorchDataset]] = {}
-        self._is_started = False
+        self._is_started = self.is_in_train = False
         if model is not None:
             self._prepare_model(model, args)
         super().__init__(
@@ -193,6 +194,8 @@ class NextItemTrainer(RecommenderTrainer):
                 "CaserForNextItem"
             )
         if self.catalogue is not None:
+            raw_ids = self.catalogue.table["raw_id"].to_numpy()
+            check_catalogue(model, model.name_or_path or "the model", len(self.catalogue), raw_ids)
             model.catalogue = self.catalogue
         labelled_positions = self._labelled_positions(model, args)
         if self._train_rows is not None:

@@ -27,9 +27,9 @@ WITH_CANDIDATES, HISTORY_ALONE = "Saw {history}. Among {candidates}. Next:", "Ha
 RANK, EXPERTS, ALPHA = 8, 4, 16.0
 # Histories of several lengths, so that prompts are padded; targets of several lengths, so that titles are.
 ROWS = [
-    {"history": [3, 7, 30, 5], "target": 2, "candidates": [9, 2, 11], "draws": (0.0, 0.1)},
-    {"history": [12, 21], "target": 5, "candidates": [4, 1, 5], "draws": (0.0, 0.9)},
-    {"history": [1, 2], "target": 24, "candidates": [24, 8, 30], "draws": (0.0, 0.4)},
+    {"history": [3, 7, 30, 5], "target": 2, "candidates": [9, 2, 11], "uniforms": (0.0, 0.1)},
+    {"history": [12, 21], "target": 5, "candidates": [4, 1, 5], "uniforms": (0.0, 0.9)},
+    {"history": [1, 2], "target": 24, "candidates": [24, 8, 30], "uniforms": (0.0, 0.4)},
 ]
 
 # Of different lengths, padded on either side.

@@ -385,7 +385,7 @@ def trainer_of(model, folder, **arguments) -> Trainer:
         disable_tqdm=True,
         **settings | arguments,
     )
-    rows = [row | {"draws": (0.0, index / 12)} for index, row in enumerate(ROWS * 4)]
+    rows = [row | {"uniforms": (0.0, index / 12)} for index, row in enumerate(ROWS * 4)]
     return Trainer(
         model,
         arguments,

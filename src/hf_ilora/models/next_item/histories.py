@@ -34,13 +34,15 @@ def padded_histories(histories, num_items: int, device: torch.device | str = "cp
             f"{_EXAMPLE}"
         )
     if not _is_integer(histories.dtype):
-        raise ValueError(f"histories have type {histories.dtype}: expected item ids, which are integers, {_EXAMPLE}")
+        raise ValueError(
+            f"histories are {histories.dtype}: expected item ids as int64 or another integer type, {_EXAMPLE}"
+        )
     histories = histories.to(device, torch.int64)
     lowest, highest = map(int, torch.aminmax(histories))
     if lowest < 0 or highest > num_items:
         row, column = ((histories < 0) | (histories > num_items)).nonzero()[0].tolist()
         raise ValueError(
-            f"history {row} holds item {int(histories[row, column])}: expected item ids 1 to {num_items} of this "
+            f"history {row} holds item {int(histories[row, column])}: expected ids 1..{num_items} of this "
             "model's catalogue, and 0 for padding; map raw ids with model.catalogue.item_ids"
         )
     if lowest == PADDING_ITEM_ID and not histories.any(1).all():
@@ -75,7 +77,7 @@ def _padded_rows(histories) -> torch.Tensor:
         if not len(items):
             raise ValueError(_empty(number))
         if not _is_integer(items.dtype):
-            raise ValueError(f"history {number} holds {items.dtype}: expected item ids, which are integers")
+            raise ValueError(f"history {number} is {items.dtype}: expected item ids as int64 or another integer type")
         padded.append(items)
     return pad_sequence(padded, batch_first=True, padding_value=PADDING_ITEM_ID)
 

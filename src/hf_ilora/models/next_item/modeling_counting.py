@@ -265,4 +265,7 @@ def _normalised(sources, targets, counts, item_counts, config: TransitionCountsC
     return weights.astype(np.float32)
 
 
+PopularityForNextItem.register_for_auto_class("AutoModel")
+TransitionCountsForNextItem.register_for_auto_class("AutoModel")
+
 __all__ = ["PopularityForNextItem", "TransitionCountsForNextItem"]

@@ -1,0 +1,166 @@
+"""recipes/evaluate_models.py from saved models to one table."""
+
+import csv
+import importlib.util
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from hf_ilora import (
+    PopularityConfig,
+    PopularityForNextItem,
+    SASRecConfig,
+    SASRecForNextItem,
+    TransitionCountsConfig,
+    TransitionCountsForNextItem,
+    compare_runs,
+)
+from hf_ilora.data.columns import training_sequences
+from hf_ilora.evaluation.ranking import rank_split
+from hf_ilora.models.loading import load_recommender
+from tests.paths import RECIPES
+from tests.recipe_runs import RecipeRun, recipe_words
+from tests.synthetic import cyclic_sequences
+
+QUICK = {"latency_calls": 5, "num_resamples": 200}
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    return cyclic_sequences(num_users=60)
+
+
+@pytest.fixture(scope="module")
+def data_dir(sequences, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "cycle"
+    sequences.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(sequences, tmp_path_factory):
+    """Folders of popularity, transition counts and an untrained SASRec, with the catalogue of the data."""
+    folder = tmp_path_factory.mktemp("models")
+    items, boundaries = training_sequences(sequences["train"])
+    rows = [items[start:end] for start, end in zip(boundaries, boundaries[1:], strict=False)]
+    sizes = {"num_items": sequences.num_items}
+    made = {
+        "popularity": PopularityForNextItem.fit(rows, PopularityConfig(**sizes)),
+        "counts": TransitionCountsForNextItem.fit(rows, TransitionCountsConfig(**sizes)),
+        "sasrec": SASRecForNextItem(SASRecConfig(**sizes, hidden_size=8, max_length=8)),
+    }
+    for name, model in made.items():
+        model.catalogue = sequences.catalogue
+        model.save_pretrained(folder / name)
+    return [folder / name for name in made]
+
+
+@pytest.fixture
+def evaluate(run_recipe, data_dir, tmp_path):
+    """Runs the recipe in this process."""
+
+    def run(**changes) -> RecipeRun:
+        settings = {"data_dir": data_dir, "output_dir": tmp_path / "evaluation", **QUICK}
+        return run_recipe("evaluate_models", **settings | changes)
+
+    return run
+
+
+def test_three_models_end_up_in_one_table_with_their_ranks(evaluate, models, sequences):
+    names = ["popularity", "counts", "some/sasrec"]
+    run = evaluate(models=models, names=names)
+    output = run.output_dir
+    found = {path.name for path in output.iterdir()}
+    assert found == {"results.md", "results.csv", "results.json", "results.png", "ranks", "run.json"}
+    with (output / "results.csv").open(newline="") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert list(rows) == names
+    saved = {name: next((output / "ranks").glob(f"*{name.split('/')[-1]}-*.parquet")) for name in names}
+    for name, folder in zip(names, models, strict=True):
+        ranks = rank_split(load_recommender(folder), sequences["test"])
+        table = pq.read_table(saved[name])
+        assert table["user_id"].to_pylist() == sequences["test"]["user_id"][:]
+        assert table["rank_masked"].to_pylist() == ranks.masked.tolist()
+        assert table["rank_candidates"].to_pylist() == ranks.candidates.tolist()
+        assert float(rows[name]["masked/hit_ratio@10"]) == pytest.approx((ranks.masked <= 10).mean())
+        assert float(rows[name]["candidates/hit_ratio@1"]) == pytest.approx((ranks.candidates == 1).mean())
+        assert int(rows[name]["num_bytes"]) == (folder / "model.safetensors").stat().st_size
+        assert float(rows[name]["latency p50_ms"]) > 0
+    comparison = compare_runs(saved["popularity"], saved["counts"], num_resamples=200)
+    assert float(rows["counts"]["difference"]) == comparison.difference.mean > 0
+    assert float(rows["counts"]["p_value"]) == comparison.p_value
+    assert run.record["status"] == "finished"
+    assert run.record["metrics"]["counts"]["masked/mrr"]["mean"] == pytest.approx(float(rows["counts"]["masked/mrr"]))
+
+
+def test_a_model_of_other_items_is_an_error_before_anything_runs(evaluate, models, tmp_path):
+    other = SASRecForNextItem(SASRecConfig(num_items=7, hidden_size=8))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="knows 7 items and the data set has 30"):
+        evaluate(models=[*models, tmp_path / "other"])
+    with pytest.raises(FileNotFoundError, match="missing is no folder here"):
+        evaluate(models=[*models, tmp_path / "missing"])
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_data_without_candidates_is_measured_in_the_catalogue_alone(evaluate, sequences, models, tmp_path):
+    sequences_without = type(sequences)(
+        {name: split.select_columns(["user_id", "history", "target"]) for name, split in sequences.items()},
+        sequences.catalogue,
+        sequences.protocol | {"num_candidates": 0},
+    )
+    sequences_without.save(tmp_path / "data")
+    output = evaluate(data_dir=tmp_path / "data", models=models[:2]).output_dir
+    quality = [model["quality"] for model in json.loads((output / "results.json").read_text())["models"]]
+    for folder, found in zip(models, quality, strict=False):
+        ranks = rank_split(load_recommender(folder), sequences["test"]).masked
+        assert found["masked/hit_ratio@10"]["mean"] == pytest.approx((ranks <= 10).mean())
+        assert not any(name.startswith("candidates/") for name in found)
+    header = next(line for line in (output / "results.md").read_text().splitlines() if "|" in line)
+    assert "HR@10 masked" in header and "HR@1 of" not in header
+    runs = sorted((output / "ranks").iterdir())
+    assert compare_runs(*runs, num_resamples=100).num_users == len(sequences["test"])
+    with pytest.raises(ValueError, match="of data without candidates: expected ranking masked or unmasked"):
+        compare_runs(*runs, ranking="candidates")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "train"}, "invalid choice: 'train' .*validation.*test"),
+        ({"names": "one"}, "for 2 models: expected one name for each"),
+        ({"names": ["same", "same"]}, "expected different names"),
+        ({"k": 0}, "k is 0: expected at least 1"),
+        ({"latency_threads": 0}, "latency_threads is 0"),
+        ({"modles": "x"}, "unknown option"),
+    ],
+)
+def test_bad_options_are_refused(evaluate, settings, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(models=["a", "b"], **settings)
+
+
+def test_a_plot_is_left_out_without_matplotlib_or_refused_where_it_is_asked_for(evaluate, models, monkeypatch):
+    find_spec = importlib.util.find_spec
+    missing = lambda name: None if name == "matplotlib" else find_spec(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
+    with pytest.raises(ValueError, match=r"install hf_ilora\[plot\], or pass --plot false"):
+        evaluate(models=models[0], plot=True)
+    output = evaluate(models=models[0]).output_dir
+    assert (output / "results.md").exists() and not (output / "results.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["multi_cpu.yaml"])
+def test_two_processes_give_the_ranks_of_one(launch, run_recipe, config, data_dir, models, tmp_path):
+    settings = {"data_dir": data_dir, "models": models, "names": ["popularity", "counts", "sasrec"], **QUICK}
+    settings["batch_size"] = 7  # nine batches: the last round has a process without one
+    one = run_recipe("evaluate_models", output_dir=tmp_path / "one", **settings)
+    two = RecipeRun(tmp_path / "two")
+    launch(config, RECIPES / "evaluate_models.py", *recipe_words(output_dir=two.output_dir, **settings))
+    assert two.record["world_size"] == 2
+    alone, together = (
+        {path.name: pq.read_table(path) for path in (run.output_dir / "ranks").iterdir()} for run in (one, two)
+    )
+    assert len(alone) == 3 and alone == together
