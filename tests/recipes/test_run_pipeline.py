@@ -1,7 +1,6 @@
 """recipes/run_pipeline.py: stages run in order, are skipped when nothing has changed, and go on after a failure."""
 
 import json
-import re
 
 import pytest
 import yaml
