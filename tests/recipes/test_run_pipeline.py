@@ -11,6 +11,7 @@ RATINGS = "user,item,when,name\n" + "".join(
     for when, item in enumerate(range(user % 4, user % 4 + 8))
 )
 
+
 @pytest.fixture
 def pipeline(start_recipe, tmp_path):
     """Writes a pipeline of two stages, with changes and added ones, and runs it; gives what it printed."""
