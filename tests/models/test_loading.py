@@ -83,6 +83,13 @@ def test_weights_that_do_not_fit_are_refused(folder, change):
         load_recommender(folder)
 
 
+def test_code_in_a_folder_is_not_run(folder):
+    (folder / "modeling_sasrec.py").write_text("raise RuntimeError('this ran')")
+    (folder / "configuration_sasrec.py").write_text("raise RuntimeError('this ran')")
+    model = load_recommender(folder)
+    assert type(model) is SASRecForNextItem and check_catalogue(model, "model", 8, RAW_IDS)
+
+
 def test_catalogues_that_differ_are_refused():
     model = sasrec()
     with pytest.raises(ValueError, match="knows 8 items and the data set has 7"):

@@ -48,7 +48,8 @@ def load_recommender(folder: str | os.PathLike) -> NextItemPreTrainedModel | ILo
             files, an unknown model type, weights that are missing, foreign or of another size.
     """
     try:
-        model = AutoModel.from_pretrained(folder)
+        # Only the installed classes: code that a folder brings along is never run, and nobody is asked about it.
+        model = AutoModel.from_pretrained(folder, trust_remote_code=False)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"no model could be loaded from {folder}: {error}") from error
     if isinstance(model, ILoraForRecommendation):
