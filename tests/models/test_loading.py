@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 
 def test_a_saved_recommender_is_loaded_ready_to_score(folder):
-    model = load_recommender(model_folder(str(folder)))
+    model = load_recommender(str(folder))
     assert type(model) is SASRecForNextItem and not model.training
     history = torch.tensor([[1, 2, 3]])
     assert torch.equal(model(history).logits, sasrec()(history).logits)
@@ -125,7 +125,7 @@ def save_ilora(folder, item_head):
 
 def test_an_ilora_with_an_item_head_is_a_recommender_like_others(tmp_path):
     folder = save_ilora(tmp_path, "residual")
-    model = load_recommender(model_folder(str(folder)))
+    model = load_recommender(str(folder))
     histories = torch.tensor([[1, 2, 3]])
     item_ids, scores = model.recommend(histories, top_k=2)
     ranked, distances = model.rank_items(histories, top_k=2)
