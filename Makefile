@@ -2,7 +2,7 @@
 # Needs Python 3.11 or newer with venv and pip; requirements.lock is tested on 3.11 (`make PYTHON=python3.11 setup`).
 PYTHON ?= python3
 .DEFAULT_GOAL := help
-.PHONY: help setup environment test test-slow lint format quickstart clean
+.PHONY: help setup environment test test-slow lint format help-texts quickstart clean
 
 # The programs of .venv come first: python, accelerate, pytest, ruff, and the ninja that DeepSpeed compiles with.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -11,16 +11,16 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: ## make .venv from requirements.lock, unless it is there and complete
-	@cmp -s requirements.lock .venv/installed.lock || $(MAKE) --no-print-directory environment
+	@cat requirements.lock setup.py | cmp -s - .venv/installed || $(MAKE) --no-print-directory environment
 
-# The lock is copied into .venv last: an environment without the copy is half made, one with another copy is outdated.
+# What was installed is noted last: an environment without the note is half made, one with another note is outdated.
 environment:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) cannot be used: expected Python 3.11 or newer, name one with make PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	python -m pip install --disable-pip-version-check -r requirements.lock
 	python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
-	cp requirements.lock .venv/installed.lock
+	cat requirements.lock setup.py > .venv/installed
 
 test: setup ## quick tests: CPU, no network, minutes
 	python -m pytest -m "not slow" --durations=15
@@ -36,14 +36,16 @@ format: setup ## put the code in the project's style
 	python -m ruff check --fix .
 	python -m ruff format .
 
+help-texts: setup ## write what `hf-ilora COMMAND --help` prints, after a change to the options of a recipe
+	python -m hf_ilora_cli.write_help
+
 # glibc would give large blocks back after every operation and ask for them anew, which costs more than the arithmetic.
 quickstart: export MALLOC_MMAP_THRESHOLD_ := 4000000000
 quickstart: export MALLOC_TRIM_THRESHOLD_ := 16000000000
 quickstart: setup ## MovieLens-100K from the ratings to a distilled SASRec, and ten recommendations for one user
-	python recipes/run_pipeline.py recipes/configs/quickstart.yaml
-	cat outputs/quickstart/evaluation/results.md
-	python recipes/recommend.py --data_dir outputs/quickstart/data --model outputs/quickstart/publish --user 1
+	hf-ilora pipeline quickstart
+	hf-ilora recommend --data_dir outputs/quickstart/data --model outputs/quickstart/publish --user 1
 
 clean: ## remove caches and build leftovers; .venv and outputs stay
 	rm -rf build dist .pytest_cache .ruff_cache src/*.egg-info
-	find src tests recipes -name __pycache__ -prune -exec rm -rf {} +
+	find src tests recipes benchmarks experiments -name __pycache__ -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Converts the SASRec weights of LLaRA, iLoRA or DLLM2Rec to a folder for `from_pretrained`, with the same scores.
+"""Converts the SASRec of LLaRA, iLoRA or DLLM2Rec to a folder for `from_pretrained`; the scores stay the same.
 
     python recipes/convert_reference_sasrec.py --weights sasrec.pt --output_dir outputs/sasrec_movielens \
         --items items.parquet
@@ -40,7 +40,7 @@ ARGUMENTS = (ConversionArguments,)
 
 
 def check_output_dir(output_dir: Path) -> None:
-    """Raise a ValueError when `output_dir` holds anything but an earlier conversion."""
+    """Raise a ValueError if `output_dir` contains anything but an earlier conversion."""
     found = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
     problem = ", ".join(sorted(found - OUR_FILES))
     if found and not problem:
@@ -48,7 +48,7 @@ def check_output_dir(output_dir: Path) -> None:
         is_ours = config.exists() and json.loads(config.read_text()).get("model_type") == SASRecConfig.model_type
         problem = "" if is_ours else "another model"
     if problem:
-        raise ValueError(f"{output_dir} holds {problem}: expected a new folder or an earlier conversion")
+        raise ValueError(f"{output_dir} contains {problem}: expected a new folder or an earlier conversion")
 
 
 def main() -> None:

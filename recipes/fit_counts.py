@@ -1,14 +1,14 @@
-"""Fits the baselines that cost nothing: popularity, and transition counts tuned on the validation split.
+"""Fits two baselines that need no training: popularity, and transition counts tuned on the validation split.
 
     python recipes/prepare_data.py recipes/configs/ml-100k/data.yaml
     python recipes/fit_counts.py --data_dir outputs/ml-100k/data --output_dir outputs/ml-100k/counts
 
-Both count the training rows only. The settings of the transition counts are searched one at a time, each time keeping
-the value with the best validation NDCG@10 (seen items masked), until a whole round brings nothing. The output folder
-holds the two models, `popularity` and `transition_counts`, with every trial in run.json beside them. The test split is
-not read: recipes/evaluate_models.py measures it.
+Both count the training rows only. The settings of the transition counts are searched one at a time, keeping the value
+with the best validation NDCG@10 (seen items masked), until a whole round brings no improvement. The recipe writes the
+two models to the folders `popularity` and `transition_counts` of the output folder, and every trial to its run.json. It
+does not read the test split, which recipes/evaluate_models.py evaluates.
 
-To stay with the definition "up to five steps, in the order of time":
+To count pairs of up to five steps in chronological order only, pass
 `--max_gap 5 --max_length 5 --backward_weight 0 --source_power 0`.
 """
 
@@ -37,17 +37,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class FitArguments:
-    """What to fit on and where to put it."""
+    """The data to fit on and the folder to write to."""
 
     data_dir: str = field(metadata={"help": "folder written by recipes/prepare_data.py"})
-    output_dir: str = field(metadata={"help": "folder for the two models and run.json"})
-    batch_size: int = field(default=256, metadata={"help": "validation users scored at a time"})
-    max_rounds: int = field(default=3, metadata={"help": "rounds through the settings before the search stops"})
+    output_dir: str = field(metadata={"help": "folder to write the two models and run.json to"})
+    batch_size: int = field(default=256, metadata={"help": "validation users scored per step"})
+    max_rounds: int = field(default=3, metadata={"help": "largest number of rounds through the settings"})
 
 
 @dataclass
 class SearchedValues:
-    """Values to try for each setting of the transition counts; the search starts from the first of each."""
+    """Values to try for each setting of the transition counts; the search starts with the first ones."""
 
     max_gap: list[int] = field(default_factory=lambda: [20, 5, 10, 40], metadata={"help": "largest distance of a pair"})
     gap_decay: list[float] = field(
@@ -63,7 +63,7 @@ class SearchedValues:
         default_factory=lambda: [0.25, 0.0, 0.4, 0.55], metadata={"help": "normalisation by the later item"}
     )
     max_length: list[int] = field(
-        default_factory=lambda: [10, 3, 5, 20], metadata={"help": "newest items of a history that are read"}
+        default_factory=lambda: [10, 3, 5, 20], metadata={"help": "number of newest items of a history to read"}
     )
     history_decay: list[float] = field(
         default_factory=lambda: [0.7, 0.5, 0.8, 0.9], metadata={"help": "decay of an item's weight with its age"}
@@ -80,7 +80,7 @@ def main() -> None:
     folder = Path(arguments.output_dir)
     with RunRecord(folder, [arguments, searched], seed=0) as record:
         record.add_data(sequences.fingerprint)
-        # Rows that are every prefix of a history hold a pair many times: there the targets alone are counted.
+        # If the rows are all prefixes of a history, a pair occurs in many rows: count pairs with targets only.
         targets_only = sequences.protocol["name"] == "temporal_users"
         rows = np.split(*training_sequences(sequences["train"]))[1:-1]
         validation = sequences["validation"]
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def search(rows, num_items: int, validation, searched: SearchedValues, arguments: FitArguments, targets_only: bool):
-    """Best configuration, and every trial as settings with their validation NDCG@10."""
+    """The best configuration, and all trials as settings with their validation NDCG@10."""
     choices = asdict(searched)
     best = {name: values[0] for name, values in choices.items()}
     tried: dict[tuple, float] = {}

@@ -1,11 +1,11 @@
-"""Turns MovieLens or your own table into the sequences that everything else reads.
+"""Prepares MovieLens or your own table as a data set of sequences for the other recipes.
 
     python recipes/prepare_data.py recipes/configs/ml-100k/data.yaml
     python recipes/prepare_data.py --interactions plays.csv --user_column user --item_column song --time_column when \
         --items songs.csv --items_title_column name --output_dir outputs/songs/data
 
-The output folder holds train, validation, test and items as parquet, and sequences.json with the settings. The recipe
-writes run.json and run.log to `<output_dir>_run`.
+The recipe writes train, validation, test and items as parquet, and sequences.json with the settings, to the output
+folder, and run.json and run.log to `<output_dir>_run`.
 """
 
 import logging
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class SourceArguments:
-    """Where the interactions come from: a MovieLens release, or a table of your own."""
+    """The source of the interactions: a MovieLens release, or your own table."""
 
     output_dir: str = field(metadata={"help": "folder to write the data set to"})
     movielens: str | None = field(
@@ -32,18 +32,21 @@ class SourceArguments:
     movielens_source: str | None = field(
         default=None, metadata={"help": "folder or zip of that release; by default the cache, else GroupLens"}
     )
-    interactions: str | None = field(default=None, metadata={"help": "own table: CSV, TSV, parquet or JSON lines"})
-    user_column: str | None = field(default=None, metadata={"help": "column of user ids in the own table"})
-    item_column: str | None = field(default=None, metadata={"help": "column of item ids in the own table"})
+    interactions: str | None = field(default=None, metadata={"help": "your own table: CSV, TSV, parquet or JSON lines"})
+    user_column: str | None = field(default=None, metadata={"help": "column of user ids in your table"})
+    item_column: str | None = field(default=None, metadata={"help": "column of item ids in your table"})
     time_column: str | None = field(
-        default=None, metadata={"help": "column of times; none: the rows are in order of time already"}
+        default=None, metadata={"help": "column of times; by default the rows are in chronological order"}
     )
-    title_column: str | None = field(default=None, metadata={"help": "column of titles in the own table"})
-    items: str | None = field(default=None, metadata={"help": "own table of items, when titles stand apart"})
-    items_item_column: str | None = field(default=None, metadata={"help": "column of item ids in the table of items"})
+    title_column: str | None = field(default=None, metadata={"help": "column of titles in your table"})
+    items: str | None = field(default=None, metadata={"help": "your table of items, if titles are in a separate table"})
+    items_item_column: str | None = field(
+        default=None, metadata={"help": "column of item ids in the table of items; by default as item_column"}
+    )
     items_title_column: str | None = field(default=None, metadata={"help": "column of titles in the table of items"})
     normalize_titles: bool = field(
-        default=True, metadata={"help": "move a year at the end of a title to its own column, and ', The' to the front"}
+        default=True,
+        metadata={"help": "move a year at the end of a title to a separate column, and ', The' to the front"},
     )
     missing_titles: str = field(
         default="raise",
@@ -52,7 +55,9 @@ class SourceArguments:
             "choices": ("raise", "item_id"),
         },
     )
-    limit_data_rows: int = field(default=-1, metadata={"help": "read only the first so many interactions; -1: all"})
+    limit_data_rows: int = field(
+        default=-1, metadata={"help": "number of interactions to read, from the first; -1: all"}
+    )
 
     def __post_init__(self):
         if (self.movielens is None) == (self.interactions is None):
@@ -60,24 +65,28 @@ class SourceArguments:
                 f"movielens is {self.movielens!r} and interactions is {self.interactions!r}: expected exactly one"
             )
         if self.interactions is not None and (self.user_column is None or self.item_column is None):
-            raise ValueError("an own table needs --user_column and --item_column, the names of its columns of ids")
+            raise ValueError("your own table needs --user_column and --item_column, the names of its columns of ids")
 
 
 @dataclass
 class SequenceArguments:
-    """How histories are filtered and split; see `build_sequences`."""
+    """How to filter and split histories, see `build_sequences`."""
 
     protocol: str = field(
         default="leave_one_out",
         metadata={"help": "how histories are split", "choices": ("leave_one_out", "temporal_users")},
     )
-    min_user_interactions: int = field(default=3, metadata={"help": "drop users with fewer, with the next: k-core"})
-    min_item_interactions: int = field(default=1, metadata={"help": "drop items with fewer"})
-    max_history: int | None = field(default=None, metadata={"help": "newest items kept per history"})
+    min_user_interactions: int = field(
+        default=3, metadata={"help": "drop users with fewer interactions (k-core, together with min_item_interactions)"}
+    )
+    min_item_interactions: int = field(default=1, metadata={"help": "drop items with fewer interactions"})
+    max_history: int | None = field(default=None, metadata={"help": "number of newest items to keep in a history"})
     min_history: int | None = field(default=None, metadata={"help": "drop rows with shorter histories"})
-    num_candidates: int = field(default=20, metadata={"help": "items per evaluation row, target included; 0: none"})
-    candidate_seed: int = field(default=0, metadata={"help": "random seed for the candidates"})
-    drop_repeats: bool = field(default=False, metadata={"help": "keep a user's first interaction with an item only"})
+    num_candidates: int = field(
+        default=20, metadata={"help": "candidates per evaluation row, including the target; 0: none"}
+    )
+    candidate_seed: int = field(default=0, metadata={"help": "random seed of the candidates"})
+    drop_repeats: bool = field(default=False, metadata={"help": "keep only a user's first interaction with an item"})
     min_rating: float | None = field(default=None, metadata={"help": "ignore interactions with a lower rating"})
     order_users_by: str | None = field(
         default=None,
@@ -91,8 +100,8 @@ ARGUMENTS = (SourceArguments, SequenceArguments)
 def main() -> None:
     source, settings = parse_arguments(ARGUMENTS)
     if source.interactions is not None and settings.min_rating is not None:
-        raise ValueError("min_rating with an own table: expected MovieLens; drop the rows with low ratings beforehand")
-    # The data folder is replaced as a whole, so the record of the run stands beside it.
+        raise ValueError("min_rating is for MovieLens only: drop the rows with low ratings from your table beforehand")
+    # The data folder is replaced as a whole, so the record of the run is written to another folder.
     run_folder = f"{source.output_dir.rstrip('/')}_run"
     set_up_logging(run_folder)
     with RunRecord(run_folder, [source, settings], seed=settings.candidate_seed) as record:
@@ -109,7 +118,7 @@ def main() -> None:
 
 
 def load(source: SourceArguments):
-    """Interactions and items of the source that was asked for."""
+    """The interactions and items of the source."""
     if source.movielens is not None:
         return load_movielens(source.movielens, source.limit_data_rows, source=source.movielens_source)
     return load_interactions(

@@ -1,12 +1,12 @@
-"""Turns the published rows of LLaRA and iLoRA, and the authors' SASRec, into a data set and a model of ours.
+"""Converts the published rows of LLaRA and iLoRA, and the authors' SASRec, to a data set and a model of hf_ilora.
 
     python recipes/prepare_reference_data.py recipes/configs/reference-lastfm/data.yaml --source data/llara_lastfm
     python recipes/prepare_reference_data.py recipes/configs/reference-movielens/data.yaml --source data/llara_movielens
 
-The source folder holds validation.parquet and test.parquet (history, target and 20 fixed candidates), items.parquet
+The source folder contains validation.parquet and test.parquet (history, target and 20 fixed candidates), items.parquet
 (item_id from 0, title) and train.parquet. MovieLens was published without train rows: `--train_from ml-100k` rebuilds
-them from MovieLens-100K by the published protocol. The output folder gets data/ (a `SequenceDatasets`), sasrec/ (for
-`from_pretrained`, with the same catalogue), run.json and run.log.
+them from MovieLens-100K by LLaRA's protocol. The recipe writes data/ (a `SequenceDatasets`), sasrec/ (for
+`from_pretrained`, with the same catalogue), run.json and run.log to the output folder.
 """
 
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ReferenceDataArguments:
-    """Which published files, and where to."""
+    """The published files and the folder to write to."""
 
     source: str = field(metadata={"help": "folder of the published parquet files"})
     output_dir: str = field(metadata={"help": "folder to write data/ and sasrec/ to"})
@@ -35,12 +35,12 @@ class ReferenceDataArguments:
         },
     )
     movielens_source: str | None = field(
-        default=None, metadata={"help": "folder or zip of ml-100k; by default the cache, else GroupLens"}
+        default=None, metadata={"help": "folder or zip of ml-100k; by default the cache or GroupLens"}
     )
-    min_history: int = field(default=3, metadata={"help": "drop train rows with fewer history items"})
-    max_history: int = field(default=10, metadata={"help": "newest items kept per history"})
+    min_history: int = field(default=3, metadata={"help": "drop train rows with shorter histories"})
+    max_history: int = field(default=10, metadata={"help": "number of newest items to keep in a history"})
     sasrec: str | None = field(
-        default=None, metadata={"help": "the authors' weights, .safetensors or .pt; none: no sasrec/ is written"}
+        default=None, metadata={"help": "the authors' weights, .safetensors or .pt; by default, sasrec/ is not written"}
     )
 
 
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def rebuilt_movielens(arguments: ReferenceDataArguments) -> SequenceDatasets:
-    """MovieLens-100K by the published protocol: ratings from 3, the first 80% of the users in time train."""
+    """MovieLens-100K by LLaRA's protocol: ratings of 3 or more; the first 80% of the users in time are for training."""
     return build_sequences(
         *load_movielens("ml-100k", source=arguments.movielens_source),
         protocol="temporal_users",

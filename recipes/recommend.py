@@ -1,4 +1,4 @@
-"""Recommends items with titles from a saved model, for a user of a prepared data set or for any history.
+"""Recommends items, with their titles, for a user of a prepared data set or for any history.
 
 python recipes/recommend.py --model outputs/ml-100k/sasrec --data_dir outputs/ml-100k/data --user 1
 python recipes/recommend.py --model outputs/ml-100k/sasrec --history 50 172 181
@@ -15,14 +15,14 @@ from hf_ilora.runs import parse_arguments, run_main
 
 @dataclass
 class RecommendArguments:
-    """For whom to recommend, with which model."""
+    """The model, and the user or history to recommend for."""
 
     model: str = field(metadata={"help": "folder or Hub name of a saved model with a catalogue"})
-    data_dir: str | None = field(default=None, metadata={"help": "prepared data set, to look up --user"})
+    data_dir: str | None = field(default=None, metadata={"help": "prepared data set with the user"})
     user: str | None = field(default=None, metadata={"help": "raw user id in the data set"})
     history: list[str] | None = field(default=None, metadata={"help": "raw item ids, oldest first"})
     top_k: int = field(default=10, metadata={"help": "number of recommendations"})
-    shown: int = field(default=5, metadata={"help": "newest items of the history to show"})
+    shown: int = field(default=5, metadata={"help": "number of newest items of the history to print"})
 
     def __post_init__(self):
         if (self.user is None) == (self.history is None) or (self.user is not None and self.data_dir is None):
@@ -35,7 +35,7 @@ ARGUMENTS = (RecommendArguments,)
 
 
 def history_of_user(sequences: SequenceDatasets, data_dir: str, user: str) -> list[int]:
-    """All items of a user of the data set, oldest first, the test target included."""
+    """All items of a user of the data set, oldest first, including the test target."""
     test = sequences["test"]
     users = test.with_format("arrow")["user_id"][:].to_pylist()
     by_name = {str(raw): row for row, raw in enumerate(users)}
@@ -52,7 +52,7 @@ def main() -> None:
     model = load_recommender(model_folder(arguments.model))
     catalogue = model.catalogue
     if catalogue is None:
-        raise ValueError(f"{arguments.model} has no catalogue (items.parquet): expected one beside the weights")
+        raise ValueError(f"{arguments.model} has no catalogue (items.parquet): expected one with the weights")
     if arguments.user is not None:
         sequences = SequenceDatasets.load(arguments.data_dir)
         raw_ids = sequences.raw_ids
@@ -60,7 +60,7 @@ def main() -> None:
         history = history_of_user(sequences, arguments.data_dir, arguments.user)
     else:
         known = {str(raw): raw for raw in catalogue.raw_ids(range(1, len(catalogue) + 1))}
-        # An id that is not known goes on as it is: the catalogue's own error names the ones closest to it.
+        # Unknown ids are passed on, because the error of the catalogue suggests similar ones.
         history = catalogue.item_ids([known.get(raw, raw) for raw in arguments.history])
     print(f"The newest of {len(history)} items in the history:")
     for title in catalogue.titles(history[-arguments.shown :]):

@@ -1,4 +1,4 @@
-"""Files from the network into a cache: resumed where they broke off, checked, and there whole or not at all."""
+"""Downloads to a cache: resumed after interruptions, verified, and whole or not at all."""
 
 import hashlib
 import logging
@@ -22,15 +22,15 @@ _SECONDS_BETWEEN_PROGRESS = 5.0
 
 
 class DownloadError(RuntimeError):
-    """A file could not be fetched."""
+    """A file could not be downloaded."""
 
 
 class ChecksumError(DownloadError):
-    """A fetched file is not the expected one."""
+    """A downloaded file is not the expected one."""
 
 
 class _TransientFailure(Exception):
-    """The server failed in a way that may pass."""
+    """The server failed in a way that may be temporary."""
 
 
 def default_cache_dir() -> Path:
@@ -48,25 +48,25 @@ def download_file(
     connect_timeout: float = 5.0,
     read_timeout: float = 20.0,
 ) -> Path:
-    """Fetch a URL to `destination`, unless it is there already.
+    """Download a URL to `destination`, unless the file exists.
 
-    The bytes go to ``<destination>.part``, which a later call resumes; only a file with the right checksum is renamed
-    to `destination`. Processes that ask for the same file wait for the first.
+    The download goes to ``<destination>.part``, which a later call resumes, and is renamed to `destination` if its
+    checksum is right. Processes that need the same file wait for the first one.
 
     Args:
         url: http or https.
-        destination: the file to make; its folder is created.
+        destination: the file to write; its folder is created.
         checksum: "md5:<hex>" or "sha256:<hex>".
-        attempts: failures in a row, without a new byte between them, after which it gives up.
-        backoff_seconds: pause after the first failure; doubles with each one that follows.
-        connect_timeout, read_timeout: seconds to reach the server, and to wait for the next bytes.
+        attempts: number of consecutive failures without progress after which to give up.
+        backoff_seconds: pause after the first failure; doubles with each further one.
+        connect_timeout, read_timeout: seconds to wait for the connection, and for the next bytes.
 
     Returns:
         `destination`.
 
     Raises:
-        DownloadError: the server cannot be reached, refuses, or keeps failing; what has come so far is kept.
-        ChecksumError: the bytes are not the expected ones; they are deleted.
+        DownloadError: the server cannot be reached, refuses, or keeps failing; the partial download is kept.
+        ChecksumError: the checksum is wrong; the download is deleted.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{destination}.lock"):
@@ -82,15 +82,15 @@ def download_file(
 
 
 def download_wheel(requirement: str, destination: Path, *, checksum: str, python: str = sys.executable) -> Path:
-    """Fetch a wheel with ``pip download``, so that pip's own configuration of indexes and proxies applies.
+    """Download a wheel with ``pip download``, so that pip's configuration of indexes and proxies applies.
 
-    Nothing is installed and nothing of the wheel is run.
+    The wheel is not installed, and nothing in it is run.
 
     Args:
-        requirement: an exact one, such as "recbole==1.2.1".
-        destination: the file to make, with the wheel's own file name; its folder is created.
+        requirement: an exact requirement, such as "recbole==1.2.1".
+        destination: the file to write, with the wheel's own file name; its folder is created.
         checksum: "sha256:<hex>" of the wheel.
-        python: the interpreter whose pip is used.
+        python: the interpreter whose pip to use.
 
     Returns:
         `destination`.
@@ -111,14 +111,14 @@ def download_wheel(requirement: str, destination: Path, *, checksum: str, python
             result = subprocess.run(command, capture_output=True, text=True)
             if "No module named pip" in result.stderr:
                 raise DownloadError(
-                    f"{python} has no module pip, which fetches {requirement}: "
+                    f"{python} has no module pip, which downloads {requirement}: "
                     f"run `{python} -m ensurepip`, or save the wheel as {destination}"
                 )
             wheel = Path(folder) / destination.name
             if result.returncode or not wheel.is_file():
                 found = sorted(path.name for path in Path(folder).iterdir())
                 raise DownloadError(
-                    f"`{' '.join(command)}` ended with code {result.returncode} and the files {found}; expected code 0 "
+                    f"`{' '.join(command)}` exited with code {result.returncode} and wrote {found}; expected code 0 "
                     f"and {destination.name}: check pip's index configuration. pip says: {result.stderr.strip()}"
                 )
             _check(wheel, checksum, requirement)
@@ -141,7 +141,7 @@ def _fetch(
             if failures >= attempts:
                 raise DownloadError(
                     f"{url}: gave up after {failures} failures in a row ({reason}), with {_size(part):,} bytes in "
-                    f"{part}: check the network and proxy settings and call again to resume, or fetch the file "
+                    f"{part}: check the network and proxy settings and try again to resume, or download the file "
                     f"yourself and save it as {destination}"
                 ) from error
             pause = backoff_seconds * 2 ** (failures - 1)
@@ -160,19 +160,19 @@ def _transfer(client: httpx2.Client, url: str, destination: Path, part: Path) ->
         headers["Range"] = f"bytes={start}-"
     with client.stream("GET", url, headers=headers) as response:
         status = response.status_code
-        if status == 416 and start:  # nothing after `start`: the file was complete, which the checksum decides
+        if status == 416 and start:  # no bytes after `start`: complete, if the checksum is right
             return
         if status in _TRANSIENT_STATUS:
             raise _TransientFailure(f"the server answered {status} {response.reason_phrase}")
         if status not in (200, 206):
             raise DownloadError(
                 f"{url}: the server answered {status} {response.reason_phrase}; expected 200: "
-                f"check the address, or fetch the file yourself and save it as {destination}"
+                f"check the address, or download the file yourself and save it as {destination}"
             )
         if status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             part.unlink()
             raise _TransientFailure(f"asked for bytes from {start}, got {response.headers.get('Content-Range')}")
-        resumed = status == 206  # a server without Range support answers 200 and starts from the first byte
+        resumed = status == 206  # a server without Range support answers 200 and sends the whole file
         done = start if resumed else 0
         total = done + int(response.headers.get("Content-Length", 0))
         logger.info("%s: %s at byte %d of %d", url, "resuming" if resumed else "starting", done, total)
@@ -198,8 +198,8 @@ def _check(path: Path, checksum: str, origin: str) -> None:
         path.unlink()
         raise ChecksumError(
             f"{origin}: {algorithm} of the {size:,} bytes received is {digest.hexdigest()}, expected {expected}; "
-            "they are deleted. Call again; if it happens again, something between here and the server changes "
-            "the file (a proxy, a log-in page): try another connection"
+            "they were deleted. Try again; if it fails again, something between this machine and the server changes "
+            "the file (a proxy, a login page): use another connection"
         )
 
 

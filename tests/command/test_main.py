@@ -103,7 +103,7 @@ def test_debug_adds_the_traceback_and_keeps_the_exit_code(hf_ilora, words):
 
 def test_a_recipe_runs_from_any_folder_with_a_shipped_configuration(hf_ilora, tmp_path):
     (tmp_path / "ratings.csv").write_text("u,i\n" + "".join(f"{u},{i}\n" for u in range(4) for i in range(5)))
-    own = ["--interactions", "ratings.csv", "--user_column", "u", "--item_column", "i", "--num_candidates", 2]
+    own = ["--interactions", "ratings.csv", "--user_column", "u", "--item_column", "i", "--num_candidates", 0]
     result = hf_ilora("prepare", *own, "--missing_titles", "item_id", "--output_dir", "data")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "data" / "sequences.json").is_file()

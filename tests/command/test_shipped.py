@@ -41,7 +41,7 @@ def test_an_unknown_name_lists_the_shipped_files_closest_first(tmp_path, monkeyp
         find_file(PROMPT, "movie.txt")
     assert str(error.value) == (
         f"prompt file movie.txt not found: expected a file (paths count from the working directory, {tmp_path}) or one "
-        "of the shipped movies, products, artists"
+        "of the shipped movies, artists, products"
     )
 
 

@@ -31,7 +31,7 @@ def test_members_are_read_in_place(pack, tmp_path):
 @pytest.mark.parametrize("name", ["../evil.txt", "a/../../evil.txt", "/etc/evil.txt", "..\\evil.txt", "C:\\evil.txt"])
 def test_a_member_outside_the_archive_is_refused(pack, name):
     with (
-        pytest.raises(ArchiveError, match=r"is named outside the archive's folder; expected .*trust"),
+        pytest.raises(ArchiveError, match=r"has a path outside of the archive; expected .*trust"),
         open_archive(pack(("ok.txt", "fine"), (name, "evil"))),
     ):
         pass
@@ -57,7 +57,7 @@ def test_a_bomb_is_refused_by_its_declared_size(pack):
     path = pack(("zeros", b"\0" * 5_000_000))
     assert path.stat().st_size < 10_000
     with (
-        pytest.raises(ArchiveError, match="says it unpacks to 5,000,000 bytes; expected at most 1,048,576"),
+        pytest.raises(ArchiveError, match="declares 5,000,000 bytes of unpacked files; expected at most 1,048,576"),
         open_archive(path),
     ):
         pass
@@ -68,7 +68,7 @@ def test_a_bomb_is_refused_by_its_declared_size(pack):
 def test_too_large_an_archive_is_refused(pack):
     path = pack(("a", "x" * 600), ("b", "y" * 600), compression=zipfile.ZIP_STORED)
     with (
-        pytest.raises(ArchiveError, match="unpacks to 1,200 bytes; expected at most 1,000"),
+        pytest.raises(ArchiveError, match="declares 1,200 bytes of unpacked files; expected at most 1,000"),
         open_archive(path, max_unpacked_bytes=1000),
     ):
         pass

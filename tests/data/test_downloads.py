@@ -53,7 +53,7 @@ def test_a_cut_connection_is_resumed_where_it_broke_off(fetch, server):
 
 def test_a_half_download_never_counts_as_whole_and_a_later_call_resumes_it(fetch, server):
     server.cuts = [100_000]
-    with pytest.raises(DownloadError, match=r"gave up after 1 failures in a row .*100,000 bytes in .*call again"):
+    with pytest.raises(DownloadError, match=r"gave up after 1 failures in a row .*100,000 bytes in .*try again"):
         fetch(attempts=1)
     assert not fetch.destination.exists()
     assert fetch.part.read_bytes() == CONTENT[:100_000]
@@ -112,7 +112,7 @@ def test_wrong_bytes_are_deleted_and_the_error_names_both_checksums(fetch, serve
     server.content = b"<html>log in first</html>"
     actual = hashlib.sha256(server.content).hexdigest()
     expected = CHECKSUM.removeprefix("sha256:")
-    with pytest.raises(ChecksumError, match=f"is {actual}, expected {expected}.*Call again"):
+    with pytest.raises(ChecksumError, match=f"is {actual}, expected {expected}.*Try again"):
         fetch()
     assert not fetch.destination.exists()
     assert not fetch.part.exists()
@@ -201,7 +201,7 @@ def test_a_wheel_with_another_checksum_is_refused(wheelhouse, tmp_path):
 
 
 def test_pips_failure_is_reported_in_its_own_words(wheelhouse, tmp_path):
-    with pytest.raises(DownloadError, match=r"(?s)ended with code 1 .*index configuration.*No matching distribution"):
+    with pytest.raises(DownloadError, match=r"(?s)exited with code 1 .*index configuration.*No matching distribution"):
         download_wheel("missingdata==1.0", tmp_path / "missingdata-1.0-py3-none-any.whl", checksum="sha256:00")
 
 

@@ -227,7 +227,7 @@ def test_a_missing_column_lists_the_columns_and_the_close_ones(as_source):
 
 
 def test_one_column_for_two_purposes_is_refused():
-    with pytest.raises(ValueError, match="column 'user' is named for two purposes"):
+    with pytest.raises(ValueError, match="column 'user' is given for two purposes"):
         load_interactions(pd.DataFrame(ROWS), "user", "user", "time")
 
 
@@ -257,18 +257,18 @@ def test_a_missing_id_is_named_with_its_row(column, ids):
 @pytest.mark.parametrize("word", ["", "NaN", "NULL", "None"])
 def test_a_word_for_nothing_in_a_text_file_is_a_missing_id(tmp_path, word):
     path = write(tmp_path / "t.csv", {"user": [1, 2], "item": [1, word], "time": [1, 2]})
-    with pytest.raises(ValueError, match=rf"column 'item' of .* holds '{word}' in row 1 .*if such a word is a real id"):
+    with pytest.raises(ValueError, match=rf"column 'item' of .* has '{word}' in row 1 .*if such a word is a real id"):
         load(path)
 
 
 def test_a_null_id_in_json_is_named(tmp_path):
     path = write(tmp_path / "t.jsonl", {"user": [1, None], "item": [1, 2], "time": [1, 2]})
-    with pytest.raises(ValueError, match=r"column 'user' of .* holds None in row 1"):
+    with pytest.raises(ValueError, match=r"column 'user' of .* has None in row 1"):
         load(path)
 
 
 def test_an_empty_id_is_refused():
-    with pytest.raises(ValueError, match="column 'item' of the pandas frame holds '' in row 0"):
+    with pytest.raises(ValueError, match="column 'item' of the pandas frame has '' in row 0"):
         load(pd.DataFrame({"user": [1, 2], "item": ["", "a"], "time": [1, 2]}))
 
 
@@ -295,19 +295,19 @@ def test_ids_of_mixed_types_are_refused(tmp_path, ids):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([1, -5], r"holds -5 in row 1 .*expected a time from 1970 on"),
-        ([1.5, -5.0], r"holds -5.0 in row 1"),
+        ([1, -5], r"has -5 in row 1 .*expected a time from 1970 on"),
+        ([1.5, -5.0], r"has -5.0 in row 1"),
         ([1.0, float("nan")], r"in row 1 .*expected seconds since 1970 or an ISO 8601 time.*time_column=None"),
-        ([1.0, float("inf")], r"holds inf in row 1"),
+        ([1.0, float("inf")], r"has inf in row 1"),
         ([1, None], r"in row 1"),
         ([None, None], r"in row 0 .*2 such rows"),
-        (["1", "nan"], r"holds 'nan' in row 1"),
-        (["1", ""], r"holds '' in row 1"),
+        (["1", "nan"], r"has 'nan' in row 1"),
+        (["1", ""], r"has '' in row 1"),
         (["1", "inf"], r"in row 1"),
-        (["2024-05-31", "yesterday"], r"holds 'yesterday' in row 1 .*ISO 8601"),
-        (["2024-05-31", "31.05.2024"], r"holds '31.05.2024' in row 1"),
-        (["2024-05-31", "5"], r"holds '5' in row 1"),
-        (["2024-05-31", "2024-13-01"], r"2024-13-01.*expected dates of the calendar"),
+        (["2024-05-31", "yesterday"], r"has 'yesterday' in row 1 .*ISO 8601"),
+        (["2024-05-31", "31.05.2024"], r"has '31.05.2024' in row 1"),
+        (["2024-05-31", "5"], r"has '5' in row 1"),
+        (["2024-05-31", "2024-13-01"], r"2024-13-01.*expected valid dates"),
         (["2024-05-31", "1969-12-31"], r"row 1 .*expected a time from 1970 on"),
         (pd.to_datetime(["2024-05-31", None]), r"in row 1"),
         (pd.to_datetime(["2024-05-31", "1960-01-01"]), r"row 1 .*expected a time from 1970 on"),
@@ -356,7 +356,7 @@ def test_a_source_that_is_no_table_is_refused(source):
 def test_a_spoilt_file_is_refused_with_its_name(tmp_path):
     short = tmp_path / "t.csv"
     short.write_text("user,item,time\n1,2,3\n4,5\n")
-    with pytest.raises(ValueError, match=r"t.csv cannot be read: .*Expected 3 columns, got 2.*mend the file"):
+    with pytest.raises(ValueError, match=r"t.csv cannot be read: .*Expected 3 columns, got 2.*fix the file"):
         load(short)
     latin = tmp_path / "l.csv"
     latin.write_bytes(b"user,item,time\n1,\xe9,3\n")
@@ -419,7 +419,7 @@ def test_items_missing_from_the_items_table_are_refused_or_called_by_their_id():
 def test_ids_of_two_types_in_the_two_tables_are_refused():
     items = pd.DataFrame({"item": ["10", "20", "30"], "name": ["a", "b", "c"]})
     with pytest.raises(
-        ValueError, match="has ids of type string, the interactions name items of type int64; expected the"
+        ValueError, match="has ids of type string, the interactions have item ids of type int64; expected the"
     ):
         load(pd.DataFrame(ROWS), items=items, items_title_column="name")
 

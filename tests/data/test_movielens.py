@@ -220,9 +220,9 @@ def test_a_missing_source_is_named(tmp_path):
         load_movielens(source=tmp_path / "nowhere")
 
 
-def test_a_source_without_the_files_says_what_it_holds(tmp_path):
+def test_a_source_without_the_files_says_what_it_contains(tmp_path):
     source = write_zip(tmp_path / "ml-1m.zip", "ml-1m/", native_files("ml-1m"))
-    with pytest.raises(FileNotFoundError, match=r"holds \['ml-1m'\]; expected ratings.csv and movies.csv.*ml-25m"):
+    with pytest.raises(FileNotFoundError, match=r"contains \['ml-1m'\]; expected ratings.csv and movies.csv.*ml-25m"):
         load_movielens("ml-25m", source=source)
 
 
@@ -251,7 +251,7 @@ def test_a_zip_with_a_path_outside_is_an_error(tmp_path):
         ),
         ("ml-100k", "u.data", b"2\t1\t5\t90", b"2\tx\t5\t90", r"conversion error to int64: invalid value 'x'"),
         ("ml-100k", "u.data", b"2\t1\t5\t90", b"2\t\t5\t90", r"u.data has no item_id in rating 1"),
-        ("ml-100k", "u.data", b"2\t1\t5\t90", b"2\t1\t5\t-90", r"timestamp of .*u.data holds -90 in row 1"),
+        ("ml-100k", "u.data", b"2\t1\t5\t90", b"2\t1\t5\t-90", r"timestamp of .*u.data has -90 in row 1"),
         ("ml-100k", "u.data", b"2\t1\t5\t90", b"2\t77\t5\t90", r"1 items .* are not in .*u.item, first \[77\]"),
         ("ml-100k", "u.item", b"2|Say", b"1|Say", r"u.item lists 1 items more than once, first \[1\]"),
         ("ml-1m", "ratings.dat", b"2::1::5::90", b"2:8:1::5::90", r"conversion error to null: invalid value '8'"),

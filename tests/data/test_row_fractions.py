@@ -24,6 +24,6 @@ def test_shares_that_are_none_are_refused(share):
         rows_in_fraction(SPLIT, share)
 
 
-def test_a_share_without_users_is_refused():
-    with pytest.raises(ValueError, match="holds no user"):
+def test_a_fraction_without_users_is_refused():
+    with pytest.raises(ValueError, match="contains no user"):
         rows_in_fraction(SPLIT, [0.4, 0.7])

@@ -181,7 +181,7 @@ class TestReplacing:
 class TestLoading:
     def test_a_missing_folder_is_an_error(self, tmp_path):
         with pytest.raises(
-            FileNotFoundError, match=r"nothing is not a folder: expected what .* prepare the data first"
+            FileNotFoundError, match=r"nothing is not a folder: expected one that .* prepare the data first"
         ):
             SequenceDatasets.load(tmp_path / "nothing")
 

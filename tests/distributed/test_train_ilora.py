@@ -146,7 +146,7 @@ def test_run_of_two_processes_that_was_killed_goes_on_to_the_same_result(run_of,
     record = json.loads((whole / "run.json").read_text())
     (killed / "run.json").write_text(json.dumps(record | {"status": "running"}))
     console = train(config, killed, per_device_train_batch_size=BATCH // 2)
-    assert "going on from" in console
+    assert "resuming from" in console
     assert logged(killed, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-6)
     weights, expected_weights = (load_file(folder / "model.safetensors") for folder in (killed, whole))
     torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-7)

@@ -5,9 +5,10 @@ import torch
 
 from hf_ilora import ILoraForRecommendation, SASRecForNextItem
 from hf_ilora.models.ilora.language_models import load_language_model
+from tests.hidden_package import run_without_hf_ilora
 from tests.hub_server import READER, STRANGER
 from tests.paths import RECIPES
-from tests.publishing.published_folders import HISTORIES, sasrec, save_ilora_run, write_results
+from tests.publishing.published_folders import HISTORIES, catalogue, sasrec, save_ilora_run, write_results
 
 MODEL_FILES = {"README.md", "config.json", "items.parquet", "model.safetensors"}
 
@@ -49,6 +50,13 @@ def last_line(printed: str) -> str:
     return printed.strip().splitlines()[-1]
 
 
+def code_files(folder) -> set[str]:
+    """The code that a saved next-item model brings along."""
+    names = {path.name for path in folder.glob("*.py")}
+    assert {"modeling_sasrec.py", "configuration_sasrec.py", "catalogue.py"} <= names
+    return names
+
+
 def test_published_run_recommends_titles_by_the_code_on_its_card(client, sasrec_run, tmp_path):
     results = write_results(tmp_path / "evaluation")
     options = ["--model", sasrec_run, "--repo_id", "user/sasrec", "--dataset_name", "Data", "--license", "mit"]
@@ -56,11 +64,12 @@ def test_published_run_recommends_titles_by_the_code_on_its_card(client, sasrec_
     before = {path: path.stat().st_mtime_ns for path in (sasrec_run, *sasrec_run.rglob("*"))}
     client.succeed(RECIPE, PUSH_RECIPE, *options, "--output_dir", tmp_path / "out")
     assert not client.hub.repositories
-    assert {path.name for path in (tmp_path / "out").iterdir()} == MODEL_FILES | {"run.json"}
+    expected = MODEL_FILES | code_files(sasrec_run) | {"run.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
     assert {path: path.stat().st_mtime_ns for path in (sasrec_run, *sasrec_run.rglob("*"))} == before
     client.succeed(RECIPE, PUSH_RECIPE, *options)
     commits = client.hub.repositories["user/sasrec"].history()
-    assert len(commits) == 2 and set(commits[0].files) == MODEL_FILES | {".gitattributes", "run.json"}
+    assert len(commits) == 2 and set(commits[0].files) == expected | {".gitattributes"}
     assert ".1155 [.1000, .1300]" in commits[0].files["README.md"].decode()
     printed = client.succeed(USE_CARD, "user/sasrec", token=None)
     assert last_line(printed) == titles(sasrec(), history=(1, 2), top_k=10)
@@ -81,7 +90,7 @@ def test_kept_card_goes_out_as_it_is_and_with_nothing_that_a_new_one_would_show(
 def test_model_object_takes_its_catalogue_along_and_is_sent_once(client, sasrec_run):
     first = client.succeed(PUSH_MODEL, sasrec_run, "user/object", {"tags": "mine"})
     repository = client.hub.repositories["user/object"]
-    assert set(repository.commit("main").files) == MODEL_FILES | {".gitattributes"}
+    assert set(repository.commit("main").files) == MODEL_FILES | code_files(sasrec_run) | {".gitattributes"}
     assert "- mine" in repository.commit("main").files["README.md"].decode()
     again = client.succeed(PUSH_MODEL, sasrec_run, "user/object", {})
     assert last_line(again) == last_line(first) == repository.branches["main"]
@@ -98,7 +107,38 @@ def test_saving_and_pushing_sends_what_is_written_and_nothing_else(client, sasre
     )
     client.succeed(program, sasrec_run, tmp_path / "object")
     commit = client.hub.repositories["user/object"].commit("main")
-    assert commit.title == "saved" and set(commit.files) == MODEL_FILES | {".gitattributes"}
+    assert commit.title == "saved"
+    assert set(commit.files) == MODEL_FILES | code_files(sasrec_run) | {".gitattributes"}
+
+
+USE_REMOTE_CODE = """
+from transformers import AutoConfig, AutoModel
+repo_id, histories = sys.argv[1], eval(sys.argv[2])
+for load in (AutoConfig.from_pretrained, AutoModel.from_pretrained):
+    try:
+        load(repo_id, trust_remote_code=False)
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error)
+    else:
+        raise AssertionError("loaded without trust")
+config = AutoConfig.from_pretrained(repo_id, trust_remote_code=True)
+model = AutoModel.from_pretrained(repo_id, trust_remote_code=True)
+assert type(config).__module__.startswith("transformers_modules.user.remote."), type(config)
+item_ids, scores = model.recommend(histories, top_k=3)
+print([model.catalogue.titles(row) for row in item_ids], scores.tolist())
+"""
+
+
+@pytest.mark.parametrize("push", [PUSH_MODEL, PUSH_FOLDER], ids=["push_to_hub", "push_folder"])
+def test_pushed_model_recommends_where_the_package_is_not_installed(client, sasrec_run, tmp_path, push):
+    client.succeed(push, sasrec_run, "user/remote", {})
+    hub = {"HF_ENDPOINT": client.hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    hub |= {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
+    program = USE_REMOTE_CODE + USE_CARD
+    printed = run_without_hf_ilora(program, "user/remote", HISTORIES.tolist(), home=tmp_path, **hub).splitlines()
+    item_ids, scores = sasrec().recommend(HISTORIES, top_k=3)
+    rows = [catalogue().titles(row) for row in item_ids]
+    assert printed == [f"{rows} {scores.tolist()}", titles(sasrec(), history=(1, 2), top_k=10)]
 
 
 def test_branches_and_commits_keep_their_own_weights(client, sasrec_run, tmp_path):
@@ -243,4 +283,5 @@ def test_adapter_object_takes_tokenizer_and_catalogue_along(client, tmp_path):
     files = client.hub.repositories["user/adapter"].commit("main").files
     assert {*MODEL_FILES, "tokenizer.json", "tokenizer_config.json"} <= set(files)
     assert not any(str(tmp_path).encode() in content for content in files.values())
-    assert "rank_items" in files["README.md"].decode()
+    assert "hf_ilora.ILoraForRecommendation" in files["README.md"].decode()
+    assert not [name for name in files if name.endswith(".py")]  # an iLoRA needs the package

@@ -17,7 +17,10 @@ def ilora_run(tmp_path_factory):
 
 def test_only_files_of_the_model_are_published(sasrec_run):
     (sasrec_run / "notes.txt").write_text("private")
-    assert set(check_folder(sasrec_run).files) == {"config.json", "model.safetensors", "items.parquet", "run.json"}
+    code = {path.name for path in sasrec_run.glob("*.py")}
+    assert "modeling_sasrec.py" in code
+    published = set(check_folder(sasrec_run).files)
+    assert published == code | {"config.json", "model.safetensors", "items.parquet", "run.json"}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "items.parquet", "run.json"])

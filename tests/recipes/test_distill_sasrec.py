@@ -194,7 +194,7 @@ def test_a_teacher_or_student_of_other_data_is_refused(distill, parts, tmp_path)
 def test_labels_of_other_data_are_refused(distill, parts, tmp_path):
     other = cyclic_sequences(num_users=40, seed=1)
     other.save(tmp_path / "other")
-    with pytest.raises(ValueError, match="the data of the labels in .* has the fingerprint"):
+    with pytest.raises(ValueError, match=r"the data of the labels in .* has the fingerprint"):
         distill(teacher_labels=parts / "labels", data_dir=tmp_path / "other")
     assert SequenceDatasets.load(tmp_path / "other").fingerprint != SequenceDatasets.load(parts / "data").fingerprint
 

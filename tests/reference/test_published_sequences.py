@@ -78,7 +78,7 @@ def test_rebuilt_train_rows_are_mapped_through_their_raw_ids(folder, tmp_path):
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ({"items": {"item_id": [0, 2], "title": ["A", "B"]}}, "expected the published ids from 0 on"),
+        ({"items": {"item_id": [0, 2], "title": ["A", "B"]}}, "expected the published ids from 0"),
         ({"items": {"item_id": [0, 1]}}, "expected a column title of kind string"),
         ({"test": {**ROWS, "candidates": [[3, 5], [1, 2]]}}, "the target among them"),
         ({"test": {**ROWS, "candidates": [[3, 7], [1, 0]]}}, r"ids 0 to 7 in candidates: expected .* 0 to 5"),

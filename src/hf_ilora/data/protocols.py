@@ -1,4 +1,4 @@
-"""The split protocols: which slice of which history becomes a row of train, validation and test."""
+"""The split protocols: they select the slices of histories that become rows of train, validation and test."""
 
 from dataclasses import dataclass
 
@@ -23,9 +23,9 @@ class Rows:
 
 
 def leave_one_out(histories: Histories) -> dict[str, Rows]:
-    """Every user in every split: the last item is the test target, the one before it the validation target.
+    """Every user is in every split: the last item is the test target, the one before it the validation target.
 
-    The item before that is the target of the train row, so that the train row holds the rest of the history.
+    The train row consists of the remaining items, with the last of them as its target.
     """
     users = np.arange(len(histories.user_ids))
     starts, ends = histories.boundaries[:-1], histories.boundaries[1:]
@@ -44,7 +44,7 @@ def temporal_users(histories: Histories, order_users_by: str) -> dict[str, Rows]
 
     Args:
         histories: of all users.
-        order_users_by: the "first" or the "last" interaction of a user gives the time; ties: order of the raw user ids.
+        order_users_by: "first" or "last": order users by the time of that interaction; ties are ordered by raw user id.
 
     Source: LLaRA (SIGIR 2024), its MovieLens files, which agree with "first" and disagree with "last".
     """

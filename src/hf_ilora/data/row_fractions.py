@@ -1,4 +1,4 @@
-"""A part of a split's rows, so that two models can learn from different users."""
+"""Parts of a split, so that two models can be trained on different users."""
 
 import numpy as np
 from datasets import Dataset
@@ -15,16 +15,16 @@ def check_fraction(fraction: list[float]) -> None:
 
 
 def rows_in_fraction(split: Dataset, fraction: list[float]) -> Dataset:
-    """The rows from `fraction[0]` to `fraction[1]` of a split, in its order, without cutting a user in two.
+    """The rows from `fraction[0]` to `fraction[1]` of a split, in its order; a user's rows are never divided.
 
-    The rows of one user stand together in a split; all of them belong to where the first one falls. Hence [0, 0.8] and
-    [0.8, 1] have no row and no user in common, and hold all rows.
+    The rows of a user are adjacent in a split, and all of them belong to the part of the first one. So [0, 0.8] and
+    [0.8, 1] have no row and no user in common, and together contain all rows.
 
-    A language model that reads a recommender should learn from users whom the recommender has not seen: on users that
-    it has seen, its order promises more than it keeps later.
+    Train a language model that reads a recommender on users that the recommender was not trained on: on its own
+    training users, the recommender ranks better than on others, and the language model would rely on it too much.
 
     Raises:
-        ValueError: for a fraction that is none, and one without rows.
+        ValueError: for an invalid fraction, and one without rows.
     """
     check_fraction(fraction)
     if fraction == [0, 1]:
@@ -34,7 +34,7 @@ def rows_in_fraction(split: Dataset, fraction: list[float]) -> Dataset:
     begins = np.append(begins, len(users))
     start, end = (int(begins[np.searchsorted(begins, round(limit * len(users)))]) for limit in fraction)
     if start == end:
-        raise ValueError(f"train_fraction {fraction} of {len(users)} rows holds no user: expected a wider one")
+        raise ValueError(f"train_fraction {fraction} of {len(users)} rows contains no user: expected a wider one")
     return split.select(range(start, end))
 
 

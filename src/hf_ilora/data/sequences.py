@@ -1,4 +1,4 @@
-"""Sequence data sets: chronological histories split by a named protocol, with the catalogue of their items."""
+"""Sequence data sets: chronological histories, split by a named protocol, with the catalogue of their items."""
 
 import itertools
 import logging
@@ -33,7 +33,7 @@ from .storage import (
 
 logger = logging.getLogger(__name__)
 
-# Bounds the memory that gathering histories takes beside the result.
+# Bounds the memory for gathering histories, in addition to that of the result.
 _ELEMENTS_PER_CHUNK = 1 << 22
 
 
@@ -90,12 +90,11 @@ class SequenceDatasets(DatasetDict):
     def save(self, directory: str | os.PathLike) -> None:
         """Write train, validation, test and items as parquet, and sequences.json, to `directory`.
 
-        The files are written to a hidden folder beside `directory`, which then takes its place: when the save fails or
-        is killed, an earlier output stays whole.
+        The folder is written whole or not at all: if the save fails or is killed, an earlier output stays as it is.
 
         Raises:
-            ValueError: when `directory` is a file or holds files that no earlier save wrote: replacing the folder would
-                delete them.
+            ValueError: when `directory` is a file or contains files that no earlier save wrote, because they would be
+                deleted.
         """
         with folder_written_whole(directory, replaceable_files=FILES) as folder:
             for name, dataset in self.items():
@@ -108,11 +107,10 @@ class SequenceDatasets(DatasetDict):
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "SequenceDatasets":
-        """Read what `save` wrote, without recomputing it, and check that it is whole.
+        """Read what `save` wrote, and check that it is complete.
 
         The tables are read into memory: ML-20M takes about 0.3 GB under leave_one_out and 1.1 GB under temporal_users.
-        Memory-mapping would need an Arrow copy of every parquet file in a cache folder that nobody empties; this writes
-        nothing.
+        (Memory-mapping would need an Arrow copy of every parquet file in a cache folder that is never emptied.)
 
         Raises:
             FileNotFoundError: when `directory`, or a file in it, is missing.
@@ -174,48 +172,48 @@ def build_sequences(
     """Sort interactions into histories, filter them, and split them by a protocol.
 
     Histories are chronological. Interactions of a user with the same timestamp stay in input order: the row that comes
-    first in `interactions` counts as the older one. (44% of the users of ML-100K have validation and test items with
-    the same timestamp, so the input order decides what is tested.) Nothing else depends on the order of the rows.
+    first in `interactions` is the older one. (44% of the users of ML-100K have validation and test items with the same
+    timestamp, so the input order determines what is tested.) Nothing else depends on the order of the rows.
 
     Protocols:
-        "leave_one_out": every user is in every split. The last item is the test target with all items before it as
-            history, the item before it the validation target. The train row is the rest: its last item is the target,
-            and users with only one item left have no train row. Histories are whole unless `max_history` is given.
+        "leave_one_out": every user is in every split. The last item is the test target, with all items before it as
+            history; the item before it is the validation target. The train row consists of the remaining items, with
+            the last of them as its target; users with only one remaining item have no train row. Histories are whole
+            unless `max_history` is given.
         "temporal_users": the first 80% of the users in time train, the next 10% validate and the last 10% test
             (boundaries rounded down). Validation and test have one row per user, with the last interaction as target;
             train has a row for every interaction. Histories are windows of the newest 10 items; rows with fewer than
             3 are dropped. The published MovieLens-100K splits come from `min_rating=3`.
 
     Args:
-        interactions: one row each, in input order: `user_id` and `item_id` (raw ids, integer or string), `timestamp`
+        interactions: one row per interaction: `user_id` and `item_id` (raw ids, integer or string), `timestamp`
             (seconds, not negative) and, for `min_rating`, `rating`; other columns are not read.
         items: columns `item_id` (raw, unique, every item of `interactions`), `title`, `year` (may be null), `genres`.
         protocol: "leave_one_out" or "temporal_users".
-        min_user_interactions, min_item_interactions: users and items with fewer interactions are dropped, again and
-            again until none is left (k-core). Repeated interactions count.
-        max_history: newest items that a history keeps; None: all for leave_one_out, 10 for temporal_users.
+        min_user_interactions, min_item_interactions: users and items with fewer interactions are dropped, repeatedly,
+            until none is left (k-core). Repeated interactions count.
+        max_history: number of newest items to keep in a history; None: all for leave_one_out, 10 for temporal_users.
         min_history: rows with a shorter history are dropped; None: 1 for leave_one_out, 3 for temporal_users.
-        num_candidates: items per row in `candidates` of validation and test, the target included; the others are items
+        num_candidates: items per row in `candidates` of validation and test, including the target; the others are items
             that the user never interacted with, in any split. 0 leaves the column out.
-        candidate_seed: of the candidates; a row's draw depends on the seed, the split, the user, the items of that user
-            and the size of the catalogue only.
-        drop_repeats: keep only the first interaction of a user with an item. By default repeats stay, so that a target
-            may also stand in its history.
+        candidate_seed: random seed of the candidates. Those of a row depend only on the seed, the split, the user, the
+            items of that user and the size of the catalogue.
+        drop_repeats: keep only the first interaction of a user with an item. By default repeats stay, and a target may
+            also be in its history.
         min_rating: interactions with a lower `rating` are ignored, as if they were absent, for candidates too.
-        order_users_by: temporal_users only: the "first" or the "last" interaction of a user places the user in time;
-            None: "first", as in the published MovieLens splits. With "first" a training user may go on interacting
-            after test users began; with "last" no training target is younger than a test target. Ties: order of the
-            raw user ids.
+        order_users_by: temporal_users only: order users by their "first" or their "last" interaction; None: "first", as
+            in LLaRA's MovieLens splits. With "first", a training user may still interact after test users have started;
+            with "last", no training target is newer than a test target. Ties are ordered by raw user id.
 
     Returns:
-        SequenceDatasets. The catalogue holds the items that occur in the filtered interactions, numbered from 1 in the
-        order of their raw ids (numeric for integers, by code point for strings).
+        SequenceDatasets. The catalogue contains the items of the filtered interactions, numbered from 1 in the order of
+        their raw ids (numeric for integers, by code point for strings).
 
     Raises:
         TypeError: for arguments or columns of the wrong type.
         ValueError: for an unknown protocol, settings that contradict it, missing columns, empty tables, null or
-            negative values, items that are repeated or missing from `items`, filters that leave a split empty, and
-            users who left too few items unseen for `num_candidates`.
+            negative values, items that are repeated in or missing from `items`, filters that leave a split empty, and
+            users with too few unseen items for `num_candidates`.
 
     Source: leave_one_out: SASRec (ICDM 2018), section IV. temporal_users: LLaRA (SIGIR 2024), its released data.
     """
@@ -330,7 +328,7 @@ def _check_splits(splits: dict[str, Rows], num_users: int, settings: dict) -> No
         )
     for name, rows in splits.items():
         if len(rows) == 0:
-            # Behind the history stand the target and, in the train split of leave_one_out, two more targets.
+            # The history is followed by the target and, in leave_one_out, by the targets of the later splits.
             needed = settings["min_history"] + 1
             if settings["name"] == "leave_one_out":
                 needed += {"train": 2, "validation": 1, "test": 0}[name]

@@ -1,4 +1,4 @@
-"""How sequence data sets lie on disk: a folder of parquet files, replaced as a whole and checked when read."""
+"""Sequence data sets on disk: a folder of parquet files, checked when it is read."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ _ROWS_PER_BATCH = 1 << 17
 
 
 def content_digest(dataset: Dataset | pa.Table) -> str:
-    """sha256, in hex, of the column names and values: the same on every machine and for every chunking."""
+    """sha256, in hex, of the column names and values; it depends neither on the machine nor on chunking."""
     if isinstance(dataset, Dataset):
         batches = dataset.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH)
     else:
@@ -42,7 +42,7 @@ def content_digest(dataset: Dataset | pa.Table) -> str:
 
 
 def json_digest(value: dict) -> str:
-    """sha256, in hex, of a dictionary of JSON types, whatever the order of its keys."""
+    """sha256, in hex, of a dictionary of JSON types; the order of the keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -66,11 +66,11 @@ def read_parquet(path: Path) -> pa.Table:
     """Read a whole file into memory.
 
     Raises:
-        ValueError: when it is no whole parquet file.
+        ValueError: when it is not a complete parquet file.
     """
     try:
-        # ParquetFile, because pq.read_table would add columns for folder names such as "seed=3"; by row group, because
-        # reading all at once takes twice the memory of the table.
+        # ParquetFile, because pq.read_table would add columns for folder names such as "seed=3". By row group, because
+        # reading all at once needs twice the memory of the table.
         with pq.ParquetFile(path) as file:
             groups = [file.read_row_group(group) for group in range(file.num_row_groups)]
             return pa.concat_tables(groups) if groups else file.schema_arrow.empty_table()
@@ -90,7 +90,7 @@ def write_description(folder: Path, protocol: dict, num_items: int, counts: dict
 
 
 def read_description(directory: Path) -> dict:
-    """What `write_description` wrote to `directory`, after a check that all files are there.
+    """Read what `write_description` wrote to `directory`, and check that no file is missing.
 
     Raises:
         FileNotFoundError: when the folder or a file in it is missing.
@@ -99,12 +99,12 @@ def read_description(directory: Path) -> dict:
     if not directory.is_dir():
         previous = previous_folder(directory.resolve())
         remedy = f"a save was interrupted: rename {previous} to it" if previous.exists() else "prepare the data first"
-        raise FileNotFoundError(f"{directory} is not a folder: expected what SequenceDatasets.save wrote; {remedy}")
+        raise FileNotFoundError(f"{directory} is not a folder: expected one that SequenceDatasets.save wrote; {remedy}")
     found = {path.name for path in directory.iterdir()}
     if not found >= FILES:
         raise FileNotFoundError(
             f"{directory} has no {', '.join(sorted(FILES - found))}: expected {', '.join(sorted(FILES))}, as "
-            "SequenceDatasets.save writes them; prepare the data again, or name another folder"
+            "SequenceDatasets.save writes them; prepare the data again, or pass another folder"
         )
     path = directory / DESCRIPTION_FILE
     try:
@@ -125,7 +125,7 @@ def read_description(directory: Path) -> dict:
 
 
 def _number_streams(part: str, array: pa.Array) -> Iterator[tuple[str, np.ndarray]]:
-    """The values of `array` as named streams of numbers; concatenating arrays concatenates their streams."""
+    """The values of `array` as named streams of numbers. Concatenated arrays have concatenated streams."""
     if pa.types.is_list(array.type):
         yield f"{part}.lengths", array.value_lengths().to_numpy()
         yield from _number_streams(f"{part}.values", array.flatten())

@@ -1,4 +1,4 @@
-"""Tables from files, pandas and datasets as Arrow, and their columns as ids and times; no loop over rows."""
+"""Reads tables from files, pandas and datasets into Arrow, and cleans columns of ids, text and times without loops."""
 
 import csv
 import difflib
@@ -19,7 +19,7 @@ Source = str | Path | pd.DataFrame | Dataset
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = [".jsonl", ".ndjson", ".json"]
-# What programs write into a text file for "no value"; a text file cannot tell it from a word.
+# Common marks of missing values in text files, which cannot distinguish them from words.
 _MISSING_WORDS = ["", "nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "NaT"]
 _WHOLE_NUMBER = r"^(0|-?[1-9]\d{0,17})$"  # no leading zeros: "007" and "7" are two ids
 _ISO_TIME = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d(:?\d\d)?)?)?$"
@@ -37,7 +37,7 @@ def check_row_limit(limit_data_rows: int) -> None:
 
 
 def describe(source: Source) -> str:
-    """How error messages call a source."""
+    """The name of a source in error messages."""
     if isinstance(source, pd.DataFrame):
         return "the pandas frame"
     if isinstance(source, Dataset):
@@ -56,19 +56,19 @@ def read_columns(source: Source, columns: Sequence[str], limit_data_rows: int = 
     Args:
         source: a path to CSV, TSV, parquet or JSON lines (by its suffix), a pandas frame or a `datasets.Dataset`.
         columns: the columns to read.
-        limit_data_rows: the first so many rows; -1 for all.
+        limit_data_rows: number of rows to read, from the first; -1 for all.
 
     Returns:
-        Arrow table with exactly these columns. CSV and TSV columns are all strings, as they stand in the file.
+        Arrow table with exactly these columns. CSV and TSV columns are strings, unchanged.
 
     Raises:
-        TypeError: not such a source.
+        TypeError: for another source.
         FileNotFoundError: the file is missing.
-        ValueError: unknown file type, unreadable content, missing, repeated or mixed columns, or no rows.
+        ValueError: for an unknown file type, unreadable content, missing, repeated or mixed columns, and no rows.
     """
     twice = sorted({name for name in columns if list(columns).count(name) > 1})
     if twice:
-        raise ValueError(f"column {twice[0]!r} is named for two purposes; expected a column of its own for each")
+        raise ValueError(f"column {twice[0]!r} is given for two purposes; expected different columns")
     if isinstance(source, pd.DataFrame):
         table = _read_frame(source, columns, limit_data_rows)
     elif isinstance(source, Dataset):
@@ -88,15 +88,16 @@ def read_columns(source: Source, columns: Sequence[str], limit_data_rows: int = 
 
 
 def clean_ids(column: pa.ChunkedArray, where: str, *, untyped: bool = False) -> pa.ChunkedArray:
-    """Ids as int64 or string, or an error that names the first bad row.
+    """Ids as int64 or string.
 
     Args:
-        column: (rows,) of whole numbers or text.
+        column: (rows,) whole numbers or text.
         where: the column's name in error messages.
-        untyped: from a text file: becomes int64 when every value is a whole number without leading zeros.
+        untyped: the column is from a text file: it becomes int64 if every value is a whole number without leading
+            zeros.
 
     Raises:
-        ValueError: missing or empty ids, ids of another type, or too large for int64.
+        ValueError: for missing or empty ids, another type, and ids too large for int64; it names the first bad row.
     """
     column = _plain(column)
     remedy = "drop these rows or give them ids"
@@ -119,38 +120,38 @@ def clean_ids(column: pa.ChunkedArray, where: str, *, untyped: bool = False) -> 
 
 
 def clean_text(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """Text without white space around; null where nothing is left.
+    """Text stripped of white space; null if nothing is left.
 
     Args:
-        column: (rows,) of text.
+        column: (rows,) text.
         where: the column's name in error messages.
 
     Raises:
-        ValueError: another type.
+        ValueError: for another type.
     """
     column = _plain(column)
     if pa.types.is_null(column.type):
         column = column.cast(pa.string())
     if not pa.types.is_string(column.type):
-        raise ValueError(f"{where} has type {column.type}; expected text: name another column or cast it to strings")
+        raise ValueError(f"{where} has type {column.type}; expected text: pass another column or cast it to strings")
     text = pc.utf8_trim_whitespace(column)
     return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
 
 
 def clean_seconds(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """Times as seconds since 1970 in UTC: int64, or float64 when one of them has a fraction.
+    """Times as seconds since 1970 in UTC: int64, or float64 if one of them has a fraction.
 
-    Numbers are taken as seconds as they stand. Dates and times without a zone are taken as UTC.
+    Numbers are seconds already. Dates and times without a time zone are UTC.
 
     Args:
-        column: (rows,) of numbers, timestamps, dates, or text that holds numbers or ISO 8601.
+        column: (rows,) numbers, timestamps, dates, or text with numbers or ISO 8601.
         where: the column's name in error messages.
 
     Raises:
-        ValueError: missing, unreadable, infinite or negative times (before 1970), or another type.
+        ValueError: for missing, unreadable, infinite or negative times (before 1970), and another type.
     """
     column = _plain(column)
-    remedy = "drop these rows, or pass time_column=None if the rows are in order of time"
+    remedy = "drop these rows, or pass time_column=None if the rows are in chronological order"
     expected = "seconds since 1970 or an ISO 8601 time"
     if pa.types.is_string(column.type):
         missing = pc.or_kleene(pc.is_null(column), pc.is_in(column, value_set=pa.array(_MISSING_WORDS)))
@@ -166,8 +167,8 @@ def clean_seconds(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 def to_dataset(table: pa.Table, features: Features) -> Dataset:
     """A `Dataset` over an Arrow table in memory, without a copy.
 
-    The fingerprint is a digest of the content. `datasets` would pickle the table to make one, at three times the
-    table's memory.
+    Its fingerprint is a digest of the content: to compute one itself, `datasets` would pickle the table, which takes
+    three times the memory of the table.
     """
     table = table.cast(features.arrow_schema)
     sink = _DigestSink()
@@ -221,7 +222,7 @@ def _read_file(path: Path, columns: Sequence[str], limit: int) -> pa.Table:
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} cannot be read: {error}; expected a whole {suffix} file in UTF-8 (JSON: one object per line), one "
-            "type per column: mend the file, or read it with pandas and pass the frame"
+            "type per column: fix the file, or read it with pandas and pass the frame"
         ) from error
 
 
@@ -246,7 +247,7 @@ def _read_json_lines(path: Path, columns: Sequence[str], limit: int) -> pa.Table
     read_options = pa.json.ReadOptions(block_size=16 << 20)  # a row must fit into a block
     table = pa.json.read_json(path, read_options=read_options)
     _check_columns(table.column_names, columns, str(path))
-    # Text that looks like a time comes back as one; as an id or a title it has to stay as it is.
+    # Arrow turns text that looks like a time into a time; an id or a title must stay text.
     dates = [field for field in table.select(list(columns)).schema if pa.types.is_temporal(field.type)]
     if dates:
         text = pa.schema([(field.name, pa.string()) for field in dates])
@@ -285,7 +286,7 @@ def _check_columns(present: Sequence, wanted: Sequence[str], where: str) -> None
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Categories as their values, and every kind of text as string."""
+    """Categories as their values, and all types of text as string."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
@@ -298,7 +299,7 @@ def _raise_at(bad: pa.ChunkedArray, column: pa.ChunkedArray, where: str, expecte
     if row != -1:
         count = pc.sum(bad).as_py()
         raise ValueError(
-            f"{where} holds {column[row].as_py()!r} in row {row} (the first row is 0; {count:,} such rows); "
+            f"{where} has {column[row].as_py()!r} in row {row} (counted from 0; {count:,} such rows); "
             f"expected {expected}: {remedy}"
         )
 
@@ -314,12 +315,12 @@ def _parse_times(text: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     _raise_at(unreadable, text, where, "seconds since 1970 or ISO 8601 like 2024-05-31T12:00:00Z", remedy)
     whole = pc.replace_substring_regex(text, r"^(\d{4}-\d\d-\d\d)$", r"\1T00:00:00")
     whole = pc.replace_substring_regex(whole, r"([T ]\d\d:\d\d)(Z|[+-].*|)$", r"\1:00\2")
-    whole = pc.replace_substring_regex(whole, r"(\.\d{6})\d+", r"\1")  # microseconds are fine enough
+    whole = pc.replace_substring_regex(whole, r"(\.\d{6})\d+", r"\1")  # microseconds are precise enough
     zoned = pc.if_else(pc.match_substring_regex(whole, _ISO_ZONE), whole, pc.binary_join_element_wise(whole, "Z", ""))
     try:
         return zoned.cast(pa.timestamp("us", "UTC"))
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{where}: {error}; expected dates of the calendar: {remedy}") from error
+        raise ValueError(f"{where}: {error}; expected valid dates: {remedy}") from error
 
 
 def _whole_or_fraction(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:

@@ -1,36 +1,36 @@
-"""The title rule of MovieLens and iLoRA: the year in a column of its own, an English article in front."""
+"""The title rule of MovieLens and iLoRA: the year in a separate column, an English article in front."""
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 # "Toy Story (1995)", "Fawlty Towers (1975-1979)", "Diplomatic Immunity (2009– )", "Return to Oz (1995) (V)":
-# a span of years counts by its first, and IMDb's marks for video, television and game go with the year.
+# of a span of years the first is taken, and IMDb's marks for video, television and game are removed with the year.
 _YEAR = (
     r"(?s)^(?P<title>.*\S)\s*\((?P<year>(?:18|19|20)\d\d)(?:\s*[-\x{2013}]\s*(?:\d{4})?\s*)?\)"
     r"(?:\s*\((?:V|TV|VG)\))?$"
 )
-# The name may hold parentheses of its own, closed ones; second names may follow in parentheses at the end.
+# The name may contain closed parentheses; second names may follow in parentheses at the end.
 _ARTICLE = r"(?s)^((?:[^()]|\([^()]*\))+?), (The|An|A)((?: \(.+\))?)$"
 _ARTICLE_IN_PARENTHESES = r"\((a\.k\.a\. )?([^()]+), (The|An|A)\)"
 
 
 def split_titles(titles: pa.Array | pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """Separate the year from titles and move an English article to the front of the name it belongs to.
+    """Separate the year from titles, and move an English article to the front of its name.
 
     "Usual Suspects, The (1995)" becomes ("The Usual Suspects", 1995); second names in parentheses follow the same
     rule: "Horseman on the Roof, The (Hussard sur le toit, Le) (1995)" becomes "The Horseman on the Roof (Hussard sur
     le toit, Le)". Articles of other languages (Le, La, Les, Il, El, Der, Das...) stay where they are.
 
-    It departs from the reference program, which takes out every ", The" (else every ", A") wherever it stands, and
-    seven characters for the year: "American in Paris, An (1951)" becomes "A American in Parisn" there, "unknown"
-    nothing. Here only an article that ends a name is moved, and only a year is cut.
+    This departs from the reference program, which removes every ", The" (or else every ", A") in a title and its last
+    seven characters: it turns "American in Paris, An (1951)" into "A American in Parisn" and "unknown" into "". Here
+    only an article at the end of a name is moved, and only a year is removed.
 
     Args:
         titles: text, (num_items,).
 
     Returns:
-        titles: string, (num_items,), without white space around; never shortened to nothing.
-        years: int32, (num_items,), null where a title ends in no year.
+        titles: string, (num_items,), stripped of white space; never shortened to an empty string.
+        years: int32, (num_items,), null if a title does not end in a year.
 
     Source: iLoRA's preparation of MovieLens (title rule).
     """

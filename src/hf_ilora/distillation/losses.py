@@ -156,7 +156,9 @@ def ranking_distillation_weights(
     if gamma_consistency:
         student_items = student_scores.topk(min(num_labels, student_scores.shape[1]), dim=1).indices  # (batch, k)
         agreed = (teacher_items.unsqueeze(2) == student_items.unsqueeze(1)).any(2)  # (batch, k)
-        weights += gamma_consistency * (agreed.float() + WEIGHT_FLOOR) * labelled  # not normalised, as published
+        weights += (
+            gamma_consistency * (agreed.float() + WEIGHT_FLOOR) * labelled
+        )  # not normalised, as in DLLM2Rec's program
     return _normalised(weights)
 
 
@@ -239,7 +241,7 @@ class DLLM2RecLoss(nn.Module):
             the logistic loss ("corrected") has sigmoid(-s), and multiplies the batch's mean weight of an item by the
             batch's mean DROS term of it, where the paper ("corrected") weights each row's own term. It also includes
             negatives that equal the target or one of the teacher's items.
-        base_loss: "bce" (as published), "cross_entropy", "sampled_softmax" or "gbce", see `base_losses`; "student"
+        base_loss: "bce" (DLLM2Rec's), "cross_entropy", "sampled_softmax" or "gbce", see `base_losses`; "student"
             where the student computes a loss of its own, which is not part of the output.
         num_items: size of the catalogue, for the sampling rate of gBCE; None if the scores cover all of it.
         gbce_calibration: t of gBCE.

@@ -1,4 +1,4 @@
-"""One table of models that rank a user's candidates: what each gets right, what it costs, and a plot of it."""
+"""One table of models that rank a user's candidates, with quality and cost side by side, and a plot."""
 
 import statistics
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a model costs to serve: time of one recommendation, and size."""
+"""The serving cost of a model: the time of one recommendation, and the size."""
 
 import time
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ class Latency:
     Args:
         p50_ms: median, milliseconds.
         p95_ms: 95th percentile, milliseconds.
-        num_calls: calls measured.
-        threads: threads of the CPU that torch was given.
-        device: where the model was.
+        num_calls: number of calls.
+        threads: number of CPU threads of torch.
+        device: device of the model.
     """
 
     p50_ms: float
@@ -32,12 +32,13 @@ class Latency:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """How big a model is.
+    """The size of a model.
 
     Args:
-        num_parameters: numbers the model holds: parameters, and buffers that are saved (a recommender that counts has
-            nothing else); shared tensors count once.
-        num_bytes: size of its weight files; of its tensors for an iLoRA, whose language model lies elsewhere.
+        num_parameters: number of parameters and of saved buffers (recommenders that count have buffers only); shared
+            tensors count once.
+        num_bytes: size of the weight files; for an iLoRA, size of all tensors, because its folder lacks the language
+            model.
     """
 
     num_parameters: int
@@ -52,20 +53,20 @@ def measure_latency(
     num_warm_up: int = 20,
     threads: int = 1,
 ) -> Latency:
-    """Time `recommend` for one user at a time, history in memory, seen items left out.
+    """Time `recommend` for one user at a time, with the history in memory and seen items excluded.
 
     Args:
         model: has `recommend(input_ids, top_k)` and `device`.
-        histories: (length,) item ids of one user each, oldest first; each is asked once, in turn.
+        histories: (length,) item ids of one user each, oldest first; one call for each.
         top_k: items to recommend.
-        num_warm_up: calls before the first that is measured; they take the histories from the start.
-        threads: threads of the CPU that torch may use meanwhile; the former number is restored.
+        num_warm_up: number of calls before the measurement, with the first histories.
+        threads: number of CPU threads during the measurement; the former number is restored.
 
     Returns:
         Median and 95th percentile over the histories.
 
     Raises:
-        ValueError: for no histories, and numbers out of range.
+        ValueError: for no histories and numbers out of range.
     """
     if not len(histories):
         raise ValueError("there are no histories to time: expected at least one, and 100 or more for a percentile")
@@ -87,17 +88,17 @@ def measure_latency(
 def _time_of_call(model, input_ids: torch.Tensor, top_k: int) -> float:
     start = time.perf_counter()
     item_ids, _ = model.recommend(input_ids, top_k=top_k)
-    # Work on an accelerator is not done before its result has been fetched.
+    # Copying the result waits for the work on an accelerator.
     item_ids.cpu()
     return time.perf_counter() - start
 
 
 def model_size(model: torch.nn.Module, folder: Path) -> ModelSize:
-    """Numbers a model holds, and bytes of its weights.
+    """Number of parameters and size in bytes of a model.
 
     Args:
-        model: what was loaded from `folder`.
-        folder: holds its `*.safetensors`.
+        model: the model in `folder`.
+        folder: contains its `*.safetensors`.
 
     Raises:
         ValueError: when the folder has no weight files.

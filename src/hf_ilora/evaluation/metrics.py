@@ -1,9 +1,8 @@
 """Ranking metrics as `evaluate.Metric`: built directly, `NDCG(k=10)`, without the Hub and without a network.
 
-All but `ValidRatio` are fed with ranks, `compute(predictions=ranks)` or `add_batch(predictions=ranks)` and then
-`compute()`: the 1-based position of the user's one relevant item, 1 for the top (`evaluation.ranking` computes them
-from scores). With one relevant item Recall@k equals HitRatio@k. `ValidRatio` is fed with generated texts and the titles
-to choose from.
+All but `ValidRatio` take ranks: `compute(predictions=ranks)`, or `add_batch(predictions=ranks)` and then `compute()`.
+A rank is the 1-based position of the user's only relevant item (`evaluation.ranking` computes ranks from scores). With
+one relevant item, Recall@k equals HitRatio@k. `ValidRatio` takes generated texts and the titles of the candidates.
 """
 
 import datasets
@@ -18,7 +17,7 @@ class RankMetric(evaluate.Metric):
     """Mean over users of a function of the target's rank.
 
     Args:
-        k: cut-off, at least 1; None where the metric can go without.
+        k: cut-off, at least 1; None for no cut-off, if the metric allows it.
 
     Raises:
         ValueError: for `k` < 1.
@@ -39,7 +38,7 @@ class RankMetric(evaluate.Metric):
             description=self.description,
             citation="",
             inputs_description="predictions: integers, the 1-based rank of each user's target.",
-            # Arrow would cut 1.5 down to the integer 1 without a word; as a float it arrives whole and is refused.
+            # As integers, Arrow would silently truncate 1.5 to 1; as a float it is kept, and refused below.
             features=datasets.Features({"predictions": datasets.Value("float64")}),
         )
 
@@ -63,16 +62,16 @@ class RankMetric(evaluate.Metric):
 
 
 class HitRatio(RankMetric):
-    """Share of users whose target is among the first `k`: `HitRatio(k=10).compute(predictions=[1, 11])` is 0.5."""
+    """Fraction of users whose target is among the first `k`: `HitRatio(k=10).compute(predictions=[1, 11])` is 0.5."""
 
-    description = "Share of users whose target is among the first k items."
+    description = "Fraction of users whose target is among the first k items."
     short_name = "hit_ratio"
 
 
 class Recall(RankMetric):
-    """Share of relevant items among the first `k`, averaged over users; with one relevant item equal to `HitRatio`."""
+    """Fraction of relevant items among the first `k`, averaged over users; `HitRatio` if there is one relevant item."""
 
-    description = "Share of a user's relevant items among the first k, averaged over users."
+    description = "Fraction of a user's relevant items among the first k, averaged over users."
     short_name = "recall"
 
 
@@ -94,10 +93,10 @@ class MRR(RankMetric):
 
 
 class ValidRatio(evaluate.Metric):
-    """Share of generated answers that name exactly one of their candidates.
+    """Fraction of generated answers that name exactly one of their candidates.
 
     `ValidRatio().compute(predictions=["Heat", "I like films"], references=[["Heat", "Alien"]] * 2)` is 0.5. It takes
-    the texts and not flags, so that one rule, `valid_answers.is_valid`, decides everywhere.
+    texts instead of flags, so that the same rule, `valid_answers.is_valid`, applies everywhere.
     """
 
     def __init__(self, **kwargs):
@@ -105,7 +104,7 @@ class ValidRatio(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Share of generated answers that contain exactly one candidate title, whatever its case.",
+            description="Fraction of generated answers that contain exactly one candidate title, ignoring case.",
             citation="",
             inputs_description="predictions: generated texts; references: the titles of each one's candidates.",
             features=datasets.Features(
@@ -114,7 +113,7 @@ class ValidRatio(evaluate.Metric):
         )
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        """Share of valid answers, as {"valid_ratio": 0.5}.
+        """Fraction of valid answers, as {"valid_ratio": 0.5}.
 
         Args:
             predictions: (users,) texts.

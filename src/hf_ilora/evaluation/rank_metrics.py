@@ -1,7 +1,7 @@
-"""Quality of a ranking as pure functions of the target's rank: one number per user.
+"""Ranking metrics as pure functions of the target's rank: one number per user.
 
-A rank is the 1-based position of the one relevant item, so 1 is the top. All functions take ranks of any shape and
-return float64 of the same shape, so that means do not depend on how users were batched.
+A rank is the 1-based position of the only relevant item; 1 is the best. All functions take ranks of any shape and
+return float64 of the same shape, so that means do not depend on the batches.
 """
 
 import re
@@ -68,7 +68,7 @@ def metric_per_user(name: str, ranks: torch.Tensor) -> torch.Tensor:
     """The metric that `name` spells, such as "ndcg@10", "hit_ratio@1", "recall@20", "mrr" or "mrr@10".
 
     Args:
-        name: metric and cut-off; only "mrr" may go without one.
+        name: metric and cut-off; the cut-off is optional for "mrr" only.
         ranks: integers >= 1, any shape.
 
     Returns:
@@ -81,7 +81,7 @@ def metric_per_user(name: str, ranks: torch.Tensor) -> torch.Tensor:
     if match is None or match[1] not in _METRICS or (match[2] is None and match[1] != "mrr"):
         raise ValueError(
             f"metric {name!r} is unknown: expected one of {', '.join(_METRICS)} and a cut-off, such as ndcg@10 "
-            "(only mrr may go without one)"
+            "(optional for mrr only)"
         )
     return _METRICS[match[1]](ranks, None if match[2] is None else int(match[2]))
 

@@ -1,23 +1,24 @@
-"""Generated answers: a text is valid, by the published rule, when it names exactly one of its candidates."""
+"""Judges generated answers: by LLaRA's rule, an answer is valid if it names exactly one of its candidates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_ilora.evaluation.statistics import Interval, wilson_interval
+from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 
 
 @dataclass(frozen=True)
 class AnswerQuality:
-    """How good generated answers are.
+    """The quality of generated answers.
 
-    Two definitions of HR@1 circulate for generated answers, and they differ where answers are invalid: both are given.
-    The intervals are Wilson's: these are shares of few users, often near 1, where resampling users who all agree would
-    give an interval of width 0.
+    There are two definitions of HR@1 for generated answers, which differ if answers are invalid; both are given. The
+    intervals are Wilson's, because these are proportions of few users, often near 1: the bootstrap interval of users
+    who all agree has width 0.
 
     Args:
-        num_answers: answers judged.
-        num_valid: answers that name exactly one candidate.
-        num_correct: answers whose one candidate is the target.
+        num_answers: number of answers.
+        num_valid: number of answers that name exactly one candidate.
+        num_correct: number of valid answers that name the target.
         valid_ratio: valid / all.
         hit_ratio_of_valid: correct / valid; None without a valid answer.
         hit_ratio_of_all: correct / all.
@@ -32,17 +33,17 @@ class AnswerQuality:
 
 
 def named_candidates(answer: str, candidate_titles: Sequence[str]) -> list[int]:
-    """Places of the candidates whose title the answer contains, upper and lower case alike.
+    """The indices of the candidates whose title the answer contains, ignoring case.
 
-    A title that is part of another one ("Alien" of "Aliens") is contained wherever the other is, and equal titles are
-    contained together: then the answer names two candidates. The published rule counts so.
+    An answer that contains a title also contains every title that is part of it ("Alien" in "Aliens") or equal to it,
+    and then names several candidates. This is LLaRA's rule.
 
     Args:
         answer: generated text.
         candidate_titles: (candidates,), none of them blank.
 
     Raises:
-        ValueError: for no candidates, or a blank title, which every text would contain.
+        ValueError: for no candidates and for blank titles, which every text would contain.
     """
     if not len(candidate_titles):
         raise ValueError("there are no candidate titles: expected at least one")
@@ -96,10 +97,10 @@ def judge_answers(
 
 
 def judge_items(item_ids: Sequence[int], targets: Sequence[int]) -> AnswerQuality:
-    """As `judge_answers`, for answers that are items: those of generation constrained to the candidates' titles.
+    """As `judge_answers`, for answers that were constrained to titles of candidates and therefore are items.
 
     Args:
-        item_ids: (users,) item ids, 0 where the answer is no item, which makes it invalid.
+        item_ids: (users,) item ids; 0 for an answer that is not an item, which is invalid.
         targets: (users,) item ids.
 
     Raises:
@@ -107,7 +108,7 @@ def judge_items(item_ids: Sequence[int], targets: Sequence[int]) -> AnswerQualit
     """
     if not len(item_ids) or len(item_ids) != len(targets):
         raise ValueError(f"there are {len(item_ids)} answers and {len(targets)} targets: expected one of each per user")
-    num_valid = sum(item != 0 for item in item_ids)
+    num_valid = sum(item != PADDING_ITEM_ID for item in item_ids)
     num_correct = sum(item == target for item, target in zip(item_ids, targets, strict=True))
     return _quality(len(item_ids), num_valid, num_correct)
 

@@ -1,4 +1,4 @@
-"""A saved model on the Hub: its files complete, in one commit, with a card that holds what was measured."""
+"""Publishes a saved model on the Hub: complete files, in one commit, with a card of its measurements."""
 
 from .model_card import write_card
 from .publish import ModelFolder, check_folder, push_folder

@@ -1,4 +1,4 @@
-"""Measured tables as the evaluation wrote them, for a card."""
+"""Reads the tables of an evaluation for a model card."""
 
 import json
 from dataclasses import dataclass, replace
@@ -13,13 +13,13 @@ from hf_ilora.evaluation.statistics import Interval, RunComparison
 
 @dataclass(frozen=True)
 class MeasuredTable:
-    """What a card says of one evaluation.
+    """One evaluation, as it appears on a card.
 
     Args:
         text: the table in Markdown, with the paragraph on how it was measured.
-        quality: of the published model: "ranking/metric" -> interval.
+        quality: metrics of the published model: "ranking/metric" -> interval.
         split: evaluated split.
-        num_candidates: size of the candidate sets.
+        num_candidates: size of the candidate sets; 0 without candidates.
         data_fingerprint: content hash of the data set.
     """
 
@@ -34,13 +34,13 @@ def read_measured(path: Path, row: str | None, dataset_name: str) -> MeasuredTab
     """Read the results.json of recipes/evaluate_models.py or recipes/evaluate_ilora.py.
 
     Args:
-        path: the file, or the folder that holds it.
-        row: which row is the published model: its name in the table, or its source; None when there is only one.
-        dataset_name: what the card calls the data set.
+        path: the file, or its folder.
+        row: name or source of the published model in the table; None if there is only one row.
+        dataset_name: name of the data set on the card.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is no table of this package, and when `row` names none of its rows or several.
+        ValueError: when it is not a table of this package, and when `row` matches none or several of its rows.
     """
     if path.is_dir():
         path = path / f"{RESULTS_STEM}.json"
@@ -62,7 +62,7 @@ def read_measured(path: Path, row: str | None, dataset_name: str) -> MeasuredTab
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{path} is no table of measured models ({error!r}): expected the results.json of "
+            f"{path} is not a table of an evaluation ({error!r}): expected the results.json of "
             "recipes/evaluate_models.py or recipes/evaluate_ilora.py; evaluate again"
         ) from error
     report = reports[_row_number(path, row, [report.name for report in reports], sources)]
@@ -75,7 +75,7 @@ def _row_number(path: Path, row: str | None, names: list[str], sources: list[str
         several = "several rows" if found else "no row"
         sources = [source for source in sources if source is not None]
         raise ValueError(
-            f"{several} of {path} fit {row!r}: expected the name of the published model, one of "
+            f"{several} of {path} match {row!r}: expected the name of the published model, one of "
             f"{', '.join(map(repr, names))}" + (f", or its source, one of {', '.join(sources)}" if sources else "")
         )
     return found[0]

@@ -1,4 +1,4 @@
-"""The card of a published model: what was measured, how, and how to use it."""
+"""Writes the card of a published model: how to use it, its measurements, its data and training."""
 
 import hashlib
 import json
@@ -41,24 +41,24 @@ def write_card(
     """Write README.md into a model's folder, or into another one.
 
     Args:
-        folder: what `check_folder` takes.
-        repo_id: "user/name" that the model will have.
-        dataset_name: what the card calls the data set, such as "MovieLens-100K".
-        license: of the weights, as the Hub names it, such as "apache-2.0".
+        folder: a folder that `check_folder` accepts.
+        repo_id: "user/name" of the model on the Hub.
+        dataset_name: name of the data set on the card, such as "MovieLens-100K".
+        license: licence of the weights by its name on the Hub, such as "apache-2.0".
         results: results.json of recipes/evaluate_models.py and recipes/evaluate_ilora.py, or their folders.
-        row: which row of them is this model, by name or source; None when they have only one.
+        row: name or source of this model in them; None if they have only one row.
         protocol: the `protocol` of the data set.
-        seeds_table: JSON of recipes/run_seeds.py with the same configuration and other seeds.
-        revision: branch that the model will have; None means main.
-        checked: what `check_folder` returned; None checks here.
-        output_dir: folder to write README.md to, made when it does not exist; None means the model's.
+        seeds_table: JSON of recipes/run_seeds.py for the same configuration with other seeds.
+        revision: branch of the model; None means main.
+        checked: the result of `check_folder`; None to check here.
+        output_dir: folder to write README.md to, created if it does not exist; None means the folder of the model.
 
     Returns:
         The path of the card.
 
     Raises:
-        FileNotFoundError, ValueError: as `check_folder` and `read_measured`; for results on other data than the run's,
-            and for a card in either folder that was written or edited by hand, which is not overwritten.
+        FileNotFoundError, ValueError: as `check_folder` and `read_measured`; for results on other data than the run's;
+            and for a card in either folder that was written or edited by hand, because it is not overwritten.
     """
     folder = Path(folder)
     checked = checked or check_folder(folder)
@@ -66,9 +66,8 @@ def write_card(
     for card in (folder / CARD_FILE, path):
         if card.is_file() and not _is_untouched(card.read_text(encoding="utf-8")):
             raise ValueError(
-                f"{card} was written or edited by hand: expected no card, or one of hf_ilora as it was written; "
-                "publish the one of the model's folder as it is (recipes/push_to_hub.py --keep_card true), or move it "
-                "away"
+                f"{card} was written or edited by hand: expected no card, or an unchanged one of hf_ilora; publish the "
+                "card in the model's folder as it is (recipes/push_to_hub.py --keep_card true), or move it away"
             )
     tables = [read_measured(Path(source), row, dataset_name) for source in results]
     for source, table in zip(results, tables, strict=True):
@@ -87,7 +86,7 @@ def write_card(
         _measured_section(tables),
         *([] if seeds_table is None else [_seeds_section(Path(seeds_table))]),
         _training_section(checked, dataset_name, protocol),
-        f"## Licence\n\nWeights: {license}. `items.parquet` holds titles and ids of {escaped(dataset_name)}, whose own "
+        f"## Licence\n\nWeights: {license}. `items.parquet` contains titles and ids of {escaped(dataset_name)}, whose "
         "terms apply to them.",
     ]
     text = "\n\n".join(sections) + "\n\n"
@@ -122,15 +121,15 @@ def _description(checked: ModelFolder, dataset_name: str) -> str:
     revision = "" if config.llm_revision is None else f" at commit `{config.llm_revision}`"
     return (
         f"An adapter (iLoRA, arXiv 2408.10159) with which the language model `{config.llm_name_or_path}`{layers}"
-        f"{revision} recommends the next of {items}, for the Python package hf_ilora. It holds the adapter, the router "
-        "and the frozen SASRec; the language model is loaded by its name."
+        f"{revision} recommends the next of {items}, for the Python package hf_ilora. It contains the adapter, the "
+        "router and the frozen SASRec; the language model is loaded by its name."
     )
 
 
 def _measured_section(tables: Sequence[MeasuredTable]) -> str:
     if not tables:
-        return "## Measured\n\nNothing was measured for this card."
-    return "## Measured\n\n" + "\n\n".join(table.text.replace("# ", "### ", 1).strip() for table in tables)
+        return "## Measurements\n\nThere are no measurements of this model."
+    return "## Measurements\n\n" + "\n\n".join(table.text.replace("# ", "### ", 1).strip() for table in tables)
 
 
 def _seeds_section(path: Path) -> str:
@@ -144,7 +143,7 @@ def _seeds_section(path: Path) -> str:
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no table of seeds ({error!r}): expected the JSON of recipes/run_seeds.py"
+            f"{path} is not a table of seeds ({error!r}): expected the JSON of recipes/run_seeds.py"
         ) from error
     header = f"Mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}), test split:"
     return "\n".join([f"## Over seeds\n\n{header}\n", "| metric | value |", "|---|---:|", *lines])
@@ -168,7 +167,7 @@ def _eval_results(tables: Sequence[MeasuredTable], dataset_name: str) -> list[Ev
     results = {}
     for table in tables:
         for name, interval in table.quality.items():
-            if "/recall@" in name:  # one relevant item per user: the hit ratio once more
+            if "/recall@" in name:  # one relevant item per user: equal to the hit ratio
                 continue
             results[table.split, name] = EvalResult(
                 task_type="other",
@@ -185,13 +184,13 @@ def _eval_results(tables: Sequence[MeasuredTable], dataset_name: str) -> list[Ev
 
 
 def _metric_name(name: str, num_candidates: int | None = None) -> str:
-    """`masked/ndcg@10` as "NDCG@10, whole catalogue, seen items left out"."""
+    """`masked/ndcg@10` as "NDCG@10, whole catalogue, seen items excluded"."""
     ranking, _, metric = name.partition("/")
     kind, at, rest = metric.partition("@")
     among = {
-        "masked": "whole catalogue, seen items left out",
+        "masked": "whole catalogue, seen items excluded",
         "unmasked": "whole catalogue",
         "candidates": f"among {num_candidates or 'the'} candidates",
-        "answers": "written answers",
+        "answers": "generated answers",
     }
     return f"{_METRIC_NAMES.get(kind, kind)}{at}{rest.replace('_', ' ')}, {among.get(ranking, ranking)}"

@@ -1,4 +1,4 @@
-"""Sends the folder of a finished run to the Hub, after a check that somebody else could use it."""
+"""Publishes the folder of a finished run on the Hub, after checking that others can use it."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from hf_ilora.models.loading import load_recommender
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
 from hf_ilora.models.next_item.hub_upload import CARD_FILE, RUN_FILE, upload
 
-# What a run's folder holds besides stays behind: checkpoints, optimizer states, logs and pickled training arguments.
+# Other files of a run are not published: checkpoints, optimizer states, logs and pickled training arguments.
 _OPTIONAL_FILES = (
     "generation_config.json",
     "tokenizer*",
@@ -31,13 +31,13 @@ _OPTIONAL_FILES = (
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder that is complete.
+    """A complete folder of a model.
 
     Args:
-        files: what to publish, by path in the repository: where it is, or its content.
-        config: of the model.
-        catalogue: of the model.
-        run: the content of run.json.
+        files: the files to publish, by path in the repository: their paths here, or their contents.
+        config: configuration of the model.
+        catalogue: catalogue of the model.
+        run: content of run.json.
     """
 
     files: dict[str, Path | bytes]
@@ -53,24 +53,24 @@ def check_folder(
     llm_name: str | None = None,
     llm_revision: str | None = None,
 ) -> ModelFolder:
-    """Read a model's folder and make sure that what is published is whole.
+    """Read the folder of a model and check that all files to publish are complete.
 
     Args:
         folder: with config.json, weights, items.parquet, run.json, and for iLoRA the tokenizer.
-        run_file: the run.json, when it is not in the folder.
-        llm_name: for iLoRA: name on the Hub of the language model, published instead of the name in config.json.
-        llm_revision: commit of it; None means its main branch at the time of loading.
+        run_file: path of run.json if it is not in the folder.
+        llm_name: for iLoRA: Hub name of the language model, to publish instead of the name in config.json.
+        llm_revision: its commit; None means its main branch at the time of loading.
 
     Raises:
         FileNotFoundError: when a file is missing.
-        ValueError: when a file is broken or does not fit the others, the run is not finished, the model is none of this
-            package, or the language model is known by a path of this machine.
+        ValueError: when a file is broken or does not fit the others, the run is not finished, the model is not of this
+            package, or the name of the language model is a local path.
     """
     folder = Path(folder)
     files: dict[str, Path | bytes] = {path.name: path for path in _weight_files(folder)}
     for name in (CONFIG_NAME, CATALOGUE_FILE):
         files[name] = _existing(folder / name, "the folder that save_pretrained wrote")
-    files[RUN_FILE] = _existing(Path(run_file or folder / RUN_FILE), "the record of the run; name it with run_file")
+    files[RUN_FILE] = _existing(Path(run_file or folder / RUN_FILE), "the record of the run; pass its path as run_file")
     for pattern in _OPTIONAL_FILES:
         files |= {path.name: path for path in folder.glob(pattern) if path.is_file()}
     if (folder / CARD_FILE).is_file():
@@ -85,11 +85,11 @@ def check_folder(
         check_public_llm(config)
         if config.num_items != len(catalogue):
             raise ValueError(
-                f"{folder / CATALOGUE_FILE} holds {len(catalogue)} items: expected {config.num_items}, those of the "
+                f"{folder / CATALOGUE_FILE} has {len(catalogue)} items: expected {config.num_items}, those of the "
                 "model; restore the catalogue that was saved with it"
             )
     else:
-        load_recommender(folder)  # raises for what does not fit
+        load_recommender(folder)  # raises if the files do not fit each other
     return ModelFolder(files, config, catalogue, _finished_run(Path(run_file or folder / RUN_FILE)))
 
 
@@ -103,24 +103,24 @@ def push_folder(
     revision: str | None = None,
     parent_commit: str | None = None,
 ) -> CommitInfo:
-    """Send a model's folder, with its card, to the Hub in one commit; sending again is safe.
+    """Publish the folder of a model, with its card, on the Hub in one commit; it is safe to repeat.
 
     Args:
-        folder: what `check_folder` takes or returned; README.md is written by `write_card`, or by hand.
-        repo_id: "user/name", or "name" of the token's user; made when it does not exist.
-        commit_message: of the commit.
-        private: make a new repository private; None leaves it to the Hub's setting.
-        token: None takes HF_TOKEN or that of `hf auth login`.
-        revision: branch; made from main when it does not exist.
-        parent_commit: fail unless the branch stands at this commit.
+        folder: a folder that `check_folder` accepts, or its result; README.md is written by `write_card` or by hand.
+        repo_id: "user/name", or "name" for the user of the token; created if it does not exist.
+        commit_message: message of the commit.
+        private: create a private repository; None uses the default of the Hub.
+        token: None uses HF_TOKEN or the token of `hf auth login`.
+        revision: branch; created from main if it does not exist.
+        parent_commit: fail unless this is the head of the branch.
 
     Returns:
-        The commit; the one that is there already when nothing has changed.
+        The commit; the existing one if nothing has changed.
 
     Raises:
-        PermissionError: when the token is missing, wrong, or may not write there.
-        ValueError: as `check_folder`, without README.md, when a public repository exists and a private one was asked
-            for, and when somebody else commits meanwhile.
+        PermissionError: when the token is missing or invalid, or has no write permission.
+        ValueError: as `check_folder`, without README.md, when the repository is public and `private` is True, and when
+            somebody else commits at the same time.
         OSError: when the Hub cannot be reached.
     """
     checked = folder if isinstance(folder, ModelFolder) else check_folder(folder)
@@ -140,7 +140,7 @@ def push_folder(
 
 
 def _renamed_config(path: Path, config: ILoraConfig) -> bytes:
-    """The config.json with the language model that `config` names."""
+    """config.json with the name of the language model in `config`."""
     saved = json.loads(path.read_text(encoding="utf-8"))
     names = {name: vars(config)[name] for name in ("llm_name_or_path", "llm_revision", "llm_gguf_file")}
     names["text_config"] = saved["text_config"] | {"_name_or_path": config.llm_name_or_path}
@@ -166,7 +166,7 @@ def _weight_files(folder: Path) -> list[Path]:
             with safe_open(_existing(path, f"weights; {remedy}"), framework="numpy"):
                 pass
         except SafetensorError as error:
-            raise ValueError(f"{path} is broken ({error}): expected whole weights; {remedy}") from error
+            raise ValueError(f"{path} is broken ({error}): expected complete weights; {remedy}") from error
     return weights if len(weights) == 1 else [*weights, index]
 
 
@@ -178,5 +178,7 @@ def _finished_run(path: Path) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the record of a run ({error!r}): restore it, or run again") from error
     if status != "finished":
-        raise ValueError(f"the run of {path} is {status}: expected a finished one; run its command again to its end")
+        raise ValueError(
+            f"the run of {path} is {status}: expected a finished one; run the same command again to finish it"
+        )
     return run

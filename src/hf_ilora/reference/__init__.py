@@ -1,1 +1,1 @@
-"""What the authors of SASRec, LLaRA, iLoRA and DLLM2Rec published, read into this package's formats."""
+"""Reads the files that the authors of SASRec, LLaRA, iLoRA and DLLM2Rec published."""

@@ -33,14 +33,14 @@ _PARAMETERS = {
 
 
 def convert_reference_sasrec(state_dict: dict[str, torch.Tensor]) -> SASRecForNextItem:
-    """The authors' SASRec as ours, with the same scores.
+    """Convert the authors' SASRec; the result gives the same scores.
 
     Args:
         state_dict: the authors' names and tensors (`load_reference_state_dict`), for N items.
 
     Returns:
-        The model, in eval mode. The reference's item i is our i + 1, and its padding id N is our 0. The files do not
-        say the dropout: it is set to the published programs' default of 0.1.
+        The model, in eval mode. The reference's item i becomes i + 1, and its padding id N becomes 0. The files do not
+        contain the dropout, which is set to 0.1, the default of the published programs.
 
     Raises:
         ValueError: for missing or unexpected names, and for shapes that do not fit one another.
@@ -90,17 +90,17 @@ def convert_reference_sasrec(state_dict: dict[str, torch.Tensor]) -> SASRecForNe
 
 
 def reference_catalogue(items_path: str | os.PathLike, num_items: int) -> Catalogue:
-    """The catalogue of a converted model, from titles under the reference's ids.
+    """The catalogue of a converted model, from a table of titles.
 
     Args:
         items_path: parquet with `item_id` (the reference's ids, 0..num_items - 1) and `title`, and optionally `raw_id`,
-            `year` and `genres`. Without `raw_id`, the reference's id is the raw id. Or the catalogue of a data set of
-            ours with the same items, whose ids run 1..num_items, such as that of the whole of MovieLens-100K.
-        num_items: the number of items of the model.
+            `year` and `genres`. Without `raw_id`, the reference's id is the raw id. Or the catalogue of a prepared data
+            set with the same items, whose ids are 1..num_items, such as that of the whole of MovieLens-100K.
+        num_items: number of items of the model.
 
     Raises:
         FileNotFoundError: when there is no file.
-        ValueError: when the file is no such table, or has other ids.
+        ValueError: when the file is not such a table, or has other ids.
     """
     try:
         items = pq.read_table(items_path)
@@ -114,7 +114,7 @@ def reference_catalogue(items_path: str | os.PathLike, num_items: int) -> Catalo
     if not np.array_equal(np.sort(item_ids), np.arange(num_items)):
         raise ValueError(
             f"{items_path} has {len(item_ids)} rows: expected the reference's ids 0 to {num_items - 1}, once each, or "
-            f"a catalogue of ours with the ids 1 to {num_items}"
+            f"the catalogue of a prepared data set with the ids 1 to {num_items}"
         )
     if "raw_id" not in items.column_names:
         items = items.append_column("raw_id", items["item_id"])
@@ -147,8 +147,8 @@ def _check_names(state_dict: dict[str, torch.Tensor]) -> None:
     missing, unexpected = sorted(expected - state_dict.keys()), sorted(map(str, state_dict.keys() - expected))
     if any(name.startswith("fc_4096_64.") for name in unexpected):
         raise ValueError(
-            "the state dict holds fc_4096_64, DLLM2Rec's projection of LLM embeddings: expected a plain SASRec; if it "
-            "was trained with ed_weight 0, drop fc_4096_64.weight and fc_4096_64.bias"
+            "the state dict contains fc_4096_64, DLLM2Rec's projection of LLM embeddings: expected a plain SASRec; if "
+            "it was trained with ed_weight 0, drop fc_4096_64.weight and fc_4096_64.bias"
         )
     if missing or unexpected:
         raise ValueError(
@@ -157,7 +157,7 @@ def _check_names(state_dict: dict[str, torch.Tensor]) -> None:
         )
     for name, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise ValueError(f"{name} is no tensor of floating-point numbers: expected the authors' weights")
+            raise ValueError(f"{name} is not a tensor of floating-point numbers: expected the authors' weights")
     for name in ("item_embeddings.weight", "positional_embeddings.weight"):
         shape = tuple(state_dict[name].shape)
         if len(shape) != 2 or shape[0] < 2:

@@ -36,7 +36,7 @@ _STORAGE_DTYPES = {
 }
 _TENSOR_FUNCTIONS = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"}
 _PARAMETER_FUNCTION = "torch._utils._rebuild_parameter"
-# The scripts were run as programs and as modules, which decides the name under which a class is pickled.
+# A class is pickled under another name if its script was run as a program instead of imported as a module.
 _MODULE_CLASSES = {
     f"{module}.{name}"
     for module in (
@@ -92,11 +92,11 @@ _LONGEST_NAME = 100
 
 
 class UnsafePickleError(ValueError):
-    """A pickle names a class or function that is not on the list; nothing of it was run."""
+    """A pickle names a class or function that is not on the list; nothing in it was run."""
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Names and tensors in a file of `torch.save` that holds the authors' SASRec module or its state dict.
+    """Names and tensors in a file of `torch.save` with the authors' SASRec module or its state dict.
 
     Args:
         path: a file in either of torch's two formats.
@@ -111,7 +111,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         return {name: _tensor(value, storages, f"{path}: {name!r}") for name, value in root.items()}
     if _is(root, _MODULE_CLASSES):
         return _module_tensors(root, storages, path)
-    raise ValueError(f"{path} holds a {_kind(root)}: expected the authors' SASRec module or its state dict")
+    raise ValueError(f"{path} contains a {_kind(root)}: expected the authors' SASRec module or its state dict")
 
 
 def read_tensor(path: str | os.PathLike) -> torch.Tensor:
@@ -133,7 +133,7 @@ def read_frame(path: str | os.PathLike) -> dict[Any, Any]:
 
     Raises:
         UnsafePickleError: when the pickle names a class or function that is not on the list.
-        ValueError: when the file is truncated, or holds no DataFrame in a layout that is known.
+        ValueError: when the file is truncated, or is not a DataFrame in a known layout.
     """
     path = Path(path)
     frame, _ = _unpickle(io.BytesIO(path.read_bytes()), _FRAME_NAMES, path)
@@ -161,11 +161,11 @@ def integer(value: Any) -> int:
     return int(value)
 
 
-# The fence: pickles become records.
+# The fence turns pickles into records.
 
 
 class _Record:
-    """What a pickle says of one object: the function or class it names, the arguments, and the state to set."""
+    """One object of a pickle: the name of its function or class, the arguments, and the state to set."""
 
     __slots__ = ("arguments", "state")
     name = ""
@@ -181,21 +181,21 @@ class _Record:
 
 
 class _RecordedDictionary(dict):
-    """An OrderedDict of the pickle; attributes that the pickle sets on it are dropped."""
+    """An OrderedDict of the pickle; attributes that the pickle sets on it are ignored."""
 
     def __setstate__(self, state):
         pass
 
 
 class _Storage(_Record):
-    """A tensor's bytes, which stand in the file under the key that is its argument."""
+    """The bytes of a tensor, which the file stores under the key in `arguments`."""
 
     __slots__ = ()
     name = "storage"
 
 
 class _RecordingUnpickler(pickle.Unpickler):
-    """Knows no function but the constructors of records: see the module docstring.
+    """Finds no function but the constructors of records, see the module docstring.
 
     Attributes:
         storages: key -> (dtype, number of elements) of the storages that the pickle refers to.
@@ -213,8 +213,8 @@ class _RecordingUnpickler(pickle.Unpickler):
         full_name = f"{module}.{name}"
         if full_name not in self.allowed:
             raise UnsafePickleError(
-                f"{self.path} names {full_name}, which no file of the authors' SASRec does: it was not run. If this is "
-                "another model, only SASRec can be converted; otherwise do not open the file by other means"
+                f"{self.path} names {full_name}, which no file of the authors' SASRec does: it was not run. Only their "
+                "SASRec can be read; if the file claims to be one, do not open it by other means"
             )
         if full_name == _DICTIONARY:
             return _RecordedDictionary
@@ -222,7 +222,7 @@ class _RecordingUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid):
         match pid:
-            # The older format keeps the source text of each module class beside its name; it is not read.
+            # The older format stores the source of each module class with its name; it is not read.
             case ("module", type() as module_class, _, _) if issubclass(module_class, _Record):
                 return module_class
             case ("storage", type() as storage, str() as key, _, int() as numel, *view) if (
@@ -235,15 +235,15 @@ class _RecordingUnpickler(pickle.Unpickler):
 
 
 def _unpickle(stream: io.BytesIO, allowed: set[str], path: Path) -> tuple[Any, dict[str, tuple[torch.dtype, int]]]:
-    """The next pickle of the stream as records, containers and plain values, and the storages that it refers to."""
+    """The next pickle of the stream as records, containers and plain values, and the storages it refers to."""
     start = stream.tell()
     try:
         for opcode, argument, position in pickletools.genops(stream):
-            # Objects are numbered in the order they come: a larger number only asks for memory.
+            # Objects are numbered in their order: a larger number would only allocate memory.
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > position - start:
                 raise UnsafePickleError(f"{path} numbers its objects in a way that no pickler does: it was not read")
         stream.seek(start)
-        copyreg.clear_extension_cache()  # objects in this cache would pass by find_class
+        copyreg.clear_extension_cache()  # objects in this cache would bypass find_class
         unpickler = _RecordingUnpickler(stream, allowed, path)
         return unpickler.load(), unpickler.storages
     except UnsafePickleError:
@@ -282,13 +282,13 @@ def _read_zip(content: bytes, path: Path) -> tuple[Any, dict[str, torch.Tensor]]
             stored = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
             if not _ZIP_MEMBER.fullmatch(info.filename) or not stored:
                 raise ValueError(
-                    f"{path} holds the member {info.filename!r}, which torch.save does not write: expected only "
+                    f"{path} contains the member {info.filename!r}, which torch.save does not write: expected only "
                     "data.pkl, version and the tensors' data, not compressed"
                 )
         if "data.pkl" not in members or len(members) < len(archive.infolist()):
-            raise ValueError(f"{path} lacks data.pkl or holds a member twice: it is not a file of torch.save")
+            raise ValueError(f"{path} lacks data.pkl or contains a member twice: it is not a file of torch.save")
         if sum(info.file_size for info in members.values()) > len(content):
-            raise ValueError(f"{path} claims more data than it holds: it is not a file of torch.save")
+            raise ValueError(f"{path} declares more data than it contains: it is not a file of torch.save")
         if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
             raise ValueError(f"{path} is not little-endian: save it again on an ordinary machine")
         root, expected = _unpickle(io.BytesIO(archive.read(members["data.pkl"])), _WEIGHT_NAMES, path)
@@ -313,7 +313,7 @@ def _read_legacy(content: bytes, path: Path) -> tuple[Any, dict[str, torch.Tenso
     root, expected = _unpickle(stream, _WEIGHT_NAMES, path)
     keys, _ = _unpickle(stream, _WEIGHT_NAMES, path)
     if type(keys) is not list or not _all_strings(keys) or sorted(keys) != sorted(expected):
-        raise ValueError(f"{path} holds other data than it refers to: it is not a file of torch.save")
+        raise ValueError(f"{path} contains other data than it refers to: it is not a file of torch.save")
     storages = {}
     for key in keys:
         dtype, numel = expected[key]
@@ -321,7 +321,7 @@ def _read_legacy(content: bytes, path: Path) -> tuple[Any, dict[str, torch.Tenso
         data = stream.read(min(numel * dtype.itemsize, len(content))) if stored == numel else b""
         storages[key] = _numbers(data, dtype, numel, f"{path}: data {key}")
     if stream.read(1):
-        raise ValueError(f"{path} goes on after its last tensor: it is not a file of torch.save")
+        raise ValueError(f"{path} has more bytes after its last tensor: it is not a file of torch.save")
     return root, storages
 
 
@@ -360,7 +360,7 @@ def _tensor(value: Any, storages: dict[str, torch.Tensor], where: str) -> torch.
     if _is(value, {_PARAMETER_FUNCTION}) and value.arguments:
         value = value.arguments[0]
     if not _is(value, _TENSOR_FUNCTIONS):
-        raise ValueError(f"{where} is a {_kind(value)}: expected a tensor; of a checkpoint, give the state dict in it")
+        raise ValueError(f"{where} is a {_kind(value)}: expected a tensor; of a checkpoint, save the state dict in it")
     match value.arguments:
         case (_Storage(arguments=(key,)), int() as offset, tuple() as shape, tuple() as stride, *_):
             numbers = storages[key]  # (numel,)
@@ -376,7 +376,7 @@ def _tensor(value: Any, storages: dict[str, torch.Tensor], where: str) -> torch.
 
 
 def _frame_columns(frame: Any) -> dict[Any, Any]:
-    """Column name -> values, from the record of a DataFrame; raises what reading a wrong layout raises."""
+    """Column name -> values, from the record of a DataFrame; another layout raises various errors."""
     state = frame.state
     manager = state["_mgr"] if "_mgr" in state else state["_data"]  # "_data" before pandas 1.1
     if manager.state is None:

@@ -1,4 +1,4 @@
-"""The released rows of LLaRA and iLoRA as sequence data sets, with their fixed candidates."""
+"""Reads the released rows of LLaRA and iLoRA, with their fixed candidates, and the authors' pickled sequences."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from hf_ilora.data.storage import read_parquet
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.reference.pickle_reader import integer, read_frame
 
-# MovieLens-100K has one film without a name, which its own files call "unknown"; the published titles leave it empty.
+# MovieLens-100K has one film without a name: its title is "unknown" in MovieLens and empty in the published files.
 BLANK_TITLE = "unknown"
 
 
@@ -26,25 +26,25 @@ def load_published_sequences(
     min_history: int = 3,
     max_history: int = 10,
 ) -> SequenceDatasets:
-    """Read rows that carry the published ids 0..num_items - 1, where num_items pads.
+    """Read rows with the published ids 0..num_items - 1, which are padded with num_items.
 
     Args:
-        folder: holds `items.parquet` (item_id from 0, title), `validation.parquet` and `test.parquet` (history oldest
-            first, target, candidates), and `train.parquet` (history, target) unless `rebuilt` is given.
-        rebuilt: a data set of the same items whose train split is taken instead, with integer raw ids that are the
-            published ids + 1, as those of MovieLens-100K are.
-        min_history: train rows with a shorter history are dropped, as the published program does.
-        max_history: newest items that a history keeps.
+        folder: contains `items.parquet` (item_id from 0, title), `validation.parquet` and `test.parquet` (history
+            oldest first, target, candidates), and `train.parquet` (history, target) unless `rebuilt` is given.
+        rebuilt: a data set of the same items whose train split to use instead. Its raw ids must be the published ids
+            + 1, as those of MovieLens-100K are.
+        min_history: train rows with a shorter history are dropped, as in the published program.
+        max_history: number of newest items to keep in a history.
 
     Returns:
-        The splits under our ids, the published ids + 1. The catalogue has all items of `items.parquet`, with the
-        published id as raw id, titles without space around them, and a blank title as "unknown". The published rows
-        have no users: their `user_id` is the split and the row, such as "test-0"; rows of `rebuilt` keep theirs.
+        The splits with the published ids + 1. The catalogue has all items of `items.parquet`, with the published id as
+        raw id, stripped titles, and "unknown" for a blank title. The published rows have no users: their `user_id` is
+        the split and the row, such as "test-0"; rows of `rebuilt` keep theirs.
 
     Raises:
         FileNotFoundError: when a file is missing.
-        ValueError: for damaged files, other columns, ids outside 0..num_items - 1, targets outside their candidates,
-            and settings out of range.
+        ValueError: for damaged files, other columns, ids outside 0..num_items - 1, targets that are not among their
+            candidates, and settings out of range.
 
     Source: LLaRA (SIGIR 2024) and iLoRA (NeurIPS 2024), their released data.
     """
@@ -106,7 +106,7 @@ def _catalogue(path: Path) -> Catalogue:
     table = _read(path, {"item_id": "int", "title": "string"}).sort_by("item_id")
     published_ids = table["item_id"].to_numpy()
     if not len(table) or not np.array_equal(published_ids, np.arange(len(table))):
-        raise ValueError(f"{path} has {len(table)} rows: expected the published ids from 0 on, once each")
+        raise ValueError(f"{path} has {len(table)} rows: expected the published ids from 0, once each")
     titles = pc.utf8_trim_whitespace(table["title"].cast(pa.string()))
     num_items = len(table)
     columns = {
@@ -156,7 +156,7 @@ def _rebuilt_split(rebuilt: SequenceDatasets, num_items: int, min_history: int, 
             f"the rebuilt data set has raw ids from {raw_ids.min()} to {raw_ids.max()}: expected integers 1 to "
             f"{num_items}, the published ids + 1"
         )
-    item_of = np.concatenate([[0], raw_ids])  # their item id -> ours
+    item_of = np.concatenate([[0], raw_ids])  # item id of `rebuilt` -> item id of the published files + 1
     train = rebuilt["train"]
     items, boundaries = flatten_lists(train, "history")
     targets = read_column(train, "target").to_numpy()
@@ -166,7 +166,7 @@ def _rebuilt_split(rebuilt: SequenceDatasets, num_items: int, min_history: int, 
 
 
 def _split(users, items, lengths, targets, candidates, name: str, min_history: int, max_history: int) -> Dataset:
-    """Rows with at least `min_history` items, cut to the newest `max_history`."""
+    """Rows with at least `min_history` items, truncated to the newest `max_history`."""
     ends = np.cumsum(lengths)
     kept = lengths >= min_history  # (rows,)
     if not kept.any():
@@ -190,7 +190,7 @@ def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
 
 
 def _read(path: Path, columns: dict[str, str]) -> pa.Table:
-    """The columns of a published file, whose types must be of the kinds int, list and string."""
+    """The columns of a published file, whose types must be of the kinds int, list or string."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: expected the files of the published data, or another --train_from")
     table = read_parquet(path)

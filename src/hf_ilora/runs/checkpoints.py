@@ -1,4 +1,4 @@
-"""Whether a run goes on from an earlier one in its folder, and from which checkpoint."""
+"""Decides whether a run resumes an earlier run in its folder, and from which checkpoint."""
 
 import json
 import logging
@@ -11,45 +11,45 @@ from hf_ilora.runs.record import plain_configuration, read_record
 
 logger = logging.getLogger(__name__)
 
-# What may differ between a killed run and the one that goes on with it.
+# Fields that may differ between an interrupted run and the run that resumes it.
 _FREE_FIELDS = {"output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "log_level", "local_rank"}
 
 
 def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], data_fingerprint: str) -> str | None:
-    """The checkpoint from which a run with these settings goes on in `output_dir`, or None to begin anew.
+    """The checkpoint from which a run with these settings resumes in `output_dir`, or None to start from scratch.
 
     Args:
         output_dir: the folder of the run.
-        arguments: the dataclasses of the run, as given to `RunRecord`.
-        data_fingerprint: of the data the run reads.
+        arguments: the dataclasses of the run, as passed to `RunRecord`.
+        data_fingerprint: of the run's data.
 
     Returns:
-        Path of the last whole checkpoint of a run that was killed or failed; None where there is none.
+        The path of the last complete checkpoint of an interrupted run; None if there is none.
 
     Raises:
-        ValueError: when the folder holds a finished run, one with other settings or on other data, or checkpoints of
-            unknown origin: nothing of an earlier run is ever overwritten.
+        ValueError: when the folder contains a finished run, a run with other settings or on other data, or checkpoints
+            of unknown origin. Earlier runs are never overwritten.
     """
     output_dir = Path(output_dir)
     record = output_dir / "run.json"
     if not record.exists():
         if _checkpoints(output_dir):
-            raise ValueError(f"{output_dir} holds checkpoints but no run.json: choose another output_dir")
+            raise ValueError(f"{output_dir} contains checkpoints but no run.json: choose another output_dir")
         return None
     earlier = read_record(record)
     if earlier["status"] == "finished":
-        raise ValueError(f"{output_dir} holds a finished run: choose another output_dir, or delete the folder")
+        raise ValueError(f"{output_dir} contains a finished run: choose another output_dir, or delete the folder")
     differences = configuration_differences(earlier, arguments)
     if earlier["data_fingerprint"] not in (None, data_fingerprint):
         differences.append(f"the data's fingerprint was {earlier['data_fingerprint']} and is {data_fingerprint}")
     if differences:
         raise ValueError(
-            f"{output_dir} holds an unfinished run that differs from this one: {'; '.join(differences)}; "
+            f"{output_dir} contains an unfinished run that differs from this one: {'; '.join(differences)}; "
             "choose another output_dir, or delete the folder"
         )
     checkpoint = last_whole_checkpoint(output_dir)
     if checkpoint is not None:
-        logger.info("going on from %s", checkpoint)
+        logger.info("resuming from %s", checkpoint)
     return checkpoint
 
 
@@ -78,7 +78,7 @@ def check_same_inputs(checkpoint: str | None, inputs: Mapping[str, Mapping[str, 
 
 
 def configuration_differences(record: dict, arguments: Sequence[object], ignored: Sequence[str] = ()) -> list[str]:
-    """Settings in which `arguments` differ from those of an earlier run's record, a sentence each."""
+    """The settings in which `arguments` differ from an earlier run's record, one sentence each."""
     return [
         f"{name} was {before.get(name)!r} and is {value!r}"
         for part, settings in plain_configuration(arguments).items()
@@ -89,16 +89,16 @@ def configuration_differences(record: dict, arguments: Sequence[object], ignored
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint in `output_dir` that was written to its end, or None.
+    """The newest complete checkpoint in `output_dir`, or None.
 
-    The Trainer writes `trainer_state.json` after weights, optimizer and random state, so a checkpoint that a kill cut
-    short has none, or half of one; it is passed over for the one before it.
+    The Trainer writes `trainer_state.json` after weights, optimizer and random state, so a checkpoint that a crash
+    interrupted has none, or a truncated one. Such a checkpoint is skipped.
     """
     for checkpoint in reversed(_checkpoints(output_dir)):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
-            logger.warning("%s is not whole (a run was killed while writing it): passing it over", checkpoint)
+            logger.warning("%s is incomplete (a run was interrupted while writing it): skipping it", checkpoint)
             continue
         return str(checkpoint)
     return None

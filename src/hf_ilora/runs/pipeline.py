@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 
 import yaml
 
-import hf_ilora
 from hf_ilora.files import written_whole
 from hf_ilora.runs.arguments import checked_settings, prompt_path, read_config
 from hf_ilora.runs.processes import ProgramFailed, program_name
@@ -116,7 +116,7 @@ class Stage:
             files.append(prompt_path(settings["prompt_file"]))
         files += _named_paths([settings, launch_settings], output_dir)
         content = [_content(file) for file in files]
-        what = {"stage": asdict(self), "files": content, "reads": keys_read, "version": hf_ilora.__version__}
+        what = {"stage": asdict(self), "files": content, "reads": keys_read, "version": metadata.version("hf_ilora")}
         del what["stage"]["minutes"]
         return _digest(what)
 
@@ -249,7 +249,7 @@ def run_stages(stages: list[Stage], output_dir: Path, force: Sequence[str] = ())
 
 def source_digest() -> str:
     """Changes when a Python file of hf_ilora does; recipes, which an installed package holds too, count in the keys."""
-    package, recipes = Path(hf_ilora.__file__).parent, shipped_folder(RECIPE)
+    package, recipes = Path(__file__).parents[1], shipped_folder(RECIPE)
     files = [file for file in package.rglob("*.py") if not file.is_relative_to(recipes)]
     return _digest({str(file.relative_to(package)): _content(file) for file in files})
 

@@ -137,8 +137,7 @@ def _explains_itself(error: Exception) -> bool:
     if isinstance(error, OSError | DownloadError):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    name = frame.f_globals.get("__name__", "")
-    return name == "__main__" or name.partition(".")[0] in ("hf_ilora", "hf_ilora_cli")
+    return frame.f_globals.get("__name__", "").startswith(("hf_ilora", "__main__"))
 
 
 def _write_to_run_log(error: Exception) -> None:

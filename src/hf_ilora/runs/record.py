@@ -1,4 +1,4 @@
-"""Writes `run.json`: what was run, with which settings, on what data and software, and what came out."""
+"""Writes `run.json`: the settings, data, software, durations and metrics of a run."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from accelerate import PartialState
 
 from hf_ilora.files import written_whole
 
-# What every record has, and its readers rely on.
+# Keys that every record has and that its readers rely on.
 _RECORD_KEYS = ("status", "started", "configuration", "seed", "data_fingerprint", "git", "durations_seconds", "metrics")
 
 _PACKAGES = (
@@ -39,17 +39,17 @@ _PACKAGES = (
 
 
 class RunRecord:
-    """The `run.json` of one run, written at its start, after every stage and entry, and at its end.
+    """The `run.json` of one run, written at the start, after every stage and entry, and at the end.
 
-    Every process of a launch makes one; the main process alone writes. Make it after `parse_arguments`, which starts
-    what the processes share. As a context manager it sets the status: "running", then "finished", or "failed" with the
-    error; a run that was killed stays "running". What an earlier run left in the folder (a run that this one resumes)
-    is kept under "earlier_runs", without its configuration.
+    Every process of a launch creates one, and only the main process writes. Create it after `parse_arguments`, which
+    initialises the state that the processes share. As a context manager it sets the status: "running", then "finished",
+    or "failed" with the error. A run that was killed stays "running". The record of an earlier run in the same folder,
+    which this run resumes, is kept under "earlier_runs" without its configuration.
 
     Args:
-        output_dir: the folder of `run.json`, made if it does not exist.
-        arguments: the dataclasses of the run. Values of fields that end in `_token` are left out.
-        seed: the seed that fixes the run.
+        output_dir: the folder of `run.json`, created if it does not exist.
+        arguments: the dataclasses of the run. Fields whose names end in `_token` are left out.
+        seed: the random seed of the run.
     """
 
     def __init__(self, output_dir: str | Path, arguments: Sequence[object], *, seed: int):
@@ -79,7 +79,7 @@ class RunRecord:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measures a stage of the run; a name that comes again adds to its time."""
+        """Record the duration of a stage; repeated stages of one name are added up."""
         start = time.monotonic()
         try:
             yield
@@ -89,12 +89,12 @@ class RunRecord:
             self._write()
 
     def add_data(self, fingerprint: str) -> None:
-        """Records the fingerprint of the data the run reads."""
+        """Record the fingerprint of the run's data."""
         self.content["data_fingerprint"] = fingerprint
         self._write()
 
     def add_metrics(self, name: str, metrics: dict[str, object]) -> None:
-        """Records metrics under the name of what they measure, such as "test"."""
+        """Record metrics under a name, such as "test"."""
         self.content["metrics"].setdefault(name, {}).update(metrics)
         self._write()
 
@@ -112,7 +112,6 @@ class RunRecord:
         if not self.is_main_process:
             return
         text = json.dumps(_plain(self.content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        # A reader, or a run that is killed, finds the earlier file or the new one, and never a half.
         with written_whole(self.path) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
 
@@ -125,7 +124,7 @@ def read_record(path: str | Path) -> dict[str, object]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return content | {name: content[name] for name in _RECORD_KEYS}  # raises for what a record always has
+        return content | {name: content[name] for name in _RECORD_KEYS}  # raises for a missing key
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not the record of a run ({error!r}): move it away or choose another folder"
@@ -133,7 +132,7 @@ def read_record(path: str | Path) -> dict[str, object]:
 
 
 def plain_configuration(arguments: Sequence[object]) -> dict[str, dict[str, object]]:
-    """The settings of a run by dataclass and field, in JSON's own types, without secrets."""
+    """The settings of a run by dataclass and field, in JSON types and without secrets."""
     return {type(part).__name__: _plain(_configuration(part)) for part in arguments}
 
 
@@ -150,7 +149,7 @@ def _configuration(part: object) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    """The value in JSON's own types. JSON has no NaN and no infinity: they become text."""
+    """The value in JSON types; NaN and infinity, which JSON lacks, become text."""
     if dataclasses.is_dataclass(value):
         return _plain(_configuration(value))
     if isinstance(value, dict):
@@ -176,7 +175,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_state(project: Path) -> dict[str, object] | None:
-    """Commit of the project and whether its files differ from it; None where the package is not run from a checkout."""
+    """The commit of the project and whether files differ from it; None if the package does not run from a checkout."""
 
     def git(*command: str) -> str:
         return subprocess.run(
@@ -185,14 +184,14 @@ def _git_state(project: Path) -> dict[str, object] | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != project:
-            return None  # installed inside of somebody else's checkout
+            return None  # installed inside the checkout of another project
         return {"commit": git("rev-parse", "HEAD"), "dirty": git("status", "--porcelain") != ""}
     except (FileNotFoundError, subprocess.CalledProcessError):  # no git, no repository, no commit
         return None
 
 
 def _earlier_runs(path: Path) -> list[dict[str, object]]:
-    """What the runs before this one in the same folder left, oldest first."""
+    """The records of earlier runs in the same folder, oldest first."""
     if not path.exists():
         return []
     last = read_record(path)

@@ -1,4 +1,4 @@
-"""Item embeddings from co-occurrence counts: where a SASRec can start instead of at random numbers."""
+"""Item embeddings from co-occurrence counts, to initialise a SASRec with."""
 
 from collections.abc import Iterable, Sequence
 
@@ -21,22 +21,22 @@ def cooccurrence_embeddings(
     mean_norm: float | None = None,
     targets_only: bool = False,
 ) -> torch.Tensor:
-    """Embeddings whose dot products approach (the logarithm of) how much more often than by chance two items meet.
+    """Embeddings whose dot products approximate how much more often than by chance two items co-occur (or its log).
 
         C[i, j] = sum of gap_decay ** (g - 1) over pairs of i and j at a distance g <= max_gap, in either order
         L[i, j] = num_items * C[i, j] / sqrt(sum_j C[i, j] * sum_i C[i, j])
         M[i, j] = log(1 + L[i, j]), or L[i, j] itself
-        M is approached by E E^T of rank `size`: the largest eigenvalues of M, where they are positive
+        M is approximated by E E^T of rank `size`, from the largest positive eigenvalues of M
 
     Args:
-        sequences: one per training row, oldest item first, the row's target last.
+        sequences: one per training row, oldest item first, with the target of the row last.
         num_items: size of the catalogue.
-        size: width of the embeddings, smaller than the catalogue.
+        size: size of the embeddings, smaller than the catalogue.
         max_gap: largest distance of a pair.
         gap_decay: decay of a pair with its distance.
-        take_logarithm: False keeps rare pairs as strong as they are: better where most items have few interactions.
+        take_logarithm: take the logarithm; False is better if most items have few interactions.
         mean_norm: rescale the embeddings to this mean Euclidean norm; None leaves them as factorised.
-        targets_only: count only pairs whose later item is the last of its row, for rows that are all prefixes of a
+        targets_only: count only pairs whose later item is the last of its row, for rows that are the prefixes of one
             history.
 
     Returns:
@@ -45,12 +45,12 @@ def cooccurrence_embeddings(
     Raises:
         ValueError: when `size` is not smaller than the catalogue, for empty rows, or ids outside 1..num_items.
 
-    Source: Levy and Goldberg, NIPS 2014: word2vec factorises such a matrix; item2vec does so for items.
+    Source: Levy and Goldberg, NIPS 2014: word2vec implicitly factorises such a matrix, and item2vec does for items.
     """
     if size >= num_items:
         raise ValueError(
-            f"size is {size} for {num_items} items: expected fewer numbers per item than items; take a smaller "
-            "hidden_size, or start from random numbers"
+            f"size is {size} for {num_items} items: expected a size below the number of items; use a smaller "
+            "hidden_size, or random initial embeddings"
         )
     counting = TransitionCountsConfig(
         num_items=num_items, max_gap=max_gap, gap_decay=gap_decay, backward_weight=1.0, source_power=0, target_power=0
@@ -59,11 +59,11 @@ def cooccurrence_embeddings(
     shape = (num_items + 1, num_items + 1)
     parts = (counts.transition_weights, counts.transition_targets, counts.transition_starts)
     matrix = scipy.sparse.csr_array(tuple(part.numpy() for part in parts), shape=shape, dtype=np.float64)
-    matrix.setdiag(0)  # an item that a user came back to says nothing about other items
+    matrix.setdiag(0)  # repeats of an item say nothing about other items
     totals = np.maximum(matrix.sum(axis=1), np.finfo(np.float64).tiny)  # (num_items + 1,)
     scale = scipy.sparse.dia_array((totals[None] ** -0.5, [0]), shape=shape)
     lift = (scale @ matrix @ scale).tocsr() * num_items
-    # A fixed start makes the result repeatable.
+    # A fixed start vector makes the result reproducible.
     factorised = lift.log1p() if take_logarithm else lift
     eigenvalues, eigenvectors = eigsh(factorised, k=size, which="LA", v0=np.ones(num_items + 1))
     embeddings = eigenvectors * np.maximum(eigenvalues, 0) ** 0.5  # (num_items + 1, size)

@@ -1,21 +1,20 @@
-"""Principal components of title embeddings, in the size of a small item table."""
+"""Principal components of title embeddings, to reduce them to the size of a small item table."""
 
 import torch
 import torch.nn.functional as F
 
 
 def pca_embeddings(table: torch.Tensor, size: int, whiten: bool = True) -> torch.Tensor:
-    """Principal components of item embeddings, such as a language model gives: a start for a small item table.
+    """Principal components of item embeddings, such as those of a language model, to initialise a small item table.
 
     Args:
         table: (num_items + 1, any), row 0 for padding.
-        size: components to keep, at most as many as there are items or numbers per item.
-        whiten: let every component vary by 1 over the items, instead of as much as it did; components that do not vary
-            stay zero.
+        size: number of components, at most the number of items and the size of an embedding.
+        whiten: scale every component to variance 1 over the items; components without variance are zero.
 
     Returns:
-        (num_items + 1, size) float32, largest component first, mean zero over the items, row 0 zero. The sign of each
-        component is such that its largest loading is positive, so that equal tables give equal embeddings.
+        (num_items + 1, size) float32, largest component first, with mean zero over the items and zeros in row 0. The
+        sign of each component makes its largest loading positive, so equal tables give equal embeddings.
 
     Raises:
         ValueError: for another shape, numbers that are not finite, or a `size` out of range.
@@ -25,11 +24,11 @@ def pca_embeddings(table: torch.Tensor, size: int, whiten: bool = True) -> torch
     items = table[1:].detach().double()  # (items, any)
     if not torch.isfinite(items).all():
         item = int((~torch.isfinite(items)).any(1).nonzero()[0]) + 1
-        raise ValueError(f"the embedding of item {item} holds NaN or inf: expected finite numbers; encode again")
+        raise ValueError(f"the embedding of item {item} contains NaN or inf: expected finite numbers; encode again")
     if not 1 <= size <= min(items.shape):
         raise ValueError(
             f"size is {size}: expected 1 to {min(items.shape)} components of {items.shape[0]} items with "
-            f"{items.shape[1]} numbers each; take a smaller hidden_size"
+            f"{items.shape[1]} numbers each; use a smaller hidden_size"
         )
     items = items - items.mean(0)
     variances, directions = torch.linalg.eigh(items.t() @ items / len(items))  # (any,) ascending, (any, any)

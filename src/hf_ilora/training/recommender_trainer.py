@@ -1,14 +1,20 @@
 """What the trainers of this package share."""
 
+import logging
 import shutil
+import tempfile
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress
 
-from hf_ilora.models.next_item.hub_upload import CARD_FILE, UploadOfSaved, usage_card
+from hf_ilora.models.next_item.hub_upload import CARD_FILE, UploadOfSaved, upload, usage_card
+
+logger = logging.getLogger(__name__)
 
 # What the Trainer writes into a checkpoint to resume from it.
 _RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json", TRAINING_ARGS_NAME, "latest")
@@ -42,6 +48,7 @@ class RecommenderTrainer(Trainer):
                 'eval_dataset=sequences["validation"], or eval_strategy="no" with early_stopping_patience=0 and '
                 "load_best_model_at_end=False"
             )
+        self._hub = HfApi()  # sends one push after the other
         super().__init__(model, args, **kwargs)
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
@@ -146,18 +153,53 @@ class RecommenderTrainer(Trainer):
         return upload.send(self.accelerator.unwrap_model(self.model))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero():
-            # The Trainer copies the weights and the configuration only.
-            for path in Path(checkpoint_folder).iterdir():
-                if path.is_file() and path.name not in _RESUME_FILES and not path.name.startswith("rng_state"):
-                    shutil.copy(path, self.args.output_dir)
-            self.create_model_card()
-        super()._push_from_checkpoint(checkpoint_folder)
+        """Send the model of a checkpoint in the background; with a hub_strategy of checkpoints, these too."""
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if pushing and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.create_model_card()
+        checkpoint = Path(checkpoint_folder)
+        # A copy, since a later checkpoint may replace this one before it is sent.
+        folder = Path(tempfile.mkdtemp())
+        for path in (Path(self.args.output_dir) / CARD_FILE, *checkpoint.iterdir()):
+            if path.is_file() and path.name not in _RESUME_FILES and not path.name.startswith("rng_state"):
+                shutil.copy(path, folder)
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            shutil.copytree(checkpoint, folder / name)
+        by_steps = self.args.save_strategy == SaveStrategy.STEPS
+        progress = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
+        settings = {"token": self.args.hub_token, "revision": self.args.hub_revision}
+        settings["commit_message"] = f"Training in progress, {progress}"
+        jobs = [self._hub.run_as_future(_upload_and_remove, folder, self.hub_model_id, **settings)]
+        if pushing:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        if self.hub_model_id is not None and self.push_in_progress is not None:
+            for job in self.push_in_progress.jobs:
+                if job.exception() is not None:  # what was trained is worth more than a push
+                    logger.error("a push during training failed: %s", job.exception())
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink()
+
+
+def _upload_and_remove(folder: Path, repo_id: str, **settings) -> CommitInfo:
+    try:
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        return upload(files, repo_id, **settings)
+    finally:
+        shutil.rmtree(folder)
 
 
 __all__ = ["RecommenderTrainer"]

@@ -196,9 +196,9 @@ def test_a_configuration_given_to_a_model_stays_as_it_was():
     ("histories", "message"),
     [
         ([[3, 7], [0, 0]], r"history \d is empty: expected at least one item"),
-        ([[3, 7], [2, 31]], r"history \d holds item 31: expected item ids 1 to 30"),
-        ([[3, 7], [-1, 2]], r"history \d holds item -1: expected item ids 1 to 30"),
-        ([[3.0, 7.0], [1.0, 2.0]], "type torch.float32: expected item ids"),
+        ([[3, 7], [2, 31]], r"history \d holds item 31: expected .*ids 1"),
+        ([[3, 7], [-1, 2]], r"history \d holds item -1: expected .*ids 1"),
+        ([[3.0, 7.0], [1.0, 2.0]], "torch.float32: expected item ids"),
     ],
 )
 def test_histories_that_are_none_are_refused(model, method, histories, message):

@@ -277,7 +277,7 @@ def test_dropout_of_the_experts_acts_in_training_only():
     assert (model.train()(**batch).loss - expected).abs() > 0.01
 
 
-def test_share_of_examples_with_item_embeddings():
+def test_examples_without_item_embeddings_carry_learned_placeholders():
     model = tiny_model()
     batch = batch_of(model)
     expected = model(**batch).loss
@@ -301,7 +301,7 @@ def test_share_of_examples_with_item_embeddings():
     assert torch.equal(*losses)
 
 
-def test_share_is_drawn_per_example():
+def test_each_example_carries_item_embeddings_with_the_given_probability():
     model = tiny_model().train()
     model.item_embedding_probability = 0.5
     batch = batch_of(model, ROWS * 100)
@@ -313,7 +313,7 @@ def test_share_is_drawn_per_example():
         same = torch.isclose(embeddings[row], with_items[row]).all(1)[tokens < 0]
         assert same.all() or not same.any()
         carries.append(bool(same.all()))
-    assert 0.4 < sum(carries) / len(carries) < 0.6  # 300 draws: five standard deviations are 0.14
+    assert 0.4 < sum(carries) / len(carries) < 0.6  # 300 examples: five standard deviations are 0.14
 
 
 # --- the language model underneath ---

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from hf_ilora.models.ilora.configuration_ilora import ROUTER_TYPES
 from hf_ilora.models.ilora.routers import (
-    ROUTER_TYPES,
     ConvRouter,
     LinearRouter,
     MlpRouter,

@@ -175,9 +175,17 @@ def test_a_failed_write_leaves_the_earlier_file_whole(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == [CATALOGUE_FILE]
 
 
-def test_importing_the_catalogue_loads_neither_pandas_nor_datasets_nor_torch():
+def test_save_pretrained_writes_the_file_that_models_read(tmp_path):
+    """The Trainer calls it on its `processing_class`."""
+    Catalogue(table()).save_pretrained(tmp_path / "new" / "checkpoint-3")
+    assert Catalogue.from_parquet(tmp_path / "new" / "checkpoint-3" / CATALOGUE_FILE) == Catalogue(table())
+
+
+def test_the_catalogue_needs_neither_pandas_nor_datasets_nor_torch():
+    """The file alone: importing it as a part of hf_ilora loads the models too."""
     code = (
-        "import sys; import hf_ilora.models.next_item.catalogue; "
+        "import runpy, sys; runpy.run_path(sys.argv[1]); "
         "print([name for name in ('pandas', 'datasets', 'torch', 'transformers') if name in sys.modules])"
     )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+    file = sys.modules[Catalogue.__module__].__file__
+    assert subprocess.check_output([sys.executable, "-c", code, file], text=True).strip() == "[]"

@@ -144,12 +144,14 @@ def test_recommend_leaves_out_seen_items_unless_asked():
     assert everything.sort(dim=1).values.tolist() == [list(range(1, NUM_ITEMS + 1))] * 3
 
 
-def test_distances_of_counts_are_minus_log_shares():
+def test_scores_of_counts_are_log_shares_and_distances_their_negatives():
     model = PopularityForNextItem.fit(ROWS, PopularityConfig(num_items=NUM_ITEMS))
     item_ids, distances = model.rank_items(LEFT, top_k=4)
     # 13 interactions: items 1 and 2 occur three times, 3 and 4 twice, 5, 6 and 7 once, 8 and 9 never
     assert item_ids[0, :2].tolist() == [2, 4]
     torch.testing.assert_close(distances[0], -torch.tensor([3, 2, 1, 1]).div(13).log())
+    recommended, scores = model.recommend(LEFT, top_k=4)
+    assert torch.equal(recommended, item_ids) and torch.equal(scores, -distances)
     _, every_distance = model.rank_items(LEFT, top_k=NUM_ITEMS, exclude_seen=False)
     assert torch.isfinite(every_distance).all() and (every_distance.diff(dim=1) >= 0).all()
     item_ids, distances = fitted().rank_items(LEFT, top_k=3)

@@ -100,8 +100,22 @@ def test_catalogue_stays_with_the_model_and_must_fit(model, tmp_path):
     loaded = SASRecForNextItem.from_pretrained(tmp_path)
     assert loaded.catalogue == model.catalogue
     Catalogue(model.catalogue.table.slice(0, 5)).to_parquet(tmp_path / "items.parquet")
-    with pytest.raises(ValueError, match="holds 5 items: expected 6"):
+    with pytest.raises(
+        ValueError, match=r"items\.parquet belongs to another model: the catalogue has 5 items: expected 6"
+    ):
         SASRecForNextItem.from_pretrained(tmp_path)
+
+
+def test_what_is_no_catalogue_of_the_model_is_refused(model):
+    catalogue = model.catalogue
+    for wrong in (catalogue.table, ["Title 1"], "items.parquet"):
+        with pytest.raises(TypeError, match=rf"catalogue is a {type(wrong).__name__}: expected a Catalogue or None"):
+            model.catalogue = wrong
+    with pytest.raises(ValueError, match="the catalogue has 5 items: expected 6, the num_items of the model"):
+        model.catalogue = Catalogue(catalogue.table.slice(0, 5))
+    assert model.catalogue is catalogue
+    model.catalogue = None
+    assert model.catalogue is None
 
 
 def test_missing_and_foreign_files_are_refused(model, tmp_path):

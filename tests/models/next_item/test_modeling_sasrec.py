@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
 from hf_ilora import SASRecConfig, SASRecForNextItem, SASRecModel
 
@@ -309,7 +308,8 @@ def test_recommend_scores_as_forward_does(settings, histories):
     model = small_model(**settings)
     item_ids, scores = model.recommend(histories, top_k=NUM_ITEMS, exclude_seen=False)
     with torch.no_grad():
-        torch.testing.assert_close(scores, model(histories).logits.gather(1, item_ids), rtol=1e-4, atol=1e-5)
+        expected = model(histories).logits.log_softmax(-1)
+    torch.testing.assert_close(scores, expected.gather(1, item_ids), rtol=1e-4, atol=1e-5)
 
 
 def test_recommend_excludes_seen_items_and_sorts():
@@ -327,7 +327,7 @@ def test_recommend_reads_the_newest_items_and_excludes_all():
     model = small_model()
     history = torch.arange(1, 13).unsqueeze(0)  # twelve items, eight are read
     item_ids, scores = model.recommend(history, top_k=20)
-    expected = model(history[:, -8:]).logits
+    expected = model(history[:, -8:]).logits.log_softmax(-1)
     expected[:, :13] = float("-inf")
     torch.testing.assert_close(scores, expected.topk(20).values)
     padded, _ = model.recommend(F.pad(history, (0, 4)), top_k=20)
@@ -344,8 +344,8 @@ def test_rank_items_gives_the_recommended_items_and_minus_log_p_over_the_whole_c
     model = small_model(hidden_dropout=0.9).train()
     item_ids, distances = model.rank_items(LEFT, top_k=5)
     assert model.training
-    expected_items, _ = model.recommend(LEFT, top_k=5)
-    assert torch.equal(item_ids, expected_items)
+    expected_items, scores = model.recommend(LEFT, top_k=5)
+    assert torch.equal(item_ids, expected_items) and torch.equal(distances, -scores)
     probabilities = model.eval()(LEFT).logits.softmax(-1)  # seen items keep their share
     torch.testing.assert_close(distances, -probabilities.gather(1, item_ids).log())
     every_item, distances = model.rank_items(LEFT, top_k=NUM_ITEMS, exclude_seen=False)
@@ -353,23 +353,6 @@ def test_rank_items_gives_the_recommended_items_and_minus_log_p_over_the_whole_c
     assert sorted(every_item[0].tolist()) == list(range(1, NUM_ITEMS + 1))
     with pytest.raises(ValueError, match="history 1 is empty"):
         model.rank_items(torch.tensor([[1, 2], [0, 0]]))
-
-
-@pytest.mark.parametrize(
-    ("input_ids", "message"),
-    [
-        (torch.tensor([[1, NUM_ITEMS + 1]]), f"item {NUM_ITEMS + 1}: expected ids 1..{NUM_ITEMS}"),
-        (torch.tensor([[1, -3]]), "item -3"),
-        (torch.tensor([[1, 2], [0, 0]]), "history 1 is empty"),
-        ([[1, 2]], "input_ids have list: expected a tensor"),
-        (torch.tensor([1, 2]), r"shape \(2,\): expected a tensor \(batch, length\)"),
-        (torch.tensor([[1.0, 2.0]]), "float32: expected item ids as int64"),
-        (torch.zeros(0, 3, dtype=torch.long), "at least one item"),
-    ],
-)
-def test_recommend_refuses_bad_histories(input_ids, message):
-    with pytest.raises(ValueError, match=message):
-        small_model().recommend(input_ids)
 
 
 def test_forward_refuses_bad_input():
@@ -468,23 +451,3 @@ def test_scored_positions_have_the_logits_of_their_histories(settings):
     items = torch.tensor([7, 19, 3])
     some = model(input_ids, labels=labels, scored_positions=scored, scored_items=items).logits
     torch.testing.assert_close(some, logits[:, items])
-
-
-def test_repeat_bias_of_older_checkpoints_without_a_dimension_still_loads(tmp_path):
-    model = small_model(repeat_bias=True)
-    torch.nn.init.constant_(model.head.repeat_bias, -1.5)
-    assert model.head.repeat_bias.shape == (1,)
-    model.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    assert weights["head.repeat_bias"].shape == (1,)
-    weights["head.repeat_bias"] = weights["head.repeat_bias"].squeeze()
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = SASRecForNextItem.from_pretrained(tmp_path).eval()
-    resumed = small_model(seed=1, repeat_bias=True)
-    resumed.load_state_dict(weights, strict=False)  # as the Trainer resumes
-    with torch.no_grad():
-        for one in (loaded, resumed):
-            assert one.head.repeat_bias.shape == (1,)
-            assert torch.equal(one(LEFT).logits, model(LEFT).logits)
-    loaded.save_pretrained(tmp_path / "again")
-    assert load_file(tmp_path / "again" / "model.safetensors")["head.repeat_bias"].shape == (1,)

@@ -8,12 +8,11 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
-from hf_ilora.models.ilora.configuration_ilora import check_public_llm
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
 from hf_ilora.models.next_item.hub_upload import UploadOfSaved
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 
-from .configuration_ilora import ILoraConfig
+from .configuration_ilora import ILoraConfig, check_public_llm
 from .language_models import load_language_model, load_tokenizer
 
 # Arguments of `from_pretrained` that apply to the language model's repository as well as to the adapter's.

@@ -333,18 +333,30 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
             "expert_gates": expert_gates,
             **kwargs,
         }
-        num_tokens = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         if labels is None:
-            if isinstance(logits_to_keep, int) and logits_to_keep:
-                # An index copies the hidden states. A slice would be a view, for which the output layer copies its
-                # weights once per row.
-                logits_to_keep = torch.arange(num_tokens - logits_to_keep, num_tokens, device=expert_gates.device)
-            output = self.llm(use_cache=use_cache, logits_to_keep=logits_to_keep, **llm_inputs)
-            return ILoraOutput(logits=output.logits, past_key_values=output.past_key_values, expert_gates=expert_gates)
-
+            return self._logits(llm_inputs, use_cache, logits_to_keep)
         self._check_loss_inputs(histories, title_labels, candidates)
-        config = self.config
         num_examples = max(1, len(labels)) if num_items_in_batch is None else num_items_in_batch
+        return self._losses(
+            llm_inputs, histories, user_embeddings, title_labels, candidates, labels, shows_candidates, num_examples
+        )
+
+    def _logits(self, llm_inputs: dict, use_cache: bool | None, logits_to_keep: int | torch.Tensor) -> ILoraOutput:
+        """The output of a call without labels, for generation."""
+        expert_gates = llm_inputs["expert_gates"]
+        if isinstance(logits_to_keep, int) and logits_to_keep:
+            # An index copies the hidden states. A slice would be a view, for which the output layer copies its weights
+            # once per row.
+            num_tokens = _num_tokens(llm_inputs)
+            logits_to_keep = torch.arange(num_tokens - logits_to_keep, num_tokens, device=expert_gates.device)
+        output = self.llm(use_cache=use_cache, logits_to_keep=logits_to_keep, **llm_inputs)
+        return ILoraOutput(logits=output.logits, past_key_values=output.past_key_values, expert_gates=expert_gates)
+
+    def _losses(
+        self, llm_inputs, histories, user_embeddings, title_labels, candidates, labels, shows_candidates, num_examples
+    ) -> ILoraOutput:
+        """The output of a call with labels; the arguments are those of `forward`, `llm_inputs` as it prepares them."""
+        config = self.config
         language_loss = candidate_loss = item_loss = item_logits = None
         if config.candidate_loss_weight:
             targets = losses.target_columns(candidates, labels)  # (batch,)
@@ -353,8 +365,8 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
             candidate_loss = losses.candidate_loss(scores, targets, num_examples)
             language_loss = losses.target_title_loss(log_likelihoods, targets, num_examples)
         else:
-            title_labels = title_labels[:, 1 - num_tokens :]  # no token predicts the first one
-            logits, last_states = self._read_titles(llm_inputs, title_labels, num_tokens)
+            title_labels = title_labels[:, 1 - _num_tokens(llm_inputs) :]  # no token predicts the first one
+            logits, last_states = self._read_titles(llm_inputs, title_labels)
             if config.language_loss_weight:
                 language_loss = losses.title_loss(logits, title_labels, num_examples)
         if config.item_loss_weight:
@@ -371,7 +383,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
             candidate_loss=candidate_loss,
             item_loss=item_loss,
             item_logits=None if self.training else item_logits,
-            expert_gates=expert_gates,
+            expert_gates=llm_inputs["expert_gates"],
         )
 
     def _check_loss_inputs(self, histories, title_labels, candidates) -> None:
@@ -401,7 +413,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         )
 
     def _read_titles(
-        self, llm_inputs: dict, title_labels: torch.Tensor, num_tokens: int
+        self, llm_inputs: dict, title_labels: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Run the language model over prompts, each followed by the target's title.
 
@@ -409,7 +421,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
             Logits (batch, title tokens, vocabulary) that predict `title_labels`, None without a language loss, and the
             hidden states (batch, llm hidden) that end the prompts, None without an item loss.
         """
-        trains_items = self.config.item_loss_weight > 0
+        num_tokens, trains_items = _num_tokens(llm_inputs), self.config.item_loss_weight > 0
         if self.config.language_loss_weight:
             # The token before a label predicts it.
             kept = torch.arange(num_tokens - 1 - title_labels.shape[1], num_tokens - 1, device=title_labels.device)
@@ -452,6 +464,12 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         return losses.opinion_pool(
             title_log_likelihoods, recommender_scores, candidates, self.config.recommender_weight
         )
+
+
+def _num_tokens(llm_inputs: dict) -> int:
+    """Length of the prompts, padding included."""
+    inputs_embeds = llm_inputs["inputs_embeds"]
+    return (llm_inputs["input_ids"] if inputs_embeds is None else inputs_embeds).shape[1]
 
 
 def check_recommender(recommender: SASRecForNextItem, catalogue: Catalogue) -> None:

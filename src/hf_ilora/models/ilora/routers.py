@@ -244,7 +244,6 @@ def build_router(
 
 
 __all__ = [
-    "ROUTER_TYPES",
     "ConvRouter",
     "LinearRouter",
     "MlpRouter",

@@ -281,25 +281,28 @@ def usage_example(
 ) -> str:
     """Python that loads a model from the Hub and prints recommended titles: at most five lines, imports included.
 
+    A next-item model loads by the code in its repository, so that the lines work without hf_ilora too.
+
     Args:
         config: of the saved model; `architectures` names its class.
         catalogue: gives raw ids for the example; None shows item ids.
         repo_id: where the model is.
         revision: branch or tag; None means main.
     """
-    name = config.architectures[0]
     source = f'"{repo_id}"' if revision is None else f'"{repo_id}", revision="{revision}"'
-    lines = ["import torch, hf_ilora", "", f"model = hf_ilora.{name}.from_pretrained({source})"]
-    if catalogue is None:
-        return "\n".join([*lines, "item_ids, scores = model.recommend(torch.tensor([[1, 2]]), top_k=10)"])
-    shown = catalogue.raw_ids(range(1, min(len(catalogue), 2) + 1))
-    lines.append(f"history = torch.tensor([model.catalogue.item_ids({shown})])  # raw ids, oldest first")
-    if config.model_type != "ilora":
-        lines.append("item_ids, scores = model.recommend(history, top_k=10)")
-    elif config.item_head != "none":
-        lines.append("item_ids, distances = model.rank_items(history, top_k=10)")
+    is_ilora = config.model_type == "ilora"
+    if is_ilora:
+        lines = ["import hf_ilora", "", f"model = hf_ilora.{config.architectures[0]}.from_pretrained({source})"]
     else:
-        return "\n".join([*lines, "print(model.generate_recommendation(history, top_k=3).texts)"])
+        lines = ["from transformers import AutoModel", ""]
+        lines.append(f"model = AutoModel.from_pretrained({source}, trust_remote_code=True)")
+    if catalogue is None:
+        return "\n".join([*lines, "item_ids, scores = model.recommend([[1, 2]], top_k=10)"])
+    shown = catalogue.raw_ids(range(1, min(len(catalogue), 2) + 1))
+    lines.append(f"histories = [model.catalogue.item_ids({shown})]  # raw ids, oldest first")
+    if is_ilora and config.item_head == "none":
+        return "\n".join([*lines, "print(model.generate_recommendation(histories, top_k=3).texts)"])
+    lines.append("item_ids, scores = model.recommend(histories, top_k=10)")
     return "\n".join([*lines, "print(model.catalogue.titles(item_ids[0]))"])
 
 
@@ -314,10 +317,13 @@ def usage_card(config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: s
     """A card that says what the model is and how to use it."""
     code = usage_example(config, catalogue, repo_id, revision)
     items = "" if catalogue is None else f" of {len(catalogue):,} items"
-    return (
+    text = (
         f"---\n{card_data(config).to_yaml()}\n---\n\n# {repo_id}\n\n"
-        f"A recommender{items} ({config.architectures[0]}), for the package hf_ilora.\n\n```python\n{code}\n```\n"
+        f"A recommender{items} ({config.architectures[0]}), made with the package hf_ilora.\n\n```python\n{code}\n```\n"
     )
+    if config.model_type == "ilora":
+        return text
+    return f"{text}\nAfter `import hf_ilora` the model loads without `trust_remote_code`.\n"
 
 
 __all__ = ["CARD_FILE", "RUN_FILE", "HubUploads", "UploadOfSaved", "card_data", "retried", "upload"]

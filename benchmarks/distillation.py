@@ -1,52 +1,44 @@
-"""Measures what a training step of DLLM2Rec costs against the base loss alone and against the published form.
+"""Measures a training step of DLLM2Rec against the base loss alone and against the published form of the losses.
 
-    python recipes/benchmark_distillation.py --output_dir outputs/benchmark_distillation --threads 1
+    python -m benchmarks.distillation --output_dir outputs/benchmarks/distillation --threads 1
 
-A SASRec of the size of MovieLens-100K is trained on random histories with one labelled position each, with BCE (one
-negative) and with the softmax over the catalogue as base loss. The baseline computes its loss the way that
-`SASRecForNextItem` does, which for BCE scores two items of the catalogue; the distilled programs score all of it. All
-programs take turns in every round of one process. Writes benchmark.json and benchmark.md.
+A SASRec of the size of MovieLens-100K is trained on random histories with one labelled position each. The base loss is
+BCE with one negative, or the softmax over the catalogue. The baseline computes it as `SASRecForNextItem` does: for BCE
+it scores two items of the catalogue. The distilled programs score all items. All programs take turns in one process.
 """
 
 import logging
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from benchmark_ilora import median_ratio, table_of_targets, write_results
 from transformers import set_seed
 
+from benchmarks.measuring import check_positive, run_benchmark, time_in_turn
 from hf_ilora import SASRecConfig, SASRecForNextItem
 from hf_ilora.distillation.losses import DLLM2RecLoss, base_losses, propensity_scores, ranking_distillation_weights
-from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
+from hf_ilora.runs import parse_arguments, run_main
 
 logger = logging.getLogger(__name__)
 
 BASE_LOSSES = ("bce", "cross_entropy")
 ALPHA, BETA, LAM, GAMMAS = 1.0, 1.0, 0.8, (0.3, 0.5, 0.1)  # defaults of the published program
-LIMIT = 1.5  # times the step of the baseline
 
 
 @dataclass
 class DistillationBenchmarkArguments:
-    """What is measured."""
+    """Settings of the benchmark."""
 
     output_dir: str = field(metadata={"help": "folder for benchmark.json and benchmark.md"})
     threads: int = field(default=1, metadata={"help": "CPU threads of all programs"})
     rounds: int = field(default=21, metadata={"help": "steps per program, in turn; medians are reported"})
-    num_items: int = field(default=1682, metadata={"help": "catalogue; MovieLens-100K has 1682 items"})
+    num_items: int = field(default=1682, metadata={"help": "items of the catalogue; MovieLens-100K has 1682"})
     batch_size: int = field(default=256, metadata={"help": "histories per step"})
     lengths: list[int] = field(default_factory=lambda: [10, 50], metadata={"help": "items per history"})
     top_k: int = field(default=10, metadata={"help": "teacher items per history"})
 
     def __post_init__(self):
-        for name in ("threads", "rounds", "batch_size", "top_k"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
+        check_positive(self, "threads", "rounds", "batch_size", "top_k")
         if self.num_items <= self.top_k:
             raise ValueError(f"num_items is {self.num_items}: expected more than top_k, {self.top_k}")
         if not self.lengths or min(self.lengths) < 1:
@@ -58,7 +50,7 @@ ARGUMENTS = (DistillationBenchmarkArguments,)
 
 @dataclass
 class Batch:
-    """Random histories and labels; target, negative and teacher_items are columns, which is item ids less 1."""
+    """Random histories and labels; target, negative and teacher_items are columns of the scores: item ids minus 1."""
 
     input_ids: torch.Tensor  # (batch, length)
     labels: torch.Tensor  # (batch, length), the target at the last position
@@ -89,7 +81,7 @@ def random_batch(arguments: DistillationBenchmarkArguments, length: int) -> Batc
 def published_loss(scores: torch.Tensor, batch: Batch, base_loss: str) -> torch.Tensor:
     """The published arithmetic of DLLM2Rec: a loop over the teacher's items, each with a sum over the catalogue.
 
-    Its exponentials overflow for scores above about 12. The weights are the fast ones of this package.
+    The exponentials overflow for scores above about 12. The weights come from this package, which computes them fast.
     """
 
     def dro(target: torch.Tensor) -> torch.Tensor:
@@ -150,63 +142,43 @@ class TrainingStep:
 PROGRAMS = {"baseline": "base loss alone", "distilled": "DLLM2Rec", "published": "DLLM2Rec, published form"}
 
 
-def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict:
-    """Milliseconds of a step of each program, in turn; ratios are medians over the rounds, of CPU time too."""
-    wall, cpu = {name: [] for name in steps}, {name: [] for name in steps}
-    names = list(steps)
-    for round_ in range(-2, rounds):  # two rounds warm up
-        first = round_ % len(names)
-        for name in names[first:] + names[:first]:
-            begin, begin_cpu = time.perf_counter(), time.process_time()
-            steps[name]()
-            if round_ >= 0:
-                wall[name].append(1000 * (time.perf_counter() - begin))
-                cpu[name].append(1000 * (time.process_time() - begin_cpu))
-    return {
-        "milliseconds": {name: statistics.median(values) for name, values in wall.items()},
-        "milliseconds_cpu": {name: statistics.median(values) for name, values in cpu.items()},
-        "distilled_over_baseline": median_ratio(wall["distilled"], wall["baseline"]),
-        "distilled_over_baseline_cpu": median_ratio(cpu["distilled"], cpu["baseline"]),
-        "published_over_distilled": median_ratio(wall["published"], wall["distilled"]),
-        "published_over_distilled_cpu": median_ratio(cpu["published"], cpu["distilled"]),
+def measure_steps(length: int, base_loss: str, arguments: DistillationBenchmarkArguments) -> dict:
+    """Milliseconds of a step of each program, and their ratios."""
+    steps = {name: TrainingStep(name, base_loss, length, arguments) for name in PROGRAMS}
+    stopwatch = time_in_turn(steps, arguments.rounds)
+    measured = {
+        "milliseconds": {name: 1000 * seconds for name, seconds in stopwatch.medians().items()},
+        "milliseconds_cpu": {name: 1000 * seconds for name, seconds in stopwatch.cpu_medians().items()},
     }
+    for numerator, denominator in (("distilled", "baseline"), ("published", "distilled")):
+        measured[f"{numerator}_over_{denominator}"] = stopwatch.ratio(numerator, denominator)
+        measured[f"{numerator}_over_{denominator}_cpu"] = stopwatch.cpu_ratio(numerator, denominator)
+    return measured
 
 
-def run_benchmark(arguments: DistillationBenchmarkArguments) -> dict:
+def measure(arguments: DistillationBenchmarkArguments) -> dict:
     """One measurement for each length and base loss."""
-    settings = {name: value for name, value in asdict(arguments).items() if name != "output_dir"}
     measurements = []
     for length in arguments.lengths:
         for base_loss in BASE_LOSSES:
-            steps = {name: TrainingStep(name, base_loss, length, arguments) for name in PROGRAMS}
-            measured = measure(steps, arguments.rounds)
+            measured = measure_steps(length, base_loss, arguments)
             measurements.append({"length": length, "base_loss": base_loss} | measured)
             logger.info("length %d, %s: %.2f of the baseline", length, base_loss, measured["distilled_over_baseline"])
-    return {"setting": settings | {"torch": torch.__version__}, "measurements": measurements}
+    return {"measurements": measurements}
 
 
 def report(results: dict) -> str:
-    """The measurements as Markdown tables that explain themselves."""
+    """The measurements as Markdown."""
     setting = results["setting"]
-    targets = [
-        (
-            f"step, DLLM2Rec over {row['base_loss']} alone, length {row['length']}",
-            row["distilled_over_baseline"],
-            "<=",
-            LIMIT,
-        )
-        for row in results["measurements"]
-    ]
-    lines = ["# What a training step of distillation costs", "", *table_of_targets(targets)]
-    lines += [
+    lines = [
+        "# What a training step of distillation costs",
         "",
-        f"CPU threads: {setting['threads']}. torch {setting['torch']}. {setting['rounds']} rounds, in which all"
-        " programs take turns; times are medians over the rounds, and their ratios medians of the rounds' ratios, in"
-        " brackets of CPU time.",
+        f"{setting['threads']} CPU thread(s), torch {setting['torch']}. Medians of {setting['rounds']} rounds in which "
+        "all programs take turns; ratios are medians of the rounds' ratios, in brackets of CPU time.",
         "",
-        f"Forward, backward and AdamW on a SASRec with hidden size 64, 2 blocks and {setting['num_items']} items,"
-        f" random weights in float32: {setting['batch_size']} histories with one label each, {setting['top_k']} items"
-        " of the teacher.",
+        "A step is forward, backward and AdamW of a SASRec with random float32 weights, hidden size 64, 2 blocks and "
+        f"{setting['num_items']} items, on {setting['batch_size']} histories with one label and {setting['top_k']} "
+        "teacher items each.",
         "",
         f"| length | base loss | {' | '.join(f'{title}, ms' for title in PROGRAMS.values())} | DLLM2Rec over base loss"
         " | published over DLLM2Rec |",
@@ -224,12 +196,8 @@ def report(results: dict) -> str:
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    set_up_logging(arguments.output_dir)
     torch.set_num_threads(arguments.threads)
-    with RunRecord(arguments.output_dir, [arguments], seed=0) as record:
-        results = run_benchmark(arguments)
-        record.add_metrics("benchmark", results)
-    write_results(results, report(results), Path(arguments.output_dir))
+    run_benchmark(arguments, lambda: measure(arguments), report)
 
 
 if __name__ == "__main__":

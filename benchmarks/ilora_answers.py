@@ -1,37 +1,36 @@
-"""Measures how fast iLoRA answers, and what putting prompts together costs, on real prompts and a real language model.
+"""Measures how fast iLoRA answers, and what assembling prompts costs, on real prompts and a real language model.
 
-    python recipes/benchmark_ilora_answers.py --data_dir outputs/ml-100k/data --recommender outputs/ml-100k/sasrec \
-        --output_dir outputs/benchmark_ilora_answers --dtypes float32 bfloat16 --threads 1
+    python -m benchmarks.ilora_answers --data_dir outputs/ml-100k/data --recommender outputs/ml-100k/sasrec \
+        --output_dir outputs/benchmarks/ilora_answers --dtypes float32 bfloat16 --threads 1
 
-Candidates scored by `score_candidates`, in rows per second, against answers that are generated as the published program
-does, greedily and from embeddings, with the layer in its published form and in ours: the programs take turns on each
-batch. And the time of drawing candidates and assembling prompts, as a share of a training step on the first layers; a
-profile counts calls of tokenizers. The adapter is fresh and random: what is measured does not depend on its weights.
-Writes benchmark.json and benchmark.md.
+First, rows per second of `score_candidates` against greedy generation from embeddings, as in the published program,
+with the layer in its published form and in ours; the programs take turns on each batch. Second, the time of drawing
+candidates and assembling prompts, as a fraction of a training step on the first layers, and the number of tokenizer
+calls in it. The adapter is new and random: its weights do not change what is measured.
 """
 
 import copy
 import cProfile
 import logging
 import statistics
-import time
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from benchmark_ilora import median_ratio, table_of_targets, use_published_form, write_results
 from torch import nn
 from transformers import set_seed
 
+from benchmarks.ilora import use_published_form
+from benchmarks.measuring import Stopwatch, check_positive, run_benchmark
 from hf_ilora import ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.evaluation.ranking import EvaluationRows
 from hf_ilora.models.ilora.embedded_llm import EMBEDDED_LLM
 from hf_ilora.models.ilora.gated_lora import gated_layers
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.models.ilora.prompts import read_templates
-from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
+from hf_ilora.runs import parse_arguments, prompt_path, run_main
 from hf_ilora.training.candidate_rows import CandidateRows
 from hf_ilora.training.prompt_collator import PromptCollator
 
@@ -43,37 +42,37 @@ ANSWER_TITLES = {
     "gated": "generating, gated layer",
     "full": "all tokens",
     "title": "as long as the longest target title and its terminator",
-    "free": "until all rows have ended by themselves",
+    "free": "until all rows have ended on their own",
 }
 
 
 @dataclass
 class AnswerBenchmarkArguments:
-    """What is measured."""
+    """Settings of the benchmark."""
 
-    data_dir: str = field(metadata={"help": "folder written by recipes/prepare_data.py"})
+    data_dir: str = field(metadata={"help": "folder of the data set, written by prepare_data.py"})
     output_dir: str = field(metadata={"help": "folder for benchmark.json and benchmark.md"})
     recommender: str | None = field(
         default=None, metadata={"help": "folder of a SASRec trained on that data; by default a random one, as fast"}
     )
     llm: str = field(default=EMBEDDED_LLM, metadata={"help": "folder or Hub name of the language model"})
     dtypes: list[str] = field(
-        default_factory=lambda: ["float32"], metadata={"help": "answers are measured with weights in each of these"}
+        default_factory=lambda: ["float32"], metadata={"help": "dtypes of the weights in which answers are measured"}
     )
-    prompt_file: str | None = field(default=None, metadata={"help": "templates, as in recipes/train_ilora.py"})
+    prompt_file: str | None = field(
+        default=None, metadata={"help": "templates: a file, or one that is shipped (movies, artists, products)"}
+    )
     threads: int = field(default=1, metadata={"help": "CPU threads of all programs"})
-    rounds: int = field(default=5, metadata={"help": "batches that each program answers, in turn, and training steps"})
-    batch_size: int = field(default=8, metadata={"help": "rows that are answered at once, and prompts per step"})
+    rounds: int = field(default=5, metadata={"help": "batches that each program answers, and training steps"})
+    batch_size: int = field(default=8, metadata={"help": "rows per batch, and prompts per step"})
     answer_layers: int | None = field(default=None, metadata={"help": "decoder layers that answer; by default all"})
-    answer_tokens: int = field(default=64, metadata={"help": "most tokens of a generated answer"})
+    answer_tokens: int = field(default=64, metadata={"help": "maximal number of tokens of a generated answer"})
     step_layers: int = field(default=4, metadata={"help": "decoder layers of the training step"})
 
     def __post_init__(self):
         if set(self.dtypes) - set(DTYPES) or not self.dtypes:
             raise ValueError(f"dtypes is {self.dtypes}: expected some of {', '.join(DTYPES)}")
-        for name in ("threads", "rounds", "batch_size", "answer_tokens", "step_layers"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name} is {vars(self)[name]}: expected at least 1")
+        check_positive(self, "threads", "rounds", "batch_size", "answer_tokens", "step_layers")
 
 
 ARGUMENTS = (AnswerBenchmarkArguments,)
@@ -82,19 +81,17 @@ ARGUMENTS = (AnswerBenchmarkArguments,)
 def build_ilora(
     sequences: SequenceDatasets, arguments: AnswerBenchmarkArguments, dtype: str, num_layers: int | None
 ) -> ILoraForRecommendation:
-    """iLoRA with a small random adapter on the real language model; what it costs does not depend on its weights."""
+    """An iLoRA model with a small random adapter on the real language model."""
     set_seed(0)
     if arguments.recommender is None:
         recommender = SASRecForNextItem(SASRecConfig(num_items=sequences.num_items, hidden_size=64))
     else:
         recommender = SASRecForNextItem.from_pretrained(arguments.recommender)
     llm, tokenizer, source = load_language_model(arguments.llm, dtype=dtype)
-    config = ILoraConfig(
-        llm_name_or_path=source.name_or_path,
-        num_llm_layers=num_layers,
-        duplicate_titles="number",
-        **({} if arguments.prompt_file is None else {"prompt_templates": read_templates(arguments.prompt_file)}),
-    )
+    settings = {"llm_name_or_path": source.name_or_path, "num_llm_layers": num_layers, "duplicate_titles": "number"}
+    if arguments.prompt_file is not None:
+        settings["prompt_templates"] = read_templates(prompt_path(arguments.prompt_file))
+    config = ILoraConfig(**settings)
     model = ILoraForRecommendation.from_base(
         llm, recommender, tokenizer, sequences.catalogue, config, untrained_recommender=arguments.recommender is None
     )
@@ -109,12 +106,12 @@ class Answers:
     def __init__(self, sequences: SequenceDatasets, arguments: AnswerBenchmarkArguments, dtype: str):
         self.model = build_ilora(sequences, arguments, dtype, arguments.answer_layers).eval()
         self.rows = EvaluationRows(sequences["test"], self.model.config.num_items)
-        # `generate` hands the output layer a view of the prompt's last token, for which torch would copy the weights of
-        # the layer for every row: up to a second that is not the fault of generating.
+        # `generate` passes the output layer a view of the prompt's last token, for which torch would copy the layer's
+        # weights once per row. This takes up to a second, which generation does not need.
         self.model.llm.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         self.shared_gates = []
         weights = {id(parameter): parameter for parameter in self.model.llm.parameters()}
-        self.published = copy.deepcopy(self.model.llm, weights)  # the weights are not copied
+        self.published = copy.deepcopy(self.model.llm, weights)  # shares the weights
         use_published_form(self.published, self.shared_gates)
         self.published.eval()
 
@@ -123,9 +120,9 @@ class Answers:
         return self.model.score_candidates(self.rows.histories(rows), torch.from_numpy(self.rows.candidates[rows]))
 
     @torch.no_grad()
-    def generate(self, rows: np.ndarray, in_published_form: bool, most_tokens: int, to_the_end: bool) -> torch.Tensor:
-        """Greedy answers, (batch, generated tokens): `most_tokens` of them, or fewer when all rows have ended and
-        `to_the_end` is false."""
+    def generate(self, rows: np.ndarray, in_published_form: bool, max_tokens: int, to_the_end: bool) -> torch.Tensor:
+        """Greedy answers, (batch, generated tokens): `max_tokens` tokens, or fewer once all rows have ended, unless
+        `to_the_end` suppresses the end of a title."""
         histories, candidates = self.rows.histories(rows), torch.from_numpy(self.rows.candidates[rows])
         prompts = self.model.build_prompts(histories, candidates)
         gates = self.model.expert_gates(histories)  # (batch, experts)
@@ -140,61 +137,59 @@ class Answers:
             num_beams=1,
             eos_token_id=terminator,
             pad_token_id=terminator,
-            max_new_tokens=most_tokens,
-            min_new_tokens=most_tokens if to_the_end else None,
+            max_new_tokens=max_tokens,
+            min_new_tokens=max_tokens if to_the_end else None,
             **keywords,
         )
 
-    def programs(self, rows: np.ndarray, most_tokens: int) -> dict[str, Callable[[], torch.Tensor]]:
-        """What is timed on a batch."""
+    def programs(self, rows: np.ndarray, max_tokens: int) -> dict[str, Callable[[], torch.Tensor]]:
+        """The programs that answer a batch, by name."""
         title = int(self.model.title_tokens.lengths[self.rows.target[rows]].max()) + 1  # and the terminator
         programs = {"score_candidates": lambda: self.score(rows)}
         for form, published in (("published", True), ("gated", False)):
             for ending, settings in (
-                ("full", (most_tokens, True)),
+                ("full", (max_tokens, True)),
                 ("title", (title, True)),
-                ("free", (most_tokens, False)),
+                ("free", (max_tokens, False)),
             ):
                 programs[f"{form}_{ending}"] = lambda settings=(published, *settings): self.generate(rows, *settings)
         return programs
 
 
 def measure_answers(sequences: SequenceDatasets, arguments: AnswerBenchmarkArguments, dtype: str) -> dict:
-    """Rows per second of scoring and of generating; ratios are medians over the rounds, of CPU time too."""
+    """Rows per second of scoring and of generating, and their ratios."""
     answers = Answers(sequences, arguments, dtype)
-    model, wall, cpu, tokens = answers.model, {}, {}, {}
+    model, warm_up, stopwatch, tokens = answers.model, Stopwatch(), Stopwatch(), defaultdict(list)
     prompt_lengths, title_lengths = [], []
     for round_ in range(-1, arguments.rounds):  # one round warms up
         first = max(0, round_) * arguments.batch_size
         rows = np.arange(first, first + arguments.batch_size) % len(answers.rows)
         for name, program in answers.programs(rows, arguments.answer_tokens).items():
-            begin, begin_cpu = time.perf_counter(), time.process_time()
-            answer = program()
+            answer = (stopwatch if round_ >= 0 else warm_up).time(name, program)
             if round_ >= 0:
-                wall.setdefault(name, []).append(time.perf_counter() - begin)
-                cpu.setdefault(name, []).append(time.process_time() - begin_cpu)
-                tokens.setdefault(name, []).append(answer.shape[1])
+                tokens[name].append(answer.shape[1])
         candidates = torch.from_numpy(answers.rows.candidates[rows])
         prompts = model.build_prompts(answers.rows.histories(rows), candidates)
         prompt_lengths += prompts.attention_mask.sum(1).tolist()
         title_lengths += model.title_tokens.lengths[candidates].sum(1).tolist()
         logger.info("answers in %s, round %d of %d done", dtype, round_ + 1, arguments.rounds)
-    generating = [name for name in wall if name != "score_candidates"]
+    seconds = stopwatch.medians()
+    generating = [name for name in seconds if name != "score_candidates"]
     return {
         "llm": model.config.llm_name_or_path,
         "layers": model.config.text_config.num_hidden_layers,
         "candidates": answers.rows.candidates.shape[1],
         "prompt_tokens": statistics.mean(prompt_lengths),
         "title_tokens": statistics.mean(title_lengths),
-        "rows_per_second": {name: arguments.batch_size / statistics.median(times) for name, times in wall.items()},
+        "rows_per_second": {name: arguments.batch_size / seconds[name] for name in seconds},
         "tokens_per_row": {name: statistics.mean(tokens[name]) for name in generating},
-        "times_faster": {name: median_ratio(wall[name], wall["score_candidates"]) for name in generating},
-        "times_faster_cpu": {name: median_ratio(cpu[name], cpu["score_candidates"]) for name in generating},
+        "times_faster": {name: stopwatch.ratio(name, "score_candidates") for name in generating},
+        "times_faster_cpu": {name: stopwatch.cpu_ratio(name, "score_candidates") for name in generating},
     }
 
 
 def measure_prompts(sequences: SequenceDatasets, arguments: AnswerBenchmarkArguments) -> dict:
-    """Milliseconds of drawing candidates and putting prompts together, and its share of a training step."""
+    """Milliseconds of drawing candidates and assembling prompts, and their fraction of a training step."""
     model = build_ilora(sequences, arguments, "float32", arguments.step_layers).train()
     num_candidates = len(sequences["test"][0]["candidates"])
     rows = CandidateRows(sequences["train"], sequences.num_items, num_candidates=num_candidates)
@@ -202,69 +197,59 @@ def measure_prompts(sequences: SequenceDatasets, arguments: AnswerBenchmarkArgum
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
-    def step(number: int) -> tuple[float, float]:
-        """Milliseconds of its prompts, and of all of it."""
-        begin = time.perf_counter()
+    def assemble(number: int) -> dict[str, torch.Tensor]:
         indices = range(number * arguments.batch_size, (number + 1) * arguments.batch_size)
-        batch = collate([rows[index % len(rows)] for index in indices])
-        assembled = time.perf_counter()
+        return collate([rows[index % len(rows)] for index in indices])
+
+    def step(number: int, stopwatch: Stopwatch) -> None:
+        batch = stopwatch.time("prompts", assemble, number)
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
-        return 1000 * (assembled - begin), 1000 * (time.perf_counter() - begin)
 
-    with cProfile.Profile() as profile:  # of the steps that warm up: it slows them down
+    with cProfile.Profile() as profile:  # only while warming up, since profiling slows the steps down
         for number in range(2):
-            step(number)
-    assembling, stepping = zip(*(step(number) for number in range(2, 2 + arguments.rounds)), strict=True)
+            step(number, Stopwatch())
+    stopwatch = Stopwatch()
+    for number in range(2, 2 + arguments.rounds):
+        stopwatch.time("step", step, number, stopwatch)
     return {
         "layers": arguments.step_layers,
-        "milliseconds": {"prompts": statistics.median(assembling), "step": statistics.median(stepping)},
-        "share": median_ratio(assembling, stepping),
+        "milliseconds": {name: 1000 * seconds for name, seconds in stopwatch.medians().items()},
+        "fraction": stopwatch.ratio("prompts", "step"),
         "tokenizer_calls": tokenizer_calls(profile),
     }
 
 
 def tokenizer_calls(profile: cProfile.Profile) -> int:
-    """Calls of anything in tokenizers or in transformers' modules about them; a profile names builtin code by text."""
+    """How often the profiled code called tokenizers, or transformers' modules of tokenizers."""
     calls = 0
     for entry in profile.getstats():
+        # A profile names built-in code by text.
         name = entry.code if isinstance(entry.code, str) else entry.code.co_filename
         calls += entry.callcount * ("tokenization" in name or "tokenizers" in name)
     return calls
 
 
-def reached_targets(results: dict) -> list[tuple[str, float, str, float]]:
-    """(what, measured, "<=" or ">=", limit) of everything that has a target."""
-    targets = []
-    for dtype, answers in results["answers"].items():
-        what = (
-            f"rows per second in {dtype}: score_candidates over generating {results['setting']['answer_tokens']} tokens"
-        )
-        targets.append((f"{what} in the published form", answers["times_faster"]["published_full"], ">=", 5.0))
-    targets.append(("putting prompts together, share of a training step", results["prompts"]["share"], "<=", 0.02))
-    targets.append(("tokenizer calls while training", results["prompts"]["tokenizer_calls"], "<=", 0))
-    return targets
-
-
 def report(results: dict) -> str:
-    """The measurements as Markdown tables that explain themselves."""
+    """The measurements as Markdown."""
     setting, prompts = results["setting"], results["prompts"]
-    lines = ["# How fast iLoRA answers", "", *table_of_targets(reached_targets(results)), ""]
-    lines += [
-        f"CPU threads: {setting['threads']}. torch {setting['torch']}. The programs take turns on each batch, of which"
-        f" there are {setting['rounds']}; times are medians, and ratios medians of the batches' ratios.",
+    lines = [
+        "# How fast iLoRA answers",
+        "",
+        f"{setting['threads']} CPU thread(s), torch {setting['torch']}. The programs take turns on each of "
+        f"{setting['rounds']} batches; times are medians, and ratios are medians of the batches' ratios.",
     ]
     for dtype, answers in results["answers"].items():
         lines += ["", *answer_table(setting, dtype, answers)]
     lines += [
         "",
-        "## Putting prompts together",
+        "## Assembling prompts",
         "",
-        f"A training step of {setting['batch_size']} prompts on the first {prompts['layers']} layers takes"
-        f" {prompts['milliseconds']['step']:.0f} ms. Of these {prompts['milliseconds']['prompts']:.2f} ms,"
-        f" {100 * prompts['share']:.2f} %, go into drawing candidates and assembling prompts, with"
-        f" {prompts['tokenizer_calls']} calls of a tokenizer.",
+        f"A training step of {setting['batch_size']} prompts on the first {prompts['layers']} layers takes "
+        f"{prompts['milliseconds']['step']:.0f} ms. Drawing candidates and assembling prompts takes "
+        f"{prompts['milliseconds']['prompts']:.2f} ms of it, {100 * prompts['fraction']:.2f} %, and calls a tokenizer "
+        f"{prompts['tokenizer_calls']} times.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -273,10 +258,10 @@ def answer_table(setting: dict, dtype: str, answers: dict) -> list[str]:
     lines = [
         f"## Answers in {dtype}",
         "",
-        f"{answers['llm']}, {answers['layers']} layers, {setting['batch_size']} rows at once. Prompts have"
-        f" {answers['prompt_tokens']:.0f} tokens in the mean and show {answers['candidates']} candidates, whose titles"
-        f" have {answers['title_tokens']:.0f} tokens together. Generation is greedy, from embeddings, with a cache; the"
-        " adapter is fresh, so answers that end by themselves end where those of the language model do.",
+        f"{answers['llm']}, {answers['layers']} layers, {setting['batch_size']} rows per batch. Prompts have "
+        f"{answers['prompt_tokens']:.0f} tokens on average and show {answers['candidates']} candidates, whose titles "
+        f"have {answers['title_tokens']:.0f} tokens in sum. Generation is greedy, from embeddings, with a cache. The "
+        "adapter is untrained, so answers that end on their own end where the language model would end them.",
         "",
         "| program | tokens generated per row | rows per second | score_candidates is faster (in CPU time) |",
         "|---|---:|---:|---:|",
@@ -291,21 +276,18 @@ def answer_table(setting: dict, dtype: str, answers: dict) -> list[str]:
     return lines
 
 
+def measure(sequences: SequenceDatasets, arguments: AnswerBenchmarkArguments) -> dict:
+    return {
+        "answers": {dtype: measure_answers(sequences, arguments, dtype) for dtype in arguments.dtypes},
+        "prompts": measure_prompts(sequences, arguments),
+    }
+
+
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    set_up_logging(arguments.output_dir)
     torch.set_num_threads(arguments.threads)
-    with RunRecord(arguments.output_dir, [arguments], seed=0) as record:
-        sequences = SequenceDatasets.load(arguments.data_dir)
-        record.add_data(sequences.fingerprint)
-        settings = {name: value for name, value in asdict(arguments).items() if name != "output_dir"}
-        results = {
-            "setting": settings | {"torch": torch.__version__},
-            "answers": {dtype: measure_answers(sequences, arguments, dtype) for dtype in arguments.dtypes},
-            "prompts": measure_prompts(sequences, arguments),
-        }
-        record.add_metrics("benchmark", results)
-    write_results(results, report(results), Path(arguments.output_dir))
+    sequences = SequenceDatasets.load(arguments.data_dir)
+    run_benchmark(arguments, lambda: measure(sequences, arguments), report, sequences.fingerprint)
 
 
 if __name__ == "__main__":

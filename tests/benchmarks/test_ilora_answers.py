@@ -1,25 +1,18 @@
 """The programs whose speed is compared give the same answers, and the measurements count what they say."""
 
 import cProfile
-import importlib
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import ilora_answers
 from hf_ilora.models.ilora.gated_lora import gated_layers
-from tests.paths import RECIPES
 from tests.synthetic import cyclic_sequences
 from tests.tiny_tokenizers import byte_level_bpe
 
 ROWS = np.arange(3)
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
-    return importlib.import_module("benchmark_ilora_answers")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +21,7 @@ def sequences():
 
 
 @pytest.fixture
-def arguments(recipe, tmp_path):
+def arguments(tmp_path):
     tokenizer = byte_level_bpe()
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -37,7 +30,7 @@ def arguments(recipe, tmp_path):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
-    return recipe.AnswerBenchmarkArguments(
+    return ilora_answers.AnswerBenchmarkArguments(
         data_dir="unused",
         output_dir=str(tmp_path),
         llm=str(tmp_path / "llm"),
@@ -50,8 +43,8 @@ def arguments(recipe, tmp_path):
 
 
 @pytest.fixture
-def answers(recipe, sequences, arguments):
-    answers = recipe.Answers(sequences, arguments, "float32")
+def answers(sequences, arguments):
+    answers = ilora_answers.Answers(sequences, arguments, "float32")
     with torch.no_grad():  # large enough to change the answers
         for name, layer in gated_layers(answers.model.llm).items():
             published = answers.published.get_submodule(name)
@@ -93,34 +86,36 @@ def test_answers_end_where_the_program_says(answers):
     assert forced.shape[1] == 9 and model.title_tokens.terminator_id not in forced[0, :8]
 
 
-def test_report_says_what_is_reached_and_what_is_not(recipe, sequences, arguments):
+def test_report_says_what_was_measured(sequences, arguments):
     results = {
         "setting": vars(arguments) | {"torch": "2"},
-        "answers": {"float32": recipe.measure_answers(sequences, arguments, "float32")},
-        "prompts": recipe.measure_prompts(sequences, arguments),
+        "answers": {"float32": ilora_answers.measure_answers(sequences, arguments, "float32")},
+        "prompts": ilora_answers.measure_prompts(sequences, arguments),
     }
     answered, prompts = results["answers"]["float32"], results["prompts"]
     assert answered["layers"] == 2 and answered["tokens_per_row"]["published_full"] == 9
-    assert prompts["tokenizer_calls"] == 0 and 0 < prompts["share"] < 1
-    answered["times_faster"]["published_full"], prompts["share"] = 4.9, 0.019
-    lines = recipe.report(results).splitlines()
-    assert "| putting prompts together, share of a training step | 0.019 | <= 0.02 | yes |" in lines
-    assert next(line for line in lines if "over generating 9 tokens" in line).endswith("| 4.9 | >= 5 | no |")
+    assert prompts["tokenizer_calls"] == 0 and 0 < prompts["fraction"] < 1
+    answered["rows_per_second"]["published_full"] = 2.0
+    answered["times_faster"]["published_full"], answered["times_faster_cpu"]["published_full"] = 4.9, 5.0
+    prompts["fraction"] = 0.019
+    lines = ilora_answers.report(results).splitlines()
+    assert "| generating, published form of the layer, all tokens | 9.0 | 2.00 | 4.90 (5.00) |" in lines
+    assert lines[-1].endswith("ms of it, 1.90 %, and calls a tokenizer 0 times.")
 
 
-def test_calls_of_tokenizers_are_seen(recipe):
+def test_calls_of_tokenizers_are_seen():
     tokenizer = byte_level_bpe()
     with cProfile.Profile() as profile:
         torch.zeros(2).sum()
-    assert recipe.tokenizer_calls(profile) == 0
+    assert ilora_answers.tokenizer_calls(profile) == 0
     for call in (tokenizer, tokenizer.backend_tokenizer.encode):
         with cProfile.Profile() as profile:
             call("Heat")
-        assert recipe.tokenizer_calls(profile) > 0
+        assert ilora_answers.tokenizer_calls(profile) > 0
 
 
-def test_bad_settings_are_refused(recipe):
+def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match=r"dtypes is \['float8'\]: expected some of float32, bfloat16, float16"):
-        recipe.AnswerBenchmarkArguments("data", "out", dtypes=["float8"])
+        ilora_answers.AnswerBenchmarkArguments("data", "out", dtypes=["float8"])
     with pytest.raises(ValueError, match="rounds is 0: expected at least 1"):
-        recipe.AnswerBenchmarkArguments("data", "out", rounds=0)
+        ilora_answers.AnswerBenchmarkArguments("data", "out", rounds=0)

@@ -1,0 +1,71 @@
+"""Trainers push to a Hub, during training and at its end, with the real clients."""
+
+import torch
+
+from hf_ilora import SASRecForNextItem
+
+TRAIN = """
+import sys
+from transformers import set_seed
+from hf_ilora import NextItemTrainer, NextItemTrainingArguments, SASRecConfig, SASRecForNextItem
+from tests.synthetic import cyclic_sequences
+sequences = cyclic_sequences(num_users=64)
+set_seed(1)
+model = SASRecForNextItem(SASRecConfig(num_items=30, hidden_size=8, num_hidden_layers=1, max_length=6))
+settings = {"max_steps": 8, "per_device_train_batch_size": 16, "use_cpu": True, "disable_tqdm": True}
+arguments = NextItemTrainingArguments(sys.argv[1], **settings | eval(sys.argv[2]))
+trainer = NextItemTrainer(
+    model, arguments, train_dataset=sequences["train"], eval_dataset=sequences["validation"],
+    processing_class=sequences.catalogue,
+)
+trainer.train()
+print(trainer.push_to_hub(commit_message="Done", license="mit").oid)
+"""
+USE = """
+import sys
+from transformers import AutoModel
+import hf_ilora
+model = AutoModel.from_pretrained(sys.argv[1])
+print(model.catalogue.titles(model.recommend([[1, 2, 3]], top_k=3)[0][0]))
+"""
+MODEL_FILES = {"README.md", "config.json", "items.parquet", "model.safetensors", "modeling_sasrec.py"}
+
+
+def files_of(commit) -> set[str]:
+    return set(commit.files)
+
+
+def test_a_finished_model_arrives_with_catalogue_code_and_card_and_nothing_else(client, tmp_path):
+    folder = tmp_path / "cycle"
+    printed = client.succeed(TRAIN, folder, {"hub_model_id": "user/cycle"})
+    newest = client.hub.repositories["user/cycle"].history()[0]
+    assert printed.strip().splitlines()[-1] == newest.oid
+    assert files_of(newest) >= MODEL_FILES
+    assert not [name for name in files_of(newest) if name.startswith("checkpoint") or name.endswith((".bin", ".pt"))]
+    card = newest.files["README.md"].decode()
+    assert "license: mit" in card and 'from_pretrained("user/cycle")' in card
+    titles = client.succeed(USE, "user/cycle", token=None).strip().splitlines()[-1]
+    model = SASRecForNextItem.from_pretrained(folder)
+    assert titles == str(model.catalogue.titles(model.recommend(torch.tensor([[1, 2, 3]]), top_k=3)[0][0]))
+
+
+def test_every_save_of_a_training_arrives_as_a_whole_model(client, tmp_path):
+    settings = {"push_to_hub": True, "hub_model_id": "user/cycle", "hub_always_push": True}
+    client.succeed(TRAIN, tmp_path / "cycle", settings)
+    messages = [commit.title for commit in client.hub.repositories["user/cycle"].history()]
+    assert messages[0] == "Done" and "Training in progress, epoch 1" in messages
+    for commit in client.hub.repositories["user/cycle"].history()[:-1]:
+        assert files_of(commit) >= MODEL_FILES, commit.title
+        assert not [name for name in files_of(commit) if name.endswith((".bin", ".pt", ".pth"))], commit.title
+
+
+def test_checkpoints_are_sent_when_they_are_asked_for(client, tmp_path):
+    settings = {"push_to_hub": True, "hub_model_id": "user/cycle", "hub_strategy": "all_checkpoints"}
+    client.succeed(TRAIN, tmp_path / "cycle", settings | {"hub_always_push": True})
+    newest = client.hub.repositories["user/cycle"].history()[0]
+    assert {"checkpoint-4/trainer_state.json", "checkpoint-4/model.safetensors"} <= files_of(newest)
+
+
+def test_a_push_that_fails_is_told(client, tmp_path):
+    refused = client.fail(TRAIN, tmp_path / "cycle", {"hub_model_id": "user/cycle"}, token="wrong")
+    assert "PermissionError" in refused or "401" in refused
