@@ -16,12 +16,14 @@ import tempfile
 from pathlib import Path
 
 from hf_ilora import SASRecConfig, convert_reference_sasrec
+from hf_ilora.models import next_item
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE
 from hf_ilora.reference.convert_sasrec import load_reference_state_dict, reference_catalogue
 
 logger = logging.getLogger(__name__)
 
 OUR_FILES = {"config.json", "model.safetensors", CATALOGUE_FILE}
+OUR_FILES |= {path.name for path in Path(next_item.__path__[0]).glob("[a-z]*.py")}  # the code that a model brings along
 
 
 def check_output_dir(output_dir: Path) -> None:
