@@ -114,7 +114,7 @@ def test_two_processes_give_the_rows_of_one(words, undisturbed, launch, tmp_path
     record = RecipeRun(folder).record
     assert record["world_size"] == 2 and record["metrics"]["labels"]["labelled_now"] == SHARDS * SHARD_ROWS
     log = (folder / "run.log").read_text()
-    assert "220 rows in 55 of 110 shards are left to this process" in log and "tokens per second" in log
+    assert "220 rows in 55 of 110 shards are left for this process" in log and "tokens per second" in log
     assert len(TeacherLabels.load(folder, SequenceDatasets.load(parts.data_dir).fingerprint)) == SHARDS * SHARD_ROWS
 
 
