@@ -1,60 +1,63 @@
-"""What a budget of teacher queries is worth, by what it is spent on: NDCG@10 of the student against the budget.
+"""Compares policies that choose the histories a teacher labels: the student's NDCG@10 against the number of labels.
 
-    python recipes/compare_acquisition.py --config_file recipes/configs/ml-100k/quickstart.yaml \
+    python -m experiments.acquisition --config_file recipes/configs/ml-100k/quickstart.yaml \
         --data_dir outputs/ml-100k/data --teacher outputs/ml-100k/counts/transition_counts \
         --recommender outputs/ml-100k/seeds/seed-1 --budgets 1000 8000 --policies random entropy k_center \
         --seeds 1 2 3 --parallel 2 --output_dir outputs/ml-100k/acquisition --table docs/results/ml-100k-acquisition
 
 Each (policy, budget, seed) is a run of recipes/label_with_teacher.py and one of recipes/distill_sasrec.py; budget 0 is
-the student without a teacher. Random is always among the policies: it is the control that the others have to beat.
-Finished runs are not run again, so the same command may be given until it is through. Writes <table>.md, .json, .png.
+the student without a teacher. The policy "random" is always included, as the control. The same command skips finished
+runs. Writes <table>.md, <table>.json and <table>.png.
 """
 
 import json
 import logging
-import os
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
-from run_seeds import described_origin
-
+from experiments.recipe_runs import (
+    described_origin,
+    in_parallel,
+    is_finished,
+    run_recipe,
+    threads_per_run,
+    write_table,
+)
 from hf_ilora import SequenceDatasets
 from hf_ilora.distillation.acquisition import ACQUISITION_POLICIES
 from hf_ilora.distillation.teachers import load_teacher, model_fingerprint
 from hf_ilora.files import written_whole
-from hf_ilora.models.loading import load_recommender, model_folder
+from hf_ilora.models.loading import load_recommender
 from hf_ilora.runs import parse_arguments, read_record, run_main, set_up_logging
 
 logger = logging.getLogger(__name__)
 
-RECIPES = Path(__file__).resolve().parent
 CONTROL, METRIC = "random", "masked/ndcg@10"
 SPLITS = ("validation", "test")
 
 
 @dataclass
 class AcquisitionArguments:
-    """Which student, which teacher, and what is compared."""
+    """Settings of the experiment."""
 
-    config_file: str = field(metadata={"help": "YAML of the student, as recipes/distill_sasrec.py reads it"})
-    data_dir: str = field(metadata={"help": "leave-one-out data set"})
-    teacher: str = field(metadata={"help": "folder or Hub name of the model that is asked"})
-    recommender: str = field(metadata={"help": "folder or Hub name of the model by which policies choose"})
+    config_file: str = field(metadata={"help": "YAML file of distill_sasrec.py, which describes the student"})
+    data_dir: str = field(metadata={"help": "folder of a leave-one-out data set"})
+    teacher: str = field(metadata={"help": "folder or Hub name of the model that labels"})
+    recommender: str = field(metadata={"help": "folder or Hub name of the model whose scores the policies read"})
     output_dir: str = field(metadata={"help": "folder of the labels and the runs"})
-    table: str = field(metadata={"help": "path of the table, without .md"})
-    budgets: list[int] = field(default_factory=lambda: [1000, 8000], metadata={"help": "histories to ask about"})
+    table: str = field(metadata={"help": "path of the table, without .md, .json and .png"})
+    budgets: list[int] = field(default_factory=lambda: [1000, 8000], metadata={"help": "numbers of labelled histories"})
     policies: list[str] = field(
-        default_factory=lambda: list(ACQUISITION_POLICIES), metadata={"help": "what to spend them on"}
+        default_factory=lambda: list(ACQUISITION_POLICIES), metadata={"help": "policies to compare"}
     )
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "of the choice and of the student"})
-    lam: float = field(default=0.8, metadata={"help": "weight of the ranking distillation"})
-    parallel: int = field(default=1, metadata={"help": "runs at a time; the threads of the machine are divided"})
+    seeds: list[int] = field(
+        default_factory=lambda: [1, 2, 3], metadata={"help": "random seeds, of the choice and the student"}
+    )
+    lam: float = field(default=0.8, metadata={"help": "weight of the ranking distillation loss"})
+    parallel: int = field(default=1, metadata={"help": "runs at a time, which share the CPU threads"})
 
     def __post_init__(self):
         unknown = [policy for policy in self.policies if policy not in ACQUISITION_POLICIES]
@@ -79,7 +82,7 @@ ARGUMENTS = (AcquisitionArguments,)
 
 @dataclass(frozen=True)
 class Run:
-    """A student; `policy` is None for one without a teacher."""
+    """A run of the student; `policy` is None without a teacher."""
 
     policy: str | None
     budget: int
@@ -97,35 +100,29 @@ def main() -> None:
     set_up_logging(output)
     runs = [Run(None, 0, seed) for seed in arguments.seeds]
     runs += [Run(*settings) for settings in product(arguments.policies, arguments.budgets, arguments.seeds)]
-    threads = max(1, (os.cpu_count() or 1) // arguments.parallel)
-    with ThreadPoolExecutor(arguments.parallel) as pool:
-        records = dict(zip(runs, pool.map(lambda run: record_of(run, arguments, output, threads), runs), strict=True))
-    table = Path(arguments.table)
-    table.parent.mkdir(parents=True, exist_ok=True)
+    found = in_parallel(lambda run: record_of(run, arguments, output), runs, arguments.parallel)
+    records = dict(zip(runs, found, strict=True))
     text = table_text(arguments, records)
-    with written_whole(table.with_name(table.name + ".md")) as path:
-        path.write_text(text + "\n", encoding="utf-8")
     content = [vars(run) | {split: value_of(record, split) for split in SPLITS} for run, record in records.items()]
-    with written_whole(table.with_name(table.name + ".json")) as path:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    plot(arguments, records, table.with_name(table.name + ".png"))
-    logger.info("wrote %s.md\n%s", table, text)
+    write_table(arguments.table, text, json.dumps(content, indent=2))
+    plot(arguments, records, Path(arguments.table + ".png"))
+    logger.info("wrote %s.md\n%s", arguments.table, text)
 
 
 def check_settings(arguments: AcquisitionArguments, output: Path) -> None:
-    """Finished runs are taken as they are, so that a folder holds those of one student, data set and teacher.
+    """Check that the finished runs in `output`, which are not repeated, have these settings.
 
-    What the folders of data and models hold counts, and not their names alone: one may be replaced in place.
+    The content of the data and the models is compared too, since it may be replaced under the same name.
 
     Raises:
-        ValueError: when the folder's are of others.
+        ValueError: when `output` contains runs with other settings.
     """
     names = ("config_file", "data_dir", "teacher", "recommender", "lam")
     settings = {name: vars(arguments)[name] for name in names}
     settings["config"] = Path(arguments.config_file).read_text(encoding="utf-8")
     sequences = SequenceDatasets.load(arguments.data_dir)
     teacher = load_teacher(arguments.teacher, len(sequences["train"]), sequences.num_items)
-    recommender = load_recommender(model_folder(arguments.recommender))
+    recommender = load_recommender(arguments.recommender)
     settings["content of data_dir"] = sequences.fingerprint
     settings["content of teacher"] = teacher.fingerprint
     settings["content of recommender"] = model_fingerprint(recommender)
@@ -139,21 +136,21 @@ def check_settings(arguments: AcquisitionArguments, output: Path) -> None:
     different = [name for name in settings if earlier.get(name) != settings[name]]
     if different:
         raise ValueError(
-            f"{output} holds runs with other settings ({', '.join(different)}): expected those of {file}; choose "
-            "another output_dir, or delete it"
+            f"{output} contains runs with other settings ({', '.join(different)}): expected those of {file}; choose "
+            "another output_dir, or delete the folder"
         )
 
 
-def record_of(run: Run, arguments: AcquisitionArguments, output: Path, threads: int) -> dict:
-    """The record of a student, which is trained first unless it is finished."""
+def record_of(run: Run, arguments: AcquisitionArguments, output: Path) -> dict:
+    """Train a student unless its run is finished, and return its record."""
     labels, student = output / f"{run.name}-labels", output / run.name
-    record = student / "run.json"
-    if not record.exists() or read_record(record)["status"] != "finished":
+    if not is_finished(student):
         logger.info("%s: begins", run.name)
+        threads = threads_per_run(arguments.parallel)
         options = [arguments.config_file, "--data_dir", arguments.data_dir, "--output_dir", student]
         options += ["--seed", run.seed, "--disable_tqdm", "true"]
         if run.policy is None:
-            call("train_sasrec.py", options, threads)
+            run_recipe("train_sasrec", options, threads)
         else:
             asked = ["--data_dir", arguments.data_dir, "--teacher", arguments.teacher, "--output_dir", labels]
             asked += ["--labelled_positions", "all", "--budget", run.budget]
@@ -161,20 +158,12 @@ def record_of(run: Run, arguments: AcquisitionArguments, output: Path, threads: 
             asked += ["--exclude_seen", "false", "--batch_size", "256", "--shard_rows", "4096"]
             if run.policy != CONTROL:
                 asked += ["--recommender", arguments.recommender]
-            call("label_with_teacher.py", asked, threads)
+            run_recipe("label_with_teacher", asked, threads)
             options += ["--teacher_labels", labels, "--distilled_positions", "all", "--lam", arguments.lam]
-            call("distill_sasrec.py", options, threads)
-    content = read_record(record)
+            run_recipe("distill_sasrec", options, threads)
+    content = read_record(student / "run.json")
     logger.info("%s: validation NDCG@10 %.4f", run.name, value_of(content, "validation"))
     return content
-
-
-def call(recipe: str, options: list, threads: int) -> None:
-    command = [sys.executable, str(RECIPES / recipe), *map(str, options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed: {finished.stderr[-2000:]}")
 
 
 def value_of(record: dict, split: str) -> float:
@@ -182,21 +171,21 @@ def value_of(record: dict, split: str) -> float:
 
 
 def values(records: dict[Run, dict], split: str, policy: str | None, budget: int) -> list[float]:
-    """One per seed."""
+    """The metric of each seed."""
     return [value_of(record, split) for run, record in records.items() if (run.policy, run.budget) == (policy, budget)]
 
 
 def table_text(arguments: AcquisitionArguments, records: dict[Run, dict]) -> str:
-    """A row per policy, a column per budget, mean ± standard deviation over seeds, and the difference to random."""
+    """Mean ± standard deviation over seeds by policy (rows) and budget (columns), with the difference to random."""
     lines = [
-        f"NDCG@10, seen items masked, of the student of `{arguments.config_file}`; teacher {arguments.teacher}; means "
-        f"over seeds {', '.join(map(str, arguments.seeds))} ± standard deviation. In brackets: mean difference to "
-        "random with the same budget.",
+        f"NDCG@10 of the student of `{arguments.config_file}`, seen items masked; teacher {arguments.teacher}; mean ± "
+        f"standard deviation over seeds {', '.join(map(str, arguments.seeds))}. In brackets: mean difference to random "
+        "with the same budget.",
         "",
         f"{described_origin(list(records.values()))}.",
     ]
     for split in SPLITS:
-        lines += ["", f"| {split} | {' | '.join(f'{budget:,} asked' for budget in arguments.budgets)} |"]
+        lines += ["", f"| {split} | {' | '.join(f'{budget:,} labels' for budget in arguments.budgets)} |"]
         lines.append("|---|" + "---:|" * len(arguments.budgets))
         alone = summary(values(records, split, None, 0))
         lines.append(f"| no teacher | {' | '.join([alone] * len(arguments.budgets))} |")
@@ -216,7 +205,7 @@ def summary(numbers: list[float]) -> str:
 
 
 def plot(arguments: AcquisitionArguments, records: dict[Run, dict], path: Path) -> None:
-    """Validation NDCG@10 against the budget, a line per policy."""
+    """Plot validation NDCG@10 against the budget, with a line per policy."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -229,7 +218,7 @@ def plot(arguments: AcquisitionArguments, records: dict[Run, dict], path: Path) 
         statistics.mean(values(records, "validation", None, 0)), linestyle="--", color="gray", label="no teacher"
     )
     axes.set_xscale("log")
-    axes.set_xlabel("histories that the teacher was asked about")
+    axes.set_xlabel("histories that the teacher labels")
     axes.set_ylabel("NDCG@10 of the student, validation")
     axes.legend()
     with written_whole(path) as whole:

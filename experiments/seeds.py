@@ -1,29 +1,34 @@
-"""Trains one configuration with several seeds and writes the table of all seeds: every published number is such a mean.
+"""Trains a SASRec configuration with several seeds and tabulates the seeds, their mean and standard deviation.
 
-    python recipes/run_seeds.py --config_file recipes/configs/ml-100k/sasrec.yaml --seeds 1 2 3 4 5 --parallel 2 \
+    python -m experiments.seeds --config_file recipes/configs/ml-100k/sasrec.yaml --seeds 1 2 3 4 5 --parallel 2 \
         --output_dir outputs/ml-100k/seeds --table docs/results/ml-100k
 
-Each seed is a run of recipes/train_sasrec.py in a folder of its own. Finished seeds are not run again and killed ones
-go on, so the same command may be given until it is through. Writes <table>.md and <table>.json.
+Each seed is a run of recipes/train_sasrec.py in its own folder. The same command skips finished seeds and resumes
+killed ones. Writes <table>.md and <table>.json.
 """
 
 import json
 import logging
-import os
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import train_sasrec
-
-from hf_ilora.files import written_whole
+from experiments.recipe_runs import (
+    described_origin,
+    in_parallel,
+    is_finished,
+    run_recipe,
+    threads_per_run,
+    write_table,
+)
 from hf_ilora.runs import configuration_differences, parse_arguments, read_record, run_main, set_up_logging
+from hf_ilora.runs.recipe_files import load_recipe
+from hf_ilora_cli.shipped import RECIPE, find_file
 
 logger = logging.getLogger(__name__)
 
+TRAIN = "train_sasrec"
 METRICS = {
     "masked/ndcg@10": "NDCG@10 masked",
     "masked/hit_ratio@10": "HR@10 masked",
@@ -35,13 +40,13 @@ METRICS = {
 
 @dataclass
 class SeedsArguments:
-    """Which configuration, which seeds, and where to."""
+    """Settings of the experiment."""
 
-    config_file: str = field(metadata={"help": "YAML of recipes/train_sasrec.py"})
-    output_dir: str = field(metadata={"help": "folder of the runs, one folder per seed"})
+    config_file: str = field(metadata={"help": "YAML file of train_sasrec.py"})
+    output_dir: str = field(metadata={"help": "folder of the runs, with one folder per seed"})
     table: str = field(metadata={"help": "path of the table, without .md and .json"})
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5], metadata={"help": "seeds to run"})
-    parallel: int = field(default=1, metadata={"help": "runs at a time; the threads of the machine are divided"})
+    parallel: int = field(default=1, metadata={"help": "runs at a time, which share the CPU threads"})
 
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -56,64 +61,50 @@ ARGUMENTS = (SeedsArguments,)
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
     set_up_logging(arguments.output_dir)
-    threads = max(1, (os.cpu_count() or 1) // arguments.parallel)
-    with ThreadPoolExecutor(arguments.parallel) as pool:
-        records = list(pool.map(lambda seed: run_seed(arguments, seed, threads), arguments.seeds))
-    write_table(arguments, records)
+    recipe_arguments = load_recipe(find_file(RECIPE, TRAIN)).ARGUMENTS
+    records = in_parallel(lambda seed: run_seed(arguments, seed, recipe_arguments), arguments.seeds, arguments.parallel)
+    text, summary = table_of_seeds(arguments, records)
+    write_table(arguments.table, text, json.dumps(summary, indent=2))
+    print(text)
 
 
-def run_seed(arguments: SeedsArguments, seed: int, threads: int) -> dict:
-    """The record of a seed's run, which is made first unless it is finished.
+def run_seed(arguments: SeedsArguments, seed: int, recipe_arguments: Sequence[type]) -> dict:
+    """Train with a seed unless that run is finished, and return its record.
+
+    Args:
+        arguments: settings of the experiment.
+        seed: seed of the run.
+        recipe_arguments: dataclasses of the recipe's options, by which a finished run is checked.
 
     Raises:
-        ValueError: when the folder holds a finished run of another configuration.
+        ValueError: when the folder contains a finished run of another configuration.
     """
     folder = Path(arguments.output_dir) / f"seed-{seed}"
-    record = folder / "run.json"
     options = [arguments.config_file, "--seed", str(seed), "--output_dir", str(folder), "--disable_tqdm", "true"]
-    if not record.exists() or read_record(record)["status"] != "finished":
-        logger.info("seed %d: training in %s, its log is run.log there", seed, folder)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, train_sasrec.__file__, *options]
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if finished.returncode:
-            raise RuntimeError(f"seed {seed} failed: {finished.stderr[-2000:]}")
-    content = read_record(record)
-    differences = configuration_differences(content, parse_arguments(train_sasrec.ARGUMENTS, options))
+    if not is_finished(folder):
+        logger.info("seed %d: training in %s, see run.log there", seed, folder)
+        run_recipe(TRAIN, options, threads_per_run(arguments.parallel))
+    content = read_record(folder / "run.json")
+    differences = configuration_differences(content, parse_arguments(recipe_arguments, options))
     if differences:
         raise ValueError(
-            f"{folder} holds a finished run of another configuration than {arguments.config_file}: "
+            f"{folder} contains a finished run of another configuration than {arguments.config_file}: "
             f"{'; '.join(differences)}; choose another output_dir, or delete the folder"
         )
     logger.info("seed %d: test NDCG@10 %.4f", seed, content["metrics"]["test"]["masked/ndcg@10"]["mean"])
     return content
 
 
-def described_origin(records: list[dict]) -> str:
-    """Data, code and versions of the runs; every one of them when they differ."""
-    commits = [
-        "no checkout" if git is None else git["commit"][:10] + (" with uncommitted changes" if git["dirty"] else "")
-        for git in (record["git"] for record in records)
-    ]
-    values = {
-        "data fingerprint": [record["data_fingerprint"][:16] for record in records],
-        "commit": commits,
-        "torch": [record["versions"]["torch"] for record in records],
-        "threads per run": [str(record["threads"]) for record in records],
-    }
-    return "; ".join(f"{name} {', '.join(dict.fromkeys(each))}" for name, each in values.items())
-
-
-def write_table(arguments: SeedsArguments, records: list[dict]) -> None:
-    """One row per seed, then mean and standard deviation, for validation and test."""
+def table_of_seeds(arguments: SeedsArguments, records: list[dict]) -> tuple[str, dict]:
+    """A row per seed, then mean and standard deviation, for validation and test: as Markdown and as values."""
     lines = [
-        f"`python recipes/run_seeds.py --config_file {arguments.config_file} --seeds "
+        f"`python -m experiments.seeds --config_file {arguments.config_file} --seeds "
         f"{' '.join(map(str, arguments.seeds))} --parallel {arguments.parallel} --output_dir {arguments.output_dir} "
         f"--table {arguments.table}`",
         "",
         f"{described_origin(records)}.",
     ]
-    summary = {}
+    summary = {"seeds": arguments.seeds}
     for split in ("validation", "test"):
         columns = {name: [record["metrics"][split][name]["mean"] for record in records] for name in METRICS}
         lines += ["", f"| {split} | {' | '.join(METRICS.values())} | minutes |", "|---|" + "---:|" * (len(METRICS) + 1)]
@@ -125,13 +116,7 @@ def write_table(arguments: SeedsArguments, records: list[dict]) -> None:
         cells = " | ".join(f"**{means[name]:.4f}** ± {deviations[name]:.4f}" for name in METRICS)
         lines.append(f"| mean ± standard deviation | {cells} | |")
         summary[split] = {"mean": means, "standard_deviation": deviations, "seeds": columns}
-    table = Path(arguments.table)
-    table.parent.mkdir(parents=True, exist_ok=True)
-    texts = {".md": "\n".join(lines), ".json": json.dumps({"seeds": arguments.seeds, **summary}, indent=2)}
-    for suffix, text in texts.items():
-        with written_whole(table.with_name(table.name + suffix)) as path:
-            path.write_text(text + "\n")
-    print("\n".join(lines))
+    return "\n".join(lines), summary
 
 
 if __name__ == "__main__":

@@ -20,15 +20,9 @@ def arguments(tmp_path):
 def test_published_form_is_the_reference_form(arguments, base_loss):
     batch = distillation.random_batch(arguments, length=3)
     scores = torch.randn(6, 40, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    settings = (
-        distillation.ALPHA,
-        distillation.BETA,
-        distillation.LAM,
-        *distillation.GAMMAS,
-        arguments.top_k,
-        batch.propensity,
-    )
-    program = DLLM2RecLoss(*weights, arguments.top_k, batch.propensity, form="reference", base_loss=base_loss)
+    weights = (distillation.ALPHA, distillation.BETA, distillation.LAM, *distillation.GAMMAS)
+    settings = {"form": "reference", "base_loss": base_loss}
+    program = DLLM2RecLoss(*weights, arguments.top_k, batch.propensity, **settings)
     expected = program(scores, batch.target, batch.negative, batch.teacher_items, batch.teacher_distances).loss
     loss = distillation.published_loss(scores, batch, base_loss)
     torch.testing.assert_close(loss, expected)

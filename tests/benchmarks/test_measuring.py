@@ -70,6 +70,7 @@ def fill(mebibytes: int) -> tuple[int, str]:
     return peak_bytes() - before, current_process().name
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_process_alone():
     ballast = np.ones(400 * MEBIBYTE, dtype=np.uint8)
     added, name = in_own_process(fill, 100)

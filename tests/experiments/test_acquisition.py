@@ -1,4 +1,4 @@
-"""recipes/compare_acquisition.py: every policy and budget in one table, finished runs not repeated."""
+"""The experiment on acquisition tabulates every policy and budget, and repeats no finished run."""
 
 import json
 import subprocess
@@ -9,11 +9,10 @@ import torch
 import yaml
 
 from hf_ilora import SASRecForNextItem
-from tests.paths import RECIPES
+from tests.paths import PROJECT
 from tests.synthetic import cyclic_sequences
 from tests.tiny_ilora_parts import known_recommender
 
-RECIPE = RECIPES / "compare_acquisition.py"
 STUDENT = {
     "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "max_length": 8, "num_train_epochs": 2,
     "early_stopping_patience": 0, "use_cpu": True,
@@ -24,18 +23,19 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def compare(tmp_path):
-    """Runs the recipe; gives the process and the content of the table."""
+    """Runs the experiment and returns its process."""
     sequences = cyclic_sequences(num_users=40)
     sequences.save(tmp_path / "data")
     known_recommender(sequences).save_pretrained(tmp_path / "teacher")
     (tmp_path / "student.yaml").write_text(yaml.safe_dump(STUDENT))
 
     def run(*options):
-        command = [sys.executable, RECIPE, "--config_file", tmp_path / "student.yaml", "--data_dir", tmp_path / "data"]
+        command = [sys.executable, "-m", "experiments.acquisition", "--config_file", tmp_path / "student.yaml"]
+        command += ["--data_dir", tmp_path / "data"]
         command += ["--teacher", tmp_path / "teacher", "--recommender", tmp_path / "teacher", "--parallel", "2"]
         command += ["--output_dir", tmp_path / "runs", "--table", tmp_path / "docs" / "table", *options]
         words = [str(word) for word in command]
-        return subprocess.run(words, capture_output=True, text=True, check=False)
+        return subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, check=False)
 
     return run
 
@@ -54,7 +54,7 @@ def test_policies_are_compared_with_random_at_equal_budgets(compare, tmp_path):
     again = compare(*options)
     assert again.returncode == 0 and ": begins" not in again.stderr and ": begins" in result.stderr
     other = compare(*options, "--lam", "2")
-    assert other.returncode != 0 and "holds runs with other settings (lam): expected those of" in other.stderr
+    assert other.returncode != 0 and "contains runs with other settings (lam): expected those of" in other.stderr
 
 
 def test_a_teacher_that_was_replaced_in_place_is_not_mixed_with_the_runs_of_the_earlier_one(compare, tmp_path):

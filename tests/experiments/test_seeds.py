@@ -1,4 +1,4 @@
-"""The recipes that make the tables: several seeds of one configuration, and the memory of a large catalogue."""
+"""The experiment on seeds tabulates their runs, and repeats no finished one."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.paths import RECIPES
+from tests.paths import PROJECT
 from tests.synthetic import cyclic_sequences
 
 pytestmark = pytest.mark.slow
@@ -20,17 +20,12 @@ def test_table_of_seeds_holds_their_mean_and_runs_no_seed_twice(tmp_path):
         "use_cpu: true\n"
     )
     options = ["--config_file", config, "--output_dir", tmp_path / "seeds", "--table", tmp_path / "table"]
-    command = [
-        sys.executable,
-        str(RECIPES / "run_seeds.py"),
-        *map(str, options),
-        "--seeds",
-        "1",
-        "2",
-        "--parallel",
-        "2",
-    ]
-    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "experiments.seeds", *map(str, options), "--seeds", "1", "2", "--parallel", "2"]
+
+    def run() -> subprocess.CompletedProcess:
+        return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+
+    first = run()
     assert first.returncode == 0, first.stderr
     runs = [json.loads((tmp_path / "seeds" / f"seed-{seed}" / "run.json").read_text()) for seed in (1, 2)]
     assert [run["seed"] for run in runs] == [1, 2]
@@ -39,17 +34,10 @@ def test_table_of_seeds_holds_their_mean_and_runs_no_seed_twice(tmp_path):
     assert table["test"]["mean"]["masked/ndcg@10"] == pytest.approx(sum(values) / 2)
     assert f"**{sum(values) / 2:.4f}**" in (tmp_path / "table.md").read_text()
 
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    again = run()
     assert again.returncode == 0 and "training in" not in again.stderr
     assert json.loads((tmp_path / "seeds" / "seed-1" / "run.json").read_text()) == runs[0]
 
     config.write_text(config.read_text().replace("hidden_size: 8", "hidden_size: 16"))
-    edited = subprocess.run(command, capture_output=True, text=True, check=False)
+    edited = run()
     assert edited.returncode != 0 and "hidden_size was 8 and is 16" in edited.stderr
-
-
-def test_million_items_train_in_two_gigabytes_beside_table_and_optimizer():
-    command = [sys.executable, str(RECIPES / "benchmark.py"), "--memory-of", "1000000", "2"]
-    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert measured["table_and_optimizer_gib"] == pytest.approx(3 * 1_000_001 * 64 * 4 / 2**30)
-    assert 0 < measured["overhead_gib"] < 2

@@ -1,0 +1,73 @@
+"""What the experiments share: running recipes in processes of their own, and reading what they recorded."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from hf_ilora.files import written_whole
+from hf_ilora.runs import ProgramFailed, read_record
+from hf_ilora_cli.shipped import RECIPE, find_file
+
+_Setting, _Result = TypeVar("_Setting"), TypeVar("_Result")
+
+
+def in_parallel(run: Callable[[_Setting], _Result], settings: Sequence[_Setting], parallel: int) -> list[_Result]:
+    """The results of `run` for all settings, in their order, `parallel` of them at a time."""
+    with ThreadPoolExecutor(parallel) as pool:
+        return list(pool.map(run, settings))
+
+
+def threads_per_run(parallel: int) -> int:
+    """CPU threads of each of `parallel` runs."""
+    return max(1, (os.cpu_count() or 1) // parallel)
+
+
+def run_recipe(recipe: str, options: Sequence[object], threads: int) -> None:
+    """Run a recipe in a process of its own.
+
+    Args:
+        recipe: name of the recipe, such as "train_sasrec".
+        options: its command line.
+        threads: CPU threads of the process.
+
+    Raises:
+        ProgramFailed: when the recipe fails; the message ends with its output.
+    """
+    command = [sys.executable, str(find_file(RECIPE, recipe)), *map(str, options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        message = f"{' '.join(command[1:])} failed: {finished.stderr[-2000:].rstrip()}"
+        raise ProgramFailed(message, finished.returncode)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder has the record of a finished run."""
+    record = folder / "run.json"
+    return record.exists() and read_record(record)["status"] == "finished"
+
+
+def described_origin(records: Sequence[dict]) -> str:
+    """Data, code and versions of the runs; all values where the runs differ."""
+    commits = [
+        "no checkout" if git is None else git["commit"][:10] + (" with uncommitted changes" if git["dirty"] else "")
+        for git in (record["git"] for record in records)
+    ]
+    values = {
+        "data fingerprint": [record["data_fingerprint"][:16] for record in records],
+        "commit": commits,
+        "torch": [record["versions"]["torch"] for record in records],
+        "threads per run": [str(record["threads"]) for record in records],
+    }
+    return "; ".join(f"{name} {', '.join(dict.fromkeys(each))}" for name, each in values.items())
+
+
+def write_table(table: str, text: str, content: str) -> None:
+    """Write `text` to <table>.md and `content` to <table>.json."""
+    for suffix, each in ((".md", text), (".json", content)):
+        with written_whole(table + suffix) as path:
+            path.write_text(each + "\n", encoding="utf-8")
