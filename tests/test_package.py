@@ -133,13 +133,14 @@ def test_recipe_config_is_read_by_the_recipe_it_names(config):
 
 
 def printed_commands() -> list[list[str]]:
-    """The recipe and its options, of each command in README and docs that starts one, directly or as hf-ilora."""
+    """Program and options of each command in README and docs that starts a recipe, a benchmark or an experiment."""
     commands = []
     for path in (PROJECT / "README.md", PROJECT / "docs" / "results.md"):
         for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                recipe = next((place for place, word in enumerate(words) if word.startswith("recipes/")), None)
+                folders = ("recipes/", "benchmarks.", "experiments.")
+                recipe = next((place for place, word in enumerate(words) if word.startswith(folders)), None)
                 if words[-1:] == ["..."]:
                     continue
                 if recipe is not None:
@@ -150,12 +151,13 @@ def printed_commands() -> list[list[str]]:
     return commands
 
 
-def test_printed_commands_are_those_of_the_recipes(monkeypatch):
+def test_printed_commands_are_those_of_the_programs(monkeypatch):
     monkeypatch.chdir(PROJECT)  # where the commands are given
     commands = printed_commands()
     assert len(commands) > 15
     for recipe, *options in commands:
-        module = load_recipe(PROJECT / recipe)
+        is_recipe = recipe.startswith("recipes/")
+        module = load_recipe(PROJECT / recipe) if is_recipe else importlib.import_module(recipe)
         if hasattr(module, "ARGUMENTS"):
             parse_arguments(module.ARGUMENTS, options)
 
@@ -213,8 +215,11 @@ def test_readme_names_only_make_targets_that_exist():
 
 
 def test_files_that_commands_name_exist():
-    """Commands in README, Makefile and recipes can be copied and run."""
-    for path in [PROJECT / "README.md", PROJECT / "Makefile", *RECIPES]:
+    """Commands in README, Makefile, recipes, benchmarks and experiments can be copied and run."""
+    programs = [path for folder in ("benchmarks", "experiments") for path in sorted((PROJECT / folder).glob("*.py"))]
+    for path in [PROJECT / "README.md", PROJECT / "Makefile", *RECIPES, *programs]:
         text = path.read_text(encoding="utf-8")
+        for name in set(re.findall(r"python -m ((?:benchmarks|experiments)\.\w+)", text)):
+            assert (PROJECT / f"{name.replace('.', '/')}.py").is_file(), f"{relative(path)} names {name}"
         for name in set(re.findall(r"\b(?:recipes|accelerate_configs)/[\w./-]+\.(?:py|yaml)\b", text)):
             assert (PROJECT / name).is_file(), f"{relative(path)} names {name}"
