@@ -40,7 +40,9 @@ class PublishArguments:
     )
     row: str | None = field(default=None, metadata={"help": "the model's row in the results: its name or its source"})
     data_dir: str | None = field(default=None, metadata={"help": "the data set, for the protocol on the card"})
-    seeds_table: str | None = field(default=None, metadata={"help": "JSON of run_seeds.py, for the mean over seeds"})
+    seeds_table: str | None = field(
+        default=None, metadata={"help": "JSON of experiments/seeds.py, for the mean over seeds"}
+    )
     run_file: str | None = field(default=None, metadata={"help": "run.json, when it is not in the model's folder"})
     llm_name: str | None = field(
         default=None, metadata={"help": "iLoRA: the language model on the Hub, when config.json names a folder"}

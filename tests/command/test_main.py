@@ -14,12 +14,6 @@ from hf_ilora_cli.main import help_file, main
 from hf_ilora_cli.write_help import rendered_help
 from tests.paths import RECIPES
 
-# Recipes that measure or compare on behalf of the project: no command starts them.
-WITHOUT_COMMAND = {
-    "benchmark", "benchmark_data", "benchmark_distillation", "benchmark_ilora", "benchmark_ilora_answers",
-    "benchmark_labels", "compare_acquisition", "run_seeds",
-}  # fmt: skip
-
 
 @pytest.fixture
 def hf_ilora(tmp_path):
@@ -32,9 +26,9 @@ def hf_ilora(tmp_path):
     return run
 
 
-def test_every_recipe_has_a_command_or_is_one_of_the_projects_own():
+def test_every_recipe_has_a_command():
     recipes = {path.stem for path in RECIPES.glob("*.py")}
-    assert {command.recipe for command in COMMANDS.values()} == recipes - WITHOUT_COMMAND
+    assert {command.recipe for command in COMMANDS.values()} == recipes
 
 
 @pytest.mark.parametrize(

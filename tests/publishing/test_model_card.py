@@ -62,7 +62,7 @@ def test_card_of_seeds_shows_their_mean_and_deviation(sasrec_run, tmp_path):
     assert "3 seeds (1, 2, 3)" in text
     assert "| NDCG@10, whole catalogue, seen items excluded | 0.1000 ± 0.0200 |" in text
     table.write_text("{}")
-    with pytest.raises(ValueError, match=r"not a table of seeds .*run_seeds\.py"):
+    with pytest.raises(ValueError, match=r"not a table of seeds .*experiments/seeds\.py"):
         write_card(sasrec_run, "user/sasrec", seeds_table=table, **NAMES)
 
 

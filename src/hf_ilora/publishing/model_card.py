@@ -48,7 +48,7 @@ def write_card(
         results: results.json of recipes/evaluate_models.py and recipes/evaluate_ilora.py, or their folders.
         row: name or source of this model in them; None if they have only one row.
         protocol: the `protocol` of the data set.
-        seeds_table: JSON of recipes/run_seeds.py for the same configuration with other seeds.
+        seeds_table: JSON of experiments/seeds.py for the same configuration with other seeds.
         revision: branch of the model; None means main.
         checked: the result of `check_folder`; None to check here.
         output_dir: folder to write README.md to, created if it does not exist; None means the folder of the model.
@@ -143,7 +143,7 @@ def _seeds_section(path: Path) -> str:
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is not a table of seeds ({error!r}): expected the JSON of recipes/run_seeds.py"
+            f"{path} is not a table of seeds ({error!r}): expected the JSON of experiments/seeds.py"
         ) from error
     header = f"Mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}), test split:"
     return "\n".join([f"## Over seeds\n\n{header}\n", "| metric | value |", "|---|---:|", *lines])
