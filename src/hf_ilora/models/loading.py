@@ -1,4 +1,4 @@
-"""Saved recommenders, checked before anything is measured with them."""
+"""Loads any saved recommender by folder or Hub name, and checks that it fits a data set."""
 
 import os
 from pathlib import Path
@@ -45,12 +45,12 @@ def load_recommender(name_or_path: str | os.PathLike) -> NextItemPreTrainedModel
 
     Raises:
         FileNotFoundError: when it is neither.
-        ValueError: for another kind of model, an iLoRA without item head, and for what cannot be loaded: unreadable
-            files, an unknown model type, weights that are missing, foreign or of another size.
+        ValueError: for another kind of model, an iLoRA without item head, unreadable files, an unknown model type, and
+            weights that are missing, unknown or of another size.
     """
     folder = model_folder(str(name_or_path))
     try:
-        # Only the installed classes: code that a folder brings along is never run, and nobody is asked about it.
+        # Loads the installed classes; code in the folder is never run, and the user is not asked about it.
         model = AutoModel.from_pretrained(folder, trust_remote_code=False)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"no model could be loaded from {folder}: {error}") from error
@@ -71,7 +71,7 @@ def load_recommender(name_or_path: str | os.PathLike) -> NextItemPreTrainedModel
 def check_catalogue(
     model: NextItemPreTrainedModel | ILoraForRecommendation, name: str, num_items: int, raw_ids: np.ndarray
 ) -> bool:
-    """Make sure that a model and a data set mean the same items by the same ids.
+    """Check that a model and a data set give the same items the same ids.
 
     Args:
         model: with its catalogue, or without.

@@ -173,8 +173,8 @@ def test_a_configuration_given_to_a_model_stays_as_it_was():
     ("histories", "message"),
     [
         ([[3, 7], [0, 0]], r"history \d is empty: expected at least one item"),
-        ([[3, 7], [2, 31]], r"history \d holds item 31: expected ids 1..30"),
-        ([[3, 7], [-1, 2]], r"history \d holds item -1: expected ids 1..30"),
+        ([[3, 7], [2, 31]], r"history \d contains item 31: expected ids 1..30"),
+        ([[3, 7], [-1, 2]], r"history \d contains item -1: expected ids 1..30"),
         ([[3.0, 7.0], [1.0, 2.0]], "float32: expected item ids as int64"),
     ],
 )
@@ -289,7 +289,7 @@ def test_more_or_fewer_items_than_placeholders_are_refused(model):
 
 def test_histories_outside_the_catalogue_are_refused_in_training(model):
     batch = batch_of(model)
-    with pytest.raises(ValueError, match=f"hold item 31: expected ids 1..{NUM_ITEMS}"):
+    with pytest.raises(ValueError, match=f"contain item 31: expected ids 1..{NUM_ITEMS}"):
         model(**batch | {"histories": torch.full((3, 2), 31)})
 
 

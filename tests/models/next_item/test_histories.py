@@ -90,8 +90,8 @@ def test_every_model_reads_ragged_rows_as_it_reads_them_alone(model):
 @pytest.mark.parametrize(
     ("histories", "message"),
     [
-        ([[3], [1, NUM_ITEMS + 1]], rf"history 1 holds item {NUM_ITEMS + 1}: expected ids 1\.\.{NUM_ITEMS} of this"),
-        (torch.tensor([[1, 2], [-3, 1]]), "history 1 holds item -3"),
+        ([[3], [1, NUM_ITEMS + 1]], rf"history 1 contains item {NUM_ITEMS + 1}: expected ids 1\.\.{NUM_ITEMS} of this"),
+        (torch.tensor([[1, 2], [-3, 1]]), "history 1 contains item -3"),
         (torch.tensor([[1, 2], [0, 0]]), "history 1 is empty: expected at least one item"),
         ([[1, 2], [3], []], "history 2 is empty"),
         ([[1, 2], [0]], "history 1 is empty"),
@@ -101,9 +101,9 @@ def test_every_model_reads_ragged_rows_as_it_reads_them_alone(model):
         (np.ones((2, 2, 2), dtype=np.int64), r"shape \(2, 2, 2\): expected \(batch, length\)"),
         ([1, 2], r"history 0 is 1, of shape \(\): expected a row of item ids per user"),
         ([[1], [[1, 2]]], r"history 1 is \[\[1, 2\]\], of shape \(1, 2\)"),
-        ([[1], ["B07"]], r"history 1 is \['B07'\], which holds no item ids .*map raw ids with model.catalogue"),
-        ("B07", "history 0 is 'B', which holds no item ids"),
-        ([[1], [None]], r"history 1 is \[None\], which holds no item ids"),
+        ([[1], ["B07"]], r"history 1 is \['B07'\], which is no row of item ids .*map raw ids with model.catalogue"),
+        ("B07", "history 0 is 'B', which is no row of item ids"),
+        ([[1], [None]], r"history 1 is \[None\], which is no row of item ids"),
         (7, "histories are of type int: expected a row of item ids per user"),
         (None, "histories are of type NoneType"),
         (torch.tensor([[1.0, 2.0]]), r"histories are torch\.float32: expected item ids as int64"),

@@ -122,7 +122,7 @@ def test_bad_input_is_refused():
     model = small_model()
     with pytest.raises(ValueError, match="max_length"):
         model(torch.ones(1, 9, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"labels hold 31: expected item ids 1\.\.30"):
+    with pytest.raises(ValueError, match=r"labels contain 31: expected item ids 1\.\.30"):
         model(RIGHT, labels=RIGHT.masked_fill(RIGHT == 9, 31).masked_fill(RIGHT == 0, -100))
     with pytest.raises(ValueError, match=r"GRU4RecConfig\.num_items is None"):
         GRU4RecForNextItem(GRU4RecConfig())

@@ -250,7 +250,7 @@ def test_bfloat16_scores_do_not_tie():
 def test_labels_outside_the_catalogue_are_refused(loss_type, label):
     labels = torch.full_like(RIGHT, -100)
     labels[0, 1] = label
-    with pytest.raises(ValueError, match=f"labels hold {label}: expected item ids 1..{NUM_ITEMS}"):
+    with pytest.raises(ValueError, match=f"labels contain {label}: expected item ids 1..{NUM_ITEMS}"):
         small_model(loss_type=loss_type)(RIGHT, labels=labels)
 
 

@@ -184,7 +184,7 @@ def test_bad_tables_are_refused():
         model(HISTORIES, teacher_embeddings=torch.ones(13, 8))
     broken = teacher_table()
     broken[5, 0] = float("nan")
-    with pytest.raises(ValueError, match="item 5 hold NaN"):
+    with pytest.raises(ValueError, match="item 5 contain NaN"):
         model.set_teacher_embeddings(broken)
     with pytest.raises(ValueError, match="all zero"):
         model.set_teacher_embeddings(torch.zeros(13, 23))

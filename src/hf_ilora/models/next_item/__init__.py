@@ -1,1 +1,1 @@
-"""Next-item models; every file imports siblings only, so that the folder travels as remote code."""
+"""Next-item models. Every file imports only its siblings, so that saved models can bring their code along."""

@@ -1,4 +1,4 @@
-"""The catalogue of a model: what lets item ids 1..num_items speak titles and raw ids."""
+"""The catalogue: maps the item ids 1..num_items of a model to titles and raw ids, and back."""
 
 import difflib
 import hashlib
@@ -77,7 +77,7 @@ class Catalogue:
         """The item ids, 1..num_items, of `raw_ids`.
 
         Raises:
-            ValueError: for a raw id that the catalogue does not hold, with the closest ones that it does.
+            ValueError: for a raw id that is not in the catalogue; the message names the closest ones that are.
         """
         if isinstance(raw_ids, str):
             raise ValueError(f"raw_ids is the string {raw_ids!r}: expected a list of raw ids, such as [{raw_ids!r}]")
@@ -111,7 +111,7 @@ class Catalogue:
             raise ValueError(f"{path}: {error}") from error
 
     def to_parquet(self, path: str | os.PathLike) -> None:
-        """Write the catalogue as parquet; an earlier file is replaced by a whole one or stays as it is."""
+        """Write the catalogue as parquet. When writing fails, an earlier file at `path` is left untouched."""
         path = Path(path)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -161,7 +161,7 @@ class Catalogue:
             close = difflib.get_close_matches(raw_id, self._item_id_of)
             if close:
                 return f"{message}: closest are {', '.join(map(repr, close))}"
-        return f"{message}: leave it out, or use the catalogue of the data that holds it (raw ids such as {example!r})"
+        return f"{message}: leave it out, or use the catalogue of its data (raw ids such as {example!r})"
 
 
 def _checked(table: pa.Table) -> pa.Table:

@@ -10,7 +10,7 @@ class CaserConfig(NextItemConfig):
     r"""Architecture and training loss of a Caser model; the fields of `NextItemConfig` come first.
 
     `max_length` is the L of the paper: there are filters of every height up to it, so its default is short.
-    `hidden_dropout` is on what the filters found, as published. As published, the scores have a table and a bias of
+    `hidden_dropout` applies to the output of the filters, as in the paper. The paper scores with a table and biases of
     their own: `tie_word_embeddings=False, head_bias=True`.
 
     Args:

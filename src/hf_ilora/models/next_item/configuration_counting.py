@@ -12,7 +12,7 @@ class PopularityConfig(PreTrainedConfig):
 
     Args:
         num_items: size of the catalogue; item ids run 1..num_items and 0 is padding.
-        max_length: number of newest items the model is handed; it looks at none of them.
+        max_length: number of newest items that the model is given; it ignores them.
     """
 
     model_type = "popularity"
@@ -36,7 +36,7 @@ class TransitionCountsConfig(PreTrainedConfig):
 
     Args:
         num_items: size of the catalogue; item ids run 1..num_items and 0 is padding.
-        num_transitions: number of item pairs that the model holds; `fit` sets it.
+        num_transitions: number of item pairs that the model stores; `fit` sets it.
         max_gap: largest distance, in steps, of two items of a training row that count as a pair.
         gap_decay: a pair at distance g counts gap_decay ** (g - 1).
         backward_weight: how much a pair counts in reverse order too: 0 keeps the order of time, 1 forgets it.

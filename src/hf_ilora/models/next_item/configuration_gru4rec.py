@@ -9,8 +9,8 @@ from .configuration_next_item import NextItemConfig
 class GRU4RecConfig(NextItemConfig):
     r"""Architecture and training loss of a GRU4Rec model; the fields of `NextItemConfig` come first.
 
-    `hidden_dropout` is on the embeddings, between the layers and on their output. As published, the scores have a table
-    and a bias of their own: `tie_word_embeddings=False, head_bias=True`.
+    `hidden_dropout` applies to the embeddings, between the layers and to their output. The paper scores with a table
+    and biases of their own: `tie_word_embeddings=False, head_bias=True`.
 
     Args:
         num_hidden_layers: layers of the GRU.

@@ -1,10 +1,10 @@
-"""What the configurations of all models that gradients train have in common: catalogue, head, losses, teacher."""
+"""The configuration that all gradient-trained models share: catalogue, head, losses and teacher embeddings."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 PADDING_ITEM_ID = 0
-IGNORED_LABEL = -100  # what cross-entropy leaves out
+IGNORED_LABEL = -100  # the label that cross-entropy ignores
 
 _CHOICES = {
     "loss_type": ("cross_entropy", "sampled_softmax", "gbce", "bce"),
@@ -37,9 +37,9 @@ class NextItemConfig(PreTrainedConfig):
         gbce_calibration: t of gBCE (gSASRec, RecSys 2023, eq. 15): 0 is plain BCE, 1 is fully calibrated.
         teacher_embedding_size: numbers per item of a language model's item embeddings that are added to the item
             embeddings through a projection, until `fold_teacher_embeddings`; `None` adds nothing.
-        ed_weight: weight of what is added (DLLM2Rec, section 4.3).
-        teacher_embedding_use: "input" adds it to what the model reads (as published), "input_and_head" also to the
-            tied table that scores.
+        ed_weight: weight of the projected teacher embeddings (DLLM2Rec, section 4.3).
+        teacher_embedding_use: "input" adds them to the embeddings that the model reads (as in DLLM2Rec),
+            "input_and_head" also to the tied table that scores.
 
     Source: the losses are in `next_item_losses.py`, the embeddings in `teacher_embeddings.py`.
     """

@@ -1,4 +1,4 @@
-"""An encoder of histories with a head over the catalogue: all that the trained next-item models share."""
+"""An encoder of histories with a head over the catalogue: the part that all trained next-item models share."""
 
 import copy
 import math
@@ -41,7 +41,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         if config.popularity_power:
             self.register_buffer("item_counts", torch.zeros(config.num_items + 1))
         if config.teacher_embedding_size is not None:
-            # Every process has the same table: sending it around in every step would only cost time.
+            # Every process has the same table: broadcasting it in every step would waste time.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 self, ["model.item_embedding.teacher.table"]
             )
@@ -61,7 +61,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         return self.model.item_embedding
 
     def set_item_counts(self, item_counts: torch.Tensor) -> None:
-        """Give the training counts, (num_items + 1,), that `popularity_power` draws negatives by."""
+        """Set the training counts, (num_items + 1,), from which `popularity_power` draws negatives."""
         if not self.config.popularity_power:
             raise ValueError("popularity_power is 0: expected a positive one, since uniform negatives read no counts")
         if item_counts.shape != self.item_counts.shape:
@@ -73,9 +73,9 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         self.item_counts[PADDING_ITEM_ID] = 0
 
     def set_teacher_embeddings(self, table: torch.Tensor) -> None:
-        """Give the language model's item embeddings, (num_items + 1, teacher_embedding_size), row 0 for padding.
+        """Set the language model's item embeddings, (num_items + 1, teacher_embedding_size), row 0 for padding.
 
-        They are saved with the model until `fold_teacher_embeddings`, so that a checkpoint resumes and scores alone.
+        They are saved with the model until `fold_teacher_embeddings`, so a checkpoint needs nothing else to resume.
 
         Raises:
             ValueError: without `teacher_embedding_size` in the configuration, for another shape, numbers that are not
@@ -90,13 +90,13 @@ class EncoderForNextItem(NextItemPreTrainedModel):
 
     @torch.no_grad()
     def fold_teacher_embeddings(self):
-        """Add what the teacher's embeddings contribute to the item table, and forget them.
+        """Add the projected teacher embeddings to the item table and remove them from the model.
 
-        Scores stay equal, and nothing of the teacher's size is left: serving costs what the plain model costs. With
-        teacher_embedding_use="input" a tied head keeps the table as it was, so that it is untied.
+        Scores do not change, and serving costs as little as with a model that never had teacher embeddings. With
+        teacher_embedding_use="input" a tied head is untied, because it keeps scoring with the table without them.
 
         Returns:
-            The model itself; a model without teacher embeddings stays as it is.
+            The model itself, unchanged when it has no teacher embeddings.
 
         Raises:
             ValueError: before `set_teacher_embeddings`, and while the weights are spread over processes.
@@ -141,12 +141,12 @@ class EncoderForNextItem(NextItemPreTrainedModel):
 
         Args:
             input_ids: (batch, length) item ids 1..num_items, 0 for padding on either side; length <= max_length.
-            attention_mask: (batch, length), 0 where padding stands; None means `input_ids != 0`.
+            attention_mask: (batch, length), 0 at padding; None means `input_ids != 0`.
             labels: (batch, length), the next item at each position, -100 where there is none.
             num_items_in_batch: number of labels to average over; None means those of this call.
-            seen_items: (batch, any); not read here. Evaluation batches carry it for the metrics.
-            teacher_embeddings: (num_items + 1, teacher_embedding_size) to read in this call instead of those that
-                `set_teacher_embeddings` was given.
+            seen_items: (batch, any); ignored. Evaluation batches carry it for the metrics.
+            teacher_embeddings: (num_items + 1, teacher_embedding_size) to use in this call instead of those that
+                `set_teacher_embeddings` stored.
             scored_positions: (batch, length) bool, real positions whose scores are returned, instead of the last ones:
                 for losses on scores. Rows of `logits` are then these positions, one history after the other.
             scored_items: (items,) different ids, none of them padding, whose scores are returned, in their order; None
@@ -214,7 +214,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         """Raise a ValueError where `chosen` (batch, length), padding last, has positions without a hidden state."""
 
     def _item_offsets(self, teacher_embeddings: torch.Tensor | None = None) -> torch.Tensor | None:
-        """(num_items + 1, hidden), what the teacher's embeddings add to the table that scores."""
+        """(num_items + 1, hidden), the projected teacher embeddings that are added to the table that scores."""
         if not self._head_has_offsets:
             return None
         return self.model.item_embedding.teacher(table=teacher_embeddings)
@@ -224,7 +224,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         return None if self.head.repeat_bias is None else first_occurrences(item_ids)
 
     def _select(self, hidden_states, item_ids, chosen):
-        """Hidden states of the chosen positions, (positions, hidden), and what was seen there, (positions, length)."""
+        """Hidden states of the chosen positions, (positions, hidden), and the items seen there, (positions, length)."""
         repeated_items = self._repeated_items(item_ids)  # (batch, length)
         if repeated_items is not None:
             length = item_ids.shape[1]
@@ -242,7 +242,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
             if lowest < 1 or highest > self.config.num_items:
                 wrong = int(lowest if lowest < 1 else highest)
                 raise ValueError(
-                    f"labels hold {wrong}: expected item ids 1..{self.config.num_items}, and {IGNORED_LABEL} where "
+                    f"labels contain {wrong}: expected item ids 1..{self.config.num_items}, and {IGNORED_LABEL} where "
                     "there is no next item"
                 )
         negatives, log_q = self._draw_negatives(len(targets))

@@ -1,4 +1,4 @@
-"""What recommenders are asked with: histories in any usual form become one padded tensor, checked once."""
+"""Converts histories in any usual form to one padded tensor, and checks them once."""
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ def padded_histories(histories, num_items: int, device: torch.device | str = "cp
         histories: a row of item ids per user, oldest first: lists, arrays or tensors, of different lengths or padded
             with 0 on either side.
         num_items: size of the catalogue.
-        device: where the result goes.
+        device: of the result.
 
     Returns:
         (batch, length) int64, 0 for padding.
@@ -42,7 +42,7 @@ def padded_histories(histories, num_items: int, device: torch.device | str = "cp
     if lowest < 0 or highest > num_items:
         row, column = ((histories < 0) | (histories > num_items)).nonzero()[0].tolist()
         raise ValueError(
-            f"history {row} holds item {int(histories[row, column])}: expected ids 1..{num_items} of this "
+            f"history {row} contains item {int(histories[row, column])}: expected ids 1..{num_items} of this "
             "model's catalogue, and 0 for padding; map raw ids with model.catalogue.item_ids"
         )
     if lowest == PADDING_ITEM_ID and not histories.any(1).all():
@@ -51,7 +51,7 @@ def padded_histories(histories, num_items: int, device: torch.device | str = "cp
 
 
 def _padded_rows(histories) -> torch.Tensor:
-    """(batch, longest) on the CPU, padded on the right."""
+    """Rows of any lengths -> (batch, longest) on the CPU, padded on the right."""
     try:
         rows = list(histories)
     except TypeError as error:
@@ -66,7 +66,7 @@ def _padded_rows(histories) -> torch.Tensor:
             items = row.cpu() if isinstance(row, torch.Tensor) else torch.tensor(row)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"history {number} is {_shown(row)}, which holds no item ids ({error}): expected rows of integers, "
+                f"history {number} is {_shown(row)}, which is no row of item ids ({error}): expected rows of integers, "
                 f"{_EXAMPLE}; map raw ids with model.catalogue.item_ids"
             ) from error
         if items.dim() != 1:

@@ -1,4 +1,4 @@
-"""How models reach the Hub: all files in one commit, sent again when the connection fails, and never twice."""
+"""Uploads models to the Hub: all files in one commit, with retries that never commit twice."""
 
 import hashlib
 import io
@@ -32,7 +32,7 @@ _UPLOAD_ARGUMENTS = ("commit_message", "commit_description", "private", "revisio
 
 
 class HubUploads:
-    """Mixin of models whose `save_pretrained(push_to_hub=True)` sends all that it writes."""
+    """Mixin for models whose `save_pretrained(push_to_hub=True)` uploads everything that it writes."""
 
     def push_to_hub(
         self,
@@ -48,10 +48,10 @@ class HubUploads:
         max_shard_size: int | str = "50GB",
         tags: list[str] | str | None = None,
     ) -> CommitInfo:
-        """Send the model with its catalogue, and its tokenizer where it has one, to the Hub in one commit.
+        """Upload the model to the Hub in one commit, with its catalogue, its code and, if it has one, its tokenizer.
 
-        A card of the repository stays as it is; where there is none, a short one says how to use the model. For a card
-        with measured results, see `hf_ilora.publishing`.
+        An existing card is kept; otherwise a short one that shows how to use the model is added. For a card with
+        measured results, see `hf_ilora.publishing`.
 
         Args:
             repo_id: "user/name"; made when it does not exist.
@@ -60,17 +60,17 @@ class HubUploads:
             token: None takes HF_TOKEN or that of `hf auth login`.
             revision: branch; made from main when it does not exist.
             create_pr: propose the commit as a pull request.
-            parent_commit: fail unless the branch stands at this commit.
+            parent_commit: fail unless this is the latest commit of the branch.
             max_shard_size: as in transformers.
             tags: to add to the card.
 
         Returns:
-            The commit; the one that is there already when nothing has changed.
+            The commit, or the latest one when nothing has changed.
 
         Raises:
             PermissionError: when the token is missing, wrong, or may not write there.
-            ValueError: when a public repository exists and a private one was asked for, and when somebody else commits
-                meanwhile.
+            ValueError: when a private repository was requested and a public one exists, and when another commit is
+                pushed during the upload.
             OSError: when the Hub cannot be reached.
         """
         with tempfile.TemporaryDirectory() as folder:
@@ -91,11 +91,11 @@ class HubUploads:
 
 
 class UploadOfSaved:
-    """Sends what a `save_pretrained` writes between the making of this object and `send`.
+    """Uploads the files that `save_pretrained` writes after this object is created.
 
     Args:
-        save_directory: of the `save_pretrained`.
-        arguments: its keyword arguments; those about the Hub are taken out.
+        save_directory: where `save_pretrained` writes.
+        arguments: its keyword arguments; those for the Hub are removed from it.
     """
 
     def __init__(self, save_directory: str | os.PathLike, arguments: dict):
@@ -109,13 +109,13 @@ class UploadOfSaved:
         self.before = self._states()
 
     def send(self, model) -> CommitInfo | None:
-        """Send what has been written since, with a card and the record of a run that stand in the folder.
+        """Upload the files written since then, with README.md and run.json if the folder has them.
 
         Args:
             model: with a `config`, a `catalogue` and `model_tags`.
 
         Returns:
-            The commit; None in processes that write nothing.
+            The commit, or None in processes other than the main one.
         """
         if not self.is_main_process:
             return None
@@ -152,19 +152,19 @@ def upload(
     create_pr: bool = False,
     parent_commit: str | None = None,
 ) -> CommitInfo:
-    """Send files to a model repository in one commit on the branch as it stands, so that sending again is safe.
+    """Upload files to a model repository in one commit; calling it again is safe.
 
-    A commit whose answer is lost may have landed: before another attempt the branch is looked at.
+    A commit may have succeeded although the connection was lost, so each retry looks at the branch first.
 
     Args:
-        files: by their path in the repository: where they are, or their content.
+        files: path in the repository -> local path or content.
         repo_id: "user/name", or "name" of the token's user; made when it does not exist.
-        missing_card: gives README.md when `files` lack it, from the whole repo_id and the card that is there (or None).
+        missing_card: makes README.md when `files` lack it, from the full repo_id and the existing card (or None).
         commit_message, commit_description, private, token, revision, create_pr, parent_commit: as in
             `HubUploads.push_to_hub`.
 
     Returns:
-        The commit; the one that is there already when nothing has changed.
+        The commit, or the latest one when nothing has changed.
 
     Raises:
         PermissionError, ValueError, OSError: as in `HubUploads.push_to_hub`.
@@ -182,8 +182,8 @@ def upload(
         head = retried(lambda: api.repo_info(repo_id, revision=revision)).sha
         if parent_commit is not None and head != parent_commit:
             raise ValueError(
-                f"{revision or 'main'} of {repo_id} stands at {head}: expected {parent_commit}, the parent_commit; "
-                "look at what has been committed since"
+                f"{revision or 'main'} of {repo_id} is at commit {head}: expected {parent_commit}, the parent_commit; "
+                "check what has been committed since"
             )
         files = dict(files)
         if missing_card is not None and CARD_FILE not in files:
@@ -221,11 +221,11 @@ def upload(
         raise OSError(f"the connection to the Hub failed while sending {repo_id} ({_told(error)}): {_AGAIN}") from error
 
 
-_AGAIN = "check the connection and push again; what has arrived is not sent twice"
+_AGAIN = "check the connection and push again; files that have arrived are not sent twice"
 
 
 def retried(call: Callable[[], _Result]) -> _Result:
-    """What `call` returns, after further attempts when the Hub or the way to it fails for a moment."""
+    """Call `call`, retrying when the Hub or the connection fails temporarily, and return its result."""
     for wait in WAITS_SECONDS:
         try:
             return call()
@@ -234,7 +234,7 @@ def retried(call: Callable[[], _Result]) -> _Result:
             # some answers as JSON before it looks at their status.
             if isinstance(error, HfHubHTTPError) and error.response.status_code not in (412, 429, 500, 502, 503, 504):
                 raise
-            logger.warning("the Hub did not do as asked (%s): trying again in %g s", _told(error), wait)
+            logger.warning("the request to the Hub failed (%s): retrying in %g s", _told(error), wait)
         time.sleep(wait)
     return call()
 
@@ -249,14 +249,14 @@ def _existing_card(api: HfApi, repo_id: str, commit: str) -> str | None:
 def _landed(
     api: HfApi, repo_id: str, head: str, files: Mapping[str, Path | bytes], message: str, description: str
 ) -> CommitInfo:
-    """The commit `head`, when it holds the files; ValueError when it is somebody else's."""
+    """Return the commit `head` if it contains the files; raise a ValueError if it is somebody else's."""
     entries = api.list_repo_tree(repo_id, revision=head, recursive=True)
     found = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     for path, file in files.items():
         if path not in found or not _is_same(found[path], file):
             raise ValueError(
-                f"somebody else has committed {head} to {repo_id} meanwhile: expected no other commit while sending; "
-                "look at it and push again"
+                f"somebody else has committed {head} to {repo_id} during the upload: expected no other commit; "
+                "check it and push again"
             )
     return CommitInfo(f"{api.endpoint}/{repo_id}/commit/{head}", message, description, head, _endpoint=api.endpoint)
 
@@ -269,11 +269,11 @@ def _is_same(entry: RepoFile, file: Path | bytes) -> bool:
 
 
 def _told(error: Exception) -> str:
-    """What the client says of an error, in one line."""
+    """The client's message of an error, in one line."""
     return " ".join(str(error).split())
 
 
-# --- what a card says of any model ---
+# --- the parts of a card that every model has ---
 
 
 def usage_example(
@@ -307,14 +307,14 @@ def usage_example(
 
 
 def card_data(config: PreTrainedConfig, **metadata) -> ModelCardData:
-    """The metadata that follow from a configuration, and others as `ModelCardData` takes them."""
+    """The card's metadata that follow from a configuration, and further ones as `ModelCardData` takes them."""
     base_model = config.public_llm_name if config.model_type == "ilora" else None
     tags = ["hf_ilora", config.model_type, "recommender-system", "sequential-recommendation"]
     return ModelCardData(library_name="hf_ilora", tags=tags, base_model=base_model, **metadata)
 
 
 def usage_card(config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: str, revision: str | None = None) -> str:
-    """A card that says what the model is and how to use it."""
+    """A short card: the kind of model and how to use it."""
     code = usage_example(config, catalogue, repo_id, revision)
     items = "" if catalogue is None else f" of {len(catalogue):,} items"
     text = (

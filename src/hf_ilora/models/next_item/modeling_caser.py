@@ -58,7 +58,7 @@ class CaserEncoder(nn.Module):
         """
         window = self._window(item_ids, lengths)  # (batch, max_length)
         embeddings = self.item_embedding(window, teacher_embeddings)  # (batch, max_length, hidden)
-        # What a teacher adds to padding would be seen here, unlike in models that read padding last.
+        # Teacher embeddings of padding would reach the filters, unlike in models that read padding last.
         embeddings = (embeddings * window.ne(PADDING_ITEM_ID).unsqueeze(-1)).transpose(1, 2)
         horizontal = [filters(embeddings).relu().amax(-1) for filters in self.horizontal_filters]  # (batch, filters)
         vertical = self.vertical_filters(embeddings).transpose(1, 2).flatten(1)  # (batch, filters * hidden)
@@ -116,7 +116,7 @@ class CaserForNextItem(EncoderForNextItem):
 
 
 def _is_last(lengths: torch.Tensor, length: int) -> torch.Tensor:
-    """(batch, length) bool: where the newest item of right-padded rows stands."""
+    """(batch, length) bool: true at the newest item of right-padded rows."""
     places = torch.arange(length, device=lengths.device)
     return places == last_positions(lengths, length).unsqueeze(1)
 

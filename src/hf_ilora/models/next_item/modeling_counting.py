@@ -24,7 +24,7 @@ class CountingPreTrainedModel(NextItemPreTrainedModel):
     def log_probabilities(self, best_scores: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """log p as in `NextItemPreTrainedModel`; p is an item's share of all counts, which are no logits.
 
-        An item that was never counted has the smallest p that float32 holds, so that its log is finite.
+        An item that was never counted gets the smallest normal float32 as p, so that its log is finite.
         """
         smallest = torch.finfo(torch.float32).tiny
         total = scores[:, 1:].float().sum(-1, keepdim=True).clamp(min=smallest)  # (batch, 1)
@@ -81,7 +81,7 @@ class PopularityForNextItem(CountingPreTrainedModel):
 
         Args:
             input_ids: (batch, length) item ids, 0 for padding on either side; any length.
-            attention_mask: (batch, length); not read.
+            attention_mask: (batch, length); ignored.
             labels: (batch, length); not read, there is nothing to train and no loss.
 
         Returns:
@@ -109,7 +109,7 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         score(j) = sum over the newest max_length items h_m, m = 0 the newest, of history_decay ** m * W[h_m, j]
                    + popularity_weight * popularity(j) / largest popularity
 
-    Only pairs that occur are stored, row after row: `transition_targets` and `transition_weights` hold the items j
+    Only pairs that occur are stored, row after row: `transition_targets` and `transition_weights` contain the items j
     and W[i, j] of item i at positions `transition_starts[i]` to `transition_starts[i + 1]`.
 
     Args:
@@ -135,7 +135,7 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
             sequences: one per training row, oldest item first, the row's target last.
             config: hyper-parameters; `num_transitions` of the fitted model's own copy is set to what was found.
             targets_only: count only pairs whose later item is the last of its row, for data whose rows are all
-                prefixes of a history; there every other pair stands in several rows.
+                prefixes of a history; there all other pairs occur in several rows.
 
         Raises:
             ValueError: for an empty row, no rows at all, or ids outside 1..num_items.
@@ -163,7 +163,7 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
 
         Args:
             input_ids: (batch, length) item ids, 0 for padding on either side; any length.
-            attention_mask: (batch, length), 0 where padding stands; None means `input_ids != 0`.
+            attention_mask: (batch, length), 0 at padding; None means `input_ids != 0`.
             labels: (batch, length); not read, there is nothing to train and no loss.
 
         Returns:
@@ -185,7 +185,7 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         starts = self.transition_starts[items]
         lengths = self.transition_starts[items + 1] - starts  # (sources,)
         source = torch.arange(len(items), device=items.device).repeat_interleave(lengths)  # (pairs,)
-        # The pairs of all sources stand one after the other: those of source s begin at `begins[s]`.
+        # The pairs of all sources are concatenated: those of source s begin at `begins[s]`.
         begins = lengths.cumsum(0) - lengths
         stored = torch.arange(len(source), device=items.device) + (starts - begins)[source]  # (pairs,)
         columns = self.transition_targets[stored] + (users * scores.shape[1])[source]
@@ -215,7 +215,7 @@ def _flatten(sequences: Iterable[Sequence[int]], num_items: int) -> tuple[np.nda
     if items.min() < 1 or items.max() > num_items:
         wrong = items.min() if items.min() < 1 else items.max()
         raise ValueError(
-            f"training rows hold item {wrong}: expected ids 1..{num_items}; fit on the data set whose catalogue "
+            f"training rows contain item {wrong}: expected ids 1..{num_items}; fit on the data set whose catalogue "
             "has that size, without padding"
         )
     return items, lengths.cumsum()
@@ -259,7 +259,7 @@ def _sum_by_pair(pairs: np.ndarray, counts: np.ndarray, more_pairs: np.ndarray, 
 def _normalised(sources, targets, counts, item_counts, config: TransitionCountsConfig) -> np.ndarray:
     """W of the pairs, (pairs,) float32."""
     source_totals = np.bincount(sources, weights=counts, minlength=config.num_items + 1)
-    # With `targets_only`, an item may stand in a pair and never be a target: it counts once.
+    # With `targets_only`, an item of a pair may never be a target: it counts as if it had been one once.
     popularity = np.maximum(item_counts.astype(np.float64), 1)
     weights = counts / source_totals[sources] ** config.source_power / popularity[targets] ** config.target_power
     return weights.astype(np.float32)

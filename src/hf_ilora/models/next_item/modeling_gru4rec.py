@@ -34,7 +34,7 @@ class GRU4RecEncoder(nn.Module):
         only_last: bool = False,
         teacher_embeddings: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states of right-padded sequences; padding needs no mask, since it stands last.
+        """Hidden states of right-padded sequences; padding comes last and needs no mask.
 
         Args:
             item_ids: (batch, length), padding last.
@@ -74,7 +74,7 @@ class GRU4RecForNextItem(EncoderForNextItem):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, nn.GRU):
-            # Each gate's matrix uniformly as published; the three gates are stacked in one.
+            # Uniform for each gate, as in the authors' program; one matrix stacks the three gates.
             bound = math.sqrt(6 / (module.input_size + module.hidden_size))
             for name, parameter in module.named_parameters():
                 if name.startswith("weight"):

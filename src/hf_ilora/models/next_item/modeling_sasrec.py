@@ -17,7 +17,7 @@ from .teacher_embeddings import ItemEmbedding
 
 
 class SASRecAttention(nn.Module):
-    """Causal multi-head attention over right-padded sequences; padding needs no mask, since it stands last."""
+    """Causal multi-head attention over right-padded sequences; padding comes last and needs no mask."""
 
     def __init__(self, config: SASRecConfig, output_projection: bool):
         super().__init__()
@@ -49,9 +49,9 @@ class SASRecAttention(nn.Module):
         return projected.view(batch, length, self.num_heads, hidden // self.num_heads).transpose(1, 2)
 
     def mask(self, length: int, last: torch.Tensor | int | None) -> torch.Tensor | None:
-        """What each query may see, for `scaled_dot_product_attention`; None where a query sees all, or all before it.
+        """The mask for `scaled_dot_product_attention`; None where a query sees all positions, or all before it.
 
-        Without fading attention it is boolean, with it what is added to the scores: -decay x distance.
+        It is boolean, or with `attention_decay` the bias on the scores, -decay x distance.
         """
         if self.log_decay is None and not isinstance(last, torch.Tensor):
             return None
@@ -162,7 +162,7 @@ class SASRecModel(SASRecPreTrainedModel):
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    # What a saved recommender holds besides its encoder.
+    # A saved recommender has these besides its encoder.
     _keys_to_ignore_on_load_unexpected = [r"^head\.", "item_counts"]
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -198,7 +198,7 @@ class SASRecModel(SASRecPreTrainedModel):
         positions = torch.arange(first, first + length, device=item_ids.device)  # (length,)
         if self.counts_from_newest and lengths is not None:
             positions = positions + (self.max_length - lengths).unsqueeze(1)  # (batch, length)
-            positions = positions.clamp(max=self.max_length - 1)  # padding stands behind the newest item
+            positions = positions.clamp(max=self.max_length - 1)  # padding comes after the newest item
         item_embeddings = self.item_embedding(item_ids, teacher_embeddings)  # (batch, length, hidden)
         hidden_states = self.dropout(item_embeddings + self.position_embedding(positions))
         *layers, last_layer = self.layers

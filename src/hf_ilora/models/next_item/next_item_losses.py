@@ -7,11 +7,11 @@ whole (accumulated, distributed) batch. Item ids run 1..num_items; row 0 of the 
 import torch
 import torch.nn.functional as F
 
-# Score elements that the full cross-entropy holds at once: on a CPU a chunk that stays in the cache, on a GPU one
+# Score elements that the full cross-entropy computes at once: on a CPU a chunk that stays in the cache, on a GPU one
 # that fills the device.
 CHUNK_ELEMENTS = {"cpu": 2**20, "default": 2**26}
 
-# Every chunk adds to the gradient of the whole table, so that too few positions at a time would only wait for memory.
+# Every chunk adds to the gradient of the whole table, so chunks of very few positions would be bound by memory traffic.
 MIN_CHUNK_POSITIONS = 32
 
 
@@ -115,7 +115,7 @@ def gbce_loss(target_scores, negative_scores, collisions, num_items, calibration
     Args:
         target_scores: (positions,).
         negative_scores: (positions, negatives).
-        collisions: (positions, negatives) bool, where a negative is the target itself; these count nothing.
+        collisions: (positions, negatives) bool, where a negative is the target itself; these are ignored.
         num_items: size of the catalogue, for the sampling rate negatives / (num_items - 1).
         calibration: t in [0, 1].
 

@@ -1,4 +1,4 @@
-"""What all recommenders of this package share: recommending, and a catalogue that travels with the weights."""
+"""The base of all next-item models: recommending, checks, and saving with catalogue and code."""
 
 import os
 
@@ -96,7 +96,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         return item_ids.clone(), log_probabilities.clone()  # tensors that may be used where gradients flow
 
     def rank_items(self, histories, top_k: int = 10, exclude_seen: bool = True):
-        """The items of `recommend` with distances instead of scores: what a teacher is asked for.
+        """The items of `recommend` with distances instead of scores, as distillation reads them.
 
         Args:
             histories, top_k, exclude_seen: as in `recommend`.
@@ -141,7 +141,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         if lowest < 0 or highest > self.config.num_items:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(
-                f"input_ids hold item {wrong}: expected ids 1..{self.config.num_items} of this model's catalogue, "
+                f"input_ids contain item {wrong}: expected ids 1..{self.config.num_items} of this model's catalogue, "
                 "0 for padding; map raw ids with model.catalogue.item_ids"
             )
 
@@ -160,12 +160,12 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
                 )
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """As in transformers; writes the catalogue and the code of the model beside the weights.
+        """As in transformers; also writes the catalogue and the code of the model.
 
         Args:
-            save_directory: made if it does not exist.
-            push_to_hub: send what is written, in one commit, to `repo_id` or else the folder's name; further keyword
-                arguments are those of `push_to_hub`.
+            save_directory: created if it does not exist.
+            push_to_hub: upload the files in one commit, to `repo_id` or else a repository named like the folder;
+                further keyword arguments are those of the method `push_to_hub`.
             kwargs: as in transformers.
 
         Returns:
@@ -179,11 +179,11 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in transformers; reads the catalogue beside the weights, when there is one.
+        """As in transformers; also reads the catalogue, if there is one.
 
         Raises:
-            ValueError: when the weights lack a parameter or hold a foreign one, where transformers would only warn and
-                go on with random numbers, and when the catalogue does not fit `num_items`.
+            ValueError: when parameters are missing or unknown, where transformers would only warn and initialise them
+                at random, and when the catalogue does not fit `num_items`.
         """
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         wants_info = kwargs.pop("output_loading_info", False)

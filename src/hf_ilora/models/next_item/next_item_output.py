@@ -1,4 +1,4 @@
-"""What every next-item model of ours returns, and how its scores become recommendations."""
+"""The output of next-item models, and how scores become recommendations."""
 
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ def _raise_for_scores(scores: torch.Tensor, num_items: int) -> None:
     row = int((~torch.isfinite(scores)).any(dim=-1).nonzero()[0])
     if torch.isnan(scores[row]).any() or torch.isposinf(scores[row]).any():
         raise ValueError(
-            f"the scores of row {row} hold NaN or +inf: expected finite numbers; check the weights that were loaded"
+            f"the scores of row {row} contain NaN or +inf: expected finite numbers; check the weights that were loaded"
         )
     available = int(torch.isfinite(scores[row]).sum())
     raise ValueError(

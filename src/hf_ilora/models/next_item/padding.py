@@ -1,4 +1,4 @@
-"""Where padding stands in a batch of histories, and how to move it behind the real items and back."""
+"""Moves the padding of histories behind the real items, and back."""
 
 import torch
 
@@ -13,17 +13,17 @@ def at_position(states: torch.Tensor, position: torch.Tensor | int) -> torch.Ten
 
 
 def last_positions(lengths: torch.Tensor | None, length: int) -> torch.Tensor | int:
-    """Where the newest item of right-padded rows of width `length` stands; `lengths` (batch,), None without padding."""
+    """Places of the newest items in right-padded rows of width `length`; `lengths` (batch,), None without padding."""
     return length - 1 if lengths is None else (lengths - 1).clamp(min=0)
 
 
 def padding_to_the_end(input_ids: torch.Tensor, attention_mask: torch.Tensor | None):
-    """Where padding stands and how to move it behind the real items.
+    """Find the padding, and the order that moves it behind the real items.
 
     Returns:
         real: (batch, length) bool.
         order: (batch, length), for `gather`: real items first, in their order.
-        slots: (batch, length), the place of each input position in that order.
+        slots: (batch, length), the index of each input position in that order.
     """
     real = input_ids.ne(PADDING_ITEM_ID) if attention_mask is None else attention_mask.bool()
     order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
@@ -31,7 +31,7 @@ def padding_to_the_end(input_ids: torch.Tensor, attention_mask: torch.Tensor | N
 
 
 def restore_padding(hidden_states: torch.Tensor, real: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Undo `padding_to_the_end`: (batch, length, hidden), zero where padding stands."""
+    """Undo `padding_to_the_end`: (batch, length, hidden), zero at padding."""
     aligned = hidden_states.gather(1, slots.unsqueeze(-1).expand_as(hidden_states))
     return aligned * real.unsqueeze(-1)
 

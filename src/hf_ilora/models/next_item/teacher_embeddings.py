@@ -8,10 +8,10 @@ from .configuration_next_item import PADDING_ITEM_ID, NextItemConfig
 
 
 class TeacherEmbedding(nn.Module):
-    """ed_weight * projection(embedding that the language model gave an item).
+    """ed_weight * projection(the language model's embedding of an item).
 
-    The table is a buffer: no optimizer moves it, and it is saved with the model, so that a checkpoint resumes and
-    scores without the label data set. It is zero until it is given, and refused as long as it is.
+    The table is a buffer: no optimizer changes it, and it is saved with the model, so that a checkpoint can resume and
+    score without the label data set. It starts as zeros, and using it before `set_table` raises an error.
 
     Args:
         config: of the recommender.
@@ -24,10 +24,10 @@ class TeacherEmbedding(nn.Module):
         self.ed_weight = config.ed_weight
         self.projection = nn.Linear(config.teacher_embedding_size, config.hidden_size)
         self.register_buffer("table", torch.zeros(config.num_items + 1, config.teacher_embedding_size))
-        self.has_table = False  # whether the table was seen to hold something
+        self.has_table = False  # whether the table is known to be non-zero
 
     def set_table(self, table: torch.Tensor) -> None:
-        """Take the embeddings, (num_items + 1, teacher size); the row of padding becomes zero.
+        """Store the embeddings, (num_items + 1, teacher size), with zeros in the row of padding.
 
         Raises:
             ValueError: for another shape, numbers that are not finite, or nothing but zeros.
@@ -36,7 +36,7 @@ class TeacherEmbedding(nn.Module):
         if not torch.isfinite(table).all():
             item = int((~torch.isfinite(table)).any(1).nonzero()[0])
             raise ValueError(
-                f"teacher embeddings of item {item} hold NaN or inf: expected finite numbers; encode again"
+                f"teacher embeddings of item {item} contain NaN or inf: expected finite numbers; encode again"
             )
         if not table[1:].any():
             raise ValueError("teacher embeddings are all zero: expected those that a teacher encoded")
@@ -45,7 +45,7 @@ class TeacherEmbedding(nn.Module):
             self.table[PADDING_ITEM_ID] = 0
 
     def forward(self, item_ids: torch.Tensor | None = None, table: torch.Tensor | None = None) -> torch.Tensor:
-        """What is added to the embeddings of items.
+        """The projected embeddings, which are added to those of the item table.
 
         Args:
             item_ids: (batch, length), or None for the whole catalogue.
@@ -81,7 +81,7 @@ class TeacherEmbedding(nn.Module):
 
 
 class ItemEmbedding(nn.Embedding):
-    """The item table, and what a teacher adds to it until it is folded in."""
+    """The item table, plus projected teacher embeddings until they are folded in."""
 
     def __init__(self, config: NextItemConfig):
         super().__init__(config.num_items + 1, config.hidden_size, padding_idx=PADDING_ITEM_ID)
