@@ -149,7 +149,7 @@ def test_a_trained_student_goes_on_from_its_weights(distill, parts, tmp_path):
     [
         ({}, "expected either teacher_labels"),
         ({"teacher_labels": "{parts}/labels", "teacher": "{parts}/teacher"}, "expected either teacher_labels"),
-        ({"teacher": "{parts}/teacher", "embedding_use": "input"}, "without teacher_labels, which have the embedding"),
+        ({"teacher": "{parts}/teacher", "embedding_use": "input"}, "without teacher_labels, which have the embeddings"),
         ({"teacher": "{parts}/teacher", "labels_teacher": "{parts}/teacher"}, "without teacher_labels, whose teacher"),
         (
             {"teacher_labels": "{parts}/labels", "labels_teacher": "{parts}/scores.safetensors"},
@@ -168,7 +168,7 @@ def test_a_trained_student_goes_on_from_its_weights(distill, parts, tmp_path):
                 "student_type": "gru4rec",
                 "student_settings": '{{"num_heads": 2}}',
             },
-            "num_heads: expected GRU4RecConfig's",
+            "student_settings name num_heads: expected GRU4RecConfig",
         ),
         ({"teacher_labels": "{parts}/labels", "student": "{parts}/popularity"}, "expected a SASRec, GRU4Rec or Caser"),
     ],
