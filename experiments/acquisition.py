@@ -30,7 +30,7 @@ from hf_ilora import SequenceDatasets
 from hf_ilora.distillation.acquisition import ACQUISITION_POLICIES
 from hf_ilora.distillation.teachers import load_teacher, model_fingerprint
 from hf_ilora.files import written_whole
-from hf_ilora.models.loading import load_recommender, model_folder
+from hf_ilora.models.loading import load_recommender
 from hf_ilora.runs import parse_arguments, read_record, run_main, set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def check_settings(arguments: AcquisitionArguments, output: Path) -> None:
     settings["config"] = Path(arguments.config_file).read_text(encoding="utf-8")
     sequences = SequenceDatasets.load(arguments.data_dir)
     teacher = load_teacher(arguments.teacher, len(sequences["train"]), sequences.num_items)
-    recommender = load_recommender(model_folder(arguments.recommender))
+    recommender = load_recommender(arguments.recommender)
     settings["content of data_dir"] = sequences.fingerprint
     settings["content of teacher"] = teacher.fingerprint
     settings["content of recommender"] = model_fingerprint(recommender)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hf_ilora.files import written_whole
-from hf_ilora.runs import read_record
+from hf_ilora.runs import ProgramFailed, read_record
 from hf_ilora_cli.shipped import RECIPE, find_file
 
 _Setting, _Result = TypeVar("_Setting"), TypeVar("_Result")
@@ -35,13 +35,14 @@ def run_recipe(recipe: str, options: Sequence[object], threads: int) -> None:
         threads: CPU threads of the process.
 
     Raises:
-        RuntimeError: when the recipe fails; the message ends with its output.
+        ProgramFailed: when the recipe fails; the message ends with its output.
     """
     command = [sys.executable, str(find_file(RECIPE, recipe)), *map(str, options)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed: {finished.stderr[-2000:]}")
+        message = f"{' '.join(command[1:])} failed: {finished.stderr[-2000:].rstrip()}"
+        raise ProgramFailed(message, finished.returncode)
 
 
 def is_finished(folder: Path) -> bool:

@@ -16,13 +16,16 @@ from pathlib import Path
 
 from hf_ilora import SASRecConfig, convert_reference_sasrec
 from hf_ilora.files import folder_written_whole
+from hf_ilora.models import next_item
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE
 from hf_ilora.reference.convert_sasrec import load_reference_state_dict, reference_catalogue
 from hf_ilora.runs import parse_arguments, run_main
 
 logger = logging.getLogger(__name__)
 
+# What saving a SASRec writes: weights, configuration and catalogue, and the code that loads it without hf_ilora.
 OUR_FILES = {"config.json", "model.safetensors", CATALOGUE_FILE}
+OUR_FILES |= {path.name for path in Path(next_item.__file__).parent.glob("*.py")}
 
 
 @dataclass

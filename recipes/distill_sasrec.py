@@ -8,14 +8,11 @@ resumes a killed run from its last whole checkpoint.
 """
 
 import dataclasses
-import json
-import logging
 from dataclasses import dataclass, field
 
 from transformers import set_seed
 
 from hf_ilora import DistillationArguments, DistillationTrainer, SASRecConfig, SequenceDatasets
-from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.distillation.teachers import labels_of_teacher
 from hf_ilora.runs import (
     RunRecord,
@@ -28,11 +25,8 @@ from hf_ilora.runs import (
     run_main,
     set_up_logging,
 )
-from hf_ilora.training.students import STUDENTS, trained_student, untrained_student
+from hf_ilora.training.students import StudentArguments, build_student
 
-logger = logging.getLogger(__name__)
-
-EMBEDDING_USES = ("none", "input", "input_and_head")
 SASRecArguments = config_arguments(
     SASRecConfig,
     exclude=("num_items", "pad_token_id", "teacher_embedding_size", "ed_weight", "teacher_embedding_use"),
@@ -40,8 +34,8 @@ SASRecArguments = config_arguments(
 
 
 @dataclass
-class DistilledArguments:
-    """The data, the teacher and the student."""
+class TeacherArguments:
+    """The data and the teacher."""
 
     data_dir: str = field(metadata={"help": "folder of the data set, written by prepare_data.py"})
     teacher_labels: str | None = field(
@@ -57,25 +51,6 @@ class DistilledArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "folder or Hub name of a model to ask in every step, instead of labels"}
     )
-    student: str | None = field(
-        default=None, metadata={"help": "folder or Hub name of a trained model to start from; by default from scratch"}
-    )
-    student_type: str = field(
-        default="sasrec",
-        metadata={"choices": tuple(STUDENTS), "help": "kind of a student from scratch: sasrec, gru4rec or caser"},
-    )
-    student_settings: str | None = field(
-        default=None, metadata={"help": "architecture of gru4rec or caser, as JSON; SASRec has options of its own"}
-    )
-    embedding_use: str = field(
-        default="none",
-        metadata={
-            "choices": EMBEDDING_USES,
-            "help": "where the labels' item embeddings are added to the student's: none, input (as DLLM2Rec does) or "
-            "input_and_head",
-        },
-    )
-    ed_weight: float = field(default=0.2, metadata={"help": "weight of the item embeddings that are added"})
 
     def __post_init__(self):
         if (self.teacher_labels is None) == (self.teacher is None):
@@ -84,56 +59,28 @@ class DistilledArguments:
             raise ValueError(
                 f"labels_teacher is {self.labels_teacher} without teacher_labels, whose teacher it checks: leave it out"
             )
-        if self.student_settings is not None and (self.student is not None or self.student_type == "sasrec"):
-            raise ValueError("student_settings are for a gru4rec or caser from scratch: pass SASRec's as options")
-        if self.embedding_use != "none" and (self.teacher_labels is None or self.student is not None):
-            raise ValueError(
-                f"embedding_use is {self.embedding_use}: expected teacher_labels, which have the embeddings, and a "
-                "student from scratch"
-            )
 
 
-ARGUMENTS = (DistilledArguments, SASRecArguments, DistillationArguments)
-
-
-def build_student(distilled: DistilledArguments, sasrec_arguments, num_items: int, labels: TeacherLabels | None):
-    """The saved model to start from, or a fresh one."""
-    settings = dataclasses.asdict(sasrec_arguments)
-    if distilled.student is not None or distilled.student_type != "sasrec":
-        defaults = dataclasses.asdict(type(sasrec_arguments)())
-        unused = [name for name, value in settings.items() if value != defaults[name]]
-        if unused:
-            logger.warning("%s shape a SASRec from scratch and are not used here", ", ".join(unused))
-    if distilled.student is not None:
-        return trained_student(distilled.student)
-    if distilled.student_type != "sasrec":
-        settings = json.loads(distilled.student_settings or "{}")
-    if distilled.embedding_use != "none":
-        settings |= {
-            "teacher_embedding_size": labels.item_embeddings().shape[1],
-            "teacher_embedding_use": distilled.embedding_use,
-            "ed_weight": distilled.ed_weight,
-        }
-    return untrained_student(distilled.student_type, num_items, settings)
+ARGUMENTS = (TeacherArguments, StudentArguments, SASRecArguments, DistillationArguments)
 
 
 def main() -> None:
-    distilled, sasrec_arguments, training = arguments = parse_arguments(ARGUMENTS)
+    teacher, student, sasrec_arguments, training = arguments = parse_arguments(ARGUMENTS)
     set_up_logging(training.output_dir)
-    sequences = SequenceDatasets.load(distilled.data_dir)
+    sequences = SequenceDatasets.load(teacher.data_dir)
     fingerprint = sequences.fingerprint
     checkpoint = resumable_checkpoint(training.output_dir, arguments, fingerprint)
     labels, inputs = None, {}
-    if distilled.teacher_labels is not None:
-        labels = labels_of_teacher(distilled.teacher_labels, sequences, distilled.labels_teacher)
+    if teacher.teacher_labels is not None:
+        labels = labels_of_teacher(teacher.teacher_labels, sequences, teacher.labels_teacher)
         inputs = {"teacher_labels": labels.origin()}
         check_same_inputs(checkpoint, inputs)
     set_seed(training.seed)
     trainer = DistillationTrainer(
-        build_student(distilled, sasrec_arguments, sequences.num_items, labels),
+        build_student(student, dataclasses.asdict(sasrec_arguments), sequences.num_items, labels),
         training,
         teacher_labels=labels,
-        teacher=distilled.teacher,
+        teacher=teacher.teacher,
         train_dataset=sequences["train"],
         eval_dataset=sequences["validation"],
         processing_class=sequences.catalogue,

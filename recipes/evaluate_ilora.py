@@ -34,7 +34,7 @@ from hf_ilora.evaluation.candidate_report import (
 )
 from hf_ilora.evaluation.expert_usage import plot_expert_usage, usage_table
 from hf_ilora.models.ilora.language_models import load_language_model
-from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
+from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
 from hf_ilora.runs.checks import check_at_least_one, checked_plot, names_of_models
 from hf_ilora.training.candidate_rows import draw_candidates
@@ -115,7 +115,7 @@ def main() -> None:
     sequences, split = load_data(arguments)
     for model in arguments.models:  # before anything is measured
         ILoraConfig.from_pretrained(model)
-    recommenders = {name: load_recommender(model_folder(name)) for name in arguments.recommenders or []}
+    recommenders = {name: load_recommender(name) for name in arguments.recommenders or []}
     raw_ids = sequences.raw_ids
     for name, recommender in recommenders.items():
         check_catalogue(recommender, name, sequences.num_items, raw_ids)

@@ -33,7 +33,7 @@ from hf_ilora.distillation.labelling import (
     label_shards,
 )
 from hf_ilora.distillation.teachers import ModelTeacher, Teacher, load_teacher, model_fingerprint
-from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
+from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
 from hf_ilora.runs.checks import check_at_least_one
@@ -160,7 +160,7 @@ def load_and_check(arguments: LabelArguments, device: torch.device):
         raise ValueError(f"{arguments.teacher} contains one answer per row: expected labelled_positions last")
     recommender = None
     if arguments.recommender is not None:
-        recommender = load_recommender(model_folder(arguments.recommender)).to(device)
+        recommender = load_recommender(arguments.recommender).to(device)
         if not isinstance(recommender, NextItemPreTrainedModel):
             raise ValueError(
                 f"{arguments.recommender} is a {type(recommender).__name__}: expected a recommender that can score "

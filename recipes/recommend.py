@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_ilora import SequenceDatasets
-from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
+from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.runs import parse_arguments, run_main
 
 
@@ -49,7 +49,7 @@ def history_of_user(sequences: SequenceDatasets, data_dir: str, user: str) -> li
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    model = load_recommender(model_folder(arguments.model))
+    model = load_recommender(arguments.model)
     catalogue = model.catalogue
     if catalogue is None:
         raise ValueError(f"{arguments.model} has no catalogue (items.parquet): expected one with the weights")

@@ -1,6 +1,5 @@
 """recipes/label_with_teacher.py in real processes: killed at any moment, and several at once."""
 
-import json
 import os
 import random
 import subprocess
@@ -13,11 +12,11 @@ import pytest
 
 from hf_ilora import SequenceDatasets
 from hf_ilora.distillation.teacher_labels import TeacherLabels
-from tests.paths import PROJECT
+from tests.paths import PROJECT, RECIPES
 from tests.processes import kill_with_children
+from tests.recipe_runs import RecipeRun, recipe_words
 from tests.tiny_ilora_parts import save_ilora, save_parts
 
-RECIPE = PROJECT / "recipes" / "label_with_teacher.py"
 SHARDS, SHARD_ROWS = 110, 4
 
 pytestmark = pytest.mark.slow
@@ -41,16 +40,15 @@ def one_thread(monkeypatch):
 @pytest.fixture(scope="module")
 def words(parts):
     """The recipe and its options, without the output folder."""
-    settings = {"data_dir": parts.data_dir, "teacher": parts.teacher, "labelled_positions": "all"}
-    settings |= {"batch_size": 2, "top_k": 5}
-    settings |= {"shard_rows": SHARD_ROWS}
-    return [RECIPE, *(word for name, value in settings.items() for word in (f"--{name}", value))]
+    settings = {"labelled_positions": "all", "batch_size": 2, "top_k": 5, "shard_rows": SHARD_ROWS}
+    words = recipe_words(data_dir=parts.data_dir, teacher=parts.teacher, **settings)
+    return [str(RECIPES / "label_with_teacher.py"), *words]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("labels") / "whole"
-    command = [str(word) for word in (sys.executable, *words, "--output_dir", folder)]
+    command = [sys.executable, *words, "--output_dir", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -62,7 +60,7 @@ def two_processes(words):
     """The command for two processes, without the output folder."""
     accelerate = Path(sys.executable).parent / "accelerate"
     config = PROJECT / "accelerate_configs" / "multi_cpu.yaml"
-    return [str(word) for word in (accelerate, "launch", "--config_file", config, *words)]
+    return [str(accelerate), "launch", "--config_file", str(config), *words]
 
 
 def results(folder) -> dict[str, bytes]:
@@ -99,12 +97,12 @@ def kill_again_and_again(command: list[str], folder: Path, most_shards: int) -> 
 
 def test_run_that_is_killed_again_and_again_gives_what_an_undisturbed_one_gives(words, undisturbed, tmp_path):
     folder = tmp_path / "labels"
-    command = [str(word) for word in (sys.executable, *words, "--output_dir", folder)]
+    command = [sys.executable, *words, "--output_dir", str(folder)]
     kills = kill_again_and_again(command, folder, most_shards=SHARDS // 5)
     assert kills >= 5
     assert results(folder) == results(undisturbed)
     assert len(pq.read_table(folder / "requests.parquet")) == SHARDS * SHARD_ROWS
-    record = json.loads((folder / "run.json").read_text())
+    record = RecipeRun(folder).record
     assert record["status"] == "finished"
     assert record["metrics"]["labels"]["labelled_now"] < record["metrics"]["labels"]["rows"] == SHARDS * SHARD_ROWS
 
@@ -113,10 +111,10 @@ def test_two_processes_give_the_rows_of_one(words, undisturbed, launch, tmp_path
     folder = tmp_path / "labels"
     launch("multi_cpu.yaml", *words, "--output_dir", folder)
     assert results(folder) == results(undisturbed)
-    record = json.loads((folder / "run.json").read_text())
+    record = RecipeRun(folder).record
     assert record["world_size"] == 2 and record["metrics"]["labels"]["labelled_now"] == SHARDS * SHARD_ROWS
     log = (folder / "run.log").read_text()
-    assert "220 rows in 55 of 110 shards are left to this process" in log and "tokens per second" in log
+    assert "220 rows in 55 of 110 shards are left for this process" in log and "tokens per second" in log
     assert len(TeacherLabels.load(folder, SequenceDatasets.load(parts.data_dir).fingerprint)) == SHARDS * SHARD_ROWS
 
 
@@ -127,7 +125,7 @@ def test_two_processes_that_are_killed_again_and_again_lose_and_double_no_row(
     kills = kill_again_and_again([*two_processes, "--output_dir", str(folder)], folder, most_shards=50)
     assert kills >= 3  # at 24, 50 and 82 of the shards
     assert results(folder) == results(undisturbed)
-    record = json.loads((folder / "run.json").read_text())
+    record = RecipeRun(folder).record
     assert record["world_size"] == 2 and 0 < record["metrics"]["labels"]["labelled_now"] < SHARDS * SHARD_ROWS
     labels = TeacherLabels.load(folder, SequenceDatasets.load(parts.data_dir).fingerprint).table
     rows = list(zip(labels["history_id"].to_pylist(), labels["prefix_length"].to_pylist(), strict=True))
@@ -138,5 +136,5 @@ def test_two_killed_processes_are_finished_by_one(words, two_processes, undistur
     folder = tmp_path / "labels"
     assert not run_until([*two_processes, "--output_dir", str(folder)], folder, 30, 0.01)
     assert len(list(folder.glob("labels-*.parquet"))) < SHARDS  # both are dead
-    assert run_until([sys.executable, *map(str, words), "--output_dir", str(folder)], folder, SHARDS, 0)
+    assert run_until([sys.executable, *words, "--output_dir", str(folder)], folder, SHARDS, 0)
     assert results(folder) == results(undisturbed)

@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 
 def test_a_saved_recommender_is_loaded_ready_to_score(folder):
-    model = load_recommender(model_folder(str(folder)))
+    model = load_recommender(str(folder))
     assert type(model) is SASRecForNextItem and not model.training
     history = torch.tensor([[1, 2, 3]])
     assert torch.equal(model(history).logits, sasrec()(history).logits)
@@ -83,6 +83,13 @@ def test_weights_that_do_not_fit_are_refused(folder, change):
         load_recommender(folder)
 
 
+def test_code_in_a_folder_is_not_run(folder):
+    (folder / "modeling_sasrec.py").write_text("raise RuntimeError('this ran')")
+    (folder / "configuration_sasrec.py").write_text("raise RuntimeError('this ran')")
+    model = load_recommender(folder)
+    assert type(model) is SASRecForNextItem and check_catalogue(model, "model", 8, RAW_IDS)
+
+
 def test_catalogues_that_differ_are_refused():
     model = sasrec()
     with pytest.raises(ValueError, match="knows 8 items and the data set has 7"):
@@ -118,7 +125,7 @@ def save_ilora(folder, item_head):
 
 def test_an_ilora_with_an_item_head_is_a_recommender_like_others(tmp_path):
     folder = save_ilora(tmp_path, "residual")
-    model = load_recommender(model_folder(str(folder)))
+    model = load_recommender(str(folder))
     histories = torch.tensor([[1, 2, 3]])
     item_ids, scores = model.recommend(histories, top_k=2)
     ranked, distances = model.rank_items(histories, top_k=2)

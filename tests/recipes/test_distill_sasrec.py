@@ -149,7 +149,7 @@ def test_a_trained_student_goes_on_from_its_weights(distill, parts, tmp_path):
     [
         ({}, "expected either teacher_labels"),
         ({"teacher_labels": "{parts}/labels", "teacher": "{parts}/teacher"}, "expected either teacher_labels"),
-        ({"teacher": "{parts}/teacher", "embedding_use": "input"}, "expected teacher_labels, which have the embedding"),
+        ({"teacher": "{parts}/teacher", "embedding_use": "input"}, "without teacher_labels, which have the embedding"),
         ({"teacher": "{parts}/teacher", "labels_teacher": "{parts}/teacher"}, "without teacher_labels, whose teacher"),
         (
             {"teacher_labels": "{parts}/labels", "labels_teacher": "{parts}/scores.safetensors"},
@@ -168,7 +168,7 @@ def test_a_trained_student_goes_on_from_its_weights(distill, parts, tmp_path):
                 "student_type": "gru4rec",
                 "student_settings": '{{"num_heads": 2}}',
             },
-            "num_heads: expected settings of GRU4RecConfig",
+            "num_heads: expected GRU4RecConfig's",
         ),
         ({"teacher_labels": "{parts}/labels", "student": "{parts}/popularity"}, "expected a SASRec, GRU4Rec or Caser"),
     ],
@@ -194,7 +194,7 @@ def test_a_teacher_or_student_of_other_data_is_refused(distill, parts, tmp_path)
 def test_labels_of_other_data_are_refused(distill, parts, tmp_path):
     other = cyclic_sequences(num_users=40, seed=1)
     other.save(tmp_path / "other")
-    with pytest.raises(ValueError, match="the data of the labels in .* has the fingerprint"):
+    with pytest.raises(ValueError, match=r"the data of the labels in .* has the fingerprint"):
         distill(teacher_labels=parts / "labels", data_dir=tmp_path / "other")
     assert SequenceDatasets.load(tmp_path / "other").fingerprint != SequenceDatasets.load(parts / "data").fingerprint
 

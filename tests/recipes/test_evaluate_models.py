@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+from itertools import pairwise
 
 import pyarrow.parquet as pq
 import pytest
@@ -43,7 +44,7 @@ def models(sequences, tmp_path_factory):
     """Folders of popularity, transition counts and an untrained SASRec, with the catalogue of the data."""
     folder = tmp_path_factory.mktemp("models")
     items, boundaries = training_sequences(sequences["train"])
-    rows = [items[start:end] for start, end in zip(boundaries, boundaries[1:], strict=False)]
+    rows = [items[start:end] for start, end in pairwise(boundaries)]
     sizes = {"num_items": sequences.num_items}
     made = {
         "popularity": PopularityForNextItem.fit(rows, PopularityConfig(**sizes)),

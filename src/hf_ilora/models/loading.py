@@ -37,18 +37,21 @@ def model_folder(name_or_path: str) -> Path:
     return folder
 
 
-def load_recommender(folder: str | os.PathLike) -> NextItemPreTrainedModel | ILoraForRecommendation:
+def load_recommender(name_or_path: str | os.PathLike) -> NextItemPreTrainedModel | ILoraForRecommendation:
     """Load a recommender of this package, in evaluation mode: one that ranks the whole catalogue.
 
     Args:
-        folder: what `model_folder` returned.
+        name_or_path: folder that `save_pretrained` wrote, or name of a model on the Hub.
 
     Raises:
+        FileNotFoundError: when it is neither.
         ValueError: for another kind of model, an iLoRA without item head, and for what cannot be loaded: unreadable
             files, an unknown model type, weights that are missing, foreign or of another size.
     """
+    folder = model_folder(str(name_or_path))
     try:
-        model = AutoModel.from_pretrained(folder)
+        # Only the installed classes: code that a folder brings along is never run, and nobody is asked about it.
+        model = AutoModel.from_pretrained(folder, trust_remote_code=False)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"no model could be loaded from {folder}: {error}") from error
     if isinstance(model, ILoraForRecommendation):

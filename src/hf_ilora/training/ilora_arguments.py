@@ -37,6 +37,9 @@ class ILoraTrainingArguments(TrainingArguments):
     Source: the defaults of the optimizer are those of iLoRA's program.
     """
 
+    output_dir: str | None = field(
+        default=None, metadata={"help": "folder for the model, its checkpoints, run.json and run.log"}
+    )
     num_candidates: int = field(
         default=20, metadata={"help": "candidates drawn for a training prompt, the target included"}
     )

@@ -41,7 +41,7 @@ class ILoraTrainer(RecommenderTrainer):
     `transformers.Trainer`.
 
     Args:
-        model: built with `ILoraForRecommendation.from_base` or `from_pretrained`.
+        model: built with `ILoraForRecommendation.from_base` or `from_pretrained`; or pass `model_init`.
         args: `ILoraTrainingArguments`.
         data_collator: None makes prompts by the model's templates.
         train_dataset: `datasets.Dataset` with `history` (item ids, oldest first) and `target`, such as
@@ -60,7 +60,7 @@ class ILoraTrainer(RecommenderTrainer):
 
     def __init__(
         self,
-        model: ILoraForRecommendation,
+        model: ILoraForRecommendation | None = None,
         args: ILoraTrainingArguments | None = None,
         data_collator: Callable | None = None,
         train_dataset: datasets.Dataset | TorchDataset | None = None,
@@ -69,34 +69,31 @@ class ILoraTrainer(RecommenderTrainer):
         **kwargs,
     ):
         args = self.checked_arguments(args)
-        if not isinstance(model, ILoraForRecommendation):
-            raise TypeError(
-                f"model is a {type(model).__name__}: expected an ILoraForRecommendation, built with from_base(llm, "
-                "recommender, tokenizer, catalogue, config)"
-            )
-        if processing_class is not None and processing_class != model.catalogue:
+        if model is not None:
+            _check_model(model)
+        super().__init__(
+            model, args, data_collator=data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
+        )
+        config = self.model.config
+        if processing_class is not None and processing_class != self.model.catalogue:
             raise TypeError(
                 f"processing_class is a {type(processing_class).__name__} other than the model's catalogue: expected "
                 "None, since the model saves its catalogue and tokenizer"
             )
-        self.candidate_fraction = checked_candidate_fraction(model.config, args.candidate_fraction)
+        self.candidate_fraction = checked_candidate_fraction(config, args.candidate_fraction)
         # As in answers, the recommender reads more of a history than the prompt shows.
-        self._longest_history = max(model.config.max_history, model.recommender.config.max_length)
-        train_rows = self._training_rows(model, args, train_dataset)
+        self._longest_history = max(config.max_history, self.model.recommender.config.max_length)
         if data_collator is None:
-            config = model.config
-            order = PreferredOrder(model.recommender) if config.candidate_order == "recommender" else None
-            data_collator = PromptCollator(
-                model.prompts, self.candidate_fraction, order, config.candidate_loss_weight > 0
+            order = PreferredOrder(self.model.recommender) if config.candidate_order == "recommender" else None
+            self.data_collator = PromptCollator(
+                self.model.prompts, self.candidate_fraction, order, config.candidate_loss_weight > 0
             )
-        super().__init__(
-            model, args, data_collator=data_collator, train_dataset=train_rows, eval_dataset=eval_dataset, **kwargs
-        )
-        if isinstance(train_rows, CandidateRows):
-            self.add_callback(EpochCallback(train_rows))
+        self.train_dataset = self._training_rows(train_dataset)
+        if isinstance(self.train_dataset, CandidateRows):
+            self.add_callback(EpochCallback(self.train_dataset))
         if args.curriculum_steps:
             self.add_callback(CurriculumCallback(args.curriculum_steps))
-        if model.config.num_experts > 1 and isinstance(eval_dataset, datasets.Dataset):
+        if config.num_experts > 1 and isinstance(eval_dataset, datasets.Dataset):
             rows = self._evaluation_rows(eval_dataset)
             histories = self.data_collator([rows[row] for row in range(min(len(eval_dataset), USERS_OF_USAGE))])
             self.add_callback(ExpertUsageCallback(self, histories["histories"]))
@@ -170,22 +167,24 @@ class ILoraTrainer(RecommenderTrainer):
             rows = self._evaluation_prompts(rows)
         return super().get_eval_dataloader(rows)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the arguments; the router learns more slowly, and the LoRA does not decay."""
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            self.optimizer_cls_and_kwargs = ilora_optimizer(self.model if model is None else model, self.args)
-        return super().create_optimizer(model)
+    def optimizer_of(self, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
+        return ilora_optimizer(model, self.args)
 
-    def _training_rows(self, model: ILoraForRecommendation, args: ILoraTrainingArguments, rows) -> TorchDataset | None:
+    def call_model_init(self, trial=None) -> nn.Module:
+        model = super().call_model_init(trial)
+        _check_model(model)
+        return model
+
+    def _training_rows(self, rows: datasets.Dataset | TorchDataset | None) -> TorchDataset | None:
         if not isinstance(rows, datasets.Dataset):
             return rows
-        target_items = args.target_items or ("last" if rows_are_prefixes(rows) else "random")
+        target_items = self.args.target_items or ("last" if rows_are_prefixes(rows) else "random")
         return CandidateRows(
             rows,
-            model.config.num_items,
+            self.model.config.num_items,
             self._longest_history,
-            args.num_candidates,
-            seed=args.seed,
+            self.args.num_candidates,
+            seed=self.args.seed,
             target_items=target_items,
         )
 
@@ -205,6 +204,14 @@ class ILoraTrainer(RecommenderTrainer):
         """The rows as prompts of the kinds that training shows: with candidates, then without."""
         kinds = [True] * (self.candidate_fraction > 0) + [False] * (self.candidate_fraction < 1)
         return ConcatDataset([self._evaluation_rows(rows, shows_candidates) for shows_candidates in kinds])
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, ILoraForRecommendation):
+        raise TypeError(
+            f"model is a {type(model).__name__}: expected an ILoraForRecommendation, built with from_base(llm, "
+            "recommender, tokenizer, catalogue, config)"
+        )
 
 
 def checked_candidate_fraction(config: ILoraConfig, candidate_fraction: float | None) -> float:

@@ -43,6 +43,10 @@ class NextItemTrainingArguments(TrainingArguments):
         ValueError: for settings out of range or that contradict each other.
     """
 
+    output_dir: str | None = field(
+        default=None, metadata={"help": "folder for the model, its checkpoints, run.json and run.log"}
+    )
+
     initial_items_choices: ClassVar[tuple[str, ...]] = INITIAL_ITEMS
 
     windows: str = field(

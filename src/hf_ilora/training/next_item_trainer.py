@@ -116,6 +116,10 @@ class NextItemTrainer(RecommenderTrainer):
         self.train_dataset = self._training_windows(train_dataset)
         if isinstance(self.train_dataset, TrainingWindows | StreamedWindows):
             self._add_first(EpochCallback(self.train_dataset))
+        if args.labelled_positions == "all" and self._has_prefixes:
+            logger.warning(
+                "labelled_positions is 'all' on rows that are prefixes of each other: most targets count many times"
+            )
         if self.model.catalogue is None and train_dataset is not None:
             logger.warning(
                 "the model has no catalogue and will be saved without titles: pass processing_class=sequences.catalogue"
@@ -160,19 +164,8 @@ class NextItemTrainer(RecommenderTrainer):
             return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
         return super()._get_eval_sampler(eval_dataset)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the arguments, with a learning rate of its own for the item embeddings.
-
-        As in `Trainer`, biases and layer normalisations do not decay. A finished optimizer, `Trainer(optimizers=...)`,
-        is kept.
-        """
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            self.optimizer_cls_and_kwargs = next_item_optimizer(self.model if model is None else model, self.args)
-            try:
-                return super().create_optimizer(model)
-            finally:
-                self.optimizer_cls_and_kwargs = None  # the next model, of a search, has parameters of its own
-        return super().create_optimizer(model)
+    def optimizer_of(self, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
+        return next_item_optimizer(model, self.args)
 
     def call_model_init(self, trial=None) -> nn.Module:
         model = super().call_model_init(trial)
@@ -226,10 +219,6 @@ class NextItemTrainer(RecommenderTrainer):
             return "last"
         if chosen is None:
             return "last" if self._has_prefixes else "all"
-        if chosen == "all" and self._has_prefixes:
-            logger.warning(
-                "labelled_positions is 'all' on rows that are prefixes of each other: most targets count many times"
-            )
         return chosen
 
     def _training_windows(self, rows: Rows | TorchDataset | None) -> TorchDataset | None:
@@ -309,7 +298,7 @@ def next_item_optimizer(
 
 
 def _check_best_metric(args: TrainingArguments) -> None:
-    name = args.metric_for_best_model
+    name = args.metric_for_best_model or "loss"
     # With several evaluation data sets, the name of the data set comes before that of the metric.
     is_known = name in METRICS or name.endswith(tuple(f"_{metric}" for metric in METRICS))
     if (args.load_best_model_at_end or args.early_stopping_patience) and not is_known:

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
@@ -68,6 +69,21 @@ class RecommenderTrainer(Trainer):
                 f"every setting of TrainingArguments and those of {cls.__name__}"
             )
         return args
+
+    def optimizer_of(self, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
+        """The optimizer that the arguments name, with the parameter groups of the model, as
+        `Trainer(optimizer_cls_and_kwargs=...)` takes it: under DeepSpeed a finished optimizer would be dropped."""
+        raise NotImplementedError
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in `Trainer`, with the parameter groups of `optimizer_of`; an optimizer that was passed is kept."""
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            return super().create_optimizer(model)
+        self.optimizer_cls_and_kwargs = self.optimizer_of(self.model if model is None else model)
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = None  # the next model, of a search, has parameters of its own
 
     def create_model_card(
         self,

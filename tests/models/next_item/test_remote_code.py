@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 from hf_ilora import (
     CaserConfig,
@@ -32,7 +32,7 @@ SIZES = {"num_items": NUM_ITEMS, "hidden_size": 8, "max_length": 6, "initializer
 # Loads each folder, prints what the model answers, and saves it once more.
 PROGRAM = """
 import json
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 folders, histories, again = json.loads(sys.argv[1])
 answers = {}
@@ -141,3 +141,12 @@ def test_a_folder_saved_twice_is_as_saved_once(saved, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (folder / "sasrec").iterdir()}
     assert (tmp_path / "config.json").read_text() == (folder / "sasrec" / "config.json").read_text()
     assert answer(AutoModel.from_pretrained(tmp_path)) == expected["sasrec"]
+
+
+def test_checkpoints_of_a_trainer_hold_the_code_and_the_catalogue(saved, tmp_path):
+    folder, expected = saved
+    model = AutoModel.from_pretrained(folder / "sasrec")
+    trainer = Trainer(model, TrainingArguments(tmp_path, use_cpu=True), processing_class=model.catalogue)
+    trainer.save_model(tmp_path / "checkpoint")
+    assert code_files(tmp_path / "checkpoint") == code_files(folder / "sasrec")
+    assert answer(AutoModel.from_pretrained(tmp_path / "checkpoint")) == expected["sasrec"]

@@ -280,7 +280,7 @@ def test_components_start_a_recommender():
         (torch.randn(5, 3), 4, "size is 4: expected 1 to 3"),
         (torch.randn(5, 30), 5, "size is 5: expected 1 to 4"),
         (torch.randn(5, 30), 0, "size is 0"),
-        (torch.full((5, 3), float("nan")), 2, "item 1 holds NaN"),
+        (torch.full((5, 3), float("nan")), 2, "item 1 contains NaN"),
     ],
 )
 def test_bad_tables_have_no_components(table, size, message):
