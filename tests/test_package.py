@@ -153,7 +153,7 @@ def printed_commands() -> list[list[str]]:
 def test_printed_commands_are_read_by_the_programs_they_start(monkeypatch):
     monkeypatch.chdir(PROJECT)  # where the commands are given
     commands = printed_commands()
-    assert len(commands) > 40
+    assert len(commands) > 30
     for program, *options in commands:
         parse_arguments(load_recipe(PROJECT / program).ARGUMENTS, options)
 
