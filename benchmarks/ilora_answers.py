@@ -50,7 +50,7 @@ ANSWER_TITLES = {
 class AnswerBenchmarkArguments:
     """Settings of the benchmark."""
 
-    data_dir: str = field(metadata={"help": "folder of the data set, written by prepare_data.py"})
+    data_dir: str = field(metadata={"help": "folder of the prepared data set"})
     output_dir: str = field(metadata={"help": "folder for benchmark.json and benchmark.md"})
     recommender: str | None = field(
         default=None, metadata={"help": "folder of a SASRec trained on that data; by default a random one, as fast"}

@@ -26,7 +26,7 @@ from hf_ilora.runs import parse_arguments, run_main
 class LabelBenchmarkArguments:
     """Settings of the benchmark."""
 
-    data_dir: str = field(metadata={"help": "folder of the data set, written by prepare_data.py"})
+    data_dir: str = field(metadata={"help": "folder of the prepared data set"})
     teacher: str = field(metadata={"help": "folder of an iLoRA model with an item head"})
     output_dir: str = field(metadata={"help": "folder for benchmark.json and benchmark.md"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing programs in turn, the memory of a process, and the files of results."""
+"""Shared parts of the benchmarks: timing programs in turn, memory of a process, and result files."""
 
 import json
 import multiprocessing

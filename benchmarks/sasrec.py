@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class SASRecBenchmarkArguments:
     """Settings of the benchmark."""
 
-    data_dir: str = field(metadata={"help": "folder of the data set, written by prepare_data.py"})
+    data_dir: str = field(metadata={"help": "folder of the prepared data set"})
     output_dir: str = field(metadata={"help": "folder for benchmark.json and benchmark.md"})
     threads: int = field(default=2, metadata={"help": "CPU threads of all programs"})
     rounds: int = field(default=5, metadata={"help": "alternating runs per program; medians are reported"})

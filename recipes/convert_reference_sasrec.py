@@ -1,12 +1,12 @@
-"""Converts the SASRec of LLaRA, iLoRA or DLLM2Rec to a folder for `from_pretrained`; the scores stay the same.
+"""Converts the SASRec of LLaRA, iLoRA or DLLM2Rec to a folder for `from_pretrained`, with the same scores.
 
     python recipes/convert_reference_sasrec.py --weights sasrec.pt --output_dir outputs/sasrec_movielens \
         --items items.parquet
 
-`--weights` is the authors' `.pt` file (the whole module or its state dict, read without running anything in it) or a
-`.safetensors` file with the authors' names. `--items` gives titles: parquet with `item_id` (the reference's ids, from
-0) and `title`, or the `items.parquet` of a prepared data set with the same items; `recipes/evaluate_models.py` then
-compares the model on that data set.
+`--weights` is the authors' `.pt` file (the whole module or its state dict, read without running code in it) or a
+`.safetensors` file with the authors' parameter names. `--items` adds titles: a parquet file with `item_id` (the
+authors' ids, from 0) and `title`, or the `items.parquet` of a prepared data set with the same items, on which
+evaluate_models.py can then evaluate the model.
 """
 
 import json
@@ -33,9 +33,10 @@ class ConversionArguments:
     """Which weights to convert, and where to write the model."""
 
     weights: str = field(metadata={"help": "the authors' .pt file, or .safetensors with the authors' names"})
-    output_dir: str = field(metadata={"help": "folder to write; an earlier conversion in it is replaced"})
+    output_dir: str = field(metadata={"help": "folder to write the model to; an earlier conversion in it is replaced"})
     items: str | None = field(
-        default=None, metadata={"help": "parquet file with titles: the reference's, or that of a prepared data set"}
+        default=None,
+        metadata={"help": "parquet file with the titles of the authors' ids, or items.parquet of a prepared data set"},
     )
 
 

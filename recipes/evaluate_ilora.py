@@ -88,7 +88,7 @@ class ILoraEvaluationArguments:
     )
     plot: bool | None = field(
         default=None,
-        metadata={"help": "draw the plots; by default where matplotlib is installed, as by the extra hf_ilora[plot]"},
+        metadata={"help": "draw the plots; by default if matplotlib is installed (extra hf_ilora[plot])"},
     )
 
     def __post_init__(self):

@@ -38,7 +38,7 @@ class EvaluationArguments:
     models: list[str] = field(
         metadata={"help": "folders or Hub names of saved models; the others are compared with the first"}
     )
-    data_dir: str = field(metadata={"help": "folder written by recipes/prepare_data.py"})
+    data_dir: str = field(metadata={"help": "folder of the prepared data set"})
     output_dir: str = field(metadata={"help": "folder to write the table, the plot and the ranks to"})
     names: list[str] | None = field(
         default=None, metadata={"help": "names of the models in the table; by default their folders"}
@@ -56,7 +56,7 @@ class EvaluationArguments:
     latency_threads: int = field(default=1, metadata={"help": "CPU threads while latency is measured"})
     plot: bool | None = field(
         default=None,
-        metadata={"help": "draw results.png; by default where matplotlib is installed, as by the extra hf_ilora[plot]"},
+        metadata={"help": "draw results.png; by default if matplotlib is installed (extra hf_ilora[plot])"},
     )
     device: str | None = field(
         default=None, metadata={"help": "device to evaluate on; by default a GPU if there is one"}

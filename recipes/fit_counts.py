@@ -6,7 +6,7 @@
 Both count the training rows only. The settings of the transition counts are searched one at a time, keeping the value
 with the best validation NDCG@10 (seen items masked), until a whole round brings no improvement. The recipe writes the
 two models to the folders `popularity` and `transition_counts` of the output folder, and every trial to its run.json. It
-does not read the test split, which recipes/evaluate_models.py evaluates.
+does not read the test split.
 
 To count pairs of up to five steps in chronological order only, pass
 `--max_gap 5 --max_length 5 --backward_weight 0 --source_power 0`.
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 class FitArguments:
     """The data to fit on and the folder to write to."""
 
-    data_dir: str = field(metadata={"help": "folder written by recipes/prepare_data.py"})
+    data_dir: str = field(metadata={"help": "folder of the prepared data set"})
     output_dir: str = field(metadata={"help": "folder to write the two models and run.json to"})
     batch_size: int = field(default=256, metadata={"help": "validation users scored per step"})
     max_rounds: int = field(default=3, metadata={"help": "largest number of rounds through the settings"})

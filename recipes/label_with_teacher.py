@@ -48,7 +48,7 @@ class LabelArguments:
     teacher: str = field(
         metadata={"help": "saved model, .safetensors file of scores, or folder of DLLM2Rec's text files"}
     )
-    data_dir: str = field(metadata={"help": "folder written by recipes/prepare_data.py"})
+    data_dir: str = field(metadata={"help": "folder of the prepared data set"})
     output_dir: str = field(metadata={"help": "folder to write the labels to"})
     top_k: int = field(default=10, metadata={"help": "items per label"})
     exclude_seen: bool = field(
@@ -67,8 +67,10 @@ class LabelArguments:
         default="random",
         metadata={"help": "which labels to spend the budget on", "choices": tuple(ACQUISITION_POLICIES)},
     )
-    recommender: str | None = field(default=None, metadata={"help": "saved recommender whose outputs acquire reads"})
-    seed: int = field(default=0, metadata={"help": "random seed of acquire"})
+    recommender: str | None = field(
+        default=None, metadata={"help": "saved recommender whose outputs the choice of labels is based on"}
+    )
+    seed: int = field(default=0, metadata={"help": "random seed of the choice of labels"})
     batch_size: int = field(default=16, metadata={"help": "histories per call of the teacher, per process"})
     shard_rows: int = field(
         default=256, metadata={"help": "rows per shard, the most that a crash can lose per process"}

@@ -40,7 +40,8 @@ class ReferenceDataArguments:
     min_history: int = field(default=3, metadata={"help": "drop train rows with shorter histories"})
     max_history: int = field(default=10, metadata={"help": "number of newest items to keep in a history"})
     sasrec: str | None = field(
-        default=None, metadata={"help": "the authors' weights, .safetensors or .pt; by default, sasrec/ is not written"}
+        default=None,
+        metadata={"help": "the authors' SASRec weights, .safetensors or .pt; by default, sasrec/ is not written"},
     )
 
 

@@ -1,16 +1,17 @@
-"""Publishes a trained model on the Hub: weights, catalogue, tokenizer, run.json and a card with what was measured.
+"""Publishes a trained model on the Hub: weights, catalogue, tokenizer, run.json and a card with measured results.
 
-    hf auth login                                       # or export HF_TOKEN=...: a token with write access
+    hf auth login                                       # or export HF_TOKEN=..., a token with write access
     python recipes/push_to_hub.py --model outputs/ml-100k/seeds/seed-1 --repo_id user/sasrec-ml-100k --private true \
         --dataset_name MovieLens-100K --license apache-2.0 --data_dir outputs/ml-100k/data \
         --results outputs/ml-100k/evaluation --row "SASRec, seed 1" --seeds_table docs/results/ml-100k.json
 
-Everything arrives in one commit or not at all, so `from_pretrained("user/name")` never sees half a model; after a
-failure the same command may be given again. With `--output_dir` all of it, the card too, is written to that folder;
-nothing is sent, and the model's folder stays as it is.
+The recipe sends all files in one commit, so that `from_pretrained("user/name")` never sees half a model; after a
+failure, run the same command again. With `--output_dir` it writes all files, including the card, to that folder
+instead, sends nothing, and leaves the model's folder unchanged.
 
-The catalogue holds the titles and ids of the data set: publish it only where the data's licence allows that (MovieLens'
-does not without permission), or keep the repository private. run.json shows the settings of the run, folder names too.
+The catalogue contains titles and ids of the data set. Publish it only if the licence of the data allows that (the
+licence of MovieLens requires permission), or make the repository private. run.json shows the settings of the run,
+including the names of folders.
 """
 
 import logging
@@ -29,34 +30,43 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PublishArguments:
-    """What to publish, where to, and what its card says."""
+    """The model, the repository, and the contents of the card."""
 
     model: str = field(metadata={"help": "folder of a finished run"})
     repo_id: str = field(metadata={"help": "user/name on the Hub"})
-    dataset_name: str = field(metadata={"help": "what the card calls the data, such as MovieLens-100K"})
-    license: str = field(metadata={"help": "of the weights, as the Hub names it, such as apache-2.0"})
+    dataset_name: str = field(metadata={"help": "name of the data set on the card, such as MovieLens-100K"})
+    license: str = field(metadata={"help": "licence of the weights by its name on the Hub, such as apache-2.0"})
     results: list[str] = field(
-        default_factory=list, metadata={"help": "results.json of evaluate_models.py and evaluate_ilora.py, or folders"}
+        default_factory=list,
+        metadata={
+            "help": "measured results for the card: results.json files of evaluate and evaluate-ilora, or their folders"
+        },
     )
-    row: str | None = field(default=None, metadata={"help": "the model's row in the results: its name or its source"})
-    data_dir: str | None = field(default=None, metadata={"help": "the data set, for the protocol on the card"})
+    row: str | None = field(default=None, metadata={"help": "row of the model in the results, by its name or source"})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "folder of the data set, whose protocol the card shows"}
+    )
     seeds_table: str | None = field(
-        default=None, metadata={"help": "JSON of experiments/seeds.py, for the mean over seeds"}
+        default=None, metadata={"help": "JSON table of experiments/seeds.py, whose mean over seeds the card shows"}
     )
-    run_file: str | None = field(default=None, metadata={"help": "run.json, when it is not in the model's folder"})
+    run_file: str | None = field(default=None, metadata={"help": "run.json, if it is not in the folder of the model"})
     llm_name: str | None = field(
-        default=None, metadata={"help": "iLoRA: the language model on the Hub, when config.json names a folder"}
+        default=None, metadata={"help": "iLoRA: Hub name of the language model, if config.json names a folder"}
     )
     llm_revision: str | None = field(default=None, metadata={"help": "iLoRA: commit of --llm_name"})
-    keep_card: bool = field(default=False, metadata={"help": "publish the README.md of the folder as it is"})
+    keep_card: bool = field(default=False, metadata={"help": "publish the README.md of the folder unchanged"})
     private: bool | None = field(
-        default=None, metadata={"help": "make a new repository private; by default as the Hub's setting says"}
+        default=None, metadata={"help": "make a new repository private; by default as set on the Hub"}
     )
-    revision: str | None = field(default=None, metadata={"help": "branch; made when it does not exist"})
-    commit_message: str | None = field(default=None, metadata={"help": "of the commit"})
-    parent_commit: str | None = field(default=None, metadata={"help": "fail unless the branch stands at this commit"})
+    revision: str | None = field(
+        default=None, metadata={"help": "branch, created if it does not exist; by default main"}
+    )
+    commit_message: str | None = field(default=None, metadata={"help": "commit message"})
+    parent_commit: str | None = field(
+        default=None, metadata={"help": "commit that the branch must be at; otherwise the command fails"}
+    )
     output_dir: str | None = field(
-        default=None, metadata={"help": "folder to write all that would be sent to, instead of sending it"}
+        default=None, metadata={"help": "folder to write the files to, instead of sending them"}
     )
 
     def __post_init__(self):
@@ -65,8 +75,8 @@ class PublishArguments:
         ignored = [name for name in ("results", "row", "seeds_table", "data_dir") if vars(self)[name]]
         if self.keep_card and ignored:
             raise ValueError(
-                f"keep_card is true and {', '.join(ignored)} given: expected none of what a new card would show; leave "
-                "it out, or move the README.md of the folder away and leave keep_card out"
+                f"keep_card is true and {', '.join(ignored)} given: expected no settings of a new card with it; leave "
+                "them out, or move the README.md of the folder away and leave keep_card out"
             )
 
 

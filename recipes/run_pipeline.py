@@ -1,14 +1,16 @@
-"""Runs all stages in one command, from the data to a distilled SASRec, the table of results and a folder to publish.
+"""Runs the stages of a pipeline in one command, such as those from the data to a distilled SASRec and its results.
 
     python recipes/run_pipeline.py quickstart
     python recipes/run_pipeline.py quickstart --output_dir outputs/mine --only data sasrec
     python recipes/run_pipeline.py quickstart --set sasrec.max_steps=20 ilora.max_steps=2
 
-A pipeline is a YAML file of stages, each a recipe with its settings. A stage is skipped when neither the recipes, its
-settings nor what it reads have changed since it was finished; else its folder is made anew. A killed pipeline resumes
-where it was, inside the stage that was cut short where the recipe can resume. `hf_ilora.runs.pipeline.Stage.key` says
-what counts as a change. An edit of the package's source does not, for it would throw away hours of training: a stage
-that is skipped in spite of one says so, and `--force <stage>` runs it again.
+A pipeline is a YAML file of stages; each stage is a recipe with its settings. A finished stage is skipped if its
+recipe, its settings and its inputs have not changed; otherwise its folder is deleted and it runs again.
+`hf_ilora.runs.pipeline.Stage.key` defines what counts as a change. To resume a killed pipeline, run the same command
+again: it resumes inside the interrupted stage if the recipe of that stage can resume.
+
+A change in the source of the package does not count, because it would discard hours of training. The log names the
+stages that were skipped in spite of one; `--force <stage>` runs them again.
 """
 
 import logging
@@ -23,17 +25,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PipelineArguments:
-    """Which stages to run, and where to write."""
+    """The stages and the folder to write to."""
 
-    output_dir: str = field(metadata={"help": "folder of the pipeline; the options of the stages call it {output_dir}"})
+    output_dir: str = field(
+        metadata={"help": "folder of the pipeline, which options of stages can refer to as {output_dir}"}
+    )
     stages: dict = field(
-        metadata={"help": "in the YAML file only: name of a stage -> recipe, config, launch, reads, options"}
+        metadata={"help": "only in the YAML file: recipe, config, launch, reads and options of each stage by its name"}
     )
     set: list[str] | None = field(
-        default=None, metadata={"help": "options of stages, each as stage.option=value, such as sasrec.max_steps=20"}
+        default=None, metadata={"help": "options of stages, as stage.option=value, such as sasrec.max_steps=20"}
     )
-    only: list[str] | None = field(default=None, metadata={"help": "run these stages and those that they read"})
-    force: list[str] | None = field(default=None, metadata={"help": "run these stages though nothing has changed"})
+    only: list[str] | None = field(
+        default=None, metadata={"help": "run only these stages and those whose output they read"}
+    )
+    force: list[str] | None = field(default=None, metadata={"help": "run these stages even if nothing has changed"})
 
 
 ARGUMENTS = (PipelineArguments,)

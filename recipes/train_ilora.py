@@ -3,13 +3,13 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/train_ilora.py ml-100k/ilora \
         --recommender outputs/ml-100k/sasrec --output_dir outputs/ml-100k/ilora
 
-The output folder becomes the model: adapter, frozen SASRec, configuration, tokenizer, catalogue, `run.json` and
-`run.log`. `--num_experts 1` is plain LoRA. The same command resumes a killed run from its last whole checkpoint.
-evaluate_ilora.py measures the quality.
+The recipe writes the model (adapter, frozen SASRec, configuration, tokenizer, catalogue), run.json and run.log to the
+output folder. `--num_experts 1` trains plain LoRA. To resume a killed run from its last complete checkpoint, run the
+same command again. evaluate_ilora.py measures the quality of the model.
 
-Other files of accelerate_configs launch several processes. At an equal global batch they learn what one process learns,
-except with the conv router, each copy of which normalises over the users of its own process. DeepSpeed's checkpoints
-contain the language model too, and ZeRO-2 with bf16 saves the adapter in bfloat16; ZeRO-3 keeps it in float32.
+Other files in accelerate_configs launch several processes. With the same global batch, several processes learn what one
+process learns, except with the conv router, which normalises over the users of its own process. Checkpoints of
+DeepSpeed include the language model. ZeRO-2 with bf16 saves the adapter in bfloat16, ZeRO-3 in float32.
 """
 
 import dataclasses
@@ -50,19 +50,19 @@ ILoraModelArguments = config_arguments(
 class DataArguments:
     """The training data and the prompts."""
 
-    data_dir: str = field(metadata={"help": "folder of the data set, written by prepare_data.py"})
+    data_dir: str = field(metadata={"help": "folder of the prepared data set"})
     train_fraction: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
         metadata={
-            "help": "rows to learn from, from and to, as fractions of the train split; best users that the recommender "
-            "has not seen, such as 0.8 1 after a recommender trained on 0 0.8"
+            "help": "start and end of the part of the train split to learn from, as fractions of its rows; choose "
+            "users that the recommender has not seen, such as 0.8 1 for a recommender trained on 0 0.8"
         },
     )
     prompt_file: str | None = field(
         default=None,
         metadata={
-            "help": "templates separated by lines of ---: a file, or one that is shipped (movies, artists, products); "
-            "by default one that fits any items"
+            "help": "file of prompt templates, separated by lines of ---, or a shipped one: movies, artists, products; "
+            "by default templates that fit any items"
         },
     )
 

@@ -1,10 +1,10 @@
-"""Trains SASRec on a prepared data set, keeps the best epoch on validation unless told not to, and evaluates it.
+"""Trains SASRec on a prepared data set, by default keeping the best epoch on validation, and evaluates it.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml \
         recipes/train_sasrec.py ml-100k/sasrec --seed 1 --output_dir outputs/ml-100k/sasrec-1
 
-The output folder becomes the model: weights, configuration, catalogue, `run.json` and `run.log`. The same command
-resumes a killed run from its last whole checkpoint.
+The recipe writes the model (weights, configuration, catalogue), run.json and run.log to the output folder. To resume a
+killed run from its last complete checkpoint, run the same command again.
 """
 
 import dataclasses
@@ -36,10 +36,13 @@ SASRecArguments = config_arguments(
 class DataArguments:
     """The training data."""
 
-    data_dir: str = field(metadata={"help": "folder of the data set, written by prepare_data.py"})
+    data_dir: str = field(metadata={"help": "folder of the prepared data set"})
     train_fraction: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
-        metadata={"help": "rows to learn from, from and to, as fractions of the train split; no user is cut in two"},
+        metadata={
+            "help": "start and end of the part of the train split to learn from, as fractions of its rows; "
+            "rounded to whole users"
+        },
     )
 
     def __post_init__(self):

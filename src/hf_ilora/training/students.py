@@ -34,20 +34,23 @@ class StudentArguments:
     )
     student_type: str = field(
         default="sasrec",
-        metadata={"choices": tuple(STUDENTS), "help": "kind of a student from scratch: sasrec, gru4rec or caser"},
+        metadata={
+            "choices": tuple(STUDENTS),
+            "help": "architecture of a student from scratch: sasrec, gru4rec or caser",
+        },
     )
     student_settings: str | None = field(
-        default=None, metadata={"help": "architecture of gru4rec or caser, as JSON; SASRec has options of its own"}
+        default=None, metadata={"help": "settings of a gru4rec or caser, as JSON; those of SASRec are options"}
     )
     embedding_use: str = field(
         default="none",
         metadata={
             "choices": EMBEDDING_USES,
-            "help": "where the labels' item embeddings are added to the student's: none, input (as DLLM2Rec does) or "
+            "help": "where the student adds the item embeddings of the labels: none, input (as in DLLM2Rec) or "
             "input_and_head",
         },
     )
-    ed_weight: float = field(default=0.2, metadata={"help": "weight of the item embeddings that are added"})
+    ed_weight: float = field(default=0.2, metadata={"help": "weight of the item embeddings that embedding_use adds"})
 
     def __post_init__(self):
         for name, choices in (("student_type", STUDENTS), ("embedding_use", EMBEDDING_USES)):
