@@ -81,7 +81,7 @@ def test_kept_card_goes_out_as_it_is_and_with_nothing_that_a_new_one_would_show(
     options += ["--keep_card", "true", "--output_dir", tmp_path / "out"]
     shown = ["--results", tmp_path / "evaluation", "--row", "SASRec", "--seeds_table", tmp_path / "seeds.json"]
     refused = client.fail(RECIPE, PUSH_RECIPE, *options, *shown)
-    assert "keep_card is true and results, row, seeds_table given: expected none" in refused
+    assert "keep_card is true and results, row, seeds_table given: expected no settings of a new card" in refused
     assert not (tmp_path / "out").exists()
     client.succeed(RECIPE, PUSH_RECIPE, *options)
     assert (tmp_path / "out" / "README.md").read_text() == "# Mine"

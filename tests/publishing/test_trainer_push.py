@@ -3,16 +3,18 @@
 import torch
 
 from hf_ilora import SASRecForNextItem
+from tests.paths import PROJECT
 
-TRAIN = """
+TRAIN = f"""
 import sys
+sys.path.insert(0, {str(PROJECT)!r})
 from transformers import set_seed
 from hf_ilora import NextItemTrainer, NextItemTrainingArguments, SASRecConfig, SASRecForNextItem
 from tests.synthetic import cyclic_sequences
 sequences = cyclic_sequences(num_users=64)
 set_seed(1)
 model = SASRecForNextItem(SASRecConfig(num_items=30, hidden_size=8, num_hidden_layers=1, max_length=6))
-settings = {"max_steps": 8, "per_device_train_batch_size": 16, "use_cpu": True, "disable_tqdm": True}
+settings = {{"max_steps": 8, "per_device_train_batch_size": 16, "use_cpu": True, "disable_tqdm": True}}
 arguments = NextItemTrainingArguments(sys.argv[1], **settings | eval(sys.argv[2]))
 trainer = NextItemTrainer(
     model, arguments, train_dataset=sequences["train"], eval_dataset=sequences["validation"],
@@ -43,7 +45,7 @@ def test_a_finished_model_arrives_with_catalogue_code_and_card_and_nothing_else(
     assert files_of(newest) >= MODEL_FILES
     assert not [name for name in files_of(newest) if name.startswith("checkpoint") or name.endswith((".bin", ".pt"))]
     card = newest.files["README.md"].decode()
-    assert "license: mit" in card and 'from_pretrained("user/cycle")' in card
+    assert "license: mit" in card and 'from_pretrained("user/cycle"' in card
     titles = client.succeed(USE, "user/cycle", token=None).strip().splitlines()[-1]
     model = SASRecForNextItem.from_pretrained(folder)
     assert titles == str(model.catalogue.titles(model.recommend(torch.tensor([[1, 2, 3]]), top_k=3)[0][0]))

@@ -11,12 +11,13 @@ from hf_ilora.models.ilora.gated_lora import gated_layers
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
+from hf_ilora.training.prompt_collator import PromptCollator
 from tests.models.ilora.ilora_fixtures import (
     HISTORY_ALONE,
     NUM_ITEMS,
+    ROWS,
     TITLES,
     WITH_CANDIDATES,
-    base_llm,
     batch_of,
     catalogue,
     ilora_config,
@@ -24,6 +25,7 @@ from tests.models.ilora.ilora_fixtures import (
     tiny_model,
     tokenizer,
 )
+from tests.tiny_language_models import base_llm
 
 HISTORIES, CANDIDATES = torch.tensor([[3, 7, 30], [0, 12, 21]]), torch.tensor([[9, 2, 11], [4, 1, 5]])
 
@@ -33,7 +35,7 @@ def build(untrained_recommender=True, **parts) -> ILoraForRecommendation:
         "llm": parts.get("llm") or base_llm(),
         "recommender": parts.get("recommender") or recommender(),
         "tokenizer": parts.get("tokenizer") or tokenizer(),
-        "items": parts.get("items") or catalogue(),
+        "catalogue": parts.get("catalogue") or catalogue(),
         "config": parts.get("config") or ilora_config(),
     }
     return ILoraForRecommendation.from_base(**parts, untrained_recommender=untrained_recommender)
@@ -48,12 +50,12 @@ def model():
 
 
 def test_a_configuration_alone_makes_no_model():
-    with pytest.raises(ValueError, match="was given a configuration alone: expected its parts; use from_base"):
+    with pytest.raises(ValueError, match="was given a configuration alone: expected its parts as well; use from_base"):
         ILoraForRecommendation(ilora_config())
 
 
 def test_an_untrained_recommender_must_be_asked_for(tmp_path):
-    with pytest.raises(ValueError, match=r"made and not loaded: expected a trained one.*untrained_recommender=True"):
+    with pytest.raises(ValueError, match=r"created and not loaded: expected a trained one.*untrained_recommender=True"):
         build(untrained_recommender=False)
     recommender().save_pretrained(tmp_path)
     build(untrained_recommender=False, recommender=SASRecForNextItem.from_pretrained(tmp_path))
@@ -74,10 +76,19 @@ def test_a_recommender_of_other_raw_ids_is_refused():
     sasrec.catalogue = catalogue()
     build(recommender=sasrec)
     other_titles = Catalogue(catalogue().table.set_column(2, "title", [[title + "!" for title in TITLES]]))
-    build(recommender=sasrec, items=other_titles)  # the same items in other words
+    build(recommender=sasrec, catalogue=other_titles)  # the same items in other words
     raw_ids = [f"raw {i}" for i in range(2, 32)]
-    with pytest.raises(ValueError, match="the recommender's catalogue has other raw ids than the items given"):
-        build(recommender=sasrec, items=Catalogue(catalogue().table.set_column(1, "raw_id", [raw_ids])))
+    with pytest.raises(ValueError, match="the recommender's catalogue has other raw ids than the given one"):
+        build(recommender=sasrec, catalogue=Catalogue(catalogue().table.set_column(1, "raw_id", [raw_ids])))
+
+
+@pytest.mark.parametrize("found", [TITLES, {"title": TITLES}, catalogue().table])
+def test_a_catalogue_of_another_type_is_refused_before_anything_changes(found):
+    llm = base_llm()
+    message = f"catalogue is a {type(found).__name__}: expected a Catalogue, such as sequences.catalogue"
+    with pytest.raises(TypeError, match=message):
+        build(llm=llm, catalogue=found)
+    assert not gated_layers(llm)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +101,14 @@ def test_a_recommender_of_other_raw_ids_is_refused():
 )
 def test_titles_that_no_prompt_can_hold_are_refused(titles, message):
     if message is None:
-        assert build(items=catalogue(titles)).title_tokens.titles[0] == "Heat</s>"
+        assert build(catalogue=catalogue(titles)).title_tokens.titles[0] == "Heat</s>"
         return
     with pytest.raises(ValueError, match=message):
-        build(items=catalogue(titles))
+        build(catalogue=catalogue(titles))
 
 
 def test_equal_titles_may_be_numbered():
-    model = build(items=catalogue(["Heat", *TITLES[1:]]), config=ilora_config(duplicate_titles="number"))
+    model = build(catalogue=catalogue(["Heat", *TITLES[1:]]), config=ilora_config(duplicate_titles="number"))
     assert (model.title_tokens.titles[0], model.title_tokens.titles[2]) == ("Heat", "Heat (2)")
     assert model.catalogue.titles([3]) == ["Heat"]
 
@@ -162,20 +173,32 @@ def test_a_configuration_given_to_a_model_stays_as_it_was():
     "method",
     [
         lambda model, histories: model.item_scores(histories),
+        lambda model, histories: model.recommend(histories, 3),
         lambda model, histories: model.rank_items(histories, 3),
         lambda model, histories: model.score_candidates(histories, CANDIDATES),
         lambda model, histories: model.generate_recommendation(histories, CANDIDATES),
         lambda model, histories: model.materialize_lora(histories[1]),
+        lambda model, histories: model.expert_gates(histories),
+        lambda model, histories: model.build_prompts(histories),
     ],
-    ids=["item_scores", "rank_items", "score_candidates", "generate_recommendation", "materialize_lora"],
+    ids=[
+        "item_scores",
+        "recommend",
+        "rank_items",
+        "score_candidates",
+        "generate_recommendation",
+        "materialize_lora",
+        "expert_gates",
+        "build_prompts",
+    ],
 )
 @pytest.mark.parametrize(
     ("histories", "message"),
     [
         ([[3, 7], [0, 0]], r"history \d is empty: expected at least one item"),
-        ([[3, 7], [2, 31]], r"history \d contains item 31: expected ids 1..30"),
-        ([[3, 7], [-1, 2]], r"history \d contains item -1: expected ids 1..30"),
-        ([[3.0, 7.0], [1.0, 2.0]], "float32: expected item ids as int64"),
+        ([[3, 7], [2, 31]], r"history \d contains item 31: expected .*ids 1"),
+        ([[3, 7], [-1, 2]], r"history \d contains item -1: expected .*ids 1"),
+        ([[3.0, 7.0], [1.0, 2.0]], "torch.float32: expected item ids"),
     ],
 )
 def test_histories_that_are_none_are_refused(model, method, histories, message):
@@ -187,8 +210,8 @@ def test_histories_that_are_none_are_refused(model, method, histories, message):
 @pytest.mark.parametrize(
     ("candidates", "message"),
     [
-        ([[9, 2], [4, 31]], "candidates hold item 31: expected ids 1..30"),
-        ([[9, 2], [4, -1]], "candidates hold item -1: expected ids 1..30"),
+        ([[9, 2], [4, 31]], "candidates contain item 31: expected ids 1 to 30"),
+        ([[9, 2], [4, -1]], "candidates contain item -1: expected ids 1 to 30"),
         ([[9, 2], [0, 0]], "row 1 has no candidates"),
         ([[9, 2]], re.escape("candidates have shape (1, 2)")),
         ([9, 2], re.escape("candidates have shape (2,)")),
@@ -202,6 +225,11 @@ def test_candidates_that_are_none_are_refused(candidates, message, shown):
     for ask in (model.score_candidates, model.generate_recommendation):
         with pytest.raises(ValueError, match=message):
             ask(HISTORIES, torch.tensor(candidates))
+
+
+def test_rows_of_candidates_of_different_lengths_are_refused(model):
+    with pytest.raises(ValueError, match=r"candidates are no table of item ids .*: expected rows of equal length; pad"):
+        model.score_candidates(HISTORIES, [[9, 2], [4]])
 
 
 def test_prompts_longer_than_the_context_are_refused():
@@ -240,8 +268,8 @@ def test_more_answers_than_items_or_beams_are_refused(model):
 
 
 def test_a_model_without_item_head_ranks_nothing():
-    for ask in (tiny_model().item_scores, tiny_model().rank_items):
-        with pytest.raises(ValueError, match="this model has no item head: train one"):
+    for ask in (tiny_model().item_scores, tiny_model().recommend, tiny_model().rank_items):
+        with pytest.raises(ValueError, match="this model has no item head, which ranks the catalogue: train one"):
             ask(HISTORIES)
 
 
@@ -269,6 +297,16 @@ def test_labels_need_title_labels(model):
         model(**batch)
 
 
+@pytest.mark.parametrize(("candidates", "times"), [([9, 3, 11], 0), ([2, 9, 2], 2)])
+def test_candidates_that_lack_or_repeat_the_target_are_refused(candidates, times):
+    """Otherwise the loss would silently teach the first candidate."""
+    model = tiny_model(candidate_loss_weight=1.0)
+    batch = PromptCollator(model.prompts, 0.5, scores_candidates=True)(ROWS)
+    batch["candidates"][0] = torch.tensor(candidates)
+    with pytest.raises(ValueError, match=f"candidates of row 0 contain its target 2 {times} times: expected it exact"):
+        model(**batch)
+
+
 def test_gates_of_another_batch_are_refused(model):
     batch = batch_of(model)
     batch.pop("labels")
@@ -283,7 +321,9 @@ def test_more_or_fewer_items_than_placeholders_are_refused(model):
     fewer[1, found - 1] = 0
     more[1, found] = 5
     for items, count in ((fewer, found - 1), (more, found + 1)):
-        with pytest.raises(ValueError, match=f"row 1 has {found} placeholders for {count} items: expected as many"):
+        with pytest.raises(
+            ValueError, match=f"row 1 has {found} placeholders for {count} items: expected equal numbers"
+        ):
             model(**batch | {"placeholder_items": items})
 
 
