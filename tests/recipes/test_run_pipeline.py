@@ -59,7 +59,7 @@ def test_stages_are_skipped_until_something_changes(pipeline, tmp_path):
     again = pipeline()
     assert again.stderr.count("nothing has changed since it was finished, skipped") == 2
 
-    changed = pipeline(counts={"max_gap": 2})
+    changed = pipeline(counts={"max_gap": [2]})
     assert "data: nothing has changed" in changed.stderr and "counts begins" in changed.stderr
 
     both = pipeline(data={"min_user_interactions": 4})
@@ -71,14 +71,14 @@ def test_stages_are_skipped_until_something_changes(pipeline, tmp_path):
 
 
 def test_a_failed_stage_is_named_and_run_again(pipeline, tmp_path):
-    failed = pipeline(counts={"max_gap": -1})
+    failed = pipeline(counts={"max_gap": [-1]})
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
     stage, whole = failed.stderr.splitlines()[-2:]
     assert stage.startswith("run_pipeline.py (counts): error: ") and "max_gap" in stage
     assert whole.startswith("run_pipeline.py: error: stage 2 of 2, counts, failed with exit code 2; its log is ")
     state = json.loads((tmp_path / "out" / "pipeline.json").read_text())
     assert (state["data"]["status"], state["counts"]["status"]) == ("finished", "started")
-    mended = pipeline(counts={"max_gap": 2})
+    mended = pipeline(counts={"max_gap": [2]})
     assert mended.returncode == 0 and "data: nothing has changed" in mended.stderr
 
 
@@ -201,7 +201,7 @@ def test_set_overrides_options_and_is_checked_before_anything_runs():
     for override, message in (
         ("count.max_gap=[5]", "there is no stage count: expected one of data, counts"),
         ("counts.max_gas=[5]", "stage counts: options: unknown key 'max_gas': did you mean max_gap"),
-        ("counts.max_gap=5", r"max_gap expects list\[int\], found 5"),
+        ("counts.max_gap=5", r"max_gap expects list\[int\], found 5 \(int\): put brackets around it, as in \[5\]"),
         ("counts=5", "expected stage.option=value, such as sasrec.max_steps=20"),
         ("counts.max_gap", "expected stage.option=value"),
         ("data.movielens=ml-2m", "movielens expects one of ml-100k, .*, found 'ml-2m'"),
