@@ -124,7 +124,7 @@ def checked_settings(settings: dict, dataclass_types: Sequence[type], source: st
         except TypeError:
             raise ValueError(
                 f"{source}: {name} expects {_type_name(fields[name])}, found {value!r} ({type(value).__name__})"
-                f"{_remedy(value)}"
+                f"{_remedy(value, fields[name])}"
             ) from None
         for each in value if isinstance(value, list) else [value]:
             if name in choices and each is not None and each not in choices[name]:
@@ -248,7 +248,9 @@ def _type_name(expected: object) -> str:
     return expected.__name__ if isinstance(expected, type) else str(expected).replace("typing.", "")
 
 
-def _remedy(value: object) -> str:
+def _remedy(value: object, expected: object) -> str:
+    if "list[" in str(expected) and not isinstance(value, list):
+        return f": put brackets around it, as in [{value}]"
     if isinstance(value, bool):
         return ": YAML reads yes, no, on and off as true and false, so put quotes around a word"
     if isinstance(value, int | float):
