@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from tests.paths import RECIPES
 from tests.processes import kill_with_children
@@ -42,13 +42,15 @@ class RecipeRun:
         return load_file(self.output_dir / "model.safetensors")
 
     @property
-    def state(self) -> dict:
-        """The state of the Trainer in the newest checkpoint."""
-        return json.loads((newest_checkpoint(self.output_dir) / "trainer_state.json").read_text())
+    def state(self) -> TrainerState:
+        """The state of the Trainer; of a run in a process of its own, as the newest checkpoint has it."""
+        if self.trainer is not None:
+            return self.trainer.state
+        return TrainerState.load_from_json(newest_checkpoint(self.output_dir) / "trainer_state.json")
 
     def logged(self, name: str) -> list[float]:
-        """The values that the Trainer logged under a name, up to the newest checkpoint."""
-        return [entry[name] for entry in self.state["log_history"] if name in entry]
+        """The values that the Trainer logged under a name."""
+        return [entry[name] for entry in self.state.log_history if name in entry]
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:

@@ -132,7 +132,7 @@ def test_early_stopping_keeps_the_best_epoch_and_folds_it(distill, parts):
     settings = {"early_stopping_patience": 2, "learning_rate": 0.0, "num_train_epochs": 9, "windows": "last"}
     run = distill(teacher_labels=parts / "table_labels", embedding_use="input", save_total_limit=9, **settings)
     first = min(map(checkpoint_step, run.output_dir.glob("checkpoint-*")))
-    assert run.state["epoch"] == 3 and run.state["best_global_step"] == first
+    assert run.state.epoch == 3 and run.state.best_global_step == first
     assert load_recommender(run.output_dir).config.teacher_embedding_size is None
 
 

@@ -5,7 +5,7 @@ import pytest
 MISTAKES = {
     "prepare_data": ({"interactions": "nowhere.csv", "user_column": "u", "item_column": "i"}, "nowhere.csv"),
     "fit_counts": ({"data_dir": "nowhere"}, "nowhere"),
-    "train_sasrec": ({"data_dir": "nowhere", "learning_rte": 1}, "did you mean --learning_rate?"),
+    "train_sasrec": ({"data_dir": "nowhere", "learning_rte": 1}, "did you mean --learning_rate or"),
     "train_ilora": ({"data_dir": "nowhere"}, "recommender is missing"),
     "label_with_teacher": ({"data_dir": "nowhere", "teacher": "nowhere"}, "nowhere"),
     "distill_sasrec": ({"data_dir": "nowhere"}, "expected either teacher_labels"),

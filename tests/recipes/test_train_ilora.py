@@ -168,7 +168,7 @@ def test_worker_processes_give_the_batches_of_the_main_process(train, tmp_path):
 @pytest.mark.slow
 def test_training_stops_when_the_validation_loss_no_longer_falls(train, tmp_path):
     run = train(tmp_path, learning_rate=0.0, num_train_epochs=9, early_stopping_patience=2)
-    assert run.state["epoch"] == 3
+    assert run.state.epoch == 3
     check_loads_and_scores(tmp_path)
 
 
@@ -176,10 +176,10 @@ def test_training_stops_when_the_validation_loss_no_longer_falls(train, tmp_path
 def test_resumed_run_has_the_patience_that_was_left(train, tmp_path):
     settings = {"learning_rate": 0.0, "num_train_epochs": 9, "save_total_limit": 9}
     whole = train(tmp_path / "whole", **settings)
-    assert whole.state["epoch"] == 4  # three evaluations without progress after the first
+    assert whole.state.epoch == 4  # three evaluations without progress after the first
     shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "killed" / "checkpoint-6")
     (tmp_path / "killed" / "run.json").write_text(json.dumps(whole.record | {"status": "running"}))
-    assert train(tmp_path / "killed", **settings).state["epoch"] == 4
+    assert train(tmp_path / "killed", **settings).state.epoch == 4
 
 
 @pytest.mark.slow
