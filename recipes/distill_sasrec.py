@@ -1,10 +1,10 @@
-"""Distils a teacher into a SASRec (or GRU4Rec, Caser) that is served at its own cost, and evaluates it.
+"""Distils a teacher into a SASRec, GRU4Rec or Caser, which is then served without the teacher, and evaluates it.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/distill_sasrec.py ml-100k/sasrec \
         --teacher_labels outputs/ml-100k/labels --distilled_positions all --output_dir outputs/ml-100k/distilled
 
-The output folder becomes the model: weights, configuration, catalogue, `run.json` and `run.log`. The same command
-resumes a killed run from its last whole checkpoint.
+The recipe writes the model (weights, configuration, catalogue), run.json and run.log to the output folder. To resume a
+killed run from its last complete checkpoint, run the same command again.
 """
 
 import dataclasses
@@ -37,19 +37,18 @@ SASRecArguments = config_arguments(
 class TeacherArguments:
     """The data and the teacher."""
 
-    data_dir: str = field(metadata={"help": "folder of the data set, written by prepare_data.py"})
-    teacher_labels: str | None = field(
-        default=None, metadata={"help": "folder of labels, written by label_with_teacher.py"}
-    )
+    data_dir: str = field(metadata={"help": "folder of the prepared data set"})
+    teacher_labels: str | None = field(default=None, metadata={"help": "folder of a teacher's labels"})
     labels_teacher: str | None = field(
         default=None,
         metadata={
-            "help": "teacher that the labels must come from, as label_with_teacher.py took it; by default not checked. "
-            "A model is loaded once in each process, with its language model"
+            "help": "folder or Hub name of the teacher that must have given the labels; by default any. Each process "
+            "loads it once to check, with its language model"
         },
     )
     teacher: str | None = field(
-        default=None, metadata={"help": "folder or Hub name of a model to ask in every step, instead of labels"}
+        default=None,
+        metadata={"help": "folder or Hub name of a model to ask in every training step, instead of labels"},
     )
 
     def __post_init__(self):
