@@ -142,7 +142,7 @@ def test_training_starts_from_the_items_that_the_arguments_name(sequences, tmp_p
     columns = sequences["train"]["history"], sequences["train"]["target"]
     rows = [[*history, target] for history, target in zip(*columns, strict=True)]
     torch.testing.assert_close(first.table, cooccurrence_embeddings(rows, NUM_ITEMS, 8))
-    trainer.train()  # goes on from what was learnt
+    trainer.train()  # continues from the trained weights
     assert not torch.equal(first.table, cooccurrence_embeddings(rows, NUM_ITEMS, 8))
 
 

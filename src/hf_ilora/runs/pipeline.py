@@ -100,7 +100,7 @@ class Stage:
             output_dir: folder of the pipeline.
 
         Raises:
-            ValueError: for a config or launch file that holds no settings.
+            ValueError: for a config or launch file without settings.
         """
         files = sorted(shipped_folder(RECIPE).glob("*.py"))  # recipes import one another
         files.append(find_file(RECIPE, self.recipe))
@@ -129,7 +129,7 @@ def read_stages(stages: dict, overrides: Sequence[str] = ()) -> list[Stage]:
         overrides: options of stages to replace or add, each as `stage.option=value`.
 
     Raises:
-        ValueError: for a stage with unknown or missing settings, files that do not exist or hold no settings, options
+        ValueError: for a stage with unknown or missing settings, files that do not exist or have no settings, options
             that the recipe does not know, stages that read what does not come before them, and overrides of what does
             not exist.
     """
@@ -218,7 +218,7 @@ def run_stages(stages: list[Stage], output_dir: Path, force: Sequence[str] = ())
         folder, title = output_dir / stage.name, f"stage {number} of {len(stages)}, {stage.name}"
         minutes_left -= stage.minutes
         if stage.resumes and state.has(stage.name, key, "started") and _is_finished(folder):
-            # Killed between the end of the run and its note; the recipe refuses a folder that holds a finished run.
+            # Killed between the end of the run and its note; the recipe refuses the folder of a finished run.
             logger.info("%s: its run.json says that it is finished, noted", title)
             state.note(stage.name, key, "finished")
         if state.has(stage.name, key, "finished") and folder.is_dir() and stage.name not in force:

@@ -74,7 +74,7 @@ class DistillationArguments(NextItemTrainingArguments):
     base_loss: str = field(
         default=STUDENT_LOSS,
         metadata={
-            "help": "loss of the true next item: student (its own, loss_type), bce (as published), cross_entropy, "
+            "help": "loss of the true next item: student (its own, loss_type), bce (as in DLLM2Rec), cross_entropy, "
             "sampled_softmax or gbce over the distilled positions' scores"
         },
     )
@@ -84,7 +84,7 @@ class DistillationArguments(NextItemTrainingArguments):
     alpha: float = field(
         default=0.0,
         metadata={
-            "help": "weight of the DROS terms (1 as published): of the labels that the teacher was asked about with "
+            "help": "weight of the DROS terms (DLLM2Rec: 1): of the labels that the teacher was asked about with "
             "base_loss student, else of all"
         },
     )
@@ -95,13 +95,13 @@ class DistillationArguments(NextItemTrainingArguments):
     gamma_consistency: float = field(default=0.1, metadata={"help": "share by being in the student's own top k"})
     top_k: int = field(default=10, metadata={"help": "teacher items per label that count"})
     distilled_positions: str = field(
-        default="last", metadata={"help": "last (as published): the newest label of each window; all: every label"}
+        default="last", metadata={"help": "last (as in DLLM2Rec): the newest label of each window; all: every label"}
     )
     num_scored_items: int | None = field(
         default=None,
         metadata={"help": "items drawn per step to score beside targets and teacher items; by default the catalogue"},
     )
-    num_distillation_negatives: int = field(default=1, metadata={"help": "negatives per position (1 as published)"})
+    num_distillation_negatives: int = field(default=1, metadata={"help": "negatives per position (DLLM2Rec: 1)"})
     kl_weight: float = field(
         default=0.0, metadata={"help": "weight of the divergence between whole distributions; needs an online teacher"}
     )
