@@ -134,6 +134,7 @@ class TestFolders:
         assert (folder / "letter.txt").read_text() == "earlier"
         assert os.listdir(tmp_path) == ["data"]
 
+    @pytest.mark.slow
     def test_what_killed_processes_left_of_one_folder_is_removed_and_nothing_else(self, tmp_path):
         for name in ("model-1.5", "other"):
             killed_in(

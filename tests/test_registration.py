@@ -51,6 +51,7 @@ def test_auto_classes_know_ilora():
     assert AutoModel._model_mapping[ILoraConfig] is ILoraForRecommendation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     ["from transformers import AutoModel\nimport hf_ilora", "import hf_ilora\nfrom transformers import AutoModel"],

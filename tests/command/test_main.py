@@ -87,6 +87,7 @@ def test_a_mistake_ends_in_one_line_and_code_2(hf_ilora):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--debug", "recommend", "--model", "x"], ["recommend", "--model", "x", "--debug"]])
 def test_debug_adds_the_traceback_and_keeps_the_exit_code(hf_ilora, words):
     result = hf_ilora(*words)
@@ -95,6 +96,7 @@ def test_debug_adds_the_traceback_and_keeps_the_exit_code(hf_ilora, words):
     assert result.stderr.splitlines()[-1].startswith("hf-ilora recommend: error: expected either --user")
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_from_any_folder_with_a_shipped_configuration(hf_ilora, tmp_path):
     (tmp_path / "ratings.csv").write_text("u,i\n" + "".join(f"{u},{i}\n" for u in range(4) for i in range(5)))
     own = ["--interactions", "ratings.csv", "--user_column", "u", "--item_column", "i", "--num_candidates", 0]
@@ -106,6 +108,7 @@ def test_a_recipe_runs_from_any_folder_with_a_shipped_configuration(hf_ilora, tm
     assert "configuration ml-100k/date not found" in unknown.stderr and "shipped ml-100k/data, " in unknown.stderr
 
 
+@pytest.mark.slow
 def test_help_all_shows_what_help_folds_away(hf_ilora):
     everything = hf_ilora("train-sasrec", "--help-all")
     assert everything.returncode == 0, everything.stderr

@@ -129,6 +129,7 @@ print([model.catalogue.titles(row) for row in item_ids], scores.tolist())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("push", [PUSH_MODEL, PUSH_FOLDER], ids=["push_to_hub", "push_folder"])
 def test_pushed_model_recommends_where_the_package_is_not_installed(client, sasrec_run, tmp_path, push):
     client.succeed(push, sasrec_run, "user/remote", {})

@@ -1,5 +1,6 @@
 """Trainers push to a Hub, during training and at its end, with the real clients."""
 
+import pytest
 import torch
 
 from hf_ilora import SASRecForNextItem
@@ -51,6 +52,7 @@ def test_a_finished_model_arrives_with_catalogue_code_and_card_and_nothing_else(
     assert titles == str(model.catalogue.titles(model.recommend(torch.tensor([[1, 2, 3]]), top_k=3)[0][0]))
 
 
+@pytest.mark.slow
 def test_every_save_of_a_training_arrives_as_a_whole_model(client, tmp_path):
     settings = {"push_to_hub": True, "hub_model_id": "user/cycle", "hub_always_push": True}
     client.succeed(TRAIN, tmp_path / "cycle", settings)
@@ -61,6 +63,7 @@ def test_every_save_of_a_training_arrives_as_a_whole_model(client, tmp_path):
         assert not [name for name in files_of(commit) if name.endswith((".bin", ".pt", ".pth"))], commit.title
 
 
+@pytest.mark.slow
 def test_checkpoints_are_sent_when_they_are_asked_for(client, tmp_path):
     settings = {"push_to_hub": True, "hub_model_id": "user/cycle", "hub_strategy": "all_checkpoints"}
     client.succeed(TRAIN, tmp_path / "cycle", settings | {"hub_always_push": True})

@@ -94,6 +94,7 @@ def code_files(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.glob("*.py")}
 
 
+@pytest.mark.slow
 def test_every_model_answers_the_same_without_the_package(saved, tmp_path):
     folder, expected = saved
     folders = {name: str(folder / name) for name in expected}
