@@ -102,13 +102,13 @@ def test_two_processes_take_the_steps_of_one(launch, parts, tmp_path, kind):
         folder = tmp_path / config
         changes = EQUAL_DRAWS[kind] | {"per_device_train_batch_size": batch_size, "save_strategy": "steps"}
         changes |= {"save_steps": STEPS}
+        if kind == "distilled":  # each process draws negatives of its own: many of them are alike on average
+            changes |= {"num_distillation_negatives": 256}
         words = recipe_words(kind, parts, folder, **changes)
         launch(config, recipe, *drop(words, "--use_cpu"))
         states.append(json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text()))
     first, second = (trajectory(state["log_history"]) for state in states)
-    # The negatives of DLLM2Rec's ranking loss are drawn by each process for itself.
-    rel = 5e-2 if kind == "distilled" else 1e-3
-    assert_same(second, first, rel=rel)
+    assert_same(second, first, rel=3e-2 if kind == "distilled" else 1e-3)
 
 
 def drop(words: list[str], option: str) -> list[str]:

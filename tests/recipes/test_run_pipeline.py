@@ -48,7 +48,7 @@ def test_stages_are_skipped_until_something_changes(pipeline, tmp_path):
     again = pipeline()
     assert again.stderr.count("nothing has changed since it was finished, skipped") == 2
 
-    changed = pipeline(counts={"max_gap": 2})
+    changed = pipeline(counts={"max_gap": [2]})
     assert "data: nothing has changed" in changed.stderr and "counts begins" in changed.stderr
 
     both = pipeline(data={"min_user_interactions": 4})
@@ -61,14 +61,14 @@ def test_stages_are_skipped_until_something_changes(pipeline, tmp_path):
 
 @pytest.mark.slow
 def test_a_failed_stage_is_named_and_run_again(pipeline, tmp_path):
-    failed = pipeline(counts={"max_gap": -1})
+    failed = pipeline(counts={"max_gap": [-1]})
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
     stage, whole = failed.stderr.splitlines()[-2:]
     assert stage.startswith("run_pipeline.py (counts): error: ") and "max_gap" in stage
     assert whole.startswith("run_pipeline.py: error: stage 2 of 2, counts, failed with exit code 2; its log is ")
     state = json.loads((tmp_path / "out" / "pipeline.json").read_text())
     assert (state["data"]["status"], state["counts"]["status"]) == ("finished", "started")
-    mended = pipeline(counts={"max_gap": 2})
+    mended = pipeline(counts={"max_gap": [2]})
     assert mended.returncode == 0 and "data: nothing has changed" in mended.stderr
 
 
@@ -129,7 +129,7 @@ def test_stages_that_cannot_run_are_refused_before_anything_runs(run_recipe, tmp
 def test_the_pipeline_prints_the_table_of_its_evaluation(pipeline, tmp_path):
     options = {
         "data_dir": "{output_dir}/data", "models": ["{output_dir}/counts/popularity"], "names": ["popularity"],
-        "latency_calls": 2, "num_resamples": 10,
+        "latency_calls": 2, "num_resamples": 10, "k": 3,
     }  # fmt: skip
     added = {"evaluation": {"recipe": "evaluate_models.py", "reads": ["data", "counts"], "options": options}}
     result = pipeline(added=added, counts={"max_rounds": 1})
