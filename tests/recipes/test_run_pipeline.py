@@ -135,4 +135,4 @@ def test_the_pipeline_prints_the_table_of_its_evaluation(pipeline, tmp_path):
     result = pipeline(added=added, counts={"max_rounds": 1})
     assert result.returncode == 0, result.stderr
     assert "| popularity |" in result.stdout
-    assert result.stdout.strip() == (tmp_path / "out" / "evaluation" / "results.md").read_text().strip()
+    assert result.stdout.strip().endswith((tmp_path / "out" / "evaluation" / "results.md").read_text().strip())

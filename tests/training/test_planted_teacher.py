@@ -99,6 +99,7 @@ def ndcg_of_student(sequences, folder, labels, lam, seed) -> float:
         output_dir=str(folder), distilled_positions="all", lam=lam, seed=seed, num_train_epochs=60, use_cpu=True,
         per_device_train_batch_size=10, learning_rate=3e-3, logging_strategy="no", save_strategy="no",
         disable_tqdm=True, eval_strategy="no", load_best_model_at_end=False, early_stopping_patience=0,
+        lr_scheduler_type="linear",
         num_distillation_negatives=20,
     )  # fmt: skip
     DistillationTrainer(model, arguments, train_dataset=sequences["train"], teacher_labels=labels).train()
