@@ -17,9 +17,9 @@ DESCRIPTION_FILE = "teacher_labels.json"
 EMBEDDINGS_FILE = "item_embeddings.safetensors"
 EMBEDDINGS_KEY = "item_embeddings"
 FORMAT_VERSION = 2
-REMEDY = "label again with recipes/label_with_teacher.py, or restore the file"
+REMEDY = "label again with `hf-ilora label`, or restore the file"
 DESCRIPTION_REMEDY = (
-    "restore it, or delete it and run the same command of recipes/label_with_teacher.py again, which describes the "
+    "restore it, or delete it and run the same command of `hf-ilora label` again, which describes the "
     "files as they are and does not ask the teacher"
 )
 
@@ -65,7 +65,7 @@ class TeacherLabels:
     def load(
         cls, folder: str | os.PathLike, data_fingerprint: str, teacher_fingerprint: str | None = None
     ) -> "TeacherLabels":
-        """Read a folder that recipes/label_with_teacher.py finished, and check that it is complete.
+        """Read a folder that `hf-ilora label` finished, and check that it is complete.
 
         Args:
             folder: with teacher_labels.json and its shards.
@@ -83,7 +83,7 @@ class TeacherLabels:
             if expected is not None and found != expected:
                 raise ValueError(
                     f"the {name} of the labels in {folder} has the fingerprint {found}: expected {expected}; label "
-                    f"again with recipes/label_with_teacher.py, or use the {name} of these labels"
+                    f"again with `hf-ilora label`, or use the {name} of these labels"
                 )
         table = read_shards(folder, description["num_shards"])
         labels = cls(table, description, folder)
@@ -215,7 +215,7 @@ def read_description(folder: Path) -> dict:
     path = folder / DESCRIPTION_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no {DESCRIPTION_FILE}: expected finished labels; run recipes/label_with_teacher.py with "
+            f"{folder} has no {DESCRIPTION_FILE}: expected finished labels; run `hf-ilora label` with "
             "this output_dir, which resumes where it was interrupted"
         )
     try:

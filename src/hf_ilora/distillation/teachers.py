@@ -229,7 +229,7 @@ def labels_of_teacher(
     """Labels of a data set, from the teacher that is expected.
 
     Args:
-        folder: written by recipes/label_with_teacher.py.
+        folder: written by `hf-ilora label`.
         sequences: the data set that the labels are about.
         teacher: as `load_teacher` takes it; it is loaded in the dtype in which it answered, and its fingerprint
             compared. None takes the labels of any teacher.

@@ -107,7 +107,7 @@ class SavedRanks:
             table = pq.ParquetFile(path).read()
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"no saved ranks at {path}: expected a parquet file of recipes/evaluate_models.py"
+                f"no saved ranks at {path}: expected a parquet file of `hf-ilora evaluate`"
             ) from error
         except pa.ArrowException as error:
             raise ValueError(f"{path} is not a whole parquet file ({error}): evaluate the model again") from error
@@ -116,6 +116,6 @@ class SavedRanks:
         if table.column_names not in (expected, expected[:-1]) or _METADATA_KEY not in metadata:
             raise ValueError(
                 f"{path} has the columns {', '.join(table.column_names)}: expected saved ranks of "
-                f"recipes/evaluate_models.py, with {', '.join(expected)} and their source in the metadata"
+                f"`hf-ilora evaluate`, with {', '.join(expected)} and their source in the metadata"
             )
         return cls(table, RanksSource(**json.loads(metadata[_METADATA_KEY])))

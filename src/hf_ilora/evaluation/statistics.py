@@ -193,7 +193,7 @@ def compare_runs(
     """Compare two runs user by user.
 
     Args:
-        a: (users,) metric of each user, or the path of the ranks that `recipes/evaluate_models.py` saved.
+        a: (users,) metric of each user, or the path of the ranks that ``hf-ilora evaluate`` saved.
         b: the same for the other run, with the users in the same order.
         metric: for saved ranks, the metric to compare, such as "ndcg@10", "hit_ratio@10" or "mrr".
         ranking: for saved ranks, "masked", "unmasked" or "candidates".

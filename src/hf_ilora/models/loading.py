@@ -58,7 +58,7 @@ def load_recommender(name_or_path: str | os.PathLike) -> NextItemPreTrainedModel
         if model.item_head is None:
             raise ValueError(
                 f"{folder} holds an iLoRA without item head, which ranks no catalogue: train one with --item_head "
-                "residual, or evaluate it on candidates with recipes/evaluate_ilora.py"
+                "residual, or evaluate it on candidates with `hf-ilora evaluate-ilora`"
             )
     elif not isinstance(model, NextItemPreTrainedModel):
         raise ValueError(

@@ -31,7 +31,7 @@ class MeasuredTable:
 
 
 def read_measured(path: Path, row: str | None, dataset_name: str) -> MeasuredTable:
-    """Read the results.json of recipes/evaluate_models.py or recipes/evaluate_ilora.py.
+    """Read the results.json of `hf-ilora evaluate` or `hf-ilora evaluate-ilora`.
 
     Args:
         path: the file, or its folder.
@@ -57,13 +57,12 @@ def read_measured(path: Path, row: str | None, dataset_name: str) -> MeasuredTab
         sources = [report.get("source") for report in content["models"]]
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"no results at {path}: expected the results.json of recipes/evaluate_models.py or "
-            "recipes/evaluate_ilora.py"
+            f"no results at {path}: expected the results.json of `hf-ilora evaluate` or `hf-ilora evaluate-ilora`"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a table of an evaluation ({error!r}): expected the results.json of "
-            "recipes/evaluate_models.py or recipes/evaluate_ilora.py; evaluate again"
+            "`hf-ilora evaluate` or `hf-ilora evaluate-ilora`; evaluate again"
         ) from error
     report = reports[_row_number(path, row, [report.name for report in reports], sources)]
     return MeasuredTable(text, report.quality, context.split, context.num_candidates, context.data_fingerprint)

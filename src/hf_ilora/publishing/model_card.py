@@ -45,7 +45,7 @@ def write_card(
         repo_id: "user/name" of the model on the Hub.
         dataset_name: name of the data set on the card, such as "MovieLens-100K".
         license: licence of the weights by its name on the Hub, such as "apache-2.0".
-        results: results.json of recipes/evaluate_models.py and recipes/evaluate_ilora.py, or their folders.
+        results: results.json of `hf-ilora evaluate` and `hf-ilora evaluate-ilora`, or their folders.
         row: name or source of this model in them; None if they have only one row.
         protocol: the `protocol` of the data set.
         seeds_table: JSON of experiments/seeds.py for the same configuration with other seeds.
@@ -67,7 +67,7 @@ def write_card(
         if card.is_file() and not _is_untouched(card.read_text(encoding="utf-8")):
             raise ValueError(
                 f"{card} was written or edited by hand: expected no card, or an unchanged one of hf_ilora; publish the "
-                "card in the model's folder as it is (recipes/push_to_hub.py --keep_card true), or move it away"
+                "card in the model's folder as it is (hf-ilora push --keep_card true), or move it away"
             )
     tables = [read_measured(Path(source), row, dataset_name) for source in results]
     for source, table in zip(results, tables, strict=True):

@@ -155,7 +155,7 @@ class DistillationTrainer(NextItemTrainer):
         if labels.description.get("labelled_positions") == "last" and args.windows == "random":
             raise ValueError(
                 f"the labels in {labels.folder} are about last positions, which random windows hardly ever meet: "
-                "expected windows='last', or labels of all positions (label_with_teacher.py --labelled_positions all)"
+                "expected windows='last', or labels of all positions (`hf-ilora label --labelled_positions all`)"
             )
 
     def _default_collator(self, args: DistillationArguments) -> Callable:

@@ -52,7 +52,7 @@ class ILoraPartArguments:
         if self.recommender is None and not self.untrained_recommender:
             raise ValueError(
                 "recommender is missing: expected the folder or Hub name of a SASRec that was trained on this data "
-                "(train it with train_sasrec.py), or --untrained_recommender true for random gates"
+                "(`hf-ilora train-sasrec`), or --untrained_recommender true for random gates"
             )
         if self.recommender is not None and self.untrained_recommender:
             raise ValueError("recommender and untrained_recommender are both given: expected one of them")
