@@ -91,7 +91,7 @@ def test_labels_of_other_data_or_of_another_teacher_are_refused(folder, name):
 
 def test_unfinished_labels_are_refused(folder):
     (folder / "teacher_labels.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected finished labels; run recipes/label_with_teacher\.py"):
+    with pytest.raises(FileNotFoundError, match=r"expected finished labels; run `hf-ilora label`"):
         load(folder)
 
 
@@ -122,7 +122,7 @@ def change_description(folder, **changes):
         (lambda folder: change_description(folder, format_version=1), "format_version 1: expected 2"),
         (lambda folder: change_description(folder, top_k="dropped"), "lacks top_k"),
         (lambda folder: change_description(folder, embeddings_fingerprint="dropped"),
-         "lacks embeddings_fingerprint: restore it, or delete it and run the same command of recipes/label"),
+         "lacks embeddings_fingerprint: restore it, or delete it and run the same command of `hf-ilora label"),
         (lambda folder: change_description(folder, num_rows=7), "expected 7 with"),
     ],
 )  # fmt: skip

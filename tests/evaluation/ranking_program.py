@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from accelerate import PartialState
-from choosing_model import ChoosingModel
 from datasets import Dataset
+from ranking_model import ChoosingModel
 
 from hf_ilora.evaluation.candidate_ranking import generate_answers, rank_candidates
 from hf_ilora.runs import leave_launch
