@@ -21,7 +21,6 @@ from pathlib import Path
 from experiments.recipe_runs import (
     described_origin,
     in_parallel,
-    is_finished,
     run_recipe,
     threads_per_run,
     write_table,
@@ -31,7 +30,7 @@ from hf_ilora.distillation.acquisition import ACQUISITION_POLICIES
 from hf_ilora.distillation.teachers import load_teacher, model_fingerprint
 from hf_ilora.files import written_whole
 from hf_ilora.models.loading import load_recommender
-from hf_ilora.runs import parse_arguments, read_record, run_main, set_up_logging
+from hf_ilora.runs import is_finished, parse_arguments, read_record, run_main, set_up_logging
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 from hf_ilora.files import written_whole
-from hf_ilora.runs import ProgramFailed, read_record
+from hf_ilora.runs import ProgramFailed
 from hf_ilora_cli.shipped import RECIPE, find_file
 
 _Setting, _Result = TypeVar("_Setting"), TypeVar("_Result")
@@ -43,12 +42,6 @@ def run_recipe(recipe: str, options: Sequence[object], threads: int) -> None:
     if finished.returncode:
         message = f"{' '.join(command[1:])} failed: {finished.stderr[-2000:].rstrip()}"
         raise ProgramFailed(message, finished.returncode)
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a folder has the record of a finished run."""
-    record = folder / "run.json"
-    return record.exists() and read_record(record)["status"] == "finished"
 
 
 def described_origin(records: Sequence[dict]) -> str:

@@ -17,12 +17,11 @@ from pathlib import Path
 from experiments.recipe_runs import (
     described_origin,
     in_parallel,
-    is_finished,
     run_recipe,
     threads_per_run,
     write_table,
 )
-from hf_ilora.runs import configuration_differences, parse_arguments, read_record, run_main, set_up_logging
+from hf_ilora.runs import configuration_differences, is_finished, parse_arguments, read_record, run_main, set_up_logging
 from hf_ilora.runs.recipe_files import load_recipe
 from hf_ilora_cli.shipped import RECIPE, find_file
 

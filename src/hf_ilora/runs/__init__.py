@@ -6,7 +6,7 @@ from .config_arguments import config_arguments
 from .logs import LogMetricsCallback, log_to_run, set_up_logging
 from .processes import ProgramFailed, leave_launch, run_main
 from .quality import evaluate_splits
-from .record import RunRecord, read_record
+from .record import RunRecord, is_finished, read_record
 
 __all__ = [
     "LogMetricsCallback",
@@ -16,6 +16,7 @@ __all__ = [
     "config_arguments",
     "configuration_differences",
     "evaluate_splits",
+    "is_finished",
     "leave_launch",
     "log_to_run",
     "parse_arguments",

@@ -19,7 +19,7 @@ from hf_ilora.files import written_whole
 from hf_ilora.runs.arguments import checked_settings, prompt_path, read_config
 from hf_ilora.runs.processes import ProgramFailed, program_name
 from hf_ilora.runs.recipe_files import load_recipe
-from hf_ilora.runs.record import read_record
+from hf_ilora.runs.record import is_finished
 from hf_ilora_cli.commands import PROGRAM_VARIABLE
 from hf_ilora_cli.shipped import CONFIG, LAUNCH, RECIPE, find_file, shipped_folder
 
@@ -217,7 +217,7 @@ def run_stages(stages: list[Stage], output_dir: Path, force: Sequence[str] = ())
         key = stage.key([finished[name] for name in stage.reads], output_dir)
         folder, title = output_dir / stage.name, f"stage {number} of {len(stages)}, {stage.name}"
         minutes_left -= stage.minutes
-        if stage.resumes and state.has(stage.name, key, "started") and _is_finished(folder):
+        if stage.resumes and state.has(stage.name, key, "started") and is_finished(folder):
             # Killed between the end of the run and its note; the recipe refuses the folder of a finished run.
             logger.info("%s: its run.json says that it is finished, noted", title)
             state.note(stage.name, key, "finished")
@@ -266,12 +266,6 @@ def _run(stage: Stage, output_dir: Path) -> int:
 
         end_children()  # the terminal interrupts the stage too
         raise
-
-
-def _is_finished(folder: Path) -> bool:
-    """Whether the run in a stage's folder came to its end."""
-    record = folder / "run.json"
-    return record.exists() and read_record(record)["status"] == "finished"
 
 
 def _parsed_override(override: str) -> tuple[str, str, object]:

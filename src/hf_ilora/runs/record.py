@@ -131,6 +131,16 @@ def read_record(path: str | Path) -> dict[str, object]:
         ) from error
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a folder has the record of a finished run.
+
+    Raises:
+        ValueError: when its `run.json` is not the record of a run.
+    """
+    record = folder / "run.json"
+    return record.exists() and read_record(record)["status"] == "finished"
+
+
 def plain_configuration(arguments: Sequence[object]) -> dict[str, dict[str, object]]:
     """The settings of a run by dataclass and field, in JSON types and without secrets."""
     return {type(part).__name__: _plain(_configuration(part)) for part in arguments}
