@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, disable_progress_bars
 
-from benchmarks.measuring import Stopwatch, in_own_process, peak_bytes, run_benchmark
+from benchmarks.measuring import PeakMemory, Stopwatch, in_own_process, peak_bytes, run_benchmark
 from hf_ilora import SequenceDatasets, build_sequences
 from hf_ilora.runs import parse_arguments, run_main
 
@@ -85,7 +85,7 @@ def write_tables(folder: Path, arguments: DataBenchmarkArguments) -> None:
 def prepare(folder: Path, protocol: str) -> dict:
     """Prepare the tables in `folder`: seconds per stage and the peak memory of this process."""
     disable_progress_bars()
-    cache, stopwatch = str(folder / "cache"), Stopwatch()
+    cache, stopwatch, memory = str(folder / "cache"), Stopwatch(), PeakMemory()
     items = Dataset.from_parquet(str(folder / "items.parquet"), cache_dir=cache)
     read = stopwatch.time(
         "read parquet", lambda: Dataset.from_parquet(str(folder / "interactions.parquet"), cache_dir=cache)
@@ -107,6 +107,7 @@ def prepare(folder: Path, protocol: str) -> dict:
         "total_seconds": sum(seconds.values()),
         "total_cpu_seconds": sum(cpu_seconds.values()),
         "peak_rss_gigabytes": peak_bytes() / 1e9,
+        "added_gigabytes": memory.added_bytes() / 1e9,
         "disk_megabytes": sum(file.stat().st_size for file in (folder / "sequences").iterdir()) / 1e6,
     }
 
@@ -128,7 +129,8 @@ def report(results: dict) -> str:
         "",
         f"{setting['rows']:,} interactions with {'string' if setting['string_ids'] else 'integer'} ids, "
         f"{found['items']:,} items, protocol {setting['protocol']} with {found['test_users']:,} test users. Peak "
-        f"memory {found['peak_rss_gigabytes']:.2f} GB; {found['disk_megabytes']:.0f} MB on disk.",
+        f"memory {found['peak_rss_gigabytes']:.2f} GB, {found['added_gigabytes']:.2f} GB above the imported libraries; "
+        f"{found['disk_megabytes']:.0f} MB on disk.",
         "",
         "| stage | seconds | CPU seconds |",
         "|---|---:|---:|",

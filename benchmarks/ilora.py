@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
-from benchmarks.measuring import check_positive, in_own_process, peak_bytes, run_benchmark, time_in_turn
+from benchmarks.measuring import PeakMemory, check_positive, in_own_process, run_benchmark, time_in_turn
 from hf_ilora.models.ilora.gated_lora import GatedLoraLinear, add_gated_lora, gated_layers
 from hf_ilora.models.ilora.routers import build_router
 from hf_ilora.runs import parse_arguments, run_main
@@ -199,13 +199,13 @@ def measure_training_step(steps: dict[str, TrainingStep], rounds: int) -> dict:
 
 
 def added_mebibytes(name: str, arguments: ILoraBenchmarkArguments) -> float:
-    """How much three steps add to the peak memory of this process, which builds the program first."""
+    """How far three steps raise the peak memory of this process above what it holds once the program is built."""
     torch.set_num_threads(arguments.threads)
     step = TrainingStep(name, arguments)
-    before = peak_bytes()
+    peak = PeakMemory()
     for _ in range(3):
         step()
-    return (peak_bytes() - before) / 2**20
+    return peak.added_bytes() / 2**20
 
 
 def memory_and_ratios(mebibytes: dict[str, float]) -> dict:

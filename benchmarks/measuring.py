@@ -1,5 +1,6 @@
 """Shared parts of the benchmarks: timing programs in turn, memory of a process, and result files."""
 
+import gc
 import json
 import multiprocessing
 import re
@@ -14,12 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 
 from hf_ilora.files import written_whole
 from hf_ilora.runs import RunRecord, set_up_logging
 
 _Result = TypeVar("_Result")
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Stopwatch:
@@ -95,12 +98,27 @@ def in_own_process(function: Callable[..., _Result], *arguments) -> _Result:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux, whose rusage begins with the peak of the parent process
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    """Peak resident memory of this process, so far or since `PeakMemory` began."""
+    if _STATUS.is_file():  # Linux, whose rusage begins with the peak of the parent process
+        return int(re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class PeakMemory:
+    """How much the peak of this process rises above the memory that it holds now.
+
+    Linux forgets the earlier peak; elsewhere it counts, so that the rise is an upper bound.
+    """
+
+    def __init__(self):
+        gc.collect()
+        if _CLEAR_REFS.exists():
+            _CLEAR_REFS.write_text("5")
+        self.before = psutil.Process().memory_info().rss
+
+    def added_bytes(self) -> int:
+        return peak_bytes() - self.before
 
 
 def check_positive(arguments: object, *names: str) -> None:

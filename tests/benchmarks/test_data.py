@@ -42,10 +42,11 @@ def test_a_table_too_small_for_histories_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["leave_one_out", "temporal_users"])
 def test_two_million_rows_stay_within_a_tenth_of_the_bounds(protocol, tmp_path):
-    """The bounds for 20 million rows are 4 GB, of which the imported libraries take 0.5, and 180 s of a free core."""
+    """20 million rows may take 3.5 GB above the imported libraries, 0.2 of them in fixed buffers, and 180 s of a free
+    core."""
     command = [sys.executable, "-m", "benchmarks.data", "--rows", "2000000", "--protocol", protocol]
     command += ["--work_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
     subprocess.run(command, cwd=PROJECT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())["preparation"]
-    assert found["peak_rss_gigabytes"] < 0.5 + 3.5 / 10
+    assert found["added_gigabytes"] < 0.2 + 3.3 / 10
     assert found["total_cpu_seconds"] < 18

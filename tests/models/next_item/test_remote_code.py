@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -100,7 +101,12 @@ def test_every_model_answers_the_same_without_the_package(saved, tmp_path):
     folders = {name: str(folder / name) for name in expected}
     arguments = json.dumps([folders, HISTORIES, str(tmp_path / "again")])
     printed = run_without_hf_ilora(PROGRAM, arguments, home=tmp_path)
-    assert json.loads(printed.splitlines()[-1]) == expected
+    answers = json.loads(printed.splitlines()[-1])
+    assert set(answers) == set(expected)
+    for name, (*classes_and_titles, scores) in expected.items():
+        assert answers[name][:-1] == classes_and_titles
+        # Sums may be taken in another order there: the number of threads differs.
+        np.testing.assert_allclose(answers[name][-1], scores, rtol=1e-5)
     # Saved there, it has the same code, and the installed package reads it.
     for name in expected:
         assert code_files(tmp_path / "again" / name) == code_files(folder / name)
