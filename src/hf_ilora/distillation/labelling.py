@@ -40,7 +40,7 @@ from hf_ilora.distillation.teacher_labels import (
 from hf_ilora.distillation.teachers import Teacher
 from hf_ilora.files import remove_unfinished, written_whole
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
-from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
+from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel, evaluation_mode
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +167,7 @@ def acquire_requests(
 
 def _outputs(recommender: NextItemPreTrainedModel, requests: LabelRequests, batch_size: int) -> Iterator:
     """The recommender's outputs, one per batch, in the order of the requests."""
-    recommender.eval()
-    with torch.inference_mode():
+    with evaluation_mode(recommender), torch.inference_mode():
         for first in range(0, len(requests), batch_size):
             histories = requests.select(slice(first, first + batch_size)).histories().to(recommender.device)
             yield recommender(recommender.newest_items(histories))

@@ -8,6 +8,7 @@ from accelerate.utils import extract_model_from_parallel, gather_object, reduce
 
 from hf_ilora.evaluation.ranking import EvaluationRows, ranks_among_candidates
 from hf_ilora.evaluation.valid_answers import AnswerQuality, judge_answers, judge_items
+from hf_ilora.models.next_item.next_item_model import evaluation_mode
 
 
 def rank_candidates(model: torch.nn.Module, split, *, batch_size: int = 8) -> np.ndarray:
@@ -31,9 +32,7 @@ def rank_candidates(model: torch.nn.Module, split, *, batch_size: int = 8) -> np
     model = extract_model_from_parallel(model)
     rows = _rows_with_candidates(split, model.config.num_items)
     ranks = torch.zeros(len(rows), dtype=torch.int64, device=model.device)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         for batch_rows, is_own in rows.batches_of_process(batch_size):
             histories = rows.histories(batch_rows).to(model.device)  # (batch, longest)
             candidates = torch.from_numpy(rows.candidates[batch_rows]).to(model.device)  # (batch, candidates)
@@ -42,7 +41,6 @@ def rank_candidates(model: torch.nn.Module, split, *, batch_size: int = 8) -> np
             batch_ranks = ranks_among_candidates(scores, candidates, target)
             if is_own:
                 ranks[torch.from_numpy(batch_rows).to(model.device)] = batch_ranks
-    model.train(was_training)
     # Every row was ranked by one process and is zero in the others.
     return reduce(ranks, reduction="sum").cpu().numpy()
 
@@ -99,9 +97,7 @@ def generate_answers(
     model = extract_model_from_parallel(model)
     rows = _rows_with_candidates(split, model.config.num_items)
     written: list[tuple[int, str, int]] = []
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         for batch_rows, is_own in rows.batches_of_process(batch_size):
             answers = model.generate_recommendation(
                 rows.histories(batch_rows).to(model.device),  # (batch, longest)
@@ -113,7 +109,6 @@ def generate_answers(
             if is_own:
                 item_ids = answers.item_ids[:, 0].tolist()
                 written += zip(batch_rows.tolist(), (texts[0] for texts in answers.texts), item_ids, strict=True)
-    model.train(was_training)
     answer_of = {row: answer for row, *answer in gather_object(written)}
     texts, item_ids = zip(*(answer_of[row] for row in range(len(rows))), strict=True)
     titles = ["", *model.title_tokens.titles]  # by item id

@@ -10,6 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 
 from hf_ilora.evaluation.results import escaped
 from hf_ilora.files import written_whole
+from hf_ilora.models.next_item.next_item_model import evaluation_mode
 
 # A router has collapsed if one expert's mean gate is above DOMINANT_GATE, or if no gate has a standard deviation
 # between users of at least EQUAL_GATES.
@@ -97,11 +98,8 @@ def gates_of_histories(model: torch.nn.Module, histories: torch.Tensor, batch_si
         batch_size: users per step.
     """
     model = extract_model_from_parallel(model)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         gates = [model.expert_gates(batch.to(model.device)).float().cpu() for batch in histories.split(batch_size)]
-    model.train(was_training)
     return torch.cat(gates)  # (users, experts)
 
 

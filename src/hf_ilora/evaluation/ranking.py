@@ -16,6 +16,7 @@ from accelerate.utils import extract_model_from_parallel, reduce
 from hf_ilora.data.columns import flatten_lists, read_column
 from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at, reciprocal_rank
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID
+from hf_ilora.models.next_item.next_item_model import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -199,14 +200,11 @@ def rank_split(
         scorer = partial(_logits, model, config.max_length)
     num_rankings = 2 if rows.candidates is None else 3
     ranks = torch.zeros(len(rows), num_rankings, dtype=torch.int64, device=device)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         for batch_rows, is_own in rows.batches_of_process(batch_size):
             batch_ranks = _rank_batch(scorer, rows, batch_rows, device)
             if is_own:
                 ranks[torch.from_numpy(batch_rows).to(device)] = batch_ranks
-    model.train(was_training)
     # Every row was ranked by one process and is zero in the others.
     ranks = reduce(ranks, reduction="sum").cpu().numpy()
     return SplitRanks(*np.ascontiguousarray(ranks.T))

@@ -1,12 +1,31 @@
 """LoRA whose rank is divided among experts, mixed by one gate per sequence (iLoRA)."""
 
 import math
+import threading
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+
+
+class _HandedGates(threading.local):
+    """Gates on their way from the attention of a decoder layer to one gated layer, seen by the calling thread only.
+
+    Several threads may ask one model at once, and the recompute of gradient checkpointing may run in a thread of
+    autograd.
+    """
+
+    gates: torch.Tensor | None = None
+
+    def take(self) -> torch.Tensor | None:
+        """Remove the gates and return them."""
+        gates, self.gates = self.gates, None
+        return gates
+
+    def __reduce__(self):  # a copy starts without gates
+        return _HandedGates, ()
 
 
 class GatedLoraLinear(nn.Module):
@@ -50,14 +69,14 @@ class GatedLoraLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, base_layer.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self._handed_gates: torch.Tensor | None = None  # set by `_GateHook` before each forward
+        self._handed = _HandedGates()  # filled by `_GateHook` before each forward
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, num_experts={self.num_experts}, scaling={self.scaling:g}"
 
     def hand_gates(self, expert_gates: torch.Tensor | None) -> None:
-        """Set the gates, (batch, experts), for the next forward only."""
-        self._handed_gates = expert_gates
+        """Set the gates, (batch, experts), for the next forward of the calling thread only."""
+        self._handed.gates = expert_gates
 
     def forward(self, hidden_states: torch.Tensor, expert_gates: torch.Tensor | None = None) -> torch.Tensor:
         """Apply the layer.
@@ -72,7 +91,7 @@ class GatedLoraLinear(nn.Module):
         Raises:
             ValueError: if there are no gates, or they have another shape.
         """
-        handed_gates, self._handed_gates = self._handed_gates, None
+        handed_gates = self._handed.take()
         gates = handed_gates if expert_gates is None else expert_gates
         if gates is None:
             raise ValueError(
@@ -109,7 +128,8 @@ def add_gated_lora(
 
     Afterwards its forward requires the keyword `expert_gates` (batch, experts). A hook on the attention of each decoder
     layer takes the keyword and passes it to all gated layers of that decoder layer. Attention runs first in a decoder
-    layer, also when gradient checkpointing recomputes the layer, so no layer sees the gates of another call.
+    layer, also when gradient checkpointing recomputes the layer, so no layer sees the gates of another call. Several
+    threads may call the language model at once.
 
     Args:
         llm: a causal language model.
