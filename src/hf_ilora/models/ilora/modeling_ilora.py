@@ -13,6 +13,7 @@ from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL
 from hf_ilora.models.next_item.hub_upload import HubUploads
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
+from hf_ilora.models.next_item.next_item_model import check_has_weights
 
 from . import losses
 from .answers import ILoraAnswers
@@ -97,6 +98,9 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         config.recommender_config = copy.deepcopy(recommender.config)
         if config.num_llm_layers is not None:
             truncate_layers(llm, config.num_llm_layers)
+        # The adapter is put where the language model's weights are, and what is copied to the meta device vanishes.
+        for part in (llm, recommender):
+            check_has_weights(part)
         config.text_config = copy.deepcopy(llm.config)
         attention = llm.config._attn_implementation
         super().__init__(config)
@@ -170,8 +174,9 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
 
         Raises:
             TypeError: if `catalogue` is not a `Catalogue`.
-            ValueError: for a recommender that was not loaded or has another catalogue, titles that cannot be tokenised
-                or told apart, and target modules that match no layer.
+            ValueError: for a recommender that was not loaded or has another catalogue, a language model of which a
+                `device_map` left modules on disk, titles that cannot be tokenised or told apart, and target modules
+                that match no layer.
         """
         if not untrained_recommender and not recommender.name_or_path:
             raise ValueError(

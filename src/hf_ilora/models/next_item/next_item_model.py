@@ -1,6 +1,8 @@
 """The base of all next-item models: recommending, checks, and saving with catalogue and code."""
 
 import os
+import threading
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -25,19 +27,54 @@ def newest_items(input_ids: torch.Tensor, max_length: int) -> torch.Tensor:
 
 
 class evaluation_mode:
-    """Evaluation mode inside, the former mode afterwards."""
+    """Evaluation mode inside, the former mode of every module afterwards.
+
+    Several threads may be inside for one model: the first one switches the mode, the last one restores it.
+    """
+
+    _lock = threading.Lock()
+    # For each model that was in training mode: the number of calls inside, and the modules to put back.
+    _inside: WeakKeyDictionary[PreTrainedModel, tuple[int, list[torch.nn.Module]]] = WeakKeyDictionary()
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
 
-    def __enter__(self):
-        self.was_training = self.model.training
-        if self.was_training:
-            self.model.eval()
+    def __enter__(self) -> None:
+        with self._lock:
+            calls, trained = self._inside.get(self.model, (0, []))
+            self.switches = bool(calls) or self.model.training
+            if not self.switches:
+                return
+            if not calls:
+                trained = [module for module in self.model.modules() if module.training]
+                self.model.eval()
+            self._inside[self.model] = (calls + 1, trained)
 
     def __exit__(self, *error) -> None:
-        if self.was_training:
-            self.model.train()
+        if not self.switches:
+            return
+        with self._lock:
+            calls, trained = self._inside.pop(self.model)
+            if calls > 1:
+                self._inside[self.model] = (calls - 1, trained)
+                return
+            for module in trained:
+                module.training = True
+
+
+def check_has_weights(model: PreTrainedModel) -> None:
+    """Raise a ValueError if a `device_map` left weights of a model on disk, or if it was created without any."""
+    device_map = vars(model).get("hf_device_map") or {}
+    # Tied weights may be in memory although the map has one of their modules on disk.
+    missing = [name for name, _ in model.named_modules() if device_map.get(name) == "disk"]
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    missing += [name.rpartition(".")[0] for name, tensor in tensors if tensor.device.type == "meta"]
+    if missing:
+        raise ValueError(
+            f"{missing[0] or 'the whole'} of {type(model).__name__} is on disk or on the device meta: expected every "
+            "module in memory, since whatever is copied to it later would be lost; change the device_map, or load a "
+            "smaller model"
+        )
 
 
 class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
@@ -183,7 +220,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
 
         Raises:
             ValueError: when parameters are missing or unknown, where transformers would only warn and initialise them
-                at random, and when the catalogue does not fit `num_items`.
+                at random, when a `device_map` leaves some on disk, and when the catalogue does not fit `num_items`.
         """
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         wants_info = kwargs.pop("output_loading_info", False)
@@ -203,6 +240,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
                     f"expected those of a {cls.__name__} with this config.json; restore the folder that "
                     "save_pretrained wrote"
                 )
+        check_has_weights(model)
         path = cached_file(
             pretrained_model_name_or_path,
             CATALOGUE_FILE,
