@@ -1,11 +1,13 @@
 """The card: what was measured and how, metadata that the Hub reads, and no card that a person wrote is lost."""
 
 import json
+import re
 
 import pytest
 from huggingface_hub import ModelCard
 
 from hf_ilora.publishing import write_card
+from tests.models.ilora.ilora_fixtures import recommender
 from tests.publishing.published_folders import FINGERPRINT, write_results, write_run
 
 NAMES = {"dataset_name": "MovieLens-100K", "license": "apache-2.0"}
@@ -104,3 +106,51 @@ def test_results_must_have_this_row_and_this_data(sasrec_run, tmp_path):
     with pytest.raises(FileNotFoundError, match="no results at"):
         write_card(sasrec_run, "user/sasrec", results=[tmp_path / "none.json"], row="SASRec", **NAMES)
     assert not (sasrec_run / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("dataset_name", "expected"),
+    [
+        ("MovieLens-100K", "movielens-100k"),
+        ("Café Musique 2", "cafe-musique-2"),
+        ("豆瓣电影", "dataset-[0-9a-f]{8}"),
+        ("豆瓣 2020", "2020"),
+        ("«…»", "dataset-[0-9a-f]{8}"),
+    ],
+)
+def test_data_sets_of_any_name_get_an_identifier_that_the_hub_accepts(sasrec_run, tmp_path, dataset_name, expected):
+    results = write_results(tmp_path / "evaluation")
+    arguments = NAMES | {"dataset_name": dataset_name, "results": [results], "row": "SASRec"}
+    card = ModelCard.load(write_card(sasrec_run, "user/sasrec", output_dir=tmp_path, **arguments))
+    for result in card.data.eval_results:
+        assert result.dataset_name == dataset_name
+        assert re.fullmatch(r"(?:[\w-]+/)?[\w.-]+", result.dataset_type, re.ASCII)
+        assert re.fullmatch(expected, result.dataset_type)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"repo_id": "user/豆瓣"}, "repo_id is 'user/豆瓣'"),
+        ({"repo_id": "user/"}, "repo_id is 'user/'"),
+        ({"dataset_name": " "}, "dataset_name is ' '"),
+        ({"license": "Apache 2.0"}, "license is 'Apache 2.0': expected its name on the Hub"),
+        ({"license": ""}, "license is ''"),
+    ],
+)
+def test_names_that_the_hub_refuses_are_refused_first(sasrec_run, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        write_card(sasrec_run, output_dir=tmp_path / "card", **{"repo_id": "user/sasrec"} | NAMES | changes)
+    assert not (tmp_path / "card").exists()
+
+
+def test_tags_and_names_of_an_upload_are_checked_before_anything_is_saved(tmp_path):
+    model = recommender()
+    for arguments, message in (
+        ({"tags": ["films", 7]}, "tags contain 7"),
+        ({"tags": [" "]}, "tags contain ' '"),
+        ({"repo_id": "推荐"}, "repo_id is '推荐', which is no name on the Hub"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.save_pretrained(tmp_path / "model", push_to_hub=True, **arguments)
+    assert not (tmp_path / "model").exists()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from huggingface_hub import EvalResult
 from hf_ilora.evaluation.results import escaped
 from hf_ilora.files import written_whole
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
-from hf_ilora.models.next_item.hub_upload import CARD_FILE, card_data, usage_example
+from hf_ilora.models.next_item.hub_upload import CARD_FILE, card_data, check_repo_id, usage_example
 from hf_ilora.publishing.measured import MeasuredTable, read_measured
 from hf_ilora.publishing.publish import ModelFolder, check_folder
 
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _SIGNATURE = re.compile(r"<!-- card of hf_ilora, (\w{16}) -->\n\Z")
 _METRIC_NAMES = {
     "ndcg": "NDCG",
@@ -58,8 +60,16 @@ def write_card(
 
     Raises:
         FileNotFoundError, ValueError: as `check_folder` and `read_measured`; for results on other data than the run's;
-            and for a card in either folder that was written or edited by hand, because it is not overwritten.
+            for a name that the Hub does not accept; and for a card in either folder that was written or edited by hand,
+            because it is not overwritten.
     """
+    check_repo_id(repo_id)
+    if not dataset_name.strip():
+        raise ValueError(f"dataset_name is {dataset_name!r}: expected the name of the data, such as MovieLens-100K")
+    if not _LICENSE.fullmatch(license):
+        raise ValueError(
+            f"license is {license!r}: expected its name on the Hub, such as apache-2.0 or cc-by-nc-4.0, or other"
+        )
     folder = Path(folder)
     checked = checked or check_folder(folder)
     path = Path(output_dir or folder) / CARD_FILE
@@ -172,7 +182,7 @@ def _eval_results(tables: Sequence[MeasuredTable], dataset_name: str) -> list[Ev
             results[table.split, name] = EvalResult(
                 task_type="other",
                 task_name="Sequential recommendation",
-                dataset_type=re.sub(r"[^a-z0-9]+", "-", dataset_name.lower()).strip("-"),
+                dataset_type=_dataset_type(dataset_name),
                 dataset_name=dataset_name,
                 dataset_split=table.split,
                 dataset_revision=table.data_fingerprint,
@@ -181,6 +191,13 @@ def _eval_results(tables: Sequence[MeasuredTable], dataset_name: str) -> list[Ev
                 metric_value=round(interval.mean, 6),
             )
     return list(results.values())
+
+
+def _dataset_type(dataset_name: str) -> str:
+    """An identifier as the Hub accepts it: of the ASCII letters and digits of a name, or a digest if it has none."""
+    ascii_name = unicodedata.normalize("NFKD", dataset_name).encode("ascii", "ignore").decode().lower()
+    name = re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-")
+    return name or f"dataset-{hashlib.sha256(dataset_name.encode()).hexdigest()[:8]}"
 
 
 def _metric_name(name: str, num_candidates: int | None = None) -> str:

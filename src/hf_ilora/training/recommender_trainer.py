@@ -13,7 +13,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
-from hf_ilora.models.next_item.hub_upload import CARD_FILE, UploadOfSaved, upload, usage_card
+from hf_ilora.models.next_item.hub_upload import CARD_FILE, UploadOfSaved, checked_tags, upload, usage_card
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +119,7 @@ class RecommenderTrainer(Trainer):
         for name, value in given.items():
             if value is not None:
                 setattr(card.data, name, value)
-        added = [tags] if isinstance(tags, str) else list(tags or [])
-        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(model.model_tags or []), *added]))
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(model.model_tags or []), *checked_tags(tags)]))
         card.save(path)
 
     def push_to_hub(

@@ -14,8 +14,9 @@ from typing import TypeVar
 
 import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 from transformers import PreTrainedConfig
 
@@ -102,9 +103,9 @@ class UploadOfSaved:
         self.folder = Path(save_directory)
         self.is_main_process = arguments.get("is_main_process", True)
         self.repo_id = arguments.pop("repo_id", None) or self.folder.resolve().name
+        check_repo_id(self.repo_id)
         self.token = arguments.pop("token", None)
-        tags = arguments.pop("tags", None) or []
-        self.tags = [tags] if isinstance(tags, str) else list(tags)
+        self.tags = checked_tags(arguments.pop("tags", None))
         self.arguments = {name: arguments.pop(name) for name in _UPLOAD_ARGUMENTS if name in arguments}
         self.before = self._states()
 
@@ -169,6 +170,7 @@ def upload(
     Raises:
         PermissionError, ValueError, OSError: as in `HubUploads.push_to_hub`.
     """
+    check_repo_id(repo_id)
     api = HfApi(token=token)
     try:
         repo_id = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
@@ -276,6 +278,30 @@ def _told(error: Exception) -> str:
 # --- the parts of a card that every model has ---
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raise a ValueError unless the Hub accepts the name of a repository."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"repo_id is {repo_id!r}, which is no name on the Hub ({error}): expected user/name, or name, of the "
+            "letters a to z, digits, '-', '_' and '.'"
+        ) from error
+
+
+def checked_tags(tags: list[str] | str | None) -> list[str]:
+    """The tags of a card as a list.
+
+    Raises:
+        ValueError: unless all are strings that are not blank, since the Hub refuses the card otherwise.
+    """
+    tags = [tags] if isinstance(tags, str) else list(tags or [])
+    wrong = [tag for tag in tags if not isinstance(tag, str) or not tag.strip()]
+    if wrong:
+        raise ValueError(f"tags contain {wrong[0]!r}: expected strings that are not blank")
+    return tags
+
+
 def usage_example(
     config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: str, revision: str | None = None
 ) -> str:
@@ -327,4 +353,4 @@ def usage_card(config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: s
 
 
 __all__ = ["CARD_FILE", "RUN_FILE", "HubUploads", "UploadOfSaved", "card_data", "retried", "upload"]
-__all__ += ["usage_card", "usage_example"]
+__all__ += ["check_repo_id", "checked_tags", "usage_card", "usage_example"]
