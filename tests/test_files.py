@@ -65,6 +65,15 @@ class TestFiles:
             assert permissions(tmp_path / name) == 0o666 & ~umask
         assert load_file(tmp_path / "weights.safetensors")["weight"].tolist() == [1, 1]
 
+    def test_a_private_leftover_of_the_same_process_id_leaves_no_permissions(self, tmp_path):
+        with written_whole(tmp_path / "a.txt") as unfinished:
+            name = unfinished
+        name.touch(mode=0o600)
+        with written_whole(tmp_path / "a.txt") as unfinished:
+            unfinished.write_text("whole")
+        (tmp_path / "plain").touch()
+        assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
     def test_what_a_killed_process_leaves_is_recognised_and_removed(self, tmp_path):
         killed_in(
             "with written_whole(path) as unfinished:\n"

@@ -18,6 +18,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}.unfinished{path.suffix}")
+    unfinished.unlink(missing_ok=True)  # left by a killed process that had the same id
     try:
         unfinished.touch()
         mode = unfinished.stat().st_mode

@@ -54,7 +54,7 @@ def test_layers_that_are_cut_off_may_be_on_disk(llm_folder, tmp_path):
 def test_a_recommender_without_weights_is_refused(tmp_path):
     with torch.device("meta"):
         empty = SASRecForNextItem(recommender().config)
-    with pytest.raises(ValueError, match=r"model\.item_embedding of SASRecForNextItem is on disk or on the device meta"):
+    with pytest.raises(ValueError, match=r"model\.item_embedding of SASRecForNextItem is on disk or on"):
         fresh_model(sasrec=empty)
     recommender().save_pretrained(tmp_path)
     for device_map in ({"": "disk"}, {"model": "cpu", "head": "disk"}, "meta"):

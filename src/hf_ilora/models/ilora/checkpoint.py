@@ -11,6 +11,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
 from hf_ilora.models.next_item.hub_upload import UploadOfSaved
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
+from hf_ilora.models.next_item.next_item_model import apply_umask
 
 from .configuration_ilora import ILoraConfig, check_public_llm
 from .language_models import load_language_model, load_tokenizer
@@ -63,6 +64,7 @@ class ILoraCheckpoint:
         adapter = {name: state_dict[name] for name in self.adapter_names()}
         super().save_pretrained(save_directory, state_dict=adapter, **kwargs)
         if kwargs.get("is_main_process", True):
+            apply_umask(save_directory)
             self.tokenizer.save_pretrained(save_directory)
             self.catalogue.to_parquet(os.path.join(save_directory, CATALOGUE_FILE))
         return None if upload is None else upload.send(self)

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -75,6 +76,16 @@ def check_has_weights(model: PreTrainedModel) -> None:
             "module in memory, since whatever is copied to it later would be lost; change the device_map, or load a "
             "smaller model"
         )
+
+
+def apply_umask(save_directory: str | os.PathLike) -> None:
+    """Let those read the saved weights whom the umask lets: safetensors writes files that only their owner can read."""
+    probe = Path(save_directory, f".{os.getpid()}.{threading.get_ident()}.mode")
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for weights in Path(save_directory).glob("model*.safetensors"):
+        weights.chmod(mode)
 
 
 class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
@@ -210,8 +221,10 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         """
         upload = UploadOfSaved(save_directory, kwargs) if push_to_hub else None
         super().save_pretrained(save_directory, **kwargs)
-        if self.catalogue is not None and kwargs.get("is_main_process", True):
-            self.catalogue.save_pretrained(save_directory)
+        if kwargs.get("is_main_process", True):
+            apply_umask(save_directory)
+            if self.catalogue is not None:
+                self.catalogue.save_pretrained(save_directory)
         return None if upload is None else upload.send(self)
 
     @classmethod
