@@ -39,11 +39,17 @@ class SourceArguments:
         default=None, metadata={"help": "column of times; by default the rows are in chronological order"}
     )
     title_column: str | None = field(default=None, metadata={"help": "column of titles in your table"})
+    separator: str | None = field(
+        default=None, metadata={"help": "character between the columns of your table; by default by the file type"}
+    )
     items: str | None = field(default=None, metadata={"help": "your table of items, if titles are in a separate table"})
     items_item_column: str | None = field(
         default=None, metadata={"help": "column of item ids in the table of items; by default as item_column"}
     )
     items_title_column: str | None = field(default=None, metadata={"help": "column of titles in the table of items"})
+    items_separator: str | None = field(
+        default=None, metadata={"help": "character between the columns of the table of items, as separator"}
+    )
     normalize_titles: bool = field(
         default=True,
         metadata={"help": "move a year at the end of a title to a separate column, and ', The' to the front"},
@@ -127,9 +133,11 @@ def load(source: SourceArguments):
         source.item_column,
         source.time_column,
         title_column=source.title_column,
+        separator=source.separator,
         items=source.items,
         items_item_column=source.items_item_column,
         items_title_column=source.items_title_column,
+        items_separator=source.items_separator,
         normalize_titles=source.normalize_titles,
         missing_titles=source.missing_titles,
         limit_data_rows=source.limit_data_rows,

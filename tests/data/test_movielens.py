@@ -123,6 +123,24 @@ def test_every_release_gives_the_same_rows_from_a_folder_and_from_a_zip(name, co
     assert items.to_dict() == EXPECTED_ITEMS
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_header_may_be_quoted_and_begin_with_a_byte_order_mark(mark, line_end, tmp_path):
+    files = native_files("ml-25m")
+    for name, content in files.items():
+        header, _, rows = content.decode().partition("\n")
+        header = mark + ",".join(f'"{column}"' for column in header.split(","))
+        files[name] = f"{header}\n{rows}".replace("\n", line_end).encode()
+    interactions, _ = load_movielens("ml-25m", source=write_folder(tmp_path, files))
+    assert interactions.to_dict() == EXPECTED_INTERACTIONS
+
+
+def test_a_byte_order_mark_before_rows_without_a_header_is_skipped(tmp_path):
+    files = {name: "\ufeff".encode() + content for name, content in native_files("ml-10m").items()}
+    interactions, _ = load_movielens("ml-10m", source=write_folder(tmp_path, files))
+    assert interactions.to_dict() == EXPECTED_INTERACTIONS
+
+
 def test_the_features_are_explicit(tmp_path):
     interactions, items = load_movielens(source=write_folder(tmp_path, native_files("ml-100k")))
     assert interactions.features == {
@@ -257,6 +275,7 @@ def test_a_zip_with_a_path_outside_is_an_error(tmp_path):
         ("ml-1m", "ratings.dat", b"2::1::5::90", b"2:8:1::5::90", r"conversion error to null: invalid value '8'"),
         ("ml-1m", "movies.dat", b"2::Say", b"2:Say", r"movies.dat has '2:Say .* in line 2; expected id::title::genres"),
         ("ml-10m", "movies.dat", "Café".encode(), b"Caf\xe9", r"movies.dat is not in utf-8"),
+        ("ml-25m", "movies.csv", b"\n2,", b'\n2,"', r"movies.csv: the quotes in line 3 are not closed"),
         (
             "ml-25m",
             "ratings.csv",

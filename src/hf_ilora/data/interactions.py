@@ -12,7 +12,6 @@ from hf_ilora.data.tables import (
     clean_seconds,
     clean_text,
     describe,
-    is_delimited_text,
     read_columns,
     to_dataset,
 )
@@ -26,28 +25,35 @@ def load_interactions(
     time_column: str | None,
     *,
     title_column: str | None = None,
+    separator: str | None = None,
     items: Source | None = None,
     items_item_column: str | None = None,
     items_title_column: str | None = None,
+    items_separator: str | None = None,
     normalize_titles: bool = True,
     missing_titles: str = "raise",
     limit_data_rows: int = -1,
 ) -> tuple[Dataset, Dataset]:
     """Load interactions from your own table.
 
-    Ids are whole numbers or text. In CSV and TSV files, ids are numbers if every value of the column is a whole number
-    without leading zeros, and text otherwise. Titles come from `title_column` of the same table or from a table of
-    items; without either, an item's title is its id.
+    Ids are whole numbers or text; white space around them is ignored, as it is around the names of columns. In CSV and
+    TSV files, ids are numbers if every value of the column is a whole number of at most 18 digits without leading
+    zeros, and text otherwise; item ids are text in both tables if they are in one of them. Titles come from
+    `title_column` of the same table or from a table of items; without either, an item's title is its id.
 
     Args:
-        path_or_dataset: path to CSV, TSV, parquet or JSON lines, a pandas frame, or a `datasets.Dataset`.
+        path_or_dataset: path to CSV, TSV, parquet or JSON lines, a pandas frame, or a `datasets.Dataset`. Text files
+            may be compressed (such as plays.csv.gz), and a folder of part files, as Spark and Dask write it, is read in
+            the order of the files' names.
         user_column, item_column: columns of ids.
         time_column: numbers (seconds since 1970), timestamps, dates or ISO 8601 text (UTC unless it has a time zone);
             None if the rows are in chronological order already: then the timestamp is the index of the row.
         title_column: column of titles in the same table. It may be empty if another row of the item has a title.
+        separator: the character between the columns of a CSV or TSV file; by default a comma or a tab.
         items: table with one row per item, in any form that `path_or_dataset` may have.
         items_item_column: column of ids in `items`; by default the name in `item_column`.
         items_title_column: column of titles in `items`.
+        items_separator: the same as `separator`, for `items`.
         normalize_titles: move a year at the end, "(1995)", to the column `year`, and an English article to the front.
         missing_titles: what to do about items without a title: "raise", or "item_id" to use the id as the title.
         limit_data_rows: number of rows to load, from the first; -1 for all.
@@ -71,31 +77,52 @@ def load_interactions(
             f"items is given with items_title_column={items_title_column!r} and title_column={title_column!r}; "
             "expected items_title_column to name the column of titles in items, and title_column to be None"
         )
-    if items is None and (items_item_column is not None or items_title_column is not None):
-        raise ValueError("items_item_column or items_title_column is given without items: pass the table of items too")
+    if items is None and not (items_item_column is items_title_column is items_separator is None):
+        raise ValueError(
+            "items_item_column, items_title_column or items_separator is given without items: pass the table of items"
+        )
 
-    columns = [name for name in (user_column, item_column, time_column, title_column) if name is not None]
-    table = read_columns(path_or_dataset, columns, limit_data_rows)
-    source, untyped = describe(path_or_dataset), is_delimited_text(path_or_dataset)
-    item_ids = clean_ids(table[item_column], f"column {item_column!r} of {source}", untyped=untyped)
+    columns = {"user_id": user_column, "item_id": item_column, "time": time_column, "title": title_column}
+    columns = {role: name for role, name in columns.items() if name is not None}
+    table, whole_numbers = read_columns(path_or_dataset, columns, limit_data_rows, separator)
+    where = {role: f"column {name!r} of {describe(path_or_dataset)}" for role, name in columns.items()}
+    untyped = whole_numbers is not None
+    user_ids, item_ids = (clean_ids(table[role], where[role], untyped=untyped) for role in ("user_id", "item_id"))
+    known_ids = None
+    if items is not None:
+        items_columns = {
+            "item_id": item_column if items_item_column is None else items_item_column,
+            "title": items_title_column,
+        }
+        items_table, items_whole_numbers = read_columns(items, items_columns, separator=items_separator)
+        items_where = {role: f"column {name!r} of {describe(items)}" for role, name in items_columns.items()}
+        items_untyped = items_whole_numbers is not None
+        known_ids = clean_ids(items_table["item_id"], items_where["item_id"], untyped=items_untyped)
+        item_ids, known_ids = _of_one_type(
+            item_ids, whole_numbers, known_ids, items_whole_numbers, items_where["item_id"]
+        )
+        check_different_items(known_ids, items_where["item_id"])
+    elif untyped and "item_id" in whole_numbers:
+        item_ids = item_ids.cast(pa.int64())
+    if untyped and "user_id" in whole_numbers:
+        user_ids = user_ids.cast(pa.int64())
     interactions = interactions_dataset(
-        user_id=clean_ids(table[user_column], f"column {user_column!r} of {source}", untyped=untyped),
+        user_id=user_ids,
         item_id=item_ids,
         timestamp=pa.chunked_array([np.arange(table.num_rows)])
         if time_column is None
-        else clean_seconds(table[time_column], f"column {time_column!r} of {source}"),
+        else clean_seconds(table["time"], where["time"]),
     )
     ids, titles = pc.unique(item_ids), None
     if items is not None:
-        known_ids, titles = _read_items(items, items_item_column or item_column, items_title_column, item_ids.type)
         if missing_titles == "raise":
             check_known_items(item_ids, known_ids, describe(items))
         ids = pc.unique(
             pa.chunked_array([*known_ids.chunks, *item_ids.chunks])
         )  # the order of the table of items comes first
-        titles = _look_up(ids, known_ids, titles)
+        titles = _look_up(ids, known_ids, clean_text(items_table["title"], items_where["title"]))
     elif title_column is not None:
-        titles = clean_text(table[title_column], f"column {title_column!r} of {source}")
+        titles = clean_text(table["title"], where["title"])
         titles = _agreed_titles(ids, item_ids, titles)
     if titles is None or missing_titles == "item_id":
         return interactions, items_dataset(ids, titles, normalize_titles=normalize_titles)
@@ -173,21 +200,32 @@ def check_known_items(item_ids: pa.ChunkedArray, known_ids: pa.ChunkedArray, whe
         )
 
 
-def _read_items(
-    items: Source, item_column: str, title_column: str, id_type: pa.DataType
+def _of_one_type(
+    item_ids: pa.ChunkedArray,
+    whole_numbers: set[str] | None,
+    known_ids: pa.ChunkedArray,
+    known_whole_numbers: set[str] | None,
+    where: str,
 ) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """Ids, all different, and titles (null if blank) of a table of items."""
-    table = read_columns(items, [item_column, title_column])
-    source = describe(items)
-    where = f"column {item_column!r} of {source}"
-    item_ids = clean_ids(table[item_column], where, untyped=is_delimited_text(items))
-    if item_ids.type != id_type:
+    """The ids of interactions and items as int64 if all of them are numbers, and else as text.
+
+    Args:
+        item_ids, known_ids: (rows,) and (num_items,), from `clean_ids`.
+        whole_numbers, known_whole_numbers: of their tables, from `read_columns`.
+        where: the column of `known_ids` in error messages.
+
+    Raises:
+        ValueError: when one table has numbers, the other has text, and neither is a text file, whose ids have no type.
+    """
+    if whole_numbers is None and known_whole_numbers is None and item_ids.type != known_ids.type:
         raise ValueError(
-            f"{where} has ids of type {item_ids.type}, the interactions have item ids of type {id_type}; expected the "
-            "same: cast one of them (in text files, ids are numbers only if all are whole, without leading zeros)"
+            f"{where} has ids of type {known_ids.type}, the interactions have item ids of type {item_ids.type}; "
+            "expected the same: cast one of them, or convert one table to CSV, whose ids take the type of the other's"
         )
-    check_different_items(item_ids, where)
-    return item_ids, clean_text(table[title_column], f"column {title_column!r} of {source}")
+    tables = ((item_ids, whole_numbers), (known_ids, known_whole_numbers))
+    are_numbers = all(pa.types.is_integer(ids.type) or "item_id" in (whole or ()) for ids, whole in tables)
+    id_type = pa.int64() if are_numbers else pa.string()
+    return item_ids.cast(id_type), known_ids.cast(id_type)
 
 
 def _agreed_titles(ids: pa.Array, item_ids: pa.ChunkedArray, titles: pa.ChunkedArray) -> pa.Array:

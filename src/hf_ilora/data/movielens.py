@@ -1,5 +1,8 @@
 """Loads MovieLens 100K, 1M, 10M, 20M, 25M and 32M from a folder, a zip, a cache or the network."""
 
+import codecs
+import csv
+import io
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,6 +19,7 @@ from datasets import Dataset
 
 from hf_ilora.data.archives import open_archive
 from hf_ilora.data.interactions import check_different_items, check_known_items, interactions_dataset, items_dataset
+from hf_ilora.data.table_files import quoting_problem
 from hf_ilora.data.tables import check_row_limit, clean_seconds
 from hf_ilora.downloads import ChecksumError, DownloadError, default_cache_dir, download_file, download_wheel
 
@@ -162,7 +166,7 @@ def _read_ratings(file: Path | ZipPath, limit: int) -> dict[str, pa.ChunkedArray
     tables, rows = [], 0
     with file.open("rb") as stream:
         if header:
-            _check_header(file, stream.readline().decode().rstrip("\r\n"), header)
+            _check_header(file, _decode(file, stream.readline(), "utf-8"), header)
         for block in _blocks_of_lines(stream):
             table = _parse(file, block, delimiter, names, types).select(["user_id", "item_id", "timestamp", "rating"])
             tables.append(table)
@@ -183,7 +187,7 @@ def _read_ratings(file: Path | ZipPath, limit: int) -> dict[str, pa.ChunkedArray
 def _blocks_of_lines(stream: BinaryIO) -> Iterator[bytes]:
     # Arrow's streaming reader reads ahead in a thread, and must not be used with a Python file: if the reader is
     # released early, the interpreter can crash at exit.
-    rest = b""
+    rest = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
     while block := stream.read(_BLOCK_BYTES):
         lines, newline, tail = (rest + block).rpartition(b"\n")
         rest = tail
@@ -211,14 +215,18 @@ def _parse(
 
 
 def _check_header(file: Path | ZipPath, header: str, expected: str) -> None:
-    if header != expected:
+    """Raise ValueError unless the names are the expected ones; programs that convert tables may quote them."""
+    header = header.removeprefix("\ufeff").rstrip("\r\n")
+    separator = "\t" if "\t" in expected else ","
+    names = next(csv.reader([header], delimiter=separator))
+    if [name.strip() for name in names] != expected.split(separator):
         raise ValueError(f"{file} begins with {header!r}; expected {expected!r}: check that it is a file of MovieLens")
 
 
 def _read_items(file: Path | ZipPath, dat_encoding: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.Array]:
     """Ids, titles in MovieLens' spelling (with the year), and lists of genres."""
     with file.open("rb") as stream:
-        content = stream.read()
+        content = stream.read().removeprefix(codecs.BOM_UTF8)
     if file.name == "u.item":
         return _items_from_flags(file, _decode(file, content, "latin-1"))
     if file.name == "movies.dat":
@@ -227,12 +235,12 @@ def _read_items(file: Path | ZipPath, dat_encoding: str) -> tuple[pa.ChunkedArra
     header, _, rows = _decode(file, content, "utf-8").partition("\n")
     if file.name == "movies.csv":
         del text["year"]
-        _check_header(file, header.rstrip("\r"), "movieId,title,genres")
+        _check_header(file, header, "movieId,title,genres")
+        if problem := quoting_problem(io.StringIO(f"{header}\n{rows}", newline=""), ","):
+            raise ValueError(f"{file}: {problem}; expected the quotes of MovieLens: download the file again")
         table = _parse(file, rows.encode(), ",", list(text), text)
         return table["item_id"], table["title"], _split_genres(table["genres"], "|")
-    _check_header(
-        file, header.rstrip("\r"), "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
-    )
+    _check_header(file, header, "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq")
     table = _parse(file, rows.encode(), "\t", list(text), text)
     # RecBole moved the last parentheses of a title to the column of years, also the "V" of a video film, and misspells
     # "unknown". Joined again, the titles are those of MovieLens.

@@ -1,28 +1,23 @@
 """Reads tables from files, pandas and datasets into Arrow, and cleans columns of ids, text and times without loops."""
 
-import csv
-import difflib
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 from datasets import Dataset, DatasetInfo, Features
+
+from hf_ilora.data.table_files import TableFiles, find_column
 
 Source = str | Path | pd.DataFrame | Dataset
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_JSON_LINES = [".jsonl", ".ndjson", ".json"]
 # Common marks of missing values in text files, which cannot distinguish them from words.
 _MISSING_WORDS = ["", "nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "NaT"]
 _WHOLE_NUMBER = r"^(0|-?[1-9]\d{0,17})$"  # no leading zeros: "007" and "7" are two ids
-_ISO_TIME = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d(:?\d\d)?)?)?$"
+_ISO_TIME = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?( ?(Z|UTC|GMT|[+-]\d\d(:?\d\d)?))?)?$"
 _ISO_ZONE = r"(:\d\d|\.\d+)(Z|[+-]\d\d(:?\d\d)?)$"
 
 
@@ -45,38 +40,41 @@ def describe(source: Source) -> str:
     return str(source)
 
 
-def is_delimited_text(source: Source) -> bool:
-    """Whether the source is a CSV or TSV file, whose columns have no types."""
-    return isinstance(source, str | Path) and Path(source).suffix.lower() in _DELIMITERS
-
-
-def read_columns(source: Source, columns: Sequence[str], limit_data_rows: int = -1) -> pa.Table:
+def read_columns(
+    source: Source, columns: Mapping[str, Hashable], limit_data_rows: int = -1, separator: str | None = None
+) -> tuple[pa.Table, set[str] | None]:
     """Read named columns of a table, in input order.
 
     Args:
-        source: a path to CSV, TSV, parquet or JSON lines (by its suffix), a pandas frame or a `datasets.Dataset`.
-        columns: the columns to read.
+        source: a path to CSV, TSV, parquet or JSON lines (by its suffix), plain or compressed, or to a folder of such
+            parts; a pandas frame or a `datasets.Dataset`.
+        columns: the name in `source` of each column of the result.
         limit_data_rows: number of rows to read, from the first; -1 for all.
+        separator: of the columns of CSV or TSV; by default a comma for CSV and a tab for TSV.
 
     Returns:
-        Arrow table with exactly these columns. CSV and TSV columns are strings, unchanged.
+        Arrow table with these columns; those of text without types (CSV, TSV) are strings, unchanged. With it, for such
+        text, the columns that are whole numbers in all rows, also in those beyond the limit, so that a part of a table
+        has the types of the whole; None for sources with types.
 
     Raises:
         TypeError: for another source.
         FileNotFoundError: the file is missing.
         ValueError: for an unknown file type, unreadable content, missing, repeated or mixed columns, and no rows.
     """
-    twice = sorted({name for name in columns if list(columns).count(name) > 1})
+    names = [str(name).strip() for name in columns.values()]
+    twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"column {twice[0]!r} is given for two purposes; expected different columns")
+    if separator is not None and not isinstance(source, str | Path):
+        raise ValueError(f"separator is given for {describe(source)}; expected it with a CSV or TSV file only")
+    whole_numbers = None
     if isinstance(source, pd.DataFrame):
         table = _read_frame(source, columns, limit_data_rows)
     elif isinstance(source, Dataset):
-        _check_columns(source.column_names, columns, describe(source))
-        rows = len(source) if limit_data_rows == -1 else min(limit_data_rows, len(source))
-        table = source.select_columns(list(columns)).with_format("arrow")[:rows]
+        table = _read_dataset(source, columns, limit_data_rows)
     elif isinstance(source, str | Path):
-        table = _read_file(Path(source).expanduser(), columns, limit_data_rows)
+        table, whole_numbers = _read_files(TableFiles.at(source, separator), columns, limit_data_rows)
     else:
         raise TypeError(
             f"cannot read a table from {type(source).__name__}; expected a path (.csv, .tsv, .parquet, .jsonl), a "
@@ -84,39 +82,42 @@ def read_columns(source: Source, columns: Sequence[str], limit_data_rows: int = 
         )
     if table.num_rows == 0:
         raise ValueError(f"{describe(source)} has no rows; expected at least one")
-    return table.replace_schema_metadata(None)
+    return table.replace_schema_metadata(None), whole_numbers
 
 
 def clean_ids(column: pa.ChunkedArray, where: str, *, untyped: bool = False) -> pa.ChunkedArray:
-    """Ids as int64 or string.
+    """Ids as int64 or string, without white space around them.
 
     Args:
         column: (rows,) whole numbers or text.
         where: the column's name in error messages.
-        untyped: the column is from a text file: it becomes int64 if every value is a whole number without leading
-            zeros.
+        untyped: the column is from a text file without types, so words like "NA" are missing ids. It stays text.
 
     Raises:
-        ValueError: for missing or empty ids, another type, and ids too large for int64; it names the first bad row.
+        ValueError: for missing or blank ids, another type, and ids too large for int64; it names the first bad row.
     """
     column = _plain(column)
-    remedy = "drop these rows or give them ids"
-    if untyped:
-        remedy += " (if such a word is a real id, pass a parquet file or a pandas frame)"
-        _raise_at(pc.is_in(column, value_set=pa.array(_MISSING_WORDS)), column, where, "an id", remedy)
-        if pc.all(pc.match_substring_regex(column, _WHOLE_NUMBER)).as_py():
-            return column.cast(pa.int64())
-        return column
-    _raise_at(pc.is_null(column, nan_is_null=True), column, where, "an id", remedy)
+    expected, remedy = "an id", "drop these rows or give them ids"
     if pa.types.is_integer(column.type):
+        _raise_at(pc.is_null(column), column, where, expected, remedy)
         try:
             return column.cast(pa.int64())
         except pa.ArrowInvalid as error:
             raise ValueError(f"{where}: {error}; expected ids that fit int64: cast the ids to strings") from error
     if pa.types.is_string(column.type):
-        _raise_at(pc.equal(column, ""), column, where, "an id", remedy)
-        return column
-    raise ValueError(f"{where} has type {column.type}; expected integers or strings: cast the ids to one of them")
+        ids = pc.utf8_trim_whitespace(column)
+        words = [""]
+        if untyped:
+            words = _MISSING_WORDS
+            remedy += " (if such a word is a real id, pass a parquet file or a pandas frame)"
+        missing = pc.or_(pc.is_null(ids), pc.is_in(ids, value_set=pa.array(words)))
+        _raise_at(missing, column, where, expected, remedy)
+        return ids
+    _raise_at(pc.is_null(column, nan_is_null=True), column, where, expected, remedy)
+    raise ValueError(
+        f"{where} has type {column.type}; expected integers or strings: cast the ids to one of them (int64, or "
+        "text for more digits)"
+    )
 
 
 def clean_text(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
@@ -154,9 +155,10 @@ def clean_seconds(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     remedy = "drop these rows, or pass time_column=None if the rows are in chronological order"
     expected = "seconds since 1970 or an ISO 8601 time"
     if pa.types.is_string(column.type):
-        missing = pc.or_kleene(pc.is_null(column), pc.is_in(column, value_set=pa.array(_MISSING_WORDS)))
+        text = pc.utf8_trim_whitespace(column)
+        missing = pc.or_(pc.is_null(text), pc.is_in(text, value_set=pa.array(_MISSING_WORDS)))
         _raise_at(missing, column, where, expected, remedy)
-        column = _parse_times(pc.utf8_trim_whitespace(column), where)
+        column = _parse_times(text, where)
     _raise_at(pc.is_null(column, nan_is_null=True), column, where, expected, remedy)
     seconds = _whole_or_fraction(column, where)
     bad = pc.or_(pc.less(seconds, 0), pc.is_inf(seconds))
@@ -189,14 +191,27 @@ class _DigestSink(io.RawIOBase):
         return len(data)
 
 
-def _read_frame(frame: pd.DataFrame, columns: Sequence[str], limit: int) -> pa.Table:
-    _check_columns(list(frame.columns), columns, describe(frame))
+def _read_frame(frame: pd.DataFrame, columns: Mapping[str, Hashable], limit: int) -> pa.Table:
+    places = [find_column(list(frame.columns), name, describe(frame)) for name in columns.values()]
     frame = frame if limit == -1 else frame.head(limit)
     arrays = []
-    for name in columns:
+    for place, name in zip(places, columns.values(), strict=True):
+        series = frame.iloc[:, place]
         try:
-            arrays.append(pa.chunked_array([pa.array(frame[name], from_pandas=True)]))
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            arrays.append(pa.chunked_array([pa.array(series, from_pandas=True)]))
+        except UnicodeEncodeError as error:
+            row = next(row for row, value in enumerate(series) if isinstance(value, str) and not _is_unicode(value))
+            raise ValueError(
+                f"column {name!r} of {describe(frame)} has {series.iloc[row]!r} in row {row} (counted from 0), which "
+                f"is half a character ({error.reason}); expected whole ones: repair the text, for example with "
+                'value.encode("utf-8", "replace").decode()'
+            ) from error
+        except OverflowError as error:
+            raise ValueError(
+                f"column {name!r} of {describe(frame)} has whole numbers that do not fit int64 ({error}); expected "
+                f"numbers below 2**63, or text: use frame[{name!r}].astype(str)"
+            ) from error
+        except (pa.ArrowException, TypeError) as error:
             raise ValueError(
                 f"column {name!r} of {describe(frame)} mixes types ({error}); expected one type: "
                 f"use frame[{name!r}].astype(str)"
@@ -204,85 +219,47 @@ def _read_frame(frame: pd.DataFrame, columns: Sequence[str], limit: int) -> pa.T
     return pa.table(arrays, names=list(columns))
 
 
-def _read_file(path: Path, columns: Sequence[str], limit: int) -> pa.Table:
-    suffix = path.suffix.lower()
-    if suffix in _DELIMITERS:
-        read = _read_delimited
-    elif suffix in _JSON_LINES:
-        read = _read_json_lines
-    elif suffix == ".parquet":
-        read = _read_parquet
-    else:
-        known = ", ".join([*_DELIMITERS, ".parquet", *_JSON_LINES])
-        raise ValueError(f"{path} has the file type {suffix!r}; expected one of {known}: convert it, or pass a frame")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: check the path")
+def _is_unicode(text: str) -> bool:
     try:
-        return read(path, columns, limit)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}; expected a whole {suffix} file in UTF-8 (JSON: one object per line), one "
-            "type per column: fix the file, or read it with pandas and pass the frame"
-        ) from error
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _read_delimited(path: Path, columns: Sequence[str], limit: int) -> pa.Table:
-    delimiter = _DELIMITERS[path.suffix.lower()]
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        header = next(csv.reader(file, delimiter=delimiter), [])
-    if not header:
-        raise ValueError(f"{path} is empty; expected a line of column names and at least one row")
-    _check_columns(header, columns, str(path))
-    reader = pa.csv.open_csv(
-        path,
-        parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pa.csv.ConvertOptions(
-            include_columns=list(columns), column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False
-        ),
-    )
-    return _first_rows(reader, reader.schema, limit)
+def _read_dataset(dataset: Dataset, columns: Mapping[str, Hashable], limit: int) -> pa.Table:
+    present = dataset.column_names
+    found = [present[find_column(present, name, describe(dataset))] for name in columns.values()]
+    rows = len(dataset) if limit == -1 else min(limit, len(dataset))
+    table = dataset.select_columns(found).with_format("arrow")[:rows]
+    return table.select(found).rename_columns(list(columns))
 
 
-def _read_json_lines(path: Path, columns: Sequence[str], limit: int) -> pa.Table:
-    read_options = pa.json.ReadOptions(block_size=16 << 20)  # a row must fit into a block
-    table = pa.json.read_json(path, read_options=read_options)
-    _check_columns(table.column_names, columns, str(path))
-    # Arrow turns text that looks like a time into a time; an id or a title must stay text.
-    dates = [field for field in table.select(list(columns)).schema if pa.types.is_temporal(field.type)]
-    if dates:
-        text = pa.schema([(field.name, pa.string()) for field in dates])
-        parse_options = pa.json.ParseOptions(explicit_schema=text)
-        table = pa.json.read_json(path, read_options=read_options, parse_options=parse_options)
-    return table.select(list(columns)).slice(0, None if limit == -1 else limit)
-
-
-def _read_parquet(path: Path, columns: Sequence[str], limit: int) -> pa.Table:
-    with pa.parquet.ParquetFile(path) as file:
-        _check_columns(file.schema_arrow.names, columns, str(path))
-        schema = pa.schema([file.schema_arrow.field(name) for name in columns])
-        return _first_rows(file.iter_batches(columns=list(columns)), schema, limit).select(list(columns))
-
-
-def _first_rows(batches, schema: pa.Schema, limit: int) -> pa.Table:
-    kept, rows = [], 0
-    for batch in batches:
-        kept.append(batch)
-        rows += batch.num_rows
-        if limit != -1 and rows >= limit:
+def _read_files(files: TableFiles, columns: Mapping[str, Hashable], limit: int) -> tuple[pa.Table, set[str] | None]:
+    pieces, rows = [pa.table({name: pa.array([], pa.null()) for name in columns})], 0
+    whole_numbers = set(columns) if files.is_delimited_text else set()
+    for piece in files.batches(columns):
+        if limit == -1 or rows < limit:
+            pieces.append(piece)
+            rows += piece.num_rows
+        whole_numbers = {name for name in whole_numbers if _are_whole_numbers(piece[name])}
+        if limit != -1 and rows >= limit and not whole_numbers:
             break
-    table = pa.Table.from_batches(kept, schema=kept[0].schema if kept else schema)
-    return table.slice(0, None if limit == -1 else limit)
+    try:
+        table = pa.concat_tables(pieces, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"the parts of {files.path} have columns of different types ({error}); expected one type per column: read "
+            "them with pandas and pass the frame"
+        ) from error
+    return table.slice(0, None if limit == -1 else limit), whole_numbers if files.is_delimited_text else None
 
 
-def _check_columns(present: Sequence, wanted: Sequence[str], where: str) -> None:
-    for name in wanted:
-        if name not in present:
-            close = difflib.get_close_matches(str(name), [str(label) for label in present], n=3)
-            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-            raise ValueError(f"{where} has no column {name!r}; it has {list(present)}{hint}")
-        times = list(present).count(name)
-        if times > 1:
-            raise ValueError(f"{where} has {times} columns named {name!r}; expected one: rename or drop the others")
+def _are_whole_numbers(column: pa.ChunkedArray) -> bool:
+    """Whether all values are numbers that have one spelling; missing values do not count."""
+    text = pc.utf8_trim_whitespace(column)
+    missing = pc.is_in(text, value_set=pa.array(_MISSING_WORDS))
+    return pc.all(pc.or_(missing, pc.match_substring_regex(text, _WHOLE_NUMBER)), min_count=0).as_py()
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -313,7 +290,9 @@ def _parse_times(text: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     remedy = "convert the column before loading it"
     unreadable = pc.invert(pc.match_substring_regex(text, _ISO_TIME))
     _raise_at(unreadable, text, where, "seconds since 1970 or ISO 8601 like 2024-05-31T12:00:00Z", remedy)
-    whole = pc.replace_substring_regex(text, r"^(\d{4}-\d\d-\d\d)$", r"\1T00:00:00")
+    whole = pc.replace_substring_regex(text, r" ?(UTC|GMT)$", "Z")
+    whole = pc.replace_substring_regex(whole, r" ([Z+-][\d:]*)$", r"\1")
+    whole = pc.replace_substring_regex(whole, r"^(\d{4}-\d\d-\d\d)$", r"\1T00:00:00")
     whole = pc.replace_substring_regex(whole, r"([T ]\d\d:\d\d)(Z|[+-].*|)$", r"\1:00\2")
     whole = pc.replace_substring_regex(whole, r"(\.\d{6})\d+", r"\1")  # microseconds are precise enough
     zoned = pc.if_else(pc.match_substring_regex(whole, _ISO_ZONE), whole, pc.binary_join_element_wise(whole, "Z", ""))
@@ -335,7 +314,10 @@ def _whole_or_fraction(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
             return seconds
         return pc.add(seconds.cast(pa.float64()), pc.divide(rest.cast(pa.float64()), float(per_second)))
     if pa.types.is_integer(column.type):
-        return column.cast(pa.int64())
+        try:
+            return column.cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{where}: {error}; expected seconds since 1970: convert the column") from error
     if pa.types.is_floating(column.type):
         seconds = column.cast(pa.float64())
         exact = pc.and_(pc.equal(pc.floor(seconds), seconds), pc.less(pc.abs(seconds), 2.0**53))

@@ -1,0 +1,355 @@
+"""Reads named columns of table files: CSV, TSV, JSON lines and parquet, as one file or a folder of parts."""
+
+import csv
+import difflib
+import io
+import json
+import logging
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+logger = logging.getLogger(__name__)
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_JSON_LINES = [".jsonl", ".ndjson", ".json"]
+_COMPRESSED = [".gz", ".bz2", ".zst", ".lz4"]  # of text; pyarrow recognises them by the suffix
+_SEPARATOR_GUESSES = [";", "\t", ",", "|"]
+_JSON_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+_BLOCK_BYTES = 16 << 20  # a row must fit into a block
+# Only a writer that quotes doubles the quotes inside of a value.
+_QUOTED_BY_A_WRITER = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
+
+
+@dataclass(frozen=True)
+class TableFiles:
+    """The files of one table, all of one type.
+
+    Attributes:
+        path: the file, or the folder of the files.
+        files: in the order of their rows.
+        suffix: the file type, such as ".csv".
+        separator: of the columns of CSV and TSV; "" for other types.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    suffix: str
+    separator: str
+
+    @classmethod
+    def at(cls, path: str | Path, separator: str | None = None) -> "TableFiles":
+        """The table at a path.
+
+        Args:
+            path: a file, or a folder of part files as Spark and Dask write it: parts are read in the order of their
+                names (part-2 before part-10); names that begin with "_" or "." are no parts.
+            separator: one character between the columns; by default a comma for CSV and a tab for TSV.
+
+        Raises:
+            FileNotFoundError: there is nothing at `path`.
+            ValueError: for an unknown file type, a folder of something else, and a separator that does not apply.
+        """
+        path = Path(path).expanduser()
+        files = _parts(path) if path.is_dir() else (path,)
+        suffixes = {_file_type(file) or _file_type(path) for file in files}
+        if suffixes == {""}:
+            known = ", ".join([*_SEPARATORS, ".parquet", *_JSON_LINES])
+            raise ValueError(
+                f"{files[0]} has the file type {files[0].suffix!r}; expected one of {known} (text also with "
+                f"{', '.join(_COMPRESSED)}): convert it, or pass a frame"
+            )
+        if len(suffixes) > 1:
+            raise ValueError(f"folder {path} has files of the types {sorted(suffixes)}; expected parts of one table")
+        if not path.exists():
+            raise FileNotFoundError(f"there is no file {path}: check the path")
+        (suffix,) = suffixes
+        if separator is not None:
+            separator = "\t" if separator == "\\t" else separator  # as a shell passes it
+            if suffix not in _SEPARATORS or len(separator) != 1 or separator in '"\r\n':
+                raise ValueError(f"separator is {separator!r} for {path}; expected one character, for CSV or TSV")
+        return cls(path, files, suffix, separator or _SEPARATORS.get(suffix, ""))
+
+    @property
+    def is_delimited_text(self) -> bool:
+        """Whether the columns have no types, because the files are CSV or TSV."""
+        return self.suffix in _SEPARATORS
+
+    def batches(self, columns: Mapping[str, Hashable]) -> Iterator[pa.Table]:
+        """Named columns, piece by piece; those of CSV and TSV are strings, unchanged.
+
+        Args:
+            columns: the name in the files of each column of the result.
+
+        Raises:
+            ValueError: for unreadable content, and missing or repeated columns.
+        """
+        names = list(columns.values())
+        quoted = self._is_quoted(names) if self.is_delimited_text else False
+        for file in self._files_with_rows():
+            with self._errors_named(file):
+                if self.is_delimited_text:
+                    pieces = _read_delimited(file, self.separator, quoted, names)
+                elif self.suffix == ".parquet":
+                    pieces = _read_parquet(file, names)
+                else:
+                    pieces = _read_json_lines(file, names)
+                for piece in pieces:
+                    yield pa.table(dict(zip(columns, piece.columns, strict=True)))
+
+    def _files_with_rows(self) -> list[Path]:
+        """All files but parts without a byte, which Spark writes."""
+        return [file for file in self.files if file.stat().st_size > 0] or [self.files[0]]
+
+    @contextmanager
+    def _errors_named(self, file: Path) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+            raise ValueError(
+                f"{file} cannot be read: {error}; expected a whole {self.suffix} file in UTF-8 (JSON: one object per "
+                "line), one type per column: fix the file, or read it with pandas and pass the frame"
+            ) from error
+
+    def _is_quoted(self, names: Sequence[Hashable]) -> bool:
+        """Whether quotes in CSV or TSV files enclose values, as opposed to being characters like any other.
+
+        Arrow takes a value that begins with a quote to reach to the next quote, over any number of rows. So quotes are
+        obeyed only if all files are as a writer that quotes writes them. Otherwise TSV, which many programs write
+        without quoting, is read verbatim, unless a value in it was clearly quoted by a writer; CSV is refused.
+        """
+        problems = {}
+        for file in self._files_with_rows():
+            with self._errors_named(file):
+                _find_delimited(file, self.separator, names)  # a file with other columns or separators: says so first
+                if _has_quotes(file):
+                    with _open_text(file) as text:
+                        problems[file] = quoting_problem(text, self.separator)
+        found = [(file, problem) for file, problem in problems.items() if problem]
+        if not found:
+            return bool(problems)
+        file, problem = found[0]
+        if self.suffix == ".tsv" and not any(_is_written_with_quotes(file, self.separator) for file in problems):
+            logger.warning("%s: %s; so all quotes in %s are read as characters of the values", file, problem, self.path)
+            return False
+        raise ValueError(
+            f"{file}: {problem}; expected quotes only around whole values, and doubled inside of them, as pandas' "
+            'to_csv writes them ("Say ""Yes"""): fix the line, or read the file with pandas.read_csv(..., quoting=3) '
+            "and pass the frame"
+        )
+
+
+def find_column(present: Sequence[Hashable], wanted: Hashable, where: str) -> int:
+    """The position of a column: the one with exactly this name, or else that with it up to blanks around it.
+
+    Numbers, which pandas uses for columns without a name, are the same as their digits.
+
+    Raises:
+        ValueError: when there is none, or more than one.
+    """
+    places = [place for place, name in enumerate(present) if name == wanted]
+    if not places:
+        places = [place for place, name in enumerate(present) if str(name).strip() == str(wanted).strip()]
+    if len(places) == 1:
+        return places[0]
+    if places:
+        raise ValueError(f"{where} has {len(places)} columns named {wanted!r}; expected one: rename or drop the others")
+    close = difflib.get_close_matches(str(wanted), [str(name) for name in present], n=3)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise ValueError(f"{where} has no column {wanted!r}; it has {list(present)}{hint}")
+
+
+def _parts(folder: Path) -> tuple[Path, ...]:
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(("_", "."))]
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    if folders or not entries:
+        contains = f"contains folders, such as {min(folders)}" if folders else "contains no files"
+        raise ValueError(
+            f"{folder} is a folder that {contains}; expected a file, or a folder of part files such as "
+            "part-0.parquet: pass such a folder, or read it with pandas and pass the frame"
+        )
+    return tuple(sorted(entries, key=lambda file: _numbers_as_numbers(file.name)))
+
+
+def _numbers_as_numbers(name: str) -> list[str | int]:
+    """A key that sorts part-2 before part-10: text and numbers in turn."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
+def _file_type(path: Path) -> str:
+    """The suffix that names the type of a table, in lower case; "" if there is none."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".parquet":
+        return ".parquet"
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in [*_SEPARATORS, *_JSON_LINES] else ""
+
+
+def _open_text(file: Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(pa.input_stream(file), encoding="utf-8-sig", newline="")
+
+
+def _has_quotes(file: Path) -> bool:
+    with pa.input_stream(file) as stream:
+        return any(b'"' in block for block in iter(lambda: stream.read(_BLOCK_BYTES), b""))
+
+
+def quoting_problem(text: TextIO, separator: str) -> str:
+    """What shows that the quotes in a text do not enclose values, with its line; "" if they do.
+
+    Args:
+        text: the whole of a CSV or TSV file, opened with `newline=""`.
+        separator: of the columns.
+    """
+    columns = start = 0  # the first line of the newest row
+    row: list[str] = []  # its lines
+
+    def lines_of_rows_with_quotes() -> Iterator[str]:
+        nonlocal columns, start
+        for number, line in enumerate(text, 1):
+            if columns == 0 and line.strip():
+                columns = len(next(csv.reader([line], delimiter=separator)))
+            if row or '"' in line:
+                start = start if row else number
+                row.append(line)
+                yield line
+
+    limit = csv.field_size_limit(_BLOCK_BYTES)
+    try:
+        for values in csv.reader(lines_of_rows_with_quotes(), delimiter=separator, strict=True):
+            if len(values) != columns:
+                return f"line {start} has {len(values)} values, if its quotes enclose values, not {columns}"
+            # A quote that was opened by chance swallows whole rows.
+            if len(row) > 1 and all(line.count(separator) == columns - 1 for line in row):
+                return f"the quote in line {start} swallows the {len(row) - 1} rows after it"
+            row.clear()
+    except csv.Error as error:
+        return f"the quotes in line {start} are not closed properly ({error})"
+    finally:
+        csv.field_size_limit(limit)
+    return ""
+
+
+def _is_written_with_quotes(file: Path, separator: str) -> bool:
+    with _open_text(file) as text:
+        return '"' in text.readline() or any(
+            _QUOTED_BY_A_WRITER.fullmatch(value)
+            for line in text
+            if '""' in line
+            for value in line.rstrip("\r\n").split(separator)
+        )
+
+
+def _header(file: Path, separator: str) -> list[str]:
+    """The names in the first line that is not blank; none if the file has no such line."""
+    with _open_text(file) as text:
+        return next((names for names in csv.reader(text, delimiter=separator) if names), [])
+
+
+def _find_delimited(file: Path, separator: str, names: Sequence[Hashable]) -> list[str]:
+    """The spelling of `names` in the header."""
+    header = _header(file, separator)
+    if not header:
+        raise ValueError(f"{file} is empty; expected a line of column names and at least one row")
+    try:
+        return [header[find_column(header, name, str(file))] for name in names]
+    except ValueError as error:
+        line = separator.join(header)
+        others = [other for other in _SEPARATOR_GUESSES if line.count(other) >= len(header) and other != separator]
+        if not others:
+            raise
+        raise ValueError(
+            f"{error}; expected columns separated by {separator!r}, but they look separated by {others[0]!r}: pass "
+            f"separator={others[0]!r} (--separator on the command line; for a table of items, items_separator)"
+        ) from error
+
+
+def _read_delimited(file: Path, separator: str, quoted: bool, names: Sequence[Hashable]) -> Iterator[pa.RecordBatch]:
+    found = _find_delimited(file, separator, names)
+    yield from pa.csv.open_csv(
+        file,
+        read_options=pa.csv.ReadOptions(block_size=_BLOCK_BYTES),
+        parse_options=pa.csv.ParseOptions(
+            delimiter=separator, quote_char='"' if quoted else False, newlines_in_values=quoted
+        ),
+        convert_options=pa.csv.ConvertOptions(
+            include_columns=found, column_types=dict.fromkeys(found, pa.string()), strings_can_be_null=False
+        ),
+    )
+
+
+def _read_parquet(path: Path, names: Sequence[Hashable]) -> Iterator[pa.RecordBatch]:
+    with pa.parquet.ParquetFile(path) as file:
+        present = file.schema_arrow.names
+        found = [present[find_column(present, name, str(path))] for name in names]
+        for batch in file.iter_batches(columns=found):
+            yield batch.select(found)
+
+
+def _read_json_lines(path: Path, names: Sequence[Hashable]) -> Iterator[pa.Table]:
+    types = _json_types(path, names)
+    try:
+        yield _parse_json_lines(path, types)
+    except pa.ArrowInvalid:
+        # A column of numbers, the first of which is whole, may have others with a fraction.
+        whole = [name for name in types if types[name] == pa.int64()]
+        fractions = [name for name in whole if not _is_whole(path, name)]
+        if not fractions:
+            raise
+        yield _parse_json_lines(path, types | dict.fromkeys(fractions, pa.float64()))
+
+
+def _parse_json_lines(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
+    table = pa.json.read_json(
+        path,
+        read_options=pa.json.ReadOptions(block_size=_BLOCK_BYTES),
+        parse_options=pa.json.ParseOptions(explicit_schema=pa.schema(types), unexpected_field_behavior="ignore"),
+    )
+    return table.select(list(types))
+
+
+def _is_whole(path: Path, name: str) -> bool:
+    try:
+        _parse_json_lines(path, {name: pa.int64()})
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _json_types(path: Path, names: Sequence[Hashable]) -> dict[str, pa.DataType]:
+    """The keys of the named columns, in their order, each with the type of its first value that is not null.
+
+    Arrow would infer the types of all columns, also of those that nobody asked for, and would turn text that looks like
+    a time into a time.
+    """
+    types, pending = {}, {str(name).strip() for name in names}
+    with _open_text(path) as text:
+        for number, line in enumerate(text, 1):
+            if not pending:
+                break
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise pa.ArrowInvalid(f"line {number} is not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise pa.ArrowInvalid(f"line {number} is a {type(row).__name__}")
+            for key, value in row.items():
+                if types.setdefault(key, pa.null()) == pa.null() and value is not None:
+                    types[key] = _JSON_TYPES.get(type(value)) or pa.infer_type([value])
+                    pending.discard(key.strip())
+    if not types:
+        raise pa.ArrowInvalid("it has no rows")
+    present = list(types)
+    found = [present[find_column(present, name, str(path))] for name in names]
+    return {name: types[name] for name in found}

@@ -1,0 +1,314 @@
+"""Files as other programs write them: each is read as it was meant, or refused with its line or name."""
+
+import gzip
+import json
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hf_ilora.data.interactions import load_interactions
+
+STRAY = 'user\titem\ttime\ttitle\n1\ta\t1\t"Salem\'s\n1\tb\t2\tPlain\n2\tc\t3\t"Low\n2\td\t4\tLast\n'
+ROWS = {"user": [1, 2], "item": [10, 20], "time": [3, 4]}
+
+
+def load(source, **options):
+    return load_interactions(source, "user", "item", "time", **options)
+
+
+def titles(source, **options):
+    return load(source, title_column="title", **options)[1]["title"][:]
+
+
+def write(path, content: str | bytes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+# Quotes
+
+
+def test_a_tsv_whose_quotes_enclose_nothing_is_read_verbatim(tmp_path, caplog):
+    path = write(tmp_path / "t.tsv", STRAY)
+    assert titles(path) == ["\"Salem's", "Plain", '"Low', "Last"]
+    assert "line 2" in caplog.text
+    assert load(path)[0].num_rows == 4  # the column of titles is not read
+    assert titles(path, limit_data_rows=2) == ["\"Salem's", "Plain"]
+
+
+@pytest.mark.parametrize("first", ['"One" live', 'He said "no"', '""', '"', '"One', '"One"'])
+@pytest.mark.parametrize("last", ['Low"', '"Low', '"Low"er'])
+def test_no_pair_of_stray_quotes_hides_a_row_of_a_tsv(first, last, tmp_path):
+    rows = [f"1\t{item}\t{item}\t{title}\n" for item, title in enumerate([first, "Plain", last, "Last"])]
+    loaded = titles(write(tmp_path / "t.tsv", "user\titem\ttime\ttitle\n" + "".join(rows)), missing_titles="item_id")
+    assert loaded[1:] == ["Plain", last, "Last"]
+    assert loaded[0] in (first, first.strip('"'), "0")  # in a file that a quoting writer may have written, enclosing
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        (['1,a,1,"Salem', "1,b,2,Plain", '1,c,3,"Low'], 2),
+        (['1,a,1,"Salem', "1,b,2,Plain", '1,c,3,Low"'], 2),
+        (["1,a,1,Plain", '1,b,2,"One" live'], 3),
+        (["1,a,1,Plain", '1,b,2,"never closed'], 3),
+        (['1,a,1,"two\nlines"', '1,b,2,"One" live'], 4),
+    ],
+)
+def test_a_csv_with_a_stray_quote_is_refused_with_the_line(rows, line, tmp_path):
+    path = write(tmp_path / "t.csv", "user,item,time,title\n" + "\n".join(rows) + "\n")
+    for options in ({}, {"title_column": "title"}):
+        with pytest.raises(ValueError, match=rf"t.csv: .*\bline {line}\b.*fix the line"):
+            load(path, **options)
+
+
+def test_a_tsv_of_a_writer_that_quotes_is_refused_if_it_is_cut(tmp_path):
+    with pytest.raises(ValueError, match=r"quotes in line 3 are not closed"):
+        titles(write(tmp_path / "t.tsv", 'user\titem\ttime\ttitle\n1\ta\t1\t"Say ""Yes"""\n1\tb\t2\t"Cut'))
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_what_pandas_writes_is_read_as_it_was(separator, tmp_path):
+    names = ['Say "Yes"', "two\nlines", "a, b\tc", '"', '5" pipe', 'one, "two"\nthree, four']
+    frame = pd.DataFrame({"user": 1, "item": range(6), "time": range(6), "title": names})
+    path = tmp_path / ("t.csv" if separator == "," else "t.tsv")
+    frame.to_csv(path, sep=separator, index=False)
+    assert titles(path) == names
+
+
+def test_quotes_inside_of_a_value_are_characters(tmp_path):
+    assert titles(write(tmp_path / "t.csv", 'user,item,time,title\n1,1,1,5" pipe\n1,2,2,"a, b"\n')) == [
+        '5" pipe',
+        "a, b",
+    ]
+
+
+# Ids and names of columns
+
+
+def test_blanks_around_ids_and_names_do_not_count(tmp_path):
+    columns = {" user": ["u ", "u", "\tv"], "item ": ["42", " 42", "\u00a043 "], "time": [1, 2, 3]}
+    frame = pd.DataFrame(columns)
+    frame.to_parquet(tmp_path / "t.parquet")
+    frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    items = write(tmp_path / "items.csv", "item , name\n 42,A\n43 ,B\n")
+    for source in (frame, tmp_path / "t.parquet", tmp_path / "t.jsonl", tmp_path / "t.csv"):
+        interactions, named = load(source, items=items, items_title_column="name")
+        assert interactions["user_id"][:] == ["u", "u", "v"]
+        assert [str(item) for item in interactions["item_id"]] == ["42", "42", "43"]
+        assert named["title"][:] == ["A", "B"]
+
+
+def test_an_exact_name_comes_before_one_with_blanks(tmp_path):
+    path = write(tmp_path / "t.csv", "user,item, item,time\n1,2,3,4\n")
+    assert load(path)[0]["item_id"][:] == [2]
+    with pytest.raises(ValueError, match="2 columns named 'item'"):
+        load(write(tmp_path / "u.csv", "user,item , item,time\n1,2,3,4\n"))
+
+
+@pytest.mark.parametrize("blank", [" ", "\t", "\u00a0", " NA "])
+def test_an_id_of_blanks_is_missing(blank, tmp_path):
+    path = write(tmp_path / "t.csv", f"user,item,time\n{blank},2,3\n")
+    with pytest.raises(ValueError, match=r"column 'user' of .* in row 0 .*expected an id"):
+        load(path)
+    if not blank.strip():
+        with pytest.raises(ValueError, match=r"column 'user' of .* in row 0 .*expected an id"):
+            load(pd.DataFrame({"user": [blank], "item": [2], "time": [3]}))
+
+
+@pytest.mark.parametrize("odd", ["91X", "007", "1234567890123456789"])
+def test_text_tables_decide_together_whether_item_ids_are_numbers(odd, tmp_path):
+    short = write(tmp_path / "short.csv", "user,item,time\n1,12,1\n1,56,2\n")
+    whole = write(tmp_path / "whole.csv", f"user,item,time\n1,12,1\n1,56,2\n1,{odd},3\n")
+    items = write(tmp_path / "items.tsv", f"item\tname\n12\tA\n56\tB\n{odd}\tC\n")
+    few = write(tmp_path / "few.csv", "item,name\n12,A\n56,B\n")
+    for plays, table, rows in ((short, items, -1), (whole, items, 2), (whole, few, 2)):
+        interactions, named = load(plays, items=table, items_title_column="name", limit_data_rows=rows)
+        assert interactions["item_id"][:] == ["12", "56"]
+        assert named["title"][:2] == ["A", "B"]
+        assert interactions["user_id"][:] == [1, 1]
+    assert load(whole, limit_data_rows=2)[0]["item_id"][:] == load(whole)[0]["item_id"][:2] == ["12", "56"]
+
+
+def test_a_text_table_takes_the_type_of_a_table_with_types(tmp_path):
+    plays = write(tmp_path / "t.csv", "user,item,time\n1,12,1\n1,56,2\n")
+    items = write(tmp_path / "items.csv", "item,name\n12,A\n56,B\n9X,C\n")
+    text = pd.DataFrame({"item": ["12", "56"], "name": ["A", "B"]})
+    numbers = pd.DataFrame({"user": [1, 1], "item": [12, 56], "time": [1, 2]})
+    for source, table in ((plays, text), (numbers, items)):
+        interactions, named = load(source, items=table, items_title_column="name")
+        assert interactions["item_id"][:] == ["12", "56"]
+        assert named["title"][:2] == ["A", "B"]
+
+
+# JSON lines
+
+
+def test_only_the_named_columns_of_json_lines_matter(tmp_path):
+    unread = [12, "12", None, {"a": 1}, {"a": ["b"]}, [1, {}], True, float("nan"), 2**80]
+    lines = [
+        json.dumps(
+            {"other": value, "user": 1, "item": f"i{row}", "time": row, "title": None if row < 2 else "2012-12-21"}
+        )
+        for row, value in enumerate(unread)
+    ]
+    path = write(tmp_path / "t.jsonl", "\ufeff" + "\n".join(lines) + "\n")
+    assert titles(path, missing_titles="item_id") == ["i0", "i1"] + ["2012-12-21"] * 7
+
+
+def test_times_in_json_may_be_whole_and_fractions(tmp_path):
+    path = write(tmp_path / "t.jsonl", '{"user":1,"item":2,"time":1}\n\n{"user":1,"item":3,"time":2.5}\n')
+    assert load(path)[0]["timestamp"][:] == [1.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"user":1,"item":2,"time":', "line 1 is not JSON"),
+        ('{"user":36893488147419103232,"item":2,"time":3}', "column 'user' .*expected integers or strings"),
+        ('{"user":"A\\ud83d","item":2,"time":3}', "t.jsonl cannot be read: .*surrogate"),
+        ('{"user":{"id":1},"item":2,"time":3}', "column 'user' .* has type struct"),
+        ("", "cannot be read: it has no rows"),
+    ],
+)
+def test_json_lines_that_cannot_be_read_are_refused(line, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load(write(tmp_path / "t.jsonl", f"{line}\n"))
+
+
+# Frames
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([2**70, 1], "do not fit int64"),
+        ([2**64 - 1, 1], "do not fit int64"),
+        ([-(2**63) - 1, 1], "do not fit int64"),
+        (["b", "A\ud83d"], r"in row 1 .*half a character"),
+        ([1 + 2j, 2], "mixes types"),
+    ],
+)
+@pytest.mark.parametrize("column", ["user", "item", "time", "title"])
+def test_objects_that_no_column_can_hold_are_refused(column, values, message):
+    frame = pd.DataFrame(ROWS | {"title": ["A", "B"]} | {column: pd.Series(values, dtype=object)})
+    with pytest.raises(ValueError, match=f"column '{column}' of the pandas frame .*{message}"):
+        titles(frame)
+
+
+def test_columns_may_be_named_by_numbers(tmp_path):
+    frame = pd.DataFrame([[1, 10, 3, "A"], [2, 20, 4, "B"]])
+    items = pd.DataFrame([[20, "Y"], [10, "X"]])
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    for source, names in ((frame, (0, 1, 2)), (frame, ("0", "1", "2")), (tmp_path / "t.csv", (0, 1, 2))):
+        interactions, named = load_interactions(source, *names, title_column=3)
+        assert interactions.to_dict() == {"user_id": [1, 2], "item_id": [10, 20], "timestamp": [3, 4]}
+        assert named["title"][:] == ["A", "B"]
+    _, named = load_interactions(frame, 0, 1, 2, items=items, items_item_column=0, items_title_column=1)
+    assert named["title"][:] == ["Y", "X"]
+
+
+# Folders of parts
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".json", ".tsv"])
+def test_the_parts_of_a_folder_are_read_in_the_order_of_their_numbers(suffix, tmp_path):
+    folder = tmp_path / f"plays{suffix}"
+    for name in ("_SUCCESS", ".part-0.crc", "_metadata/x"):
+        write(folder / name, "no part")
+    for number in (2, 10):
+        path = folder / f"part-{number}{suffix}"
+        if suffix == ".parquet":
+            pq.write_table(pa.table({"time": [number], "user": [1], "item": [number]}), path)
+        elif suffix == ".json":
+            write(path, json.dumps({"user": 1, "item": number, "time": number}) + "\n")
+        else:
+            write(path, f"user,item,time\n1,{number},{number}\n".replace(",", "," if suffix == ".csv" else "\t"))
+    if suffix != ".parquet":
+        write(folder / f"part-11{suffix}", "")
+    assert load(folder)[0]["item_id"][:] == [2, 10]
+    assert load(folder, limit_data_rows=1)[0]["item_id"][:] == [2]
+
+
+def test_parts_without_a_suffix_take_that_of_the_folder(tmp_path):
+    write(tmp_path / "plays.csv" / "0.part", "user,item,time\n1,2,3\n")
+    assert load(tmp_path / "plays.csv")[0]["item_id"][:] == [2]
+
+
+def test_parts_of_a_text_table_have_one_type_and_one_way_to_quote(tmp_path):
+    folder = tmp_path / "plays"
+    write(folder / "part-0.tsv", 'user\titem\ttime\ttitle\n1\t2\t3\t"A"\n')
+    write(folder / "part-1.tsv", 'title\tuser\titem\ttime\n"B" live\t1\t2X\t3\n')
+    interactions, items = load(folder, title_column="title")
+    assert interactions["item_id"][:] == ["2", "2X"]
+    assert items["title"][:] == ['"A"', '"B" live']
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "is a folder that contains no files"),
+        (["year=2020/a.csv"], "is a folder that contains folders, such as year=2020"),
+        (["a.csv", "b.jsonl"], "files of the types"),
+        (["a.xlsx"], "the file type '.xlsx'; expected one of"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused(names, message, tmp_path):
+    folder = tmp_path / "plays"
+    folder.mkdir()
+    for name in names:
+        write(folder / name, "user,item,time\n1,2,3\n")
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_parts_of_different_types_are_refused(tmp_path):
+    for number, item in enumerate([1, "a"]):
+        write(tmp_path / "t" / f"{number}.jsonl", json.dumps({"user": 1, "item": item, "time": 3}))
+    with pytest.raises(ValueError, match=r"the parts of .* have columns of different types"):
+        load(tmp_path / "t")
+
+
+# Compression and separators
+
+
+def test_compressed_text_is_read(tmp_path):
+    for name, text in (("t.csv.gz", "\ufeffuser,item,time\n1,2,3\n"), ("t.jsonl.gz", '{"user":1,"item":2,"time":3}')):
+        assert load(write(tmp_path / name, gzip.compress(text.encode())))[0]["item_id"][:] == [2]
+    pd.DataFrame(ROWS).to_csv(tmp_path / "t.tsv.bz2", sep="\t", index=False)
+    assert load(tmp_path / "t.tsv.bz2")[0]["item_id"][:] == [10, 20]
+
+
+def test_a_compressed_file_that_is_cut_or_none_is_refused(tmp_path):
+    whole = gzip.compress(b"user,item,time\n" + b"".join(b"%d,%d,3\n" % (row, row * 7919) for row in range(9999)))
+    for content in (whole[:-500], b"user,item,time\n1,2,3\n"):
+        with pytest.raises(ValueError, match=r"t.csv.gz cannot be read"):
+            load(write(tmp_path / "t.csv.gz", content))
+
+
+@pytest.mark.parametrize("header", ["user;item;time", '"user";"item";"time"', "user|item|time", "user\titem\ttime"])
+def test_another_separator_is_named_and_can_be_given(header, tmp_path):
+    separator = header[-5] if '"' not in header else ";"
+    path = write(tmp_path / "t.csv", f"{header}\n1{separator}10{separator}3\n")
+    with pytest.raises(ValueError, match=r"look separated by .*: pass separator="):
+        load(path)
+    items = write(tmp_path / "items.csv", f"item{separator}name\n10{separator}A, B\n")
+    _, named = load(path, separator=separator, items=items, items_title_column="name", items_separator=separator)
+    assert named["title"][:] == ["A, B"]
+
+
+@pytest.mark.parametrize("separator", ["", ";;", '"', "\n"])
+def test_a_separator_that_cannot_separate_is_refused(separator, tmp_path):
+    with pytest.raises(ValueError, match="expected one character, for CSV or TSV"):
+        load(write(tmp_path / "t.csv", "user,item,time\n1,2,3\n"), separator=separator)
+
+
+def test_a_separator_is_for_text_files_only(tmp_path):
+    pd.DataFrame(ROWS).to_parquet(tmp_path / "t.parquet")
+    for source in (pd.DataFrame(ROWS), tmp_path / "t.parquet"):
+        with pytest.raises(ValueError, match="separator"):
+            load(source, separator=";")
