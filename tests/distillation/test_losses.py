@@ -398,7 +398,8 @@ def test_base_losses_by_the_naive_formula(base_loss):
         if base_loss == "cross_entropy":
             expected = row_scores.logsumexp(0) - truth
         elif base_loss == "sampled_softmax":
-            expected = torch.cat([truth.view(1), others]).logsumexp(0) - truth
+            # three draws from 101 items: each stands for 101 / 3 of them
+            expected = torch.cat([truth.view(1), others + math.log(101 / 3)]).logsumexp(0) - truth
         else:
             rate = 3 / 100
             power = rate * (0.6 * (1 - 1 / rate) + 1 / rate) if base_loss == "gbce" else 1.0

@@ -6,6 +6,7 @@ of it, and have no column for padding. Everything is computed in float32, whatev
 Source: DLLM2Rec (arXiv 2405.00338, RecSys 2024); the DROS term is that of DROS (SIGIR 2023).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -184,8 +185,9 @@ def base_losses(
         negative: (batch,) or (batch, negatives) columns; negatives that equal the target are ignored. None for
             "cross_entropy", which needs none.
         base_loss: "bce" (the average over the target and its negatives), "cross_entropy" (over all columns),
-            "sampled_softmax" or "gbce".
-        num_items: size of the catalogue, for the sampling rate of gBCE; None if the columns cover all of it.
+            "sampled_softmax" (corrected for the draw: an estimate of the cross-entropy over the catalogue) or "gbce".
+        num_items: size of the catalogue, from which the negatives are drawn uniformly, for the corrections of
+            "sampled_softmax" and "gbce"; None if the columns cover all of it.
         gbce_calibration: t of gBCE.
 
     Returns:
@@ -213,7 +215,7 @@ def _sampled_losses(base_loss, target_scores, negative_scores, collisions, num_i
     # The losses of `models` sum over positions; vmap gives them one row at a time.
     rows = (target_scores, negative_scores.unsqueeze(1), collisions.unsqueeze(1))
     if base_loss == "sampled_softmax":
-        return torch.vmap(sampled_softmax_loss)(*rows)
+        return torch.vmap(sampled_softmax_loss, in_dims=(0, 0, 0, None))(*rows, -math.log(num_items))
     return torch.vmap(gbce_loss, in_dims=(0, 0, 0, None, None))(*rows, num_items, calibration)
 
 
@@ -243,7 +245,8 @@ class DLLM2RecLoss(nn.Module):
             negatives that equal the target or one of the teacher's items.
         base_loss: "bce" (DLLM2Rec's), "cross_entropy", "sampled_softmax" or "gbce", see `base_losses`; "student"
             where the student computes a loss of its own, which is not part of the output.
-        num_items: size of the catalogue, for the sampling rate of gBCE; None if the scores cover all of it.
+        num_items: size of the catalogue, from which the negatives are drawn uniformly; None if the scores cover all of
+            it.
         gbce_calibration: t of gBCE.
 
     Raises:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_ilora import SASRecConfig, SASRecForNextItem
 from hf_ilora.models.next_item.next_item_losses import chunked_cross_entropy, gbce_loss, sampled_softmax_loss
 
 
@@ -98,25 +99,75 @@ def test_sampled_softmax_with_only_collisions_is_zero_and_has_finite_gradients()
     assert torch.isfinite(target_scores.grad).all() and torch.isfinite(negative_scores.grad).all()
 
 
-def test_logq_correction_makes_popular_negatives_unbiased():
-    """With many negatives the corrected gradient is the full softmax's; without the correction it is not."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(12, generator=generator)  # column 0 is padding
-    q = torch.arange(12, dtype=torch.float32) ** 1.5
-    q = q / q.sum()
-    negatives = torch.multinomial(q, 200_000, replacement=True, generator=generator)
-    target = torch.tensor([3])
+def popular_problem(num_items=40):
+    """Scores of a catalogue, a popular target, and draws in proportion to counts that fall off steeply."""
+    scores = torch.randn(num_items, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    q = 1 / torch.arange(1.0, num_items + 1, dtype=torch.float64) ** 1.2
+    return scores, torch.tensor([1]), q / q.sum()
 
-    def gradient(correct):
-        leaf = scores.clone().requires_grad_()
-        logs = (q.log()[target], q.log()[negatives]) if correct else ()
-        collisions = (negatives == target).unsqueeze(0) & False
-        sampled_softmax_loss(leaf[target], leaf[negatives].unsqueeze(0), collisions, *logs).backward()
-        return leaf.grad[1:]
 
-    expected = torch.softmax(scores[1:], 0) - F.one_hot(target[0] - 1, 11)
-    assert (gradient(True) - expected).abs().max() < 0.01
-    assert (gradient(False) - expected).abs().max() > 0.1
+def expected_gradient(scores, target, q, k, correct, draws=400_000):
+    """Gradient and p(target) of the sampled softmax with k negatives, averaged over many draws."""
+    rows = draws // k
+    drawn = torch.multinomial(q, rows * k, replacement=True, generator=torch.Generator().manual_seed(k)).view(rows, k)
+    leaf = scores.float().clone().requires_grad_()
+    log_q = q.log().float()[drawn] if correct else None
+    targets = target.expand(rows)
+    loss = sampled_softmax_loss(leaf[targets], leaf[drawn], drawn == targets.unsqueeze(1), log_q)
+    loss.backward()
+    return leaf.grad.double() / rows, math.exp(-loss.item() / rows)
+
+
+def test_logq_correction_approaches_the_full_softmax_as_negatives_grow():
+    """The error falls like 1 / negatives; without the correction, or with the target corrected too, it does not."""
+    scores, target, q = popular_problem()
+    p = scores.softmax(0)
+    full = p - F.one_hot(target[0], len(p))
+    errors = []
+    for k in (8, 64, 512):
+        gradient, estimate = expected_gradient(scores, target, q, k, correct=True)
+        errors.append(((gradient - full).norm() / full.norm()).item())
+    assert errors[0] < 0.25 and errors[1] < 0.08 and errors[2] < 0.03
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    assert estimate == pytest.approx(p[target[0]].item(), rel=0.05)
+    for k in (64, 512):
+        gradient, estimate = expected_gradient(scores, target, q, k, correct=False)
+        assert (gradient - full).norm() / full.norm() > 0.2
+    assert estimate < p[target[0]].item() / 2  # tends to 0
+
+
+def test_logq_correction_by_hand():
+    """Two negatives with probabilities 1/4 and 1/8: they count 1 / (2 q) times, the target once."""
+    scores, log_q = torch.tensor([[0.5, -1.0]]), torch.tensor([1 / 4, 1 / 8]).log()
+    expected = math.log(math.exp(1) + 2 * math.exp(0.5) + 4 * math.exp(-1)) - 1
+    loss = sampled_softmax_loss(torch.tensor([1.0]), scores, torch.zeros(1, 2, dtype=torch.bool), log_q)
+    assert loss.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("sharing", ["batch", "position"])
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_the_loss_of_a_model_with_many_negatives_is_that_of_the_full_softmax(sharing, power):
+    """Whatever the negatives are drawn by, also where an item is drawn more rarely than it occurs (power 2)."""
+    counts = torch.tensor([0.0, 30, 1, 7, 2, 12, 3])
+    torch.manual_seed(0)
+    settings = {"num_items": 6, "hidden_size": 8, "num_hidden_layers": 1, "max_length": 4, "initializer_range": 0.5}
+    history, labels = torch.tensor([[3, 1, 5]]), torch.tensor([[1, 5, 2]])
+    losses = {}
+    for loss_type in ("cross_entropy", "sampled_softmax"):
+        config = SASRecConfig(
+            loss_type=loss_type, popularity_power=power, negative_sharing=sharing, num_negatives=100_000, **settings
+        )
+        model = SASRecForNextItem(config).eval()
+        if power:
+            model.set_item_counts(counts)
+        if losses:
+            model.load_state_dict(weights)
+        weights = model.state_dict()
+        loss = model(history, labels=labels).loss
+        gradient = torch.autograd.grad(loss, model.model.item_embedding.weight)[0]
+        losses[loss_type] = loss, gradient
+    torch.testing.assert_close(losses["sampled_softmax"][0], losses["cross_entropy"][0], rtol=0.02, atol=0)
+    torch.testing.assert_close(losses["sampled_softmax"][1], losses["cross_entropy"][1], rtol=0, atol=0.02)
 
 
 def naive_gbce(positive, negatives, num_items, t):

@@ -32,8 +32,9 @@ class NextItemConfig(PreTrainedConfig):
         num_negatives: negatives drawn per training step ("batch") or per position ("position").
         negative_sharing: whether one draw of negatives serves the whole batch or each position has its own.
         popularity_power: negatives are drawn in proportion to item count ** power; 0 draws uniformly.
-        logq_correction: subtract log q(item) from the scores of the sampled softmax (Bengio and Senecal 2008), so
-            that its expected gradient approaches that of the whole softmax.
+        logq_correction: subtract log(num_negatives x q) from the scores of the negatives of the sampled softmax, where
+            q is the probability of drawing them, so that its gradient approaches that of the whole softmax the more
+            negatives there are; the other losses do not read it.
         gbce_calibration: t of gBCE (gSASRec, RecSys 2023, eq. 15): 0 is plain BCE, 1 is fully calibrated.
         teacher_embedding_size: numbers per item of a language model's item embeddings that are added to the item
             embeddings through a projection, until `fold_teacher_embeddings`; `None` adds nothing.

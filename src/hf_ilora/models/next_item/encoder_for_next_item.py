@@ -257,15 +257,13 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         if config.negative_sharing == "position":
             shape = (num_positions, config.num_negatives)
         if not config.popularity_power:
-            return torch.randint(1, config.num_items + 1, shape, device=self.device), None
+            log_q = -math.log(config.num_items) if config.logq_correction else None
+            return torch.randint(1, config.num_items + 1, shape, device=self.device), log_q
         if not self.item_counts.any():
             raise ValueError("popularity_power needs item counts: call set_item_counts before training")
         q = self.item_counts**config.popularity_power * (self.item_counts > 0)
         drawn = torch.multinomial(q, math.prod(shape), replacement=True).view(shape)
-        if not config.logq_correction:
-            return drawn, None
-        # An item that training never drew counts as drawn once, so that the loss of evaluation stays finite.
-        return drawn, (q / q.sum()).clamp(min=1 / self.item_counts.sum()).log()
+        return drawn, (q / q.sum()).log() if config.logq_correction else None  # -inf of items that are never drawn
 
 
 def require_item_count(config: NextItemConfig) -> None:

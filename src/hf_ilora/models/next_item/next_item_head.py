@@ -38,7 +38,8 @@ class NextItemHead(nn.Linear):
                 with `repeat_bias`.
             targets: (positions,) item ids, or None.
             negatives: (negatives,) or (positions, negatives) item ids, for the sampled losses.
-            log_q: (num_items + 1,) log probability of each item in the draw of negatives, or None.
+            log_q: log probability of each item in a draw of negatives, (num_items + 1,), or a number for uniform draws;
+                None does not correct for the draw.
             item_offsets: (num_items + 1, hidden), added to the table, or None.
             scored_items: (items,) different ids, none of them padding: the scores are of these, in their order.
 
@@ -62,8 +63,8 @@ class NextItemHead(nn.Linear):
             target_scores, negative_scores = target_scores + self.bias[targets], negative_scores + self.bias[negatives]
         collisions = negatives == targets.unsqueeze(1)  # (positions, negatives)
         if self.config.loss_type == "sampled_softmax":
-            corrections = () if log_q is None else (log_q[targets], log_q[negatives])
-            return sampled_softmax_loss(target_scores, negative_scores, collisions, *corrections)
+            negative_log_q = log_q[negatives] if isinstance(log_q, torch.Tensor) else log_q
+            return sampled_softmax_loss(target_scores, negative_scores, collisions, negative_log_q)
         calibration = self.config.gbce_calibration if self.config.loss_type == "gbce" else 0.0
         return gbce_loss(target_scores, negative_scores, collisions, self.config.num_items, calibration)
 

@@ -4,6 +4,8 @@ All return the SUM over positions, as a float32 scalar, so that the caller divid
 whole (accumulated, distributed) batch. Item ids run 1..num_items; row 0 of the table is padding and never competes.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -85,26 +87,35 @@ def chunked_cross_entropy(hidden_states, weight, bias, targets, repeat_bias=None
     return _ChunkedCrossEntropy.apply(hidden_states, weight, bias, targets, repeat_bias, repeated_items, chunk_size)
 
 
-def sampled_softmax_loss(target_scores, negative_scores, collisions, target_log_q=None, negative_log_q=None):
+def sampled_softmax_loss(target_scores, negative_scores, collisions, negative_log_q=None):
     """Cross-entropy of the target among itself and sampled negatives.
+
+    With the log probabilities q of the draws, k negatives estimate the sum over all other items without bias,
+
+        loss = -s_target + log(exp s_target + sum over negatives j of exp(s_j - log(k q_j)))
+
+    so that loss and gradient approach those of the softmax over the catalogue as k grows; their bias shrinks as 1 / k.
+    The target's score stays as it is: the target always takes part, and is no draw. That holds where q is what the
+    negatives were drawn by, with replacement, and every item that competes can be drawn. Without the log probabilities
+    the loss approaches that of no softmax over the catalogue, whatever k is: popular negatives count too much.
 
     Args:
         target_scores: (positions,).
         negative_scores: (positions, negatives).
         collisions: (positions, negatives) bool, where a negative is the target itself; these do not compete.
-        target_log_q: (positions,) or None, log probability of drawing the target as a negative.
-        negative_log_q: (negatives,) or (positions, negatives) or None, the same for the negatives.
+        negative_log_q: log probability of each negative in one draw, a number for uniform draws, or (negatives,) or
+            (positions, negatives); None leaves the scores as they are.
 
     Returns:
         Scalar, summed over positions, float32.
 
-    Source: Bengio and Senecal 2008; logQ correction as in Yi et al., RecSys 2019, eq. 3.
+    Source: Bengio and Senecal 2008; "Correcting the LogQ Correction" (RecSys 2025), which leaves the target's score
+    alone, unlike Yi et al. (RecSys 2019, eq. 3).
     """
-    if target_log_q is not None:
-        target_scores = target_scores - target_log_q
-        negative_scores = negative_scores - negative_log_q
-    negative_scores = negative_scores.float().masked_fill(collisions, float("-inf"))
-    target_scores = target_scores.float()
+    target_scores, negative_scores = target_scores.float(), negative_scores.float()
+    if negative_log_q is not None:
+        negative_scores = negative_scores - (negative_log_q + math.log(negative_scores.shape[-1]))
+    negative_scores = negative_scores.masked_fill(collisions, float("-inf"))
     log_normaliser = torch.logaddexp(target_scores, negative_scores.logsumexp(-1))  # (positions,)
     return (log_normaliser - target_scores).sum()
 
@@ -117,7 +128,8 @@ def gbce_loss(target_scores, negative_scores, collisions, num_items, calibration
         negative_scores: (positions, negatives).
         collisions: (positions, negatives) bool, where a negative is the target itself; these are ignored.
         num_items: size of the catalogue, for the sampling rate negatives / (num_items - 1).
-        calibration: t in [0, 1].
+        calibration: t in [0, 1]. It corrects for the share of the catalogue that is drawn, uniformly: with popular
+            negatives the predicted probabilities are those of a catalogue in which these occur more often.
 
     Returns:
         Scalar, summed over positions, float32; each position averages over its target and its negatives.
