@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import PartialState
 
 from hf_ilora import ILoraConfig, ILoraForRecommendation, SequenceDatasets
 from hf_ilora.data.row_fractions import check_fraction, rows_in_fraction
+from hf_ilora.devices import uses_accelerator
 from hf_ilora.evaluation.candidate_evaluation import GENERATE, CandidateEvaluation
 from hf_ilora.evaluation.candidate_report import (
     CandidateContext,
@@ -111,7 +111,7 @@ def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
     # Without an accelerator, the processes of a launch only find each other if the first PartialState is told to use
     # the CPU.
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not uses_accelerator())
     sequences, split = load_data(arguments)
     for model in arguments.models:  # before anything is measured
         ILoraConfig.from_pretrained(model)

@@ -18,6 +18,7 @@ from accelerate import PartialState
 
 from hf_ilora import ILoraForRecommendation, SequenceDatasets, compare_runs
 from hf_ilora.data.columns import read_column
+from hf_ilora.devices import uses_accelerator
 from hf_ilora.evaluation.latency import measure_latency, model_size
 from hf_ilora.evaluation.rank_metrics import metric_per_user
 from hf_ilora.evaluation.ranking import rank_split
@@ -78,7 +79,7 @@ def main() -> None:
     sequences, split, models, folders = load_and_check(arguments)
     # Without an accelerator, the processes of a launch only find each other if the first PartialState is told to use
     # the CPU.
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not uses_accelerator())
     device = torch.device(arguments.device) if arguments.device else state.device
     output = Path(arguments.output_dir)
     set_up_logging(output)

@@ -24,6 +24,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from hf_ilora import SequenceDatasets
+from hf_ilora.devices import uses_accelerator
 from hf_ilora.distillation.acquisition import ACQUISITION_POLICIES
 from hf_ilora.distillation.labelling import (
     LABELLED_POSITIONS,
@@ -100,7 +101,7 @@ def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
     # Without an accelerator, the processes of a launch only find each other if the first PartialState is told to use
     # the CPU. The timeout is long because all processes wait for the slowest.
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+    state = PartialState(cpu=not uses_accelerator(), timeout=timedelta(days=30))
     sequences, teacher, recommender = load_and_check(arguments, state.device)
     all_requests = LabelRequests.of_split(sequences["train"], arguments.labelled_positions)
     fingerprint = sequences.fingerprint

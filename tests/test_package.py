@@ -39,10 +39,10 @@ ALLOWED_IMPORTS = {
     "models": {"downloads", "files"},
     "titles": {"models"},
     "reference": {"data", "models"},
-    "runs": {"data", "evaluation", "downloads", "files", "hf_ilora_cli"},
+    "runs": {"data", "evaluation", "devices", "downloads", "files", "hf_ilora_cli"},
     "evaluation": {"data", "models", "files"},
     "distillation": {"data", "models", "reference", "files"},
-    "training": {"data", "models", "titles", "evaluation", "distillation"},
+    "training": {"data", "models", "titles", "evaluation", "distillation", "devices"},
     "publishing": {"data", "models", "evaluation", "files"},
 }
 

@@ -96,6 +96,9 @@ def launch_config(launch: str | None, num_processes: int | None) -> Path:
 def run_launched(recipe: Path, options: list[str], config_file: Path, num_processes: int | None, program: str) -> int:
     """Start the processes and wait for them; returns their exit code."""
     words = ["--config_file", str(config_file)]
+    if config_file.stem == "single_gpu":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        words += ["--gpu_ids", visible.split(",")[0]] if visible else []
     if num_processes is not None:
         words += ["--num_processes", str(num_processes)]
     if "--debug" not in options:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command
 
+from hf_ilora_cli import launching
 from hf_ilora_cli.launching import launch_config, take_launch_options
 from tests.paths import PROJECT
 
@@ -50,6 +52,22 @@ def test_several_processes_with_a_configuration_of_one_are_refused():
 def test_an_unknown_configuration_is_refused():
     with pytest.raises(ValueError, match=r"accelerate configuration multi_gpu not found.*shipped multi_cpu, "):
         launch_config("multi_gpu", None)
+
+
+@pytest.mark.parametrize(
+    ("launch", "visible", "expected"),
+    [("single_gpu", "2,3", "2"), ("single_gpu", None, "0"), ("cpu", "2", "-1"), ("ddp", "2,3", "all")],
+)
+def test_one_process_gets_the_first_gpu_that_the_user_leaves_visible(monkeypatch, launch, visible, expected):
+    """Of several, the Trainer would wrap the model in DataParallel."""
+    found = []
+    monkeypatch.setattr(launching, "launch_command", lambda args: found.append(_validate_launch_command(args)[0]))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config_file = PROJECT / "accelerate_configs" / f"{launch}.yaml"
+    assert launching.run_launched(Path("recipe.py"), ["--debug"], config_file, None, "program") == 0
+    assert found[0].gpu_ids == expected
 
 
 @pytest.fixture

@@ -43,8 +43,8 @@ def propensity_scores(item_counts: torch.Tensor, power: float = 0.05) -> torch.T
         raise ValueError(f"item_counts have shape {tuple(item_counts.shape)}: expected (items,), one count per item")
     if item_counts.min() < 0:
         raise ValueError(f"item_counts contain {item_counts.min().item()}: expected numbers of occurrences, 0 or more")
-    smoothed = item_counts.double() + 1
-    return ((smoothed / smoothed.sum()) ** power).float()
+    smoothed = item_counts.cpu().double() + 1  # not every accelerator has float64
+    return ((smoothed / smoothed.sum()) ** power).float().to(item_counts.device)
 
 
 def dro_loss(scores: torch.Tensor, target: torch.Tensor, propensity: torch.Tensor, beta: float) -> torch.Tensor:

@@ -64,7 +64,7 @@ def expert_usage(gates: torch.Tensor) -> ExpertUsage:
     """
     if gates.dim() != 2 or not gates.numel():
         raise ValueError(f"gates have shape {tuple(gates.shape)}: expected (users, experts), at least one of each")
-    gates = gates.detach().double().cpu()
+    gates = gates.detach().cpu().double()
     wrong = ~((gates >= 0).all(dim=1) & ((gates.sum(dim=1) - 1).abs() < 1e-3))  # (users,), also for NaN
     if wrong.any():
         user = int(wrong.nonzero()[0])

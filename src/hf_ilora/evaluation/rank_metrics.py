@@ -1,7 +1,8 @@
 """Ranking metrics as pure functions of the target's rank: one number per user.
 
 A rank is the 1-based position of the only relevant item; 1 is the best. All functions take ranks of any shape and
-return float64 of the same shape, so that means do not depend on the batches.
+return float64 of the same shape, so that means do not depend on the batches; on the CPU, since not every accelerator
+has float64.
 """
 
 import re
@@ -17,12 +18,12 @@ def hit_at(ranks: torch.Tensor, k: int) -> torch.Tensor:
         k: cut-off, at least 1.
 
     Returns:
-        float64 of the shape of `ranks`.
+        float64 of the shape of `ranks`, on the CPU.
 
     Raises:
         ValueError: for `k` < 1, ranks < 1 or ranks that are not integers.
     """
-    _check(ranks, k)
+    ranks = _checked(ranks, k)
     return (ranks <= k).double()
 
 
@@ -34,12 +35,12 @@ def ndcg_at(ranks: torch.Tensor, k: int) -> torch.Tensor:
         k: cut-off, at least 1.
 
     Returns:
-        float64 of the shape of `ranks`.
+        float64 of the shape of `ranks`, on the CPU.
 
     Raises:
         ValueError: for `k` < 1, ranks < 1 or ranks that are not integers.
     """
-    _check(ranks, k)
+    ranks = _checked(ranks, k)
     return torch.where(ranks <= k, 1 / torch.log2(ranks.double() + 1), 0.0)
 
 
@@ -51,12 +52,12 @@ def reciprocal_rank(ranks: torch.Tensor, k: int | None = None) -> torch.Tensor:
         k: cut-off, at least 1; None counts every rank.
 
     Returns:
-        float64 of the shape of `ranks`.
+        float64 of the shape of `ranks`, on the CPU.
 
     Raises:
         ValueError: for `k` < 1, ranks < 1 or ranks that are not integers.
     """
-    _check(ranks, k)
+    ranks = _checked(ranks, k)
     values = 1 / ranks.double()
     return values if k is None else torch.where(ranks <= k, values, 0.0)
 
@@ -72,7 +73,7 @@ def metric_per_user(name: str, ranks: torch.Tensor) -> torch.Tensor:
         ranks: integers >= 1, any shape.
 
     Returns:
-        float64 of the shape of `ranks`.
+        float64 of the shape of `ranks`, on the CPU.
 
     Raises:
         ValueError: for a name of another form, ranks < 1 or ranks that are not integers.
@@ -86,10 +87,13 @@ def metric_per_user(name: str, ranks: torch.Tensor) -> torch.Tensor:
     return _METRICS[match[1]](ranks, None if match[2] is None else int(match[2]))
 
 
-def _check(ranks: torch.Tensor, k: int | None) -> None:
+def _checked(ranks: torch.Tensor, k: int | None) -> torch.Tensor:
+    """The ranks, on the CPU."""
+    ranks = ranks.cpu()
     if k is not None and k < 1:
         raise ValueError(f"k is {k}: expected a cut-off of at least 1")
     if ranks.is_floating_point():
         raise ValueError(f"ranks have type {ranks.dtype}: expected integers, the 1-based position of the target")
     if ranks.numel() and int(ranks.min()) < 1:
         raise ValueError(f"lowest rank is {int(ranks.min())}: expected at least 1, the 1-based position of the target")
+    return ranks

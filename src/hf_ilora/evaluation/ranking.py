@@ -385,7 +385,7 @@ class RankingMetrics:
                 "preprocess_logits_for_metrics=ranks_from_logits to the Trainer"
             )
         values = torch.stack([ndcg_at(ranks, self.k), hit_at(ranks, self.k), reciprocal_rank(ranks)])  # (3, batch, 2)
-        self._sums = self._sums + values.sum(dim=1).cpu()  # (3, 2)
+        self._sums = self._sums + values.sum(dim=1)  # (3, 2)
         self._num_users += len(ranks)
         if not compute_result:
             return {}

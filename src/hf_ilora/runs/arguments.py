@@ -179,11 +179,12 @@ def _process_group_defaults(dataclass_types: Sequence[type]) -> dict[str, object
     """
     if "LOCAL_RANK" not in os.environ:
         return {}  # one process, and no need to import torch
-    import torch
     from transformers import TrainingArguments
 
+    from hf_ilora.devices import uses_accelerator
+
     trains = any(issubclass(dataclass_type, TrainingArguments) for dataclass_type in dataclass_types)
-    if not trains or torch.accelerator.is_available():
+    if not trains or uses_accelerator():
         return {}
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         return {"ddp_backend": "gloo"}  # DeepSpeed is not used at all where use_cpu is set

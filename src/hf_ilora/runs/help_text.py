@@ -182,7 +182,7 @@ def _default(field: dataclasses.Field) -> str | None:
     factory = field.default_factory
     if factory in (list, dict) or factory.__name__ == "<lambda>":
         return _in_words(factory())
-    return f"{factory.__module__}.{factory.__name__}()"  # such as torch.cuda.is_available, which depends on the machine
+    return f"{factory.__module__}.{factory.__name__}()"  # such as uses_cuda, which depends on the machine
 
 
 def _in_words(value: object) -> str:

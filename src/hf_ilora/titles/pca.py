@@ -21,7 +21,7 @@ def pca_embeddings(table: torch.Tensor, size: int, whiten: bool = True) -> torch
     """
     if table.dim() != 2 or len(table) < 2:
         raise ValueError(f"table has shape {tuple(table.shape)}: expected (num_items + 1, numbers per item)")
-    items = table[1:].detach().double()  # (items, any)
+    items = table[1:].detach().cpu().double()  # (items, any)
     if not torch.isfinite(items).all():
         item = int((~torch.isfinite(items)).any(1).nonzero()[0]) + 1
         raise ValueError(f"the embedding of item {item} contains NaN or inf: expected finite numbers; encode again")

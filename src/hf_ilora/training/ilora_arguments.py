@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from transformers import TrainingArguments
+
+from hf_ilora.devices import uses_accelerator, uses_cuda
 
 from .candidate_rows import TARGET_ITEMS
 from .next_item_arguments import check_run_arguments
@@ -88,6 +89,10 @@ class ILoraTrainingArguments(TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "when to write a checkpoint: no, steps or epoch"})
     save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints to keep"})
     logging_steps: float = field(default=10, metadata={"help": "optimizer steps between two lines of the log"})
+    # It would wait for the device in every step; training stops at such a loss anyway.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "leave losses that are not finite out of the log; training stops at them"}
+    )
     load_best_model_at_end: bool = field(
         default=True, metadata={"help": "end with the checkpoint that has the best metric_for_best_model"}
     )
@@ -96,11 +101,11 @@ class ILoraTrainingArguments(TrainingArguments):
     )
     greater_is_better: bool | None = field(default=False, metadata={"help": "whether a larger metric is better"})
     bf16: bool = field(
-        default_factory=torch.cuda.is_available,
+        default_factory=uses_cuda,
         metadata={"help": "mixed precision in bfloat16; by default on CUDA devices"},
     )
     dataloader_pin_memory: bool = field(
-        default_factory=torch.accelerator.is_available,
+        default_factory=uses_accelerator,
         metadata={"help": "pin memory for transfers to an accelerator; by default where there is one"},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "drop columns that the model does not read"})

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from transformers import TrainingArguments
+
+from hf_ilora.devices import launched_on_cpu, uses_accelerator
 
 from .windows import LABELLED_POSITIONS, WINDOWS, check_windows
 
@@ -95,6 +96,10 @@ class NextItemTrainingArguments(TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "when to write a checkpoint: no, steps or epoch"})
     save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints to keep"})
     logging_strategy: str = field(default="epoch", metadata={"help": "when to log the loss: no, steps or epoch"})
+    # It would wait for the device in every step; training stops at such a loss anyway.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "leave losses that are not finite out of the log; training stops at them"}
+    )
     load_best_model_at_end: bool = field(
         default=True, metadata={"help": "end with the checkpoint that has the best metric_for_best_model"}
     )
@@ -103,7 +108,7 @@ class NextItemTrainingArguments(TrainingArguments):
     )
     greater_is_better: bool | None = field(default=True, metadata={"help": "whether a larger metric is better"})
     dataloader_pin_memory: bool = field(
-        default_factory=torch.accelerator.is_available,
+        default_factory=uses_accelerator,
         metadata={"help": "pin memory for transfers to an accelerator; by default where there is one"},
     )
     # The metrics read the seen items of every user, and reduce scores to ranks batch by batch.
@@ -135,9 +140,11 @@ def check_run_arguments(arguments: TrainingArguments, per_epoch: str) -> None:
     """Raise a ValueError for settings with which no trainer of this package can work.
 
     Args:
-        arguments: before `TrainingArguments.__post_init__`; they have `early_stopping_patience`.
+        arguments: before `TrainingArguments.__post_init__`; they have `early_stopping_patience`. `use_cpu` becomes true
+            where the launch was told to use the CPU.
         per_epoch: what the training data renew in every epoch, for the message.
     """
+    arguments.use_cpu = arguments.use_cpu or launched_on_cpu()
     if arguments.output_dir is None:
         raise ValueError("output_dir is missing: expected the folder for the model; pass output_dir")
     if arguments.dataloader_persistent_workers:

@@ -15,6 +15,8 @@ from transformers.utils import PushInProgress
 
 from hf_ilora.models.next_item.hub_upload import CARD_FILE, UploadOfSaved, checked_tags, upload, usage_card
 
+from .finite_losses import FiniteLosses, check_weights
+
 logger = logging.getLogger(__name__)
 
 # What the Trainer writes into a checkpoint to resume from it.
@@ -22,7 +24,8 @@ _RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.jso
 
 
 class RecommenderTrainer(Trainer):
-    """A `Trainer` that checks its settings before the first step, stops early, and publishes our model card.
+    """A `Trainer` that checks its settings before the first step, stops early or at a loss that is not finite, and
+    publishes our model card.
 
     The model writes everything that it needs to be loaded again (catalogue, tokenizer, code), and pushes send it. No
     pickled `training_args.bin` is written beside the model.
@@ -51,6 +54,7 @@ class RecommenderTrainer(Trainer):
             )
         self._hub = HfApi()  # sends one push after the other
         super().__init__(model, args, **kwargs)
+        self._losses, self._checked_step = FiniteLosses(self.accelerator), -1
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
@@ -84,6 +88,31 @@ class RecommenderTrainer(Trainer):
             return super().create_optimizer(model)
         finally:
             self.optimizer_cls_and_kwargs = None  # the next model, of a search, has parameters of its own
+
+    def train(self, *args, **kwargs):
+        """As in `Trainer`.
+
+        Raises:
+            ValueError: at the first loss that is not finite, before anything of that step is logged or saved.
+        """
+        self._losses, self._checked_step = FiniteLosses(self.accelerator), -1
+        return super().train(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._losses.add(loss)
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args, learning_rate: float | None = None, **kwargs) -> None:
+        """The Trainer calls this after every optimizer step, and once more at the end of an epoch."""
+        control, step = self.control, self.state.global_step
+        ends_epoch, self._checked_step = step == self._checked_step, step
+        if learning_rate is not None:  # None in an epoch without a step
+            wait = ends_epoch or control.should_log or control.should_evaluate or control.should_save
+            self._losses.end_step(step, learning_rate, wait)
+            if ends_epoch or control.should_save:
+                check_weights(self.model, step, learning_rate)
+        super()._maybe_log_save_evaluate(*args, learning_rate=learning_rate, **kwargs)
 
     def create_model_card(
         self,

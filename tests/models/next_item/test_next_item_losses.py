@@ -152,7 +152,7 @@ def test_the_loss_of_a_model_with_many_negatives_is_that_of_the_full_softmax(sha
     torch.manual_seed(0)
     settings = {"num_items": 6, "hidden_size": 8, "num_hidden_layers": 1, "max_length": 4, "initializer_range": 0.5}
     history, labels = torch.tensor([[3, 1, 5]]), torch.tensor([[1, 5, 2]])
-    losses = {}
+    losses, weights = {}, None
     for loss_type in ("cross_entropy", "sampled_softmax"):
         config = SASRecConfig(
             loss_type=loss_type, popularity_power=power, negative_sharing=sharing, num_negatives=100_000, **settings
@@ -160,7 +160,7 @@ def test_the_loss_of_a_model_with_many_negatives_is_that_of_the_full_softmax(sha
         model = SASRecForNextItem(config).eval()
         if power:
             model.set_item_counts(counts)
-        if losses:
+        if weights is not None:
             model.load_state_dict(weights)
         weights = model.state_dict()
         loss = model(history, labels=labels).loss

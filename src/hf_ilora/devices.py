@@ -1,0 +1,24 @@
+"""Whether this process computes on an accelerator."""
+
+import os
+
+import torch
+from accelerate.utils import str_to_bool
+
+
+def launched_on_cpu() -> bool:
+    """Whether `accelerate launch` was told to use the CPU (`use_cpu`), which it passes on in the environment.
+
+    `TrainingArguments` and `PartialState` do not read it everywhere: a model on the CPU would get batches on a GPU.
+    """
+    return bool(str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")))
+
+
+def uses_accelerator() -> bool:
+    """Whether there is an accelerator that the launch does not leave alone."""
+    return torch.accelerator.is_available() and not launched_on_cpu()
+
+
+def uses_cuda() -> bool:
+    """Whether there is a CUDA device that the launch does not leave alone."""
+    return torch.cuda.is_available() and not launched_on_cpu()
