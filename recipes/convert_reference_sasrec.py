@@ -1,4 +1,4 @@
-"""Converts the SASRec of LLaRA, iLoRA or DLLM2Rec to a folder for `from_pretrained`, with the same scores.
+"""Converts a SASRec, GRU4Rec or Caser of LLaRA, iLoRA or DLLM2Rec to a folder for `from_pretrained`.
 
     python recipes/convert_reference_sasrec.py --weights sasrec.pt --output_dir outputs/sasrec_movielens \
         --items items.parquet
@@ -6,7 +6,7 @@
 `--weights` is the authors' `.pt` file (the whole module or its state dict, read without running code in it) or a
 `.safetensors` file with the authors' parameter names. `--items` adds titles: a parquet file with `item_id` (the
 authors' ids, from 0) and `title`, or the `items.parquet` of a prepared data set with the same items, on which
-evaluate_models.py can then evaluate the model.
+evaluate_models.py can then evaluate the model. The converted model gives the same scores.
 """
 
 import json
@@ -14,18 +14,19 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_ilora import SASRecConfig, convert_reference_sasrec
+from hf_ilora import CaserConfig, GRU4RecConfig, SASRecConfig, convert_reference
 from hf_ilora.files import folder_written_whole
 from hf_ilora.models import next_item
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE
-from hf_ilora.reference.convert_sasrec import load_reference_state_dict, reference_catalogue
+from hf_ilora.reference.convert_models import load_reference_state_dict, reference_catalogue
 from hf_ilora.runs import parse_arguments, run_main
 
 logger = logging.getLogger(__name__)
 
-# What saving a SASRec writes: weights, configuration and catalogue, and the code that loads it without hf_ilora.
+# What saving a model writes: weights, configuration and catalogue, and the code that loads it without hf_ilora.
 OUR_FILES = {"config.json", "model.safetensors", CATALOGUE_FILE}
 OUR_FILES |= {path.name for path in Path(next_item.__file__).parent.glob("*.py")}
+MODEL_TYPES = {config.model_type for config in (SASRecConfig, GRU4RecConfig, CaserConfig)}
 
 
 @dataclass
@@ -49,7 +50,7 @@ def check_output_dir(output_dir: Path) -> None:
     problem = ", ".join(sorted(found - OUR_FILES))
     if found and not problem:
         config = output_dir / "config.json"
-        is_ours = config.exists() and json.loads(config.read_text()).get("model_type") == SASRecConfig.model_type
+        is_ours = config.exists() and json.loads(config.read_text()).get("model_type") in MODEL_TYPES
         problem = "" if is_ours else "another model"
     if problem:
         raise ValueError(f"{output_dir} contains {problem}: expected a new folder or an earlier conversion")
@@ -61,16 +62,17 @@ def main() -> None:
 
     output_dir = Path(arguments.output_dir)
     check_output_dir(output_dir)
-    model = convert_reference_sasrec(load_reference_state_dict(arguments.weights))
+    model = convert_reference(load_reference_state_dict(arguments.weights))
     if arguments.items is not None:
         model.catalogue = reference_catalogue(arguments.items, model.config.num_items)
 
     with folder_written_whole(output_dir, replaceable_files=OUR_FILES) as folder:
         model.save_pretrained(folder)
     logger.info(
-        "%s -> %s: SASRec with %d items, hidden size %d, the newest %d items of a history, %s",
+        "%s -> %s: %s with %d items, hidden size %d, the newest %d items of a history, %s",
         arguments.weights,
         output_dir,
+        type(model).__name__.removesuffix("ForNextItem"),
         model.config.num_items,
         model.config.hidden_size,
         model.config.max_length,

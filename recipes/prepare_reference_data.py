@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_ilora import SequenceDatasets, build_sequences, convert_reference_sasrec, load_movielens
-from hf_ilora.reference.convert_sasrec import load_reference_state_dict, reference_catalogue
+from hf_ilora.reference.convert_models import load_reference_state_dict, reference_catalogue
 from hf_ilora.reference.published_sequences import load_published_sequences
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
 

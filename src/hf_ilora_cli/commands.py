@@ -112,7 +112,7 @@ COMMANDS = {
         Command(
             "convert",
             "convert_reference_sasrec",
-            "Convert the authors' SASRec weights to this format.",
+            "Convert the authors' SASRec, GRU4Rec or Caser weights to this format.",
             "hf-ilora convert --weights sasrec.pt --output_dir outputs/sasrec_movielens --items items.parquet",
         ),
         Command(

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_ilora import convert_reference_sasrec
-from hf_ilora.reference.convert_sasrec import load_reference_state_dict
+from hf_ilora.reference.convert_models import load_reference_state_dict
 from hf_ilora.reference.pickle_reader import UnsafePickleError
 from hf_ilora.reference.published_sequences import load_reference_interactions
 from tests.reference.published_sasrec import Call, save
@@ -42,6 +42,16 @@ def test_a_pickled_module_and_its_state_dict_are_read_alike(reference, authors_m
     assert equal(load_reference_state_dict(path), reference.state_dict())
     save(dict(reference.state_dict()), path, zip_format)
     assert equal(load_reference_state_dict(path), reference.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_a_pickled_gru4rec_or_caser_is_read_as_its_state_dict(other_reference, authors_modules, tmp_path, zip_format):
+    path = tmp_path / "model.pt"
+    save(other_reference, path, zip_format)
+    assert equal(load_reference_state_dict(path), other_reference.state_dict())
+    save(other_reference.state_dict(), path, zip_format)
+    assert equal(load_reference_state_dict(path), other_reference.state_dict())
 
 
 def test_reading_a_module_calls_nothing_that_it_names(reference, authors_modules, tmp_path, monkeypatch):
@@ -78,18 +88,22 @@ def test_a_safetensors_file_with_the_authors_names_is_read(reference, tmp_path):
 
 @pytest.mark.parametrize("zip_format", [True, False])
 def test_another_model_is_named_and_refused(tmp_path, zip_format):
-    path = tmp_path / "gru.pt"
-    save(nn.GRU(2, 2), path, zip_format)
-    with pytest.raises(UnsafePickleError, match=r"names torch\.nn\.modules\.rnn\.GRU"):
+    path = tmp_path / "lstm.pt"
+    save(nn.LSTM(2, 2), path, zip_format)
+    with pytest.raises(UnsafePickleError, match=r"names torch\.nn\.modules\.rnn\.LSTM"):
         load_reference_state_dict(path)
     save({"epoch": 3, "state_dict": {}}, path, zip_format)
     with pytest.raises(ValueError, match="'epoch' is a int: expected a tensor; of a checkpoint, save the state dict"):
         load_reference_state_dict(path)
     save({("a", "b"): torch.zeros(2)}, path, zip_format)
-    with pytest.raises(ValueError, match="contains a dict: expected the authors' SASRec module or its state dict"):
+    with pytest.raises(
+        ValueError, match="contains a dict: expected the authors' SASRec, GRU4Rec or Caser, or its state dict"
+    ):
         load_reference_state_dict(path)
     save([1, 2], path, zip_format)
-    with pytest.raises(ValueError, match="contains a list: expected the authors' SASRec module or its state dict"):
+    with pytest.raises(
+        ValueError, match="contains a list: expected the authors' SASRec, GRU4Rec or Caser, or its state dict"
+    ):
         load_reference_state_dict(path)
 
 

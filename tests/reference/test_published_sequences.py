@@ -9,7 +9,7 @@ import pytest
 
 from hf_ilora import SASRecForNextItem, SequenceDatasets, build_sequences, convert_reference_sasrec, load_movielens
 from hf_ilora.evaluation.ranking import rank_split
-from hf_ilora.reference.convert_sasrec import load_reference_state_dict, reference_catalogue
+from hf_ilora.reference.convert_models import load_reference_state_dict, reference_catalogue
 from hf_ilora.reference.published_sequences import load_published_sequences
 from tests.paths import SHARED
 from tests.synthetic import cyclic_sequences

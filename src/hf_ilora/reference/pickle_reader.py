@@ -48,7 +48,7 @@ _MODULE_CLASSES = {
         "recommender.A_SASRec_final_bce_llm",
         "recommender.SASRecModules_ori",
     )
-    for name in ("SASRec", "MultiHeadAttention", "PositionwiseFeedForward")
+    for name in ("SASRec", "GRU", "Caser", "MultiHeadAttention", "PositionwiseFeedForward")
 } | {
     f"torch.nn.modules.{name}"
     for name in (
@@ -57,9 +57,11 @@ _MODULE_CLASSES = {
         "container.ModuleList",
         "container.Sequential",
         "conv.Conv1d",
+        "conv.Conv2d",
         "dropout.Dropout",
         "linear.Linear",
         "normalization.LayerNorm",
+        "rnn.GRU",
         "sparse.Embedding",
     )
 }
@@ -96,7 +98,7 @@ class UnsafePickleError(ValueError):
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Names and tensors in a file of `torch.save` with the authors' SASRec module or its state dict.
+    """Names and tensors in a file of `torch.save` with the authors' SASRec, GRU4Rec or Caser or its state dict.
 
     Args:
         path: a file in either of torch's two formats.
@@ -111,7 +113,9 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         return {name: _tensor(value, storages, f"{path}: {name!r}") for name, value in root.items()}
     if _is(root, _MODULE_CLASSES):
         return _module_tensors(root, storages, path)
-    raise ValueError(f"{path} contains a {_kind(root)}: expected the authors' SASRec module or its state dict")
+    raise ValueError(
+        f"{path} contains a {_kind(root)}: expected the authors' SASRec, GRU4Rec or Caser, or its state dict"
+    )
 
 
 def read_tensor(path: str | os.PathLike) -> torch.Tensor:
@@ -213,8 +217,8 @@ class _RecordingUnpickler(pickle.Unpickler):
         full_name = f"{module}.{name}"
         if full_name not in self.allowed:
             raise UnsafePickleError(
-                f"{self.path} names {full_name}, which no file of the authors' SASRec does: it was not run. Only their "
-                "SASRec can be read; if the file claims to be one, do not open it by other means"
+                f"{self.path} names {full_name}, which no file of the authors' models does: it was not run. Only their "
+                "SASRec, GRU4Rec and Caser can be read; if the file claims to be one, do not open it by other means"
             )
         if full_name == _DICTIONARY:
             return _RecordedDictionary
@@ -341,7 +345,7 @@ def _module_tensors(root: _Record, storages: dict[str, torch.Tensor], path: Path
         tables = [state.get(name) for name in ("_parameters", "_buffers", "_modules")]
         is_module = all(isinstance(table, dict) and _all_strings(table) for table in tables)
         if not is_module or id(module) in seen or len(prefix) > _LONGEST_NAME:
-            raise ValueError(f"{path}: {prefix or 'it'} is not a module of torch: expected the authors' SASRec")
+            raise ValueError(f"{path}: {prefix or 'it'} is not a module of torch: expected the authors' model")
         if state.get("num_heads", 1) != 1:
             raise ValueError(f"{path}: {prefix}num_heads is not 1: the reference block has one attention head")
         seen.add(id(module))

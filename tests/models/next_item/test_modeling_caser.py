@@ -77,6 +77,85 @@ def test_recommend_scores_as_forward_does(settings):
     torch.testing.assert_close(scores, expected.gather(1, item_ids), rtol=1e-4, atol=1e-5)
 
 
+REFERENCE = {"block_type": "reference", "tie_word_embeddings": False, "head_bias": True}
+
+
+@pytest.mark.parametrize("heights", [[2, 3, 4], [6, 1]])
+@pytest.mark.parametrize("histories", [LEFT, RIGHT])
+@torch.no_grad()
+def test_the_reference_block_pads_last_and_has_no_projection(histories, heights):
+    model = small_model(filter_heights=heights, **REFERENCE)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    encoder, hidden = model.model, model.config.hidden_size
+    output = model(histories)
+    for row, items in enumerate(ROWS):
+        picture = torch.zeros(6, hidden)
+        picture[: len(items)] = encoder.item_embedding.weight[items]
+        expected = []
+        for height, filters in zip(heights, encoder.horizontal_filters, strict=True):
+            pieces = torch.stack([picture[start : start + height] for start in range(7 - height)])
+            answers = torch.einsum("pth,fht->fp", pieces, filters.weight) + filters.bias.unsqueeze(1)
+            expected += [answers.amax(1).clamp(min=0)]  # (filters,)
+        expected += [(encoder.vertical_filters.weight[0] @ picture + encoder.vertical_filters.bias).clamp(min=0)]
+        torch.testing.assert_close(output.user_embedding[row], torch.cat(expected), rtol=1e-4, atol=1e-5)
+    scores = output.user_embedding @ model.head.weight.t() + model.head.bias
+    torch.testing.assert_close(output.logits[:, 1:], scores[:, 1:], rtol=1e-4, atol=1e-4)
+    loss = model(histories, labels=last_labels(histories)).loss
+    torch.testing.assert_close(loss, F.cross_entropy(scores[:, 1:], torch.tensor([9, 5, 11])), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_reference_block_is_saved_and_loaded(tmp_path):
+    model = small_model(**REFERENCE)
+    model.save_pretrained(tmp_path)
+    loaded = CaserForNextItem.from_pretrained(tmp_path)
+    assert torch.equal(model(LEFT).logits, loaded(LEFT).logits)
+    item_ids, scores = loaded.recommend(ROWS, top_k=3)
+    assert scores.isfinite().all() and item_ids.min() > 0
+
+
+def test_the_default_block_has_filters_of_every_height_and_an_older_configuration_means_it():
+    fresh = small_model()
+    older = small_model(num_vertical_filters=4)
+    assert [filters.kernel_size for filters in fresh.model.horizontal_filters] == [(n,) for n in range(1, 7)]
+    assert torch.equal(fresh(LEFT).logits, older(LEFT).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"block_type": "authors"}, "block_type is 'authors': expected one of paper, reference"),
+        (REFERENCE | {"num_vertical_filters": 4}, "num_vertical_filters is 4: expected 1 in the reference block"),
+        ({"block_type": "reference"}, "pass tie_word_embeddings=False"),
+        (REFERENCE | {"max_length": 3}, r"filter_heights are \[2, 3, 4\]: .* 1 to max_length, 3"),
+        ({"filter_heights": []}, r"filter_heights are \[\]"),
+        ({"filter_heights": [2, 2]}, r"filter_heights are \[2, 2\]: expected different heights"),
+        ({"filter_heights": [0, 1]}, r"filter_heights are \[0, 1\]"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(Exception, match=message):
+        CaserConfig(num_items=3, **settings)
+
+
+@torch.no_grad()
+def test_published_initial_weights():
+    """Xavier-normal as of filters with one channel: (height * hidden) inputs and that many outputs per filter."""
+    torch.manual_seed(0)
+    settings = {"hidden_size": 64, "max_length": 10, "num_horizontal_filters": 400, "initializer_range": 0.01}
+    model = CaserForNextItem(CaserConfig(num_items=500, initialization="reference", **REFERENCE, **settings))
+    encoder = model.model
+    assert encoder.item_embedding.weight[1:].std() == pytest.approx(0.01, rel=0.05)
+    for height, filters in zip((2, 3, 4), encoder.horizontal_filters, strict=True):
+        assert filters.weight.std() == pytest.approx((2 / (height * 64 * 401)) ** 0.5, rel=0.05)
+        assert filters.bias.eq(0.1).all()
+    assert encoder.vertical_filters.bias.eq(0.1).all()
+    assert 0.5 / 10 < encoder.vertical_filters.weight.var() < 2 / 10
+    bound = (64 + 3 * 400) ** -0.5
+    assert bound * 0.99 < model.head.weight.abs().max() <= bound and 0 < model.head.bias.abs().max() <= bound
+
+
 @torch.no_grad()
 def test_loss_by_definition_after_the_last_item():
     model = small_model()
@@ -90,7 +169,7 @@ def test_labels_before_the_last_item_are_refused():
     model = small_model()
     labels = torch.where(RIGHT == 0, -100, RIGHT)
     with pytest.raises(
-        ValueError, match=r"labels choose position 0 of history 0, which has 3 items: .*targets=\"last\""
+        ValueError, match=r"labels choose position 0 of history 0, which has 3 items: .*labelled_positions=\"last\""
     ):
         model(RIGHT, labels=labels)
     with pytest.raises(ValueError, match="scored_positions choose position 0"):

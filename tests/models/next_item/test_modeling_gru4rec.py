@@ -118,6 +118,16 @@ def test_fresh_weights_of_the_gates_have_the_published_range():
     assert gru.bias_ih_l0.abs().sum() == 0
 
 
+@torch.no_grad()
+def test_published_initial_weights():
+    model = small_model(initialization="reference", initializer_range=0.01, tie_word_embeddings=False, head_bias=True)
+    bound = 12**-0.5
+    for parameter in (*model.model.gru.parameters(), *model.head.parameters()):
+        assert bound * 0.7 < parameter.abs().max() <= bound
+    assert model.model.item_embedding.weight.std() == pytest.approx(0.01, rel=0.15)
+    assert model.model.item_embedding.weight[0].eq(0).all()
+
+
 def test_bad_input_is_refused():
     model = small_model()
     with pytest.raises(ValueError, match="max_length"):

@@ -161,6 +161,18 @@ def test_start_from_item_embeddings_recommends_neighbours_before_training():
         small_model(block_type="reference").start_from_item_embeddings(torch.zeros(NUM_ITEMS + 1, 16))
 
 
+@torch.no_grad()
+def test_published_initial_weights_are_a_normal_item_table_and_layers_as_pytorch_has_them():
+    model = small_model(hidden_size=64, initialization="reference", initializer_range=1.0, tie_word_embeddings=False)
+    for layer in (model.model.layers[0].attention.q_proj, model.head):  # uniform, up to 1 / sqrt(64)
+        assert 0.12 < layer.weight.abs().max() <= 0.125
+        assert layer.weight.std() == pytest.approx(0.125 / 3**0.5, rel=0.1)
+    assert 0.1 < model.model.layers[0].attention.q_proj.bias.abs().max() <= 0.125
+    assert model.model.item_embedding.weight[1:].std() == pytest.approx(1, rel=0.1)
+    assert model.model.position_embedding.weight.std() == pytest.approx(1, rel=0.2)
+    assert model.model.final_norm.weight.eq(1).all()
+
+
 def test_biases_start_from_the_logarithms_of_counts():
     model = small_model(head_bias=True)
     counts = torch.arange(NUM_ITEMS + 1, dtype=torch.float32)

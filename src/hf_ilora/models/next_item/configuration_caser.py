@@ -4,6 +4,8 @@ from huggingface_hub.dataclasses import strict
 
 from .configuration_next_item import NextItemConfig
 
+_CHOICES = {"block_type": ("paper", "reference")}
+
 
 @strict
 class CaserConfig(NextItemConfig):
@@ -14,17 +16,50 @@ class CaserConfig(NextItemConfig):
     their own: `tie_word_embeddings=False, head_bias=True`.
 
     Args:
-        num_horizontal_filters: filters of each height 1..max_length, which see whole items.
-        num_vertical_filters: filters that weigh the positions, the same for each number of the embeddings.
+        block_type: "paper" (a layer projects the output of the filters to `hidden_size`) or "reference" (the Caser of
+            LLaRA and DLLM2Rec: the newest items are padded after the last one, the vertical filter has a ReLU, and the
+            output of the filters is the user embedding, which needs a head with a table of its own).
+        filter_heights: heights of the horizontal filters, in items; `None` means 1 to `max_length` ("paper") or 2, 3
+            and 4 ("reference").
+        num_horizontal_filters: filters of each height, which see whole items.
+        num_vertical_filters: filters that weigh the positions, the same for each number of the embeddings; `None` means
+            4 ("paper") or 1 ("reference", which has no more).
 
-    Source: Caser (WSDM 2018).
+    Source: Caser (WSDM 2018); "reference": the published programs of LLaRA and DLLM2Rec.
     """
 
     model_type = "caser"
 
     max_length: int = 5
+    block_type: str = "paper"
+    filter_heights: list[int] | None = None
     num_horizontal_filters: int = 16
-    num_vertical_filters: int = 4
+    num_vertical_filters: int | None = None
+
+    @property
+    def horizontal_heights(self) -> list[int]:
+        """The heights of the horizontal filters, `filter_heights` or its default."""
+        if self.filter_heights is not None:
+            return self.filter_heights
+        return [2, 3, 4] if self.block_type == "reference" else list(range(1, self.max_length + 1))
+
+    @property
+    def vertical_filters(self) -> int:
+        """`num_vertical_filters` or its default."""
+        if self.num_vertical_filters is not None:
+            return self.num_vertical_filters
+        return 1 if self.block_type == "reference" else 4
+
+    @property
+    def num_filter_outputs(self) -> int:
+        """Numbers that all filters give for one history."""
+        horizontal = len(self.horizontal_heights) * self.num_horizontal_filters
+        return horizontal + self.vertical_filters * self.hidden_size
+
+    @property
+    def user_embedding_size(self) -> int:
+        """Size of the user embedding that the head scores items with."""
+        return self.num_filter_outputs if self.block_type == "reference" else self.hidden_size
 
     def validate_architecture(self):
         """Check the ranges of all fields; `@strict` calls this after the type checks.
@@ -33,7 +68,23 @@ class CaserConfig(NextItemConfig):
             ValueError: naming the field, its value and what it may be.
         """
         super().validate_architecture()
-        self.check_at_least_one("num_horizontal_filters", "num_vertical_filters")
+        self.check_choices(_CHOICES)
+        self.check_at_least_one("num_horizontal_filters")
+        if self.num_vertical_filters is not None:
+            self.check_at_least_one("num_vertical_filters")
+        heights = self.horizontal_heights
+        if not heights or min(heights) < 1 or max(heights) > self.max_length or len({*heights}) < len(heights):
+            raise ValueError(
+                f"filter_heights are {heights}: expected different heights from 1 to max_length, {self.max_length}"
+            )
+        if self.block_type == "reference":
+            if self.vertical_filters != 1:
+                raise ValueError(f"num_vertical_filters is {self.vertical_filters}: expected 1 in the reference block")
+            if self.tie_word_embeddings:
+                raise ValueError(
+                    "tie_word_embeddings is True with the reference block, whose user embedding has "
+                    f"{self.user_embedding_size} numbers and an item {self.hidden_size}: pass tie_word_embeddings=False"
+                )
 
 
 CaserConfig.register_for_auto_class()

@@ -7,6 +7,7 @@ PADDING_ITEM_ID = 0
 IGNORED_LABEL = -100  # the label that cross-entropy ignores
 
 _CHOICES = {
+    "initialization": ("normal", "reference"),
     "loss_type": ("cross_entropy", "sampled_softmax", "gbce", "bce"),
     "negative_sharing": ("batch", "position"),
     "teacher_embedding_use": ("input", "input_and_head"),
@@ -23,6 +24,8 @@ class NextItemConfig(PreTrainedConfig):
         max_length: number of newest items the model reads.
         hidden_dropout: dropout on the embeddings, and on the hidden states as each model says.
         initializer_range: standard deviation of the normal initialisation.
+        initialization: "normal" (all tables and layers, unless the model says otherwise) or "reference" (as in the
+            programs of LLaRA, iLoRA and DLLM2Rec: a normal item table, every other layer as PyTorch initialises it).
         tie_word_embeddings: score items with the input embedding table instead of a separate one.
         head_bias: add a learned bias per item to the scores.
         repeat_bias: learn one number that is added to the scores of the items among the last `max_length`, so that the
@@ -52,6 +55,7 @@ class NextItemConfig(PreTrainedConfig):
     max_length: int = 50
     hidden_dropout: float | int = 0.2
     initializer_range: float = 0.02
+    initialization: str = "normal"
     tie_word_embeddings: bool = True
     head_bias: bool = False
     repeat_bias: bool = False
@@ -66,6 +70,11 @@ class NextItemConfig(PreTrainedConfig):
     ed_weight: float | int = 0.2
     teacher_embedding_use: str = "input"
     pad_token_id: int | None = PADDING_ITEM_ID
+
+    @property
+    def user_embedding_size(self) -> int:
+        """Size of the user embedding that the head scores items with."""
+        return self.hidden_size
 
     def validate_architecture(self):
         """Check the ranges of all fields; `@strict` calls this after the type checks.

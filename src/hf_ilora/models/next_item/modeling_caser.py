@@ -1,6 +1,9 @@
 """Caser as a `PreTrainedModel`: convolutions over the newest items that score the next one."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
@@ -19,24 +22,25 @@ class CaserEncoder(nn.Module):
         vertical:   weighted sums over the positions, the same weights for each number of the embeddings
         state     = ReLU(W [horizontal, vertical] + b)
 
-    Source: Caser (WSDM 2018), eq. 3 to 10.
+    The reference block departs from the paper: state = [horizontal, ReLU(vertical)], and histories shorter than
+    `max_length` are padded after their newest item.
+
+    Source: Caser (WSDM 2018), eq. 3 to 10; the published programs of LLaRA and DLLM2Rec.
     """
 
     def __init__(self, config: CaserConfig):
         super().__init__()
-        self.max_length = config.max_length
+        self.max_length, self.is_reference = config.max_length, config.block_type == "reference"
         self.item_embedding = ItemEmbedding(config)
         self.horizontal_filters = nn.ModuleList(
             [
                 nn.Conv1d(config.hidden_size, config.num_horizontal_filters, height)
-                for height in range(1, config.max_length + 1)
+                for height in config.horizontal_heights
             ]
         )
-        self.vertical_filters = nn.Linear(config.max_length, config.num_vertical_filters)
-        num_features = config.num_horizontal_filters * config.max_length
-        num_features += config.num_vertical_filters * config.hidden_size
+        self.vertical_filters = nn.Linear(config.max_length, config.vertical_filters)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.projection = nn.Linear(num_features, config.hidden_size)
+        self.projection = None if self.is_reference else nn.Linear(config.num_filter_outputs, config.hidden_size)
 
     def encode(
         self,
@@ -54,7 +58,8 @@ class CaserEncoder(nn.Module):
             teacher_embeddings: (num_items + 1, teacher_embedding_size) to read instead of the stored ones, or None.
 
         Returns:
-            (batch, length, hidden), zero but at the last real position; or (batch, 1, hidden) with `only_last`.
+            (batch, length, user embedding), zero but at the last real position; or (batch, 1, user embedding) with
+            `only_last`.
         """
         window = self._window(item_ids, lengths)  # (batch, max_length)
         embeddings = self.item_embedding(window, teacher_embeddings)  # (batch, max_length, hidden)
@@ -62,16 +67,21 @@ class CaserEncoder(nn.Module):
         embeddings = (embeddings * window.ne(PADDING_ITEM_ID).unsqueeze(-1)).transpose(1, 2)
         horizontal = [filters(embeddings).relu().amax(-1) for filters in self.horizontal_filters]  # (batch, filters)
         vertical = self.vertical_filters(embeddings).transpose(1, 2).flatten(1)  # (batch, filters * hidden)
-        features = self.dropout(torch.cat([*horizontal, vertical], -1))  # (batch, features)
-        state = self.projection(features).relu().unsqueeze(1)  # (batch, 1, hidden)
+        if self.is_reference:
+            vertical = vertical.relu()
+        state = self.dropout(torch.cat([*horizontal, vertical], -1)).unsqueeze(1)  # (batch, 1, filter outputs)
+        if self.projection is not None:
+            state = self.projection(state).relu()  # (batch, 1, hidden)
         if only_last:
             return state
         newest = _is_last(lengths, item_ids.shape[1])  # (batch, length)
         return state * newest.unsqueeze(-1)
 
     def _window(self, item_ids: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-        """(batch, length), padding last -> (batch, max_length), padding first."""
+        """(batch, length), padding last -> (batch, max_length), padding first (last in the reference block)."""
         length = item_ids.shape[1]
+        if self.is_reference:
+            return F.pad(item_ids, (0, self.max_length - length), value=PADDING_ITEM_ID)
         places = torch.arange(self.max_length, device=item_ids.device) - self.max_length
         ends = item_ids.new_full((len(item_ids),), length) if lengths is None else lengths
         places = places + ends.unsqueeze(1)  # (batch, max_length), negative before the oldest item
@@ -82,14 +92,15 @@ class CaserForNextItem(EncoderForNextItem):
     """Caser with a head that scores the whole catalogue; the interface is that of `SASRecForNextItem`.
 
     It sees a history as one picture and predicts after its last item only: labels and scored positions elsewhere are
-    refused (train on windows with `targets="last"`), and `last_hidden_state` is zero there. It departs from the paper
+    refused (train with `labelled_positions="last"`), and `last_hidden_state` is zero there. It departs from the paper
     in three ways: no embedding of the user, since it must recommend to users that training never saw; one target per
-    window; and losses and defaults of the other models here.
+    window; and losses and defaults of the other models here. With `block_type="reference"` it is the Caser of LLaRA and
+    DLLM2Rec.
 
     Args:
         config: the architecture and the training loss.
 
-    Source: Caser (WSDM 2018).
+    Source: Caser (WSDM 2018); the published programs of LLaRA and DLLM2Rec.
     """
 
     config: CaserConfig
@@ -101,7 +112,14 @@ class CaserForNextItem(EncoderForNextItem):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, nn.Conv1d | nn.Linear) and not isinstance(module, NextItemHead):
+        is_filter = isinstance(module, nn.Conv1d) or module is self.model.vertical_filters
+        if self.config.initialization == "reference":
+            if is_filter:
+                # Xavier as in the published program, whose filters are two-dimensional and read one channel.
+                fan_in, fan_out = module.weight.shape[1:].numel(), module.weight.shape.numel()
+                init.normal_(module.weight, std=math.sqrt(2 / (fan_in + fan_out)))
+                init.constant_(module.bias, 0.1)
+        elif isinstance(module, nn.Conv1d | nn.Linear) and not isinstance(module, NextItemHead):
             init.xavier_uniform_(module.weight)
 
     def check_positions(self, chosen: torch.Tensor, lengths: torch.Tensor, name: str) -> None:
@@ -111,7 +129,7 @@ class CaserForNextItem(EncoderForNextItem):
             row, position = elsewhere.nonzero()[0].tolist()
             raise ValueError(
                 f"{name} choose position {position} of history {row}, which has {int(lengths[row])} items: expected "
-                'the last one only, since Caser predicts nothing in between; train on windows with targets="last"'
+                'the last one only, since Caser predicts nothing in between; train with labelled_positions="last"'
             )
 
 

@@ -73,7 +73,7 @@ class GRU4RecForNextItem(EncoderForNextItem):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, nn.GRU):
+        if isinstance(module, nn.GRU) and self.config.initialization == "normal":
             # Uniform for each gate, as in the authors' program; one matrix stacks the three gates.
             bound = math.sqrt(6 / (module.input_size + module.hidden_size))
             for name, parameter in module.named_parameters():

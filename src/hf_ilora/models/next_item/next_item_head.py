@@ -15,7 +15,7 @@ class NextItemHead(nn.Linear):
     """
 
     def __init__(self, config: NextItemConfig):
-        super().__init__(config.hidden_size, config.num_items + 1, bias=config.head_bias)
+        super().__init__(config.user_embedding_size, config.num_items + 1, bias=config.head_bias)
         self.config, self.score_temperature = config, config.score_temperature
         # DeepSpeed cannot send parameters without a dimension
         self.repeat_bias = nn.Parameter(torch.zeros(1)) if config.repeat_bias else None

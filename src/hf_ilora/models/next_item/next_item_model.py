@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from .catalogue import CATALOGUE_FILE, Catalogue
+from .configuration_next_item import NextItemConfig
 from .histories import padded_histories
 from .hub_upload import HubUploads, UploadOfSaved
 from .next_item_output import top_k_items
+from .reference_initialization import initialize_as_reference
 
 # Where the weights come from also says where the catalogue comes from.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -94,6 +96,12 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         self._catalogue: Catalogue | None = None
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(self.config, NextItemConfig) and self.config.initialization == "reference":
+            initialize_as_reference(module)
 
     @property
     def catalogue(self) -> Catalogue | None:

@@ -1,4 +1,4 @@
-"""The authors' SASRec: same scores after conversion, its titles, and the command."""
+"""The authors' models: same scores after conversion, their titles, and the command."""
 
 import json
 import math
@@ -12,12 +12,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModel
 
-from hf_ilora import Catalogue, SASRecForNextItem, convert_reference_sasrec
-from hf_ilora.reference.convert_sasrec import load_reference_state_dict, reference_catalogue
+from hf_ilora import (
+    CaserForNextItem,
+    Catalogue,
+    GRU4RecForNextItem,
+    SASRecForNextItem,
+    convert_reference,
+    convert_reference_caser,
+    convert_reference_gru4rec,
+    convert_reference_sasrec,
+)
+from hf_ilora.reference.convert_models import load_reference_state_dict, reference_catalogue
 from hf_ilora.reference.pickle_reader import UnsafePickleError
 from hf_ilora.runs.recipe_files import load_recipe
 from tests.paths import PROJECT
+from tests.reference.published_gru_and_caser import GRU, Caser
 from tests.reference.published_sasrec import HIDDEN, LENGTH, NUM_ITEMS, Call, save
 
 REFERENCE = PROJECT.parent / "shared" / "reference"
@@ -110,6 +121,92 @@ def test_weights_that_do_not_fit_are_refused(reference, changes, message):
     state_dict = {name: value for name, value in (reference.state_dict() | changes).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         convert_reference_sasrec(state_dict)
+
+
+# GRU4Rec and Caser.
+
+
+@torch.no_grad()
+def test_gru4rec_and_caser_score_as_the_published_formulas(other_reference):
+    ids, lengths = histories()
+    model = convert_reference(other_reference.state_dict())
+    assert type(model) is (GRU4RecForNextItem if isinstance(other_reference, GRU) else CaserForNextItem)
+    scores, right_padded = other_reference(ids, lengths), to_our_ids(ids, NUM_ITEMS)
+    left_padded = torch.stack([row.roll(LENGTH - int(n)) for row, n in zip(right_padded, lengths, strict=True)])
+    for input_ids in (right_padded, left_padded):
+        output = model(input_ids=input_ids)
+        expected = other_reference.user_embedding(ids, lengths)
+        torch.testing.assert_close(output.user_embedding, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.logits[:, 1:], scores, atol=1e-4, rtol=0)
+        item_ids, log_probabilities = model.recommend(input_ids, top_k=3, exclude_seen=False)
+        best = scores.log_softmax(-1).topk(3)
+        assert (item_ids - 1).equal(best.indices)
+        torch.testing.assert_close(log_probabilities, best.values, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_every_weight_of_gru4rec_and_caser_counts(other_reference):
+    ids, _ = histories()
+    state_dict = other_reference.state_dict()
+    scores = convert_reference(state_dict)(input_ids=to_our_ids(ids, NUM_ITEMS)).logits[:, 1:]
+    for name in state_dict:
+        changed = state_dict | {name: state_dict[name] + 0.5 * torch.randn_like(state_dict[name])}
+        difference = convert_reference(changed)(input_ids=to_our_ids(ids, NUM_ITEMS)).logits[:, 1:] - scores
+        assert difference.abs().max() > 1e-3, name
+
+
+@torch.no_grad()
+def test_a_saved_gru4rec_or_caser_scores_the_same(other_reference, tmp_path):
+    ids, lengths = histories()
+    convert_reference(other_reference.state_dict()).save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(
+        loaded(input_ids=to_our_ids(ids, NUM_ITEMS)).logits[:, 1:], other_reference(ids, lengths), atol=1e-4, rtol=0
+    )
+
+
+def test_a_history_longer_than_the_window_is_read_from_its_newest_items():
+    torch.manual_seed(0)
+    model = convert_reference(Caser(HIDDEN, NUM_ITEMS, LENGTH).state_dict())
+    long = torch.randint(1, NUM_ITEMS + 1, (3, LENGTH + 4))
+    for found, expected in zip(
+        model.recommend(long, exclude_seen=False),
+        model.recommend(long[:, -LENGTH:], exclude_seen=False),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("convert", "build", "changes", "message"),
+    [
+        (convert_reference_gru4rec, GRU, {"gru.bias_hh_l0": None}, "authors' GRU4Rec: missing gru.bias_hh_l0"),
+        (convert_reference_gru4rec, GRU, {"gru.weight_ih_l0_reverse": torch.zeros(2)}, "gru.weight_ih_l0_reverse"),
+        (convert_reference_gru4rec, GRU, {"gru.weight_hh_l0": torch.zeros(24, 7)}, r"has shape \(24, 7\)"),
+        (convert_reference_gru4rec, GRU, {"fc_4096_64.bias": torch.zeros(2)}, "DLLM2Rec's projection"),
+        (convert_reference_gru4rec, Caser, {}, "not the authors' GRU4Rec: missing gru.bias_hh_l0"),
+        (convert_reference_caser, GRU, {}, "not the authors' Caser: missing horizontal_cnn.0.bias"),
+        (convert_reference_caser, Caser, {"horizontal_cnn.1.bias": None}, "missing horizontal_cnn.1.bias"),
+        (convert_reference_caser, Caser, {"vertical_cnn.weight": torch.zeros(5)}, r"has shape \(5,\): expected 4 dim"),
+        (convert_reference_caser, Caser, {"horizontal_cnn.2.weight": torch.zeros(3, 1, 4, 7)}, r"shape \(3, 1, 4, 7\)"),
+        (
+            convert_reference_caser,
+            Caser,
+            {"s_fc.weight": torch.zeros(NUM_ITEMS, 8)},
+            r"s_fc.weight has shape \(11, 8\)",
+        ),
+        (
+            convert_reference_caser,
+            Caser,
+            {"item_embeddings.weight": torch.zeros(8)},
+            "item_embeddings.weight has shape",
+        ),
+    ],
+)
+def test_weights_of_another_model_are_refused(convert, build, changes, message):
+    state_dict = build(HIDDEN, NUM_ITEMS, LENGTH).state_dict() | changes
+    with pytest.raises(ValueError, match=message):
+        convert({name: value for name, value in state_dict.items() if value is not None})
 
 
 # Goldens: the authors' trained weights.
@@ -219,6 +316,22 @@ def test_the_command_writes_a_folder_that_speaks_titles(reference, authors_modul
     torch.testing.assert_close(scores, expected.values, atol=1e-5, rtol=0)
     assert model.catalogue.titles(item_ids[0]) == [f"title {i}" for i in expected.indices[0]]
     assert os.listdir(output_dir.parent) == ["sasrec"]
+
+
+def test_the_command_converts_a_pickled_caser(authors_modules, tmp_path, monkeypatch, caplog):
+    torch.manual_seed(0)
+    caser = Caser(HIDDEN, NUM_ITEMS, LENGTH).eval()
+    save(caser, tmp_path / "Caser_movielens.pt", True)
+    with caplog.at_level("INFO"):
+        convert(monkeypatch, tmp_path / "Caser_movielens.pt", tmp_path / "caser")
+        convert(monkeypatch, tmp_path / "Caser_movielens.pt", tmp_path / "caser")
+    assert "Caser with 11 items, hidden size 8, the newest 5 items of a history, no titles" in caplog.text
+    with torch.no_grad():
+        expected = caser(torch.tensor([[3, 0, 7, 11, 11]]), torch.tensor([3])).log_softmax(-1).topk(3)
+    loaded = CaserForNextItem.from_pretrained(tmp_path / "caser")
+    item_ids, scores = loaded.recommend([[4, 1, 8]], top_k=3, exclude_seen=False)
+    assert (item_ids - 1).equal(expected.indices)
+    torch.testing.assert_close(scores, expected.values, atol=1e-5, rtol=0)
 
 
 def test_the_command_replaces_an_earlier_conversion(reference, tmp_path, monkeypatch):
