@@ -42,7 +42,7 @@ setup(
         "pyarrow>=18",
         "pyyaml>=6.0",
         "httpx2>=2.0",
-        "filelock>=3.16",
+        "filelock>=4.2",
         "psutil>=6.0",
         "tqdm>=4.66",
     ],

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from hf_ilora.files import written_whole
-from hf_ilora.runs import RunRecord, set_up_logging
+from hf_ilora.runs import RunRecord, set_up_logging, sole_writer
 
 _Result = TypeVar("_Result")
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -142,6 +142,13 @@ def run_benchmark(
         report: turns the results, with the settings under "setting", into Markdown.
         data_fingerprint: fingerprint of the data set, for run.json.
     """
+    with sole_writer(arguments.output_dir):
+        _measure_and_report(arguments, measure, report, data_fingerprint)
+
+
+def _measure_and_report(
+    arguments: object, measure: Callable[[], dict], report: Callable[[dict], str], data_fingerprint: str | None
+) -> None:
     set_up_logging(arguments.output_dir)
     settings = {name: value for name, value in asdict(arguments).items() if name != "output_dir"}
     with RunRecord(arguments.output_dir, [arguments], seed=0) as record:

@@ -30,7 +30,7 @@ from hf_ilora.distillation.acquisition import ACQUISITION_POLICIES
 from hf_ilora.distillation.teachers import load_teacher, model_fingerprint
 from hf_ilora.files import written_whole
 from hf_ilora.models.loading import load_recommender
-from hf_ilora.runs import is_finished, parse_arguments, read_record, run_main, set_up_logging
+from hf_ilora.runs import is_finished, parse_arguments, read_record, run_main, set_up_logging, sole_writer
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,12 @@ class Run:
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
     output = Path(arguments.output_dir)
+    with sole_writer(output):
+        compare(arguments, output)
+
+
+def compare(arguments: AcquisitionArguments, output: Path) -> None:
+    """Train the students that are not there yet, and write the table."""
     check_settings(arguments, output)
     set_up_logging(output)
     runs = [Run(None, 0, seed) for seed in arguments.seeds]

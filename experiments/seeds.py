@@ -21,7 +21,15 @@ from experiments.recipe_runs import (
     threads_per_run,
     write_table,
 )
-from hf_ilora.runs import configuration_differences, is_finished, parse_arguments, read_record, run_main, set_up_logging
+from hf_ilora.runs import (
+    configuration_differences,
+    is_finished,
+    parse_arguments,
+    read_record,
+    run_main,
+    set_up_logging,
+    sole_writer,
+)
 from hf_ilora.runs.recipe_files import load_recipe
 from hf_ilora_cli.shipped import RECIPE, find_file
 
@@ -59,9 +67,12 @@ ARGUMENTS = (SeedsArguments,)
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    set_up_logging(arguments.output_dir)
     recipe_arguments = load_recipe(find_file(RECIPE, TRAIN)).ARGUMENTS
-    records = in_parallel(lambda seed: run_seed(arguments, seed, recipe_arguments), arguments.seeds, arguments.parallel)
+    with sole_writer(arguments.output_dir):
+        set_up_logging(arguments.output_dir)
+        records = in_parallel(
+            lambda seed: run_seed(arguments, seed, recipe_arguments), arguments.seeds, arguments.parallel
+        )
     text, summary = table_of_seeds(arguments, records)
     write_table(arguments.table, text, json.dumps(summary, indent=2))
     print(text)

@@ -24,6 +24,7 @@ from hf_ilora.runs import (
     resumable_checkpoint,
     run_main,
     set_up_logging,
+    sole_writer,
 )
 from hf_ilora.training.students import StudentArguments, build_student
 
@@ -64,7 +65,14 @@ ARGUMENTS = (TeacherArguments, StudentArguments, SASRecArguments, DistillationAr
 
 
 def main() -> None:
-    teacher, student, sasrec_arguments, training = arguments = parse_arguments(ARGUMENTS)
+    arguments = parse_arguments(ARGUMENTS)
+    with sole_writer(arguments[-1].output_dir):
+        distill(arguments)
+
+
+def distill(arguments: tuple) -> None:
+    """Train, save and evaluate the student in its output folder."""
+    teacher, student, sasrec_arguments, training = arguments
     set_up_logging(training.output_dir)
     sequences = SequenceDatasets.load(teacher.data_dir)
     fingerprint = sequences.fingerprint

@@ -35,7 +35,7 @@ from hf_ilora.evaluation.candidate_report import (
 from hf_ilora.evaluation.expert_usage import plot_expert_usage, usage_table
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.models.loading import check_catalogue, load_recommender
-from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
 from hf_ilora.runs.checks import check_at_least_one, checked_plot, names_of_models
 from hf_ilora.training.candidate_rows import draw_candidates
 
@@ -112,6 +112,12 @@ def main() -> None:
     # Without an accelerator, the processes of a launch only find each other if the first PartialState is told to use
     # the CPU.
     state = PartialState(cpu=not uses_accelerator())
+    with sole_writer(arguments.output_dir):
+        evaluate(arguments, state)
+
+
+def evaluate(arguments: ILoraEvaluationArguments, state: PartialState) -> None:
+    """Measure the models and write the table."""
     sequences, split = load_data(arguments)
     for model in arguments.models:  # before anything is measured
         ILoraConfig.from_pretrained(model)

@@ -26,7 +26,7 @@ from hf_ilora.evaluation.report import ModelReport, ReportContext, markdown_tabl
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks, parquet_name
 from hf_ilora.evaluation.statistics import summarize_ranks
 from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
-from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
 from hf_ilora.runs.checks import check_at_least_one, checked_plot, names_of_models
 
 logger = logging.getLogger(__name__)
@@ -76,10 +76,16 @@ ARGUMENTS = (EvaluationArguments,)
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    sequences, split, models, folders = load_and_check(arguments)
     # Without an accelerator, the processes of a launch only find each other if the first PartialState is told to use
     # the CPU.
     state = PartialState(cpu=not uses_accelerator())
+    with sole_writer(arguments.output_dir):
+        evaluate(arguments, state)
+
+
+def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
+    """Measure the models and write the table."""
+    sequences, split, models, folders = load_and_check(arguments)
     device = torch.device(arguments.device) if arguments.device else state.device
     output = Path(arguments.output_dir)
     set_up_logging(output)

@@ -30,7 +30,7 @@ from hf_ilora.data.columns import training_sequences
 from hf_ilora.evaluation.rank_metrics import ndcg_at
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.statistics import summarize_ranks
-from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,12 @@ ARGUMENTS = (FitArguments, SearchedValues)
 
 def main() -> None:
     arguments, searched = parse_arguments(ARGUMENTS)
+    with sole_writer(arguments.output_dir):
+        fit(arguments, searched)
+
+
+def fit(arguments: FitArguments, searched: SearchedValues) -> None:
+    """Fit, measure and save both models."""
     set_up_logging(arguments.output_dir)
     sequences = SequenceDatasets.load(arguments.data_dir)
     folder = Path(arguments.output_dir)

@@ -36,7 +36,7 @@ from hf_ilora.distillation.labelling import (
 from hf_ilora.distillation.teachers import ModelTeacher, Teacher, load_teacher, model_fingerprint
 from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
-from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
 from hf_ilora.runs.checks import check_at_least_one
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,12 @@ def main() -> None:
     # Without an accelerator, the processes of a launch only find each other if the first PartialState is told to use
     # the CPU. The timeout is long because all processes wait for the slowest.
     state = PartialState(cpu=not uses_accelerator(), timeout=timedelta(days=30))
+    with sole_writer(arguments.output_dir):
+        label(arguments, state)
+
+
+def label(arguments: LabelArguments, state: PartialState) -> None:
+    """Write the labels that are not there yet, and describe them."""
     sequences, teacher, recommender = load_and_check(arguments, state.device)
     all_requests = LabelRequests.of_split(sequences["train"], arguments.labelled_positions)
     fingerprint = sequences.fingerprint

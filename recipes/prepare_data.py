@@ -12,7 +12,7 @@ import logging
 from dataclasses import asdict, dataclass, field
 
 from hf_ilora import build_sequences, load_interactions, load_movielens
-from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,12 @@ def main() -> None:
         raise ValueError("min_rating is for MovieLens only: drop the rows with low ratings from your table beforehand")
     # The data folder is replaced as a whole, so the record of the run is written to another folder.
     run_folder = f"{source.output_dir.rstrip('/')}_run"
+    with sole_writer(run_folder):
+        prepare(source, settings, run_folder)
+
+
+def prepare(source: SourceArguments, settings: SequenceArguments, run_folder: str) -> None:
+    """Read the interactions, build the data set and write it."""
     set_up_logging(run_folder)
     with RunRecord(run_folder, [source, settings], seed=settings.candidate_seed) as record:
         with record.stage("load"):

@@ -16,7 +16,7 @@ from pathlib import Path
 from hf_ilora import SequenceDatasets, build_sequences, convert_reference_sasrec, load_movielens
 from hf_ilora.reference.convert_models import load_reference_state_dict, reference_catalogue
 from hf_ilora.reference.published_sequences import load_published_sequences
-from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging
+from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,12 @@ ARGUMENTS = (ReferenceDataArguments,)
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
     output = Path(arguments.output_dir)
+    with sole_writer(output):
+        prepare(arguments, output)
+
+
+def prepare(arguments: ReferenceDataArguments, output: Path) -> None:
+    """Convert rows and weights, and write them."""
     set_up_logging(output)
     with RunRecord(output, [arguments], seed=0) as record:
         with record.stage("data"):

@@ -17,7 +17,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_ilora.runs import parse_arguments, run_main, set_up_logging
+from hf_ilora.runs import parse_arguments, run_main, set_up_logging, sole_writer
 from hf_ilora.runs.pipeline import read_stages, run_stages, selected
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,9 @@ def main() -> None:
     all_stages = read_stages(arguments.stages, arguments.set or [])
     selected(all_stages, arguments.force)  # raises for an unknown name
     stages = selected(all_stages, arguments.only)
-    set_up_logging(output)
-    run_stages(stages, output, arguments.force or [])
+    with sole_writer(output):
+        set_up_logging(output)
+        run_stages(stages, output, arguments.force or [])
     logger.info("all %d stages are done: %s", len(stages), output)
     for results in (output / stage.name / "results.md" for stage in stages):
         if results.is_file():

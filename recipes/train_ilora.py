@@ -31,6 +31,7 @@ from hf_ilora.runs import (
     resumable_checkpoint,
     run_main,
     set_up_logging,
+    sole_writer,
 )
 from hf_ilora.training.ilora_parts import ILoraPartArguments, load_ilora_parts
 from hf_ilora.training.ilora_trainer import checked_candidate_fraction
@@ -74,7 +75,14 @@ ARGUMENTS = (DataArguments, ILoraPartArguments, ILoraModelArguments, ILoraTraini
 
 
 def main() -> None:
-    data, parts, model_arguments, training = arguments = parse_arguments(ARGUMENTS)
+    arguments = parse_arguments(ARGUMENTS)
+    with sole_writer(arguments[-1].output_dir):
+        train(arguments)
+
+
+def train(arguments: tuple) -> None:
+    """Train, save and evaluate the model in its output folder."""
+    data, parts, model_arguments, training = arguments
     settings = dataclasses.asdict(model_arguments)
     if data.prompt_file is not None:
         settings["prompt_templates"] = read_templates(prompt_path(data.prompt_file))

@@ -23,6 +23,7 @@ from hf_ilora.runs import (
     resumable_checkpoint,
     run_main,
     set_up_logging,
+    sole_writer,
 )
 
 # A teacher's item embeddings are for distill_sasrec.py.
@@ -53,7 +54,14 @@ ARGUMENTS = (DataArguments, SASRecArguments, NextItemTrainingArguments)
 
 
 def main() -> None:
-    data, model_arguments, training = arguments = parse_arguments(ARGUMENTS)
+    arguments = parse_arguments(ARGUMENTS)
+    with sole_writer(arguments[-1].output_dir):
+        train(arguments)
+
+
+def train(arguments: tuple) -> None:
+    """Train, save and evaluate the model in its output folder."""
+    data, model_arguments, training = arguments
     set_up_logging(training.output_dir)
     sequences = SequenceDatasets.load(data.data_dir)
     fingerprint = sequences.fingerprint

@@ -1,16 +1,28 @@
-"""Files and folders that are written whole: what a failure, a kill and the umask leave behind."""
+"""Files and folders that are written whole: what a failure, a kill and the umask leave behind; and who may write."""
 
+import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_ilora.files import folder_written_whole, previous_folder, remove_unfinished, written_whole
+from hf_ilora import files
+from hf_ilora.files import (
+    LOCK_FILE,
+    folder_written_whole,
+    held_folder,
+    previous_folder,
+    remove_folder,
+    remove_unfinished,
+    written_whole,
+)
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
@@ -157,3 +169,80 @@ class TestFolders:
         kept, leftover = sorted(os.listdir(tmp_path), reverse=True)
         assert kept == "model-1.5"
         assert leftover.startswith(".other.") and leftover.endswith(".unfinished")
+
+
+# --- one folder, one writer ---
+
+HOLD = """
+import runpy, sys
+files = runpy.run_path(sys.argv[1])
+with files["held_folder"](sys.argv[2]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(folder):
+    """A process that holds a folder until its standard input ends."""
+    command = [sys.executable, "-c", HOLD, files.__file__, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.stdin.close()
+
+
+def test_a_folder_has_one_writer_and_a_second_one_is_told_who_it_is(tmp_path):
+    with holder(tmp_path / "run") as process:
+        message = rf"run has another writer: process {process.pid} holds this folder since 20.* choose another output_d"
+        for _ in range(2):  # being refused takes nothing from the holder
+            with pytest.raises(ValueError, match=message), held_folder(tmp_path / "run"):
+                pass
+        with pytest.raises(ValueError, match=message):
+            remove_folder(tmp_path / "run")
+        assert (tmp_path / "run").is_dir()
+        with held_folder(tmp_path / "other"):
+            pass
+    with held_folder(tmp_path / "run"):
+        (tmp_path / "run" / "model").touch()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"]
+    remove_folder(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_writer_holds_nothing_whatever_its_lock_file_says(tmp_path):
+    with holder(tmp_path / "run") as process:
+        process.kill()
+        process.wait()
+        assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["process"] == process.pid
+        with held_folder(tmp_path / "run"):
+            pass
+    # the file of a machine that shares the disk, on which our own number is that of another process
+    (tmp_path / "run" / LOCK_FILE).write_text(json.dumps({"process": os.getpid(), "since": "x", "machine": "other"}))
+    with held_folder(tmp_path / "run"):
+        pass
+    (tmp_path / "run" / LOCK_FILE).write_text("no JSON")
+    with (
+        held_folder(tmp_path / "run"),
+        pytest.raises(ValueError, match="holds this folder since"),
+        held_folder(tmp_path / "run"),
+    ):
+        pass
+
+
+def test_a_new_folder_in_which_nothing_is_written_does_not_stay(tmp_path):
+    with pytest.raises(RuntimeError), held_folder(tmp_path / "new"):
+        raise RuntimeError
+    (tmp_path / "old").mkdir()
+    with held_folder(tmp_path / "old"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    with held_folder(tmp_path / "gone"):
+        shutil.rmtree(tmp_path / "gone")
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match="expected a folder; choose another output_dir"), held_folder(path):
+            pass

@@ -1,10 +1,26 @@
-"""Files and folders that are written whole or not at all: a crash never leaves half of one under its real name."""
+"""Files and folders that are written whole or not at all, and the lock of an output folder.
 
+A crash never leaves half of a file under its real name, and a folder never has two writers.
+"""
+
+import errno
+import json
+import logging
 import os
+import platform
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+# What a disk answers that knows no locks.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 @contextmanager
@@ -84,6 +100,83 @@ def remove_unfinished(folder: Path, name: str = "*") -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def held_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """Create `folder` and hold it: until the block or this process ends, no other process can.
+
+    The operating system keeps the lock, also between machines that share a network disk, and frees it with the process,
+    however that ends. A killed process leaves the file `.lock` behind, which holds nothing: what it says about the
+    holder is for messages alone. A new folder in which the block writes nothing is removed.
+
+    Raises:
+        ValueError: when another process holds the folder, and when there is a file in its place.
+    """
+    folder = Path(folder)
+    path, is_new = folder / LOCK_FILE, not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"{folder} is a file, or inside of one: expected a folder; choose another output_dir"
+        ) from error
+    # No soft lock where the disk has no real ones: the file of a killed process would hold the folder for ever.
+    # A few attempts, since a holder that ends takes its file with it.
+    lock = FileLock(path, timeout=0.2, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"{folder} has another writer: {_holder(path)}; wait for its end, end it, or choose another output_dir"
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning("the disk of %s has no locks: make sure that no other process writes there", folder)
+    try:
+        if lock.is_locked:
+            _write_holder(path)
+        yield
+    finally:
+        if lock.is_locked:
+            path.unlink(missing_ok=True)  # before the release: the file of the next holder stays
+        lock.release()
+        if is_new:
+            with suppress(OSError):  # it is not empty, or gone
+                folder.rmdir()
+
+
+def remove_folder(folder: str | os.PathLike) -> None:
+    """Delete a folder, if it exists, unless a process holds it.
+
+    Raises:
+        ValueError: when a process holds it.
+    """
+    if (Path(folder) / LOCK_FILE).exists():
+        with held_folder(folder):
+            shutil.rmtree(folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_holder(lock_file: Path) -> None:
+    holder = {
+        "process": os.getpid(),
+        "since": datetime.now(UTC).isoformat(sep=" ", timespec="seconds"),
+        "machine": platform.node(),
+    }
+    with suppress(OSError):  # a full disk: the run will say so where it matters
+        lock_file.write_text(json.dumps(holder) + "\n", encoding="utf-8")
+
+
+def _holder(lock_file: Path) -> str:
+    """Who holds a folder, as far as its lock file tells."""
+    try:
+        holder = json.loads(lock_file.read_text(encoding="utf-8"))
+        return f"process {holder['process']} holds this folder since {holder['since']} (on {holder['machine']})"
+    except (OSError, ValueError, LookupError, TypeError):  # it has only just begun
+        return "another process holds this folder"
 
 
 def _exchange(unfinished: Path, path: Path, previous: Path) -> None:

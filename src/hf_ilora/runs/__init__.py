@@ -4,7 +4,7 @@ from .arguments import parse_arguments, prompt_path, read_config
 from .checkpoints import check_same_inputs, configuration_differences, resumable_checkpoint
 from .config_arguments import config_arguments
 from .logs import LogMetricsCallback, log_to_run, set_up_logging
-from .processes import ProgramFailed, leave_launch, run_main
+from .processes import ProgramFailed, leave_launch, run_main, sole_writer
 from .quality import evaluate_splits
 from .record import RunRecord, is_finished, read_record
 
@@ -26,4 +26,5 @@ __all__ = [
     "resumable_checkpoint",
     "run_main",
     "set_up_logging",
+    "sole_writer",
 ]

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from hf_ilora.files import written_whole
+from hf_ilora.files import LOCK_FILE, remove_folder, written_whole
 from hf_ilora.runs.arguments import checked_settings, prompt_path, read_config
 from hf_ilora.runs.processes import ProgramFailed, program_name
 from hf_ilora.runs.recipe_files import load_recipe
@@ -230,7 +229,7 @@ def run_stages(stages: list[Stage], output_dir: Path, force: Sequence[str] = ())
         pace = (1 + (time.monotonic() - begin) / 60) / (1 + estimated)  # little is known after little time
         logger.info("%s begins; about %.1f minutes left", title, (minutes_left + stage.minutes) * pace)
         if not (stage.resumes and state.has(stage.name, key, "started")):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
         state.note(stage.name, key, "started")
         start = time.monotonic()
         exit_code = _run(stage, output_dir)
@@ -308,7 +307,7 @@ def _named_paths(settings: object, output_dir: Path) -> Iterator[Path]:
 def _content(path: Path) -> str | list:
     """sha256 of a file; for a folder name, size and time of change of its files, which are large."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != LOCK_FILE)
         return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,14 +5,18 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from huggingface_hub.errors import StrictDataclassError
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from hf_ilora.downloads import DownloadError
+from hf_ilora.files import held_folder
 from hf_ilora_cli.commands import PROGRAM_VARIABLE
 
 # What a user causes and can cure: a wrong setting, a file that is missing or cannot be written, a download that fails.
@@ -73,6 +77,28 @@ def run_main(main: Callable[[], None]) -> None:
             get_error_handler().record_exception(error)
         _end(_MISTAKE_CODE if is_mistake else _BUG_CODE)
     leave_launch()
+
+
+@contextmanager
+def sole_writer(output_dir: str | os.PathLike) -> Iterator[None]:
+    """Hold the output folder of a run, so that a second command for it is refused; the main process does, for all.
+
+    Every process of a launch enters it, after `parse_arguments`, which initialises the state that the processes share.
+
+    Raises:
+        ValueError, OSError: in every process, as `held_folder` raises in the main one.
+    """
+    refusal = None
+    with ExitStack() as stack:
+        if PartialState().is_main_process:
+            try:
+                stack.enter_context(held_folder(output_dir))
+            except (ValueError, OSError) as error:
+                refusal = error
+        [refusal] = broadcast_object_list([refusal])
+        if refusal is not None:
+            raise refusal
+        yield
 
 
 def leave_launch() -> None:
