@@ -64,6 +64,10 @@ class ILoraEvaluationArguments:
     generate: str = field(
         default="none", metadata={"help": "whether and how the models generate answers", "choices": GENERATE}
     )
+    first_line_only: bool = field(
+        default=False,
+        metadata={"help": "judge only the first line of a free answer, as the programs of LLaRA and iLoRA do"},
+    )
     max_new_tokens: int = field(default=40, metadata={"help": "longest free answer, in tokens"})
     recommenders: list[str] | None = field(
         default=None, metadata={"help": "folders or Hub names of further recommenders for the table"}
@@ -98,6 +102,8 @@ class ILoraEvaluationArguments:
         check_fraction(self.train_fraction)
         if self.split != "train" and self.train_fraction != [0, 1]:
             raise ValueError(f"train_fraction is {self.train_fraction} for split {self.split}: expected --split train")
+        if self.first_line_only and self.generate != "free":
+            raise ValueError(f"first_line_only is true with generate {self.generate!r}: expected --generate free")
         check_at_least_one(self, "k", "batch_size", "num_resamples", "max_new_tokens")
         if self.limit_rows < 1 and self.limit_rows != -1:
             raise ValueError(f"limit_rows is {self.limit_rows}: expected at least 1, or -1 for all")
@@ -136,6 +142,7 @@ def evaluate(arguments: ILoraEvaluationArguments, state: PartialState) -> None:
         num_candidates=len(split[0]["candidates"]),
         k=arguments.k,
         generate=arguments.generate,
+        first_line_only=arguments.first_line_only,
         num_resamples=arguments.num_resamples,
         seed=arguments.seed,
     )

@@ -1,6 +1,7 @@
 """Choice among candidates against one row at a time, and the item head through the ranking of all items."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,13 @@ def test_generated_answers_are_judged_by_the_published_rule(split, constrained):
     quality = answers.quality()
     assert (quality.num_valid, quality.num_correct) == (len(split) - sum(silent), hits)
     assert quality.valid_ratio.mean == 1 - sum(silent) / len(split)
+
+
+def test_the_first_line_of_a_generated_answer_decides_if_asked(split):
+    answers = generate_answers(ChoosingModel(), split, batch_size=7)
+    rambling = replace(answers, texts=[f"{text}\n{', '.join(answers.candidate_titles[0])}" for text in answers.texts])
+    assert rambling.quality().num_valid < answers.quality().num_valid
+    assert rambling.quality(first_line_only=True) == answers.quality()
 
 
 @pytest.mark.slow

@@ -28,6 +28,36 @@ def test_candidates_are_named_by_their_whole_title_whatever_its_case(answer, nam
     assert is_valid(answer, TITLES) == (len(named) == 1)
 
 
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        ("Heat\nBig", [0]),
+        ("\n  Big \nHeat\nAlien", [3]),
+        ("heat or big\nBig", [0, 3]),
+        ("My answer:\nHeat", []),
+        ("Heat", [0]),
+        (" \n ", []),
+    ],
+)
+def test_the_first_line_alone_counts_if_asked(answer, named):
+    assert named_candidates(answer, TITLES, first_line_only=True) == named
+    assert is_valid(answer, TITLES, first_line_only=True) == (len(named) == 1)
+
+
+def test_lines_after_the_first_change_the_quality():
+    answers, titles, targets = ["Heat\nBig", "so:\nBig", "Big"], [TITLES] * 3, ["Heat", "Big", "Heat"]
+    whole, first = (judge_answers(answers, titles, targets, first_line_only=only) for only in (False, True))
+    assert (whole.num_valid, whole.num_correct) == (2, 1)
+    assert (first.num_valid, first.num_correct) == (2, 1)
+    assert judge_answers(answers[:1], titles[:1], targets[:1]).num_valid == 0
+    assert judge_answers(answers[:1], titles[:1], targets[:1], first_line_only=True).num_correct == 1
+    metrics = (ValidRatio(), ValidRatio(first_line_only=True))
+    assert [metric.compute(predictions=answers[:1], references=titles[:1])["valid_ratio"] for metric in metrics] == [
+        0,
+        1,
+    ]
+
+
 def test_equal_titles_are_named_together():
     assert not is_valid("Heat", ["Heat", "Heat"])
 

@@ -62,6 +62,7 @@ def evaluate(run_recipe, folder, tmp_path):
 
 def test_saved_models_become_one_table(evaluate, folder):
     settings = {"zero_shot": True, "generate": "free", "max_new_tokens": 4, "limit_rows": 10, "split": "test"}
+    settings |= {"first_line_only": True}
     run = evaluate(models=[folder / "lora", folder / "ilora"], names=["plain LoRA", "iLoRA"], **settings)
     output = run.output_dir
     content = json.loads((output / "results.json").read_text())
@@ -73,7 +74,7 @@ def test_saved_models_become_one_table(evaluate, folder):
     # the adapter is not in the zero-shot row: other likelihoods, other ranks
     assert zero_shot["quality"]["candidates/ndcg@10"] != lora["quality"]["candidates/ndcg@10"]
     text = (output / "results.md").read_text()
-    assert "ValidRatio" in text and "Expert usage" in text
+    assert "ValidRatio" in text and "Expert usage" in text and "Only the first line of an answer counts." in text
     for file in ("results.csv", "results.png", "experts.png", "candidate_ranks.parquet"):
         assert (output / file).is_file()
     assert len(list((output / "ranks").iterdir())) == 2 and len(list((output / "answers").iterdir())) == 3
@@ -114,6 +115,7 @@ def test_two_processes_give_the_table_of_one(evaluate, folder, tmp_path, launch)
         ({"split": "all"}, "invalid choice: 'all'"),
         ({"train_fraction": [0.5, 1]}, "expected --split train"),
         ({"generate": "all"}, "invalid choice: 'all'"),
+        ({"first_line_only": True}, "first_line_only is true with generate 'none': expected --generate free"),
         ({"models": "{folder}/nowhere"}, "nowhere"),
     ],
 )

@@ -145,7 +145,7 @@ class CandidateEvaluation:
             }
             answers, seconds_per_answer = self._timed(generate_answers, model, **settings)
             self._answers[label] = answers
-            judged = answers.quality()
+            judged = answers.quality(self.context.first_line_only)
             quality["answers/valid_ratio"] = judged.valid_ratio
             if judged.hit_ratio_of_valid is not None:
                 quality["answers/hit_ratio@1_of_valid"] = judged.hit_ratio_of_valid

@@ -63,15 +63,18 @@ class GeneratedAnswers:
     item_ids: list[int] | None
     targets: list[int]
 
-    def quality(self) -> AnswerQuality:
+    def quality(self, first_line_only: bool = False) -> AnswerQuality:
         """ValidRatio, and HR@1 over the valid and over all answers.
 
         Free answers are judged by LLaRA's rule, by which a title that contains the title of another candidate names
         both. A constrained answer always names the one item it was generated for.
+
+        Args:
+            first_line_only: judge the first line of a free answer alone, as the programs of LLaRA and iLoRA do.
         """
         if self.item_ids is not None:
             return judge_items(self.item_ids, self.targets)
-        return judge_answers(self.texts, self.candidate_titles, self.target_titles)
+        return judge_answers(self.texts, self.candidate_titles, self.target_titles, first_line_only)
 
 
 def generate_answers(

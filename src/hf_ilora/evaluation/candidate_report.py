@@ -59,9 +59,11 @@ class CandidateContext(EvaluationContext):
 
     Args:
         generate: how answers were generated: "free", "constrained" or "none".
+        first_line_only: whether only the first line of a free answer counts.
     """
 
     generate: str
+    first_line_only: bool = False
 
 
 def metric_titles(context: CandidateContext) -> dict[str, str]:
@@ -147,6 +149,7 @@ def candidate_table(reports: Sequence[CandidateReport], context: CandidateContex
         f"answers, Wilson's interval. Difference: HR@1 of {context.num_candidates} minus that of the SASRec that the",
         "model reads, paired over users, with its interval and two-sided sign-flip p-value.",
         *([GENERATED[context.generate]] if generated else []),
+        *(["Only the first line of an answer counts."] if context.first_line_only else []),
         "",
         *markdown_rows(header + ["s / answer"] * generated, rows),
     ]

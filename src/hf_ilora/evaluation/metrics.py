@@ -97,10 +97,14 @@ class ValidRatio(evaluate.Metric):
 
     `ValidRatio().compute(predictions=["Heat", "I like films"], references=[["Heat", "Alien"]] * 2)` is 0.5. It takes
     texts instead of flags, so that the same rule, `valid_answers.is_valid`, applies everywhere.
+
+    Args:
+        first_line_only: ignore what follows the first line of an answer, as the programs of LLaRA and iLoRA do.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, first_line_only: bool = False, **kwargs):
         super().__init__(keep_in_memory=True, **kwargs)
+        self.first_line_only = first_line_only
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -124,5 +128,8 @@ class ValidRatio(evaluate.Metric):
         """
         if not len(predictions):
             raise ValueError("valid_ratio of no answers: expected predictions, the generated text of at least one user")
-        valid = [is_valid(answer, titles) for answer, titles in zip(predictions, references, strict=True)]
+        valid = [
+            is_valid(answer, titles, self.first_line_only)
+            for answer, titles in zip(predictions, references, strict=True)
+        ]
         return {"valid_ratio": sum(valid) / len(valid)}

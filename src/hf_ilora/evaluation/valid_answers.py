@@ -32,7 +32,7 @@ class AnswerQuality:
     hit_ratio_of_all: Interval
 
 
-def named_candidates(answer: str, candidate_titles: Sequence[str]) -> list[int]:
+def named_candidates(answer: str, candidate_titles: Sequence[str], first_line_only: bool = False) -> list[int]:
     """The indices of the candidates whose title the answer contains, ignoring case.
 
     An answer that contains a title also contains every title that is part of it ("Alien" in "Aliens") or equal to it,
@@ -41,29 +41,35 @@ def named_candidates(answer: str, candidate_titles: Sequence[str]) -> list[int]:
     Args:
         answer: generated text.
         candidate_titles: (candidates,), none of them blank.
+        first_line_only: ignore what follows the first line that is not blank, as the programs of LLaRA and iLoRA do.
 
     Raises:
         ValueError: for no candidates and for blank titles, which every text would contain.
     """
     if not len(candidate_titles):
         raise ValueError("there are no candidate titles: expected at least one")
+    if first_line_only:
+        answer = answer.strip().split("\n", 1)[0]
     folded, titles = answer.lower(), [title.lower() for title in candidate_titles]
     if "" in (title.strip() for title in titles):
         raise ValueError(f"a title among {list(candidate_titles)} is blank: expected text; give the item a title")
     return [place for place, title in enumerate(titles) if title in folded]
 
 
-def is_valid(answer: str, candidate_titles: Sequence[str]) -> bool:
-    """Whether the answer names exactly one candidate.
+def is_valid(answer: str, candidate_titles: Sequence[str], first_line_only: bool = False) -> bool:
+    """Whether the answer names exactly one candidate; the arguments are those of `named_candidates`.
 
     Raises:
         ValueError: as `named_candidates`.
     """
-    return len(named_candidates(answer, candidate_titles)) == 1
+    return len(named_candidates(answer, candidate_titles, first_line_only)) == 1
 
 
 def judge_answers(
-    answers: Sequence[str], candidate_titles: Sequence[Sequence[str]], target_titles: Sequence[str]
+    answers: Sequence[str],
+    candidate_titles: Sequence[Sequence[str]],
+    target_titles: Sequence[str],
+    first_line_only: bool = False,
 ) -> AnswerQuality:
     """ValidRatio, and HR@1 over the valid and over all answers, each with its 95% interval.
 
@@ -71,6 +77,7 @@ def judge_answers(
         answers: (users,) generated texts.
         candidate_titles: (users, candidates) titles of each user's candidates, in any order.
         target_titles: (users,) titles of the targets, each among its candidates.
+        first_line_only: as in `named_candidates`.
 
     Raises:
         ValueError: for no answers, lengths that differ, targets that are not among their candidates, and as
@@ -89,7 +96,7 @@ def judge_answers(
     for user, (answer, titles, target) in enumerate(zip(answers, candidate_titles, target_titles, strict=True)):
         if target not in titles:
             raise ValueError(f"target {target!r} of user {user} is not among its candidates: expected one of {titles}")
-        named = named_candidates(answer, titles)
+        named = named_candidates(answer, titles, first_line_only)
         if len(named) == 1:
             num_valid += 1
             num_correct += titles[named[0]] == target
