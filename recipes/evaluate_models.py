@@ -8,6 +8,7 @@ results.json, results.png, run.json, and the ranks of every user under ranks/ (f
 Every model is compared with the first one, user by user. All models are loaded and checked before any is measured.
 """
 
+import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -4,6 +4,7 @@ python recipes/recommend.py --model outputs/ml-100k/sasrec --data_dir outputs/ml
 python recipes/recommend.py --model outputs/ml-100k/sasrec --history 50 172 181
 """
 
+import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
 from dataclasses import dataclass, field
 
 import torch

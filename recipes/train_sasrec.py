@@ -7,6 +7,7 @@ The recipe writes the model (weights, configuration, catalogue), run.json and ru
 killed run from its last complete checkpoint, run the same command again.
 """
 
+import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
 import dataclasses
 from dataclasses import dataclass, field
 

@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from . import openmp  # noqa: F401
 from .commands import COMMANDS, PROGRAM, PROGRAM_VARIABLE, Command
 from .recipe_process import INTERRUPTED_CODE, run_recipe
 from .shipped import RECIPE, shipped_folder

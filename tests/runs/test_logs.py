@@ -11,10 +11,10 @@ import torch
 import transformers
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_ilora.runs import logs as logs_module
-from hf_ilora.runs.logs import log_to_run, set_up_logging
+from hf_ilora.runs.logs import WaitingStepsCallback, log_to_run, set_up_logging
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +136,7 @@ def test_a_trainer_reports_every_loss_and_evaluation_once(tmp_path, capfd, disab
     trainer.evaluate()
     file = (tmp_path / "run.log").read_text(encoding="utf-8")
     lines = [line for line in file.splitlines() if "hf_ilora.runs.logs" in line]
+    assert re.search(rf": training on cpu, with {torch.get_num_threads()} CPU thread\(s\)$", lines.pop(1))
     assert [line.count("eval_loss") for line in lines] == [1, 0, 1, 0, 1, 1]
     assert re.search(r"INFO hf_ilora\.runs\.logs: eval_loss 4, ", lines[0])
     assert re.search(r": epoch 1, step 2 of 4, \d+ s left: loss [\d.]+, grad_norm", lines[1])
@@ -145,3 +146,29 @@ def test_a_trainer_reports_every_loss_and_evaluation_once(tmp_path, capfd, disab
     assert "eval_loss" not in output  # where transformers prints its dictionaries
     assert console.count("eval_loss") == 4 and console.count("grad_norm") == 2
     assert ("4/4" in console) != disable_tqdm
+
+
+def run_steps(callback: WaitingStepsCallback, clock: dict, steps: int, wall: float, processor: float) -> None:
+    state = TrainerState(is_world_process_zero=True)
+    for _ in range(steps):
+        callback.on_step_begin(None, state, None)
+        clock["wall"] += wall
+        clock["processor"] += processor
+        callback.on_step_end(None, state, None)
+
+
+def test_steps_that_wait_for_the_machine_are_reported_once(monkeypatch, caplog):
+    clock = {"wall": 100.0, "processor": 10.0}
+    monkeypatch.setattr(logs_module.time, "perf_counter", lambda: clock["wall"])
+    monkeypatch.setattr(logs_module.time, "process_time", lambda: clock["processor"])
+    callback = WaitingStepsCallback()
+    callback.on_train_begin(None, None, None)
+    run_steps(callback, clock, steps=20, wall=0.4, processor=0.1)
+    run_steps(callback, clock, steps=1, wall=3.0, processor=0.1)  # one step alone says nothing
+    run_steps(callback, clock, steps=19, wall=0.2, processor=0.1)
+    assert not caplog.records
+    run_steps(callback, clock, steps=60, wall=0.6, processor=0.1)
+    assert [record.message for record in caplog.records] == [
+        "20 steps took 12 s, in which this process had a core for 2 s: the machine is short of cores or memory; stop "
+        "other programs, or set OMP_NUM_THREADS to the cores that are free"
+    ]

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import datasets
+import torch
 import transformers
 from accelerate import PartialState
 from tqdm.auto import tqdm
@@ -83,6 +84,8 @@ def log_to_run(trainer) -> None:
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_ProgressBarsCallback)
     trainer.add_callback(LogMetricsCallback)
+    if trainer.args.device.type == "cpu":  # elsewhere the processor may wait for the device all the time
+        trainer.add_callback(WaitingStepsCallback)
 
 
 class _ProgressBarsCallback(ProgressCallback):
@@ -100,6 +103,7 @@ class LogMetricsCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.begin, self.first_step = time.monotonic(), state.global_step
+        logger.info("training on %s, with %d CPU thread(s)", args.device, torch.get_num_threads())
 
     def on_train_end(self, args, state, control, **kwargs):
         self.begin = None
@@ -121,3 +125,36 @@ class LogMetricsCallback(TrainerCallback):
             "epoch %.4g, step %d of %d, %.0f s left: %s",
             state.epoch, state.global_step, state.max_steps, seconds_left, values,
         )  # fmt: skip
+
+
+class WaitingStepsCallback(TrainerCallback):
+    """Warns once when training steps wait for the machine: they take many times their processor time.
+
+    Sums over `STEPS` steps are compared, since a single short step may lose its core for a moment.
+    """
+
+    STEPS, MANY_TIMES = 20, 5
+
+    def __init__(self):
+        self.warned = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps, self.wall, self.processor = 0, 0.0, 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begin = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+        self.wall += time.perf_counter() - self.begin[0]
+        self.processor += time.process_time() - self.begin[1]
+        if self.steps < self.STEPS:
+            return
+        if state.is_world_process_zero and not self.warned and self.wall > self.MANY_TIMES * self.processor:
+            self.warned = True
+            logger.warning(
+                "%d steps took %.3g s, in which this process had a core for %.3g s: the machine is short of cores or "
+                "memory; stop other programs, or set OMP_NUM_THREADS to the cores that are free",
+                self.STEPS, self.wall, self.processor,
+            )  # fmt: skip
+        self.on_train_begin(args, state, control)

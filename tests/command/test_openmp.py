@@ -1,0 +1,37 @@
+"""OpenMP's waiting threads sleep in every program that computes: spinning, they wait for a busy neighbour's core."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.paths import PROJECT, RECIPES
+
+COMPUTING = ("distill_sasrec", "evaluate_ilora", "evaluate_models", "fit_counts", "label_with_teacher", "recommend")
+COMPUTING += ("train_ilora", "train_sasrec")
+
+
+def openmp_settings(*command: str, **environment: str) -> str:
+    """What OpenMP says of its settings when a program loads it."""
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment = inherited | {"OMP_DISPLAY_ENV": "true"} | environment
+    done = subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 2), done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("recipe", COMPUTING)
+def test_a_recipe_sets_the_policy_before_it_imports_anything(recipe):
+    source = (RECIPES / f"{recipe}.py").read_text(encoding="utf-8")
+    imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
+    assert imports[0].startswith("import hf_ilora_cli.openmp")
+
+
+@pytest.mark.slow
+def test_threads_wait_asleep_in_recipes_and_commands():
+    recipe = [sys.executable, str(RECIPES / "recommend.py"), "--help"]
+    command = [sys.executable, "-m", "hf_ilora", "recommend", "--top_k", "0"]
+    for words in (recipe, command):
+        assert "OMP_WAIT_POLICY = 'PASSIVE'" in openmp_settings(*words)
+        assert "OMP_WAIT_POLICY = 'ACTIVE'" in openmp_settings(*words, OMP_WAIT_POLICY="active")
