@@ -20,6 +20,7 @@ import torch
 
 from hf_ilora.files import written_whole
 from hf_ilora.runs import RunRecord, set_up_logging, sole_writer
+from hf_ilora_cli.shown_text import shown_lines
 
 _Result = TypeVar("_Result")
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -161,4 +162,4 @@ def _measure_and_report(
     for name, content in files.items():
         with written_whole(Path(arguments.output_dir) / name) as path:
             path.write_text(content, encoding="utf-8")
-    print(text)
+    print(shown_lines(text))

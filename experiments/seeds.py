@@ -32,6 +32,7 @@ from hf_ilora.runs import (
 )
 from hf_ilora.runs.recipe_files import load_recipe
 from hf_ilora_cli.shipped import RECIPE, find_file
+from hf_ilora_cli.shown_text import shown_lines
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def main() -> None:
         )
     text, summary = table_of_seeds(arguments, records)
     write_table(arguments.table, text, json.dumps(summary, indent=2))
-    print(text)
+    print(shown_lines(text))
 
 
 def run_seed(arguments: SeedsArguments, seed: int, recipe_arguments: Sequence[type]) -> dict:

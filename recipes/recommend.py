@@ -12,6 +12,7 @@ import torch
 from hf_ilora import SequenceDatasets
 from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.runs import parse_arguments, run_main
+from hf_ilora_cli.shown_text import shown
 
 
 @dataclass
@@ -40,6 +41,7 @@ def history_of_user(sequences: SequenceDatasets, data_dir: str, user: str) -> li
     test = sequences["test"]
     users = test.with_format("arrow")["user_id"][:].to_pylist()
     by_name = {str(raw): row for row, raw in enumerate(users)}
+    user = user if user in by_name else user.strip()
     if user not in by_name:
         raise ValueError(
             f"user {user} is not in {data_dir}: expected one of its {len(users)} users, such as {users[0]}"
@@ -62,15 +64,15 @@ def main() -> None:
     else:
         known = {str(raw): raw for raw in catalogue.raw_ids(range(1, len(catalogue) + 1))}
         # Unknown ids are passed on, because the error of the catalogue suggests similar ones.
-        history = catalogue.item_ids([known.get(raw, raw) for raw in arguments.history])
+        history = catalogue.item_ids([known.get(raw, known.get(raw.strip(), raw)) for raw in arguments.history])
     print(f"The newest of {len(history)} items in the history:")
     for title in catalogue.titles(history[-arguments.shown :]):
-        print(f"    {title}")
+        print(f"    {shown(title)}")
     item_ids, scores = model.recommend(torch.tensor([history]), top_k=arguments.top_k)
-    print(f"Recommended by {arguments.model}:")
+    print(f"Recommended by {shown(arguments.model)}:")
     titles = catalogue.titles(item_ids[0])
     for place, (title, score) in enumerate(zip(titles, scores[0].tolist(), strict=True), start=1):
-        print(f"{place:3d}. {title}  ({score:.2f})")
+        print(f"{place:3d}. {shown(title)}  ({score:.2f})")
 
 
 if __name__ == "__main__":

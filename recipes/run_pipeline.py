@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hf_ilora.runs import parse_arguments, run_main, set_up_logging, sole_writer
 from hf_ilora.runs.pipeline import read_stages, run_stages, selected
+from hf_ilora_cli.shown_text import shown_lines
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def main() -> None:
     logger.info("all %d stages are done: %s", len(stages), output)
     for results in (output / stage.name / "results.md" for stage in stages):
         if results.is_file():
-            print(results.read_text(encoding="utf-8"))
+            print(shown_lines(results.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from .commands import PROGRAM_VARIABLE
 from .recipe_process import INTERRUPTED_CODE
 from .shipped import LAUNCH, find_file
+from .shown_text import shown, shown_lines
 
 RECIPE_PROCESS = str(Path(__file__).with_name("recipe_process.py"))
 SECONDS_TO_END = 10
@@ -40,7 +41,7 @@ def launch_words(recipe: Path, words: list[str]) -> int:
         launch, num_processes, options = take_launch_options(words)
         config_file = launch_config(launch, num_processes)
     except ValueError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {shown(error)}", file=sys.stderr)
         return 2
     return run_launched(recipe, options, config_file, num_processes, program)
 
@@ -115,7 +116,7 @@ def run_launched(recipe: Path, options: list[str], config_file: Path, num_proces
         end_children()
         return INTERRUPTED_CODE
     except (ImportError, ValueError) as error:  # DeepSpeed is not installed; accelerate refuses the configuration
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {shown(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -143,10 +144,11 @@ def _report(error: ChildFailedError, program: str) -> int:
         return 2
     for failure in recorded:
         if failure.exitcode == 2:
-            print(f"{program}: error: {failure.message['message'].partition(': ')[2]}", file=sys.stderr)
+            print(f"{program}: error: {shown(failure.message['message'].partition(': ')[2])}", file=sys.stderr)
             return 2
     for failure in recorded:
-        print(f"process {failure.local_rank}: {failure.message['extraInfo']['py_callstack']}", file=sys.stderr)
+        callstack = shown_lines(failure.message["extraInfo"]["py_callstack"])
+        print(f"process {failure.local_rank}: {callstack}", file=sys.stderr)
     exit_codes = [failure.exitcode for failure in [*recorded, *failures] if failure.exitcode > 0]
     return exit_codes[0] if exit_codes else _exit_code(error.get_first_failure()[1].exitcode, program)
 

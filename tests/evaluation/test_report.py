@@ -1,6 +1,7 @@
 """Latency, size, and the table and plot that put them beside quality."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -84,6 +85,20 @@ def test_markdown_table_has_a_row_per_model_with_everything_side_by_side(reports
     assert expected in second
     assert "| +.1000 [-.0123, +.2000], p=0.0300 | 1.00 / 1.25 | 1,234 | 5.00 |" in second
     assert "1 thread(s), cpu" in "\n".join(lines)
+
+
+def test_names_change_neither_the_page_nor_the_terminal_nor_the_plot(reports, tmp_path):
+    name = "\x1b[2J\u202e<script>\n| row | [x](y) $a_ $b"
+    reports = [dataclasses.replace(reports[0], name=name), reports[1]]
+    context = dataclasses.replace(CONTEXT, data=name)
+    write_table(reports, context, tmp_path)
+    markdown = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert len(markdown.splitlines()) == len(markdown_table(reports, CONTEXT).splitlines())
+    assert "\\x1b\\[2J\\\\u202e&lt;script&gt;" in markdown
+    for text in (markdown, (tmp_path / "results.csv").read_text(encoding="utf-8")):
+        assert not set(text) & set("\x1b\u202e")
+    assert "<script>" not in markdown
+    plot_quality(reports, context, tmp_path / "plot.png")  # matplotlib would read a formula between the dollars
 
 
 def test_tables_hold_the_same_numbers_in_csv_and_json(reports, tmp_path):

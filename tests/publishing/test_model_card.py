@@ -46,6 +46,13 @@ def test_card_holds_the_measured_table_and_the_metadata_of_this_row(sasrec_run, 
     assert (result.dataset_split, result.dataset_revision) == ("test", FINGERPRINT)
 
 
+def test_the_name_of_a_data_set_is_text_on_the_page(sasrec_run):
+    text = write_card(sasrec_run, "user/sasrec", **NAMES | {"dataset_name": "<b>[x](y)\u202e|"}).read_text()
+    page = text.split("---\n", 2)[2]
+    assert page.count(r"&lt;b&gt;\[x\](y)\\u202e\|") == 3
+    assert "<b>" not in page and "\u202e" not in page
+
+
 def test_using_the_model_takes_five_lines_imports_included(sasrec_run):
     """tests/publishing/test_hub.py runs such lines."""
     text = write_card(sasrec_run, "user/sasrec", revision="v2", **NAMES).read_text()

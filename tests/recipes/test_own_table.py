@@ -1,5 +1,9 @@
 """From a user's own CSV files to titles, by the recipes of the README."""
 
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.recipe_runs import RecipeRun
@@ -46,6 +50,18 @@ def test_a_user_of_the_data_becomes_recommendations_in_titles(prepared, run_reci
     run_recipe("recommend", model=model, data_dir=prepared / "data", user="user-0", top_k=1)
     printed = capsys.readouterr().out
     assert "The song-h" in printed and "1. The song-i" in printed  # user-0 ended with song-h
+
+
+def test_a_title_does_not_drive_the_terminal(prepared, run_recipe, capsys, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(prepared / "counts" / "transition_counts", model)
+    table = pq.read_table(model / "items.parquet")
+    titles = pa.array(["\x1b[31mred\n\u202e\x07"] * len(table))
+    pq.write_table(table.set_column(table.column_names.index("title"), "title", titles), model / "items.parquet")
+    run_recipe("recommend", model=model, history=["song-c ", "song-d"], top_k=1)
+    printed = capsys.readouterr().out
+    assert r"1. \x1b[31mred\n\u202e\x07  (" in printed
+    assert not set(printed) & set("\x1b\u202e\x07")
 
 
 OWN = {"interactions": "{tables}/plays.csv", **COLUMNS}

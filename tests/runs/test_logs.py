@@ -51,6 +51,20 @@ def test_every_message_is_once_in_the_file_with_its_time(tmp_path):
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO hf_ilora.data: from ours$", file, re.MULTILINE)
 
 
+def test_no_text_in_a_message_drives_the_terminal_or_looks_like_a_message(tmp_path, capsys):
+    set_up_logging(tmp_path)
+    title = "\x1b[2J\u202e\n2026-01-01 00:00:00,000 INFO hf_ilora: forged"
+    logging.getLogger("hf_ilora.data").info("a title is %s", title)
+    try:
+        raise ValueError(title)
+    except ValueError:
+        logging.getLogger("hf_ilora.data").exception("failed")
+    for text in ((tmp_path / "run.log").read_text(encoding="utf-8"), capsys.readouterr().err):
+        assert r"a title is \x1b[2J\u202e" in text
+        assert not set(text) & set("\x1b\u202e")
+        assert not re.search(r"^2026-01-01 .* forged", text, re.MULTILINE)
+
+
 def test_console_shows_our_reports_and_all_warnings_once(tmp_path, capsys):
     set_up_logging(tmp_path / "run")
     log_everything()

@@ -47,6 +47,7 @@ def test_success_returns(ended):
         (PermissionError(13, "Permission denied", "/outputs"), "Permission denied: /outputs"),
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
         (DownloadError("the server does not answer"), "the server does not answer"),
+        (ValueError("the title \x1b[31m\u202e is long"), r"the title \x1b[31m\u202e is long"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(ended, error, message):

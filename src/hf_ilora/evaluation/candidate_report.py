@@ -8,7 +8,6 @@ from pathlib import Path
 from hf_ilora.evaluation.results import (
     EvaluationContext,
     comparison_text,
-    escaped,
     flat_comparison,
     flat_quality,
     interval_text,
@@ -18,6 +17,7 @@ from hf_ilora.evaluation.results import (
 )
 from hf_ilora.evaluation.statistics import Interval, RunComparison
 from hf_ilora.files import written_whole
+from hf_ilora_cli.shown_text import code_in_markdown, in_figure, in_markdown
 
 # Explains the columns of generated answers below a table.
 GENERATED = {
@@ -132,17 +132,18 @@ def candidate_table(reports: Sequence[CandidateReport], context: CandidateContex
     header = ["model", *titles.values(), "difference to SASRec, p", "parameters", "trained", "s / user"]
     rows = []
     for report in reports:
-        cells = [escaped(report.name), *(interval_text(report.quality.get(metric)) for metric in titles)]
+        cells = [in_markdown(report.name), *(interval_text(report.quality.get(metric)) for metric in titles)]
         cells += [comparison_text(report.comparison), f"{report.num_parameters:,}", f"{report.num_trained:,}"]
         cells.append(f"{report.seconds_per_user:.4f}")
         if generated:
             cells.append("" if report.seconds_per_answer is None else f"{report.seconds_per_answer:.4f}")
         rows.append(cells)
     lines = [
-        f"# {escaped(context.data)}, {context.split} split",
+        f"# {in_markdown(context.data)}, {in_markdown(context.split)} split",
         "",
         f"{context.num_users:,} users, {context.num_items:,} items, {context.num_candidates} fixed candidates per",
-        f"user; data fingerprint `{context.data_fingerprint[:16]}`. One user is {1 / context.num_users:.2%} of HR@1.",
+        f"user; data fingerprint {code_in_markdown(context.data_fingerprint[:16])}. One user is "
+        f"{1 / context.num_users:.2%} of HR@1.",
         "Candidates are ranked by the likelihood of their titles, pooled with the scores of the SASRec if the model",
         "was trained that way (SASRec and item head: by score); ties count against the model. In brackets: 95%",
         f"bootstrap interval over users ({context.num_resamples:,} resamples, seed {context.seed}); for generated",
@@ -157,7 +158,7 @@ def candidate_table(reports: Sequence[CandidateReport], context: CandidateContex
     if summary:
         rows = []
         for name, metrics in summary.items():
-            cells = [escaped(name), str(sum(report.name == name for report in reports))]
+            cells = [in_markdown(name), str(sum(report.name == name for report in reports))]
             for metric in titles:
                 value = metrics.get(metric)
                 text = value and f"{short_number(value['mean'])} ± {short_number(value['standard_deviation'])}"
@@ -188,10 +189,10 @@ def plot_candidate_hits(reports: Sequence[CandidateReport], context: CandidateCo
         whiskers = [[hits.mean - hits.low], [hits.high - hits.mean]]
         axes.errorbar(hits.mean, place, xerr=whiskers, fmt="o", capsize=3, color="C0")
     axes.axvline(1 / context.num_candidates, color="grey", linestyle="--", linewidth=1, label="chance")
-    axes.set_yticks(range(len(reports)), [report.name for report in reports])
+    axes.set_yticks(range(len(reports)), [in_figure(report.name) for report in reports])
     axes.invert_yaxis()
     axes.set_xlabel(f"HR@1 of {context.num_candidates} candidates, 95% interval over users")
-    axes.set_title(f"{context.data}, {context.split} split, {context.num_users:,} users")
+    axes.set_title(f"{in_figure(context.data)}, {context.split} split, {context.num_users:,} users")
     axes.grid(alpha=0.3, axis="x")
     axes.legend()
     with written_whole(path) as unfinished:

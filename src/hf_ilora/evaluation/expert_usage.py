@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from hf_ilora.evaluation.results import escaped
 from hf_ilora.files import written_whole
 from hf_ilora.models.next_item.next_item_model import evaluation_mode
+from hf_ilora_cli.shown_text import in_figure, in_markdown
 
 # A router has collapsed if one expert's mean gate is above DOMINANT_GATE, or if no gate has a standard deviation
 # between users of at least EQUAL_GATES.
@@ -122,7 +122,7 @@ def usage_table(usages: Mapping[str, ExpertUsage]) -> str:
         )
         top = ", ".join(f"{fraction:.0%}" for fraction in usage.top_fraction)
         lines.append(
-            f"| {escaped(name)} | {usage.num_users:,} | {gates} | {top} | {usage.entropy_of_mean:.3f} "
+            f"| {in_markdown(name)} | {usage.num_users:,} | {gates} | {top} | {usage.entropy_of_mean:.3f} "
             f"| {usage.mean_entropy:.3f} | {'yes' if usage.is_collapsed else 'no'} |"
         )
     return "\n".join(lines) + "\n"
@@ -150,7 +150,7 @@ def plot_expert_usage(usages: Mapping[str, ExpertUsage], path: Path) -> None:
     width = 0.8 / len(usages)
     for number, (name, usage) in enumerate(usages.items()):
         places = [expert + (number - (len(usages) - 1) / 2) * width for expert in range(len(usage.mean_gate))]
-        label = f"{name} (collapsed)" if usage.is_collapsed else name
+        label = in_figure(f"{name} (collapsed)" if usage.is_collapsed else name)
         axes.bar(places, usage.mean_gate, width, yerr=usage.deviation, capsize=3, color=f"C{number}", label=label)
     most = max(len(usage.mean_gate) for usage in usages.values())
     axes.axhline(1 / most, color="grey", linestyle="--", linewidth=1, label=f"even: 1/{most}")

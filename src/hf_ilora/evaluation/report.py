@@ -8,7 +8,6 @@ from hf_ilora.evaluation.latency import Latency, ModelSize
 from hf_ilora.evaluation.results import (
     EvaluationContext,
     comparison_text,
-    escaped,
     flat_comparison,
     flat_quality,
     interval_text,
@@ -17,6 +16,7 @@ from hf_ilora.evaluation.results import (
 )
 from hf_ilora.evaluation.statistics import Interval, RunComparison
 from hf_ilora.files import written_whole
+from hf_ilora_cli.shown_text import code_in_markdown, in_figure, in_markdown
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def markdown_table(reports: Sequence[ModelReport], context: ReportContext) -> st
         f"HR@1 of {context.num_candidates}": "candidates/hit_ratio@1",
     }
     columns = {
-        "model": [escaped(report.name) for report in reports],
+        "model": [in_markdown(report.name) for report in reports],
         **{
             title: [interval_text(report.quality.get(metric)) for report in reports]
             for title, metric in metrics.items()
@@ -91,16 +91,18 @@ def markdown_table(reports: Sequence[ModelReport], context: ReportContext) -> st
         "MB": [f"{report.size.num_bytes / 1e6:.2f}" for report in reports],
     }
     lines = [
-        f"# {escaped(context.data)}, {context.split} split",
+        f"# {in_markdown(context.data)}, {in_markdown(context.split)} split",
         "",
         f"{context.num_users:,} users, {context.num_items:,} items, data fingerprint",
-        f"`{context.data_fingerprint[:16]}`. Targets are ranked in the whole catalogue, with the items of the history",
+        f"{code_in_markdown(context.data_fingerprint[:16])}. Targets are ranked in the whole catalogue, with the items "
+        "of the history",
         f"masked and without; HR@{k} equals Recall@{k}, since each user has one relevant item; ties count against the",
         f"model. In brackets: 95% bootstrap interval over users ({context.num_resamples:,} resamples, seed "
         f"{context.seed}).",
-        f"Difference: {context.compared} minus that of {escaped(reports[0].name)}, paired over users, with its",
+        f"Difference: {in_markdown(context.compared)} minus that of {in_markdown(reports[0].name)}, paired over users, "
+        "with its",
         "interval and two-sided sign-flip p-value. Time of one recommendation for one user:",
-        f"{latency.num_calls} calls, {latency.threads} thread(s), {latency.device}. MB: weight files.",
+        f"{latency.num_calls} calls, {latency.threads} thread(s), {in_markdown(latency.device)}. MB: weight files.",
         "",
         *markdown_rows(list(columns), list(zip(*columns.values(), strict=True))),
         "",
@@ -133,14 +135,14 @@ def plot_quality(reports: Sequence[ModelReport], context: ReportContext, path: P
             fmt="o",
             capsize=3,
             color=f"C{number}",
-            label=report.name,
+            label=in_figure(report.name),
         )
     axes.set_xscale("log")
     axes.set_xlabel(
         f"median time of one recommendation (ms), {reports[0].latency.threads} thread(s), {reports[0].latency.device}"
     )
     axes.set_ylabel(f"{context.compared}, 95% interval over users")
-    axes.set_title(f"{context.data}, {context.split} split, {context.num_users:,} users")
+    axes.set_title(f"{in_figure(context.data)}, {context.split} split, {context.num_users:,} users")
     axes.grid(alpha=0.3)
     axes.legend()
     with written_whole(path) as unfinished:

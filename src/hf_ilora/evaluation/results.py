@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hf_ilora.evaluation.statistics import Interval, RunComparison
 from hf_ilora.files import written_whole
+from hf_ilora_cli.shown_text import shown
 
 RESULTS_STEM = "results"
 
@@ -68,7 +69,9 @@ def write_results(
     with written_whole(folder / f"{RESULTS_STEM}.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), restval="")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(
+            {name: shown(cell) if isinstance(cell, str) else cell for name, cell in row.items()} for row in rows
+        )
     with written_whole(folder / f"{RESULTS_STEM}.md") as path:
         path.write_text(text, encoding="utf-8")
 
@@ -120,8 +123,3 @@ def short_number(value: float) -> str:
 def signed_number(value: float) -> str:
     """0.0421 as +.0421."""
     return ("-" if value < 0 else "+") + short_number(abs(value))
-
-
-def escaped(text: str) -> str:
-    """Text that does not break out of its cell of a Markdown table."""
-    return text.replace("|", "\\|")

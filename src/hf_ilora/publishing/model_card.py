@@ -9,12 +9,12 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
-from hf_ilora.evaluation.results import escaped
 from hf_ilora.files import written_whole
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.next_item.hub_upload import CARD_FILE, card_data, check_repo_id, usage_example
 from hf_ilora.publishing.measured import MeasuredTable, read_measured
 from hf_ilora.publishing.publish import ModelFolder, check_folder
+from hf_ilora_cli.shown_text import code_in_markdown, in_markdown
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _SIGNATURE = re.compile(r"<!-- card of hf_ilora, (\w{16}) -->\n\Z")
@@ -96,8 +96,8 @@ def write_card(
         _measured_section(tables),
         *([] if seeds_table is None else [_seeds_section(Path(seeds_table))]),
         _training_section(checked, dataset_name, protocol),
-        f"## Licence\n\nWeights: {license}. `items.parquet` contains titles and ids of {escaped(dataset_name)}, whose "
-        "terms apply to them.",
+        f"## Licence\n\nWeights: {in_markdown(license)}. `items.parquet` contains titles and ids of "
+        f"{in_markdown(dataset_name)}, whose terms apply to them.",
     ]
     text = "\n\n".join(sections) + "\n\n"
     with written_whole(path) as unfinished:
@@ -124,15 +124,16 @@ def _check_data(run: dict, source: str, fingerprint: str) -> None:
 
 def _description(checked: ModelFolder, dataset_name: str) -> str:
     config = checked.config
-    items = f"{len(checked.catalogue):,} items of {dataset_name}"
+    items = f"{len(checked.catalogue):,} items of {in_markdown(dataset_name)}"
     if not isinstance(config, ILoraConfig):
         return f"A {config.architectures[0]} that recommends the next of {items}, for the Python package hf_ilora."
     layers = "" if config.num_llm_layers is None else f" (its first {config.num_llm_layers} layers)"
-    revision = "" if config.llm_revision is None else f" at commit `{config.llm_revision}`"
+    revision = "" if config.llm_revision is None else f" at commit {code_in_markdown(config.llm_revision)}"
     return (
-        f"An adapter (iLoRA, arXiv 2408.10159) with which the language model `{config.llm_name_or_path}`{layers}"
-        f"{revision} recommends the next of {items}, for the Python package hf_ilora. It contains the adapter, the "
-        "router and the frozen SASRec; the language model is loaded by its name."
+        "An adapter (iLoRA, arXiv 2408.10159) with which the language model "
+        f"{code_in_markdown(config.llm_name_or_path)}{layers}{revision} recommends the next of {items}, for the Python "
+        "package hf_ilora. It contains the adapter, the router and the frozen SASRec; the language model is loaded by "
+        "its name."
     )
 
 
@@ -148,28 +149,28 @@ def _seeds_section(path: Path) -> str:
         content = json.loads(path.read_text(encoding="utf-8"))
         seeds, test = content["seeds"], content["test"]
         lines = [
-            f"| {_metric_name(name)} | {mean:.4f} ± {test['standard_deviation'][name]:.4f} |"
+            f"| {in_markdown(_metric_name(name))} | {mean:.4f} ± {test['standard_deviation'][name]:.4f} |"
             for name, mean in test["mean"].items()
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a table of seeds ({error!r}): expected the JSON of experiments/seeds.py"
         ) from error
-    header = f"Mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}), test split:"
+    header = f"Mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(in_markdown, seeds))}), test split:"
     return "\n".join([f"## Over seeds\n\n{header}\n", "| metric | value |", "|---|---:|", *lines])
 
 
 def _training_section(checked: ModelFolder, dataset_name: str, protocol: dict | None) -> str:
     run = checked.run
     versions = ", ".join(f"{name} {run['versions'].get(name)}" for name in ("hf_ilora", "torch", "transformers"))
-    facts = {"data": dataset_name}
-    facts |= {f"protocol: {name}": value for name, value in (protocol or {}).items()}
+    facts = {"data": in_markdown(dataset_name)}
+    facts |= {in_markdown(f"protocol: {name}"): in_markdown(value) for name, value in (protocol or {}).items()}
     facts |= {
-        "data fingerprint": f"`{run['data_fingerprint']}`",
-        "seed": run["seed"],
-        "versions": versions,
+        "data fingerprint": code_in_markdown(run["data_fingerprint"]),
+        "seed": in_markdown(run["seed"]),
+        "versions": in_markdown(versions),
     }
-    lines = [f"| {name} | {escaped(str(value))} |" for name, value in facts.items()]
+    lines = [f"| {name} | {value} |" for name, value in facts.items()]
     return "\n".join(["## Data and training", "", "All settings are in `run.json`.", "", "| | |", "|---|---|", *lines])
 
 

@@ -13,9 +13,18 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from hf_ilora_cli.shown_text import shown_lines
+
 logger = logging.getLogger(__name__)
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _Formatter(logging.Formatter):
+    """Shows control characters escaped, and indents all lines but the first: no text can look like another message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown_lines(super().format(record)).replace("\n", "\n  ")
 
 
 class _ConsoleHandler(logging.Handler):
@@ -57,7 +66,7 @@ def set_up_logging(output_dir: str | Path) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         handlers.append(_RunFileHandler(Path(output_dir) / "run.log", encoding="utf-8"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT))
+        handler.setFormatter(_Formatter(_FORMAT))
         root.addHandler(handler)
     level = logging.INFO if is_main_process else logging.WARNING
     root.setLevel(level)

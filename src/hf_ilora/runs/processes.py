@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from hf_ilora.downloads import DownloadError
 from hf_ilora.files import held_folder
 from hf_ilora_cli.commands import PROGRAM_VARIABLE
+from hf_ilora_cli.shown_text import shown, shown_lines
 
 # What a user causes and can cure: a wrong setting, a file that is missing or cannot be written, a download that fails.
 # StrictDataclassError wraps what the checks of a model's configuration raise.
@@ -61,16 +62,16 @@ def run_main(main: Callable[[], None]) -> None:
         _end(_INTERRUPTED_CODE)
     except ProgramFailed as error:
         _write_to_run_log(error)
-        print(f"{program_name()}: error: {error}", file=sys.stderr)
+        print(f"{program_name()}: error: {shown(error)}", file=sys.stderr)
         _end(error.exit_code)
     except Exception as error:
         _write_to_run_log(error)
         is_mistake = isinstance(error, _MISTAKES)
         if _is_main_process() or "TORCHELASTIC_ERROR_FILE" not in os.environ:
             if debug or not is_mistake:
-                traceback.print_exc()
+                print(shown_lines(traceback.format_exc()), end="", file=sys.stderr)
             if is_mistake:
-                print(f"{program_name()}: error: {_message(error)}", file=sys.stderr)
+                print(f"{program_name()}: error: {shown(_message(error))}", file=sys.stderr)
                 if not debug and not _explains_itself(error):
                     print("--debug shows the traceback", file=sys.stderr)
         else:

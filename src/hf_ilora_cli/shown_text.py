@@ -1,0 +1,53 @@
+"""Shows text of others (titles, names, messages) so that it drives neither a terminal nor the page of a document.
+
+A model of the Hub brings its catalogue: what is printed, logged or written to Markdown of it passes through here.
+"""
+
+import re
+import unicodedata
+
+# Control characters, those that reorder or hide text, halves of characters, and separators of lines. The two joiners
+# belong to the spelling of Persian, of Indian languages and of emoji.
+_HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_JOINERS = "\u200c\u200d"
+_MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*[]|"} | {"<": "&lt;", ">": "&gt;"})
+_ENTITY = re.compile(r"&(?=#?\w+;)")
+
+
+def shown(text: object) -> str:
+    """The text in one line, with its control characters as Python spells them, such as \\x1b and \\n."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(_escape(character) if _is_hidden(character) else character for character in text)
+
+
+def shown_lines(text: str) -> str:
+    """The same for text of several lines."""
+    return "\n".join("\t".join(map(shown, line.split("\t"))) for line in text.split("\n"))
+
+
+def in_markdown(text: object) -> str:
+    """The text in one line that Markdown, in a table or outside, shows as it is, with no HTML, link or code in it."""
+    return _ENTITY.sub("&amp;", shown(text)).translate(_MARKDOWN)
+
+
+def code_in_markdown(text: object) -> str:
+    """The text in one line as code in Markdown."""
+    text = shown(text)
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    padding = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{padding}{text}{padding}{fence}"
+
+
+def in_figure(text: object) -> str:
+    """The text in one line that matplotlib draws as it is: it reads a formula between two dollar signs."""
+    return shown(text).replace("$", r"\$")
+
+
+def _is_hidden(character: str) -> bool:
+    return unicodedata.category(character) in _HIDDEN_CATEGORIES and character not in _JOINERS
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

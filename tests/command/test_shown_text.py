@@ -1,0 +1,62 @@
+"""Titles and names come with models of the Hub: whatever they contain, terminals, logs and pages show it as text."""
+
+import unicodedata
+
+import pytest
+
+from hf_ilora_cli.shown_text import code_in_markdown, in_figure, in_markdown, shown, shown_lines
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\x1b[31mred\x07", r"\x1b[31mred\x07"),
+        ("two\nlines\r\tmore", r"two\nlines\r\tmore"),
+        ("left\u202eright\u2066", r"left\u202eright\u2066"),
+        ("\x9b2J \x7f \u2028 \u200b \ufeff", r"\x9b2J \x7f \u2028 \u200b \ufeff"),
+        ("half \ud83d", r"half \ud83d"),
+        ("\U000e0041", r"\U000e0041"),
+        ("Amélie 千と千尋 \u00a0\u3000 👩\u200d🚀 क्\u200dष a\\b <i>", None),
+    ],
+)
+def test_control_characters_are_shown_and_all_others_stay(text, expected):
+    assert shown(text) == (text if expected is None else expected)
+
+
+def test_every_control_character_is_shown():
+    every = "".join(map(chr, range(0x110000)))
+    hidden = {c for c in every if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - set("\u200c\u200d")
+    assert not hidden & set(shown(every))
+    assert set(every) - hidden == set(shown(every))
+
+
+def test_lines_and_tabs_of_a_text_of_several_lines_stay():
+    assert shown_lines("a\tb\n\x1bc\r\n") == "a\tb\n\\x1bc\\r\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+        ("a|b\\|c", r"a\|b\\\|c"),
+        ("[here](javascript:x) ![](http://x)", r"\[here\](javascript:x) !\[\](http://x)"),
+        ("`code` *stars*", r"\`code\` \*stars\*"),
+        ("&lt;b&gt; &#60; Tom & Jerry", "&amp;lt;b&amp;gt; &amp;#60; Tom & Jerry"),
+        ("one\ntwo\x1b", r"one\\ntwo\\x1b"),
+        ("sasrec_2-a.b, 20%", "sasrec_2-a.b, 20%"),
+        (7, "7"),
+    ],
+)
+def test_markdown_shows_text_as_it_is(text, expected):
+    assert in_markdown(text) == expected
+
+
+def test_code_in_markdown_cannot_be_left():
+    assert code_in_markdown("user/name") == "`user/name`"
+    assert code_in_markdown("a`b``c") == "```a`b``c```"
+    assert code_in_markdown("`") == "`` ` ``"
+    assert code_in_markdown("a\nb") == r"`a\nb`"
+
+
+def test_a_figure_draws_dollars():
+    assert in_figure("$x$\n") == r"\$x\$\n"
