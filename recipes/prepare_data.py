@@ -12,6 +12,8 @@ import logging
 from dataclasses import asdict, dataclass, field
 
 from hf_ilora import build_sequences, load_interactions, load_movielens
+from hf_ilora.data.storage import FILES
+from hf_ilora.files import check_replaceable
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,7 @@ def main() -> None:
     source, settings = parse_arguments(ARGUMENTS)
     if source.interactions is not None and settings.min_rating is not None:
         raise ValueError("min_rating is for MovieLens only: drop the rows with low ratings from your table beforehand")
+    check_replaceable(source.output_dir, FILES)
     # The data folder is replaced as a whole, so the record of the run is written to another folder.
     run_folder = f"{source.output_dir.rstrip('/')}_run"
     with sole_writer(run_folder):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_ilora import files
@@ -66,6 +67,17 @@ class TestFiles:
             raise OSError("No space left on device")
         assert path.read_text() == "earlier"
         assert os.listdir(tmp_path) == ["letter.txt"]
+
+    @pytest.mark.parametrize("failure", [OSError(28, "No space"), SafetensorError("I/O error: x (os error 28)")])
+    def test_an_error_of_the_file_system_names_the_file_whoever_writes_it(self, tmp_path, failure):
+        for write, path in ((written_whole, tmp_path / "letter.txt"), (folder_written_whole, tmp_path / "letters")):
+            with pytest.raises(OSError, match="No space") as raised, write(path):
+                raise failure
+            assert (raised.value.errno, raised.value.filename) == (28, str(path))
+            failure = type(failure)(*failure.args)
+        with pytest.raises(FileNotFoundError) as raised, written_whole(tmp_path / "letter.txt"):
+            (tmp_path / "source.txt").read_text()
+        assert raised.value.filename == str(tmp_path / "source.txt")
 
     def test_permissions_are_those_of_the_umask_whatever_the_writer_does(self, tmp_path, umask):
         with written_whole(tmp_path / "letter.txt") as unfinished:

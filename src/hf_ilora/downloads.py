@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 from filelock import FileLock
 
-from hf_ilora.files import written_whole
+from hf_ilora.files import write_errors_named, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ def download_file(
         DownloadError: the server cannot be reached, refuses, or keeps failing; the partial download is kept.
         ChecksumError: the checksum is wrong; the download is deleted.
     """
+    if destination.is_file():  # perhaps in a cache that cannot be written, where a lock would fail
+        return destination
     destination.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{destination}.lock"):
         if destination.is_file():
@@ -99,6 +101,8 @@ def download_wheel(requirement: str, destination: Path, *, checksum: str, python
         DownloadError: that Python has no pip, or pip fails.
         ChecksumError: the wheel is not the expected one.
     """
+    if destination.is_file():
+        return destination
     destination.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{destination}.lock"):
         if destination.is_file():
@@ -177,7 +181,7 @@ def _transfer(client: httpx2.Client, url: str, destination: Path, part: Path) ->
         total = done + int(response.headers.get("Content-Length", 0))
         logger.info("%s: %s at byte %d of %d", url, "resuming" if resumed else "starting", done, total)
         last_report = time.monotonic()
-        with open(part, "ab" if resumed else "wb") as file:
+        with write_errors_named(destination, part), open(part, "ab" if resumed else "wb") as file:
             for chunk in response.iter_raw():
                 done += file.write(chunk)
                 if time.monotonic() - last_report >= _SECONDS_BETWEEN_PROGRESS:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -36,11 +37,12 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}.unfinished{path.suffix}")
     unfinished.unlink(missing_ok=True)  # left by a killed process that had the same id
     try:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode
-        yield unfinished
-        unfinished.chmod(mode)
-        unfinished.replace(path)
+        with write_errors_named(path, unfinished):
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
+            yield unfinished
+            unfinished.chmod(mode)
+            unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -65,20 +67,21 @@ def folder_written_whole(path: str | os.PathLike, replaceable_files: Collection[
     previous = previous_folder(path)
     if previous.exists() and not path.exists():
         previous.rename(path)
-    _check_replaceable(path, replaceable_files)
+    check_replaceable(path, replaceable_files)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process that had the same id
-    unfinished.mkdir(parents=True)
     try:
-        probe = unfinished / ".mode"
-        probe.touch()
-        mode = probe.stat().st_mode
-        probe.unlink()
-        yield unfinished
-        for file in unfinished.rglob("*"):
-            if file.is_file():
-                file.chmod(mode)
-        _exchange(unfinished, path, previous)
+        with write_errors_named(path, unfinished):
+            unfinished.mkdir(parents=True)
+            probe = unfinished / ".mode"
+            probe.touch()
+            mode = probe.stat().st_mode
+            probe.unlink()
+            yield unfinished
+            for file in unfinished.rglob("*"):
+                if file.is_file():
+                    file.chmod(mode)
+            _exchange(unfinished, path, previous)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -179,6 +182,51 @@ def _holder(lock_file: Path) -> str:
         return "another process holds this folder"
 
 
+@contextmanager
+def write_errors_named(path: str | os.PathLike, unfinished: str | os.PathLike | None = None) -> Iterator[None]:
+    """What fails to be written in this block raises an OSError with a number and `path`, whatever library writes it.
+
+    A full disk names no file, and safetensors and torch raise errors of their own.
+
+    Args:
+        path: what is written.
+        unfinished: the temporary path that is written to, which says nothing to the user.
+
+    Raises:
+        OSError: when the file system refuses.
+    """
+    try:
+        yield
+    except Exception as error:
+        failure = failed_write(error)
+        if failure is None:
+            raise
+        named = failure.filename is not None and str(failure.filename) != str(unfinished)
+        failure.filename = failure.filename if named else str(path)
+        if failure is error:
+            raise
+        if failure.errno == errno.EIO and _is_full(Path(path)):
+            failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        raise failure from error
+
+
+def failed_write(error: Exception) -> OSError | None:
+    """The error of the file system that `error` is or, without the file, reports; None for other errors."""
+    if isinstance(error, OSError):
+        return error if error.errno is not None else None
+    if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors and tokenizers, which are written in Rust
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    if isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|unexpected pos \d+ vs \d+", str(error)):
+        return OSError(errno.EIO, "Not written whole")  # torch.save does not say why
+    return None
+
+
+def _is_full(path: Path) -> bool:
+    """Whether the disk of a folder that exists, or that one above it is on, has no megabyte left."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free < 1 << 20
+
+
 def _exchange(unfinished: Path, path: Path, previous: Path) -> None:
     if path.exists():
         shutil.rmtree(previous, ignore_errors=True)
@@ -192,7 +240,9 @@ def _exchange(unfinished: Path, path: Path, previous: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _check_replaceable(path: Path, replaceable_files: Collection[str]) -> None:
+def check_replaceable(path: str | os.PathLike, replaceable_files: Collection[str]) -> None:
+    """Raise the ValueError of `folder_written_whole` before work begins whose result would be lost."""
+    path = Path(path)
     if not path.exists():
         return
     if not path.is_dir():

@@ -8,9 +8,10 @@ Unlike `accelerate launch`, it ends with the recipe's exit code and without a tr
 import sys
 from pathlib import Path
 
-from .recipe_process import INTERRUPTED_CODE
+from .signals import INTERRUPTED_CODE, end_with_parent
 
 if __name__ == "__main__":
+    end_with_parent()
     try:
         from .launching import launch_words  # takes seconds, in which Ctrl-C ends quietly too
 

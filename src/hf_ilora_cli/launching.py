@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,12 +19,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from .commands import PROGRAM_VARIABLE
-from .recipe_process import INTERRUPTED_CODE
 from .shipped import LAUNCH, find_file
 from .shown_text import shown, shown_lines
+from .signals import Terminated, interrupted_code, termination_raises
 
 RECIPE_PROCESS = str(Path(__file__).with_name("recipe_process.py"))
-SECONDS_TO_END = 10
+SECONDS_TO_NOTICE, SECONDS_TO_END = 3, 10
 
 
 def launch_words(recipe: Path, words: list[str]) -> int:
@@ -105,31 +106,35 @@ def run_launched(recipe: Path, options: list[str], config_file: Path, num_proces
     if "--debug" not in options:
         logging.disable(logging.CRITICAL)  # accelerate and torchrun report the failure of a child at length
     try:
-        launch_command(launch_command_parser().parse_args([*words, RECIPE_PROCESS, str(recipe), *options]))
+        with termination_raises():
+            launch_command(launch_command_parser().parse_args([*words, RECIPE_PROCESS, str(recipe), *options]))
     except subprocess.CalledProcessError as error:  # of one process
         return _exit_code(error.returncode, program)
     except ChildFailedError as error:  # of several
         return _report(error, program)
     except SignalException as error:
         return 128 + int(error.sigval)
-    except KeyboardInterrupt:
-        end_children()
-        return INTERRUPTED_CODE
+    except KeyboardInterrupt as error:
+        end_children(error)
+        return interrupted_code(error)
     except (ImportError, ValueError) as error:  # DeepSpeed is not installed; accelerate refuses the configuration
         print(f"{program}: error: {shown(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-def end_children() -> None:
-    """Wait for the children of this process after Ctrl-C, which the terminal sends to them too, and end those left."""
-    children = psutil.Process().children(recursive=True)
-    _, alive = psutil.wait_procs(children, timeout=SECONDS_TO_END)
+def end_children(error: KeyboardInterrupt) -> None:
+    """End the children of this process after `error`; Ctrl-C the terminal sends to them too, so they get a moment."""
+    alive = psutil.Process().children(recursive=True)
+    if not isinstance(error, Terminated):
+        _, alive = psutil.wait_procs(alive, timeout=SECONDS_TO_NOTICE)
     for child in alive:
-        child.terminate()
+        with suppress(psutil.NoSuchProcess):
+            child.terminate()
     _, alive = psutil.wait_procs(alive, timeout=SECONDS_TO_END)
     for child in alive:
-        child.kill()
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def _report(error: ChildFailedError, program: str) -> int:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from . import openmp  # noqa: F401
 from .commands import COMMANDS, PROGRAM, PROGRAM_VARIABLE, Command
-from .recipe_process import INTERRUPTED_CODE, run_recipe
+from .recipe_process import run_recipe
 from .shipped import RECIPE, shipped_folder
+from .signals import INTERRUPTED_CODE
 
 HELP_FOLDER = Path(__file__).with_name("help")
 

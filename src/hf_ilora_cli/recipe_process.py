@@ -1,14 +1,14 @@
 """Runs a recipe in this process as `python recipe.py` does, but ends quietly after Ctrl-C from its first line on.
 
 The launcher starts this file, with the recipe and its options: importing what a recipe needs takes seconds, in which
-`run_main` is not there yet.
+`run_main` is not there yet. The process ends with the launcher.
 """
 
 import os
 import runpy
 import sys
 
-INTERRUPTED_CODE = 130
+from hf_ilora_cli.signals import INTERRUPTED_CODE, end_with_parent
 
 
 def run_recipe(recipe: str, options: list[str]) -> None:
@@ -19,6 +19,7 @@ def run_recipe(recipe: str, options: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     try:
         run_recipe(sys.argv[1], sys.argv[2:])
     except KeyboardInterrupt:

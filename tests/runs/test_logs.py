@@ -65,6 +65,16 @@ def test_no_text_in_a_message_drives_the_terminal_or_looks_like_a_message(tmp_pa
         assert not re.search(r"^2026-01-01 .* forged", text, re.MULTILINE)
 
 
+def test_a_log_on_a_full_disk_is_told_once_and_ends_nothing(tmp_path, capsys):
+    (tmp_path / "run.log").symlink_to("/dev/full")
+    set_up_logging(tmp_path)
+    for _ in range(3):
+        log_everything()
+    console = capsys.readouterr().err
+    assert console.count("cannot be written ([Errno 28] No space left on device): lines are missing") == 1
+    assert "Traceback" not in console and console.count("from ours") == 3
+
+
 def test_console_shows_our_reports_and_all_warnings_once(tmp_path, capsys):
     set_up_logging(tmp_path / "run")
     log_everything()

@@ -2,13 +2,17 @@
 
 import json
 import logging
+import os
+import signal
 import sys
+import time
 
 import pytest
+from safetensors import SafetensorError
 
 from hf_ilora import SASRecConfig
 from hf_ilora.downloads import DownloadError
-from hf_ilora.runs import ProgramFailed, run_main
+from hf_ilora.runs import ProgramFailed, RunRecord, read_record, run_main
 
 
 @pytest.fixture
@@ -37,15 +41,28 @@ def test_success_returns(ended):
     assert ended(lambda: None) == (0, "")
 
 
+PERMISSION = "change its owner or permissions, or choose another one"
+PART = "a part of the path is a file; choose another path"
+SPACE = "free some space or choose a folder on another disk, and run the same command again"
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
         (ValueError("top_k is 0: expected at least 1"), "top_k is 0: expected at least 1"),
         (ValueError("bad YAML:\n  line 3\n\n  column 1"), "bad YAML: line 3 column 1"),
-        (FileNotFoundError(2, "No such file or directory", "items.csv"), "No such file or directory: items.csv"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.csv"),
+            "No such file or directory: a.csv: check the path",
+        ),
         (FileExistsError("outputs is there already"), "outputs is there already"),
-        (PermissionError(13, "Permission denied", "/outputs"), "Permission denied: /outputs"),
-        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (PermissionError(13, "Permission denied", "/outputs"), f"Permission denied: /outputs: {PERMISSION}"),
+        (NotADirectoryError(20, "Not a directory", "a/b"), f"Not a directory: a/b: {PART}"),
+        (OSError(30, "Read-only", "/outputs"), "Read-only: /outputs: choose a folder that can be written"),
+        (OSError(28, "No space left on device"), f"No space left on device: {SPACE}"),
+        (OSError(28, "No space left on device", "run.json"), f"No space left on device: run.json: {SPACE}"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), f"No space left on device: {SPACE}"),
+        (OSError("gpt9 is not a folder"), "gpt9 is not a folder"),
         (DownloadError("the server does not answer"), "the server does not answer"),
         (ValueError("the title \x1b[31m\u202e is long"), r"the title \x1b[31m\u202e is long"),
     ],
@@ -96,6 +113,38 @@ def test_the_trainers_own_debug_option_stays(ended):
 
 def test_ctrl_c_ends_with_130_in_silence(ended):
     assert ended(raising(KeyboardInterrupt())) == (130, "")
+
+
+def test_a_cache_that_cannot_be_written_is_moved_by_its_variable(ended, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ILORA_CACHE", str(tmp_path))
+    _, printed = ended(raising(PermissionError(13, "Permission denied", str(tmp_path / "movielens"))))
+    assert printed.endswith(f"or choose another one, or set HF_ILORA_CACHE to another folder than {tmp_path}\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_request_to_end_lets_the_run_clean_up_and_says_so_in_the_log(ended, tmp_path, caplog, number, code):
+    def main():
+        with RunRecord(tmp_path, [], seed=0):
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # as a group and a parent send it
+            time.sleep(60)
+
+    with caplog.at_level(logging.INFO):
+        assert ended(main) == (code, "")
+    name = signal.Signals(number).name
+    record = read_record(tmp_path / "run.json")
+    assert (record["status"], record["error"]) == ("failed", f"Terminated: ended by {name}")
+    assert f"ended by {name}" in caplog.text
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_so(ended, monkeypatch):
+    """As nohup starts a program."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert ended(lambda: os.kill(os.getpid(), signal.SIGHUP)) == (0, "")
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_failed_program_passes_its_exit_code_on(ended):

@@ -89,6 +89,24 @@ def test_a_failed_run_says_so_and_keeps_what_it_had(tmp_path):
     assert content["metrics"] == {"validation": {"ndcg@10": 0.1}} and "data" in content["durations_seconds"]
 
 
+def test_an_error_is_told_although_the_disk_is_full(tmp_path, monkeypatch, caplog):
+    with pytest.raises(ValueError, match="no users"), RunRecord(tmp_path, [ModelArguments()], seed=0) as record:
+        monkeypatch.setattr(Path, "write_text", raising(OSError(28, "No space left on device")))
+        with record.stage("data"):
+            raise ValueError("no users")
+    assert read(tmp_path)["status"] == "running"
+    assert "run.json still says that the run is running" in caplog.text
+    with pytest.raises(OSError, match="No space left on device"):
+        record.add_data("a1b2")
+
+
+def raising(error):
+    def raise_it(*arguments, **named_arguments):
+        raise error
+
+    return raise_it
+
+
 def test_a_write_that_dies_half_way_leaves_the_earlier_file_whole(tmp_path, monkeypatch):
     record = RunRecord(tmp_path, [ModelArguments()], seed=0)
     before = (tmp_path / "run.json").read_text()

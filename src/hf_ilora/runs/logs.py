@@ -1,5 +1,6 @@
 """One log format for a run's console and its `run.log`."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -43,6 +44,20 @@ class _ConsoleHandler(logging.Handler):
 
 class _RunFileHandler(logging.FileHandler):
     """The handler of this module, a class of its own so that a second call recognises and replaces it."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Tell once on the console that the log cannot be written, such as to a full disk: the run is worth more."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            tqdm.write(f"{self.baseFilename} cannot be written ({sys.exc_info()[1]}): lines are missing", sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what could not be written before
+            super().close()
 
 
 def set_up_logging(output_dir: str | Path) -> None:

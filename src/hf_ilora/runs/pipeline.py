@@ -260,10 +260,10 @@ def _run(stage: Stage, output_dir: Path) -> int:
     process = subprocess.Popen(stage.command(output_dir), env=environment)
     try:
         return process.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         from hf_ilora_cli.launching import end_children
 
-        end_children()  # the terminal interrupts the stage too
+        end_children(error)
         raise
 
 

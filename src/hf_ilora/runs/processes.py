@@ -1,6 +1,7 @@
 """How a program starts its work and how it ends, alone or as one of several processes."""
 
 import atexit
+import errno
 import logging
 import os
 import sys
@@ -12,20 +13,42 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import StrictDataclassError
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from hf_ilora.downloads import DownloadError
-from hf_ilora.files import held_folder
+from hf_ilora.downloads import DownloadError, default_cache_dir
+from hf_ilora.files import failed_write, held_folder
 from hf_ilora_cli.commands import PROGRAM_VARIABLE
 from hf_ilora_cli.shown_text import shown, shown_lines
+from hf_ilora_cli.signals import end_with_launcher, interrupted_code, termination_raises
 
 # What a user causes and can cure: a wrong setting, a file that is missing or cannot be written, a download that fails.
 # StrictDataclassError wraps what the checks of a model's configuration raise.
 _MISTAKES = (ValueError, OSError, DownloadError, StrictDataclassError)
 # The values of TrainingArguments' own option --debug.
 _TRAINER_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
-_MISTAKE_CODE, _BUG_CODE, _INTERRUPTED_CODE = 2, 1, 130
+_MISTAKE_CODE, _BUG_CODE = 2, 1
+# What cures an error of the file system.
+_AGAIN = "and run the same command again"
+_SPACE = f"free some space or choose a folder on another disk, {_AGAIN}"
+_PERMISSION = "change its owner or permissions, or choose another one"
+_REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: f"raise the limit for the size of files (ulimit -f), {_AGAIN}",
+    errno.EIO: f"check the disk and the space that is left on it, {_AGAIN}",
+    errno.ESTALE: f"check the connection to the network disk, {_AGAIN}",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file; choose another path",
+    errno.EEXIST: "it is a file already, where a folder is expected; choose another path",
+    errno.EISDIR: "a file is expected; choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EMFILE: f"raise the limit for open files (ulimit -n), {_AGAIN}",
+}
 
 
 class ProgramFailed(RuntimeError):
@@ -50,22 +73,27 @@ def run_main(main: Callable[[], None]) -> None:
     """Run the main function of a recipe and end the process with an exit code: what a recipe does when it is started.
 
     A user's mistake (a ValueError, a file that cannot be read or written, a failed download) ends in a message of one
-    or two lines and exit code 2; `--debug` on the command line adds the traceback. Any other error shows its traceback
-    and ends with exit code 1, Ctrl-C with 130. Once `set_up_logging` was called, `run.log` has every traceback.
+    or two lines, with the remedy, and exit code 2; `--debug` on the command line adds the traceback. Any other error
+    shows its traceback and ends with exit code 1, Ctrl-C with 130, SIGTERM with 143: both raise, so `run.json` says how
+    the run ended. Once `set_up_logging` was called, `run.log` has every traceback.
 
     Of several processes only the main one prints. The others leave their error to the launcher.
     """
     debug = _take_debug(sys.argv)
+    end_with_launcher()
     try:
-        main()
-    except KeyboardInterrupt:
-        _end(_INTERRUPTED_CODE)
+        with termination_raises():
+            main()
+    except KeyboardInterrupt as error:
+        logging.getLogger(__name__).info("%s", str(error) or "ended by Ctrl-C")
+        _end(interrupted_code(error))
     except ProgramFailed as error:
         _write_to_run_log(error)
         print(f"{program_name()}: error: {shown(error)}", file=sys.stderr)
         _end(error.exit_code)
-    except Exception as error:
-        _write_to_run_log(error)
+    except Exception as raised:
+        _write_to_run_log(raised)
+        error = failed_write(raised) or raised
         is_mistake = isinstance(error, _MISTAKES)
         if _is_main_process() or "TORCHELASTIC_ERROR_FILE" not in os.environ:
             if debug or not is_mistake:
@@ -147,10 +175,22 @@ def _take_debug(words: list[str]) -> bool:
 def _message(error: Exception) -> str:
     """The error in one line."""
     error = _cause(error)
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return f"{': '.join(map(str, filter(None, (error.strerror, error.filename))))}: {_remedy(error)}"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
     lines = (line.strip() for line in str(error).splitlines())
     return " ".join(line for line in lines if line) or type(error).__name__
+
+
+def _remedy(error: OSError) -> str:
+    """What to do about an error of the file system; caches are moved by variables."""
+    caches = {"HF_ILORA_CACHE": default_cache_dir(), "HF_HOME": Path(HF_HOME)}
+    if error.filename is not None and error.errno not in (errno.ENOENT, errno.EFBIG):
+        for variable, folder in caches.items():
+            if Path(os.fsdecode(error.filename)).absolute().is_relative_to(folder.absolute()):
+                return f"{_REMEDIES[error.errno]}, or set {variable} to another folder than {folder}"
+    return _REMEDIES[error.errno]
 
 
 def _cause(error: Exception) -> Exception:

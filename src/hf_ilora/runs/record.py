@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import platform
 import subprocess
@@ -18,6 +19,8 @@ import torch
 from accelerate import PartialState
 
 from hf_ilora.files import written_whole
+
+logger = logging.getLogger(__name__)
 
 # Keys that every record has and that its readers rely on.
 _RECORD_KEYS = ("status", "started", "configuration", "seed", "data_fingerprint", "git", "durations_seconds", "metrics")
@@ -86,7 +89,7 @@ class RunRecord:
         finally:
             durations = self.content["durations_seconds"]
             durations[name] = round(durations.get(name, 0.0) + time.monotonic() - start, 3)
-            self._write()
+        self._write()  # after an error `__exit__` does
 
     def add_data(self, fingerprint: str) -> None:
         """Record the fingerprint of the run's data."""
@@ -104,9 +107,14 @@ class RunRecord:
     def __exit__(self, kind, error, traceback) -> None:
         self.content["status"] = "finished" if error is None else "failed"
         if error is not None:
-            self.content["error"] = f"{kind.__name__}: {error}"
+            self.content["error"] = f"{kind.__name__}: {error}".removesuffix(": ")
         self.content["durations_seconds"]["total"] = round(time.monotonic() - self.start, 3)
-        self._write()
+        try:
+            self._write()
+        except OSError as failure:
+            if error is None:
+                raise
+            logger.warning("%s still says that the run is running: %s", self.path, failure)  # `error` is told instead
 
     def _write(self) -> None:
         if not self.is_main_process:

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -10,9 +11,10 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
+from hf_ilora.files import write_errors_named
 from hf_ilora.models.next_item.hub_upload import CARD_FILE, UploadOfSaved, checked_tags, upload, usage_card
 
 from .finite_losses import FiniteLosses, check_weights
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # What the Trainer writes into a checkpoint to resume from it.
 _RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json", TRAINING_ARGS_NAME, "latest")
+
+_SECONDS_OF_A_SET_CLOCK = 1.0
 
 
 class RecommenderTrainer(Trainer):
@@ -53,6 +57,7 @@ class RecommenderTrainer(Trainer):
                 "load_best_model_at_end=False"
             )
         self._hub = HfApi()  # sends one push after the other
+        self._begun: dict[str, float] = {}  # when training and the evaluation of each prefix began, monotonic
         super().__init__(model, args, **kwargs)
         self._losses, self._checked_step = FiniteLosses(self.accelerator), -1
         if args.early_stopping_patience:
@@ -96,6 +101,7 @@ class RecommenderTrainer(Trainer):
             ValueError: at the first loss that is not finite, before anything of that step is logged or saved.
         """
         self._losses, self._checked_step = FiniteLosses(self.accelerator), -1
+        self._begun["train"] = time.monotonic()
         return super().train(*args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
@@ -113,6 +119,26 @@ class RecommenderTrainer(Trainer):
             if ends_epoch or control.should_save:
                 check_weights(self.model, step, learning_rate)
         super()._maybe_log_save_evaluate(*args, learning_rate=learning_rate, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
+        self._begun[metric_key_prefix] = time.monotonic()
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`, which measures by the clock of the day: where that was set meanwhile, durations are mended.
+
+        Args:
+            logs, start_time: as in `Trainer`.
+        """
+        for prefix, begun in self._begun.items():
+            runtime, seconds = logs.get(f"{prefix}_runtime"), round(time.monotonic() - begun, 4)
+            if runtime is None or abs(runtime - seconds) < _SECONDS_OF_A_SET_CLOCK:
+                continue
+            for name in logs:
+                if name.startswith(f"{prefix}_") and name.endswith("_per_second"):
+                    logs[name] = round(logs[name] * runtime / seconds, 3)
+            logs[f"{prefix}_runtime"] = seconds
+        super().log(logs, start_time)
 
     def create_model_card(
         self,
@@ -231,6 +257,17 @@ class RecommenderTrainer(Trainer):
             for job in self.push_in_progress.jobs:
                 if job.exception() is not None:  # what was trained is worth more than a push
                     logger.error("a push during training failed: %s", job.exception())
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with write_errors_named(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            # By their steps: the Trainer goes by their times, and deletes the newest where the clock was set back.
+            rotate_checkpoints(self._get_output_dir(trial), limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
