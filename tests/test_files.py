@@ -1,5 +1,6 @@
 """Files and folders that are written whole: what a failure, a kill and the umask leave behind; and who may write."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -37,16 +39,32 @@ def permissions(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
+PROGRAM = """
+import os, runpy, signal, sys
+from pathlib import Path
+globals().update(runpy.run_path(sys.argv[1]))
+path = Path(sys.argv[2])
+"""
+FILE = "with written_whole(path) as unfinished:\n    unfinished.write_text('half')\n    "
+FOLDER = "with folder_written_whole(path) as unfinished:\n    (unfinished / 'half.txt').touch()\n    "
+
+
 def killed_in(block: str, path) -> None:
-    """Run `block`, an unfinished write of `path` that kills its own process."""
-    program = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from hf_ilora.files import folder_written_whole, written_whole\n"
-        f"path = Path(sys.argv[1])\n{block}"
-    )
-    finished = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+    """Run `block`, an unfinished write of `path`, in a process that kills itself in it."""
+    program = f"{PROGRAM}{block}os.kill(os.getpid(), signal.SIGKILL)"
+    finished = subprocess.run([sys.executable, "-c", program, files.__file__, str(path)], check=False)
     assert finished.returncode == -signal.SIGKILL
+
+
+@contextmanager
+def writing(block: str, path):
+    """A process in the middle of `block`, an unfinished write of `path`, which it ends with this block."""
+    command = [sys.executable, "-c", f"{PROGRAM}{block}print('writing', flush=True); sys.stdin.read()"]
+    command += [files.__file__, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        yield process
+        process.stdin.close()
 
 
 class TestFiles:
@@ -98,17 +116,44 @@ class TestFiles:
         (tmp_path / "plain").touch()
         assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
-    def test_what_a_killed_process_leaves_is_recognised_and_removed(self, tmp_path):
-        killed_in(
-            "with written_whole(path) as unfinished:\n"
-            "    unfinished.write_text('half')\n"
-            "    os.kill(os.getpid(), signal.SIGKILL)",
-            tmp_path / "letter.txt",
-        )
-        (leftover,) = os.listdir(tmp_path)
-        assert leftover.startswith(".letter.") and leftover.endswith(".unfinished.txt")
+    def test_what_a_killed_process_leaves_is_removed_by_the_next_write(self, tmp_path):
+        for name in ("letter.txt", "letter.2.txt", "[*].txt"):
+            killed_in(FILE, tmp_path / name)
+        leftovers = os.listdir(tmp_path)
+        assert len(leftovers) == 6 and all(name.startswith(".") for name in leftovers)
+        with written_whole(tmp_path / "letter.txt") as unfinished:
+            unfinished.write_text("whole")
+        with written_whole(tmp_path / "[*].txt") as unfinished:
+            unfinished.write_text("whole")
+        left = {name for name in os.listdir(tmp_path) if not name.startswith(".letter.2.")}
+        assert left == {"letter.txt", "[*].txt"}
+        assert len(os.listdir(tmp_path)) == 4  # another file's leftover is the matter of its next write
         remove_unfinished(tmp_path)
-        assert os.listdir(tmp_path) == []
+        assert set(os.listdir(tmp_path)) == left
+
+    def test_what_a_living_process_writes_stays(self, tmp_path):
+        path = tmp_path / "letter.txt"
+        with writing(FILE, path):
+            remove_unfinished(tmp_path)
+            with written_whole(path) as ours, written_whole(path) as again:
+                ours.write_text("ours")
+                again.write_text("again")
+            assert path.read_text() == "ours"
+            assert len(os.listdir(tmp_path)) == 3
+        assert path.read_text() == "half"  # the process went on to its end
+        assert os.listdir(tmp_path) == ["letter.txt"]
+
+    def test_a_disk_without_locks_is_written_and_nothing_on_it_is_taken_for_dead(self, tmp_path, monkeypatch):
+        killed_in(FILE, tmp_path / "letter.txt")
+
+        def no_locks(*arguments, **settings):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(FileLock, "acquire", no_locks)
+        with written_whole(tmp_path / "letter.txt") as unfinished:
+            unfinished.write_text("whole")
+        assert (tmp_path / "letter.txt").read_text() == "whole"
+        assert len(os.listdir(tmp_path)) == 3
 
 
 class TestFolders:
@@ -167,45 +212,32 @@ class TestFolders:
         assert (folder / "letter.txt").read_text() == "earlier"
         assert os.listdir(tmp_path) == ["data"]
 
-    @pytest.mark.slow
-    def test_what_killed_processes_left_of_one_folder_is_removed_and_nothing_else(self, tmp_path):
-        for name in ("model-1.5", "other"):
-            killed_in(
-                "with folder_written_whole(path) as unfinished:\n"
-                "    (unfinished / 'half.txt').touch()\n"
-                "    os.kill(os.getpid(), signal.SIGKILL)",
-                tmp_path / name,
-            )
-        (tmp_path / "model-1.5").mkdir()
-        remove_unfinished(tmp_path, "model-1.5")
-        kept, leftover = sorted(os.listdir(tmp_path), reverse=True)
-        assert kept == "model-1.5"
-        assert leftover.startswith(".other.") and leftover.endswith(".unfinished")
+    def test_what_a_killed_process_left_of_this_folder_is_removed_and_nothing_else(self, tmp_path):
+        for name in ("model-1.5", "model-1"):
+            killed_in(FOLDER, tmp_path / name)
+        (tmp_path / ".model-1.77.unfinished").mkdir()  # as earlier versions called it
+        with folder_written_whole(tmp_path / "model-1"):
+            pass
+        kept, *leftovers = sorted(os.listdir(tmp_path), reverse=True)
+        assert kept == "model-1"
+        assert len(leftovers) == 2 and all(name.startswith(".model-1.5.") for name in leftovers)
+
+    def test_what_a_living_process_writes_stays(self, tmp_path):
+        with writing(FOLDER, tmp_path / "model"):
+            with folder_written_whole(tmp_path / "model") as unfinished:
+                (unfinished / "half.txt").touch()
+            shutil.rmtree(tmp_path / "model")
+        assert os.listdir(tmp_path) == ["model"]
+        assert os.listdir(tmp_path / "model") == ["half.txt"]
 
 
 # --- one folder, one writer ---
 
-HOLD = """
-import runpy, sys
-files = runpy.run_path(sys.argv[1])
-with files["held_folder"](sys.argv[2]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def holder(folder):
-    """A process that holds a folder until its standard input ends."""
-    command = [sys.executable, "-c", HOLD, files.__file__, str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.stdin.close()
+HOLD = "with held_folder(path):\n    "
 
 
 def test_a_folder_has_one_writer_and_a_second_one_is_told_who_it_is(tmp_path):
-    with holder(tmp_path / "run") as process:
+    with writing(HOLD, tmp_path / "run") as process:
         message = rf"run has another writer: process {process.pid} holds this folder since 20.* choose another output_d"
         for _ in range(2):  # being refused takes nothing from the holder
             with pytest.raises(ValueError, match=message), held_folder(tmp_path / "run"):
@@ -223,7 +255,7 @@ def test_a_folder_has_one_writer_and_a_second_one_is_told_who_it_is(tmp_path):
 
 
 def test_a_killed_writer_holds_nothing_whatever_its_lock_file_says(tmp_path):
-    with holder(tmp_path / "run") as process:
+    with writing(HOLD, tmp_path / "run") as process:
         process.kill()
         process.wait()
         assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["process"] == process.pid

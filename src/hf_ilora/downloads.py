@@ -5,14 +5,13 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import httpx2
 from filelock import FileLock
 
-from hf_ilora.files import write_errors_named, written_whole
+from hf_ilora.files import staged, write_errors_named, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +106,9 @@ def download_wheel(requirement: str, destination: Path, *, checksum: str, python
     with FileLock(f"{destination}.lock"):
         if destination.is_file():
             return destination
-        with tempfile.TemporaryDirectory(
-            dir=destination.parent, prefix=f".{destination.stem}.", suffix=".unfinished"
-        ) as folder:
-            command = [python, "-m", "pip", "download", requirement, "--dest", folder, "--no-deps"]
+        with staged(destination, destination.stem) as folder:
+            folder.mkdir()
+            command = [python, "-m", "pip", "download", requirement, "--dest", str(folder), "--no-deps"]
             command += ["--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--quiet"]
             result = subprocess.run(command, capture_output=True, text=True)
             if "No module named pip" in result.stderr:
@@ -118,9 +116,9 @@ def download_wheel(requirement: str, destination: Path, *, checksum: str, python
                     f"{python} has no module pip, which downloads {requirement}: "
                     f"run `{python} -m ensurepip`, or save the wheel as {destination}"
                 )
-            wheel = Path(folder) / destination.name
+            wheel = folder / destination.name
             if result.returncode or not wheel.is_file():
-                found = sorted(path.name for path in Path(folder).iterdir())
+                found = sorted(path.name for path in folder.iterdir())
                 raise DownloadError(
                     f"`{' '.join(command)}` exited with code {result.returncode} and wrote {found}; expected code 0 "
                     f"and {destination.name}: check pip's index configuration. pip says: {result.stderr.strip()}"

