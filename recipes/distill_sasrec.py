@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from hf_ilora import DistillationArguments, DistillationTrainer, SASRecConfig, SequenceDatasets
 from hf_ilora.distillation.teachers import labels_of_teacher
+from hf_ilora.models.next_item.configuration_next_item import TEACHER_FIELDS
 from hf_ilora.runs import (
     RunRecord,
     check_same_inputs,
@@ -29,10 +30,7 @@ from hf_ilora.runs import (
 )
 from hf_ilora.training.students import StudentArguments, build_student
 
-SASRecArguments = config_arguments(
-    SASRecConfig,
-    exclude=("num_items", "pad_token_id", "teacher_embedding_size", "ed_weight", "teacher_embedding_use"),
-)
+SASRecArguments = config_arguments(SASRecConfig, exclude=("num_items", "pad_token_id", *TEACHER_FIELDS))
 
 
 @dataclass

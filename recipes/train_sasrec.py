@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from hf_ilora import NextItemTrainer, NextItemTrainingArguments, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.data.row_fractions import check_fraction, rows_in_fraction
+from hf_ilora.models.next_item.configuration_next_item import TEACHER_FIELDS
 from hf_ilora.runs import (
     RunRecord,
     config_arguments,
@@ -28,10 +29,7 @@ from hf_ilora.runs import (
 )
 
 # A teacher's item embeddings are for distill_sasrec.py.
-SASRecArguments = config_arguments(
-    SASRecConfig,
-    exclude=("num_items", "pad_token_id", "teacher_embedding_size", "ed_weight", "teacher_embedding_use"),
-)
+SASRecArguments = config_arguments(SASRecConfig, exclude=("num_items", "pad_token_id", *TEACHER_FIELDS))
 
 
 @dataclass

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_ilora.distillation import teacher_labels
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from tests.distillation.known_teacher import DATA_FINGERPRINT, KnownTeacher, expected_answer, label_all
 from tests.synthetic import cyclic_sequences
@@ -78,6 +79,8 @@ def test_teacher_without_embeddings_says_so(train, tmp_path):
     label_all(tmp_path / "labels", train, teacher)
     with pytest.raises(ValueError, match=r"\(known teacher\) has no item embeddings: expected an iLoRA model"):
         load(tmp_path / "labels").item_embeddings()
+    with pytest.raises(ValueError, match="has no item embeddings"):
+        _ = load(tmp_path / "labels").embedding_size
     assert not (tmp_path / "labels" / "item_embeddings.safetensors").exists()
 
 
@@ -144,6 +147,15 @@ def change_one_embedding(folder):
     tensors = load_file(path)
     tensors["item_embeddings"][7, 2] += 1
     save_file(tensors, path)
+
+
+def test_embeddings_are_read_and_checked_once(folder, monkeypatch):
+    labels, calls = load(folder), []
+    digest = teacher_labels.embeddings_digest
+    monkeypatch.setattr(teacher_labels, "embeddings_digest", lambda folder: calls.append(folder) or digest(folder))
+    assert labels.embedding_size == labels.item_embeddings().shape[1]
+    assert labels.item_embeddings() is labels.item_embeddings()
+    assert len(calls) == 1
 
 
 def test_embeddings_that_were_changed_are_refused(folder):

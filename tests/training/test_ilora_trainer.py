@@ -18,6 +18,7 @@ from hf_ilora import (
 from hf_ilora.evaluation.candidate_ranking import rank_candidates
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.models.ilora.language_models import load_language_model
+from hf_ilora.training import ilora_trainer
 from tests.synthetic import cyclic_sequences
 from tests.tiny_ilora_parts import HISTORY_ALONE, WITH_CANDIDATES, save_parts
 
@@ -123,6 +124,24 @@ def test_prompts_show_candidates_as_the_losses_need_it(ilora, sequences, tmp_pat
     assert shown == [kind for kind in kinds for _ in range(len(sequences["validation"]))]
     asked_for = trainer_of(ilora(**ITEM_HEAD), sequences, tmp_path, candidate_fraction=0.0)
     assert not any(batch["shows_candidates"].any() for batch in asked_for.get_train_dataloader())
+
+
+def test_the_rows_of_evaluations_are_made_once(ilora, sequences, tmp_path, monkeypatch):
+    made = []
+
+    class CountedRows(ilora_trainer.CandidateRows):
+        def __init__(self, split, *args, **kwargs):
+            made.append(split)
+            super().__init__(split, *args, **kwargs)
+
+    monkeypatch.setattr(ilora_trainer, "CandidateRows", CountedRows)
+    trainer = trainer_of(ilora(**ITEM_HEAD), sequences, tmp_path, eval_ranking=False, **each_step(1))
+    trainer.train()
+    losses = {trainer.evaluate()["eval_loss"] for _ in range(2)}
+    other = trainer.evaluate(sequences["test"])["eval_loss"]
+    assert len(losses) == 1 and other not in losses
+    # With candidates and without them.
+    assert [sum(split is sequences[name] for split in made) for name in ("train", "validation", "test")] == [1, 2, 2]
 
 
 def test_data_without_candidates_get_drawn_ones_for_evaluation(ilora, sequences, tmp_path):

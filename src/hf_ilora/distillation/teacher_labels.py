@@ -60,6 +60,7 @@ class TeacherLabels:
             table[name].combine_chunks().flatten().to_numpy().reshape(-1, self.top_k)  # (rows, top_k)
             for name in ("teacher_items", "teacher_distances")
         )
+        self._item_embeddings: torch.Tensor | None = None
 
     @classmethod
     def load(
@@ -136,18 +137,33 @@ class TeacherLabels:
         }
         return {name: self.description[key] for name, key in names.items()}
 
-    def item_embeddings(self) -> torch.Tensor:
-        """The teacher's item embeddings, (num_items + 1, teacher size) float32, zero for padding.
+    @property
+    def embedding_size(self) -> int:
+        """Numbers of an item embedding of the teacher.
 
         Raises:
-            ValueError: when the teacher has none, or the file is damaged or changed.
+            ValueError: when the teacher has no item embeddings.
         """
         if self.description["embedding_size"] is None:
             raise ValueError(
                 f"the teacher of {self.folder} ({self.description['teacher']}) has no item embeddings: expected an "
                 "iLoRA model, or a folder of DLLM2Rec's text files with all_embeddings.pt"
             )
-        embeddings = read_embeddings(self.folder, self.num_items, self.description["embedding_size"])
+        return self.description["embedding_size"]
+
+    def item_embeddings(self) -> torch.Tensor:
+        """The teacher's item embeddings, (num_items + 1, teacher size) float32, zero for padding: the same tensor at
+        every call, read and checked at the first one.
+
+        Raises:
+            ValueError: when the teacher has none, or the file is damaged or changed.
+        """
+        if self._item_embeddings is None:
+            self._item_embeddings = self._read_embeddings()
+        return self._item_embeddings
+
+    def _read_embeddings(self) -> torch.Tensor:
+        embeddings = read_embeddings(self.folder, self.num_items, self.embedding_size)
         found, expected = embeddings_digest(self.folder), self.description["embeddings_fingerprint"]
         if found != expected:
             raise ValueError(

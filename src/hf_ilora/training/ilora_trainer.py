@@ -88,6 +88,7 @@ class ILoraTrainer(RecommenderTrainer):
             self.data_collator = PromptCollator(
                 self.model.prompts, self.candidate_fraction, order, config.candidate_loss_weight > 0
             )
+        self._rows_of_evaluation: dict[tuple[int, bool], tuple[datasets.Dataset, CandidateRows]] = {}
         self.train_dataset = self._training_rows(train_dataset)
         if isinstance(self.train_dataset, CandidateRows):
             self.add_callback(EpochCallback(self.train_dataset))
@@ -189,16 +190,20 @@ class ILoraTrainer(RecommenderTrainer):
         )
 
     def _evaluation_rows(self, rows: datasets.Dataset, shows_candidates: bool = True) -> CandidateRows:
-        """Every row with the first of the templates that show candidates, or of those that do not."""
-        uniforms = (0.0, 0.0 if shows_candidates else 1.0)
-        return CandidateRows(
-            rows,
-            self.model.config.num_items,
-            self._longest_history,
-            self.args.num_candidates,
-            seed=self.args.seed,
-            uniforms=uniforms,
-        )
+        """Every row with the first of the templates that show candidates, or of those that do not; made once, since a
+        training run evaluates the same rows many times."""
+        key = id(rows), shows_candidates
+        if key not in self._rows_of_evaluation:
+            made = CandidateRows(
+                rows,
+                self.model.config.num_items,
+                self._longest_history,
+                self.args.num_candidates,
+                seed=self.args.seed,
+                uniforms=(0.0, 0.0 if shows_candidates else 1.0),
+            )
+            self._rows_of_evaluation[key] = rows, made  # the rows are kept, so that their id stays theirs
+        return self._rows_of_evaluation[key][1]
 
     def _evaluation_prompts(self, rows: datasets.Dataset) -> ConcatDataset:
         """The rows as prompts of the kinds that training shows: with candidates, then without."""

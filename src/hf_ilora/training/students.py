@@ -101,7 +101,7 @@ def build_student(
                 "expected labels, or 'none'"
             )
         settings |= {
-            "teacher_embedding_size": labels.item_embeddings().shape[1],
+            "teacher_embedding_size": labels.embedding_size,
             "teacher_embedding_use": arguments.embedding_use,
             "ed_weight": arguments.ed_weight,
         }

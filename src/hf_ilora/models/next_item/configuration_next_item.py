@@ -5,6 +5,8 @@ from transformers import PreTrainedConfig
 
 PADDING_ITEM_ID = 0
 IGNORED_LABEL = -100  # the label that cross-entropy ignores
+# The fields about a language model's item embeddings, which exist until these are folded in.
+TEACHER_FIELDS = ("teacher_embedding_size", "ed_weight", "teacher_embedding_use")
 
 _CHOICES = {
     "initialization": ("normal", "reference"),
@@ -122,4 +124,4 @@ class NextItemConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
 
 
-__all__ = ["IGNORED_LABEL", "PADDING_ITEM_ID", "NextItemConfig"]
+__all__ = ["IGNORED_LABEL", "PADDING_ITEM_ID", "TEACHER_FIELDS", "NextItemConfig"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID, NextItemConfig
+from .configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID, TEACHER_FIELDS, NextItemConfig
 from .next_item_head import NextItemHead, first_occurrences
 from .next_item_model import NextItemPreTrainedModel
 from .next_item_output import NextItemOutput
@@ -117,7 +117,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         embedding.weight[1:] += offsets[1:]
         embedding.teacher = None
         plain = type(config)()
-        for name in ("teacher_embedding_size", "ed_weight", "teacher_embedding_use"):
+        for name in TEACHER_FIELDS:
             setattr(config, name, getattr(plain, name))
         for module in self.modules():
             if isinstance(module, NextItemPreTrainedModel | NextItemHead):
