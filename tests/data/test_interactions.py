@@ -122,6 +122,13 @@ def test_rows_may_leave_a_title_empty_that_another_row_gives():
     assert items.to_dict()["title"] == ["N", "D", "A"]
 
 
+def test_a_title_may_be_in_a_row_beyond_the_limit(as_source):
+    source = as_source({"user": [1, 1, 2, 2], "item": [7, 8, 7, 9], "time": [1, 2, 3, 4], "title": ["", "B", "A", ""]})
+    assert load(source, title_column="title", limit_data_rows=2)[1]["title"][:] == ["A", "B"]
+    with pytest.raises(ValueError, match=r"1 items have no title, first \[9\]"):
+        load(source, title_column="title")
+
+
 def test_a_selected_dataset_is_read_in_the_order_of_the_selection():
     interactions, _ = load(Dataset.from_dict(ROWS).select([3, 0]))
     assert interactions.to_dict() == {"user_id": [3, 5], "item_id": [30, 20], "timestamp": [80, 100]}
@@ -173,6 +180,7 @@ def test_ids_of_other_pandas_types_are_converted(kind):
         ["2024-05-31T14:00+0200", "1970-01-01 01:00:00.000+01"],
         ["2024-05-31 12:00:00 UTC", "1970-01-01 00:00:00.000 UTC"],
         ["2024-05-31 14:00:00 +0200", "1970-01-01 00:00 GMT"],
+        ["2024-05-31 12:00:00 +0000 UTC", "1970-01-01 00:00:00UTC"],
         pd.to_datetime(["2024-05-31 12:00:00", "1970-01-01 00:00:00"]),
         pd.to_datetime(["2024-05-31 12:00:00", "1970-01-01 00:00:00"]).tz_localize("UTC").tz_convert("Asia/Tokyo"),
         np.array(["2024-05-31T12:00:00", "1970-01-01"], dtype="datetime64[s]"),
@@ -313,6 +321,7 @@ def test_ids_of_mixed_types_are_refused(tmp_path, ids):
         (["2024-05-31", "1969-12-31"], r"row 1 .*expected a time from 1970 on"),
         (pd.to_datetime(["2024-05-31", None]), r"in row 1"),
         (pd.to_datetime(["2024-05-31", "1960-01-01"]), r"row 1 .*expected a time from 1970 on"),
+        (["2024-05-31", "2024-05-31 12:00:00 +0200 UTC"], r"has '2024-05-31 12:00:00 \+0200 UTC' in row 1"),
         ([True, False], r"has type bool; expected numbers"),
         (pd.to_timedelta([1, 2]), r"has type duration.*; expected numbers"),
     ],

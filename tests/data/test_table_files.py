@@ -53,6 +53,8 @@ def test_no_pair_of_stray_quotes_hides_a_row_of_a_tsv(first, last, tmp_path):
     [
         (['1,a,1,"Salem', "1,b,2,Plain", '1,c,3,"Low'], 2),
         (['1,a,1,"Salem', "1,b,2,Plain", '1,c,3,Low"'], 2),
+        (['1,a,1,"Salem', "", "1,b,2,Plain", '1,c,3,Low"'], 2),
+        (['x,a,2024-05-31,"1984', 'y,b,2024-05-31,12"'], 2),
         (["1,a,1,Plain", '1,b,2,"One" live'], 3),
         (["1,a,1,Plain", '1,b,2,"never closed'], 3),
         (['1,a,1,"two\nlines"', '1,b,2,"One" live'], 4),
@@ -72,8 +74,8 @@ def test_a_tsv_of_a_writer_that_quotes_is_refused_if_it_is_cut(tmp_path):
 
 @pytest.mark.parametrize("separator", [",", "\t"])
 def test_what_pandas_writes_is_read_as_it_was(separator, tmp_path):
-    names = ['Say "Yes"', "two\nlines", "a, b\tc", '"', '5" pipe', 'one, "two"\nthree, four']
-    frame = pd.DataFrame({"user": 1, "item": range(6), "time": range(6), "title": names})
+    names = ["two\nlines", "in\nred, green, blue, white", "in\n\na\tb\tc\td", 'Say "Yes"', "a, b\tc", '"', '5" pipe']
+    frame = pd.DataFrame({"user": 1, "item": range(7), "time": range(7), "title": names})
     path = tmp_path / ("t.csv" if separator == "," else "t.tsv")
     frame.to_csv(path, sep=separator, index=False)
     assert titles(path) == names

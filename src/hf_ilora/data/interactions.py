@@ -122,8 +122,12 @@ def load_interactions(
         )  # the order of the table of items comes first
         titles = _look_up(ids, known_ids, clean_text(items_table["title"], items_where["title"]))
     elif title_column is not None:
-        titles = clean_text(table["title"], where["title"])
-        titles = _agreed_titles(ids, item_ids, titles)
+        titles = _agreed_titles(ids, item_ids, clean_text(table["title"], where["title"]))
+        if limit_data_rows != -1 and titles.null_count:  # a later row may have the title
+            columns = {"item_id": item_column, "title": title_column}
+            table, _ = read_columns(path_or_dataset, columns, separator=separator)
+            all_ids = clean_ids(table["item_id"], where["item_id"], untyped=untyped).cast(item_ids.type)
+            titles = _agreed_titles(ids, all_ids, clean_text(table["title"], where["title"]))
     if titles is None or missing_titles == "item_id":
         return interactions, items_dataset(ids, titles, normalize_titles=normalize_titles)
     untitled = ids.filter(pc.is_null(titles))
@@ -230,7 +234,8 @@ def _of_one_type(
 
 def _agreed_titles(ids: pa.Array, item_ids: pa.ChunkedArray, titles: pa.ChunkedArray) -> pa.Array:
     """The title that the rows of each item agree on; null if no row has one."""
-    rows = pa.table({"item_id": item_ids, "title": titles}).filter(pc.is_valid(titles))
+    titled = pc.and_(pc.is_valid(titles), pc.is_in(item_ids, value_set=ids))
+    rows = pa.table({"item_id": item_ids, "title": titles}).filter(titled)
     pairs = rows.group_by(["item_id", "title"], use_threads=False).aggregate([])  # distinct, in order of appearance
     counts = pc.value_counts(pairs["item_id"])
     torn = counts.field("values").filter(pc.greater(counts.field("counts"), 1))

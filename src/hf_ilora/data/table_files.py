@@ -25,6 +25,7 @@ _COMPRESSED = [".gz", ".bz2", ".zst", ".lz4"]  # of text; pyarrow recognises the
 _SEPARATOR_GUESSES = [";", "\t", ",", "|"]
 _JSON_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 _BLOCK_BYTES = 16 << 20  # a row must fit into a block
+_NUMBER_OR_TIME = re.compile(r"[\d.:+TZ -]*\d[\d.:+TZ -]*")
 # Only a writer that quotes doubles the quotes inside of a value.
 _QUOTED_BY_A_WRITER = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
 
@@ -137,7 +138,7 @@ class TableFiles:
         if not found:
             return bool(problems)
         file, problem = found[0]
-        if self.suffix == ".tsv" and not any(_is_written_with_quotes(file, self.separator) for file in problems):
+        if self.separator == "\t" and not any(_is_written_with_quotes(file, self.separator) for file in problems):
             logger.warning("%s: %s; so all quotes in %s are read as characters of the values", file, problem, self.path)
             return False
         raise ValueError(
@@ -228,8 +229,7 @@ def quoting_problem(text: TextIO, separator: str) -> str:
         for values in csv.reader(lines_of_rows_with_quotes(), delimiter=separator, strict=True):
             if len(values) != columns:
                 return f"line {start} has {len(values)} values, if its quotes enclose values, not {columns}"
-            # A quote that was opened by chance swallows whole rows.
-            if len(row) > 1 and all(line.count(separator) == columns - 1 for line in row):
+            if _looks_like_rows(row, separator, columns):
                 return f"the quote in line {start} swallows the {len(row) - 1} rows after it"
             row.clear()
     except csv.Error as error:
@@ -237,6 +237,17 @@ def quoting_problem(text: TextIO, separator: str) -> str:
     finally:
         csv.field_size_limit(limit)
     return ""
+
+
+def _looks_like_rows(lines: list[str], separator: str, columns: int) -> bool:
+    """Whether the lines of a quoted value are rows that a quote, opened by chance, swallows, rather than prose."""
+    first, *rest = ([value.strip() for value in line.split(separator)] for line in lines if line.strip())
+    numbers = [place for place, value in enumerate(first) if _NUMBER_OR_TIME.fullmatch(value)]
+    return (
+        len(rest) > 0
+        and all(len(values) == columns for values in (first, *rest))
+        and all(not numbers or any(_NUMBER_OR_TIME.fullmatch(values[place]) for place in numbers) for values in rest)
+    )
 
 
 def _is_written_with_quotes(file: Path, separator: str) -> bool:

@@ -16,8 +16,9 @@ Source = str | Path | pd.DataFrame | Dataset
 
 # Common marks of missing values in text files, which cannot distinguish them from words.
 _MISSING_WORDS = ["", "nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "NaT"]
+_IDS = {"user_id", "item_id"}
 _WHOLE_NUMBER = r"^(0|-?[1-9]\d{0,17})$"  # no leading zeros: "007" and "7" are two ids
-_ISO_TIME = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?( ?(Z|UTC|GMT|[+-]\d\d(:?\d\d)?))?)?$"
+_ISO_TIME = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?( ?(Z|UTC|GMT|\+0000 UTC|[+-]\d\d(:?\d\d)?))?)?$"
 _ISO_ZONE = r"(:\d\d|\.\d+)(Z|[+-]\d\d(:?\d\d)?)$"
 
 
@@ -54,8 +55,8 @@ def read_columns(
 
     Returns:
         Arrow table with these columns; those of text without types (CSV, TSV) are strings, unchanged. With it, for such
-        text, the columns that are whole numbers in all rows, also in those beyond the limit, so that a part of a table
-        has the types of the whole; None for sources with types.
+        text, the columns of ids that are whole numbers in all rows, also in those beyond the limit, so that a part of a
+        table has the types of the whole; None for sources with types.
 
     Raises:
         TypeError: for another source.
@@ -200,10 +201,10 @@ def _read_frame(frame: pd.DataFrame, columns: Mapping[str, Hashable], limit: int
         try:
             arrays.append(pa.chunked_array([pa.array(series, from_pandas=True)]))
         except UnicodeEncodeError as error:
-            row = next(row for row, value in enumerate(series) if isinstance(value, str) and not _is_unicode(value))
+            row = next((row for row, value in enumerate(series) if not _is_unicode(str(value))), None)
             raise ValueError(
-                f"column {name!r} of {describe(frame)} has {series.iloc[row]!r} in row {row} (counted from 0), which "
-                f"is half a character ({error.reason}); expected whole ones: repair the text, for example with "
+                f"column {name!r} of {describe(frame)} has {error.object!r} in row {row} (counted from 0), which has "
+                f"half a character ({error.reason}); expected whole ones: repair the text, for example with "
                 'value.encode("utf-8", "replace").decode()'
             ) from error
         except OverflowError as error:
@@ -211,7 +212,7 @@ def _read_frame(frame: pd.DataFrame, columns: Mapping[str, Hashable], limit: int
                 f"column {name!r} of {describe(frame)} has whole numbers that do not fit int64 ({error}); expected "
                 f"numbers below 2**63, or text: use frame[{name!r}].astype(str)"
             ) from error
-        except (pa.ArrowException, TypeError) as error:
+        except (pa.ArrowException, TypeError, ValueError) as error:
             raise ValueError(
                 f"column {name!r} of {describe(frame)} mixes types ({error}); expected one type: "
                 f"use frame[{name!r}].astype(str)"
@@ -237,7 +238,7 @@ def _read_dataset(dataset: Dataset, columns: Mapping[str, Hashable], limit: int)
 
 def _read_files(files: TableFiles, columns: Mapping[str, Hashable], limit: int) -> tuple[pa.Table, set[str] | None]:
     pieces, rows = [pa.table({name: pa.array([], pa.null()) for name in columns})], 0
-    whole_numbers = set(columns) if files.is_delimited_text else set()
+    whole_numbers = _IDS & set(columns) if files.is_delimited_text else set()
     for piece in files.batches(columns):
         if limit == -1 or rows < limit:
             pieces.append(piece)
@@ -290,7 +291,7 @@ def _parse_times(text: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     remedy = "convert the column before loading it"
     unreadable = pc.invert(pc.match_substring_regex(text, _ISO_TIME))
     _raise_at(unreadable, text, where, "seconds since 1970 or ISO 8601 like 2024-05-31T12:00:00Z", remedy)
-    whole = pc.replace_substring_regex(text, r" ?(UTC|GMT)$", "Z")
+    whole = pc.replace_substring_regex(text, r" ?(\+0000 UTC|UTC|GMT)$", "Z")  # Go writes both
     whole = pc.replace_substring_regex(whole, r" ([Z+-][\d:]*)$", r"\1")
     whole = pc.replace_substring_regex(whole, r"^(\d{4}-\d\d-\d\d)$", r"\1T00:00:00")
     whole = pc.replace_substring_regex(whole, r"([T ]\d\d:\d\d)(Z|[+-].*|)$", r"\1:00\2")
