@@ -3,6 +3,7 @@
 import csv
 import difflib
 import io
+import itertools
 import json
 import logging
 import re
@@ -25,6 +26,7 @@ _COMPRESSED = [".gz", ".bz2", ".zst", ".lz4"]  # of text; pyarrow recognises the
 _SEPARATOR_GUESSES = [";", "\t", ",", "|"]
 _JSON_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 _BLOCK_BYTES = 16 << 20  # a row must fit into a block
+_ROWS_PER_BATCH = 1 << 16
 _NUMBER_OR_TIME = re.compile(r"[\d.:+TZ -]*\d[\d.:+TZ -]*")
 # Only a writer that quotes doubles the quotes inside of a value.
 _QUOTED_BY_A_WRITER = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
@@ -309,31 +311,35 @@ def _read_parquet(path: Path, names: Sequence[Hashable]) -> Iterator[pa.RecordBa
 def _read_json_lines(path: Path, names: Sequence[Hashable]) -> Iterator[pa.Table]:
     types = _json_types(path, names)
     try:
-        yield _parse_json_lines(path, types)
-    except pa.ArrowInvalid:
-        # A column of numbers, the first of which is whole, may have others with a fraction.
-        whole = [name for name in types if types[name] == pa.int64()]
-        fractions = [name for name in whole if not _is_whole(path, name)]
-        if not fractions:
-            raise
-        yield _parse_json_lines(path, types | dict.fromkeys(fractions, pa.float64()))
+        table = pa.json.read_json(
+            path,
+            read_options=pa.json.ReadOptions(block_size=_BLOCK_BYTES),
+            parse_options=pa.json.ParseOptions(explicit_schema=pa.schema(types), unexpected_field_behavior="ignore"),
+        ).select(list(types))
+    except pa.ArrowInvalid as error:
+        try:
+            table = _read_json_lines_slowly(path, list(types))
+        except (ValueError, TypeError, OverflowError):
+            raise error from None
+    yield table
 
 
-def _parse_json_lines(path: Path, types: dict[str, pa.DataType]) -> pa.Table:
-    table = pa.json.read_json(
-        path,
-        read_options=pa.json.ReadOptions(block_size=_BLOCK_BYTES),
-        parse_options=pa.json.ParseOptions(explicit_schema=pa.schema(types), unexpected_field_behavior="ignore"),
-    )
-    return table.select(list(types))
+def _read_json_lines_slowly(path: Path, keys: list[str]) -> pa.Table:
+    """Read what Arrow refuses: whole numbers before others, and columns that nobody asked for with half characters."""
 
+    def named(pairs: list[tuple[str, object]]) -> dict:
+        row = dict(pairs)
+        if sum(key in keys for key, _ in pairs) > sum(key in row for key in keys):
+            raise ValueError("a key occurs twice")
+        return row
 
-def _is_whole(path: Path, name: str) -> bool:
-    try:
-        _parse_json_lines(path, {name: pa.int64()})
-    except pa.ArrowInvalid:
-        return False
-    return True
+    decoder = json.JSONDecoder(object_pairs_hook=named)
+    tables = []
+    with _open_text(path) as text:
+        lines = (line for line in text if line.strip())
+        while rows := [decoder.decode(line) for line in itertools.islice(lines, _ROWS_PER_BATCH)]:
+            tables.append(pa.table({key: pa.array([row.get(key) for row in rows]) for key in keys}))
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
 def _json_types(path: Path, names: Sequence[Hashable]) -> dict[str, pa.DataType]:
