@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from hf_ilora import CaserConfig, CaserForNextItem, GRU4RecConfig, GRU4RecForNextItem
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.gated_lora import gated_layers
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
@@ -80,6 +81,21 @@ def test_a_recommender_of_other_raw_ids_is_refused():
     raw_ids = [f"raw {i}" for i in range(2, 32)]
     with pytest.raises(ValueError, match="the recommender's catalogue has other raw ids than the given one"):
         build(recommender=sasrec, catalogue=Catalogue(catalogue().table.set_column(1, "raw_id", [raw_ids])))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        GRU4RecForNextItem(GRU4RecConfig(num_items=30, hidden_size=8)),
+        CaserForNextItem(CaserConfig(num_items=30, hidden_size=8, block_type="reference", tie_word_embeddings=False)),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_recommender_of_another_architecture_is_refused_before_anything_changes(other):
+    llm = base_llm()
+    with pytest.raises(TypeError, match=f"recommender is a {type(other).__name__}: expected a SASRecForNextItem"):
+        build(llm=llm, recommender=other)
+    assert not gated_layers(llm)
 
 
 @pytest.mark.parametrize("found", [TITLES, {"title": TITLES}, catalogue().table])

@@ -478,12 +478,17 @@ def _num_tokens(llm_inputs: dict) -> int:
 
 
 def check_recommender(recommender: SASRecForNextItem, catalogue: Catalogue) -> None:
-    """Check that a recommender was trained on a catalogue.
+    """Check that a recommender is a SASRec that was trained on a catalogue.
 
     Raises:
-        TypeError: if `catalogue` is not a `Catalogue`.
+        TypeError: if `recommender` is not a SASRec, or `catalogue` not a `Catalogue`.
         ValueError: if the recommender has another number of items, or a catalogue of its own with other raw ids.
     """
+    if not isinstance(recommender, SASRecForNextItem):
+        raise TypeError(
+            f"recommender is a {type(recommender).__name__}: expected a SASRecForNextItem, whose user and item embeddings "
+            "iLoRA reads; train one with `hf-ilora train-sasrec`"
+        )
     if not isinstance(catalogue, Catalogue):
         raise TypeError(
             f"catalogue is a {type(catalogue).__name__}: expected a Catalogue, such as sequences.catalogue of "
