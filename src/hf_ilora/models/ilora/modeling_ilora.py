@@ -486,8 +486,8 @@ def check_recommender(recommender: SASRecForNextItem, catalogue: Catalogue) -> N
     """
     if not isinstance(recommender, SASRecForNextItem):
         raise TypeError(
-            f"recommender is a {type(recommender).__name__}: expected a SASRecForNextItem, whose user and item embeddings "
-            "iLoRA reads; train one with `hf-ilora train-sasrec`"
+            f"recommender is a {type(recommender).__name__}: expected a SASRecForNextItem, whose user and item "
+            "embeddings iLoRA reads; train one with `hf-ilora train-sasrec`"
         )
     if not isinstance(catalogue, Catalogue):
         raise TypeError(
