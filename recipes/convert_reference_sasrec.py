@@ -46,6 +46,8 @@ ARGUMENTS = (ConversionArguments,)
 
 def check_output_dir(output_dir: Path) -> None:
     """Raise a ValueError if `output_dir` contains anything but an earlier conversion."""
+    if output_dir.is_file():
+        raise ValueError(f"{output_dir} is a file: expected a folder; choose another output_dir")
     found = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
     problem = ", ".join(sorted(found - OUR_FILES))
     if found and not problem:

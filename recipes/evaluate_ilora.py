@@ -25,6 +25,7 @@ from accelerate import PartialState
 
 from hf_ilora import ILoraConfig, ILoraForRecommendation, SequenceDatasets
 from hf_ilora.data.row_fractions import check_fraction, rows_in_fraction
+from hf_ilora.data.seeds import check_seed
 from hf_ilora.devices import uses_accelerator
 from hf_ilora.evaluation.candidate_evaluation import GENERATE, CandidateEvaluation
 from hf_ilora.evaluation.candidate_report import (
@@ -37,7 +38,14 @@ from hf_ilora.evaluation.expert_usage import plot_expert_usage, usage_table
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
-from hf_ilora.runs.checks import check_at_least_one, checked_plot, names_of_models
+from hf_ilora.runs.checks import (
+    DTYPES,
+    check_at_least_one,
+    check_choice,
+    check_top_k,
+    checked_plot,
+    names_of_models,
+)
 from hf_ilora.training.candidate_rows import draw_candidates
 
 logger = logging.getLogger(__name__)
@@ -86,7 +94,9 @@ class ILoraEvaluationArguments:
     )
     k: int = field(default=10, metadata={"help": "cut-off of NDCG, and of the hit ratio in the catalogue"})
     batch_size: int = field(default=8, metadata={"help": "users per step, per process"})
-    dtype: str | None = field(default=None, metadata={"help": "data type of the language models, such as bfloat16"})
+    dtype: str | None = field(
+        default=None, metadata={"help": "data type of the language models; by default as saved", "choices": DTYPES}
+    )
     num_resamples: int = field(default=2000, metadata={"help": "bootstrap resamples, and sign flips of the p-values"})
     seed: int = field(
         default=0, metadata={"help": "random seed of intervals, p-values and the candidates of the train split"}
@@ -106,6 +116,8 @@ class ILoraEvaluationArguments:
         if self.first_line_only and self.generate != "free":
             raise ValueError(f"first_line_only is true with generate {self.generate!r}: expected --generate free")
         check_at_least_one(self, "k", "batch_size", "num_resamples", "max_new_tokens")
+        check_seed("seed", self.seed)
+        check_choice("dtype", self.dtype, (None, *DTYPES))
         if self.limit_rows < 1 and self.limit_rows != -1:
             raise ValueError(f"limit_rows is {self.limit_rows}: expected at least 1, or -1 for all")
         self.plot = checked_plot(self.plot)
@@ -126,6 +138,7 @@ def main() -> None:
 def evaluate(arguments: ILoraEvaluationArguments, state: PartialState) -> None:
     """Measure the models and write the table."""
     sequences, split = load_data(arguments)
+    check_top_k("k", arguments.k, sequences.num_items)
     for model in arguments.models:  # before anything is measured
         ILoraConfig.from_pretrained(model)
     recommenders = {name: load_recommender(name) for name in arguments.recommenders or []}

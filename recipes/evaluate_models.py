@@ -19,6 +19,7 @@ from accelerate import PartialState
 
 from hf_ilora import ILoraForRecommendation, SequenceDatasets, compare_runs
 from hf_ilora.data.columns import read_column
+from hf_ilora.data.seeds import check_seed
 from hf_ilora.devices import uses_accelerator
 from hf_ilora.evaluation.latency import measure_latency, model_size
 from hf_ilora.evaluation.rank_metrics import metric_per_user
@@ -28,7 +29,15 @@ from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks, parquet_nam
 from hf_ilora.evaluation.statistics import summarize_ranks
 from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
-from hf_ilora.runs.checks import check_at_least_one, checked_plot, names_of_models
+from hf_ilora.runs.checks import (
+    check_at_least_one,
+    check_device,
+    check_threads,
+    check_top_k,
+    checked_plot,
+    most_seen_items,
+    names_of_models,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +78,10 @@ class EvaluationArguments:
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"names are {self.names}: expected different names; pass --names")
         check_at_least_one(self, "k", "batch_size", "num_resamples", "latency_calls", "latency_threads")
+        check_threads("latency_threads", self.latency_threads)
+        check_seed("seed", self.seed)
+        if self.device is not None:
+            check_device(self.device)
         self.plot = checked_plot(self.plot)
 
 
@@ -86,7 +99,7 @@ def main() -> None:
 
 def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
     """Measure the models and write the table."""
-    sequences, split, models, folders = load_and_check(arguments)
+    sequences, split, models, folders, histories = load_and_check(arguments)
     device = torch.device(arguments.device) if arguments.device else state.device
     output = Path(arguments.output_dir)
     set_up_logging(output)
@@ -105,7 +118,6 @@ def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
     )
     with RunRecord(output, [arguments], seed=arguments.seed) as record:
         record.add_data(context.data_fingerprint)
-        histories = sampled_histories(split, arguments.latency_calls, arguments.seed)
         reports, per_user = [], []
         for name, model, folder in zip(arguments.names, models, folders, strict=True):
             model.to(device)
@@ -141,16 +153,18 @@ def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
 
 
 def load_and_check(arguments: EvaluationArguments):
-    """The data, the split, the models and their folders, checked against each other."""
+    """The data, the split, the models, their folders and histories to time, checked against each other."""
     sequences = SequenceDatasets.load(arguments.data_dir)
     split = sequences[arguments.split]
+    histories = sampled_histories(split, arguments.latency_calls, arguments.seed)
+    check_top_k("k", arguments.k, sequences.num_items, most_seen_items(histories))
     folders = [model_folder(name) for name in arguments.models]
     models = [load_recommender(folder) for folder in folders]
     raw_ids = sequences.raw_ids
     for name, model in zip(arguments.names, models, strict=True):
         if not check_catalogue(model, name, sequences.num_items, raw_ids):
             logger.warning("%s has no catalogue, so its item ids could not be checked against those of the data", name)
-    return sequences, split, models, folders
+    return sequences, split, models, folders, histories
 
 
 def sampled_histories(split, num_users: int, seed: int) -> list[np.ndarray]:

@@ -32,6 +32,7 @@ from hf_ilora.evaluation.rank_metrics import ndcg_at
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.statistics import summarize_ranks
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
+from hf_ilora.runs.checks import check_at_least_one
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ class FitArguments:
     output_dir: str = field(metadata={"help": "folder to write the two models and run.json to"})
     batch_size: int = field(default=256, metadata={"help": "validation users scored per step"})
     max_rounds: int = field(default=3, metadata={"help": "largest number of rounds through the settings"})
+
+    def __post_init__(self):
+        check_at_least_one(self, "batch_size", "max_rounds")
 
 
 @dataclass
@@ -69,6 +73,13 @@ class SearchedValues:
     history_decay: list[float] = field(
         default_factory=lambda: [0.7, 0.5, 0.8, 0.9], metadata={"help": "decay of an item's weight with its age"}
     )
+
+    def __post_init__(self):
+        for name, values in vars(self).items():
+            if not values:
+                raise ValueError(f"{name} is empty: expected at least one value to try")
+            for value in values:
+                TransitionCountsConfig(**{name: value})  # raises for a value out of range
 
 
 ARGUMENTS = (FitArguments, SearchedValues)

@@ -25,6 +25,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from hf_ilora import SequenceDatasets
+from hf_ilora.data.seeds import check_seed
 from hf_ilora.devices import uses_accelerator
 from hf_ilora.distillation.acquisition import ACQUISITION_POLICIES
 from hf_ilora.distillation.labelling import (
@@ -38,7 +39,7 @@ from hf_ilora.distillation.teachers import ModelTeacher, Teacher, load_teacher, 
 from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
-from hf_ilora.runs.checks import check_at_least_one
+from hf_ilora.runs.checks import DTYPES, check_at_least_one, check_choice, check_top_k, most_seen_items
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +79,14 @@ class LabelArguments:
         default=256, metadata={"help": "rows per shard, the most that a crash can lose per process"}
     )
     dtype: str | None = field(
-        default=None, metadata={"help": "data type of the teacher's language model, such as bfloat16"}
+        default=None,
+        metadata={"help": "data type of the teacher's language model; by default as saved", "choices": DTYPES},
     )
 
     def __post_init__(self):
         check_at_least_one(self, "top_k", "batch_size", "shard_rows")
+        check_seed("seed", self.seed)
+        check_choice("dtype", self.dtype, (None, *DTYPES))
         if self.budget is None and (self.acquire != "random" or self.recommender is not None):
             raise ValueError("acquire and recommender select what to ask: expected a budget with them")
         if self.budget is not None:
@@ -160,6 +164,7 @@ def load_and_check(arguments: LabelArguments, device: torch.device):
             f"labelled_positions is all and {arguments.data_dir} has the protocol {sequences.protocol['name']}, whose "
             "rows are prefixes of each other: expected last"
         )
+    check_top_k("top_k", arguments.top_k, sequences.num_items)
     raw_ids = sequences.raw_ids
     teacher = load_teacher(
         arguments.teacher, len(sequences["train"]), sequences.num_items, dtype=arguments.dtype, device=device
@@ -184,6 +189,10 @@ def what_to_ask(requests: LabelRequests, teacher: Teacher, recommender, argument
     """The requests within the budget, longest first, so that a batch has similar lengths and memory runs out early."""
     if arguments.budget is not None:
         requests = acquire_requests(requests, arguments.acquire, arguments.budget, recommender, arguments.seed)
+    if arguments.exclude_seen:
+        spans = zip(requests.boundaries[requests.history_ids], requests.prefix_lengths, strict=True)
+        most_seen = most_seen_items([requests.items[start : start + length] for start, length in spans])
+        check_top_k("top_k", arguments.top_k, teacher.num_items, most_seen)
     return requests.select(np.argsort(-requests.costs(teacher), kind="stable"))
 
 

@@ -12,6 +12,7 @@ import logging
 from dataclasses import asdict, dataclass, field
 
 from hf_ilora import build_sequences, load_interactions, load_movielens
+from hf_ilora.data.sequences import checked_protocol
 from hf_ilora.data.storage import FILES
 from hf_ilora.files import check_replaceable
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
@@ -72,6 +73,8 @@ class SourceArguments:
             raise ValueError(
                 f"movielens is {self.movielens!r} and interactions is {self.interactions!r}: expected exactly one"
             )
+        if self.limit_data_rows < 1 and self.limit_data_rows != -1:
+            raise ValueError(f"limit_data_rows is {self.limit_data_rows}: expected at least 1, or -1 for all")
         if self.interactions is not None and (self.user_column is None or self.item_column is None):
             raise ValueError("your own table needs --user_column and --item_column, the names of its columns of ids")
 
@@ -100,6 +103,9 @@ class SequenceArguments:
         default=None,
         metadata={"help": "temporal_users: the interaction that orders the users", "choices": ("first", "last")},
     )
+
+    def __post_init__(self):
+        checked_protocol(**vars(self))
 
 
 ARGUMENTS = (SourceArguments, SequenceArguments)

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_ilora import SequenceDatasets, build_sequences, convert_reference_sasrec, load_movielens
+from hf_ilora.data.storage import FILES
+from hf_ilora.files import check_replaceable
 from hf_ilora.reference.convert_models import load_reference_state_dict, reference_catalogue
 from hf_ilora.reference.published_sequences import load_published_sequences
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
+from hf_ilora.runs.checks import check_at_least_one
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,14 @@ class ReferenceDataArguments:
         metadata={"help": "the authors' SASRec weights, .safetensors or .pt; by default, sasrec/ is not written"},
     )
 
+    def __post_init__(self):
+        check_at_least_one(self, "min_history", "max_history")
+        if self.max_history < self.min_history:
+            raise ValueError(
+                f"max_history is {self.max_history} and min_history {self.min_history}: expected a window that holds "
+                "the shortest history"
+            )
+
 
 ARGUMENTS = (ReferenceDataArguments,)
 
@@ -57,6 +68,7 @@ def main() -> None:
 
 def prepare(arguments: ReferenceDataArguments, output: Path) -> None:
     """Convert rows and weights, and write them."""
+    check_replaceable(output / "data", FILES)
     set_up_logging(output)
     with RunRecord(output, [arguments], seed=0) as record:
         with record.stage("data"):

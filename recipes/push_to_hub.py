@@ -72,6 +72,8 @@ class PublishArguments:
     def __post_init__(self):
         if self.llm_revision is not None and self.llm_name is None:
             raise ValueError("llm_revision is given without llm_name: expected both, or neither")
+        if self.output_dir is not None and Path(self.output_dir).is_file():
+            raise ValueError(f"output_dir {self.output_dir} is a file: expected a folder; choose another")
         ignored = [name for name in ("results", "row", "seeds_table", "data_dir") if vars(self)[name]]
         if self.keep_card and ignored:
             raise ValueError(

@@ -43,10 +43,17 @@ def test_killed_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
 
 def test_other_settings_or_data_are_refused(tmp_path):
     begun(tmp_path)
+    checkpoint(tmp_path, 5)
     with pytest.raises(ValueError, match=r"learning_rate was 0\.1 and is 0\.2"):
         resumable_checkpoint(tmp_path, [Settings(learning_rate=0.2)], "abc")
     with pytest.raises(ValueError, match="fingerprint was abc and is xyz"):
         resumable_checkpoint(tmp_path, [Settings()], "xyz")
+
+
+def test_a_run_without_a_whole_checkpoint_blocks_no_corrected_command(tmp_path):
+    begun(tmp_path)
+    checkpoint(tmp_path, 5, state=None)
+    assert resumable_checkpoint(tmp_path, [Settings(learning_rate=0.2)], "xyz") is None
 
 
 def test_finished_run_and_unknown_checkpoints_are_refused(tmp_path):

@@ -217,7 +217,7 @@ def build_sequences(
 
     Source: leave_one_out: SASRec (ICDM 2018), section IV. temporal_users: LLaRA (SIGIR 2024), its released data.
     """
-    settings = _checked_settings(
+    settings = checked_protocol(
         protocol,
         min_user_interactions=min_user_interactions,
         min_item_interactions=min_item_interactions,
@@ -261,8 +261,12 @@ def build_sequences(
     return SequenceDatasets(datasets, _catalogue(known_items, histories.item_ids), settings)
 
 
-def _checked_settings(protocol: str, **settings) -> dict:
-    """The settings as they are saved: checked, with the protocol's defaults in place of None."""
+def checked_protocol(protocol: str, **settings) -> dict:
+    """The settings of `build_sequences` as they are saved: checked, with the protocol's defaults in place of None.
+
+    Raises:
+        TypeError, ValueError: as `build_sequences`, for settings that no data could meet.
+    """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
     temporal = protocol == "temporal_users"
@@ -435,4 +439,4 @@ def _is_list(chunk: pa.Array) -> bool:
     return pa.types.is_list(chunk.type)
 
 
-__all__ = ["SequenceDatasets", "build_sequences"]
+__all__ = ["SequenceDatasets", "build_sequences", "checked_protocol"]

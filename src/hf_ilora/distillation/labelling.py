@@ -209,12 +209,14 @@ class LabelFolder:
                 for name in sorted(before.keys() | self.settings.keys())
                 if before.get(name) != self.settings.get(name)
             ]
-            if differences:
+            if differences and any(self.folder.glob("labels-*.parquet")):
                 raise ValueError(
                     f"{self.folder} contains labels of a run that differs from this one: {'; '.join(differences)}; "
                     "choose another output_dir, or delete the folder"
                 )
-            return
+            if not differences:
+                return
+            path.unlink()  # no answer is lost
         foreign = [path.name for path in self.folder.glob("labels-*.parquet")]
         foreign += [name for name in (DESCRIPTION_FILE, EMBEDDINGS_FILE) if (self.folder / name).exists()]
         if foreign:

@@ -27,8 +27,8 @@ def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], da
         The path of the last complete checkpoint of an interrupted run; None if there is none.
 
     Raises:
-        ValueError: when the folder contains a finished run, a run with other settings or on other data, or checkpoints
-            of unknown origin. Earlier runs are never overwritten.
+        ValueError: when the folder contains a finished run, checkpoints of a run with other settings or on other data,
+            or checkpoints of unknown origin. Earlier runs are never overwritten, but for those without a checkpoint.
     """
     output_dir = Path(output_dir)
     record = output_dir / "run.json"
@@ -39,6 +39,9 @@ def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], da
     earlier = read_record(record)
     if earlier["status"] == "finished":
         raise ValueError(f"{output_dir} contains a finished run: choose another output_dir, or delete the folder")
+    checkpoint = last_whole_checkpoint(output_dir)
+    if checkpoint is None:
+        return None  # nothing is lost, whatever the settings were
     differences = configuration_differences(earlier, arguments)
     if earlier["data_fingerprint"] not in (None, data_fingerprint):
         differences.append(f"the data's fingerprint was {earlier['data_fingerprint']} and is {data_fingerprint}")
@@ -47,9 +50,7 @@ def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], da
             f"{output_dir} contains an unfinished run that differs from this one: {'; '.join(differences)}; "
             "choose another output_dir, or delete the folder"
         )
-    checkpoint = last_whole_checkpoint(output_dir)
-    if checkpoint is not None:
-        logger.info("resuming from %s", checkpoint)
+    logger.info("resuming from %s", checkpoint)
     return checkpoint
 
 

@@ -1,7 +1,13 @@
-"""Checks of settings that several recipes share."""
+"""Checks of settings that several recipes share: what cannot work is refused before anything is read or written."""
 
 import importlib.util
+import os
 from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_at_least_one(settings: object, *names: str) -> None:
@@ -9,6 +15,54 @@ def check_at_least_one(settings: object, *names: str) -> None:
     for name in names:
         if vars(settings)[name] < 1:
             raise ValueError(f"{name} is {vars(settings)[name]}: expected at least 1")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise a ValueError for a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(map(str, choices))}")
+
+
+def check_device(device: str) -> None:
+    """Raise a ValueError for a device that this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:  # of torch without the device's libraries
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device is {device!r}: expected cpu, or one that torch finds here ({reason})") from error
+
+
+def check_threads(name: str, threads: int) -> None:
+    """Raise a ValueError for more threads than this machine has processors: OpenMP would end the process."""
+    if threads > (os.cpu_count() or 1):
+        raise ValueError(f"{name} is {threads}: expected at most {os.cpu_count()}, the processors of this machine")
+
+
+def check_top_k(name: str, top_k: int, num_items: int, most_seen: int = 0) -> None:
+    """Raise a ValueError if the catalogue has fewer than `top_k` items to recommend.
+
+    Args:
+        name: of the setting, for the message.
+        top_k: number of items to recommend.
+        num_items: size of the catalogue.
+        most_seen: the largest number of different items of a history that are left out.
+    """
+    if top_k > num_items - most_seen:
+        seen = f" less the {most_seen} that a history holds" if most_seen else ""
+        raise ValueError(
+            f"{name} is {top_k}: expected at most {num_items - most_seen}, the {num_items} items of the catalogue"
+            f"{seen}; lower it"
+        )
+
+
+def most_seen_items(histories: Sequence[np.ndarray]) -> int:
+    """The largest number of different items in a history."""
+    most = 0
+    for history in sorted(histories, key=len, reverse=True):
+        if len(history) <= most:
+            break
+        most = max(most, len(np.unique(history)))
+    return most
 
 
 def names_of_models(models: Sequence[str], names: Sequence[str] | None) -> list[str]:

@@ -135,6 +135,8 @@ class DistillationArguments(NextItemTrainingArguments):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        if not 0 < self.kl_temperature < float("inf"):
+            raise ValueError(f"kl_temperature is {self.kl_temperature}: expected a finite number above 0")
         for name in ("kl_weight", "embedding_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number, 0 or more")

@@ -88,6 +88,11 @@ class DistillationTrainer(NextItemTrainer):
         self._check_teacher(args)
         super().__init__(model, args, data_collator, **kwargs)
         self._check_labels_of_rows()
+        if teacher is not None and args.top_k > self.model.config.num_items:
+            raise ValueError(
+                f"top_k is {args.top_k}: expected at most {self.model.config.num_items}, the number of items that the "
+                "teacher ranks"
+            )
         if isinstance(teacher, str | os.PathLike):
             self.teacher = load_recommender(str(teacher))
         if isinstance(self.teacher, nn.Module):
@@ -146,6 +151,14 @@ class DistillationTrainer(NextItemTrainer):
                 f"the labels are about {labels.num_items} items and the model has {self.model.config.num_items}: "
                 "expected labels of this data"
             )
+        items_per_label = labels.description.get("top_k", args.top_k)
+        if args.lam and args.top_k > items_per_label:
+            raise ValueError(
+                f"top_k is {args.top_k} and the labels in {labels.folder} have {items_per_label} items each: expected "
+                f"at most {items_per_label}; lower top_k, or label again with more"
+            )
+        if args.initial_items == "teacher":
+            labels.item_embeddings()  # raises for a teacher without
         last_row = int(labels.table["history_id"].to_numpy().max(initial=-1))
         if last_row >= len(self._train_rows):
             raise ValueError(

@@ -6,8 +6,8 @@ from transformers import TrainingArguments
 
 from hf_ilora.devices import uses_accelerator, uses_cuda
 
+from .argument_checks import check_run_arguments
 from .candidate_rows import TARGET_ITEMS
-from .next_item_arguments import check_run_arguments
 
 
 @dataclass
@@ -128,8 +128,8 @@ class ILoraTrainingArguments(TrainingArguments):
         if self.target_items not in (None, *TARGET_ITEMS):
             raise ValueError(f"target_items is {self.target_items!r}: expected one of {', '.join(TARGET_ITEMS)}")
         for name, lowest in (("num_candidates", 2), ("curriculum_steps", 0), ("router_learning_rate_factor", 0)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least {lowest}")
+            if not lowest <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least {lowest}, and finite")
         super().__post_init__()
 
 

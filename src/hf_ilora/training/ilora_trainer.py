@@ -19,6 +19,7 @@ from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.next_item.catalogue import Catalogue
 
+from .argument_checks import check_best_metric
 from .candidate_rows import CandidateRows
 from .curriculum import CurriculumCallback
 from .expert_usage_callback import ExpertUsageCallback
@@ -71,6 +72,8 @@ class ILoraTrainer(RecommenderTrainer):
         args = self.checked_arguments(args)
         if model is not None:
             _check_model(model)
+        if kwargs.get("compute_metrics") is None:
+            check_best_metric(args, ("loss",), eval_dataset)  # the ranking metrics are computed after training
         super().__init__(
             model, args, data_collator=data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
         )

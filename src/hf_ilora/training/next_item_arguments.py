@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from transformers import TrainingArguments
 
-from hf_ilora.devices import launched_on_cpu, uses_accelerator
+from hf_ilora.devices import uses_accelerator
 
+from .argument_checks import check_run_arguments
 from .windows import LABELLED_POSITIONS, WINDOWS, check_windows
 
 INITIAL_ITEMS = ("random", "cooccurrence", "plain_cooccurrence")
@@ -106,7 +107,9 @@ class NextItemTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(
         default="ndcg@10", metadata={"help": "validation metric that chooses the best checkpoint"}
     )
-    greater_is_better: bool | None = field(default=True, metadata={"help": "whether a larger metric is better"})
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "whether a larger metric is better; by default unless it is a loss"}
+    )
     dataloader_pin_memory: bool = field(
         default_factory=uses_accelerator,
         metadata={"help": "pin memory for transfers to an accelerator; by default where there is one"},
@@ -131,34 +134,10 @@ class NextItemTrainingArguments(TrainingArguments):
         if self.initial_items not in self.initial_items_choices:
             choices = ", ".join(self.initial_items_choices)
             raise ValueError(f"initial_items is {self.initial_items!r}: expected one of {choices}")
-        if self.item_learning_rate_factor < 0:
-            raise ValueError(f"item_learning_rate_factor is {self.item_learning_rate_factor}: expected at least 0")
+        for name in ("item_learning_rate_factor", "initial_mixing"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 0, and finite")
         super().__post_init__()
 
 
-def check_run_arguments(arguments: TrainingArguments, per_epoch: str) -> None:
-    """Raise a ValueError for settings with which no trainer of this package can work.
-
-    Args:
-        arguments: before `TrainingArguments.__post_init__`; they have `early_stopping_patience`. `use_cpu` becomes true
-            where the launch was told to use the CPU.
-        per_epoch: what the training data renew in every epoch, for the message.
-    """
-    arguments.use_cpu = arguments.use_cpu or launched_on_cpu()
-    if arguments.output_dir is None:
-        raise ValueError("output_dir is missing: expected the folder for the model; pass output_dir")
-    if arguments.dataloader_persistent_workers:
-        raise ValueError(
-            "dataloader_persistent_workers is true: expected false, since workers that outlive an epoch never see "
-            f"{per_epoch}"
-        )
-    if arguments.early_stopping_patience < 0:
-        raise ValueError(f"early_stopping_patience is {arguments.early_stopping_patience}: expected at least 0")
-    if arguments.eval_strategy == "no" and (arguments.early_stopping_patience or arguments.load_best_model_at_end):
-        raise ValueError(
-            "eval_strategy is 'no', but early_stopping_patience and load_best_model_at_end need evaluations: pass "
-            "early_stopping_patience=0 and load_best_model_at_end=False, or another eval_strategy"
-        )
-
-
-__all__ = ["INITIAL_ITEMS", "NextItemTrainingArguments", "check_run_arguments"]
+__all__ = ["INITIAL_ITEMS", "NextItemTrainingArguments"]

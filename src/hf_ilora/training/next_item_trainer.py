@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PredictionOutput
 
 from hf_ilora.data.columns import flatten_lists, read_column, training_sequences
@@ -21,6 +21,7 @@ from hf_ilora.models.next_item.modeling_caser import CaserForNextItem
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 from hf_ilora.titles.cooccurrence import cooccurrence_embeddings
 
+from .argument_checks import check_best_metric
 from .next_item_arguments import NextItemTrainingArguments
 from .recommender_trainer import RecommenderTrainer
 from .windows import (
@@ -91,7 +92,7 @@ class NextItemTrainer(RecommenderTrainer):
             )
         if compute_metrics is None:
             compute_metrics, preprocess_logits_for_metrics = RankingMetrics(k=METRICS_CUTOFF), ranks_from_logits
-            _check_best_metric(args)
+            check_best_metric(args, METRICS, eval_dataset)
         self.catalogue = processing_class
         self._train_rows = train_dataset if isinstance(train_dataset, datasets.Dataset) else None
         if self._train_rows is not None:
@@ -295,14 +296,6 @@ def next_item_optimizer(
         },
     ]
     return optimizer_class, {"params": groups, **settings}
-
-
-def _check_best_metric(args: TrainingArguments) -> None:
-    name = args.metric_for_best_model or "loss"
-    # With several evaluation data sets, the name of the data set comes before that of the metric.
-    is_known = name in METRICS or name.endswith(tuple(f"_{metric}" for metric in METRICS))
-    if (args.load_best_model_at_end or args.early_stopping_patience) and not is_known:
-        raise ValueError(f"metric_for_best_model is {name!r}: expected one of {', '.join(METRICS)}")
 
 
 def _check_columns(rows: datasets.Dataset, name: str) -> None:

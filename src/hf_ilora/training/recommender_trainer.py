@@ -17,6 +17,7 @@ from transformers.utils import PushInProgress
 from hf_ilora.files import write_errors_named
 from hf_ilora.models.next_item.hub_upload import CARD_FILE, UploadOfSaved, checked_tags, upload, usage_card
 
+from .argument_checks import check_optimizer
 from .finite_losses import FiniteLosses, check_weights
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ class RecommenderTrainer(Trainer):
 
     Raises:
         TypeError: for arguments of another class.
-        ValueError: when evaluations are asked for without a data set for them, and when one process sees several GPUs.
+        ValueError: when evaluations are asked for without a data set for them, when one process sees several GPUs, and
+            for settings that the optimizer or the schedule refuses.
     """
 
     arguments_class: type[TrainingArguments]
@@ -59,6 +61,8 @@ class RecommenderTrainer(Trainer):
         self._hub = HfApi()  # sends one push after the other
         self._begun: dict[str, float] = {}  # when training and the evaluation of each prefix began, monotonic
         super().__init__(model, args, **kwargs)
+        if self.optimizer is None:
+            check_optimizer(args, self.model)
         self._losses, self._checked_step = FiniteLosses(self.accelerator), -1
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))

@@ -63,6 +63,27 @@ class StudentArguments:
                 f"embedding_use is {self.embedding_use!r} for the trained student {self.student}: expected a student "
                 "from scratch, or 'none'"
             )
+        if not 0 <= self.ed_weight < float("inf"):
+            raise ValueError(f"ed_weight is {self.ed_weight}: expected a finite number, at least 0")
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        """Raise a ValueError for `student_settings` that are none of the student's configuration."""
+        if self.student_settings is None:
+            return
+        config_class, _ = STUDENTS[self.student_type]
+        try:
+            settings = json.loads(self.student_settings)
+        except ValueError as error:
+            raise ValueError(
+                f"student_settings is {self.student_settings!r}: expected JSON such as "
+                f"'{{\"hidden_size\": 64}}' ({error})"
+            ) from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"student_settings is {self.student_settings!r}: expected names with values in braces")
+        unknown = settings.keys() - {known.name for known in dataclasses.fields(config_class)}
+        if unknown:
+            raise ValueError(f"student_settings name {', '.join(sorted(unknown))}: expected {config_class.__name__}'s")
 
 
 def build_student(
@@ -91,9 +112,6 @@ def build_student(
     settings = dict(sasrec_settings)
     if arguments.student_type != "sasrec":
         settings = json.loads(arguments.student_settings or "{}")
-        unknown = settings.keys() - {known.name for known in dataclasses.fields(config_class)}
-        if unknown:
-            raise ValueError(f"student_settings name {', '.join(sorted(unknown))}: expected {config_class.__name__}'s")
     if arguments.embedding_use != "none":
         if labels is None:
             raise ValueError(
