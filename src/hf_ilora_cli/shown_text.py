@@ -10,8 +10,9 @@ import unicodedata
 # belong to the spelling of Persian, of Indian languages and of emoji.
 _HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _JOINERS = "\u200c\u200d"
-_MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*[]|"} | {"<": "&lt;", ">": "&gt;"})
+_MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*[]|$~"} | {"<": "&lt;", ">": "&gt;"})
 _ENTITY = re.compile(r"&(?=#?\w+;)")
+_EMPHASIS = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # not inside of a word
 
 
 def shown(text: object) -> str:
@@ -28,8 +29,8 @@ def shown_lines(text: str) -> str:
 
 
 def in_markdown(text: object) -> str:
-    """The text in one line that Markdown, in a table or outside, shows as it is, with no HTML, link or code in it."""
-    return _ENTITY.sub("&amp;", shown(text)).translate(_MARKDOWN)
+    """The text in one line that Markdown, in a table or outside, shows as it is: no HTML, link, code or formula."""
+    return _EMPHASIS.sub(r"\_", _ENTITY.sub("&amp;", shown(text)).translate(_MARKDOWN))
 
 
 def code_in_markdown(text: object) -> str:
