@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_ilora.evaluation.statistics import Interval, wilson_interval
+from hf_ilora.models.ilora.named_titles import named_titles
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 
 
@@ -35,25 +36,21 @@ class AnswerQuality:
 def named_candidates(answer: str, candidate_titles: Sequence[str], first_line_only: bool = False) -> list[int]:
     """The indices of the candidates whose title the answer contains, ignoring case.
 
-    An answer that contains a title also contains every title that is part of it ("Alien" in "Aliens") or equal to it,
-    and then names several candidates. This is LLaRA's rule.
+    This is LLaRA's rule, `named_titles`.
 
     Args:
         answer: generated text.
         candidate_titles: (candidates,), none of them blank.
-        first_line_only: ignore what follows the first line that is not blank, as the programs of LLaRA and iLoRA do.
+        first_line_only: as in `named_titles`.
 
     Raises:
         ValueError: for no candidates and for blank titles, which every text would contain.
     """
     if not len(candidate_titles):
         raise ValueError("there are no candidate titles: expected at least one")
-    if first_line_only:
-        answer = answer.strip().split("\n", 1)[0]
-    folded, titles = answer.lower(), [title.lower() for title in candidate_titles]
-    if "" in (title.strip() for title in titles):
+    if not all(title.strip() for title in candidate_titles):
         raise ValueError(f"a title among {list(candidate_titles)} is blank: expected text; give the item a title")
-    return [place for place, title in enumerate(titles) if title in folded]
+    return named_titles(answer, candidate_titles, first_line_only)
 
 
 def is_valid(answer: str, candidate_titles: Sequence[str], first_line_only: bool = False) -> bool:

@@ -138,6 +138,19 @@ def test_free_answers_count_when_they_name_exactly_one_candidate(text, expected)
     assert answers.scores is None
 
 
+@pytest.mark.parametrize(
+    ("text", "whole", "first"), [(" Brazil\nBig", 0, 9), (" Brazil", 9, 9), (" my answer:\nBrazil", 9, 0)]
+)
+def test_the_first_line_of_a_free_answer_counts_alone_if_asked(text, whole, first):
+    model = tiny_model()
+    candidates = torch.tensor([[9, 2, 11, 1, 4]])
+    for first_line_only, expected in ((False, whole), (True, first)):
+        model.llm.lm_head = Writes(text)
+        settings = {"constrained": False, "first_line_only": first_line_only}
+        answers = model.generate_recommendation(HISTORIES[:1], candidates, **settings)
+        assert answers.texts == [[text.strip()]] and answers.item_ids.tolist() == [[expected]]
+
+
 def test_free_answers_may_name_any_item_of_the_catalogue():
     for text, expected in ((" Zelig", 0), (" Amélie", 0), (" Speed", 26), (" 1984", 25)):
         model = tiny_model()

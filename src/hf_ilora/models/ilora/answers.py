@@ -97,6 +97,7 @@ class ILoraAnswers:
         constrained: bool = True,
         max_new_tokens: int = 64,
         num_beams: int | None = None,
+        first_line_only: bool = False,
     ) -> GeneratedRecommendation:
         """Let the language model write the title of the next item. `config.recommender_weight` is ignored.
 
@@ -109,6 +110,7 @@ class ILoraAnswers:
             max_new_tokens: maximum length of a free answer.
             num_beams: at least `top_k`, and at least 2 if constrained. None means the larger of 4 and `top_k` if
                 constrained, else `top_k`.
+            first_line_only: look for titles in the first line of a free answer alone, as LLaRA and iLoRA do.
 
         Returns:
             The answers, best first.
@@ -135,7 +137,7 @@ class ILoraAnswers:
             check_context(self.llm, inputs["inputs_embeds"].shape[1] + longest_answer)
             parts = (self, inputs, self.tokenizer, self.title_tokens)
             if not constrained:
-                return generate_freely(*parts, candidates, top_k, num_beams, max_new_tokens)
+                return generate_freely(*parts, candidates, top_k, num_beams, max_new_tokens, first_line_only)
             if candidates is None:
                 tries = [self._catalogue_trie] * len(histories)
             else:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationMixin, PreTrainedTokenizerBase
 
+from .named_titles import named_titles
 from .title_tokens import TitleTokens
 from .title_trie import TitleTrie
 
@@ -84,6 +85,7 @@ def generate_freely(
     top_k: int,
     num_beams: int,
     max_new_tokens: int,
+    first_line_only: bool = False,
 ) -> GeneratedRecommendation:
     """Generate text without constraints. An answer is valid if it contains the title of exactly one candidate.
 
@@ -91,22 +93,22 @@ def generate_freely(
         model, prompt, tokenizer, title_tokens, top_k, num_beams: as in `generate_titles`.
         candidates: (batch, candidates) item ids, 0 for padding; None means the whole catalogue.
         max_new_tokens: maximum number of tokens of an answer.
+        first_line_only: as in `named_titles`.
 
     Returns:
         The answers, without scores.
-
-    Source: the protocol of LLaRA and iLoRA, which ignores case.
     """
     output = model.generate(**prompt, **_settings(title_tokens, top_k, num_beams), max_new_tokens=max_new_tokens)
     answers = output.sequences.view(len(prompt["inputs_embeds"]), top_k, -1).tolist()
     texts = _texts(tokenizer, answers)
     item_ids = torch.zeros(len(texts), top_k, dtype=torch.int64)
     for row, row_texts in enumerate(texts):
-        items = range(1, len(title_tokens) + 1) if candidates is None else filter(None, candidates[row].tolist())
-        titles = [(item, title_tokens.titles[item - 1].lower()) for item in items]
+        items = range(1, len(title_tokens) + 1) if candidates is None else candidates[row].tolist()
+        items = [item for item in items if item]
+        titles = [title_tokens.titles[item - 1] for item in items]
         for place, text in enumerate(row_texts):
-            named = [item for item, title in titles if title in text.lower()]
-            item_ids[row, place] = named[0] if len(named) == 1 else 0
+            named = named_titles(text, titles, first_line_only)
+            item_ids[row, place] = items[named[0]] if len(named) == 1 else 0
     return GeneratedRecommendation(item_ids, None, texts)
 
 
