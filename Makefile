@@ -24,11 +24,15 @@ environment:
 	python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	cat requirements.lock setup.py > .venv/installed
 
+# One worker for each core, with one thread. The tests of a file stay together: they share what is costly to make.
+PYTEST := python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --durations=15
+test test-slow: export OMP_NUM_THREADS := 1
+
 test: setup ## quick tests: CPU, no network, minutes
-	python -m pytest -m "not slow" --durations=15
+	$(PYTEST) -m "not slow"
 
 test-slow: setup ## tests that launch processes, train, or read whole data sets
-	python -m pytest -m slow --durations=15
+	$(PYTEST) -m slow
 
 lint: setup ## style and mistakes, nothing is changed
 	python -m ruff check .

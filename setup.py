@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 DEEPSPEED = ["deepspeed>=0.19", "ninja>=1.11"]  # ninja: DeepSpeed compiles its operations when they are first used
 PLOT = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboard>=2.17"]
+PYTEST = ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6"]
 SHIPPED = ["recipes", "accelerate_configs"]
 
 setup(
@@ -51,6 +52,6 @@ setup(
         "plot": PLOT,
         "tensorboard": TENSORBOARD,
         # peft: the tests load exported LoRAs with it
-        "dev": [*DEEPSPEED, *PLOT, *TENSORBOARD, "peft>=0.18", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.12"],
+        "dev": [*DEEPSPEED, *PLOT, *TENSORBOARD, "peft>=0.18", *PYTEST, "ruff>=0.12"],
     },
 )
