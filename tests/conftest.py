@@ -16,6 +16,14 @@ TRAINERS = ("NextItemTrainer", "ILoraTrainer", "DistillationTrainer")
 for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
     os.environ.setdefault(variable, "1")  # read when the libraries are imported, which no test has done yet
 
+from transformers import set_seed  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Every test draws the same numbers, alone, in another order or on another worker."""
+    set_seed(0)
+
 
 @pytest.fixture(scope="session")
 def run_recipe():
