@@ -177,6 +177,7 @@ def test_times_in_json_may_be_whole_and_fractions(tmp_path):
         ('{"user":1,"item":2,"time":3}\n{"user":"x","item":2,"time":3}', "changed from number to string"),
         ('{"user":"A\\ud83d","item":2,"time":3}', "t.jsonl cannot be read: .*surrogate"),
         ('{"user":{"id":1},"item":2,"time":3}', "column 'user' .* has type struct"),
+        ('{"user":1,"item":2,"time":3,"other":' + "[" * 100_000, "line 1 is not JSON"),
         ("", "cannot be read: it has no rows"),
     ],
 )
@@ -306,9 +307,9 @@ def test_another_separator_is_named_and_can_be_given(header, tmp_path):
     assert named["title"][:] == ["A, B"]
 
 
-@pytest.mark.parametrize("separator", ["", ";;", '"', "\n"])
+@pytest.mark.parametrize("separator", ["", ";;", '"', "\n", "·"])
 def test_a_separator_that_cannot_separate_is_refused(separator, tmp_path):
-    with pytest.raises(ValueError, match="expected one character, for CSV or TSV"):
+    with pytest.raises(ValueError, match="expected one ASCII character, for CSV or TSV"):
         load(write(tmp_path / "t.csv", "user,item,time\n1,2,3\n"), separator=separator)
 
 

@@ -77,8 +77,8 @@ class TableFiles:
         (suffix,) = suffixes
         if separator is not None:
             separator = "\t" if separator == "\\t" else separator  # as a shell passes it
-            if suffix not in _SEPARATORS or len(separator) != 1 or separator in '"\r\n':
-                raise ValueError(f"separator is {separator!r} for {path}; expected one character, for CSV or TSV")
+            if suffix not in _SEPARATORS or len(separator) != 1 or not separator.isascii() or separator in '"\r\n':
+                raise ValueError(f"separator is {separator!r} for {path}; expected one ASCII character, for CSV or TSV")
         return cls(path, files, suffix, separator or _SEPARATORS.get(suffix, ""))
 
     @property
@@ -319,7 +319,7 @@ def _read_json_lines(path: Path, names: Sequence[Hashable]) -> Iterator[pa.Table
     except pa.ArrowInvalid as error:
         try:
             table = _read_json_lines_slowly(path, list(types))
-        except (ValueError, TypeError, OverflowError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             raise error from None
     yield table
 
@@ -357,8 +357,8 @@ def _json_types(path: Path, names: Sequence[Hashable]) -> dict[str, pa.DataType]
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise pa.ArrowInvalid(f"line {number} is not JSON ({error})") from error
+            except (ValueError, RecursionError) as error:
+                raise pa.ArrowInvalid(f"line {number} is not JSON that can be read ({error})") from error
             if not isinstance(row, dict):
                 raise pa.ArrowInvalid(f"line {number} is a {type(row).__name__}")
             for key, value in row.items():
