@@ -141,6 +141,9 @@ def test_a_text_table_takes_the_type_of_a_table_with_types(tmp_path):
     items = write(tmp_path / "items.csv", "item,name\n12,A\n56,B\n9X,C\n")
     text = pd.DataFrame({"item": ["12", "56"], "name": ["A", "B"]})
     numbers = pd.DataFrame({"user": [1, 1], "item": [12, 56], "time": [1, 2]})
+    few = write(tmp_path / "few.csv", "item,name\n12,A\n56,B\n")
+    for source in (numbers, numbers.astype({"item": "category"}), numbers.astype({"item": "Int32"})):
+        assert load(source, items=few, items_title_column="name")[0]["item_id"][:] == [12, 56]
     for source, table in ((plays, text), (numbers, items)):
         interactions, named = load(source, items=table, items_title_column="name")
         assert interactions["item_id"][:] == ["12", "56"]

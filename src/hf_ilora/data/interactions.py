@@ -1,5 +1,7 @@
 """Loads a table of (user, item, time), with or without titles, in the form that build_sequences reads."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -82,36 +84,30 @@ def load_interactions(
             "items_item_column, items_title_column or items_separator is given without items: pass the table of items"
         )
 
-    columns = {"user_id": user_column, "item_id": item_column, "time": time_column, "title": title_column}
-    columns = {role: name for role, name in columns.items() if name is not None}
-    table, whole_numbers = read_columns(path_or_dataset, columns, limit_data_rows, separator)
-    where = {role: f"column {name!r} of {describe(path_or_dataset)}" for role, name in columns.items()}
-    untyped = whole_numbers is not None
-    user_ids, item_ids = (clean_ids(table[role], where[role], untyped=untyped) for role in ("user_id", "item_id"))
+    plays = _Columns.read(
+        path_or_dataset,
+        {"user_id": user_column, "item_id": item_column, "time": time_column, "title": title_column},
+        limit_data_rows,
+        separator,
+    )
+    user_ids, item_ids = plays.ids("user_id"), plays.ids("item_id")
     known_ids = None
     if items is not None:
-        items_columns = {
-            "item_id": item_column if items_item_column is None else items_item_column,
-            "title": items_title_column,
-        }
-        items_table, items_whole_numbers = read_columns(items, items_columns, separator=items_separator)
-        items_where = {role: f"column {name!r} of {describe(items)}" for role, name in items_columns.items()}
-        items_untyped = items_whole_numbers is not None
-        known_ids = clean_ids(items_table["item_id"], items_where["item_id"], untyped=items_untyped)
-        item_ids, known_ids = _of_one_type(
-            item_ids, whole_numbers, known_ids, items_whole_numbers, items_where["item_id"]
-        )
-        check_different_items(known_ids, items_where["item_id"])
-    elif untyped and "item_id" in whole_numbers:
+        id_column = item_column if items_item_column is None else items_item_column
+        known = _Columns.read(items, {"item_id": id_column, "title": items_title_column}, separator=items_separator)
+        known_ids = known.ids("item_id")
+        item_ids, known_ids = _of_one_type(item_ids, known_ids, plays, known)
+        check_different_items(known_ids, known.where["item_id"])
+    elif plays.are_numbers("item_id"):
         item_ids = item_ids.cast(pa.int64())
-    if untyped and "user_id" in whole_numbers:
+    if plays.are_numbers("user_id"):
         user_ids = user_ids.cast(pa.int64())
     interactions = interactions_dataset(
         user_id=user_ids,
         item_id=item_ids,
-        timestamp=pa.chunked_array([np.arange(table.num_rows)])
+        timestamp=pa.chunked_array([np.arange(len(item_ids))])
         if time_column is None
-        else clean_seconds(table["time"], where["time"]),
+        else clean_seconds(plays.table["time"], plays.where["time"]),
     )
     ids, titles = pc.unique(item_ids), None
     if items is not None:
@@ -120,14 +116,12 @@ def load_interactions(
         ids = pc.unique(
             pa.chunked_array([*known_ids.chunks, *item_ids.chunks])
         )  # the order of the table of items comes first
-        titles = _look_up(ids, known_ids, clean_text(items_table["title"], items_where["title"]))
+        titles = _look_up(ids, known_ids, known.titles())
     elif title_column is not None:
-        titles = _agreed_titles(ids, item_ids, clean_text(table["title"], where["title"]))
+        titles = _agreed_titles(ids, item_ids, plays.titles())
         if limit_data_rows != -1 and titles.null_count:  # a later row may have the title
-            columns = {"item_id": item_column, "title": title_column}
-            table, _ = read_columns(path_or_dataset, columns, separator=separator)
-            all_ids = clean_ids(table["item_id"], where["item_id"], untyped=untyped).cast(item_ids.type)
-            titles = _agreed_titles(ids, all_ids, clean_text(table["title"], where["title"]))
+            whole = _Columns.read(path_or_dataset, {"item_id": item_column, "title": title_column}, separator=separator)
+            titles = _agreed_titles(ids, whole.ids("item_id").cast(item_ids.type), whole.titles())
     if titles is None or missing_titles == "item_id":
         return interactions, items_dataset(ids, titles, normalize_titles=normalize_titles)
     untitled = ids.filter(pc.is_null(titles))
@@ -204,30 +198,55 @@ def check_known_items(item_ids: pa.ChunkedArray, known_ids: pa.ChunkedArray, whe
         )
 
 
-def _of_one_type(
-    item_ids: pa.ChunkedArray,
-    whole_numbers: set[str] | None,
-    known_ids: pa.ChunkedArray,
-    known_whole_numbers: set[str] | None,
-    where: str,
-) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """The ids of interactions and items as int64 if all of them are numbers, and else as text.
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of one table, by what they are for.
 
-    Args:
-        item_ids, known_ids: (rows,) and (num_items,), from `clean_ids`.
-        whole_numbers, known_whole_numbers: of their tables, from `read_columns`.
-        where: the column of `known_ids` in error messages.
+    Attributes:
+        table: the columns user_id, item_id, time and title, as far as they are given.
+        whole_numbers: see `read_columns`.
+        where: what error messages call each column.
+    """
+
+    table: pa.Table
+    whole_numbers: set[str] | None
+    where: dict[str, str]
+
+    @classmethod
+    def read(
+        cls, source: Source, names: dict[str, str | None], limit: int = -1, separator: str | None = None
+    ) -> "_Columns":
+        names = {role: name for role, name in names.items() if name is not None}
+        where = {role: f"column {name!r} of {describe(source)}" for role, name in names.items()}
+        return cls(*read_columns(source, names, limit, separator), where)
+
+    def ids(self, role: str) -> pa.ChunkedArray:
+        return clean_ids(self.table[role], self.where[role], untyped=self.whole_numbers is not None)
+
+    def are_numbers(self, role: str) -> bool:
+        """Whether the ids are text in a file without types that has nothing but numbers."""
+        return self.whole_numbers is not None and role in self.whole_numbers
+
+    def titles(self) -> pa.ChunkedArray:
+        return clean_text(self.table["title"], self.where["title"])
+
+
+def _of_one_type(
+    item_ids: pa.ChunkedArray, known_ids: pa.ChunkedArray, plays: _Columns, known: _Columns
+) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """The item ids of both tables, clean, as int64 if all of them are numbers, and else as text.
 
     Raises:
         ValueError: when one table has numbers, the other has text, and neither is a text file, whose ids have no type.
     """
-    if whole_numbers is None and known_whole_numbers is None and item_ids.type != known_ids.type:
+    if plays.whole_numbers is None and known.whole_numbers is None and item_ids.type != known_ids.type:
         raise ValueError(
-            f"{where} has ids of type {known_ids.type}, the interactions have item ids of type {item_ids.type}; "
-            "expected the same: cast one of them, or convert one table to CSV, whose ids take the type of the other's"
+            f"{known.where['item_id']} has ids of type {known_ids.type}, the interactions have item ids of type "
+            f"{item_ids.type}; expected the same: cast one of them, or convert one table to CSV, whose ids take the "
+            "type of the other's"
         )
-    tables = ((item_ids, whole_numbers), (known_ids, known_whole_numbers))
-    are_numbers = all(pa.types.is_integer(ids.type) or "item_id" in (whole or ()) for ids, whole in tables)
+    tables = ((plays, item_ids), (known, known_ids))
+    are_numbers = all(pa.types.is_integer(ids.type) or table.are_numbers("item_id") for table, ids in tables)
     id_type = pa.int64() if are_numbers else pa.string()
     return item_ids.cast(id_type), known_ids.cast(id_type)
 
