@@ -11,7 +11,14 @@ from .configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID, TEACHER_FIE
 from .next_item_head import NextItemHead, first_occurrences
 from .next_item_model import NextItemPreTrainedModel
 from .next_item_output import NextItemOutput
-from .padding import at_position, last_positions, padding_to_the_end, restore_padding
+from .padding import (
+    at_position,
+    can_look,
+    last_positions,
+    lowest_and_highest,
+    padding_to_the_end,
+    restore_padding,
+)
 
 
 class EncoderForNextItem(NextItemPreTrainedModel):
@@ -40,6 +47,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
             self._keys_to_ignore_on_save = ["head.weight"]  # the Trainer would warn that a checkpoint lacks it
         if config.popularity_power:
             self.register_buffer("item_counts", torch.zeros(config.num_items + 1))
+            self._has_counts = False  # whether the counts are known to be non-zero
         if config.teacher_embedding_size is not None:
             # Every process has the same table: broadcasting it in every step would waste time.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
@@ -136,6 +144,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         teacher_embeddings: torch.Tensor | None = None,
         scored_positions: torch.Tensor | None = None,
         scored_items: torch.Tensor | None = None,
+        label_indices: torch.Tensor | None = None,
     ) -> NextItemOutput:
         """Score the next item of each history.
 
@@ -148,9 +157,13 @@ class EncoderForNextItem(NextItemPreTrainedModel):
             teacher_embeddings: (num_items + 1, teacher_embedding_size) to use in this call instead of those that
                 `set_teacher_embeddings` stored.
             scored_positions: (batch, length) bool, real positions whose scores are returned, instead of the last ones:
-                for losses on scores. Rows of `logits` are then these positions, one history after the other.
+                for losses on scores; or (positions,) int64, their indices in the flattened (batch * length), ascending.
+                Rows of `logits` are then these positions, one history after the other.
             scored_items: (items,) different ids, none of them padding, whose scores are returned, in their order; None
                 means the catalogue.
+            label_indices: (labels,) int64, the indices of all labels in the flattened (batch * length), ascending, as
+                the Trainer's batches carry them. None finds them, which waits for an accelerator; while a graph is
+                captured, the loss is then computed at unlabelled positions too, and left out.
 
         Returns:
             loss: scalar, when `labels` are given.
@@ -164,9 +177,8 @@ class EncoderForNextItem(NextItemPreTrainedModel):
             ValueError: for inputs of other shapes, longer than `max_length`, or, on a CPU, ids and labels outside the
                 catalogue.
         """
-        self.check_input(
-            input_ids, attention_mask=attention_mask, labels=labels, scored_positions=scored_positions
-        )  # fmt: skip
+        mask = scored_positions if scored_positions is not None and scored_positions.dtype == torch.bool else None
+        self.check_input(input_ids, attention_mask=attention_mask, labels=labels, scored_positions=mask)
         real, order, slots = padding_to_the_end(input_ids, attention_mask)
         lengths = real.sum(1)  # (batch,)
         item_ids = (input_ids * real).gather(1, order)  # (batch, length), padding last
@@ -175,14 +187,16 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         item_offsets = self._item_offsets(teacher_embeddings)
         loss = None
         if labels is not None:
-            labels = labels.gather(1, order)  # (batch, length)
-            self.check_positions(labels.ne(IGNORED_LABEL), lengths, "labels")
-            loss = self._loss(hidden_states, item_ids, labels, num_items_in_batch, item_offsets)
+            self.check_positions(labels.ne(IGNORED_LABEL).gather(1, order), lengths, "labels")
+            if label_indices is None and not torch.compiler.is_compiling():
+                label_indices = labels.ne(IGNORED_LABEL).flatten().nonzero().squeeze(1)
+            loss = self._loss(hidden_states, item_ids, labels, label_indices, slots, num_items_in_batch, item_offsets)
         logits = None
         if scored_positions is not None:
-            scored_positions = scored_positions.gather(1, order)
-            self.check_positions(scored_positions, lengths, "scored_positions")
-            positions, repeated_items = self._select(hidden_states, item_ids, scored_positions)
+            if mask is not None:
+                self.check_positions(mask.gather(1, order), lengths, "scored_positions")
+                scored_positions = mask.flatten().nonzero().squeeze(1)
+            positions, repeated_items = self._select(hidden_states, item_ids, scored_positions, slots)
             logits = self.head(positions, repeated_items, item_offsets=item_offsets, scored_items=scored_items)
         elif not self.training or labels is None:
             repeated_items = self._repeated_items(item_ids)
@@ -201,7 +215,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
     def user_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The `user_embedding` of `forward`, (batch, hidden), of (batch, length) item ids."""
         lengths, item_ids = None, input_ids
-        if not input_ids.all():  # with padding
+        if not can_look(input_ids) or not input_ids.numpy().all():  # with padding, as far as one can know
             real, order, _ = padding_to_the_end(input_ids, None)
             lengths, item_ids = real.sum(1), input_ids.gather(1, order)
         return self.model.encode(item_ids, lengths, only_last=True).squeeze(1)
@@ -223,47 +237,68 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         """The different items of each history, (batch, length), where the head's repeat bias reads them."""
         return None if self.head.repeat_bias is None else first_occurrences(item_ids)
 
-    def _select(self, hidden_states, item_ids, chosen):
-        """Hidden states of the chosen positions, (positions, hidden), and the items seen there, (positions, length)."""
+    def _select(self, hidden_states, item_ids, indices, slots):
+        """Hidden states of the chosen positions, (positions, hidden), and the items seen there, (positions, length).
+
+        `indices` (positions,) count in the flattened input; None means all positions. `slots` are those of
+        `padding_to_the_end`, behind which the padding of the hidden states lies.
+        """
+        length = item_ids.shape[1]
+        row_starts = length * torch.arange(len(item_ids), device=item_ids.device).unsqueeze(1)  # (batch, 1)
+        places = (slots + row_starts).flatten()  # (batch * length,), of each input position in the hidden states
+        places = places if indices is None else places[indices]  # (positions,)
         repeated_items = self._repeated_items(item_ids)  # (batch, length)
         if repeated_items is not None:
-            length = item_ids.shape[1]
             until_here = repeated_items.unsqueeze(1).expand(-1, length, -1).tril()  # (batch, length, length)
-            repeated_items = until_here[chosen]  # (positions, length)
-        return hidden_states[chosen], repeated_items
+            repeated_items = until_here.flatten(0, 1)[places]  # (positions, length)
+        return hidden_states.flatten(0, 1)[places], repeated_items
 
-    def _loss(self, hidden_states, item_ids, labels, num_items_in_batch, item_offsets):
-        labelled = labels.ne(IGNORED_LABEL)  # (batch, length)
-        # Selecting waits for the device once per step; it saves the scores of every padded position.
-        targets = labels[labelled]  # (positions,)
-        positions, repeated_items = self._select(hidden_states, item_ids, labelled)
-        if targets.device.type == "cpu" and len(targets):
-            lowest, highest = torch.aminmax(targets)
-            if lowest < 1 or highest > self.config.num_items:
-                wrong = int(lowest if lowest < 1 else highest)
-                raise ValueError(
-                    f"labels contain {wrong}: expected item ids 1..{self.config.num_items}, and {IGNORED_LABEL} where "
-                    "there is no next item"
-                )
-        negatives, log_q = self._draw_negatives(len(targets))
-        loss = self.head(positions, repeated_items, targets, negatives, log_q, item_offsets)
-        return loss / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)
+    def _loss(self, hidden_states, item_ids, labels, label_indices, slots, num_items_in_batch, item_offsets):
+        # Selecting the labelled positions saves the scores of every padded one.
+        positions, repeated_items = self._select(hidden_states, item_ids, label_indices, slots)
+        targets, counted = labels.flatten(), None  # (batch * length,)
+        if label_indices is None:
+            counted = targets.ne(IGNORED_LABEL)
+            targets = targets.where(counted, 1)
+            num_labels = counted.sum().clamp(min=1)
+        else:
+            targets = targets[label_indices]  # (positions,)
+            num_labels = max(1, targets.shape[0])
+        self._check_targets(targets)
+        negatives, log_q = self._draw_negatives(targets)
+        loss = self.head(positions, repeated_items, targets, negatives, log_q, item_offsets, counted=counted)
+        return loss / (num_labels if num_items_in_batch is None else num_items_in_batch)
 
-    def _draw_negatives(self, num_positions: int):
+    def _check_targets(self, targets: torch.Tensor) -> None:
+        found = lowest_and_highest(targets)
+        if found is not None and (found[0] < 1 or found[1] > self.config.num_items):
+            raise ValueError(
+                f"labels contain {found[0] if found[0] < 1 else found[1]}: expected item ids "
+                f"1..{self.config.num_items}, and {IGNORED_LABEL} where there is no next item"
+            )
+
+    def _draw_negatives(self, targets: torch.Tensor):
         config = self.config
         if config.loss_type == "cross_entropy":
             return None, None
         shape = (config.num_negatives,)
         if config.negative_sharing == "position":
-            shape = (num_positions, config.num_negatives)
+            shape = (targets.shape[0], config.num_negatives)
         if not config.popularity_power:
             log_q = -math.log(config.num_items) if config.logq_correction else None
-            return torch.randint(1, config.num_items + 1, shape, device=self.device), log_q
-        if not self.item_counts.any():
-            raise ValueError("popularity_power needs item counts: call set_item_counts before training")
+            return torch.randint(1, config.num_items + 1, shape, device=targets.device), log_q
+        self._check_counts()
         q = self.item_counts**config.popularity_power * (self.item_counts > 0)
         drawn = torch.multinomial(q, math.prod(shape), replacement=True).view(shape)
         return drawn, (q / q.sum()).log() if config.logq_correction else None  # -inf of items that are never drawn
+
+    def _check_counts(self) -> None:
+        """Raise a ValueError if there are no item counts; after the first call this waits for no device."""
+        if self._has_counts or torch.compiler.is_compiling():
+            return
+        if not self.item_counts.any():
+            raise ValueError("popularity_power needs item counts: call set_item_counts before training")
+        self._has_counts = True
 
 
 def require_item_count(config: NextItemConfig) -> None:

@@ -123,9 +123,13 @@ class CaserForNextItem(EncoderForNextItem):
             init.xavier_uniform_(module.weight)
 
     def check_positions(self, chosen: torch.Tensor, lengths: torch.Tensor, name: str) -> None:
-        """Raise a ValueError for positions other than the last real one."""
+        """Raise a ValueError for positions other than the last real one; on a GPU a device assertion fails."""
+        if torch.compiler.is_compiling():
+            return
         elsewhere = chosen & ~_is_last(lengths, chosen.shape[1])  # (batch, length)
-        if elsewhere.any():
+        if elsewhere.device.type == "cuda":  # raising here would wait for the device
+            torch._assert_async(~elsewhere.any(), f"{name} choose another position than the last, all that Caser has")
+        elif elsewhere.device.type == "cpu" and elsewhere.numpy().any():
             row, position = elsewhere.nonzero()[0].tolist()
             raise ValueError(
                 f"{name} choose position {position} of history {row}, which has {int(lengths[row])} items: expected "

@@ -3,13 +3,58 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._higher_order_ops import scan
 from transformers import initialization as init
 
 from .configuration_gru4rec import GRU4RecConfig
 from .encoder_for_next_item import EncoderForNextItem, require_item_count
 from .padding import at_position, last_positions
 from .teacher_embeddings import ItemEmbedding
+
+
+class GRU(nn.RNNBase):
+    """`nn.GRU` of one width that can be captured in a graph: `torch.compile` breaks its graph at any `nn.GRU`.
+
+    Args:
+        hidden_size: width of inputs and states.
+        num_layers: number of layers.
+        dropout: between the layers.
+    """
+
+    def __init__(self, hidden_size: int, num_layers: int, dropout: float):
+        super().__init__("GRU", hidden_size, hidden_size, num_layers, batch_first=True, dropout=dropout)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(batch, length, hidden) -> the states of the last layer, (batch, length, hidden)."""
+        # torch.gru takes one graph for each length, and compiled scans may return wrong gradients (torch 2.13).
+        if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and not torch.is_grad_enabled()):
+            for layer in range(self.num_layers):
+                inputs = self._scan(inputs, layer)
+            return inputs
+        state = inputs.new_zeros(self.num_layers, len(inputs), self.hidden_size)
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        settings = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
+        return torch.gru(inputs, state, weights, *settings)[0]
+
+    def _scan(self, inputs: torch.Tensor, layer: int) -> torch.Tensor:
+        """One layer as a loop over the positions, of any number."""
+        hidden_weight, hidden_bias = getattr(self, f"weight_hh_l{layer}"), getattr(self, f"bias_hh_l{layer}")
+        read = F.linear(inputs, getattr(self, f"weight_ih_l{layer}"), getattr(self, f"bias_ih_l{layer}"))
+
+        def step(state: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """state (batch, hidden), read (batch, 3 * hidden): reset and update gates, candidate."""
+            kept = F.linear(state, hidden_weight, hidden_bias).chunk(3, dim=-1)
+            reset, update, candidate = read.chunk(3, dim=-1)
+            reset, update = torch.sigmoid(reset + kept[0]), torch.sigmoid(update + kept[1])
+            candidate = torch.tanh(candidate + reset * kept[2])
+            state = candidate + update * (state - candidate)
+            return state, state.clone()
+
+        start = inputs.new_zeros(inputs.shape[0], self.hidden_size)
+        _, states = scan(step, start, read.transpose(0, 1), dim=0)  # (length, batch, hidden)
+        return states.transpose(0, 1)
 
 
 class GRU4RecEncoder(nn.Module):
@@ -19,13 +64,8 @@ class GRU4RecEncoder(nn.Module):
         super().__init__()
         self.item_embedding = ItemEmbedding(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.gru = nn.GRU(
-            config.hidden_size,
-            config.hidden_size,
-            config.num_hidden_layers,
-            batch_first=True,
-            dropout=config.hidden_dropout if config.num_hidden_layers > 1 else 0.0,
-        )
+        dropout = config.hidden_dropout if config.num_hidden_layers > 1 else 0.0
+        self.gru = GRU(config.hidden_size, config.num_hidden_layers, dropout)
 
     def encode(
         self,
@@ -46,7 +86,7 @@ class GRU4RecEncoder(nn.Module):
             (batch, length, hidden), or (batch, 1, hidden) with `only_last`.
         """
         embeddings = self.dropout(self.item_embedding(item_ids, teacher_embeddings))
-        hidden_states, _ = self.gru(embeddings)  # (batch, length, hidden)
+        hidden_states = self.gru(embeddings)  # (batch, length, hidden)
         if only_last:
             hidden_states = at_position(hidden_states, last_positions(lengths, item_ids.shape[1]))
         return self.dropout(hidden_states)
@@ -73,7 +113,7 @@ class GRU4RecForNextItem(EncoderForNextItem):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, nn.GRU) and self.config.initialization == "normal":
+        if isinstance(module, GRU) and self.config.initialization == "normal":
             # Uniform for each gate, as in the authors' program; one matrix stacks the three gates.
             bound = math.sqrt(6 / (module.input_size + module.hidden_size))
             for name, parameter in module.named_parameters():

@@ -32,7 +32,7 @@ class SASRecAttention(nn.Module):
 
     def forward(self, queries: torch.Tensor, keys_and_values: torch.Tensor, last: torch.Tensor | int | None = None):
         """(batch, queries, hidden): of every position, or only of the position `last` of each row."""
-        mask = self.mask(keys_and_values.shape[1], last)
+        mask = self.mask(keys_and_values.shape[1], last, keys_and_values.device)
         attended = F.scaled_dot_product_attention(
             self.split_heads(self.q_proj(queries)),  # (batch, heads, queries, head size)
             self.split_heads(self.k_proj(keys_and_values)),
@@ -48,20 +48,20 @@ class SASRecAttention(nn.Module):
         batch, length, hidden = projected.shape
         return projected.view(batch, length, self.num_heads, hidden // self.num_heads).transpose(1, 2)
 
-    def mask(self, length: int, last: torch.Tensor | int | None) -> torch.Tensor | None:
+    def mask(self, length: int, last: torch.Tensor | int | None, device: torch.device) -> torch.Tensor | None:
         """The mask for `scaled_dot_product_attention`; None where a query sees all positions, or all before it.
 
         It is boolean, or with `attention_decay` the bias on the scores, -decay x distance.
         """
         if self.log_decay is None and not isinstance(last, torch.Tensor):
             return None
-        places = torch.arange(length, device=self.q_proj.weight.device)
+        places = torch.arange(length, device=device)
         if last is None:
             distance = places.unsqueeze(1) - places  # (length, length), positive for earlier positions
-        elif isinstance(last, int):
-            distance = (last - places).unsqueeze(0)  # (1, length)
-        else:
+        elif isinstance(last, torch.Tensor):
             distance = (last.unsqueeze(1) - places).view(-1, 1, 1, length)  # (batch, 1, 1, length)
+        else:
+            distance = (last - places).unsqueeze(0)  # (1, length)
         if self.log_decay is None:
             return distance >= 0
         bias = -self.log_decay.exp().view(-1, 1, 1) * distance.clamp(min=0)  # (..., heads, queries, length)

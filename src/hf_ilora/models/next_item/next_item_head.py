@@ -29,6 +29,7 @@ class NextItemHead(nn.Linear):
         log_q=None,
         item_offsets=None,
         scored_items=None,
+        counted=None,
     ):
         """Scores, or the summed training loss when `targets` are given.
 
@@ -42,6 +43,7 @@ class NextItemHead(nn.Linear):
                 None does not correct for the draw.
             item_offsets: (num_items + 1, hidden), added to the table, or None.
             scored_items: (items,) different ids, none of them padding: the scores are of these, in their order.
+            counted: (positions,) bool, the positions that the loss counts; None counts all.
 
         Returns:
             (positions, num_items + 1) scores with -inf for padding, (positions, items) scores, or the scalar loss.
@@ -53,7 +55,9 @@ class NextItemHead(nn.Linear):
         if targets is None:
             return self._scores(hidden_states, weight, repeated_items, scored_items)
         if self.config.loss_type == "cross_entropy":
-            return chunked_cross_entropy(hidden_states, weight, self.bias, targets, self.repeat_bias, repeated_items)
+            return chunked_cross_entropy(
+                hidden_states, weight, self.bias, targets, self.repeat_bias, repeated_items, counted=counted
+            )
         target_scores = (hidden_states * weight[targets]).sum(-1)  # (positions,)
         if negatives.dim() == 1:
             negative_scores = F.linear(hidden_states, weight[negatives])  # (positions, negatives)
@@ -64,9 +68,9 @@ class NextItemHead(nn.Linear):
         collisions = negatives == targets.unsqueeze(1)  # (positions, negatives)
         if self.config.loss_type == "sampled_softmax":
             negative_log_q = log_q[negatives] if isinstance(log_q, torch.Tensor) else log_q
-            return sampled_softmax_loss(target_scores, negative_scores, collisions, negative_log_q)
+            return sampled_softmax_loss(target_scores, negative_scores, collisions, negative_log_q, counted)
         calibration = self.config.gbce_calibration if self.config.loss_type == "gbce" else 0.0
-        return gbce_loss(target_scores, negative_scores, collisions, self.config.num_items, calibration)
+        return gbce_loss(target_scores, negative_scores, collisions, self.config.num_items, calibration, counted)
 
     def _scores(self, hidden_states, weight, repeated_items, scored_items):
         bias = self.bias

@@ -21,7 +21,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Softmax cross-entropy over the catalogue that computes its gradient chunk by chunk in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, targets, repeat_bias, repeated_items, chunk_size):
+    def forward(ctx, hidden_states, weight, bias, targets, repeat_bias, repeated_items, chunk_size, counted):
         item_weight = weight[1:]  # (items, hidden)
         item_targets = (targets - 1).unsqueeze(1)  # (positions, 1)
         needs_gradient = any(ctx.needs_input_grad[:3])
@@ -42,10 +42,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 columns, real = (repeated - 1).clamp(min=0), repeated.gt(0).to(scores.dtype)
                 scores.scatter_add_(1, columns, real * repeat_bias.to(scores.dtype))
             log_probabilities = F.log_softmax(scores, dim=-1, dtype=torch.float32)
-            loss -= log_probabilities.gather(1, chunk_targets).sum()
+            of_targets = log_probabilities.gather(1, chunk_targets)  # (chunk, 1)
+            if counted is not None:
+                counts = counted[chunk].unsqueeze(1)  # (chunk, 1)
+                of_targets = of_targets * counts
+            loss -= of_targets.sum()
             if needs_gradient:
                 grad_scores = log_probabilities.exp_()
                 grad_scores.scatter_add_(1, chunk_targets, grad_scores.new_full(chunk_targets.shape, -1.0))
+                if counted is not None:
+                    grad_scores.mul_(counts)
                 if bias is not None:
                     gradients[2][1:] += grad_scores.sum(0)
                 if repeat_bias is not None:
@@ -63,10 +69,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if gradient is None else (gradient * grad_loss).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *scaled[:3], None, scaled[3], None, None
+        return *scaled[:3], None, scaled[3], None, None, None
 
 
-def chunked_cross_entropy(hidden_states, weight, bias, targets, repeat_bias=None, repeated_items=None, chunk_size=None):
+def chunked_cross_entropy(
+    hidden_states, weight, bias, targets, repeat_bias=None, repeated_items=None, chunk_size=None, counted=None
+):
     """Cross-entropy of the next item over the whole catalogue, in memory that does not grow with positions x items.
 
     Args:
@@ -77,6 +85,7 @@ def chunked_cross_entropy(hidden_states, weight, bias, targets, repeat_bias=None
         repeat_bias: scalar added to the scores of the items in `repeated_items`, or None.
         repeated_items: (positions, length), different items that each position has seen, padded with 0.
         chunk_size: positions per chunk; None takes as many as fit `CHUNK_ELEMENTS` scores.
+        counted: (positions,) bool, the positions that count; None counts all.
 
     Returns:
         Scalar, summed over positions, float32.
@@ -84,10 +93,12 @@ def chunked_cross_entropy(hidden_states, weight, bias, targets, repeat_bias=None
     if chunk_size is None:
         budget = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS["default"])
         chunk_size = max(MIN_CHUNK_POSITIONS, budget // weight.shape[0])
-    return _ChunkedCrossEntropy.apply(hidden_states, weight, bias, targets, repeat_bias, repeated_items, chunk_size)
+    return _ChunkedCrossEntropy.apply(
+        hidden_states, weight, bias, targets, repeat_bias, repeated_items, chunk_size, counted
+    )
 
 
-def sampled_softmax_loss(target_scores, negative_scores, collisions, negative_log_q=None):
+def sampled_softmax_loss(target_scores, negative_scores, collisions, negative_log_q=None, counted=None):
     """Cross-entropy of the target among itself and sampled negatives.
 
     With the log probabilities q of the draws, k negatives estimate the sum over all other items without bias,
@@ -105,6 +116,7 @@ def sampled_softmax_loss(target_scores, negative_scores, collisions, negative_lo
         collisions: (positions, negatives) bool, where a negative is the target itself; these do not compete.
         negative_log_q: log probability of each negative in one draw, a number for uniform draws, or (negatives,) or
             (positions, negatives); None leaves the scores as they are.
+        counted: (positions,) bool, the positions that count; None counts all.
 
     Returns:
         Scalar, summed over positions, float32.
@@ -117,10 +129,10 @@ def sampled_softmax_loss(target_scores, negative_scores, collisions, negative_lo
         negative_scores = negative_scores - (negative_log_q + math.log(negative_scores.shape[-1]))
     negative_scores = negative_scores.masked_fill(collisions, float("-inf"))
     log_normaliser = torch.logaddexp(target_scores, negative_scores.logsumexp(-1))  # (positions,)
-    return (log_normaliser - target_scores).sum()
+    return _sum(log_normaliser - target_scores, counted)
 
 
-def gbce_loss(target_scores, negative_scores, collisions, num_items, calibration):
+def gbce_loss(target_scores, negative_scores, collisions, num_items, calibration, counted=None):
     """Generalised binary cross-entropy; `calibration=0` is plain BCE with several negatives.
 
     Args:
@@ -130,6 +142,7 @@ def gbce_loss(target_scores, negative_scores, collisions, num_items, calibration
         num_items: size of the catalogue, for the sampling rate negatives / (num_items - 1).
         calibration: t in [0, 1]. It corrects for the share of the catalogue that is drawn, uniformly: with popular
             negatives the predicted probabilities are those of a catalogue in which these occur more often.
+        counted: (positions,) bool, the positions that count; None counts all.
 
     Returns:
         Scalar, summed over positions, float32; each position averages over its target and its negatives.
@@ -141,4 +154,9 @@ def gbce_loss(target_scores, negative_scores, collisions, num_items, calibration
     beta = sampling_rate * (calibration * (1 - 1 / sampling_rate) + 1 / sampling_rate)
     positive_loss = -beta * F.logsigmoid(target_scores.float())  # (positions,)
     negative_loss = -F.logsigmoid(-negative_scores.float()).masked_fill(collisions, 0.0).sum(-1)  # (positions,)
-    return ((positive_loss + negative_loss) / (num_negatives + 1)).sum()
+    return _sum((positive_loss + negative_loss) / (num_negatives + 1), counted)
+
+
+def _sum(losses: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """The sum of losses (positions,) where `counted`, or of all."""
+    return losses.sum() if counted is None else (losses * counted).sum()

@@ -15,6 +15,7 @@ from .configuration_next_item import NextItemConfig
 from .histories import padded_histories
 from .hub_upload import HubUploads, UploadOfSaved
 from .next_item_output import top_k_items
+from .padding import lowest_and_highest, padding_to_the_front
 from .reference_initialization import initialize_as_reference
 
 # Where the weights come from also says where the catalogue comes from.
@@ -25,8 +26,7 @@ def newest_items(input_ids: torch.Tensor, max_length: int) -> torch.Tensor:
     """The newest items of histories padded on either side: (batch, length) -> (batch, <= max_length)."""
     if input_ids.shape[1] <= max_length:
         return input_ids
-    order = input_ids.ne(0).to(torch.uint8).argsort(dim=1, stable=True)  # padding first
-    return input_ids.gather(1, order)[:, -max_length:]
+    return padding_to_the_front(input_ids)[:, -max_length:]
 
 
 class evaluation_mode:
@@ -191,9 +191,10 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             )
         if input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids are {input_ids.dtype}: expected item ids as int64 or int32")
-        if input_ids.device.type != "cpu":
-            return  # the check would wait for the device
-        lowest, highest = map(int, torch.aminmax(input_ids))
+        found = lowest_and_highest(input_ids)
+        if found is None:
+            return
+        lowest, highest = found
         if lowest < 0 or highest > self.config.num_items:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(

@@ -1,13 +1,26 @@
-"""Moves the padding of histories behind the real items, and back."""
+"""Moves the padding of histories behind the real items, and back; looks at ids only where that is free."""
 
 import torch
 
 from .configuration_next_item import PADDING_ITEM_ID
 
 
+def can_look(ids: torch.Tensor) -> bool:
+    """Whether values may be read in Python: not while a graph is captured, nor where it would wait for a device."""
+    return ids.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def lowest_and_highest(ids: torch.Tensor) -> tuple[int, int] | None:
+    """The range of some ids; None where there are none, or where looking is not free."""
+    if not ids.numel() or not can_look(ids):
+        return None
+    values = ids.detach().numpy()
+    return int(values.min()), int(values.max())
+
+
 def at_position(states: torch.Tensor, position: torch.Tensor | int) -> torch.Tensor:
     """(batch, length, hidden) and one position, or one per row (batch,), -> (batch, 1, hidden)."""
-    if isinstance(position, int):
+    if not isinstance(position, torch.Tensor):
         return states[:, position : position + 1]
     return states.gather(1, position.view(-1, 1, 1).expand(-1, 1, states.shape[-1]))
 
@@ -26,8 +39,29 @@ def padding_to_the_end(input_ids: torch.Tensor, attention_mask: torch.Tensor | N
         slots: (batch, length), the index of each input position in that order.
     """
     real = input_ids.ne(PADDING_ITEM_ID) if attention_mask is None else attention_mask.bool()
-    order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    return real, order, (real.cumsum(1) - 1).clamp(min=0)
+    slots = _slots(real)
+    return real, _inverse(slots), slots
+
+
+def padding_to_the_front(input_ids: torch.Tensor) -> torch.Tensor:
+    """(batch, length) with the padding moved before the real items, which keep their order."""
+    return input_ids.gather(1, _inverse(_slots(input_ids.eq(PADDING_ITEM_ID))))
+
+
+def _slots(first: torch.Tensor) -> torch.Tensor:
+    """(batch, length) bool -> the place of each position when those that are True come first, all in their order.
+
+    Counting instead of a stable sort, which ONNX does not have.
+    """
+    counts = first.cumsum(1)  # (batch, length)
+    others = counts[:, -1:] + first.logical_not().cumsum(1)
+    return torch.where(first, counts, others) - 1
+
+
+def _inverse(slots: torch.Tensor) -> torch.Tensor:
+    """(batch, length) permutations, inverted."""
+    places = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
+    return torch.zeros_like(slots).scatter(1, slots, places)
 
 
 def restore_padding(hidden_states: torch.Tensor, real: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -36,4 +70,12 @@ def restore_padding(hidden_states: torch.Tensor, real: torch.Tensor, slots: torc
     return aligned * real.unsqueeze(-1)
 
 
-__all__ = ["at_position", "last_positions", "padding_to_the_end", "restore_padding"]
+__all__ = [
+    "at_position",
+    "can_look",
+    "last_positions",
+    "lowest_and_highest",
+    "padding_to_the_end",
+    "padding_to_the_front",
+    "restore_padding",
+]

@@ -17,7 +17,7 @@ def initialize_as_reference(module: nn.Module) -> None:
         init.uniform_(module.weight, -bound, bound)
         if module.bias is not None:
             init.uniform_(module.bias, -bound, bound)
-    elif isinstance(module, nn.GRU):
+    elif isinstance(module, nn.RNNBase):
         bound = 1 / math.sqrt(module.hidden_size)
         for parameter in module.parameters():
             init.uniform_(parameter, -bound, bound)

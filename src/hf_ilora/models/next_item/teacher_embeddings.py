@@ -59,10 +59,9 @@ class TeacherEmbedding(nn.Module):
         """
         if table is not None:
             self._check_shape(table)
-        elif self.has_table or self.table.any():
-            table, self.has_table = self.table, True
         else:
-            raise ValueError("there are no teacher embeddings: call set_teacher_embeddings before training")
+            self._check_table()
+            table = self.table
         table = table.to(self.projection.weight)
         # Whichever projects fewer rows: the items of the batch, or all that there are.
         if item_ids is None or item_ids.numel() >= len(table):
@@ -71,6 +70,14 @@ class TeacherEmbedding(nn.Module):
         else:
             projected = self.projection(F.embedding(item_ids, table))  # (batch, length, hidden)
         return self.ed_weight * projected
+
+    def _check_table(self) -> None:
+        """Raise a ValueError if there is no table; after the first call this waits for no device."""
+        if self.has_table or torch.compiler.is_compiling():
+            return
+        if not self.table.any():
+            raise ValueError("there are no teacher embeddings: call set_teacher_embeddings before training")
+        self.has_table = True
 
     def _check_shape(self, table: torch.Tensor) -> None:
         if table.shape != self.table.shape:
