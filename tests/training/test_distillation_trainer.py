@@ -13,7 +13,7 @@ from hf_ilora import DistillationArguments, DistillationTrainer, SASRecConfig, S
 from hf_ilora.distillation.losses import DLLM2RecLoss, distribution_loss, propensity_scores
 from hf_ilora.distillation.policies import GroundTruthErrorPolicy, KLDivergencePolicy, rank_gap_weights
 from hf_ilora.titles.pca import pca_embeddings
-from hf_ilora.training.label_collator import DistillationCollator, newest_only
+from hf_ilora.training.label_collator import DistillationCollator, TeacherIndices, newest_only
 from hf_ilora.training.windows import NextItemCollator, TrainingWindows, item_counts
 from tests.synthetic import cyclic_sequences
 
@@ -58,7 +58,8 @@ def student(seed=0, num_items=NUM_ITEMS, **settings):
 
 
 def trainer_of(model, rows, folder, labels=None, **settings):
-    given = {name: settings.pop(name) for name in ("teacher", "policy", "train_dataset") if name in settings}
+    keywords = ("teacher", "policy", "train_dataset", "data_collator")
+    given = {name: settings.pop(name) for name in keywords if name in settings}
     if isinstance(given.get("policy"), str):
         settings["policy"] = given.pop("policy")
     defaults = {"max_steps": 1, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "no"}
@@ -81,20 +82,34 @@ def plain_batch():
     return batch_of(TrainingWindows(SPLIT, 6, windows="last"), NextItemCollator())
 
 
-def test_the_collator_labels_the_newest_position_or_all(windows):
-    rows = range(4)
-    every = batch_of(windows, DistillationCollator(RuleLabels(windows), "all"), rows)
-    newest = batch_of(windows, DistillationCollator(RuleLabels(windows), "last"), rows)
+def test_the_newest_position_or_all_are_distilled(windows):
+    batch = batch_of(windows, DistillationCollator(RuleLabels(windows)), range(4))
     # the rule's best item is the target itself, so that a wrong place would show
-    labelled = every["labels"] != -100
-    assert torch.equal(every["teacher_items"][..., 0][labelled], every["labels"][labelled])
-    assert not every["teacher_items"][~labelled].any()
-    assert newest["teacher_items"].ne(0).any(-1).sum(1).tolist() == [1] * 4
-    last = newest["labels"].shape[1] - 1 - newest["labels"].ne(-100).flip(1).int().argmax(1)
-    assert (
-        newest["teacher_items"][torch.arange(4), last, 0].tolist() == newest["labels"][torch.arange(4), last].tolist()
-    )
-    assert "history_ids" not in every
+    labelled = batch["labels"] != -100
+    assert torch.equal(batch["teacher_items"][..., 0][labelled], batch["labels"][labelled])
+    assert not batch["teacher_items"][~labelled].any()
+    assert "history_ids" not in batch
+    every, newest = (TeacherIndices(positions, TOP_K)(batch) for positions in ("all", "last"))
+    for completed in (every, newest):
+        assert torch.equal(completed["teacher_items"][:, 0], batch["labels"].flatten()[completed["teacher_indices"]])
+        assert torch.equal(batch["labels"].flatten()[completed["label_indices"]], batch["labels"][labelled])
+    assert torch.equal(every["teacher_indices"], every["label_indices"])
+    length = batch["labels"].shape[1]
+    last = length - 1 - batch["labels"].ne(-100).flip(1).int().argmax(1)
+    assert newest["teacher_indices"].tolist() == (torch.arange(4) * length + last).tolist()
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_one_setting_says_which_positions_are_distilled(windows, tmp_path, positions):
+    """Whoever makes the batches: the default, or a collator that the caller passes."""
+    found = []
+    for collator in (None, DistillationCollator(RuleLabels(windows))):
+        trainer = trainer_of(student(), windows, tmp_path, distilled_positions=positions, data_collator=collator)
+        batch = next(iter(trainer.get_train_dataloader()))
+        found.append(len(batch["teacher_indices"]))
+        trainer.train()
+        assert trainer.state.log_history[0]["ranking_loss"] > 0
+    assert found == ([len(batch["label_indices"])] * 2 if positions == "all" else [8, 8])
 
 
 def test_newest_only_keeps_the_last_of_each_row():
@@ -139,7 +154,7 @@ def test_scores_shared_with_the_students_own_loss_change_nothing(windows, tmp_pa
     some = RuleLabels(
         windows, asked=lambda history_ids, prefix_lengths: (7 * history_ids + prefix_lengths) % 10 < 10 * share
     )
-    batch = batch_of(windows, DistillationCollator(some, "all"))
+    batch = batch_of(windows, DistillationCollator(some))
     found = []
     for shares in (True, False):
         model = student(repeat_bias=True)
@@ -259,7 +274,7 @@ def test_ten_lines_distil_from_the_split(tmp_path):
 
 def test_policies_leave_labels_out(windows, tmp_path):
     model = student()
-    batch = batch_of(windows, DistillationCollator(RuleLabels(windows), "last"))
+    batch = batch_of(windows, DistillationCollator(RuleLabels(windows)))
     own = model.train()(batch["input_ids"], labels=batch["labels"]).loss
     none, every = (
         trainer_of(model, windows, tmp_path, policy=GroundTruthErrorPolicy(threshold)).compute_loss(model, dict(batch))
@@ -285,8 +300,8 @@ def test_the_embedding_loss_pulls_users_to_the_embedding_of_the_target(windows, 
 
 def test_rank_gaps_weigh_the_labels(windows, tmp_path):
     model = student()
-    batch = batch_of(windows, DistillationCollator(RuleLabels(windows), "last"))
-    trainer = trainer_of(model, windows, tmp_path, rank_gap_weighting=True)
+    batch = batch_of(windows, DistillationCollator(RuleLabels(windows)))
+    trainer = trainer_of(model, windows, tmp_path, rank_gap_weighting=True, distilled_positions="all")
     torch.manual_seed(4)
     loss = trainer.compute_loss(model.train(), dict(batch))
     asked = batch["teacher_items"][..., 0] != 0
@@ -322,7 +337,7 @@ def test_the_divergence_from_an_online_teacher_by_hand(windows, tmp_path, direct
 
 
 def test_rows_without_origins_are_refused(windows):
-    collator = DistillationCollator(RuleLabels(windows), "last")
+    collator = DistillationCollator(RuleLabels(windows))
     plain = TrainingWindows(cyclic_sequences(num_users=24)["train"], 6, windows="last")
     with pytest.raises(ValueError, match="expected those of TrainingWindows"):
         batch_of(plain, collator)

@@ -9,11 +9,13 @@ Source: DLLM2Rec (arXiv 2405.00338, RecSys 2024); the DROS term is that of DROS 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from hf_ilora.models.next_item.next_item_losses import gbce_loss, sampled_softmax_loss
+from hf_ilora.models.next_item.padding import can_look, lowest_and_highest
 
 FORMS = ("corrected", "reference")
 BASE_LOSSES = ("bce", "cross_entropy", "sampled_softmax", "gbce")
@@ -147,7 +149,7 @@ def ranking_distillation_weights(
             f"teacher_distances have shape {tuple(teacher_distances.shape)}: expected {tuple(teacher_items.shape)}, "
             "one for each of teacher_items"
         )
-    if teacher_distances.device.type == "cpu" and teacher_distances.isnan().any():
+    if can_look(teacher_distances) and np.isnan(teacher_distances.numpy()).any():
         raise ValueError("teacher_distances contain NaN: expected numbers, smaller where the teacher is more confident")
     labelled = (teacher_items != NO_LABEL).float()  # (batch, k)
     num_labels = teacher_items.shape[1]
@@ -504,9 +506,10 @@ def _check_columns(
             f"scores have shape {tuple(scores.shape)} and {name} {tuple(columns.shape)}: expected (batch, items) and "
             f"{shape}"
         )
-    if columns.device.type != "cpu" or not columns.numel():  # on an accelerator the check would synchronise
+    found = lowest_and_highest(columns)
+    if found is None:
         return
-    smallest, largest = map(int, torch.aminmax(columns))
+    smallest, largest = found
     if smallest < lowest or largest >= scores.shape[1]:
         raise ValueError(
             f"{name} contains {smallest if smallest < lowest else largest}: expected columns {lowest}.."

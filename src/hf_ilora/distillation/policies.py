@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_ilora.distillation.losses import check_temperature, distribution_loss
+from hf_ilora.models.next_item.padding import lowest_and_highest
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,9 @@ def rank_gap_weights(
             "expected the same (batch,)"
         )
     for name, ranks in (("student_ranks", student_ranks), ("teacher_ranks", teacher_ranks)):
-        if ranks.device.type == "cpu" and len(ranks) and ranks.min() < 1:
-            raise ValueError(f"{name} contain {ranks.min().item()}: expected ranks of at least 1, the best")
+        found = lowest_and_highest(ranks)
+        if found is not None and found[0] < 1:
+            raise ValueError(f"{name} contain {found[0]}: expected ranks of at least 1, the best")
     if not sharpness > 0:
         raise ValueError(f"sharpness is {sharpness}: expected a positive number")
     if not 0 <= floor <= 1:

@@ -20,12 +20,12 @@ from hf_ilora.distillation.losses import (
 from hf_ilora.distillation.policies import AllSamplesPolicy, KLDivergencePolicy, rank_gap_weights, sample_policy
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.models.loading import check_catalogue, load_recommender
-from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID
+from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.titles.pca import pca_embeddings
 
 from .distillation_arguments import DistillationArguments
-from .label_collator import DistillationCollator, newest_only
+from .label_collator import DistillationCollator, TeacherIndices
 from .next_item_arguments import INITIAL_ITEMS
 from .next_item_trainer import NextItemTrainer
 from .windows import NextItemCollator, item_counts
@@ -101,7 +101,7 @@ class DistillationTrainer(NextItemTrainer):
                 raw_ids = self.model.catalogue.table["raw_id"].to_numpy()
                 check_catalogue(self.teacher, "the teacher", self.model.config.num_items, raw_ids)
         self._build_losses()
-        self._labels_met = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self._labels_met = 0  # by this process
         self.add_callback(_TeacherWasMetCallback(self))
 
     def _check_teacher(self, args: DistillationArguments) -> None:
@@ -174,7 +174,13 @@ class DistillationTrainer(NextItemTrainer):
     def _default_collator(self, args: DistillationArguments) -> Callable:
         if self.teacher_labels is None:
             return NextItemCollator()
-        return DistillationCollator(self.teacher_labels, args.distilled_positions)
+        return DistillationCollator(self.teacher_labels)
+
+    def batch_completion(self) -> Callable[[dict], dict]:
+        args, names_items = self.args, None
+        if args.num_scored_items is not None:
+            names_items = "answers" if args.base_loss == STUDENT_LOSS else "labels"
+        return TeacherIndices(args.distilled_positions, args.top_k, names_items)
 
     def _window_settings(self) -> dict:
         return super()._window_settings() | {"with_origins": self.teacher_labels is not None}
@@ -253,40 +259,49 @@ class DistillationTrainer(NextItemTrainer):
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         if not model.training:  # the validation loss is the student's own
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if "teacher_indices" not in inputs:  # a batch that somebody else made, which waits for the device
+            if self.teacher is None and "teacher_items" not in inputs:
+                raise ValueError(
+                    "the batch has no teacher_items: expected a datasets.Dataset as train_dataset, or batches of "
+                    "DistillationCollator"
+                )
+            inputs = self.batch_completion()(inputs)
         inputs = dict(inputs)
         labels = inputs["labels"]  # (batch, length)
-        labelled = labels.ne(IGNORED_LABEL)
-        asked, teacher_items, distances = self._teacher_answers(inputs, labelled)  # (batch, length), (asked, k) twice
-        self._labels_met += asked.sum()
+        named_items = inputs.pop("named_items", None)
+        labelled = inputs["label_indices"]  # (labels,), in the flattened (batch * length)
+        asked, teacher_items, distances = self._teacher_answers(inputs)  # (asked,), (asked, k) twice
+        self._labels_met += len(asked)
         has_student_loss = self.args.base_loss == STUDENT_LOSS
         # Where the teacher was asked about most labels, their scores give the student's own loss too: one pass over the
         # catalogue instead of two, at the price of scores for every label.
-        shares_scores = self._may_share_scores and bool(2 * asked.sum() > labelled.sum())
+        shares_scores = self._may_share_scores and 2 * len(asked) > len(labelled)
         scored = asked if has_student_loss else labelled
         if not has_student_loss:  # the base loss wants every label, whether the teacher was asked about it or not
-            teacher_items, distances = (_spread(asked[scored], rows) for rows in (teacher_items, distances))
+            places = torch.searchsorted(labelled, asked)  # (asked,), of each in `labelled`
+            teacher_items, distances = (_spread(len(labelled), places, rows) for rows in (teacher_items, distances))
         if not has_student_loss or shares_scores:
-            del inputs["labels"]  # the student would compute its own loss
-        targets = labels[scored]  # (positions,)
+            del inputs["labels"], inputs["label_indices"]  # the student would compute its own loss
+        targets = labels.flatten()[scored]  # (positions,)
         negatives = torch.randint(
             1,
             self.model.config.num_items + 1,
             (len(targets), self.args.num_distillation_negatives),
             device=targets.device,
         )
-        sample = self._sampled_items(targets, negatives, teacher_items)  # (items,) or None
+        sample = self._sampled_items(named_items, negatives)  # (items,) or None
         outputs = model(
             **inputs,
             num_items_in_batch=num_items_in_batch,
             scored_positions=labelled if shares_scores else scored,
             scored_items=sample,
         )  # logits: (positions, items), or (positions, num_items + 1)
-        num_labels = labelled.sum() if num_items_in_batch is None else num_items_in_batch
+        num_labels = len(labelled) if num_items_in_batch is None else num_items_in_batch
         if shares_scores:
-            own_loss = F.cross_entropy(outputs.logits.float(), labels[labelled], reduction="sum")
+            own_loss = F.cross_entropy(outputs.logits.float(), labels.flatten()[labelled], reduction="sum")
             outputs.loss = own_loss / num_labels
             if len(targets) < len(outputs.logits):
-                outputs.logits = outputs.logits[asked[labelled]]
+                outputs.logits = outputs.logits[torch.searchsorted(labelled, asked)]
         parts = self._parts(outputs, targets, negatives, teacher_items, distances, scored, sample)
         parts = {name: value * (len(targets) / num_labels) for name, value in parts.items()}
         if has_student_loss:
@@ -300,36 +315,35 @@ class DistillationTrainer(NextItemTrainer):
         self._logged += torch.stack([parts.get(name, zero).detach().float() for name in self._weights])
         return (loss, outputs) if return_outputs else loss
 
-    def _teacher_answers(self, inputs: dict, labelled: torch.Tensor):
+    def _teacher_answers(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Takes the teacher's part out of a batch, or asks the online teacher.
 
         Returns:
-            asked (batch, length) bool, where there are teacher labels, and the items (asked, k) and distances (asked,
-            k) there.
+            asked (asked,), where there are teacher labels in the flattened (batch * length), and the items (asked, k)
+            and distances (asked, k) there.
         """
+        asked = inputs.pop("teacher_indices")
         if self.teacher is None:
-            if "teacher_items" not in inputs:
-                raise ValueError(
-                    "the batch has no teacher_items: expected a datasets.Dataset as train_dataset, or "
-                    "batches of DistillationCollator"
-                )
-            items, distances = inputs.pop("teacher_items"), inputs.pop("teacher_distances")  # (batch, length, k)
-            asked = items[..., 0].ne(PADDING_ITEM_ID)
-            return asked, items[asked][:, : self.args.top_k], distances[asked][:, : self.args.top_k]
+            return asked, inputs.pop("teacher_items"), inputs.pop("teacher_distances")
         top_k = self.model.config.num_items if self._needs_whole_scores else self.args.top_k
         items, distances = self.teacher.rank_items(inputs["input_ids"], top_k=top_k, exclude_seen=False)
-        asked = newest_only(labelled)
-        has_label = asked.any(1)  # (batch,)
-        return asked, items[has_label], distances[has_label].float()
+        rows = asked // inputs["labels"].shape[1]
+        return asked, items[rows], distances[rows].float()
 
-    def _sampled_items(self, targets, negatives, teacher_items) -> torch.Tensor | None:
-        """Ids of the items to score, ascending and different: all that is named, and some drawn; None means all."""
+    def _sampled_items(self, named_items: torch.Tensor | None, negatives: torch.Tensor) -> torch.Tensor | None:
+        """Ids of the items to score, ascending and different: all that is named, and some drawn; None means all.
+
+        Their number is known beforehand, so that nothing waits for the device: where negatives are named already or
+        twice, more items are drawn.
+        """
         if self.args.num_scored_items is None:
             return None
-        named = torch.cat([part.flatten() for part in (targets, negatives, teacher_items)])
-        drawn = torch.randint(1, self.model.config.num_items + 1, (self.args.num_scored_items,), device=named.device)
-        sample = torch.cat([named, drawn]).unique()
-        return sample[sample != PADDING_ITEM_ID]
+        num_items = self.model.config.num_items
+        size = min(num_items, len(named_items) + negatives.numel() + self.args.num_scored_items)
+        keys = torch.rand(num_items + 1, device=negatives.device)
+        keys[PADDING_ITEM_ID] = -1
+        keys[named_items], keys[negatives.flatten()] = 2, 2
+        return keys.topk(size).indices.sort().values
 
     def _parts(self, outputs, targets, negatives, teacher_items, distances, scored, sample) -> dict[str, torch.Tensor]:
         """The parts of the loss but the student's own, scalars, as means over the scored positions."""
@@ -363,7 +377,7 @@ class DistillationTrainer(NextItemTrainer):
             divergence = distribution_loss(scores, teacher_scores, arguments.kl_temperature, arguments.kl_direction)
             parts["kl_loss"] = (divergence * sample_weights).mean()
         if arguments.embedding_weight:
-            users = outputs.last_hidden_state[scored]  # (positions, hidden)
+            users = outputs.last_hidden_state.flatten(0, 1)[scored]  # (positions, hidden)
             wanted = self._target_embeddings[targets]  # (positions, hidden)
             parts["embedding_loss"] = embedding_loss(users, wanted, arguments.embedding_loss).mean()
         return parts
@@ -403,8 +417,8 @@ class _TeacherWasMetCallback(TrainerCallback):
         if self.is_checked:
             return
         self.is_checked = True
-        met = self.trainer.accelerator.reduce(self.trainer._labels_met, reduction="sum")
-        if not met:
+        met = torch.tensor(self.trainer._labels_met, device=args.device)
+        if not self.trainer.accelerator.reduce(met, reduction="sum"):
             raise ValueError(
                 "no batch of the first epoch had a teacher label: expected labels of the rows and positions that the "
                 f"windows show (windows={args.windows!r}, distilled_positions={args.distilled_positions!r}); label "
@@ -412,11 +426,9 @@ class _TeacherWasMetCallback(TrainerCallback):
             )
 
 
-def _spread(kept: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rows (kept ones, k) put where `kept` (all,) is True: (all, k), zero elsewhere."""
-    spread = rows.new_zeros(len(kept), rows.shape[1])
-    spread[kept] = rows
-    return spread
+def _spread(length: int, places: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows (asked, k) put at `places` (asked,): (length, k), zero elsewhere."""
+    return rows.new_zeros(length, rows.shape[1]).index_copy(0, places, rows)
 
 
 __all__ = ["DistillationTrainer"]

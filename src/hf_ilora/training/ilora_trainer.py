@@ -171,6 +171,9 @@ class ILoraTrainer(RecommenderTrainer):
             rows = self._evaluation_prompts(rows)
         return super().get_eval_dataloader(rows)
 
+    def batch_completion(self) -> Callable[[dict], dict]:
+        return _with_candidates_on_cpu
+
     def optimizer_of(self, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
         return ilora_optimizer(model, self.args)
 
@@ -212,6 +215,13 @@ class ILoraTrainer(RecommenderTrainer):
         """The rows as prompts of the kinds that training shows: with candidates, then without."""
         kinds = [True] * (self.candidate_fraction > 0) + [False] * (self.candidate_fraction < 1)
         return ConcatDataset([self._evaluation_rows(rows, shows_candidates) for shows_candidates in kinds])
+
+
+def _with_candidates_on_cpu(batch: dict) -> dict:
+    """A batch with a copy of its candidates that does not move to the device: the CPU lays out their titles."""
+    if "candidates" not in batch:
+        return batch
+    return batch | {"candidates_on_cpu": batch["candidates"].numpy()}
 
 
 def _check_model(model: nn.Module) -> None:

@@ -4,18 +4,18 @@ import numpy as np
 import torch
 
 from hf_ilora.distillation.teacher_labels import TeacherLabels
-from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL
+from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID
 
-from .windows import LABELLED_POSITIONS, NextItemCollator
+from .windows import NextItemCollator, with_label_indices
 
 
 class DistillationCollator(NextItemCollator):
-    """As `NextItemCollator`, with the teacher's items for the labelled positions.
+    """As `NextItemCollator`, with the teacher's items for all labelled positions that the teacher was asked about.
+
+    Which of them are distilled is a setting of the Trainer alone (`distilled_positions`).
 
     Args:
         teacher_labels: of the split that the windows were made of.
-        distilled_positions: "last" takes teacher labels for the newest label of each window only, as DLLM2Rec does;
-            "all" for every label that the teacher was asked about.
 
     Rows are those of `TrainingWindows(with_origins=True)`, or of `EvaluationHistories`, which stay as they are. Batches
     add, to `input_ids` and `labels`:
@@ -23,17 +23,13 @@ class DistillationCollator(NextItemCollator):
         teacher_distances: (batch, length, top_k) float32.
 
     Raises:
-        ValueError: for another `distilled_positions`, and when called with rows of `TrainingWindows` without origins.
+        ValueError: when called with rows of `TrainingWindows` without origins.
     """
 
     padding = NextItemCollator.padding | {"history_ids": -1, "prefix_lengths": -1}
 
-    def __init__(self, teacher_labels: TeacherLabels, distilled_positions: str):
-        if distilled_positions not in LABELLED_POSITIONS:
-            raise ValueError(
-                f"distilled_positions is {distilled_positions!r}: expected one of {', '.join(LABELLED_POSITIONS)}"
-            )
-        self.teacher_labels, self.distilled_positions = teacher_labels, distilled_positions
+    def __init__(self, teacher_labels: TeacherLabels):
+        self.teacher_labels = teacher_labels
 
     def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(rows)
@@ -46,11 +42,48 @@ class DistillationCollator(NextItemCollator):
             return batch  # rows of evaluation, about which no teacher is asked
         origins = batch.pop("history_ids"), batch.pop("prefix_lengths")  # (batch, length) each
         items, distances = self.teacher_labels.lookup(*origins)  # (batch, length, top_k) each
-        asked = batch["labels"].ne(IGNORED_LABEL)  # (batch, length)
-        if self.distilled_positions == "last":
-            asked = newest_only(asked)
-        batch["teacher_items"] = items * asked.unsqueeze(-1)
+        batch["teacher_items"] = items * batch["labels"].ne(IGNORED_LABEL).unsqueeze(-1)
         batch["teacher_distances"] = distances
+        return batch
+
+
+class TeacherIndices:
+    """Completes batches with where the labels are and where the teacher's answers are distilled.
+
+    Args:
+        distilled_positions: "last" distils the newest label of each window only, as DLLM2Rec does; "all" every label
+            that the teacher was asked about.
+        top_k: teacher items per label that count.
+        names_items: add `named_items`, for losses over a sample of the catalogue, and whether that loss reads every
+            label ("labels") or those that the teacher was asked about ("answers"); None adds nothing.
+
+    Batches of `DistillationCollator` get, beside the `label_indices` of `with_label_indices`:
+        teacher_indices: (asked,) int64, ascending, likewise: where the teacher was asked.
+        teacher_items, teacher_distances: (asked, k) there, instead of at all positions.
+        named_items: (any,) int64, the different targets and teacher items.
+    Batches without teacher items, for a teacher that is asked in every step, get the newest labels' `teacher_indices`.
+    """
+
+    def __init__(self, distilled_positions: str, top_k: int, names_items: str | None = None):
+        self.distilled_positions, self.top_k, self.names_items = distilled_positions, top_k, names_items
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        batch = with_label_indices(batch)
+        labels = batch["labels"]  # (batch, length)
+        asked = labels.ne(IGNORED_LABEL)
+        has_answers = "teacher_items" in batch
+        if self.distilled_positions == "last" or not has_answers:
+            asked = newest_only(asked)
+        if has_answers:
+            asked = asked & batch["teacher_items"][..., 0].ne(PADDING_ITEM_ID)
+        batch["teacher_indices"] = indices = asked.flatten().nonzero().squeeze(1)  # (asked,)
+        if has_answers:
+            for name in ("teacher_items", "teacher_distances"):
+                batch[name] = batch[name].flatten(0, 1)[indices, : self.top_k]  # (asked, k)
+        if self.names_items is not None:
+            targets = labels.flatten()[batch["label_indices"] if self.names_items == "labels" else indices]
+            named = torch.cat([targets, batch["teacher_items"].flatten()]).unique()
+            batch["named_items"] = named[named != PADDING_ITEM_ID]
         return batch
 
 
@@ -60,4 +93,4 @@ def newest_only(labelled: torch.Tensor) -> torch.Tensor:
     return labelled & remaining.eq(1)
 
 
-__all__ = ["DistillationCollator", "newest_only"]
+__all__ = ["DistillationCollator", "TeacherIndices", "newest_only"]

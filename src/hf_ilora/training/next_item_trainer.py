@@ -33,6 +33,7 @@ from .windows import (
     TrainingWindows,
     item_counts,
     rows_are_prefixes,
+    with_label_indices,
 )
 
 logger = logging.getLogger(__name__)
@@ -176,6 +177,9 @@ class NextItemTrainer(RecommenderTrainer):
         return model
 
     # --- from arguments and rows to what the Trainer reads ---
+
+    def batch_completion(self) -> Callable[[dict], dict]:
+        return with_label_indices
 
     def _default_collator(self, args: NextItemTrainingArguments) -> Callable:
         return NextItemCollator()

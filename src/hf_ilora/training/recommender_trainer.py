@@ -4,11 +4,13 @@ import logging
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy, rotate_checkpoints
@@ -97,6 +99,20 @@ class RecommenderTrainer(Trainer):
             return super().create_optimizer(model)
         finally:
             self.optimizer_cls_and_kwargs = None  # the next model, of a search, has parameters of its own
+
+    def batch_completion(self) -> Callable[[dict], dict]:
+        """What adds to a training batch, on the CPU, the values for which a step would have to wait for the device."""
+        raise NotImplementedError
+
+    def get_train_dataloader(self):
+        """As in `Trainer`; batches are completed, unless the main process cuts them up for the others."""
+        collator = self.data_collator
+        if not (isinstance(self.train_dataset, IterableDataset) or self.args.accelerator_config.dispatch_batches):
+            self.data_collator = CompletedBatches(collator, self.batch_completion())
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     def train(self, *args, **kwargs):
         """As in `Trainer`.
@@ -277,6 +293,21 @@ class RecommenderTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink()
+
+
+class CompletedBatches:
+    """A collator whose batches a function completes, in worker processes too.
+
+    Args:
+        collator: makes a batch of rows.
+        complete: adds to the batch.
+    """
+
+    def __init__(self, collator: Callable[[list], dict], complete: Callable[[dict], dict]):
+        self.collator, self.complete = collator, complete
+
+    def __call__(self, rows: list) -> dict:
+        return self.complete(self.collator(rows))
 
 
 def _upload_and_remove(folder: Path, repo_id: str, **settings) -> CommitInfo:

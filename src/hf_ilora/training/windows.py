@@ -275,6 +275,15 @@ class NextItemCollator:
         return batch
 
 
+def with_label_indices(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch with `label_indices` (labels,) int64: where its labels are, in the flattened (batch * length).
+
+    Found on the CPU, before the batch moves: on an accelerator, selecting what is labelled would have to wait for it.
+    """
+    labels = batch["labels"]  # (batch, length)
+    return batch | {"label_indices": labels.ne(IGNORED_LABEL).flatten().nonzero().squeeze(1)}
+
+
 class EpochCallback(TrainerCallback):
     """Tells a training data set which epoch begins.
 

@@ -129,6 +129,7 @@ def packed_log_likelihoods(
     attention_mask: torch.Tensor,
     expert_gates: torch.Tensor,
     with_states: bool = False,
+    candidates_on_cpu: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`candidate_log_likelihoods` for training: prompt and titles share one forward, through which gradients flow.
 
@@ -138,6 +139,8 @@ def packed_log_likelihoods(
     Args:
         llm, title_tokens, candidates, inputs_embeds, attention_mask, expert_gates: as in `candidate_log_likelihoods`.
         with_states: return the last hidden state of each prompt as well.
+        candidates_on_cpu: the same as `candidates`, whose titles are laid out on the CPU; None copies them, which waits
+            for an accelerator.
 
     Returns:
         Log-likelihoods (batch, candidates) float32, -inf for padding, and states (batch, llm hidden) or None.
@@ -146,7 +149,7 @@ def packed_log_likelihoods(
         ValueError: as `candidate_log_likelihoods`.
     """
     device, (batch, num_tokens, _) = inputs_embeds.device, inputs_embeds.shape
-    items = candidates.cpu().numpy()
+    items = candidates.cpu().numpy() if candidates_on_cpu is None else candidates_on_cpu
     _checked_lengths(llm, title_tokens, items, num_tokens)
     titles = _TitleRows(title_tokens, items, device)
     longest = titles.tokens.shape[1]
@@ -175,13 +178,15 @@ def packed_log_likelihoods(
         logits_to_keep=kept,
     )
     logits = output.logits.view(-1, output.logits.shape[-1])  # (kept tokens, vocabulary)
-    ends_prompt = is_last.new_zeros(kept.shape).index_fill_(1, torch.tensor([num_tokens - 1], device=device), True)[
-        kept
-    ]
+    # In each row, the end of the prompt comes first among the kept tokens, then those of the titles.
+    title_sizes = title_tokens.lengths[items].sum(1)  # (batch,)
+    ends_prompt = np.arange(batch) + title_sizes.cumsum() - title_sizes  # (batch,)
+    in_titles = np.arange(title_sizes.sum()) + np.repeat(np.arange(1, batch + 1), title_sizes)  # (real tokens,)
+    ends_prompt, in_titles = (torch.from_numpy(n).to(device, non_blocking=True) for n in (ends_prompt, in_titles))
     # The prompt predicts the first token of each title, and each token of a title predicts the next one.
     first_tokens = torch.from_numpy(title_tokens.token_ids[title_tokens.starts[items]]).to(device)
     scores = logits[ends_prompt].float().log_softmax(-1).gather(1, first_tokens)  # (batch, candidates)
-    scores = scores + titles.sums(-F.cross_entropy(logits[~ends_prompt].float(), titles.next_tokens, reduction="none"))
+    scores = scores + titles.sums(-F.cross_entropy(logits[in_titles].float(), titles.next_tokens, reduction="none"))
     scores = scores.masked_fill(candidates.to(device).eq(PADDING_ITEM_ID), float("-inf"))
     return scores, output.hidden_states[-1][:, num_tokens - 1] if with_states else None
 
@@ -224,14 +229,16 @@ class _TitleRows:
         def padded(values: np.ndarray, fill: int) -> torch.Tensor:
             rows = np.full(is_real.shape, fill, dtype=np.int64)
             rows[is_real] = values
-            return torch.from_numpy(rows).to(device)
+            return torch.from_numpy(rows).to(device, non_blocking=True)
 
-        self.is_real = torch.from_numpy(is_real).to(device)
+        self.is_real = torch.from_numpy(is_real).to(device, non_blocking=True)
         self.tokens = padded(title_tokens.token_ids[indices], 0)
         self.candidate = padded(title % items.shape[1], -1)
         self.position_in_title = padded(position, 0)
-        self.next_tokens = torch.from_numpy(np.where(is_last, title_tokens.terminator_id, following)).to(device)
-        self.title, self.shape = torch.from_numpy(title).to(device), items.shape
+        self.next_tokens = torch.from_numpy(np.where(is_last, title_tokens.terminator_id, following)).to(
+            device, non_blocking=True
+        )
+        self.title, self.shape = torch.from_numpy(title).to(device, non_blocking=True), items.shape
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
         """Sum values of tokens per title: (real tokens,) -> (batch, candidates)."""

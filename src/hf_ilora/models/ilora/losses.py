@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL
+from hf_ilora.models.next_item.padding import can_look
 
 
 def title_loss(logits: torch.Tensor, title_labels: torch.Tensor, num_examples: torch.Tensor | int) -> torch.Tensor:
@@ -39,11 +40,13 @@ def target_columns(candidates: torch.Tensor, labels: torch.Tensor) -> torch.Tens
         (batch,) int64: the column of the target.
 
     Raises:
-        ValueError: if the candidates of a row lack its target or contain it twice.
+        ValueError: if the candidates of a row lack its target or contain it twice; on a GPU a device assertion fails.
     """
     is_target = candidates == labels.unsqueeze(1)  # (batch, candidates)
     occurrences = is_target.sum(1)  # (batch,)
-    if not occurrences.eq(1).all():
+    if occurrences.device.type == "cuda":  # raising here would wait for the device
+        torch._assert_async(occurrences.eq(1).all(), "the candidates of a row must contain its target exactly once")
+    elif can_look(occurrences) and (occurrences.numpy() != 1).any():
         row = int(occurrences.ne(1).nonzero()[0])
         raise ValueError(
             f"candidates of row {row} contain its target {int(labels[row])} {int(occurrences[row])} times: expected "

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -288,6 +289,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        candidates_on_cpu: np.ndarray | None = None,
         **kwargs,
     ) -> ILoraOutput:
         """Compute the loss of a batch of prompts or, without `labels`, the logits of the language model.
@@ -309,6 +311,8 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
             expert_gates: (batch, experts), instead of those computed from `histories`.
             inputs_embeds, position_ids, past_key_values, use_cache, logits_to_keep: as in causal language models.
             num_items_in_batch: number of examples to average over; None means those of this call.
+            candidates_on_cpu: the same as `candidates`, as a batch of the Trainer has them; see
+                `packed_log_likelihoods`.
             kwargs: passed on to the language model.
 
         Returns:
@@ -343,7 +347,15 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         self._check_loss_inputs(histories, title_labels, candidates)
         num_examples = max(1, len(labels)) if num_items_in_batch is None else num_items_in_batch
         return self._losses(
-            llm_inputs, histories, user_embeddings, title_labels, candidates, labels, shows_candidates, num_examples
+            llm_inputs,
+            histories,
+            user_embeddings,
+            title_labels,
+            candidates,
+            labels,
+            shows_candidates,
+            num_examples,
+            candidates_on_cpu,
         )
 
     def _logits(self, llm_inputs: dict, use_cache: bool | None, logits_to_keep: int | torch.Tensor) -> ILoraOutput:
@@ -358,14 +370,23 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         return ILoraOutput(logits=output.logits, past_key_values=output.past_key_values, expert_gates=expert_gates)
 
     def _losses(
-        self, llm_inputs, histories, user_embeddings, title_labels, candidates, labels, shows_candidates, num_examples
+        self,
+        llm_inputs,
+        histories,
+        user_embeddings,
+        title_labels,
+        candidates,
+        labels,
+        shows_candidates,
+        num_examples,
+        candidates_on_cpu,
     ) -> ILoraOutput:
         """The output of a call with labels; the arguments are those of `forward`, `llm_inputs` as it prepares them."""
         config = self.config
         language_loss = candidate_loss = item_loss = item_logits = None
         if config.candidate_loss_weight:
             targets = losses.target_columns(candidates, labels)  # (batch,)
-            log_likelihoods, last_states = self._read_candidates(llm_inputs, candidates)
+            log_likelihoods, last_states = self._read_candidates(llm_inputs, candidates, candidates_on_cpu)
             scores = self._pool_with_recommender(log_likelihoods, histories, candidates)  # (batch, candidates)
             candidate_loss = losses.candidate_loss(scores, targets, num_examples)
             language_loss = losses.target_title_loss(log_likelihoods, targets, num_examples)
@@ -400,7 +421,9 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         if histories is None and reads_recommender:
             raise ValueError("this loss reads the recommender: expected histories, not expert_gates alone")
 
-    def _read_candidates(self, llm_inputs: dict, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _read_candidates(
+        self, llm_inputs: dict, candidates: torch.Tensor, candidates_on_cpu: np.ndarray | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the language model over prompts, each followed by the titles of all its candidates.
 
         Returns:
@@ -415,6 +438,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
             llm_inputs["attention_mask"],
             llm_inputs["expert_gates"],
             with_states=self.config.item_loss_weight > 0,
+            candidates_on_cpu=candidates_on_cpu,
         )
 
     def _read_titles(
