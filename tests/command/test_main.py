@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from hf_ilora_cli.commands import COMMANDS
 from hf_ilora_cli.main import help_file, main
 from hf_ilora_cli.write_help import rendered_help
-from tests.paths import RECIPES
+from tests.paths import PROJECT, RECIPES
 
 
 @pytest.fixture
@@ -118,8 +119,11 @@ def test_help_all_shows_what_help_folds_away(hf_ilora):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", [None, "cpu", "multi_cpu"])
-def test_ctrl_c_ends_quietly_with_130(tmp_path, launch):
+@pytest.mark.parametrize("launch", [None, "cpu", "multi_cpu", "accelerate"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_a_launch_quietly_with_all_that_it_started(tmp_path, launch, number):
+    if launch == "accelerate" and number == signal.SIGINT:
+        pytest.skip("accelerate ends with a traceback")
     program = tmp_path / "sleeps.py"
     program.write_text(
         "import sys, time\n"
@@ -129,10 +133,12 @@ def test_ctrl_c_ends_quietly_with_130(tmp_path, launch):
         "    time.sleep(300)\n"
         "run_main(main)\n"
     )
-    start = ["hf_ilora_cli.recipe_process", program] if launch is None else ["hf_ilora_cli.launch_recipe", program]
-    options = [] if launch is None else ["--launch", launch]
+    start = {
+        None: ["hf_ilora_cli.recipe_process", program],
+        "accelerate": ["accelerate.commands.launch", "--config_file", PROJECT / "accelerate_configs/cpu.yaml", program],
+    }.get(launch, ["hf_ilora_cli.launch_recipe", program, "--launch", launch])
     process = subprocess.Popen(
-        [sys.executable, "-m", *map(str, start), *options],
+        [sys.executable, "-m", *map(str, start)],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     expected = 2 if launch == "multi_cpu" else 1
@@ -140,6 +146,15 @@ def test_ctrl_c_ends_quietly_with_130(tmp_path, launch):
     while len(list(tmp_path.glob("started-*"))) < expected:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    started = psutil.Process(process.pid).children(recursive=True)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
     _, printed = process.communicate(timeout=60)
-    assert (process.returncode, printed) == (130, "")
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
+    if number == signal.SIGKILL or launch == "accelerate":
+        assert process.returncode == -number
+    else:
+        assert (process.returncode, printed) == (128 + number, "")

@@ -1,15 +1,23 @@
 """recipes/train_sasrec.py under `accelerate launch` with two real processes, against one."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 
-from tests.paths import RECIPES
+from tests.paths import PROJECT, RECIPES
+from tests.processes import kill_with_children
 from tests.recipe_runs import RecipeRun, recipe_words
 from tests.synthetic import cyclic_sequences
 
 # Without dropout two processes with half the batch must compute what one computes with the whole.
 SETTINGS = {
-    "hidden_size": 16, "max_length": 8, "hidden_dropout": 0, "attention_dropout": 0, "num_train_epochs": 4,
+    "hidden_size": 16, "max_length": 8, "hidden_dropout": 0, "attention_dropout": 0, "num_train_epochs": 6,
     "learning_rate": 5.0e-3, "early_stopping_patience": 0, "optim": "adamw_torch", "disable_tqdm": True,
 }  # fmt: skip
 
@@ -20,14 +28,18 @@ def train(launch, tmp_path_factory):
     folder, runs = tmp_path_factory.mktemp("runs"), {}
     cyclic_sequences(num_users=256).save(folder / "data")
 
+    def words(config, output_dir) -> list[str]:
+        settings = {"data_dir": folder / "data", "output_dir": output_dir, **SETTINGS}
+        settings["per_device_train_batch_size"] = 64 if config == "cpu.yaml" else 32
+        return [str(RECIPES / "train_sasrec.py"), *recipe_words(**settings)]
+
     def run(config) -> RecipeRun:
         if config not in runs:
-            settings = {"data_dir": folder / "data", "output_dir": folder / config, **SETTINGS}
-            settings["per_device_train_batch_size"] = 64 if config == "cpu.yaml" else 32
-            launch(config, RECIPES / "train_sasrec.py", *recipe_words(**settings))
+            launch(config, *words(config, folder / config))
             runs[config] = RecipeRun(folder / config)
         return runs[config]
 
+    run.words = words
     return run
 
 
@@ -41,3 +53,38 @@ def test_two_processes_learn_what_one_learns(train, config):
         torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-4)
     for name, value in one.record["metrics"]["test"].items():
         assert abs(two.record["metrics"]["test"][name]["mean"] - value["mean"]) < 0.01, name
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_launch_and_the_next_launch_resumes(train, launch, tmp_path):
+    whole, killed = train("multi_cpu.yaml"), RecipeRun(tmp_path / "killed")
+    words = train.words("multi_cpu.yaml", killed.output_dir)
+    accelerate, config = Path(sys.executable).parent / "accelerate", PROJECT / "accelerate_configs" / "multi_cpu.yaml"
+    for rank in ("0", "1"):
+        written = whole_checkpoints(killed.output_dir)
+        process = subprocess.Popen(
+            [str(accelerate), "launch", "--config_file", str(config), *words],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        try:
+            deadline = time.monotonic() + 300
+            while whole_checkpoints(killed.output_dir) == written:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.005)
+            processes = psutil.Process(process.pid).children(recursive=True)
+            [victim] = [child for child in processes if child.environ().get("RANK") == rank]
+            victim.kill()
+            assert process.wait(timeout=120) > 0
+        finally:
+            kill_with_children(process)
+        assert not psutil.wait_procs(processes, timeout=60)[1]
+        assert killed.record["status"] in ("running", "failed")
+    assert "resuming from" in launch("multi_cpu.yaml", *words).stdout
+    assert killed.record["status"] == "finished" and len(killed.record["earlier_runs"]) == 2
+    torch.testing.assert_close(killed.weights, whole.weights, rtol=0, atol=1e-6)
+
+
+def whole_checkpoints(output_dir) -> set[str]:
+    return {path.parent.name for path in output_dir.glob("checkpoint-*/trainer_state.json")}

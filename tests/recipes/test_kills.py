@@ -1,0 +1,120 @@
+"""What ends a run from outside: kill -9 at any moment, signals, a disk that is full. The next run gives the same."""
+
+import itertools
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_ilora.runs.record import is_finished
+from tests.forked_recipes import NAMES, ForkedRecipes
+from tests.tiny_ilora_parts import save_ilora, save_parts
+
+KILLS = 4  # of each of the eight recipes
+RATINGS = "user,item,when,name\n" + "".join(
+    f"{user},{item},{when},Title {item}\n"
+    for user in range(12)
+    for when, item in enumerate(range(user % 4, user % 4 + 8))
+)
+# Measured times, and how much was left to do.
+NOT_REPEATED = ("per_second", "runtime", "labelled_now", "latency")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def forked():
+    with ForkedRecipes() as recipes:
+        yield recipes
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """The settings of each recipe, tiny, without the output folder."""
+    folder = tmp_path_factory.mktemp("parts")
+    parts = save_parts(folder, num_users=32)
+    save_ilora(parts, folder / "ilora")
+    (folder / "ratings.csv").write_text(RATINGS)
+    table = {"interactions": folder / "ratings.csv", "user_column": "user", "item_column": "item"}
+    table |= {"time_column": "when", "title_column": "name", "num_candidates": 3}
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "max_length": 8}
+    small |= {"per_device_train_batch_size": 16, "num_train_epochs": 3, "early_stopping_patience": 0}
+    small |= {"use_cpu": True, "disable_tqdm": True}
+    ilora = {"max_history": 4, "num_candidates": 5, "rank": 4, "num_experts": 2, "router_type": "linear"}
+    ilora |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16, "num_train_epochs": 3}
+    of_data = {"data_dir": "{output_dir}/data"}
+    stages = {
+        "data": {"recipe": "prepare_data.py", "options": {name: str(value) for name, value in table.items()}},
+        "counts": {"recipe": "fit_counts.py", "reads": ["data"], "options": of_data | {"max_rounds": 1}},
+        "sasrec": {"recipe": "train_sasrec.py", "reads": ["data"], "resumes": True, "options": of_data | small},
+    }
+    stages["data"]["options"]["num_candidates"] = 3
+    (folder / "stages.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    labelled = {"teacher": folder / "ilora", "labelled_positions": "all", "batch_size": 8, "top_k": 5, "shard_rows": 64}
+    measured = {"latency_calls": 2, "num_resamples": 10, "k": 3, "plot": False}
+    data = {"data_dir": parts.data_dir}
+    return {
+        "prepare_data": table,
+        "fit_counts": data | {"max_rounds": 1, "max_length": 5, "history_decay": 0.8},
+        "train_sasrec": data | small,
+        "train_ilora": vars(parts) | ilora | {"use_cpu": True, "disable_tqdm": True},
+        "label_with_teacher": data | labelled,
+        "distill_sasrec": data | small | {"top_k": 4, "teacher": parts.recommender, "kl_weight": 1.0},
+        "evaluate_models": data | measured | {"models": [parts.recommender, folder / "ilora"], "names": ["a", "b"]},
+        "run_pipeline": {"config": folder / "stages.yaml"},
+    }
+
+
+def results(folder: Path) -> dict[str, object]:
+    """All that a run leaves and that the next one must leave too: its files by content, and its metrics."""
+    kept = {}
+    for path in folder.parent.rglob("*"):
+        name = str(path.relative_to(folder.parent))
+        if path.is_dir() or "checkpoint-" in name or path.suffix in (".log", ".md", ".csv"):
+            continue
+        if path.name == "run.json":
+            kept[name] = repeated(json.loads(path.read_text())["metrics"])
+        elif path.name == "pipeline.json":
+            kept[name] = {stage: entry["status"] for stage, entry in json.loads(path.read_text()).items()}
+        elif path.name != "results.json":
+            kept[name] = path.read_bytes()
+    return kept
+
+
+def repeated(metrics: object) -> object:
+    if not isinstance(metrics, dict):
+        return metrics
+    return {name: repeated(value) for name, value in metrics.items() if not name.endswith(NOT_REPEATED)}
+
+
+def records(folder: Path) -> list[Path]:
+    return sorted(folder.parent.rglob("run.json"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_is_killed_again_and_again_gives_what_an_undisturbed_one_gives(forked, settings, tmp_path, name):
+    draw = random.Random(name)
+    whole, folder = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
+    undisturbed = forked.run(name, watched=whole.parent, **settings[name], output_dir=whole)
+    assert undisturbed.code == 0, undisturbed.output
+    expected, kills = results(whole), 0
+    assert len(expected) > 2
+    for attempt in itertools.count():
+        # Of the last run nothing is killed; before, the later ones have less to do.
+        kill_at = draw.randint(1, undisturbed.changes) if kills < KILLS else 0
+        fork = {"kill_at": kill_at, "delay": draw.choice([0.0, draw.uniform(0, 0.02)])}
+        ended = forked.run(name, watched=folder.parent, fork=fork, **settings[name], output_dir=folder)
+        if ended.code == -9:
+            kills += 1
+        else:
+            assert ended.code == 0, f"attempt {attempt}, {fork}: {ended.output}"
+        if ended.code == 0 or is_finished(folder):
+            assert results(folder) == expected
+            if kills >= KILLS:
+                break
+            shutil.rmtree(folder.parent)
+        assert attempt < 5 * KILLS
+    assert not [path for path in folder.parent.rglob(".*") if "unfinished" in path.name or "previous" in path.name]
