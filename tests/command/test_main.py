@@ -119,11 +119,19 @@ def test_help_all_shows_what_help_folds_away(hf_ilora):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", [None, "cpu", "multi_cpu", "accelerate"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("launch", "number"),
+    [
+        (None, signal.SIGINT),
+        ("cpu", signal.SIGINT),
+        ("multi_cpu", signal.SIGINT),
+        ("cpu", signal.SIGTERM),
+        ("multi_cpu", signal.SIGTERM),
+        ("accelerate", signal.SIGTERM),
+        ("multi_cpu", signal.SIGKILL),
+    ],
+)
 def test_a_signal_ends_a_launch_quietly_with_all_that_it_started(tmp_path, launch, number):
-    if launch == "accelerate" and number == signal.SIGINT:
-        pytest.skip("accelerate ends with a traceback")
     program = tmp_path / "sleeps.py"
     program.write_text(
         "import sys, time\n"

@@ -95,18 +95,6 @@ def kill_again_and_again(command: list[str], folder: Path, most_shards: int) -> 
     return kills
 
 
-def test_run_that_is_killed_again_and_again_gives_what_an_undisturbed_one_gives(words, undisturbed, tmp_path):
-    folder = tmp_path / "labels"
-    command = [sys.executable, *words, "--output_dir", str(folder)]
-    kills = kill_again_and_again(command, folder, most_shards=SHARDS // 5)
-    assert kills >= 5
-    assert results(folder) == results(undisturbed)
-    assert len(pq.read_table(folder / "requests.parquet")) == SHARDS * SHARD_ROWS
-    record = RecipeRun(folder).record
-    assert record["status"] == "finished"
-    assert record["metrics"]["labels"]["labelled_now"] < record["metrics"]["labels"]["rows"] == SHARDS * SHARD_ROWS
-
-
 def test_two_processes_give_the_rows_of_one(words, undisturbed, launch, tmp_path, parts):
     folder = tmp_path / "labels"
     launch("multi_cpu.yaml", *words, "--output_dir", folder)

@@ -2,15 +2,23 @@
 
 import itertools
 import json
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from hf_ilora.runs.record import is_finished
 from tests.forked_recipes import NAMES, ForkedRecipes
+from tests.processes import kill_with_children
+from tests.recipe_runs import ENVIRONMENT, newest_checkpoint
 from tests.tiny_ilora_parts import save_ilora, save_parts
 
 KILLS = 4  # of each of the eight recipes
@@ -90,10 +98,6 @@ def repeated(metrics: object) -> object:
     return {name: repeated(value) for name, value in metrics.items() if not name.endswith(NOT_REPEATED)}
 
 
-def records(folder: Path) -> list[Path]:
-    return sorted(folder.parent.rglob("run.json"))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_is_killed_again_and_again_gives_what_an_undisturbed_one_gives(forked, settings, tmp_path, name):
     draw = random.Random(name)
@@ -118,3 +122,44 @@ def test_a_run_that_is_killed_again_and_again_gives_what_an_undisturbed_one_give
             shutil.rmtree(folder.parent)
         assert attempt < 5 * KILLS
     assert not [path for path in folder.parent.rglob(".*") if "unfinished" in path.name or "previous" in path.name]
+
+
+def test_a_pipeline_takes_its_stages_along_when_it_is_killed_or_ended(forked, settings, tmp_path):
+    """As a user starts it: the stages are processes that a launcher starts."""
+    whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
+    stages = yaml.safe_load(settings["run_pipeline"]["config"].read_text())["stages"]
+    del stages["counts"]
+    stages["sasrec"]["options"]["num_train_epochs"] = 30
+    (tmp_path / "in_forks.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    stages["sasrec"]["launch"] = "cpu"
+    (tmp_path / "launched.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    undisturbed = forked.run("run_pipeline", watched=whole, config=tmp_path / "in_forks.yaml", output_dir=whole)
+    assert undisturbed.code == 0, undisturbed.output
+
+    words = ["pipeline", "--config", str(tmp_path / "launched.yaml"), "--output_dir", str(killed)]
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        written = newest_checkpoint(killed / "sasrec")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hf_ilora", *words],
+            env=os.environ | ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            deadline = time.monotonic() + 300
+            while newest_checkpoint(killed / "sasrec") == written:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.005)
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(number)
+            assert process.wait(timeout=60) in (-number, 128 + number)
+            assert len(started) >= 2 and not psutil.wait_procs(started, timeout=60)[1]
+        finally:
+            kill_with_children(process)
+        assert json.loads((killed / "sasrec" / "run.json").read_text())["error"] == "Terminated: ended by SIGTERM"
+    last = subprocess.run(
+        [sys.executable, "-m", "hf_ilora", *words], env=os.environ | ENVIRONMENT, capture_output=True, text=True
+    )
+    assert last.returncode == 0, last.stderr
+    assert "resuming from" in last.stderr
+    assert results(killed) == results(whole)

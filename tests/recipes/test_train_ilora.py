@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from hf_ilora import ILoraForRecommendation, SASRecConfig, SASRecForNextItem
 from hf_ilora.models.ilora.candidate_order import preferred_order
 from hf_ilora.training import ilora_parts
-from tests.recipe_runs import RecipeRun, kill_recipe
+from tests.recipe_runs import RecipeRun
 from tests.tiny_ilora_parts import save_parts
 
 SETTINGS = {
@@ -311,19 +311,3 @@ def test_log_tells_the_run_without_warnings(finished):
     assert log.count("step 24 of 24, 0 s left: eval_loss") == 1 and "expert_0_gate" in log
     assert "parameters, of which" in log
     check_loads_and_scores(run.output_dir)
-
-
-@pytest.mark.slow
-def test_killed_run_resumes_to_the_same_result(finished, start_recipe, parts, tmp_path):
-    whole, killed = finished[0], RecipeRun(tmp_path / "killed")
-    settings = {**vars(parts), "output_dir": killed.output_dir, **SETTINGS, **LONG}
-    for step in (4, 12):  # 32 users / 16 = 2 steps per epoch
-        kill_recipe("train_ilora", step, **settings)
-    assert killed.record["status"] == "running"
-    result = start_recipe("train_ilora", **settings)
-    assert result.returncode == 0, result.stderr
-    assert f"from {killed.output_dir}/checkpoint-" in result.stderr
-    metrics, expected = (run.record["metrics"]["validation"] for run in (killed, whole))
-    assert metrics["eval_loss"] == expected["eval_loss"]
-    assert killed.weights.keys() == whole.weights.keys()
-    assert all(torch.equal(value, killed.weights[name]) for name, value in whole.weights.items())
