@@ -63,6 +63,15 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def wait_for_checkpoint(process: subprocess.Popen, output_dir: Path, step: int) -> None:
+    """Wait until a run, in a process of its own, has a checkpoint of `step` or more steps, or has ended.
+
+    The newest checkpoint may be half written; with more than one epoch's steps, the one before it is whole.
+    """
+    while process.poll() is None and (checkpoint_step(newest_checkpoint(output_dir) or Path("checkpoint-0")) < step):
+        time.sleep(0.02)
+
+
 def recipe_words(**settings) -> list[str]:
     """The command line that gives a recipe these settings; None leaves one out, a list gives several values."""
     words = []

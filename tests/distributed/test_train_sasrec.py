@@ -12,7 +12,7 @@ import torch
 
 from tests.paths import PROJECT, RECIPES
 from tests.processes import kill_with_children
-from tests.recipe_runs import RecipeRun, recipe_words
+from tests.recipe_runs import ENVIRONMENT, RecipeRun, recipe_words, wait_for_checkpoint
 from tests.synthetic import cyclic_sequences
 
 # Without dropout two processes with half the batch must compute what one computes with the whole.
@@ -88,3 +88,18 @@ def test_a_process_that_is_killed_ends_the_launch_and_the_next_launch_resumes(tr
 
 def whole_checkpoints(output_dir) -> set[str]:
     return {path.parent.name for path in output_dir.glob("checkpoint-*/trainer_state.json")}
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_two_processes_is_not_continued_by_one(start_recipe, tmp_path):
+    cyclic_sequences(num_users=64).save(tmp_path / "data")
+    run = RecipeRun(tmp_path / "run")
+    settings = SETTINGS | {"data_dir": tmp_path / "data", "output_dir": run.output_dir, "num_train_epochs": 5000}
+    command = [sys.executable, "-m", "hf_ilora_cli.launch_recipe", str(RECIPES / "train_sasrec.py")]
+    command += ["--num_processes", "2", *recipe_words(**settings)]
+    with subprocess.Popen(command, env=os.environ | ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+        wait_for_checkpoint(process, run.output_dir, 2)  # an epoch is a step
+        kill_with_children(process)
+    assert run.record["launch"]["num_processes"] == 2
+    result = start_recipe("train_sasrec", **settings)
+    assert result.returncode == 2 and "num_processes of the launch was 2 and is 1" in result.stderr

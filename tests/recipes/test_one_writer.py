@@ -7,7 +7,7 @@ import pytest
 
 from hf_ilora.files import held_folder
 from tests.processes import kill_with_children
-from tests.recipe_runs import ENVIRONMENT, RecipeRun, newest_checkpoint, recipe_command
+from tests.recipe_runs import ENVIRONMENT, RecipeRun, recipe_command, wait_for_checkpoint
 from tests.synthetic import cyclic_sequences
 
 RECIPES = {
@@ -45,12 +45,11 @@ def test_a_second_command_changes_nothing_of_a_run_and_a_killed_one_holds_nothin
     run = RecipeRun(tmp_path / "run")
     settings = {
         "data_dir": tmp_path / "data", "output_dir": run.output_dir, "hidden_size": 16, "max_length": 8,
-        "num_train_epochs": 100000, "early_stopping_patience": 0, "disable_tqdm": True,
+        "num_train_epochs": 5000, "early_stopping_patience": 0, "disable_tqdm": True,
     }  # fmt: skip
     command = recipe_command("train_sasrec", **settings)
     with subprocess.Popen(command, env=os.environ | ENVIRONMENT, stderr=subprocess.DEVNULL) as first:
-        while first.poll() is None and newest_checkpoint(run.output_dir) is None:
-            pass
+        wait_for_checkpoint(first, run.output_dir, 8)  # four steps are an epoch
         second = start_recipe("train_sasrec", **settings)
         assert second.returncode == 2, second.stderr
         assert second.stderr.count("\n") == 1 and f"process {first.pid} holds this folder since " in second.stderr

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from hf_ilora import DistillationArguments, ILoraTrainingArguments, NextItemTrainingArguments
 from hf_ilora.runs import RunRecord, resumable_checkpoint
+from hf_ilora.runs.launch_settings import launch_settings
 
 
 @dataclass
@@ -48,6 +50,62 @@ def test_other_settings_or_data_are_refused(tmp_path):
         resumable_checkpoint(tmp_path, [Settings(learning_rate=0.2)], "abc")
     with pytest.raises(ValueError, match="fingerprint was abc and is xyz"):
         resumable_checkpoint(tmp_path, [Settings()], "xyz")
+
+
+@pytest.mark.parametrize(
+    ("launched", "message"),
+    [
+        ({"num_processes": 2}, "num_processes of the launch was 2 and is 1"),
+        ({"mixed_precision": "bf16"}, "mixed_precision of the launch was 'bf16' and is 'no'"),
+        ({"deepspeed_zero_stage": "2"}, "deepspeed_zero_stage of the launch was '2' and is None"),
+    ],
+)
+def test_another_launch_is_refused(tmp_path, launched, message):
+    begun(tmp_path)
+    whole = checkpoint(tmp_path, 5)
+    assert resumable_checkpoint(tmp_path, [Settings()], "abc") == whole
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["launch"] |= launched
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=message):
+        resumable_checkpoint(tmp_path, [Settings()], "abc")
+
+
+def test_what_the_launcher_passes_on_is_recorded_and_a_launch_that_decides_nothing_is_none(tmp_path, monkeypatch):
+    begun(tmp_path)
+    whole = checkpoint(tmp_path, 5)
+    nothing = {
+        "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_DYNAMO_MODE": "default",
+        "ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "false", "FSDP_VERSION": "2", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    for name, value in nothing.items():
+        monkeypatch.setenv(name, value)
+    assert resumable_checkpoint(tmp_path, [Settings()], "abc") == whole
+
+    (tmp_path / "zero.json").write_text("{}")
+    something = {
+        "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_USE_FSDP": "true",
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json"),
+    }  # fmt: skip
+    for name, value in something.items():
+        monkeypatch.setenv(name, value)
+    settings = launch_settings()
+    assert settings["mixed_precision"] == "bf16" and settings["dynamo_backend"] == "INDUCTOR"
+    assert settings["fsdp_version"] == "2" and settings["deepspeed_config_file"].startswith("sha256 ")
+    with pytest.raises(ValueError, match="mixed_precision of the launch was 'no' and is 'bf16'; "):
+        resumable_checkpoint(tmp_path, [Settings()], "abc")
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 1}}')
+    assert launch_settings()["deepspeed_config_file"] != settings["deepspeed_config_file"]
+
+
+@pytest.mark.parametrize("kind", [NextItemTrainingArguments, DistillationArguments, ILoraTrainingArguments])
+def test_the_precision_of_the_launch_is_that_of_the_arguments(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    arguments = kind(str(tmp_path), use_cpu=True)
+    assert arguments.bf16 and launch_settings([arguments])["mixed_precision"] == "bf16"
+    begun(tmp_path, arguments)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["configuration"][kind.__name__]["bf16"] is True and record["launch"]["mixed_precision"] == "bf16"
 
 
 def test_a_run_without_a_whole_checkpoint_blocks_no_corrected_command(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_ilora.runs.launch_settings import launch_differences
 from hf_ilora.runs.record import plain_configuration, read_record
 
 logger = logging.getLogger(__name__)
@@ -42,13 +43,13 @@ def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], da
     checkpoint = last_whole_checkpoint(output_dir)
     if checkpoint is None:
         return None  # nothing is lost, whatever the settings were
-    differences = configuration_differences(earlier, arguments)
+    differences = configuration_differences(earlier, arguments) + launch_differences(earlier, arguments)
     if earlier["data_fingerprint"] not in (None, data_fingerprint):
         differences.append(f"the data's fingerprint was {earlier['data_fingerprint']} and is {data_fingerprint}")
     if differences:
         raise ValueError(
             f"{output_dir} contains an unfinished run that differs from this one: {'; '.join(differences)}; "
-            "choose another output_dir, or delete the folder"
+            "choose another output_dir, delete the folder, or resume with the settings and the launch that it had"
         )
     logger.info("resuming from %s", checkpoint)
     return checkpoint

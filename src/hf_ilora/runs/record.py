@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 
 from hf_ilora.files import written_whole
+from hf_ilora.runs.launch_settings import launch_settings
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class RunRecord:
             "git": _git_state(Path(__file__).resolve().parents[3]),
             "world_size": state.num_processes,
             "device": str(state.device),
+            "launch": launch_settings(arguments),
             "threads": torch.get_num_threads(),
             "durations_seconds": {},
             "metrics": {},

@@ -1,6 +1,7 @@
 """Checks of training arguments: what cannot work is found before anything is loaded, drawn or written."""
 
 import math
+import os
 from collections.abc import Collection
 
 import torch
@@ -23,11 +24,14 @@ def check_run_arguments(arguments: TrainingArguments, per_epoch: str) -> None:
     """Raise a ValueError for settings with which no trainer of this package can work.
 
     Args:
-        arguments: before `TrainingArguments.__post_init__`; they have `early_stopping_patience`. `use_cpu` becomes true
-            where the launch was told to use the CPU.
+        arguments: before `TrainingArguments.__post_init__`; they have `early_stopping_patience`. `use_cpu`, `bf16` and
+            `fp16` become true where the launch decides so: what is recorded is what is done.
         per_epoch: what the training data renew in every epoch, for the message.
     """
     arguments.use_cpu = arguments.use_cpu or launched_on_cpu()
+    launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched_precision in ("bf16", "fp16") and not (arguments.bf16 or arguments.fp16):
+        setattr(arguments, launched_precision, True)
     if arguments.output_dir is None:
         raise ValueError("output_dir is missing: expected the folder for the model; pass output_dir")
     if arguments.dataloader_persistent_workers:

@@ -1,0 +1,65 @@
+"""What a launch decides about a training: settings that are in no dataclass of the recipe, and count on resuming."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import str_to_bool
+from transformers import TrainingArguments
+
+# The variables with which `accelerate launch` passes the settings of a way to distribute on, by its switch.
+_OF_SWITCHES = {
+    "ACCELERATE_USE_DEEPSPEED": ("ACCELERATE_DEEPSPEED_", "ACCELERATE_GRADIENT_", "ACCELERATE_CONFIG_DS_"),
+    "ACCELERATE_USE_FSDP": ("FSDP_",),
+    "ACCELERATE_USE_MEGATRON_LM": ("MEGATRON_LM_",),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("PARALLELISM_CONFIG_",),
+}
+
+
+def launch_settings(arguments: Sequence[object] = ()) -> dict[str, object]:
+    """The settings of this launch in JSON types, the same for `python recipe.py` as for a launch that decides nothing.
+
+    Args:
+        arguments: the dataclasses of the run; the `TrainingArguments` among them say which precision is in effect.
+    """
+    state = PartialState()
+    training = [part for part in arguments if isinstance(part, TrainingArguments)]
+    launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    settings = {
+        "num_processes": state.num_processes,
+        "mixed_precision": training[0].mixed_precision if training else launched_precision,
+        "distributed_type": state.distributed_type.value,
+        "device_type": state.device.type,
+    }
+    prefixes = [
+        prefix
+        for switch, names in _OF_SWITCHES.items()
+        if str_to_bool(os.environ.get(switch, "false"))
+        for prefix in names
+    ]
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        prefixes.append("ACCELERATE_DYNAMO_")
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(tuple(prefixes)):
+            settings[name.removeprefix("ACCELERATE_").lower()] = _content(value)
+    return settings
+
+
+def launch_differences(record: dict, arguments: Sequence[object]) -> list[str]:
+    """The settings in which this launch differs from that of an earlier run's record, one sentence each."""
+    now = launch_settings(arguments)
+    before = record.get("launch", {"num_processes": record.get("world_size", now["num_processes"])})
+    names = [*now, *(name for name in before if name not in now)] if "launch" in record else before
+    return [
+        f"{name} of the launch was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _content(value: str) -> str:
+    """The value, or for a file, such as a configuration of DeepSpeed, the sha256 of its content."""
+    path = Path(value)
+    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" if value and path.is_file() else value
