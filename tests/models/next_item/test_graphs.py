@@ -8,8 +8,12 @@ from hf_ilora import (
     CaserForNextItem,
     GRU4RecConfig,
     GRU4RecForNextItem,
+    PopularityConfig,
+    PopularityForNextItem,
     SASRecConfig,
     SASRecForNextItem,
+    TransitionCountsConfig,
+    TransitionCountsForNextItem,
 )
 
 SIZES = {"num_items": 40, "hidden_size": 8, "max_length": 10}
@@ -87,6 +91,28 @@ def test_an_exported_model_takes_batches_of_any_shape(kind):
             expected = model(histories(*shape)).logits
             found = exported.module()(input_ids=histories(*shape)).logits
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (PopularityForNextItem, PopularityConfig(num_items=40)),
+        (TransitionCountsForNextItem, TransitionCountsConfig(num_items=40, max_length=3, popularity_weight=0.1)),
+    ],
+)
+@torch.no_grad()
+def test_counts_are_one_graph_too(model_class, config):
+    model = model_class.fit(histories(30, 8)[2:].tolist(), config).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    shapes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    exported = torch.export.export(
+        model, (), {"input_ids": histories(3, 4)}, dynamic_shapes={"input_ids": shapes}, strict=False
+    )
+    for shape in SHAPES:
+        expected = model(histories(*shape)).logits
+        torch.testing.assert_close(compiled(histories(*shape)).logits, expected)
+        torch.testing.assert_close(exported.module()(input_ids=histories(*shape)).logits, expected)
 
 
 @pytest.mark.slow

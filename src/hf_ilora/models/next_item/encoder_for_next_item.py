@@ -244,7 +244,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         `padding_to_the_end`, behind which the padding of the hidden states lies.
         """
         length = item_ids.shape[1]
-        row_starts = length * torch.arange(len(item_ids), device=item_ids.device).unsqueeze(1)  # (batch, 1)
+        row_starts = length * torch.arange(item_ids.shape[0], device=item_ids.device).unsqueeze(1)  # (batch, 1)
         places = (slots + row_starts).flatten()  # (batch * length,), of each input position in the hidden states
         places = places if indices is None else places[indices]  # (positions,)
         repeated_items = self._repeated_items(item_ids)  # (batch, length)

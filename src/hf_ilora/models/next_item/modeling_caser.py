@@ -83,7 +83,7 @@ class CaserEncoder(nn.Module):
         if self.is_reference:
             return F.pad(item_ids, (0, self.max_length - length), value=PADDING_ITEM_ID)
         places = torch.arange(self.max_length, device=item_ids.device) - self.max_length
-        ends = item_ids.new_full((len(item_ids),), length) if lengths is None else lengths
+        ends = item_ids.new_full((item_ids.shape[0],), length) if lengths is None else lengths
         places = places + ends.unsqueeze(1)  # (batch, max_length), negative before the oldest item
         return item_ids.gather(1, places.clamp(min=0)).masked_fill(places < 0, PADDING_ITEM_ID)
 

@@ -97,7 +97,7 @@ class PopularityForNextItem(CountingPreTrainedModel):
         """The logits of `forward`, (batch, num_items + 1), without a check of the ids."""
         scores = self.item_counts.clone()  # (num_items + 1,)
         scores[PADDING_ITEM_ID] = float("-inf")
-        return scores.expand(len(input_ids), -1)
+        return scores.expand(input_ids.shape[0], -1)
 
 
 class TransitionCountsForNextItem(CountingPreTrainedModel):
@@ -180,7 +180,11 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
     def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The logits of `forward`, (batch, num_items + 1), without a check of the ids."""
         popularity = self.item_counts * (self.config.popularity_weight / self.item_counts.max().clamp(min=1))
-        scores = popularity.repeat(len(input_ids), 1)  # (batch, num_items + 1)
+        scores = popularity.repeat(input_ids.shape[0], 1)  # (batch, num_items + 1)
+        if torch.compiler.is_compiling():
+            scores = scores + self._dense_transition_scores(input_ids)
+            scores[:, PADDING_ITEM_ID] = float("-inf")
+            return scores
         users, items, item_weights = self._newest_real_items(input_ids)  # (sources,) each
         starts = self.transition_starts[items]
         lengths = self.transition_starts[items + 1] - starts  # (sources,)
@@ -194,11 +198,28 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         scores[:, PADDING_ITEM_ID] = float("-inf")
         return scores
 
+    def _dense_transition_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(batch, num_items + 1) by all stored transitions: more work, but of shapes that a graph knows beforehand."""
+        is_read, age = self._newest(input_ids)
+        weights = is_read * self.config.history_decay ** age.to(self.dtype)  # (batch, length)
+        per_item = weights.new_zeros(input_ids.shape[0], self.config.num_items + 1)
+        per_item = per_item.scatter_add(1, input_ids.long(), weights)  # (batch, num_items + 1)
+        ends = self.transition_starts[1:]
+        is_end = ends.new_zeros(self.config.num_transitions + 1).index_add(0, ends, torch.ones_like(ends))
+        sources = is_end.cumsum(0)[:-1]  # (transitions,): an item's transitions begin where the last item's end
+        stored = per_item[:, sources] * self.transition_weights  # (batch, transitions)
+        return torch.zeros_like(per_item).index_add(1, self.transition_targets, stored)
+
+    def _newest(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where items are that scores are read from, bool, and their age, 0 for the newest: (batch, length) each."""
+        real = input_ids.ne(PADDING_ITEM_ID)
+        age = real.flip(1).cumsum(1).flip(1) - 1
+        return real & (age < self.config.max_length), age
+
     def _newest_real_items(self, input_ids: torch.Tensor):
         """Row, item id and weight of the items that scores are read from: (sources,) each."""
-        real = input_ids.ne(PADDING_ITEM_ID)
-        age = real.flip(1).cumsum(1).flip(1) - 1  # (batch, length), 0 for the newest real item
-        users, positions = (real & (age < self.config.max_length)).nonzero(as_tuple=True)
+        is_read, age = self._newest(input_ids)
+        users, positions = is_read.nonzero(as_tuple=True)
         weights = self.config.history_decay ** age[users, positions].to(self.dtype)
         return users, input_ids[users, positions].long(), weights
 

@@ -33,7 +33,7 @@ class GRU(nn.RNNBase):
             for layer in range(self.num_layers):
                 inputs = self._scan(inputs, layer)
             return inputs
-        state = inputs.new_zeros(self.num_layers, len(inputs), self.hidden_size)
+        state = inputs.new_zeros(self.num_layers, inputs.shape[0], self.hidden_size)
         weights = [getattr(self, name) for name in self._flat_weights_names]
         settings = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, self.batch_first)
         return torch.gru(inputs, state, weights, *settings)[0]

@@ -63,8 +63,8 @@ class TeacherEmbedding(nn.Module):
             self._check_table()
             table = self.table
         table = table.to(self.projection.weight)
-        # Whichever projects fewer rows: the items of the batch, or all that there are.
-        if item_ids is None or item_ids.numel() >= len(table):
+        # Whichever projects fewer rows: the items of the batch, or all that there are. A graph is for any batch.
+        if item_ids is None or (not torch.compiler.is_compiling() and item_ids.numel() >= len(table)):
             projected = self.projection(table)  # (num_items + 1, hidden)
             projected = projected if item_ids is None else F.embedding(item_ids, projected)
         else:
