@@ -112,6 +112,15 @@ def test_one_setting_says_which_positions_are_distilled(windows, tmp_path, posit
     assert found == ([len(batch["label_indices"])] * 2 if positions == "all" else [8, 8])
 
 
+def test_a_stream_goes_with_an_online_teacher_and_not_with_labels(windows, tmp_path):
+    stream = SPLIT.to_iterable_dataset()
+    with pytest.raises(ValueError, match="train_dataset is a stream with teacher_labels"):
+        trainer_of(student(), windows, tmp_path, train_dataset=stream)
+    trainer = trainer_of(student(), windows, tmp_path, train_dataset=stream, teacher=student(seed=7).eval())
+    trainer.train()
+    assert trainer.state.log_history[0]["ranking_loss"] > 0
+
+
 def test_newest_only_keeps_the_last_of_each_row():
     rows = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool()
     assert newest_only(rows).tolist() == [[False, True, False], [False] * 3, [False, False, True]]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from datasets import IterableDataset
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -79,6 +80,11 @@ class DistillationTrainer(NextItemTrainer):
             raise TypeError(
                 f"teacher_labels is the path {teacher_labels}: expected labels, TeacherLabels.load("
                 "folder, data_fingerprint=sequences.fingerprint), which checks that they are about this data"
+            )
+        if teacher_labels is not None and isinstance(kwargs.get("train_dataset"), IterableDataset):
+            raise ValueError(
+                "train_dataset is a stream with teacher_labels, which go by the rows of a split: expected the "
+                "datasets.Dataset that was labelled, or an online teacher (teacher=model)"
             )
         self.teacher_labels, self.teacher = teacher_labels, teacher
         if policy is None:
@@ -183,7 +189,7 @@ class DistillationTrainer(NextItemTrainer):
         return TeacherIndices(args.distilled_positions, args.top_k, names_items)
 
     def _window_settings(self) -> dict:
-        return super()._window_settings() | {"with_origins": self.teacher_labels is not None}
+        return super()._window_settings() | ({} if self.teacher_labels is None else {"with_origins": True})
 
     def _prepare_model(self, model: EncoderForNextItem, args: DistillationArguments) -> None:
         super()._prepare_model(model, args)
