@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from tests.paths import PROJECT, RECIPES
 from tests.recipe_runs import ENVIRONMENT, recipe_words
 
@@ -72,7 +74,7 @@ class ForkedRecipes:
             name: of the recipe.
             watched: the folder whose files count.
             fork: `kill_at`, the number of the change before which it is killed; `delay`, the seconds by which the kill
-                is late; `largest_file`, in bytes.
+                is late; `kill_children`, which are killed in its place; `largest_file`, in bytes.
             settings: of the recipe, as `run_recipe` takes them.
         """
         request = {"name": name, "words": recipe_words(**settings), "watched": str(watched), "fork": fork or {}}
@@ -122,7 +124,8 @@ def _become(recipes: dict, request: dict, changes: mmap.mmap) -> None:
     if "largest_file" in fork:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fork["largest_file"],) * 2)
     pipeline._run = lambda stage, output_dir: _run_stage(recipes, stage, output_dir, run_main)
-    _count_changes(request["watched"], changes, fork.get("kill_at"), fork.get("delay", 0.0))
+    kill = _kill_children if fork.get("kill_children") else _kill_session
+    _count_changes(request["watched"], changes, fork.get("kill_at"), fork.get("delay", 0.0), kill)
     sys.argv = [f"{request['name']}.py", *request["words"]]
     _end_after(lambda: run_main(recipes[request["name"]].main))
 
@@ -149,8 +152,19 @@ def _end_after(run: Callable[[], None]) -> None:
         os._exit(code)
 
 
-def _count_changes(watched: str, changes: mmap.mmap, kill_at: int | None, delay: float) -> None:
-    """Count the changes to files below `watched`, and kill the session before the change number `kill_at`."""
+def _kill_session() -> None:
+    os.killpg(0, signal.SIGKILL)
+
+
+def _kill_children() -> None:
+    for child in psutil.Process().children():
+        child.kill()
+
+
+def _count_changes(
+    watched: str, changes: mmap.mmap, kill_at: int | None, delay: float, kill: Callable[[], None]
+) -> None:
+    """Count the changes to files below `watched`, and kill before the change number `kill_at`."""
 
     def on_event(event: str, arguments: tuple) -> None:
         if event not in _CHANGES or not str(arguments[0]).startswith(watched):
@@ -162,10 +176,10 @@ def _count_changes(watched: str, changes: mmap.mmap, kill_at: int | None, delay:
         if count == kill_at and delay:
             signal.setitimer(signal.ITIMER_REAL, delay)
         elif count == kill_at:
-            os.killpg(0, signal.SIGKILL)
+            kill()
 
     if delay:
-        signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))
+        signal.signal(signal.SIGALRM, lambda *_: kill())
     sys.addaudithook(on_event)
 
 

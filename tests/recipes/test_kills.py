@@ -163,3 +163,30 @@ def test_a_pipeline_takes_its_stages_along_when_it_is_killed_or_ended(forked, se
     assert last.returncode == 0, last.stderr
     assert "resuming from" in last.stderr
     assert results(killed) == results(whole)
+
+
+def test_the_death_of_a_loader_process_is_told(forked, settings, tmp_path):
+    changes = {"dataloader_num_workers": 2, "per_device_train_batch_size": 4, "output_dir": tmp_path / "run"}
+    changes |= {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no", "load_best_model_at_end": False}
+    every = settings["train_sasrec"] | changes
+    ended = forked.run("train_sasrec", watched=tmp_path, fork={"kill_at": 60, "kill_children": True}, **every)
+    assert ended.code == 1, ended.output
+    assert "DataLoader worker" in ended.output
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("largest_file", [0, 20_000])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_disk_that_takes_no_more_is_told_in_a_sentence_with_the_remedy(
+    forked, settings, tmp_path, name, largest_file
+):
+    """The limit of a process for its files fails each write as a full disk does, with another number."""
+    fork, folder = {"largest_file": largest_file}, tmp_path / "run"
+    ended = forked.run(name, watched=tmp_path, fork=fork, **settings[name], output_dir=folder)
+    if ended.code == 0 and largest_file:
+        return  # it fits
+    *_, last = ended.output.splitlines()
+    assert ended.code == 2 and last.startswith(f"{name}.py: error: "), ended.output
+    assert last.endswith("and run the same command again") or "its log is" in last
+    assert "Traceback" not in ended.output and ended.output.count("cannot be written") <= 4
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and ".unfinished" in path.name]

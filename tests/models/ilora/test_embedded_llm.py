@@ -64,6 +64,17 @@ def test_the_model_is_converted_once_to_a_folder_that_loads_as_any_other(fetched
     assert not list(folder.rglob("*.gguf"))
 
 
+def test_a_folder_from_which_files_have_vanished_is_made_anew(fetched, tmp_path, caplog):
+    folder = embedded_llm_folder(tmp_path / "cache")
+    before = names(folder)
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).unlink()
+        assert embedded_llm_folder(tmp_path / "cache") == folder
+        assert names(folder) == before
+        assert f"lacks {name}: making it anew" in caplog.text
+    assert len(fetched) == 3
+
+
 def test_the_cache_of_the_environment_is_the_default(fetched, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ILORA_CACHE", str(tmp_path / "cache"))
     assert embedded_llm_folder().parent == tmp_path / "cache" / "language_models"

