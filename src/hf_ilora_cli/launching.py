@@ -141,7 +141,7 @@ def _report(error: ChildFailedError, program: str) -> int:
     """Print what the main process has not printed itself; returns the exit code of the failure that matters.
 
     When one process fails, the others fail with it: torchrun ends them, or they lose the connection. A user's mistake
-    comes first, and what `run_main` recorded in another process than the main one before what was merely ended.
+    comes first, then a process that was killed, then what `run_main` recorded in another process than the main one.
     """
     failures = list(error.failures.values())
     recorded = [failure for failure in failures if isinstance(failure.message, dict)]
@@ -151,6 +151,9 @@ def _report(error: ChildFailedError, program: str) -> int:
         if failure.exitcode == 2:
             print(f"{program}: error: {shown(failure.message['message'].partition(': ')[2])}", file=sys.stderr)
             return 2
+    for failure in failures:
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # by which torchrun ends the others
+            return _exit_code(failure.exitcode, program, f"process {failure.local_rank}")
     for failure in recorded:
         callstack = shown_lines(failure.message["extraInfo"]["py_callstack"])
         print(f"process {failure.local_rank}: {callstack}", file=sys.stderr)
@@ -158,10 +161,11 @@ def _report(error: ChildFailedError, program: str) -> int:
     return exit_codes[0] if exit_codes else _exit_code(error.get_first_failure()[1].exitcode, program)
 
 
-def _exit_code(returncode: int, program: str) -> int:
+def _exit_code(returncode: int, program: str, process: str = "the process") -> int:
     """The exit code as a shell counts it; a process that was killed is reported."""
     if returncode >= 0:
         return returncode
     name = signal.Signals(-returncode).name
-    print(f"{program}: error: the process was ended by {name}", file=sys.stderr)
+    reason = ", as the system does when memory runs out" if returncode == -signal.SIGKILL else ""
+    print(f"{program}: error: {process} was ended by {name}{reason}", file=sys.stderr)
     return 128 - returncode

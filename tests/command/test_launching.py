@@ -94,7 +94,8 @@ def test_one_process_gets_its_words_and_gives_its_exit_code(launched):
     result = launched("sys.exit(7)", "--launch", "cpu")
     assert (result.returncode, result.stderr) == (7, "")
     result = launched("os.kill(os.getpid(), 9)", "--launch", "cpu")
-    assert (result.returncode, result.stderr) == (137, "program.py: error: the process was ended by SIGKILL\n")
+    killed = "was ended by SIGKILL, as the system does when memory runs out"
+    assert (result.returncode, result.stderr) == (137, f"program.py: error: the process {killed}\n")
 
 
 @pytest.mark.slow
@@ -124,6 +125,14 @@ def test_a_mistake_that_another_process_sees_is_told_too(launched):
     lines = "if not state.is_main_process:\n    raise ValueError('half of it is missing')\nimport time; time.sleep(60)"
     result = launched(lines, "--launch", "multi_cpu")
     assert (result.returncode, result.stderr) == (2, "program.py: error: half of it is missing\n")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named(launched):
+    lines = "if not state.is_main_process:\n    os.kill(os.getpid(), 9)\nimport time; time.sleep(60)"
+    result = launched(lines, "--launch", "multi_cpu")
+    killed = "process 1 was ended by SIGKILL, as the system does when memory runs out"
+    assert (result.returncode, result.stderr) == (137, f"program.py: error: {killed}\n")
 
 
 @pytest.mark.slow
