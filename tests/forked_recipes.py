@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -74,7 +75,8 @@ class ForkedRecipes:
             name: of the recipe.
             watched: the folder whose files count.
             fork: `kill_at`, the number of the change before which it is killed; `delay`, the seconds by which the kill
-                is late; `kill_children`, which are killed in its place; `largest_file`, in bytes.
+                is late; `kill_children`, which are killed in its place; `signal`, that it gets instead of SIGKILL;
+                `largest_file`, in bytes.
             settings: of the recipe, as `run_recipe` takes them.
         """
         request = {"name": name, "words": recipe_words(**settings), "watched": str(watched), "fork": fork or {}}
@@ -125,6 +127,8 @@ def _become(recipes: dict, request: dict, changes: mmap.mmap) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fork["largest_file"],) * 2)
     pipeline._run = lambda stage, output_dir: _run_stage(recipes, stage, output_dir, run_main)
     kill = _kill_children if fork.get("kill_children") else _kill_session
+    if "signal" in fork:
+        kill = partial(os.kill, os.getpid(), fork["signal"])
     _count_changes(request["watched"], changes, fork.get("kill_at"), fork.get("delay", 0.0), kill)
     sys.argv = [f"{request['name']}.py", *request["words"]]
     _end_after(lambda: run_main(recipes[request["name"]].main))

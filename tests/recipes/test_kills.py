@@ -98,6 +98,32 @@ def repeated(metrics: object) -> object:
     return {name: repeated(value) for name, value in metrics.items() if not name.endswith(NOT_REPEATED)}
 
 
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("prepare_data", signal.SIGTERM),
+        ("fit_counts", signal.SIGINT),
+        ("train_sasrec", signal.SIGTERM),
+        ("train_ilora", signal.SIGTERM),
+        ("label_with_teacher", signal.SIGTERM),
+        ("distill_sasrec", signal.SIGINT),
+        ("evaluate_models", signal.SIGTERM),
+    ],
+)
+def test_a_request_to_end_is_on_record_and_the_next_run_finishes(forked, settings, tmp_path, name, number):
+    folder = tmp_path / "run"
+    fork = {"kill_at": 50, "signal": number}  # the record has begun, and the work is not done
+    ended = forked.run(name, watched=tmp_path, fork=fork, **settings[name], output_dir=folder)
+    assert ended.code == 128 + number and "Traceback" not in ended.output, ended.output
+    [record] = tmp_path.rglob("run.json")
+    content = json.loads(record.read_text())
+    assert content["status"] == "failed"
+    assert content["error"].startswith("KeyboardInterrupt" if number == signal.SIGINT else "Terminated: ended by")
+    again = forked.run(name, watched=tmp_path, **settings[name], output_dir=folder)
+    assert again.code == 0, again.output
+    assert json.loads(record.read_text())["status"] == "finished"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_is_killed_again_and_again_gives_what_an_undisturbed_one_gives(forked, settings, tmp_path, name):
     draw = random.Random(name)
