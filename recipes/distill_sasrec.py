@@ -50,6 +50,9 @@ class TeacherArguments:
         default=None,
         metadata={"help": "folder or Hub name of a model to ask in every training step, instead of labels"},
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that comes with the language model of the teacher"}
+    )
 
     def __post_init__(self):
         if (self.teacher_labels is None) == (self.teacher is None):
@@ -78,7 +81,7 @@ def distill(arguments: tuple) -> None:
     checkpoint = resumable_checkpoint(training.output_dir, arguments, fingerprint)
     labels, inputs = None, {}
     if teacher.teacher_labels is not None:
-        labels = labels_of_teacher(teacher.teacher_labels, sequences, teacher.labels_teacher)
+        labels = labels_of_teacher(teacher.teacher_labels, sequences, teacher.labels_teacher, teacher.trust_remote_code)
         inputs = {"teacher_labels": labels.origin()}
         check_same_inputs(checkpoint, inputs)
     set_seed(training.seed)
@@ -87,6 +90,7 @@ def distill(arguments: tuple) -> None:
         training,
         teacher_labels=labels,
         teacher=teacher.teacher,
+        trust_remote_code=teacher.trust_remote_code,
         train_dataset=sequences["train"],
         eval_dataset=sequences["validation"],
         processing_class=sequences.catalogue,

@@ -97,6 +97,7 @@ class ILoraEvaluationArguments:
     dtype: str | None = field(
         default=None, metadata={"help": "data type of the language models; by default as saved", "choices": DTYPES}
     )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the language models"})
     num_resamples: int = field(default=2000, metadata={"help": "bootstrap resamples, and sign flips of the p-values"})
     seed: int = field(
         default=0, metadata={"help": "random seed of intervals, p-values and the candidates of the train split"}
@@ -141,7 +142,8 @@ def evaluate(arguments: ILoraEvaluationArguments, state: PartialState) -> None:
     check_top_k("k", arguments.k, sequences.num_items)
     for model in arguments.models:  # before anything is measured
         ILoraConfig.from_pretrained(model)
-    recommenders = {name: load_recommender(name) for name in arguments.recommenders or []}
+    trusts = {"trust_remote_code": arguments.trust_remote_code}
+    recommenders = {name: load_recommender(name, **trusts) for name in arguments.recommenders or []}
     raw_ids = sequences.raw_ids
     for name, recommender in recommenders.items():
         check_catalogue(recommender, name, sequences.num_items, raw_ids)
@@ -168,14 +170,14 @@ def evaluate(arguments: ILoraEvaluationArguments, state: PartialState) -> None:
                 evaluation.add_recommender(recommender.to(state.device), name)
         for number, (name, source) in enumerate(zip(arguments.names, arguments.models, strict=True)):
             with record.stage(f"load {source}"):
-                model = ILoraForRecommendation.from_pretrained(source, dtype=arguments.dtype)
+                model = ILoraForRecommendation.from_pretrained(source, dtype=arguments.dtype, **trusts)
                 check_catalogue(model, source, sequences.num_items, raw_ids)
                 model.to(state.device)
             with record.stage(f"evaluate {source}"):
                 evaluation.add_model(model, name, source)
             if number == 0 and arguments.zero_shot:
                 with record.stage(ZERO_SHOT):
-                    bare = without_adapter(model, arguments.dtype).to(state.device)
+                    bare = without_adapter(model, arguments.dtype, arguments.trust_remote_code).to(state.device)
                     evaluation.add_language_model(bare, ZERO_SHOT, bare.config.llm_name_or_path)
                     del bare
             del model
@@ -214,14 +216,20 @@ def load_data(arguments: ILoraEvaluationArguments):
     return sequences, split
 
 
-def without_adapter(model: ILoraForRecommendation, dtype: str | None) -> ILoraForRecommendation:
+def without_adapter(
+    model: ILoraForRecommendation, dtype: str | None, trust_remote_code: bool
+) -> ILoraForRecommendation:
     """The language model that `model` was trained on, with plain-text prompts and an adapter that adds zero.
 
     With one expert there is no router, and an untrained LoRA adds zero.
     """
     config = model.config
     llm, tokenizer, _ = load_language_model(
-        config.llm_name_or_path, revision=config.llm_revision, gguf_file=config.llm_gguf_file, dtype=dtype
+        config.llm_name_or_path,
+        revision=config.llm_revision,
+        gguf_file=config.llm_gguf_file,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )
     plain = ILoraConfig(
         llm_name_or_path=config.llm_name_or_path,

@@ -69,6 +69,9 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "draw results.png; by default if matplotlib is installed (extra hf_ilora[plot])"},
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that comes with the language model of an iLoRA"}
+    )
     device: str | None = field(
         default=None, metadata={"help": "device to evaluate on; by default a GPU if there is one"}
     )
@@ -159,7 +162,7 @@ def load_and_check(arguments: EvaluationArguments):
     histories = sampled_histories(split, arguments.latency_calls, arguments.seed)
     check_top_k("k", arguments.k, sequences.num_items, most_seen_items(histories))
     folders = [model_folder(name) for name in arguments.models]
-    models = [load_recommender(folder) for folder in folders]
+    models = [load_recommender(folder, trust_remote_code=arguments.trust_remote_code) for folder in folders]
     raw_ids = sequences.raw_ids
     for name, model in zip(arguments.names, models, strict=True):
         if not check_catalogue(model, name, sequences.num_items, raw_ids):

@@ -82,6 +82,9 @@ class LabelArguments:
         default=None,
         metadata={"help": "data type of the teacher's language model; by default as saved", "choices": DTYPES},
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that comes with the language model of an iLoRA"}
+    )
 
     def __post_init__(self):
         check_at_least_one(self, "top_k", "batch_size", "shard_rows")
@@ -167,7 +170,12 @@ def load_and_check(arguments: LabelArguments, device: torch.device):
     check_top_k("top_k", arguments.top_k, sequences.num_items)
     raw_ids = sequences.raw_ids
     teacher = load_teacher(
-        arguments.teacher, len(sequences["train"]), sequences.num_items, dtype=arguments.dtype, device=device
+        arguments.teacher,
+        len(sequences["train"]),
+        sequences.num_items,
+        dtype=arguments.dtype,
+        device=device,
+        trust_remote_code=arguments.trust_remote_code,
     )
     if isinstance(teacher, ModelTeacher):
         check_catalogue(teacher.model, arguments.teacher, sequences.num_items, raw_ids)

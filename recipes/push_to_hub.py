@@ -54,6 +54,9 @@ class PublishArguments:
         default=None, metadata={"help": "iLoRA: Hub name of the language model, if config.json names a folder"}
     )
     llm_revision: str | None = field(default=None, metadata={"help": "iLoRA: commit of --llm_name"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "iLoRA: run code that comes with the tokenizer, to check it"}
+    )
     keep_card: bool = field(default=False, metadata={"help": "publish the README.md of the folder unchanged"})
     private: bool | None = field(
         default=None, metadata={"help": "make a new repository private; by default as set on the Hub"}
@@ -89,7 +92,7 @@ def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     checks = {"run_file": arguments.run_file, "llm_name": arguments.llm_name, "llm_revision": arguments.llm_revision}
-    checked = check_folder(arguments.model, **checks)
+    checked = check_folder(arguments.model, **checks, trust_remote_code=arguments.trust_remote_code)
     if not arguments.keep_card:
         protocol = None
         if arguments.data_dir is not None:

@@ -25,6 +25,9 @@ class RecommendArguments:
     history: list[str] | None = field(default=None, metadata={"help": "raw item ids, oldest first"})
     top_k: int = field(default=10, metadata={"help": "number of recommendations"})
     shown: int = field(default=5, metadata={"help": "number of newest items of the history to print"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that comes with the language model of an iLoRA"}
+    )
 
     def __post_init__(self):
         if (self.user is None) == (self.history is None) or (self.user is not None and self.data_dir is None):
@@ -52,7 +55,7 @@ def history_of_user(sequences: SequenceDatasets, data_dir: str, user: str) -> li
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    model = load_recommender(arguments.model)
+    model = load_recommender(arguments.model, trust_remote_code=arguments.trust_remote_code)
     catalogue = model.catalogue
     if catalogue is None:
         raise ValueError(f"{arguments.model} has no catalogue (items.parquet): expected one with the weights")

@@ -181,6 +181,7 @@ def load_teacher(
     num_items: int,
     dtype: str | None = None,
     device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Teacher:
     """The teacher at `source`.
 
@@ -191,6 +192,7 @@ def load_teacher(
         num_items: size of the catalogue.
         dtype: data type of the language model, such as "bfloat16"; only for iLoRA models that are loaded here.
         device: device of the model.
+        trust_remote_code: run code that comes with the language model of an iLoRA.
 
     Raises:
         ValueError: when `source` is none of these, or does not fit the data set.
@@ -206,25 +208,28 @@ def load_teacher(
         kind = ScoreTableTeacher if path.suffix == ".safetensors" else DLLM2RecFilesTeacher
         return kind(path, num_rows, num_items)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{source} is not a teacher ({error}): expected a saved model, a .safetensors file of scores, or a folder "
             f"with {RANKS_FILE}"
         ) from error
     if isinstance(config, ILoraConfig):
-        model = ILoraForRecommendation.from_pretrained(source, dtype=dtype)
+        model = ILoraForRecommendation.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
     else:
         if dtype is not None:
             raise ValueError(f"dtype is {dtype} and {source} has no language model: leave dtype out")
-        model = AutoModel.from_pretrained(source)
+        model = AutoModel.from_pretrained(source, trust_remote_code=False)
         if not isinstance(model, NextItemPreTrainedModel):
             raise ValueError(f"{source} is a {type(model).__name__}: expected a recommender of hf_ilora")
     return ModelTeacher(model.to(device), source)
 
 
 def labels_of_teacher(
-    folder: str | os.PathLike, sequences: SequenceDatasets, teacher: str | None = None
+    folder: str | os.PathLike,
+    sequences: SequenceDatasets,
+    teacher: str | None = None,
+    trust_remote_code: bool = False,
 ) -> TeacherLabels:
     """Labels of a data set, from the teacher that is expected.
 
@@ -233,6 +238,7 @@ def labels_of_teacher(
         sequences: the data set that the labels are about.
         teacher: as `load_teacher` takes it; it is loaded in the dtype in which it answered, and its fingerprint
             compared. None takes the labels of any teacher.
+        trust_remote_code: as in `load_teacher`.
 
     Raises:
         FileNotFoundError, ValueError: as `TeacherLabels.load`; for a teacher that cannot be loaded; and under ZeRO-3,
@@ -247,7 +253,14 @@ def labels_of_teacher(
             )
         dtype = read_description(Path(folder)).get("dtype")
         try:
-            fingerprint = load_teacher(teacher, len(sequences["train"]), sequences.num_items, dtype=dtype).fingerprint
+            expected = load_teacher(
+                teacher,
+                len(sequences["train"]),
+                sequences.num_items,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+            )
+            fingerprint = expected.fingerprint
         except ValueError as error:
             raise ValueError(
                 f"labels_teacher is {teacher}: expected the teacher that {folder} was made with ({error})"

@@ -7,9 +7,10 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 from transformers.utils import CONFIG_NAME
 
+from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 
@@ -37,11 +38,15 @@ def model_folder(name_or_path: str) -> Path:
     return folder
 
 
-def load_recommender(name_or_path: str | os.PathLike) -> NextItemPreTrainedModel | ILoraForRecommendation:
+def load_recommender(
+    name_or_path: str | os.PathLike, *, trust_remote_code: bool = False
+) -> NextItemPreTrainedModel | ILoraForRecommendation:
     """Load a recommender of this package, in evaluation mode: one that ranks the whole catalogue.
 
     Args:
         name_or_path: folder that `save_pretrained` wrote, or name of a model on the Hub.
+        trust_remote_code: run code that comes with the language model of an iLoRA. Recommenders are loaded by the
+            installed classes, and code in their folder is never run.
 
     Raises:
         FileNotFoundError: when it is neither.
@@ -50,8 +55,11 @@ def load_recommender(name_or_path: str | os.PathLike) -> NextItemPreTrainedModel
     """
     folder = model_folder(str(name_or_path))
     try:
-        # Loads the installed classes; code in the folder is never run, and the user is not asked about it.
-        model = AutoModel.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if isinstance(config, ILoraConfig):
+            model = ILoraForRecommendation.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        else:
+            model = AutoModel.from_pretrained(folder, trust_remote_code=False)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"no model could be loaded from {folder}: {error}") from error
     if isinstance(model, ILoraForRecommendation):

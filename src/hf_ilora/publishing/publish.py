@@ -52,6 +52,7 @@ def check_folder(
     run_file: str | Path | None = None,
     llm_name: str | None = None,
     llm_revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ModelFolder:
     """Read the folder of a model and check that all files to publish are complete.
 
@@ -60,6 +61,7 @@ def check_folder(
         run_file: path of run.json if it is not in the folder.
         llm_name: for iLoRA: Hub name of the language model, to publish instead of the name in config.json.
         llm_revision: its commit; None means its main branch at the time of loading.
+        trust_remote_code: run code that comes with the tokenizer of an iLoRA.
 
     Raises:
         FileNotFoundError: when a file is missing.
@@ -75,10 +77,10 @@ def check_folder(
         files |= {path.name: path for path in folder.glob(pattern) if path.is_file()}
     if (folder / CARD_FILE).is_file():
         files[CARD_FILE] = folder / CARD_FILE
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     catalogue = Catalogue.from_parquet(folder / CATALOGUE_FILE)
     if isinstance(config, ILoraConfig):
-        load_tokenizer(folder)
+        load_tokenizer(folder, trust_remote_code=trust_remote_code)
         if llm_name is not None:
             config.llm_name_or_path, config.llm_revision, config.llm_gguf_file = llm_name, llm_revision, None
             files[CONFIG_NAME] = _renamed_config(folder / CONFIG_NAME, config)

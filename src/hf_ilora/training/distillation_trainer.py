@@ -47,6 +47,7 @@ class DistillationTrainer(NextItemTrainer):
         teacher_labels: answers of a teacher about `train_dataset`, `TeacherLabels.load(...)`; or pass `teacher`.
         teacher: a model that is asked in every step: any object with `rank_items(histories, top_k, exclude_seen)`, or
             the folder or Hub name of a saved recommender.
+        trust_remote_code: run code that comes with the language model of an iLoRA that `teacher` names.
         policy: chooses the labels that count, `select(student_scores, teacher_scores, target)`; None builds the one
             that the arguments name.
         kwargs: as in `NextItemTrainer`.
@@ -66,6 +67,7 @@ class DistillationTrainer(NextItemTrainer):
         *,
         teacher_labels: TeacherLabels | None = None,
         teacher: object | str | os.PathLike | None = None,
+        trust_remote_code: bool = False,
         policy=None,
         **kwargs,
     ):
@@ -100,7 +102,7 @@ class DistillationTrainer(NextItemTrainer):
                 "teacher ranks"
             )
         if isinstance(teacher, str | os.PathLike):
-            self.teacher = load_recommender(str(teacher))
+            self.teacher = load_recommender(str(teacher), trust_remote_code=trust_remote_code)
         if isinstance(self.teacher, nn.Module):
             self.teacher = self.teacher.eval().to(self.args.device)
             if self.model.catalogue is not None:

