@@ -15,6 +15,7 @@ from datasets import Dataset, Features, List, Value
 
 from hf_ilora import SequenceDatasets, build_sequences
 from hf_ilora.data import sequences as sequences_module
+from hf_ilora.models.next_item import catalogue
 
 FILES = ["items.parquet", "sequences.json", "test.parquet", "train.parquet", "validation.parquet"]
 
@@ -245,7 +246,7 @@ class TestLoading:
         [
             ({"protocol": "leave_one_out"}, "has protocol='leave_one_out': expected a dict"),
             ({"protocol": {}}, "has a protocol without num_candidates: expected an integer"),
-            ({"num_items": "6"}, "has num_items='6': expected a int"),
+            ({"num_items": "6"}, "has num_items='6': expected an int"),
             ({"counts": {"train": 4}}, r"has counts=\{'train': 4\}: expected those of train, validation, test"),
             ({"fingerprint": None}, "has fingerprint=None: expected a str"),
         ],
@@ -257,7 +258,7 @@ class TestLoading:
 
     def test_num_items_must_be_the_catalogue(self, folder):
         edit_description(folder, num_items=5)
-        with pytest.raises(ValueError, match=r"items\.parquet has 6 items: expected the item ids 1 to 5 in order"):
+        with pytest.raises(ValueError, match=r"items\.parquet has 6 rows: expected 5, as sequences\.json"):
             SequenceDatasets.load(folder)
 
     def test_a_catalogue_in_another_order_is_an_error(self, folder):
@@ -299,3 +300,49 @@ class TestLoading:
             table = pq.ParquetFile(folder / f"{name}.parquet").read()
             pq.write_table(table, folder / f"{name}.parquet", row_group_size=2, compression="zstd")
         assert SequenceDatasets.load(folder).fingerprint == fingerprint
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_items": 10**12},
+        {"num_items": 0},
+        {"num_items": True},
+        {"num_items": None},
+        {"counts": {"train": 10**12, "validation": 4, "test": 4}},
+        {"counts": {"train": None, "validation": 4, "test": 4}},
+        {"protocol": {"name": 3, "num_candidates": 2}},
+        {"protocol": {"name": "leave_one_out", "num_candidates": True}},
+    ],
+    ids=str,
+)
+def test_absurd_numbers_are_refused_by_the_files_footers(folder, changes):
+    edit_description(folder, **changes)
+    with pytest.raises(ValueError, match="expected"):
+        SequenceDatasets.load(folder)
+
+
+def test_a_tiny_split_of_many_rows_is_refused_by_its_footer(folder, monkeypatch):
+    monkeypatch.setattr(catalogue, "_ALWAYS_ALLOWED_BYTES", 1 << 20)
+    path, rows = folder / "train.parquet", 10**6
+    schema = pq.read_schema(path)
+    ones = pa.repeat(1, rows)
+    lists = pa.ListArray.from_arrays(pa.array(range(rows + 1), pa.int32()), ones.cast(pa.int32()))
+    columns = [lists if pa.types.is_list(each.type) else ones.cast(each.type) for each in schema]
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), path, compression="zstd")
+    description = json.loads((folder / "sequences.json").read_text())
+    edit_description(folder, counts=description["counts"] | {"train": rows})
+    with pytest.raises(ValueError, match=r"train\.parquet has .* holds 1,000,000 rows"):
+        SequenceDatasets.load(folder)
+
+
+def test_nested_json_and_folders_in_place_of_files_are_refused(folder):
+    whole = (folder / "sequences.json").read_text()
+    (folder / "sequences.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"sequences\.json is not JSON"):
+        SequenceDatasets.load(folder)
+    (folder / "sequences.json").write_text(whole)
+    (folder / "test.parquet").unlink()
+    (folder / "test.parquet").mkdir()
+    with pytest.raises(ValueError, match=r"test\.parquet is a folder: expected a parquet file"):
+        SequenceDatasets.load(folder)

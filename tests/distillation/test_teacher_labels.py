@@ -102,7 +102,7 @@ def change_one_label(folder):
     path = folder / "labels-000001.parquet"
     table = pq.read_table(path)
     items = table["teacher_items"].to_pylist()
-    items[0][0] += 1
+    items[0][0] = items[0][0] % NUM_ITEMS + 1
     columns = [*table.columns[:2], pa.array(items, pa.list_(pa.int32())), table.columns[3]]
     pq.write_table(pa.table(columns, schema=table.schema), path)
 
@@ -120,13 +120,13 @@ def change_description(folder, **changes):
         (lambda folder: (folder / "labels-000000.parquet").unlink(), "labels-000000.parquet is missing: expected 14"),
         (lambda folder: (folder / "labels-000002.parquet").write_bytes(b"PAR1"), "not a whole parquet file"),
         (lambda folder: pq.write_table(pq.read_table(folder / "requests.parquet"), folder / "labels-000003.parquet"),
-         "expected those of labels"),
+         "have 424 rows: expected 220"),
         (lambda folder: (folder / "teacher_labels.json").write_text("{"), "is not JSON"),
         (lambda folder: change_description(folder, format_version=1), "format_version 1: expected 2"),
         (lambda folder: change_description(folder, top_k="dropped"), "lacks top_k"),
         (lambda folder: change_description(folder, embeddings_fingerprint="dropped"),
          "lacks embeddings_fingerprint: restore it, or delete it and run the same command of `hf-ilora label"),
-        (lambda folder: change_description(folder, num_rows=7), "expected 7 with"),
+        (lambda folder: change_description(folder, num_rows=7), "have 220 rows: expected 7"),
     ],
 )  # fmt: skip
 def test_damaged_labels_are_refused(folder, damage, message):
@@ -174,3 +174,37 @@ def test_folder_of_an_earlier_version_is_described_anew_by_the_same_command(fold
     label_all(folder, train, teacher, labelled_positions="all")
     assert not teacher.calls
     assert json.loads((folder / "teacher_labels.json").read_text()) == expected
+
+
+@pytest.mark.parametrize("name", ["top_k", "num_items", "num_rows", "num_shards"])
+def test_numbers_of_the_description_that_cannot_be_are_refused(folder, name):
+    path = folder / "teacher_labels.json"
+    whole = json.loads(path.read_text())
+    for value in (0, -1, None, True, 1.5, "3", [3], *([] if name == "num_items" else [10**12])):
+        path.write_text(json.dumps(whole | {name: value}))
+        with pytest.raises(ValueError, match=r"expected"):
+            load(folder)
+    for text in ("[" * 100_000, "null", "3"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"teacher_labels\.json"):
+            load(folder)
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "message"),
+    [
+        ("teacher_items", lambda lists: [lists[0][:-1], *lists[1:]], "do not all have 3 items"),
+        ("teacher_items", lambda lists: [None, *lists[1:]], "do not all have 3 items"),
+        ("teacher_items", lambda lists: [[31, 1, 2], *lists[1:]], "contain items 1 to 31"),
+        ("teacher_items", lambda lists: [[0, 1, 2], *lists[1:]], "contain items 0 to"),
+        ("teacher_distances", lambda lists: [[float("nan"), 1.0, 2.0], *lists[1:]], "not finite"),
+    ],
+)
+def test_answers_of_another_form_are_refused(folder, column, change, message):
+    path = folder / "labels-000000.parquet"
+    table = pq.read_table(path)
+    place = table.column_names.index(column)
+    changed = pa.array(change(table[column].to_pylist()), table.schema.field(column).type)
+    pq.write_table(table.set_column(place, table.schema.field(place), changed), path)
+    with pytest.raises(ValueError, match=message):
+        load(folder)

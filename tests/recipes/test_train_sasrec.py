@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
 
 from hf_ilora import SASRecForNextItem
 from tests.recipe_runs import RecipeRun, kill_recipe
@@ -92,7 +91,7 @@ def test_unfinished_run_with_other_settings_is_never_continued(trained, train, t
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(train, tmp_path, changes, message):
-    with pytest.raises((ValueError, OSError, StrictDataclassClassValidationError)) as raised:
+    with pytest.raises((ValueError, OSError)) as raised:
         train(tmp_path / "bad", **changes)
     assert message in str(raised.value)
     assert not (tmp_path / "bad").exists()

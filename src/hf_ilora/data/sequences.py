@@ -121,7 +121,7 @@ class SequenceDatasets(DatasetDict):
         protocol, num_items = description["protocol"], description["num_items"]
 
         path = directory / CATALOGUE_FILE
-        table = read_parquet(path)
+        table = read_parquet(path, num_items)
         features = catalogue_features(_raw_id_type(table, "raw_id"))
         _check_columns(table, features, path)
         if not np.array_equal(table["item_id"].to_numpy(), np.arange(1, num_items + 1)):
@@ -136,9 +136,7 @@ class SequenceDatasets(DatasetDict):
         splits = {}
         for name in SPLITS:
             path, rows = directory / f"{name}.parquet", description["counts"][name]
-            table = read_parquet(path)
-            if len(table) != rows:
-                raise ValueError(f"{path} has {len(table)} rows: expected {rows}, as {DESCRIPTION_FILE} says; {REMEDY}")
+            table = read_parquet(path, rows)
             with_candidates = name != "train" and protocol["num_candidates"] > 0
             features = split_features(_raw_id_type(table, "user_id"), with_candidates)
             _check_columns(table, features, path)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from hf_ilora.files import previous_folder
+from hf_ilora.models.next_item.catalogue import open_parquet
 
 SPLITS = ("train", "validation", "test")
 CATALOGUE_FILE = "items.parquet"
@@ -62,16 +63,24 @@ def write_parquet(dataset: Dataset, path: Path) -> None:
             writer.write_table(batch)
 
 
-def read_parquet(path: Path) -> pa.Table:
+def read_parquet(path: Path, rows: int | None = None) -> pa.Table:
     """Read a whole file into memory.
 
+    Args:
+        path: the file.
+        rows: number of rows that it must have, checked before they are read; None accepts any.
+
     Raises:
-        ValueError: when it is not a complete parquet file.
+        ValueError: when it is not a complete parquet file, or has another number of rows.
     """
     try:
         # ParquetFile, because pq.read_table would add columns for folder names such as "seed=3". By row group, because
         # reading all at once needs twice the memory of the table.
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path, REMEDY) as file:
+            if rows not in (None, file.metadata.num_rows):
+                raise ValueError(
+                    f"{path} has {file.metadata.num_rows} rows: expected {rows}, as {DESCRIPTION_FILE} says; {REMEDY}"
+                )
             groups = [file.read_row_group(group) for group in range(file.num_row_groups)]
             return pa.concat_tables(groups) if groups else file.schema_arrow.empty_table()
     except (OSError, pa.ArrowException) as error:
@@ -109,19 +118,31 @@ def read_description(directory: Path) -> dict:
     path = directory / DESCRIPTION_FILE
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): {REMEDY}") from error
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format_version {version}: expected {FORMAT_VERSION}; prepare the data again")
-    for key, expected in {"protocol": dict, "num_items": int, "counts": dict, "fingerprint": str}.items():
+    for key, expected in {"protocol": dict, "counts": dict, "fingerprint": str}.items():
         if not isinstance(description.get(key), expected):
             raise ValueError(f"{path} has {key}={description.get(key)!r}: expected a {expected.__name__}; {REMEDY}")
-    if set(description["counts"]) != set(SPLITS):
-        raise ValueError(f"{path} has counts={description['counts']}: expected those of {', '.join(SPLITS)}; {REMEDY}")
-    if not isinstance(description["protocol"].get("num_candidates"), int):
+    counts, protocol = description["counts"], description["protocol"]
+    if set(counts) != set(SPLITS):
+        raise ValueError(f"{path} has counts={counts}: expected those of {', '.join(SPLITS)}; {REMEDY}")
+    if not is_count(description.get("num_items"), 1):
+        raise ValueError(f"{path} has num_items={description.get('num_items')!r}: expected an int, 1 or more; {REMEDY}")
+    if not all(is_count(count, 0) for count in counts.values()):
+        raise ValueError(f"{path} has counts={counts}: expected an int, 0 or more, for each split; {REMEDY}")
+    if not is_count(protocol.get("num_candidates"), 0):
         raise ValueError(f"{path} has a protocol without num_candidates: expected an integer; {REMEDY}")
+    if not isinstance(protocol.get("name"), str):
+        raise ValueError(f"{path} has a protocol without name: expected a string; {REMEDY}")
     return description
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether a value of JSON is an integer of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _number_streams(part: str, array: pa.Array) -> Iterator[tuple[str, np.ndarray]]:
@@ -141,4 +162,4 @@ def _number_streams(part: str, array: pa.Array) -> Iterator[tuple[str, np.ndarra
 
 
 __all__ = ["CATALOGUE_FILE", "DESCRIPTION_FILE", "FILES", "REMEDY", "SPLITS", "content_digest", "files_digest"]
-__all__ += ["json_digest", "read_description", "read_parquet", "write_description", "write_parquet"]
+__all__ += ["is_count", "json_digest", "read_description", "read_parquet", "write_description", "write_parquet"]

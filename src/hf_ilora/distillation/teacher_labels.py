@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
-from hf_ilora.data.storage import content_digest, read_parquet
+from hf_ilora.data.storage import content_digest, is_count, read_parquet
+from hf_ilora.models.next_item.catalogue import open_parquet
 
 DESCRIPTION_FILE = "teacher_labels.json"
 EMBEDDINGS_FILE = "item_embeddings.safetensors"
@@ -86,7 +87,8 @@ class TeacherLabels:
                     f"the {name} of the labels in {folder} has the fingerprint {found}: expected {expected}; label "
                     f"again with `hf-ilora label`, or use the {name} of these labels"
                 )
-        table = read_shards(folder, description["num_shards"])
+        table = read_shards(folder, description["num_shards"], description["num_rows"])
+        _check_answers(table, description, folder)
         labels = cls(table, description, folder)
         fingerprint = content_digest(labels.table)
         if len(table) != description["num_rows"] or fingerprint != description["labels_fingerprint"]:
@@ -184,17 +186,31 @@ def in_key_order(table: pa.Table) -> pa.Table:
     return table.take(order).combine_chunks()
 
 
-def read_shards(folder: Path, num_shards: int) -> pa.Table:
+def read_shards(folder: Path, num_shards: int, num_rows: int | None = None) -> pa.Table:
     """All shards, concatenated.
+
+    Args:
+        folder: of the labels.
+        num_shards: number of shards.
+        num_rows: number of rows of all shards, checked before they are read; None accepts any.
 
     Raises:
         ValueError: when a shard is missing or damaged, or does not contain labels.
     """
-    tables = []
+    paths, rows = [], 0
     for shard in range(num_shards):
         path = folder / shard_name(shard)
         if not path.is_file():
             raise ValueError(f"{path} is missing: expected {num_shards} shards; {REMEDY}")
+        with open_parquet(path, REMEDY) as file:
+            rows += file.metadata.num_rows
+        paths.append(path)
+    if num_rows not in (None, rows):
+        raise ValueError(
+            f"the shards in {folder} have {rows} rows: expected {num_rows}, as {DESCRIPTION_FILE} says; {REMEDY}"
+        )
+    tables = []
+    for path in paths:
         table = read_parquet(path)
         if not table.schema.equals(SCHEMA):
             raise ValueError(f"{path} has the columns {table.schema.names}: expected those of labels; {REMEDY}")
@@ -202,11 +218,30 @@ def read_shards(folder: Path, num_shards: int) -> pa.Table:
     return pa.concat_tables(tables)
 
 
+def _check_answers(table: pa.Table, description: dict, folder: Path) -> None:
+    """Raise a ValueError unless every answer consists of `top_k` items of the catalogue and finite distances."""
+    top_k, num_items = description["top_k"], description["num_items"]
+    items, distances = (table[name].combine_chunks() for name in ("teacher_items", "teacher_distances"))
+    nulls = sum(table[name].null_count for name in table.column_names)
+    lengths = [pc.min_max(pc.list_value_length(each)).as_py() for each in (items, distances)]
+    if nulls or any(each != {"min": top_k, "max": top_k} for each in lengths):
+        raise ValueError(f"the answers in {folder} do not all have {top_k} items and distances, the top_k; {REMEDY}")
+    ids, numbers = items.flatten(), distances.flatten()
+    bounds = pc.min_max(ids).as_py()
+    whole = not ids.null_count and not numbers.null_count and bounds["min"] >= 1 and bounds["max"] <= num_items
+    if not whole or not pc.all(pc.is_finite(numbers)).as_py():
+        raise ValueError(
+            f"the answers in {folder} contain items {bounds['min']} to {bounds['max']}, or distances that are not "
+            f"finite: expected items 1 to {num_items} and finite distances; {REMEDY}"
+        )
+
+
 def read_embeddings(folder: Path, num_items: int, size: int | None = None) -> torch.Tensor:
     """(num_items + 1, size) float32; None accepts any size."""
     path = folder / EMBEDDINGS_FILE
     try:
-        table = load_file(path)[EMBEDDINGS_KEY]
+        with safe_open(path, framework="pt") as file:
+            table = file.get_tensor(EMBEDDINGS_KEY)
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{path} does not contain {EMBEDDINGS_KEY} ({error!r}): {REMEDY}") from error
     if table.dim() != 2 or len(table) != num_items + 1 or size not in (None, table.shape[1]):
@@ -236,7 +271,7 @@ def read_description(folder: Path) -> dict:
         )
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): {DESCRIPTION_REMEDY}") from error
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:
@@ -246,6 +281,17 @@ def read_description(folder: Path) -> dict:
     missing -= description.keys()
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: {DESCRIPTION_REMEDY}")
+    numbers = {name: description[name] for name in ("top_k", "num_items", "num_rows", "num_shards")}
+    if description["embedding_size"] is not None:
+        numbers["embedding_size"] = description["embedding_size"]
+    for name, number in numbers.items():
+        if not is_count(number, 1):
+            raise ValueError(f"{path} has {name}={number!r}: expected an integer of at least 1; {DESCRIPTION_REMEDY}")
+    if description["top_k"] > description["num_items"]:
+        raise ValueError(
+            f"{path} has top_k={description['top_k']} and num_items={description['num_items']}: expected no more items "
+            f"per answer than there are; {DESCRIPTION_REMEDY}"
+        )
     return description
 
 

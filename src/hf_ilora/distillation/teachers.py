@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_ilora.data.sequences import SequenceDatasets
@@ -37,6 +37,7 @@ from hf_ilora.data.storage import files_digest
 from hf_ilora.distillation.teacher_labels import TeacherLabels, read_description
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.loading import saved_config
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.models.next_item.next_item_output import top_k_items
@@ -208,7 +209,7 @@ def load_teacher(
         kind = ScoreTableTeacher if path.suffix == ".safetensors" else DLLM2RecFilesTeacher
         return kind(path, num_rows, num_items)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = saved_config(source)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{source} is not a teacher ({error}): expected a saved model, a .safetensors file of scores, or a folder "

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from hf_ilora.evaluation.ranking import SplitRanks
 from hf_ilora.files import written_whole
+from hf_ilora.models.next_item.catalogue import open_parquet
 
 RANKINGS = tuple(field.name for field in fields(SplitRanks))
 _METADATA_KEY = b"hf_ilora"
@@ -104,12 +105,13 @@ class SavedRanks:
             ValueError: when the file is not one of saved ranks.
         """
         try:
-            table = pq.ParquetFile(path).read()
+            with open_parquet(path, "evaluate the model again") as file:
+                table = file.read()
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"no saved ranks at {path}: expected a parquet file of `hf-ilora evaluate`"
             ) from error
-        except pa.ArrowException as error:
+        except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path} is not a whole parquet file ({error}): evaluate the model again") from error
         expected = ["user_id", *(f"rank_{ranking}" for ranking in RANKINGS)]
         metadata = table.schema.metadata or {}
@@ -118,4 +120,8 @@ class SavedRanks:
                 f"{path} has the columns {', '.join(table.column_names)}: expected saved ranks of "
                 f"`hf-ilora evaluate`, with {', '.join(expected)} and their source in the metadata"
             )
-        return cls(table, RanksSource(**json.loads(metadata[_METADATA_KEY])))
+        try:
+            source = RanksSource(**json.loads(metadata[_METADATA_KEY]))
+        except (ValueError, RecursionError, TypeError) as error:
+            raise ValueError(f"{path} has no readable source ({error}): evaluate the model again") from error
+        return cls(table, source)

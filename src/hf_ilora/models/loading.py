@@ -5,14 +5,15 @@ from pathlib import Path
 
 import numpy as np
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
+from hf_ilora.models.next_item.saved_model import WRONG_TYPES
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.parquet")
 
@@ -38,6 +39,22 @@ def model_folder(name_or_path: str) -> Path:
     return folder
 
 
+def saved_config(name_or_path: str | os.PathLike) -> PreTrainedConfig:
+    """The configuration of a saved model, by the installed classes; code in the folder is never run.
+
+    Raises:
+        OSError: when there is none.
+        ValueError: for an unknown model type, and values that its class does not accept.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except (StrictDataclassError, *WRONG_TYPES) as error:
+        raise ValueError(
+            f"{CONFIG_NAME} of {name_or_path} is no configuration of a model ({error}): restore the folder that "
+            "save_pretrained wrote"
+        ) from error
+
+
 def load_recommender(
     name_or_path: str | os.PathLike, *, trust_remote_code: bool = False
 ) -> NextItemPreTrainedModel | ILoraForRecommendation:
@@ -55,7 +72,7 @@ def load_recommender(
     """
     folder = model_folder(str(name_or_path))
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = saved_config(folder)
         if isinstance(config, ILoraConfig):
             model = ILoraForRecommendation.from_pretrained(folder, trust_remote_code=trust_remote_code)
         else:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig, check_public_llm
 from hf_ilora.models.ilora.language_models import load_tokenizer
-from hf_ilora.models.loading import load_recommender
+from hf_ilora.models.loading import load_recommender, saved_config
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
 from hf_ilora.models.next_item.hub_upload import CARD_FILE, RUN_FILE, upload
 
@@ -77,7 +77,7 @@ def check_folder(
         files |= {path.name: path for path in folder.glob(pattern) if path.is_file()}
     if (folder / CARD_FILE).is_file():
         files[CARD_FILE] = folder / CARD_FILE
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = saved_config(folder)
     catalogue = Catalogue.from_parquet(folder / CATALOGUE_FILE)
     if isinstance(config, ILoraConfig):
         load_tokenizer(folder, trust_remote_code=trust_remote_code)

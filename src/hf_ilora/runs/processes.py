@@ -14,7 +14,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub.constants import HF_HOME
-from huggingface_hub.errors import StrictDataclassError
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from hf_ilora.downloads import DownloadError, default_cache_dir
@@ -24,8 +23,7 @@ from hf_ilora_cli.shown_text import shown, shown_lines
 from hf_ilora_cli.signals import end_with_launcher, interrupted_code, termination_raises
 
 # What a user causes and can cure: a wrong setting, a file that is missing or cannot be written, a download that fails.
-# StrictDataclassError wraps what the checks of a model's configuration raise.
-_MISTAKES = (ValueError, OSError, DownloadError, StrictDataclassError)
+_MISTAKES = (ValueError, OSError, DownloadError)
 # The values of TrainingArguments' own option --debug.
 _TRAINER_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
 _MISTAKE_CODE, _BUG_CODE = 2, 1
@@ -174,7 +172,6 @@ def _take_debug(words: list[str]) -> bool:
 
 def _message(error: Exception) -> str:
     """The error in one line."""
-    error = _cause(error)
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         return f"{': '.join(map(str, filter(None, (error.strerror, error.filename))))}: {_remedy(error)}"
     if isinstance(error, OSError) and error.strerror and error.filename:
@@ -193,14 +190,8 @@ def _remedy(error: OSError) -> str:
     return _REMEDIES[error.errno]
 
 
-def _cause(error: Exception) -> Exception:
-    """What a configuration's check raised, without the name of the check; any other error as it is."""
-    return error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
-
-
 def _explains_itself(error: Exception) -> bool:
     """Whether the message alone says what to do: hf_ilora or the recipe raised it, or it names a file."""
-    error = _cause(error)
     if isinstance(error, OSError | DownloadError):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)

@@ -1,7 +1,6 @@
 """Ranges of the fields, and the configuration's way to a file and back."""
 
 import pytest
-from huggingface_hub.errors import StrictDataclassError
 
 from hf_ilora.models.ilora.configuration_ilora import ALL_LINEAR_MODULES, ILoraConfig
 from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
@@ -44,14 +43,14 @@ def test_defaults_are_those_of_the_paper():
     ],
 )
 def test_fields_out_of_range_are_refused(fields, message):
-    with pytest.raises((ValueError, StrictDataclassError)) as caught:
+    with pytest.raises(ValueError) as caught:
         ILoraConfig(**fields)
-    assert message in f"{caught.value} {caught.value.__cause__}"
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("fields", [{"rank": "8"}, {"lora_dropout": "none"}, {"target_modules": "q_proj"}])
 def test_fields_of_another_type_are_refused(fields):
-    with pytest.raises((TypeError, StrictDataclassError)):
+    with pytest.raises(ValueError, match=f"Field '{next(iter(fields))}'"):
         ILoraConfig(**fields)
 
 

@@ -3,15 +3,15 @@
 import os
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
 from hf_ilora.models.next_item.hub_upload import UploadOfSaved
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 from hf_ilora.models.next_item.next_item_model import apply_umask
+from hf_ilora.models.next_item.saved_model import check_sizes, read_config, saved_file, saved_shapes
 
 from .configuration_ilora import ILoraConfig, check_public_llm
 from .language_models import load_language_model, load_tokenizer
@@ -103,15 +103,14 @@ class ILoraCheckpoint:
         """
         path = pretrained_model_name_or_path
         if config is None:
-            config = ILoraConfig.from_pretrained(path, **hub_arguments)
+            config = read_config(ILoraConfig, path, hub_arguments)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, **hub_arguments)
         catalogue = Catalogue.from_parquet(_saved_file(path, CATALOGUE_FILE, hub_arguments))
-        try:
-            state = load_file(_saved_file(path, SAFE_WEIGHTS_NAME, hub_arguments))
-        except SafetensorError as error:
-            raise ValueError(
-                f"{SAFE_WEIGHTS_NAME} of {path} is broken ({error}): restore the folder that save_pretrained wrote"
-            ) from error
+        shapes = saved_shapes(path, hub_arguments)
+        if shapes is None:
+            raise ValueError(_missing(path, SAFE_WEIGHTS_NAME))
+        _check_adapter(config, catalogue, shapes, path)
+        state = load_file(_saved_file(path, SAFE_WEIGHTS_NAME, hub_arguments))
         if not isinstance(llm, PreTrainedModel):
             if llm is None and config.llm_name_or_path is None:
                 raise ValueError(f"{path} does not name the language model that it was trained on: pass it as llm=")
@@ -163,11 +162,37 @@ class ILoraCheckpoint:
                 own[name].copy_(value)
 
 
+def _check_adapter(
+    config: ILoraConfig, catalogue: Catalogue, shapes: dict[str, tuple[int, ...]], path: str | os.PathLike
+) -> None:
+    """Compare a configuration with its catalogue and weights, before the language model is loaded."""
+    if len(catalogue) != config.num_items:
+        raise ValueError(
+            f"in {path} the recommender knows {config.num_items} items and the catalogue has {len(catalogue)}: "
+            "expected the same; restore the folder that save_pretrained wrote"
+        )
+    prefix = "recommender."
+    of_recommender = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    check_sizes(SASRecForNextItem, config.recommender_config, of_recommender, path, prefix)
+    for name, shape in shapes.items():
+        if len(shape) == 2 and name.endswith((".lora_A", ".lora_B")):
+            rank = shape[0 if name.endswith("A") else 1]
+            if rank != config.rank:
+                raise ValueError(
+                    f"{name} of {path} has shape {shape}: expected rank {config.rank}, as config.json says; restore "
+                    "the folder that save_pretrained wrote"
+                )
+
+
 def _saved_file(path: str | os.PathLike, name: str, hub_arguments: dict) -> str:
-    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    found = saved_file(path, name, hub_arguments)
     if found is None:
-        raise ValueError(f"{path} has no {name}: expected a folder or repository that save_pretrained wrote")
+        raise ValueError(_missing(path, name))
     return found
+
+
+def _missing(path: str | os.PathLike, name: str) -> str:
+    return f"{path} has no {name}: expected a folder or repository that save_pretrained wrote"
 
 
 __all__ = ["ILoraCheckpoint"]

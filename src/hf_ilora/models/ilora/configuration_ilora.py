@@ -3,12 +3,12 @@
 from dataclasses import field
 from pathlib import Path
 
-from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from hf_ilora.models.next_item.configuration_next_item import strict_config
 from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
 
 from .embedded_llm import EMBEDDED_LLM, WHEEL_REQUIREMENT
@@ -25,7 +25,7 @@ PROMPT_TEMPLATES = (
 )
 
 
-@strict
+@strict_config
 class ILoraConfig(PreTrainedConfig):
     r"""Architecture, prompts and loss weights of an iLoRA recommender.
 
@@ -128,7 +128,7 @@ class ILoraConfig(PreTrainedConfig):
         return name
 
     def validate_architecture(self):
-        """Check the ranges of all fields; `@strict` calls this after the type checks.
+        """Check the ranges of all fields; `@strict_config` calls this after the type checks.
 
         Raises:
             ValueError: naming the field, its value and what it may be.

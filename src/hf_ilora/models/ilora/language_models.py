@@ -7,17 +7,25 @@ from pathlib import Path
 import httpx2
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RevisionResolutionError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RevisionResolutionError,
+    StrictDataclassError,
+)
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from hf_ilora.models.ilora.embedded_llm import EMBEDDED_LLM, WHEEL_REQUIREMENT, embedded_llm_folder
+from hf_ilora.models.next_item.saved_model import WRONG_TYPES, saved_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +93,8 @@ def load_language_model(
         "gguf_file": gguf_file,
         "trust_remote_code": trust_remote_code,
     }
+    if gguf_file is None:
+        _check_sizes(location, hub_arguments | {"revision": source.revision})
     tokenizer = load_tokenizer(location, **shared_arguments)
     try:
         llm, loading = AutoModelForCausalLM.from_pretrained(
@@ -97,6 +107,8 @@ def load_language_model(
             output_loading_info=True,
             **shared_arguments,
         )
+    except StrictDataclassError as error:
+        raise ValueError(f"config.json of {location} has a wrong value: {error.__cause__ or error}") from error
     except OSError as error:
         expected = gguf_file or "config.json with model.safetensors, or its shards with their index"
         raise OSError(
@@ -110,6 +122,28 @@ def load_language_model(
             "expected all of them (missing ones would stay random): restore the folder, or name a causal language model"
         )
     return llm, tokenizer, source
+
+
+def _check_sizes(location: str, hub_arguments: dict) -> None:
+    """Raise a ValueError if config.json has sizes that no tensor has, which would cost time and memory to build."""
+    shapes = saved_shapes(location, hub_arguments)
+    if shapes is None:
+        return  # from_pretrained says what is missing
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(location, **hub_arguments)
+        config = config.get("text_config") or config
+        sizes = {name: config.get(name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+        counts = {name: config.get(name) for name in ("num_hidden_layers", "num_attention_heads")}
+    except WRONG_TYPES as error:
+        raise ValueError(f"config.json of {location} is no configuration ({error!r}): restore it") from error
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    limits = dict.fromkeys(sizes, largest) | {"num_hidden_layers": len(shapes), "num_attention_heads": largest}
+    for name, size in (sizes | counts).items():
+        if isinstance(size, int) and not 1 <= size <= limits[name]:
+            raise ValueError(
+                f"config.json of {location} has {name} {size}: expected 1 to {limits[name]}, as the weights have "
+                f"{len(shapes)} tensors with sizes up to {largest}; restore the folder"
+            )
 
 
 def load_tokenizer(
@@ -128,7 +162,7 @@ def load_tokenizer(
     remedy = "expected tokenizer.json, or the vocabulary files of its type: save it there with save_pretrained"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"{name_or_path} has no tokenizer that can be loaded ({error}); {remedy}") from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise ValueError(f"{name_or_path} has no tokenizer, or one with special tokens only; {remedy}")

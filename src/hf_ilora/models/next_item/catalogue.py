@@ -15,10 +15,15 @@ import pyarrow.parquet as pq
 
 CATALOGUE_FILE = "items.parquet"
 
+_REMEDY = "write the catalogue again with Catalogue.to_parquet"
 _REQUIRED_COLUMNS = ("item_id", "raw_id", "title")
 _OPTIONAL_COLUMNS = {"year": pa.int32(), "genres": pa.list_(pa.string())}
 # Close matches compare the unknown raw id with every other one, which takes about half a second per 100,000.
 _MAX_RAW_IDS_TO_COMPARE = 100_000
+# A value that many rows share takes next to no bytes: a file of 1 MB can fill memory. Real tables stay far below the
+# ratio, and small ones may have any.
+_MAX_BYTES_PER_BYTE = 100
+_ALWAYS_ALLOWED_BYTES = 1 << 28
 
 
 class Catalogue:
@@ -98,13 +103,12 @@ class Catalogue:
             ValueError: when it is not a whole parquet file, or its content is no catalogue.
         """
         try:
-            table = pq.ParquetFile(path).read()
+            with open_parquet(path, _REMEDY) as file:
+                table = file.read()
         except FileNotFoundError as error:
             raise FileNotFoundError(f"no catalogue at {path}: expected a parquet file of items") from error
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(
-                f"{path} is not a whole parquet file ({error}): write the catalogue again with Catalogue.to_parquet"
-            ) from error
+            raise ValueError(f"{path} is not a whole parquet file ({error}): {_REMEDY}") from error
         try:
             return cls(table)
         except ValueError as error:
@@ -162,6 +166,39 @@ class Catalogue:
             if close:
                 return f"{message}: closest are {', '.join(map(repr, close))}"
         return f"{message}: leave it out, or use the catalogue of its data (raw ids such as {example!r})"
+
+
+def open_parquet(path: str | os.PathLike, remedy: str) -> pq.ParquetFile:
+    """Open a file for reading; nothing but its footer is read.
+
+    Args:
+        path: the file.
+        remedy: end of the error messages.
+
+    Raises:
+        FileNotFoundError: when there is nothing at `path`.
+        ValueError: for a folder, a file that is not whole, and one that says that it holds much more than its size.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: expected a parquet file; {remedy}")
+    try:
+        file = pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} is not a whole parquet file ({error}): {remedy}") from error
+    groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+    chunks = [group.column(column) for group in groups for column in range(group.num_columns)]
+    in_memory = sum(max(8 * chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks)
+    size = path.stat().st_size
+    if in_memory > max(_ALWAYS_ALLOWED_BYTES, _MAX_BYTES_PER_BYTE * size):
+        file.close()
+        raise ValueError(
+            f"{path} has {size:,} bytes and says that it holds {file.metadata.num_rows:,} rows, about {in_memory:,} "
+            f"bytes in memory: expected at most {_MAX_BYTES_PER_BYTE} times its size; {remedy}"
+        )
+    return file
 
 
 def _checked(table: pa.Table) -> pa.Table:
@@ -225,4 +262,4 @@ def _is_string(column_type: pa.DataType) -> bool:
     return pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
 
 
-__all__ = ["CATALOGUE_FILE", "Catalogue"]
+__all__ = ["CATALOGUE_FILE", "Catalogue", "open_parquet"]

@@ -1,13 +1,13 @@
 """Configuration of Caser."""
 
-from huggingface_hub.dataclasses import strict
+from collections.abc import Sequence
 
-from .configuration_next_item import NextItemConfig
+from .configuration_next_item import NextItemConfig, strict_config
 
 _CHOICES = {"block_type": ("paper", "reference")}
 
 
-@strict
+@strict_config
 class CaserConfig(NextItemConfig):
     r"""Architecture and training loss of a Caser model; the fields of `NextItemConfig` come first.
 
@@ -37,11 +37,11 @@ class CaserConfig(NextItemConfig):
     num_vertical_filters: int | None = None
 
     @property
-    def horizontal_heights(self) -> list[int]:
+    def horizontal_heights(self) -> Sequence[int]:
         """The heights of the horizontal filters, `filter_heights` or its default."""
         if self.filter_heights is not None:
             return self.filter_heights
-        return [2, 3, 4] if self.block_type == "reference" else list(range(1, self.max_length + 1))
+        return [2, 3, 4] if self.block_type == "reference" else range(1, self.max_length + 1)
 
     @property
     def vertical_filters(self) -> int:
@@ -62,7 +62,7 @@ class CaserConfig(NextItemConfig):
         return self.num_filter_outputs if self.block_type == "reference" else self.hidden_size
 
     def validate_architecture(self):
-        """Check the ranges of all fields; `@strict` calls this after the type checks.
+        """Check the ranges of all fields; `@strict_config` calls this after the type checks.
 
         Raises:
             ValueError: naming the field, its value and what it may be.
@@ -73,7 +73,9 @@ class CaserConfig(NextItemConfig):
         if self.num_vertical_filters is not None:
             self.check_at_least_one("num_vertical_filters")
         heights = self.horizontal_heights
-        if not heights or min(heights) < 1 or max(heights) > self.max_length or len({*heights}) < len(heights):
+        if isinstance(heights, range):
+            pass  # right by construction, however long
+        elif not heights or min(heights) < 1 or max(heights) > self.max_length or len({*heights}) < len(heights):
             raise ValueError(
                 f"filter_heights are {heights}: expected different heights from 1 to max_length, {self.max_length}"
             )

@@ -1,12 +1,11 @@
 """Configurations of the recommenders that only count: popularity and transition counts."""
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_next_item import PADDING_ITEM_ID
+from .configuration_next_item import PADDING_ITEM_ID, strict_config
 
 
-@strict
+@strict_config
 class PopularityConfig(PreTrainedConfig):
     r"""Recommends the items that occur most often in the training rows, whatever the history.
 
@@ -30,7 +29,7 @@ class PopularityConfig(PreTrainedConfig):
         _check_sizes(num_items=self.num_items, max_length=self.max_length)
 
 
-@strict
+@strict_config
 class TransitionCountsConfig(PreTrainedConfig):
     r"""Decayed skip-transition counts: which items follow, a few steps later, the newest items of the history.
 

@@ -1,11 +1,9 @@
 """Configuration of GRU4Rec."""
 
-from huggingface_hub.dataclasses import strict
-
-from .configuration_next_item import NextItemConfig
+from .configuration_next_item import NextItemConfig, strict_config
 
 
-@strict
+@strict_config
 class GRU4RecConfig(NextItemConfig):
     r"""Architecture and training loss of a GRU4Rec model; the fields of `NextItemConfig` come first.
 
@@ -25,7 +23,7 @@ class GRU4RecConfig(NextItemConfig):
     num_hidden_layers: int = 1
 
     def validate_architecture(self):
-        """Check the ranges of all fields; `@strict` calls this after the type checks.
+        """Check the ranges of all fields; `@strict_config` calls this after the type checks.
 
         Raises:
             ValueError: naming the field, its value and what it may be.

@@ -1,6 +1,10 @@
 """The configuration that all gradient-trained models share: catalogue, head, losses and teacher embeddings."""
 
+import functools
+from collections.abc import Callable
+
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 PADDING_ITEM_ID = 0
@@ -16,7 +20,26 @@ _CHOICES = {
 }
 
 
-@strict
+def strict_config(config_class: type) -> type:
+    """Apply `@strict`, so that wrong values raise a ValueError with the message of the check, instead of a wrapper."""
+    config_class = strict(config_class)
+    for name in ("__init__", "__setattr__", "validate"):
+        setattr(config_class, name, _raising_value_errors(getattr(config_class, name)))
+    return config_class
+
+
+def _raising_value_errors(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def checked(*args, **kwargs):
+        try:
+            return method(*args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(str(error.__cause__ or error)) from error
+
+    return checked
+
+
+@strict_config
 class NextItemConfig(PreTrainedConfig):
     r"""Catalogue, scores, training loss and teacher embeddings of a next-item model.
 
@@ -79,7 +102,7 @@ class NextItemConfig(PreTrainedConfig):
         return self.hidden_size
 
     def validate_architecture(self):
-        """Check the ranges of all fields; `@strict` calls this after the type checks.
+        """Check the ranges of all fields; `@strict_config` calls this after the type checks.
 
         Raises:
             ValueError: naming the field, its value and what it may be.
@@ -124,4 +147,4 @@ class NextItemConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
 
 
-__all__ = ["IGNORED_LABEL", "PADDING_ITEM_ID", "TEACHER_FIELDS", "NextItemConfig"]
+__all__ = ["IGNORED_LABEL", "PADDING_ITEM_ID", "TEACHER_FIELDS", "NextItemConfig", "strict_config"]

@@ -1,13 +1,11 @@
 """Configuration of SASRec."""
 
-from huggingface_hub.dataclasses import strict
-
-from .configuration_next_item import NextItemConfig
+from .configuration_next_item import NextItemConfig, strict_config
 
 _CHOICES = {"block_type": ("pre_norm", "reference"), "position_alignment": ("newest", "oldest")}
 
 
-@strict
+@strict_config
 class SASRecConfig(NextItemConfig):
     r"""Architecture and training loss of a SASRec model; the fields of `NextItemConfig` come first.
 
@@ -39,13 +37,15 @@ class SASRecConfig(NextItemConfig):
     attention_decay: bool = False
 
     def validate_architecture(self):
-        """Check the ranges of all fields; `@strict` calls this after the type checks.
+        """Check the ranges of all fields; `@strict_config` calls this after the type checks.
 
         Raises:
             ValueError: naming the field, its value and what it may be.
         """
         super().validate_architecture()
         self.check_at_least_one("num_hidden_layers", "num_attention_heads")
+        if self.intermediate_size is not None:
+            self.check_at_least_one("intermediate_size")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}: "

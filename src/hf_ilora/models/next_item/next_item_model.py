@@ -1,5 +1,6 @@
 """The base of all next-item models: recommending, checks, and saving with catalogue and code."""
 
+import dataclasses
 import os
 import threading
 from pathlib import Path
@@ -7,16 +8,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .catalogue import CATALOGUE_FILE, Catalogue
+from .catalogue import CATALOGUE_FILE, Catalogue, open_parquet
 from .configuration_next_item import NextItemConfig
 from .histories import padded_histories
 from .hub_upload import HubUploads, UploadOfSaved
 from .next_item_output import top_k_items
 from .padding import lowest_and_highest, padding_to_the_front
 from .reference_initialization import initialize_as_reference
+from .saved_model import check_sizes, read_config, saved_file, saved_shapes
 
 # Where the weights come from also says where the catalogue comes from.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -240,39 +241,49 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As in transformers; also reads the catalogue, if there is one.
 
+        With `ignore_mismatched_sizes=True`, tensors of other sizes than the configuration's are initialised at random,
+        and a catalogue of another size is left out: `from_pretrained(folder, ignore_mismatched_sizes=True,
+        num_items=5000)` starts from the layers of a model of other items.
+
         Raises:
-            ValueError: when parameters are missing or unknown, where transformers would only warn and initialise them
-                at random, when a `device_map` leaves some on disk, and when the catalogue does not fit `num_items`.
+            ValueError: when config.json has wrong values or sizes, when parameters are missing or unknown, where
+                transformers would only warn and initialise them at random, when a `device_map` leaves some on disk, and
+                when the catalogue does not fit `num_items`.
         """
+        path = pretrained_model_name_or_path
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         wants_info = kwargs.pop("output_loading_info", False)
+        takes_other_sizes = kwargs.get("ignore_mismatched_sizes", False)
+        config = kwargs.pop("config", None)
+        if not isinstance(config, PreTrainedConfig):
+            fields = {field.name for field in dataclasses.fields(cls.config_class)} - {"dtype"}
+            changes = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
+            config = read_config(cls.config_class, config or path, hub_arguments, changes)
+        if not takes_other_sizes and (shapes := saved_shapes(path, hub_arguments)) is not None:
+            check_sizes(cls, config, shapes, path)
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
+            model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(
-                f"no {cls.__name__} could be loaded from {pretrained_model_name_or_path}: {error}; expected whole "
-                "weights that fit its config.json: restore the folder that save_pretrained wrote"
+                f"no {cls.__name__} could be loaded from {path}: {error}; expected whole weights that fit its "
+                "config.json: restore the folder that save_pretrained wrote"
             ) from error
-        for kind in ("missing", "unexpected", "mismatched"):
+        for kind in ("missing", "unexpected") if takes_other_sizes else ("missing", "unexpected", "mismatched"):
             if info[f"{kind}_keys"]:
                 raise ValueError(
-                    f"the weights in {pretrained_model_name_or_path} have {kind} keys {sorted(info[f'{kind}_keys'])}: "
-                    f"expected those of a {cls.__name__} with this config.json; restore the folder that "
-                    "save_pretrained wrote"
+                    f"the weights in {path} have {kind} keys {sorted(info[f'{kind}_keys'])}: expected those of a "
+                    f"{cls.__name__} with this config.json; restore the folder that save_pretrained wrote"
                 )
         check_has_weights(model)
-        path = cached_file(
-            pretrained_model_name_or_path,
-            CATALOGUE_FILE,
-            _raise_exceptions_for_missing_entries=False,
-            **hub_arguments,
-        )
-        if path is not None:
-            catalogue = Catalogue.from_parquet(path)
-            try:
-                model.catalogue = catalogue
-            except ValueError as error:
-                raise ValueError(f"{path} belongs to another model: {error}") from error
+        file = saved_file(path, CATALOGUE_FILE, hub_arguments)
+        if file is not None:
+            with open_parquet(file, "restore the file that save_pretrained wrote") as parquet:
+                num_items = parquet.metadata.num_rows
+            if num_items == config.num_items:
+                model.catalogue = Catalogue.from_parquet(file)
+            elif not takes_other_sizes:
+                raise ValueError(
+                    f"{file} belongs to another model: the catalogue has {num_items} items: expected "
+                    f"{config.num_items}, the num_items of the model; restore the folder that save_pretrained wrote"
+                )
         return (model, info) if wants_info else model

@@ -1,0 +1,146 @@
+"""Checks a saved model by its configuration and the header of its weights, before anything is built or read."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+# What a configuration of unexpected types makes transformers and torch raise.
+WRONG_TYPES = (AttributeError, KeyError, OverflowError, RecursionError, TypeError)
+
+Shape = tuple[int, ...]
+
+
+def read_config(
+    config_class: type[PreTrainedConfig], path: str | os.PathLike, hub_arguments: dict, changes: dict | None = None
+) -> PreTrainedConfig:
+    """Read config.json.
+
+    Args:
+        config_class: the class that is expected.
+        path: folder, or name on the Hub.
+        hub_arguments: where on the Hub, as `from_pretrained` takes it.
+        changes: values that replace saved ones.
+
+    Raises:
+        OSError: when there is none.
+        ValueError: when it is of another class or its values are none that the class accepts.
+    """
+    remedy = "restore the folder that save_pretrained wrote"
+    try:
+        saved, _ = PreTrainedConfig.get_config_dict(path, **hub_arguments)
+        model_type = saved.get("model_type")
+    except WRONG_TYPES as error:
+        raise ValueError(f"{CONFIG_NAME} of {path} is no configuration ({error!r}): {remedy}") from error
+    if model_type != config_class.model_type:
+        raise ValueError(
+            f"{CONFIG_NAME} of {path} has model_type {model_type!r}: expected {config_class.model_type!r}; load it "
+            "with the class that saved it"
+        )
+    try:
+        return config_class.from_dict(saved, **(changes or {}))
+    except (ValueError, *WRONG_TYPES) as error:
+        raise ValueError(f"{CONFIG_NAME} of {path} has a wrong value ({error}): {remedy}") from error
+
+
+def saved_shapes(path: str | os.PathLike, hub_arguments: dict) -> dict[str, Shape] | None:
+    """The shape of each tensor in the weights, one file or shards; None if there are none in safetensors.
+
+    Raises:
+        ValueError: when a header is damaged, or does not fit the size of its file.
+    """
+    file = saved_file(path, SAFE_WEIGHTS_NAME, hub_arguments)
+    files = [] if file is None else [file]
+    opened = SAFE_WEIGHTS_NAME
+    try:
+        if file is None and (index := saved_file(path, SAFE_WEIGHTS_INDEX_NAME, hub_arguments)) is not None:
+            opened = SAFE_WEIGHTS_INDEX_NAME
+            names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+            files = [saved_file(path, name, hub_arguments) for name in sorted(set(names))]
+        shapes = {}
+        for file in files:
+            opened = os.path.basename(file)
+            with safe_open(file, framework="pt") as weights:
+                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, *WRONG_TYPES) as error:
+        raise ValueError(
+            f"{opened} of {path} is broken ({error}): expected whole weights; restore the folder that save_pretrained "
+            "wrote"
+        ) from error
+    return shapes if files else None
+
+
+def check_sizes(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    shapes: dict[str, Shape],
+    path: str | os.PathLike,
+    prefix: str = "",
+) -> None:
+    """Compare the sizes that a configuration gives with those of the weights, at the cost of the latter.
+
+    Args:
+        model_class: of the model.
+        config: its configuration.
+        shapes: shape of each saved tensor.
+        path: where the model was saved, for errors.
+        prefix: of the tensors' names in the file, for errors.
+
+    Raises:
+        ValueError: when a tensor is missing or has another shape.
+    """
+    # Models are built layer by layer, and Caser has filters of each height up to its length.
+    limits = {"num_hidden_layers": len(shapes)}
+    if config.model_type == "caser" and isinstance(config.horizontal_heights, range):
+        limits["max_length"] = max(len(shapes), 1000)
+    for name, limit in limits.items():
+        if vars(config).get(name, 0) > limit:
+            raise ValueError(
+                f"{CONFIG_NAME} of {path} has {name} {vars(config)[name]}: expected at most {limit}, as there are "
+                f"{len(shapes)} tensors in the weights; restore the folder that save_pretrained wrote"
+            )
+    try:
+        with torch.device("meta"):  # shapes without memory
+            model = model_class(copy.deepcopy(config))
+    except (RuntimeError, *WRONG_TYPES) as error:
+        raise ValueError(
+            f"{CONFIG_NAME} of {path} describes no model ({error}): restore the folder that save_pretrained wrote"
+        ) from error
+    tied = (model._tied_weights_keys or ()) if vars(config).get("tie_word_embeddings") else ()
+    base = f"{model.base_model_prefix}."
+    missing = []
+    for name, tensor in model.state_dict().items():
+        # An encoder may be saved with its head, whose names have a prefix, and the other way round.
+        found = [shapes[each] for each in (name, f"{base}{name}", name.removeprefix(base)) if each in shapes]
+        if not found and name not in tied:
+            missing.append(f"{prefix}{name}")
+        elif found and found[0] != tuple(tensor.shape):
+            raise ValueError(
+                f"{prefix}{name} in the weights of {path} has shape {found[0]}: expected {tuple(tensor.shape)}, as "
+                f"{CONFIG_NAME} says; restore the folder that save_pretrained wrote"
+            )
+    if missing:
+        raise ValueError(
+            f"the weights of {path} have {len(missing)} missing keys, such as {missing[0]}: expected those of a "
+            f"{model_class.__name__} with this {CONFIG_NAME}; restore the folder that save_pretrained wrote"
+        )
+
+
+def saved_file(path: str | os.PathLike, name: str, hub_arguments: dict) -> str | None:
+    """Where a file of a saved model is, in its folder or the cache of the Hub; None if it has none.
+
+    Raises:
+        ValueError: when there is something else of that name, which transformers would pass over.
+    """
+    here = os.path.join(path, hub_arguments.get("subfolder", ""), name)
+    if os.path.lexists(here) and not os.path.isfile(here):
+        raise ValueError(f"{here} is not a file: expected the one that save_pretrained wrote; restore it")
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+
+
+__all__ = ["WRONG_TYPES", "check_sizes", "read_config", "saved_file", "saved_shapes"]
