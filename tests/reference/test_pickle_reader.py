@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_ilora import convert_reference_sasrec
+from hf_ilora.reference import pickle_reader
 from hf_ilora.reference.convert_models import load_reference_state_dict
-from hf_ilora.reference.pickle_reader import UnsafePickleError
+from hf_ilora.reference.pickle_reader import UnsafePickleError, read_frame, read_state_dict
 from hf_ilora.reference.published_sequences import load_reference_interactions
 from tests.reference.published_sasrec import Call, save
 
@@ -510,3 +511,105 @@ def test_a_frame_that_runs_code_or_is_cut_off_is_refused(tmp_path):
         except ValueError:
             continue
     assert not marker.exists()
+
+
+# --- sizes are checked against the bytes of the file ---
+
+
+def zip_of(data_pkl: bytes, numbers: int = 1000) -> bytes:
+    """A file of torch.save with one storage of float32."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("a/data.pkl", data_pkl)
+        archive.writestr("a/version", "3")
+        archive.writestr("a/data/0", b"\0" * 4 * numbers)
+    return content.getvalue()
+
+
+def tensor_of(shape: bytes, stride: bytes) -> bytes:
+    """Opcodes of a tensor in that storage; shape and stride are opcodes that push numbers."""
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuM\xe8\x03tQ"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0(" + shape + b"t(" + stride + b"t\x89NtR"
+
+
+def named(tensors: list[bytes]) -> bytes:
+    return b"}(" + b"".join(b"X\x04\0\0\0%04d" % place + each for place, each in enumerate(tensors)) + b"u"
+
+
+SHARED_TUPLE, PAIR = b"))\x86q\0", b"h\0h\0\x86q\0"
+ONES = b"K\x01" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        # 60,000 rows that all are one list; and the same, filled after it is referred to
+        (pickle.dumps([[0] * 20_000] * 60_000, 2), "hold more than"),
+        (b"\x80\x02]q\0](" + b"h\0" * 100_000 + b"eh\0(" + b"K\x01" * 20_000 + b"e0.", "hold more than"),
+        # ten references to the level below, forty times; and a long text, again and again
+        (b"\x80\x02](K\x01e" + b"".join(b"q%c](" % n + b"h%c" % n * 10 + b"e" for n in range(40)) + b".", "hold more"),
+        (pickle.dumps(["a" * 100_000] * 100_000, 2), "hold more than"),
+        (b"\x80\x02)" + b"\x85" * 100_000 + b".", "inside each other"),
+        (b"\x80\x02" + b"](" * 5_000 + b"e" * 5_000 + b".", "inside each other"),
+        (b"\x80\x02]q\0h\0a.", "inside themselves"),
+        # keys whose hash takes for ever, or more depth than there is
+        (b"\x80\x02}" + SHARED_TUPLE + PAIR * 60 + b"K\x01s.", "containers as keys"),
+        (b"\x80\x02})" + b"\x85" * 300 + b"K\x01s.", "containers as keys"),
+        (b"\x80\x02\x8f(" + SHARED_TUPLE + PAIR * 60 + b"\x90.", "containers as keys"),
+        (b"\x80\x02Nr\xff\xff\xff\x7f.", "numbers its objects"),
+        (b"(cos\nsystem\nX\x02\0\0\0lso.", "uses OBJ"),
+        (b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"a.", "not a whole pickle"),
+        (b"\x80\x02](h\x05e.", "not a whole pickle"),
+        (b"\x80\x02K\x01K\x02a.", "not a whole pickle"),
+        (b"0.", "not a whole pickle"),
+    ],
+)
+def test_pickles_that_hold_more_than_their_bytes_are_refused_before_anything_is_built(
+    tmp_path, monkeypatch, content, message
+):
+    def built(*_):
+        pytest.fail("the pickle was loaded")
+
+    monkeypatch.setattr(pickle_reader._RecordingUnpickler, "__init__", built)
+    path = tmp_path / "frame.df"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_frame(path)
+    path.write_bytes(zip_of(content))
+    with pytest.raises(ValueError, match=message):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    ("data_pkl", "message"),
+    [
+        (tensor_of(ONES, ONES), "has 100000 dimensions: expected at most 8"),
+        (tensor_of(b"M\xe8\x03" * 100_000, ONES), "has 100000 dimensions"),
+        (tensor_of(b"K\x02" * 2, b"K\x01"), "has 2 dimensions"),
+        (tensor_of(b"M\xe8\x03" * 8, b"K\0" * 8), "its shape does not fit"),
+        (named([tensor_of(b"M\xe8\x03", b"K\x01")] * 5), "5,000 numbers in its tensors and 1,000 in the file"),
+    ],
+)
+def test_shapes_and_shared_storages_are_checked_against_the_bytes(tmp_path, data_pkl, message):
+    path = tmp_path / "sasrec.pt"
+    path.write_bytes(zip_of(b"\x80\x02" + (data_pkl if data_pkl.startswith(b"}") else named([data_pkl])) + b"."))
+    with pytest.raises(ValueError, match=message):
+        read_state_dict(path)
+    path.write_bytes(zip_of(b"\x80\x02" + named([tensor_of(b"K\x0aK\x05", b"K\x05K\x01")] * 3) + b"."))
+    assert {tuple(tensor.shape) for tensor in read_state_dict(path).values()} == {(10, 5)}  # the control
+
+
+def test_a_name_that_is_repeated_makes_one_class(tmp_path, monkeypatch):
+    made = []
+    find_class = pickle_reader._RecordingUnpickler.find_class
+
+    def finds(self, module, name):
+        made.append(find_class(self, module, name))
+        return made[-1]
+
+    monkeypatch.setattr(pickle_reader._RecordingUnpickler, "find_class", finds)
+    path = tmp_path / "frame.df"
+    path.write_bytes(b"\x80\x02(" + b"cpandas\nDataFrame\n" * 5_000 + b"t.")
+    with pytest.raises(ValueError, match="not a DataFrame"):
+        read_frame(path)
+    assert len(made) == 5_000 and len(set(made)) == 1

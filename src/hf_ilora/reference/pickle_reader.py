@@ -91,6 +91,8 @@ _ZIP_MEMBER = re.compile(
 _LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _LONGEST_NAME = 100
+_MAX_DIMENSIONS = 8
+_MAX_USES_OF_NUMBERS = 4  # an item table may also be the table of the head
 
 
 class UnsafePickleError(ValueError):
@@ -110,12 +112,21 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     path = Path(path)
     root, storages = _read_saved(path)
     if isinstance(root, dict) and _all_strings(root):
-        return {name: _tensor(value, storages, f"{path}: {name!r}") for name, value in root.items()}
-    if _is(root, _MODULE_CLASSES):
-        return _module_tensors(root, storages, path)
-    raise ValueError(
-        f"{path} contains a {_kind(root)}: expected the authors' SASRec, GRU4Rec or Caser, or its state dict"
-    )
+        tensors = {name: _tensor(value, storages, f"{path}: {name!r}") for name, value in root.items()}
+    elif _is(root, _MODULE_CLASSES):
+        tensors = _module_tensors(root, storages, path)
+    else:
+        raise ValueError(
+            f"{path} contains a {_kind(root)}: expected the authors' SASRec, GRU4Rec or Caser, or its state dict"
+        )
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    stored = sum(storage.numel() for storage in storages.values())
+    if numbers > _MAX_USES_OF_NUMBERS * stored:
+        raise ValueError(
+            f"{path} has {numbers:,} numbers in its tensors and {stored:,} in the file: expected no more than "
+            f"{_MAX_USES_OF_NUMBERS} tensors to share them"
+        )
+    return tensors
 
 
 def read_tensor(path: str | os.PathLike) -> torch.Tensor:
@@ -209,6 +220,7 @@ class _RecordingUnpickler(pickle.Unpickler):
         super().__init__(stream)
         self.allowed = allowed
         self.path = path
+        self.classes: dict[str, type] = {}
         self.storages: dict[str, tuple[torch.dtype, int]] = {}
 
     def find_class(self, module: str, name: str):
@@ -222,7 +234,9 @@ class _RecordingUnpickler(pickle.Unpickler):
             )
         if full_name == _DICTIONARY:
             return _RecordedDictionary
-        return type(name, (_Record,), {"__slots__": (), "name": full_name})
+        if full_name not in self.classes:  # however often the pickle names it
+            self.classes[full_name] = type(name, (_Record,), {"__slots__": (), "name": full_name})
+        return self.classes[full_name]
 
     def persistent_load(self, pid):
         match pid:
@@ -238,14 +252,174 @@ class _RecordingUnpickler(pickle.Unpickler):
         raise UnsafePickleError(f"{self.path} refers to data in a way that torch.save does not: it was not read")
 
 
+class _Outline:
+    """What a pickle would build at one place: the number of its plain values, and the containers and records in it."""
+
+    __slots__ = ("depth", "parts", "size")
+
+    def __init__(self, parts: Iterable):
+        self.size, self.parts, self.depth = 1, [], 1
+        self.add(parts)
+
+    def add(self, parts: Iterable) -> None:
+        for part in parts:
+            if isinstance(part, _Outline):
+                self.parts.append(part)
+                self.depth = max(self.depth, part.depth + 1)  # of `part` as it is so far
+            else:
+                self.size += part
+
+
+_PLAIN_VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
+_PLAIN_VALUES |= {"NONE", "NEWTRUE", "NEWFALSE", "GLOBAL", "PERSID"}
+_TEXTS = {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+_TEXTS |= {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+_EMPTY = {"EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_DICT", "EMPTY_SET"}
+_FROM_MARK = {"LIST", "TUPLE", "DICT", "FROZENSET"}
+_ADD_FROM_MARK = {"APPENDS", "SETITEMS", "ADDITEMS"}
+# Numbers of objects that are taken from the stack and put into one, and into the object below them.
+_FROM_STACK = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "BINPERSID": 1}
+_CALLS = {"REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3}
+_ADD_FROM_STACK = {"APPEND": 1, "SETITEM": 2, "BUILD": 1}
+_KEYS = {"DICT": 2, "SETITEMS": 2, "SETITEM": 2, "ADDITEMS": 1, "FROZENSET": 1}  # every so many objects is a key
+# A file of the authors has less than one object per byte, even if those that are shared count as often as they occur.
+_MAX_OBJECTS_PER_BYTE = 8
+_ALWAYS_ALLOWED_OBJECTS = 100_000
+_MAX_DEPTH = 500
+_LARGEST_KEY = 8
+_BYTES_PER_OBJECT = 16  # in texts
+
+
+def _check_expansion(stream: io.BytesIO, path: Path) -> None:
+    """Follow the next pickle of the stream without building anything, and refuse it if it holds too much for its size.
+
+    A pickle can refer to one object many times, so that a few bytes stand for lists of any length; nest containers
+    without end; and use containers as keys, whose hashes take as long as the containers are large.
+
+    Raises:
+        UnsafePickleError: for such a pickle, and for operations that no file of the authors needs.
+    """
+    start = stream.tell()
+    stack, marks, memo = [], [], {}
+
+    def since_mark() -> list:
+        place = marks.pop()
+        objects = stack[place:]
+        del stack[place:]
+        return objects
+
+    def last(count: int) -> list:
+        if len(stack) < count + (marks[-1] if marks else 0):
+            raise ValueError("it takes more objects than there are")
+        objects = stack[len(stack) - count :]
+        del stack[len(stack) - count :]
+        return objects
+
+    # Frames of the authors hold a million small tuples of numbers: those of one size share an outline.
+    small: dict[tuple[int, ...], _Outline] = {}
+
+    def outline(parts: list) -> _Outline:
+        if any(isinstance(part, _Outline) for part in parts):
+            return _Outline(parts)
+        shared = small.get(tuple(parts))
+        return small.setdefault(tuple(parts), _Outline(parts)) if shared is None else shared
+
+    position = start
+    for opcode, argument, position in pickletools.genops(stream):
+        name, parts = opcode.name, ()
+        if name in _PLAIN_VALUES:
+            stack.append(1)
+        elif name in _TEXTS:
+            stack.append(1 + len(argument) // _BYTES_PER_OBJECT)
+        elif name in _EMPTY:
+            stack.append(_Outline(()))
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[argument])
+        elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT"):
+            number = len(memo) if name == "MEMOIZE" else argument
+            # Objects are numbered in their order: a larger number would only allocate memory.
+            if number > position - start:
+                raise UnsafePickleError(f"{path} numbers its objects in a way that no pickler does: it was not read")
+            memo[number] = stack[-1]
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in _FROM_MARK:
+            parts = since_mark()
+            stack.append(_Outline(parts))
+        elif name in _ADD_FROM_MARK:
+            parts = since_mark()
+            _extend(stack[-1], parts)
+        elif name in _FROM_STACK:
+            stack.append(outline(last(_FROM_STACK[name])))
+        elif name in _CALLS:
+            stack.append(_Outline(last(_CALLS[name])))
+        elif name in _ADD_FROM_STACK:
+            parts = last(_ADD_FROM_STACK[name])
+            _extend(stack[-1], parts)
+        elif name == "STACK_GLOBAL":
+            last(2)
+            stack.append(1)
+        elif name == "POP" and not (marks and marks[-1] == len(stack)):
+            last(1)
+        elif name in ("POP", "POP_MARK"):
+            since_mark()
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            raise UnsafePickleError(f"{path} uses {name}, which no file of the authors' models does: it was not read")
+        if stack and isinstance(stack[-1], _Outline) and stack[-1].depth > _MAX_DEPTH:
+            raise _nested(path)
+        keys = parts[:: _KEYS[name]] if name in _KEYS else ()
+        if any(isinstance(key, _Outline) and (key.parts or key.size > _LARGEST_KEY) for key in keys):
+            raise UnsafePickleError(f"{path} uses large containers as keys, which no file of the authors' models does")
+    size = position - start
+    limit = _ALWAYS_ALLOWED_OBJECTS + _MAX_OBJECTS_PER_BYTE * size
+    if isinstance(stack[-1], _Outline) and _expanded_size(stack[-1], limit, path) > limit:
+        raise UnsafePickleError(
+            f"{path} refers to the same objects again and again: its {size:,} bytes hold more than {limit:,} values. "
+            "No file of the authors does: it was not read"
+        )
+
+
+def _extend(container: _Outline | int, parts: list) -> None:
+    if not isinstance(container, _Outline):
+        raise ValueError("it adds objects to a plain value")
+    container.add(parts)
+
+
+def _nested(path: Path) -> UnsafePickleError:
+    return UnsafePickleError(
+        f"{path} contains objects inside themselves, or more than {_MAX_DEPTH} inside each other. No file of the "
+        "authors does: it was not read"
+    )
+
+
+def _expanded_size(root: _Outline, limit: int, path: Path) -> int:
+    """The number of values in `root`, counted as often as they occur, or any number above `limit`."""
+    sizes: dict[int, int] = {}
+    waiting = [(root, iter(root.parts))]
+    inside = {id(root)}
+    while waiting:
+        outline, parts = waiting[-1]
+        for part in parts:
+            if id(part) in inside or len(waiting) > _MAX_DEPTH:
+                raise _nested(path)
+            if id(part) not in sizes:
+                inside.add(id(part))
+                waiting.append((part, iter(part.parts)))
+                break
+        else:
+            waiting.pop()
+            inside.remove(id(outline))
+            sizes[id(outline)] = min(limit + 1, outline.size + sum(sizes[id(part)] for part in outline.parts))
+    return sizes[id(root)]
+
+
 def _unpickle(stream: io.BytesIO, allowed: set[str], path: Path) -> tuple[Any, dict[str, tuple[torch.dtype, int]]]:
     """The next pickle of the stream as records, containers and plain values, and the storages it refers to."""
     start = stream.tell()
     try:
-        for opcode, argument, position in pickletools.genops(stream):
-            # Objects are numbered in their order: a larger number would only allocate memory.
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > position - start:
-                raise UnsafePickleError(f"{path} numbers its objects in a way that no pickler does: it was not read")
+        _check_expansion(stream, path)
         stream.seek(start)
         copyreg.clear_extension_cache()  # objects in this cache would bypass find_class
         unpickler = _RecordingUnpickler(stream, allowed, path)
@@ -368,8 +542,10 @@ def _tensor(value: Any, storages: dict[str, torch.Tensor], where: str) -> torch.
     match value.arguments:
         case (_Storage(arguments=(key,)), int() as offset, tuple() as shape, tuple() as stride, *_):
             numbers = storages[key]  # (numel,)
+            if len(shape) > _MAX_DIMENSIONS or len(shape) != len(stride):
+                raise ValueError(f"{where} has {len(shape)} dimensions: expected at most {_MAX_DIMENSIONS}")
             whole = all(type(number) is int and 0 <= number <= len(numbers) for number in (offset, *shape, *stride))
-            if whole and len(shape) == len(stride) and 0 < math.prod(shape) <= len(numbers):
+            if whole and 0 < math.prod(shape) <= len(numbers):
                 last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
                 if last < len(numbers):
                     return numbers.as_strided(shape, stride, offset)
