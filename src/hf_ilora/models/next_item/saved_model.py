@@ -122,7 +122,7 @@ def check_sizes(
         elif found and found[0] != tuple(tensor.shape):
             raise ValueError(
                 f"{prefix}{name} in the weights of {path} has shape {found[0]}: expected {tuple(tensor.shape)}, as "
-                f"{CONFIG_NAME} says; restore the folder that save_pretrained wrote"
+                f"{CONFIG_NAME} says; one of them is mismatched: restore the folder that save_pretrained wrote"
             )
     if missing:
         raise ValueError(
