@@ -275,6 +275,17 @@ def test_encoder_of_a_saved_recommender_loads_alone(tmp_path):
     assert encoder.get_input_embeddings() is encoder.item_embedding
 
 
+def test_an_encoder_is_saved_but_not_pushed(tmp_path):
+    encoder = small_model().model
+    with pytest.raises(ValueError, match="push the SASRecForNextItem whose encoder it is"):
+        encoder.push_to_hub("user/encoder")
+    with pytest.raises(ValueError, match="recommends nothing"):
+        encoder.save_pretrained(tmp_path / "pushed", push_to_hub=True)
+    assert not (tmp_path / "pushed").exists()
+    encoder.save_pretrained(tmp_path / "saved")
+    assert torch.equal(SASRecModel.from_pretrained(tmp_path / "saved").final_norm.weight, encoder.final_norm.weight)
+
+
 def test_recommendations_can_be_used_where_gradients_flow():
     model = small_model()
     item_ids, _ = model.recommend(RIGHT, top_k=3)

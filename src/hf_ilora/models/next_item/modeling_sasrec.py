@@ -168,6 +168,19 @@ class SASRecModel(SASRecPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.item_embedding
 
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in `NextItemPreTrainedModel`, but only to a folder: an encoder has no card, since it recommends nothing.
+
+        Raises:
+            ValueError: with `push_to_hub`.
+        """
+        if push_to_hub:
+            raise ValueError(
+                "SASRecModel is an encoder, which recommends nothing: expected a model with a head; push the "
+                "SASRecForNextItem whose encoder it is"
+            )
+        return super().save_pretrained(save_directory, **kwargs)
+
     def forward(self, input_ids, attention_mask=None) -> BaseModelOutput:
         """(batch, length) item ids, padding on either side -> last_hidden_state (batch, length, hidden)."""
         self.check_input(input_ids, attention_mask=attention_mask)
