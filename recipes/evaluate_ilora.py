@@ -24,6 +24,7 @@ import numpy as np
 from accelerate import PartialState
 
 from hf_ilora import ILoraConfig, ILoraForRecommendation, SequenceDatasets
+from hf_ilora.data.columns import training_sequences
 from hf_ilora.data.row_fractions import check_fraction, rows_in_fraction
 from hf_ilora.data.seeds import check_seed
 from hf_ilora.devices import uses_accelerator
@@ -44,6 +45,7 @@ from hf_ilora.runs.checks import (
     check_choice,
     check_top_k,
     checked_plot,
+    most_seen_items,
     names_of_models,
 )
 from hf_ilora.training.candidate_rows import draw_candidates
@@ -52,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 ZERO_SHOT = "zero-shot LLM"
 SPLITS = ("validation", "test", "train")
-NUM_CANDIDATES = 20  # for rows of the train split if the other splits have no candidates
+NUM_CANDIDATES = 20  # for data that were prepared without candidates
 
 
 @dataclass
@@ -100,7 +102,7 @@ class ILoraEvaluationArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the language models"})
     num_resamples: int = field(default=2000, metadata={"help": "bootstrap resamples, and sign flips of the p-values"})
     seed: int = field(
-        default=0, metadata={"help": "random seed of intervals, p-values and the candidates of the train split"}
+        default=0, metadata={"help": "random seed of intervals, p-values and of candidates that the rows lack"}
     )
     plot: bool | None = field(
         default=None,
@@ -206,14 +208,16 @@ def load_data(arguments: ILoraEvaluationArguments):
     if arguments.limit_rows != -1:
         rows = np.linspace(0, len(split) - 1, min(arguments.limit_rows, len(split)))
         split = split.select(rows.astype(int))
-    if arguments.split == "train":
-        num_candidates = sequences.protocol["num_candidates"] or NUM_CANDIDATES
-        return sequences, draw_candidates(split, sequences.num_items, num_candidates, arguments.seed)
-    if "candidates" not in split.column_names:
-        raise ValueError(
-            f"{arguments.data_dir} has no candidates: expected data prepared with num_candidates of 2 or more"
+    if "candidates" in split.column_names:
+        return sequences, split
+    num_candidates = sequences.protocol["num_candidates"]
+    if not num_candidates:  # as many as there are items for
+        most = most_seen_items(np.split(*training_sequences(split))[1:-1])
+        num_candidates = min(NUM_CANDIDATES, sequences.num_items - most + 1)
+        logger.info(
+            "the data have no candidates: %d are drawn for each row, with seed %d", num_candidates, arguments.seed
         )
-    return sequences, split
+    return sequences, draw_candidates(split, sequences.num_items, num_candidates, arguments.seed)
 
 
 def without_adapter(

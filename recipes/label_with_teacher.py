@@ -34,6 +34,7 @@ from hf_ilora.distillation.labelling import (
     LabelRequests,
     acquire_requests,
     label_shards,
+    wait_for_shards,
 )
 from hf_ilora.distillation.teachers import ModelTeacher, Teacher, load_teacher, model_fingerprint
 from hf_ilora.models.loading import check_catalogue, load_recommender
@@ -85,9 +86,13 @@ class LabelArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "run code that comes with the language model of an iLoRA"}
     )
+    timeout_minutes: int = field(
+        default=120,
+        metadata={"help": "minutes that a process waits for the others without a new shard of any before it gives up"},
+    )
 
     def __post_init__(self):
-        check_at_least_one(self, "top_k", "batch_size", "shard_rows")
+        check_at_least_one(self, "top_k", "batch_size", "shard_rows", "timeout_minutes")
         check_seed("seed", self.seed)
         check_choice("dtype", self.dtype, (None, *DTYPES))
         if self.budget is None and (self.acquire != "random" or self.recommender is not None):
@@ -108,8 +113,8 @@ ARGUMENTS = (LabelArguments,)
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
     # Without an accelerator, the processes of a launch only find each other if the first PartialState is told to use
-    # the CPU. The timeout is long because all processes wait for the slowest.
-    state = PartialState(cpu=not uses_accelerator(), timeout=timedelta(days=30))
+    # the CPU.
+    state = PartialState(cpu=not uses_accelerator(), timeout=timedelta(minutes=arguments.timeout_minutes))
     with sole_writer(arguments.output_dir):
         label(arguments, state)
 
@@ -145,7 +150,8 @@ def label(arguments: LabelArguments, state: PartialState) -> None:
                 process=state.process_index,
                 num_processes=state.num_processes,
             )
-            speeds = gather_object([speed])  # waits for the others
+            wait_for_shards(folder, requests, 60 * arguments.timeout_minutes)
+            speeds = gather_object([speed])
         rows, tokens = sum(speed.rows for speed in speeds), sum(speed.tokens for speed in speeds)
         seconds = max(speed.seconds for speed in speeds)
         logger.info("labelled %d rows (%d tokens) in %.1f s: %.4g rows, %.4g tokens per second",

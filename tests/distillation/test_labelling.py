@@ -12,7 +12,13 @@ from safetensors.torch import save_file
 
 from hf_ilora import PopularityConfig, PopularityForNextItem, SASRecConfig, SASRecForNextItem
 from hf_ilora.distillation import labelling
-from hf_ilora.distillation.labelling import LabelFolder, LabelRequests, acquire_requests, label_shards
+from hf_ilora.distillation.labelling import (
+    LabelFolder,
+    LabelRequests,
+    acquire_requests,
+    label_shards,
+    wait_for_shards,
+)
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.distillation.teachers import RankItemsTeacher
 from tests.distillation.known_teacher import DATA_FINGERPRINT, KnownTeacher, label_all, label_settings
@@ -309,3 +315,29 @@ def test_any_object_that_ranks_items_labels_a_data_set(train, tmp_path):
     assert labels.description["teacher"] == "next in the catalogue" and labels.description["embedding_size"] is None
     everything = LabelRequests.of_split(train, "all")
     assert folder.requests(everything).costs(teacher).tolist() == everything.prefix_lengths.clip(max=3).tolist()
+
+
+def test_a_process_that_hangs_is_not_waited_for_without_end(tmp_path, train):
+    teacher = KnownTeacher(NUM_ITEMS)
+    folder = LabelFolder(tmp_path / "labels", label_settings(NUM_ITEMS))
+    folder.start(lambda: LabelRequests.of_split(train))
+    requests = folder.requests(LabelRequests.of_split(train))
+    label_shards(folder, requests, teacher, process=0, num_processes=2)
+    with pytest.raises(
+        TimeoutError, match=r"1 shards are missing in .*labels-.* first, and no process has written one"
+    ):
+        wait_for_shards(folder, requests, timeout_seconds=0.3)
+    label_shards(folder, requests, teacher, process=1, num_processes=2)
+    wait_for_shards(folder, requests, timeout_seconds=0.3)
+
+
+def test_requests_without_an_answer_do_not_block_other_settings(tmp_path, train):
+    teacher = KnownTeacher(NUM_ITEMS)
+    settings = label_settings(NUM_ITEMS)
+    LabelFolder(tmp_path, settings | {"top_k": 25}).start(lambda: LabelRequests.of_split(train))
+    folder = LabelFolder(tmp_path, settings)
+    folder.start(lambda: LabelRequests.of_split(train))
+    requests = folder.requests(LabelRequests.of_split(train))
+    label_shards(folder, requests, teacher)
+    with pytest.raises(ValueError, match=r"top_k was .* and is 25"):
+        LabelFolder(tmp_path, settings | {"top_k": 25}).start(lambda: LabelRequests.of_split(train))

@@ -242,3 +242,46 @@ def test_templates_and_heads_that_no_loss_uses_are_refused(ilora, sequences, tmp
         trainer_of(ilora(item_head="residual"), sequences, tmp_path)
     with pytest.raises(ValueError, match=r"no template is with \{candidates\}"):
         trainer_of(ilora(prompt_templates=[HISTORY_ALONE]), sequences, tmp_path)
+
+
+# --- prompts that do not fit into the context ---
+
+
+@pytest.mark.parametrize("settings", [{}, {"language_loss_weight": 0.0, "candidate_loss_weight": 1.0}])
+def test_a_prompt_that_is_too_long_is_found_before_the_first_step(ilora, sequences, tmp_path, settings):
+    model = ilora(**settings)
+    training = {"max_steps": 12, "eval_strategy": "no", "early_stopping_patience": 0, "load_best_model_at_end": False}
+    trainer = trainer_of(model, sequences, tmp_path, **training)  # 32 rows in steps of 8: three epochs
+    longest = 0
+    for epoch in range(3):
+        trainer.train_dataset.set_epoch(epoch)
+        for row in range(32):
+            batch = trainer.data_collator([trainer.train_dataset[row]])
+            titles = model.title_tokens.lengths[batch["candidates"].numpy()].max() + 1 if settings else 0
+            longest = max(longest, int(batch["attention_mask"].sum()) + titles)
+    model.prompts.max_tokens = longest
+    trainer_of(model, sequences, tmp_path, **training)
+    model.prompts.max_tokens = longest - 1
+    message = (
+        rf"has {longest} tokens: expected at most {longest - 1}, the language model's context; its longest title is "
+        r"that of item 1\d\d, 'Title 1\d\d', with \d+ tokens: shorten titles, lower max_history or num_candidates"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer_of(model, sequences, tmp_path, **training)
+
+
+def test_a_prompt_of_an_evaluation_that_is_too_long_is_found_before_the_first_step(ilora, sequences, tmp_path):
+    model = ilora()
+    model.prompts.max_tokens = 20
+    with pytest.raises(ValueError, match="of eval_dataset in epoch 1 has"):
+        trainer_of(model, sequences, tmp_path, train_dataset=None, **each_step(1))
+
+
+def test_data_without_candidates_are_learnt_from_and_evaluated(ilora, sequences, tmp_path):
+    rows = {name: sequences[name].remove_columns("candidates") for name in ("validation", "test")}
+    trainer = trainer_of(ilora(), sequences, tmp_path, eval_dataset=rows["validation"], **each_step(1))
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert "eval_loss" in metrics and "eval_candidates_hit_ratio@1" not in metrics
+    with pytest.raises(ValueError, match="no column candidates, among which a model without an item head ranks"):
+        trainer.predict(rows["test"])

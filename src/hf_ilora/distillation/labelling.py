@@ -49,6 +49,7 @@ LABELLED_POSITIONS = ("last", "all")
 
 _SETTINGS_KEY = b"settings"
 _SECONDS_BETWEEN_REPORTS = 10
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 
 @dataclass(frozen=True)
@@ -417,5 +418,33 @@ def label_shards(
     return LabelSpeed(rows, tokens, time.monotonic() - begin)
 
 
+def wait_for_shards(folder: LabelFolder, requests: LabelRequests, timeout_seconds: float) -> None:
+    """Wait until all processes have written their shards, as long as any of them makes progress.
+
+    Args:
+        folder: into which all processes label.
+        requests: of the folder.
+        timeout_seconds: time without a new shard after which a process counts as hanging.
+
+    Raises:
+        TimeoutError: when no process has written a shard for that long.
+    """
+    found, since = -1, time.monotonic()
+    while True:
+        missing = [n for n in range(folder.num_shards(requests)) if not (folder.folder / shard_name(n)).exists()]
+        written = folder.num_shards(requests) - len(missing)
+        if not missing:
+            return
+        if written > found:
+            found, since = written, time.monotonic()
+        elif time.monotonic() - since > timeout_seconds:
+            raise TimeoutError(
+                f"{len(missing)} shards are missing in {folder.folder}, {shard_name(missing[0])} first, and no process "
+                f"has written one for {timeout_seconds / 60:.3g} minutes: a process hangs; run the same command again, "
+                "which asks for the missing ones only, with a larger timeout_minutes if a shard takes longer"
+            )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
 __all__ = ["LABELLED_POSITIONS", "REQUESTS_FILE", "LabelFolder", "LabelRequests", "LabelSpeed", "acquire_requests"]
-__all__ += ["label_shards"]
+__all__ += ["label_shards", "wait_for_shards"]

@@ -19,6 +19,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
+from hf_ilora.runs.compile_locks import check_compile_locks
 from hf_ilora.runs.help_text import recipe_help
 from hf_ilora.runs.processes import program_name
 from hf_ilora_cli.shipped import CONFIG, PROMPT, find_file
@@ -47,6 +48,8 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
         everything = "--help-all" in words
         print(recipe_help(recipe.__file__, recipe.__doc__, dataclass_types, program_name(), everything), end="")
         raise SystemExit(0)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        check_compile_locks()  # before TrainingArguments, which let DeepSpeed compile
     config_file, options = _take_config_file(words)
     parser = _RecipeParser(dataclass_types, prog=program_name(), allow_abbrev=False, add_help=False)
     known = {name for action in parser._actions for name in action.option_strings}

@@ -1,5 +1,6 @@
 """A Trainer of iLoRA that takes splits of histories as they are."""
 
+import math
 from collections.abc import Callable
 
 import datasets
@@ -25,6 +26,7 @@ from .curriculum import CurriculumCallback
 from .expert_usage_callback import ExpertUsageCallback
 from .ilora_arguments import ILoraTrainingArguments
 from .prompt_collator import PromptCollator, check_candidate_fraction
+from .prompt_lengths import check_prompt_lengths
 from .recommender_trainer import RecommenderTrainer
 from .windows import EpochCallback, rows_are_prefixes
 
@@ -95,6 +97,7 @@ class ILoraTrainer(RecommenderTrainer):
         self.train_dataset = self._training_rows(train_dataset)
         if isinstance(self.train_dataset, CandidateRows):
             self.add_callback(EpochCallback(self.train_dataset))
+        self._check_prompt_lengths(eval_dataset)
         if args.curriculum_steps:
             self.add_callback(CurriculumCallback(args.curriculum_steps))
         if config.num_experts > 1 and isinstance(eval_dataset, datasets.Dataset):
@@ -140,17 +143,23 @@ class ILoraTrainer(RecommenderTrainer):
             metrics: the ranking metrics of `evaluate`.
         """
         ranks, metrics = self._ranks(test_dataset)
+        if ranks is None:
+            raise ValueError(
+                "test_dataset has no column candidates, among which a model without an item head ranks: expected data "
+                "prepared with num_candidates of 2 or more, or a model with an item head"
+            )
         targets = np.asarray(test_dataset["target"])
         return PredictionOutput(
             ranks, targets, {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         )
 
-    def _ranks(self, rows: datasets.Dataset) -> tuple[np.ndarray, dict[str, float]]:
-        """Ranks of the targets as `predict` returns them, and their metrics."""
+    def _ranks(self, rows: datasets.Dataset) -> tuple[np.ndarray | None, dict[str, float]]:
+        """Ranks of the targets as `predict` returns them, None where there is nothing to rank, and their metrics."""
         model, config = self.model, self.model.config
         batch_size = self.args.per_device_eval_batch_size
         metrics, ranks = {}, None
-        if config.language_loss_weight or config.candidate_loss_weight:
+        is_of_titles = bool(config.language_loss_weight or config.candidate_loss_weight)
+        if is_of_titles and "candidates" in rows.column_names:
             ranks = rank_candidates(model, rows, batch_size=batch_size)
             metrics["candidates_hit_ratio@1"] = float((ranks == 1).mean())
         if config.item_head != "none":
@@ -181,6 +190,25 @@ class ILoraTrainer(RecommenderTrainer):
         model = super().call_model_init(trial)
         _check_model(model)
         return model
+
+    def _check_prompt_lengths(self, eval_dataset: object) -> None:
+        """Raise a ValueError for a prompt of the training or its evaluations that is longer than the context."""
+        if not isinstance(self.data_collator, PromptCollator):
+            return
+        catalogue = self.model.catalogue
+        if isinstance(self.train_dataset, CandidateRows):
+            epochs = range(self._num_epochs(self.train_dataset))
+            check_prompt_lengths(self.data_collator, self.train_dataset, epochs, catalogue, "train_dataset")
+        if isinstance(eval_dataset, datasets.Dataset) and self.args.eval_strategy != "no":
+            for rows in self._evaluation_prompts(eval_dataset).datasets:
+                check_prompt_lengths(self.data_collator, rows, range(1), catalogue, "eval_dataset")
+
+    def _num_epochs(self, rows: CandidateRows) -> int:
+        """The number of epochs that training begins, early stopping aside."""
+        if self.args.max_steps < 1:
+            return math.ceil(self.args.num_train_epochs)
+        rows_per_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return math.ceil(self.args.max_steps / max(1, len(rows) // rows_per_step))
 
     def _training_rows(self, rows: datasets.Dataset | TorchDataset | None) -> TorchDataset | None:
         if not isinstance(rows, datasets.Dataset):

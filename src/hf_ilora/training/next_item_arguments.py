@@ -120,6 +120,10 @@ class NextItemTrainingArguments(TrainingArguments):
         default_factory=lambda: ["labels", "seen_items"], metadata={"help": "batch keys that the metrics read"}
     )
     batch_eval_metrics: bool = field(default=True, metadata={"help": "reduce scores to ranks batch by batch"})
+    # Everything that is trained takes part in every loss.
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "let DistributedDataParallel look for parameters without a gradient"}
+    )
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "a resumed run has the patience that was left"}
     )

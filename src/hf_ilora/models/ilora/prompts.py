@@ -92,6 +92,7 @@ class PromptBuilder:
 
     Attributes:
         candidate_templates, history_templates: the templates with and without {candidates}.
+        longest_text, longest_mark: tokens of the longest template without titles, and of what follows a title.
         pad_token_id: the tokenizer's, or else its terminator; padding is masked, so any token will do.
 
     Raises:
@@ -140,6 +141,8 @@ class PromptBuilder:
         self._texts = np.array(texts)  # (templates, 3, 2): start and length of each text
         self._candidates_first = np.array(candidates_first)  # (templates,)
         self._tokens = pieces.concatenated()  # (tokens,)
+        self.longest_text = int(self._texts[..., 1].sum(axis=1).max())
+        self.longest_mark = max(length for _, length in self._marks)
 
     def build(
         self,
