@@ -199,12 +199,13 @@ def test_a_changed_configuration_is_checked_too():
         config.validate()
 
 
-def test_a_model_of_another_catalogue_gives_its_layers(tmp_path):
+def test_a_model_of_another_catalogue_gives_its_layers(tmp_path, caplog):
     with_catalogue(tmp_path)
     with pytest.raises(ValueError, match=r"has shape \(31, 8\): expected \(51, 8\)"):
         SASRecForNextItem.from_pretrained(tmp_path, num_items=50)
     model = SASRecForNextItem.from_pretrained(tmp_path, num_items=50, ignore_mismatched_sizes=True)
     assert (model.config.num_items, model.catalogue) == (50, None)
+    assert "has 30 items and the model 50: it is left out" in caplog.text
     expected = recommender().state_dict()
     for name, tensor in model.state_dict().items():
         same = tensor.shape == expected[name].shape and torch.equal(tensor, expected[name])

@@ -41,6 +41,8 @@ def test_killed_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
     checkpoint(tmp_path, 100, state=None)
     checkpoint(tmp_path, 110, state='{"global_')
     assert resumable_checkpoint(tmp_path, [Settings(output_dir="moved")], "abc") == whole
+    # The incomplete ones would outlive checkpoints of this run, which have lower steps.
+    assert {folder.name for folder in tmp_path.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-10"}
 
 
 def test_other_settings_or_data_are_refused(tmp_path):
@@ -112,6 +114,7 @@ def test_a_run_without_a_whole_checkpoint_blocks_no_corrected_command(tmp_path):
     begun(tmp_path)
     checkpoint(tmp_path, 5, state=None)
     assert resumable_checkpoint(tmp_path, [Settings(learning_rate=0.2)], "xyz") is None
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_finished_run_and_unknown_checkpoints_are_refused(tmp_path):

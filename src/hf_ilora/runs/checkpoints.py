@@ -2,9 +2,11 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ilora.runs.launch_settings import launch_differences
@@ -18,6 +20,9 @@ _FREE_FIELDS = {"output_dir", "resume_from_checkpoint", "disable_tqdm", "report_
 
 def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], data_fingerprint: str) -> str | None:
     """The checkpoint from which a run with these settings resumes in `output_dir`, or None to start from scratch.
+
+    Incomplete checkpoints, which a killed run left, are deleted: newer than those that this run will write, they would
+    be kept in their place.
 
     Args:
         output_dir: the folder of the run.
@@ -42,6 +47,7 @@ def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], da
         raise ValueError(f"{output_dir} contains a finished run: choose another output_dir, or delete the folder")
     checkpoint = last_whole_checkpoint(output_dir)
     if checkpoint is None:
+        _delete_incomplete(output_dir)
         return None  # nothing is lost, whatever the settings were
     differences = configuration_differences(earlier, arguments) + launch_differences(earlier, arguments)
     if earlier["data_fingerprint"] not in (None, data_fingerprint):
@@ -51,6 +57,7 @@ def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], da
             f"{output_dir} contains an unfinished run that differs from this one: {'; '.join(differences)}; "
             "choose another output_dir, delete the folder, or resume with the settings and the launch that it had"
         )
+    _delete_incomplete(output_dir)
     logger.info("resuming from %s", checkpoint)
     return checkpoint
 
@@ -97,13 +104,25 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     interrupted has none, or a truncated one. Such a checkpoint is skipped.
     """
     for checkpoint in reversed(_checkpoints(output_dir)):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            logger.warning("%s is incomplete (a run was interrupted while writing it): skipping it", checkpoint)
-            continue
-        return str(checkpoint)
+        if _is_whole(checkpoint):
+            return str(checkpoint)
+        logger.warning("%s is incomplete (a run was interrupted while writing it): skipping it", checkpoint)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _delete_incomplete(output_dir: Path) -> None:
+    if PartialState().is_main_process:
+        for checkpoint in _checkpoints(output_dir):
+            if not _is_whole(checkpoint):
+                shutil.rmtree(checkpoint)
 
 
 def _checkpoints(output_dir: str | Path) -> list[Path]:

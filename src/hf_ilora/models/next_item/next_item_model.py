@@ -1,6 +1,7 @@
 """The base of all next-item models: recommending, checks, and saving with catalogue and code."""
 
 import dataclasses
+import logging
 import os
 import threading
 from pathlib import Path
@@ -18,6 +19,8 @@ from .next_item_output import top_k_items
 from .padding import lowest_and_highest, padding_to_the_front
 from .reference_initialization import initialize_as_reference
 from .saved_model import check_sizes, read_config, saved_file, saved_shapes
+
+logger = logging.getLogger(__name__)
 
 # Where the weights come from also says where the catalogue comes from.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -281,7 +284,12 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
                 num_items = parquet.metadata.num_rows
             if num_items == config.num_items:
                 model.catalogue = Catalogue.from_parquet(file)
-            elif not takes_other_sizes:
+            elif takes_other_sizes:
+                logger.warning(
+                    "the catalogue in %s has %d items and the model %d: it is left out; assign model.catalogue",
+                    path, num_items, config.num_items,
+                )  # fmt: skip
+            else:
                 raise ValueError(
                     f"{file} belongs to another model: the catalogue has {num_items} items: expected "
                     f"{config.num_items}, the num_items of the model; restore the folder that save_pretrained wrote"
