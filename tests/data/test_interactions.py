@@ -96,7 +96,7 @@ def test_the_first_rows_can_be_asked_for(as_source):
     interactions, items = load(source, title_column="title", limit_data_rows=2)
     assert interactions.to_dict() == {name: values[:2] for name, values in EXPECTED.items()}
     assert items["item_id"][:] == [20, 10]
-    assert load(source, limit_data_rows=99)[0].num_rows == 4
+    assert load(source, limit_data_rows=99)[0].num_rows == load(source, limit_data_rows=10**30)[0].num_rows == 4
 
 
 def test_without_a_time_column_the_position_is_the_time(as_source):
@@ -239,6 +239,12 @@ def test_a_missing_column_lists_the_columns_and_the_close_ones(as_source):
 def test_one_column_for_two_purposes_is_refused():
     with pytest.raises(ValueError, match="column 'user' is given for two purposes"):
         load_interactions(pd.DataFrame(ROWS), "user", "user", "time")
+
+
+@pytest.mark.parametrize("names", [(None, "item"), ("user", None)])
+def test_a_table_without_a_column_of_ids_is_refused(names):
+    with pytest.raises(ValueError, match="expected the names of both columns"):
+        load_interactions(pd.DataFrame(ROWS), *names, "time")
 
 
 def test_duplicate_columns_are_refused(tmp_path):

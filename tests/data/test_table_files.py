@@ -7,6 +7,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from hf_ilora.data.interactions import load_interactions
 
@@ -55,6 +56,7 @@ def test_no_pair_of_stray_quotes_hides_a_row_of_a_tsv(first, last, tmp_path):
         (['1,a,1,"Salem', "1,b,2,Plain", '1,c,3,Low"'], 2),
         (['1,a,1,"Salem', "", "1,b,2,Plain", '1,c,3,Low"'], 2),
         (['x,a,2024-05-31,"1984', 'y,b,2024-05-31,12"'], 2),
+        (['x,a,1999,"A', "y,b,,B", 'z,c,,C"'], 2),  # a number may be missing in the swallowed rows
         (["1,a,1,Plain", '1,b,2,"One" live'], 3),
         (["1,a,1,Plain", '1,b,2,"never closed'], 3),
         (['1,a,1,"two\nlines"', '1,b,2,"One" live'], 4),
@@ -79,6 +81,17 @@ def test_what_pandas_writes_is_read_as_it_was(separator, tmp_path):
     path = tmp_path / ("t.csv" if separator == "," else "t.tsv")
     frame.to_csv(path, sep=separator, index=False)
     assert titles(path) == names
+
+
+def test_quotes_are_obeyed_whichever_way_they_are_checked(tmp_path):
+    rows = ['1,1,1,""""', '1,2,2,"a ""b"", c"', '"1","3","3",""', "1,4,4,d"]
+    plain = titles(write(tmp_path / "t.csv", "user,item,time,title\n" + "\r\n".join(rows)), missing_titles="item_id")
+    rows.append('1,5,5,"two\nlines"')  # looked at line by line
+    closer = titles(write(tmp_path / "u.csv", "user,item,time,title\n" + "\r\n".join(rows)), missing_titles="item_id")
+    assert plain == closer[:4] == ['"', 'a "b", c', "3", "d"]
+    path = tmp_path / "t.tsv"
+    pd.DataFrame(ROWS | {"title": ["a\tb", '"']}).to_csv(path, sep="\t", index=False)
+    assert titles(path) == ["a\tb", '"']
 
 
 def test_quotes_inside_of_a_value_are_characters(tmp_path):
@@ -181,6 +194,7 @@ def test_times_in_json_may_be_whole_and_fractions(tmp_path):
         ('{"user":"A\\ud83d","item":2,"time":3}', "t.jsonl cannot be read: .*surrogate"),
         ('{"user":{"id":1},"item":2,"time":3}', "column 'user' .* has type struct"),
         ('{"user":1,"item":2,"time":3,"other":' + "[" * 100_000, "line 1 is not JSON"),
+        ('{"user":1,"item":2,"time":3}\n[1,2,3]', "t.jsonl cannot be read: .*array in row 1"),
         ("", "cannot be read: it has no rows"),
     ],
 )
@@ -275,6 +289,35 @@ def test_a_folder_of_something_else_is_refused(names, message, tmp_path):
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("column", "first", "second", "expected"),
+    [
+        ("item", pa.array(["a"]).dictionary_encode(), pa.array(["b"]), ["a", "b"]),
+        ("item", pa.array(["a"], pa.large_string()), pa.array(["b"], pa.string_view()), ["a", "b"]),
+        ("item", pa.array([1], pa.int32()).dictionary_encode(), pa.array([2]), [1, 2]),
+        ("time", pa.array([1], pa.date32()), pa.array([2], pa.timestamp("s")), [86400, 2]),
+        ("time", pa.array([1000], pa.timestamp("ms", "Asia/Tokyo")), pa.array([2], pa.timestamp("s", "UTC")), [1, 2]),
+        ("time", pa.array([1], pa.timestamp("s")), pa.array([2], pa.timestamp("s", "America/New_York")), [1, 2]),
+    ],
+)
+def test_parts_may_spell_one_type_in_several_ways(column, first, second, expected, tmp_path):
+    for number, values in enumerate((first, second)):
+        (tmp_path / "t").mkdir(exist_ok=True)
+        table = pa.table({"user": [1], "item": [2], "time": [3]} | {column: values})
+        pq.write_table(table, tmp_path / "t" / f"{number}.parquet")
+    assert load(tmp_path / "t")[0]["item_id" if column == "item" else "timestamp"][:] == expected
+
+
+def test_text_that_is_not_utf8_is_refused_with_its_column(tmp_path):
+    broken = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+    for column in ("user", "item", "time", "title"):
+        table = pa.table({"user": [1], "item": [2], "time": [3], "title": ["A"]} | {column: broken})
+        pq.write_table(table, tmp_path / "t.parquet")
+        for source in (tmp_path / "t.parquet", Dataset(table)):
+            with pytest.raises(ValueError, match=f"column '{column}' of .*expected text in UTF-8"):
+                titles(source)
+
+
 def test_parts_of_different_types_are_refused(tmp_path):
     for number, item in enumerate([1, "a"]):
         write(tmp_path / "t" / f"{number}.jsonl", json.dumps({"user": 1, "item": item, "time": 3}))
@@ -290,6 +333,12 @@ def test_compressed_text_is_read(tmp_path):
         assert load(write(tmp_path / name, gzip.compress(text.encode())))[0]["item_id"][:] == [2]
     pd.DataFrame(ROWS).to_csv(tmp_path / "t.tsv.bz2", sep="\t", index=False)
     assert load(tmp_path / "t.tsv.bz2")[0]["item_id"][:] == [10, 20]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "T.CSV.GZ", "t.csv.bz2", "t.jsonl"])
+def test_compressed_text_is_recognised_by_its_content(name, tmp_path):
+    text = '{"user":1,"item":2,"time":3}' if "json" in name else 'user,item,time\n1,"2",3\n'
+    assert load(write(tmp_path / name, gzip.compress(text.encode())))[0]["item_id"][:] == [2]
 
 
 def test_a_compressed_file_that_is_cut_or_none_is_refused(tmp_path):
@@ -310,7 +359,7 @@ def test_another_separator_is_named_and_can_be_given(header, tmp_path):
     assert named["title"][:] == ["A, B"]
 
 
-@pytest.mark.parametrize("separator", ["", ";;", '"', "\n", "·"])
+@pytest.mark.parametrize("separator", ["", ";;", '"', "\n", "·", "\0", b",", 5])
 def test_a_separator_that_cannot_separate_is_refused(separator, tmp_path):
     with pytest.raises(ValueError, match="expected one ASCII character, for CSV or TSV"):
         load(write(tmp_path / "t.csv", "user,item,time\n1,2,3\n"), separator=separator)

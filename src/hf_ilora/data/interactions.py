@@ -84,6 +84,10 @@ def load_interactions(
             "items_item_column, items_title_column or items_separator is given without items: pass the table of items"
         )
 
+    if user_column is None or item_column is None:
+        raise ValueError(
+            f"user_column is {user_column!r} and item_column is {item_column!r}; expected the names of both columns"
+        )
     plays = _Columns.read(
         path_or_dataset,
         {"user_id": user_column, "item_id": item_column, "time": time_column, "title": title_column},

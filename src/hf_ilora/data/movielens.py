@@ -175,7 +175,7 @@ def _read_ratings(file: Path | ZipPath, limit: int) -> dict[str, pa.ChunkedArray
                 break
     if rows == 0:
         raise ValueError(f"{file} has no ratings; expected at least one: download the file again")
-    table = pa.concat_tables(tables).slice(0, None if limit == -1 else limit)
+    table = pa.concat_tables(tables).slice(0, rows if limit == -1 else min(limit, rows))
     for name in table.column_names:
         if table[name].null_count:
             row = pc.index(pc.is_null(table[name]), True).as_py()

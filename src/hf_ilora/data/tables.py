@@ -97,7 +97,7 @@ def clean_ids(column: pa.ChunkedArray, where: str, *, untyped: bool = False) -> 
     Raises:
         ValueError: for missing or blank ids, another type, and ids too large for int64; it names the first bad row.
     """
-    column = _plain(column)
+    column = _readable(column, where)
     expected, remedy = "an id", "drop these rows or give them ids"
     if pa.types.is_integer(column.type):
         _raise_at(pc.is_null(column), column, where, expected, remedy)
@@ -131,7 +131,7 @@ def clean_text(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     Raises:
         ValueError: for another type.
     """
-    column = _plain(column)
+    column = _readable(column, where)
     if pa.types.is_null(column.type):
         column = column.cast(pa.string())
     if not pa.types.is_string(column.type):
@@ -152,7 +152,7 @@ def clean_seconds(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     Raises:
         ValueError: for missing, unreadable, infinite or negative times (before 1970), and another type.
     """
-    column = _plain(column)
+    column = _in_utc(_readable(column, where))
     remedy = "drop these rows, or pass time_column=None if the rows are in chronological order"
     expected = "seconds since 1970 or an ISO 8601 time"
     if pa.types.is_string(column.type):
@@ -241,7 +241,8 @@ def _read_files(files: TableFiles, columns: Mapping[str, Hashable], limit: int) 
     whole_numbers = _IDS & set(columns) if files.is_delimited_text else set()
     for piece in files.batches(columns):
         if limit == -1 or rows < limit:
-            pieces.append(piece)
+            plain = {name: _plain(piece[name]) for name in columns}
+            pieces.append(pa.table({name: _in_utc(plain[name]) if name == "time" else plain[name] for name in plain}))
             rows += piece.num_rows
         whole_numbers = {name for name in whole_numbers if _are_whole_numbers(piece[name])}
         if limit != -1 and rows >= limit and not whole_numbers:
@@ -253,7 +254,8 @@ def _read_files(files: TableFiles, columns: Mapping[str, Hashable], limit: int) 
             f"the parts of {files.path} have columns of different types ({error}); expected one type per column: read "
             "them with pandas and pass the frame"
         ) from error
-    return table.slice(0, None if limit == -1 else limit), whole_numbers if files.is_delimited_text else None
+    table = table if limit == -1 else table.slice(0, min(limit, table.num_rows))
+    return table, whole_numbers if files.is_delimited_text else None
 
 
 def _are_whole_numbers(column: pa.ChunkedArray) -> bool:
@@ -269,6 +271,23 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
         column = column.cast(column.type.value_type)
     if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
         column = column.cast(pa.string())
+    return column
+
+
+def _in_utc(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Dates and times of any zone as times in UTC, so that parts of a table that differ in it fit together."""
+    if pa.types.is_date(column.type):
+        column = column.cast(pa.timestamp("s"))
+    return column.cast(pa.timestamp(column.type.unit, "UTC")) if pa.types.is_timestamp(column.type) else column
+
+
+def _readable(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """The column as `_plain` makes it; parquet files and Datasets may have text that is none."""
+    column = _plain(column)
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{where}: {error}; expected text in UTF-8: write the table again from whole text") from error
     return column
 
 
@@ -304,8 +323,6 @@ def _parse_times(text: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 
 
 def _whole_or_fraction(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    if pa.types.is_date(column.type):
-        column = column.cast(pa.timestamp("s"))
     if pa.types.is_timestamp(column.type):
         per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[column.type.unit]
         ticks = column.cast(pa.int64())
