@@ -117,6 +117,12 @@ def test_a_run_without_a_whole_checkpoint_blocks_no_corrected_command(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def test_a_checkpoint_that_is_named_is_refused(tmp_path):
+    arguments = NextItemTrainingArguments("unused", resume_from_checkpoint="elsewhere/checkpoint-3")
+    with pytest.raises(ValueError, match="'elsewhere/checkpoint-3': leave it out"):
+        resumable_checkpoint(tmp_path, [Settings(), arguments], "abc")
+
+
 def test_finished_run_and_unknown_checkpoints_are_refused(tmp_path):
     with RunRecord(tmp_path / "finished", [Settings()], seed=0):
         pass

@@ -275,7 +275,6 @@ def gru4rec():
         ({"item_learning_rate_factor": -1}, ValueError, "expected at least 0"),
         ({"early_stopping_patience": -1}, ValueError, "early_stopping_patience is -1"),
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, ValueError, "persistent_workers"),
-        ({"resume_from_checkpoint": "run/checkpoint-3"}, ValueError, "which the Trainer does not read"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_step(sequences, tmp_path, changes, error, message):

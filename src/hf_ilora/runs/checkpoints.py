@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ilora.runs.launch_settings import launch_differences
@@ -15,7 +16,7 @@ from hf_ilora.runs.record import plain_configuration, read_record
 logger = logging.getLogger(__name__)
 
 # Fields that may differ between an interrupted run and the run that resumes it.
-_FREE_FIELDS = {"output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "log_level", "local_rank"}
+_FREE_FIELDS = {"output_dir", "disable_tqdm", "report_to", "log_level", "local_rank"}
 
 
 def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], data_fingerprint: str) -> str | None:
@@ -34,8 +35,15 @@ def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], da
 
     Raises:
         ValueError: when the folder contains a finished run, checkpoints of a run with other settings or on other data,
-            or checkpoints of unknown origin. Earlier runs are never overwritten, but for those without a checkpoint.
+            or checkpoints of unknown origin, and for a `resume_from_checkpoint`. Earlier runs are never overwritten,
+            but for those without a checkpoint.
     """
+    for settings in arguments:
+        if isinstance(settings, TrainingArguments) and settings.resume_from_checkpoint is not None:
+            raise ValueError(
+                f"resume_from_checkpoint is {settings.resume_from_checkpoint!r}: leave it out, since a run resumes from "
+                "the last whole checkpoint in its own output_dir; to resume there, pass that output_dir"
+            )
     output_dir = Path(output_dir)
     record = output_dir / "run.json"
     if not record.exists():

@@ -34,11 +34,6 @@ def check_run_arguments(arguments: TrainingArguments, per_epoch: str) -> None:
         setattr(arguments, launched_precision, True)
     if arguments.output_dir is None:
         raise ValueError("output_dir is missing: expected the folder for the model; pass output_dir")
-    if arguments.resume_from_checkpoint is not None:
-        raise ValueError(
-            f"resume_from_checkpoint is {arguments.resume_from_checkpoint!r}, which the Trainer does not read: leave "
-            "it out; a recipe resumes from the last checkpoint in output_dir, and in Python trainer.train takes it"
-        )
     if arguments.dataloader_persistent_workers:
         raise ValueError(
             "dataloader_persistent_workers is true: expected false, since workers that outlive an epoch never see "
