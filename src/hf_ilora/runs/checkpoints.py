@@ -41,8 +41,8 @@ def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], da
     for settings in arguments:
         if isinstance(settings, TrainingArguments) and settings.resume_from_checkpoint is not None:
             raise ValueError(
-                f"resume_from_checkpoint is {settings.resume_from_checkpoint!r}: leave it out, since a run resumes from "
-                "the last whole checkpoint in its own output_dir; to resume there, pass that output_dir"
+                f"resume_from_checkpoint is {settings.resume_from_checkpoint!r}: leave it out, since a run resumes "
+                "from the last whole checkpoint in its own output_dir; to resume there, pass that output_dir"
             )
     output_dir = Path(output_dir)
     record = output_dir / "run.json"
