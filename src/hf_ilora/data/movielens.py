@@ -20,7 +20,7 @@ from datasets import Dataset
 from hf_ilora.data.archives import open_archive
 from hf_ilora.data.interactions import check_different_items, check_known_items, interactions_dataset, items_dataset
 from hf_ilora.data.table_files import quoting_problem
-from hf_ilora.data.tables import check_row_limit, clean_seconds
+from hf_ilora.data.tables import check_row_limit, clean_ids, clean_seconds, clean_text
 from hf_ilora.downloads import ChecksumError, DownloadError, default_cache_dir, download_file, download_wheel
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,11 @@ def load_movielens(
         ratings = _read_ratings(folder / release.ratings, limit_data_rows)
         item_ids, titles, genres = _read_items(folder / release.items, "latin-1" if name == "ml-1m" else "utf-8")
     where = f"{folder / release.items}"
+    item_ids = clean_ids(item_ids, f"column item_id of {where}")
+    titles = clean_text(titles, f"column title of {where}")
+    if titles.null_count:
+        untitled = item_ids.filter(pc.is_null(titles))[:5].to_pylist()
+        raise ValueError(f"{where} has items without a title, first {untitled}: download the file again")
     check_different_items(item_ids, where)
     check_known_items(ratings["item_id"], item_ids, where)
     return interactions_dataset(**ratings), items_dataset(item_ids, titles, genres)
@@ -218,9 +223,14 @@ def _check_header(file: Path | ZipPath, header: str, expected: str) -> None:
     """Raise ValueError unless the names are the expected ones; programs that convert tables may quote them."""
     header = header.removeprefix("\ufeff").rstrip("\r\n")
     separator = "\t" if "\t" in expected else ","
-    names = next(csv.reader([header], delimiter=separator))
+    try:
+        names = next(csv.reader([header], delimiter=separator), [])
+    except csv.Error:  # such as lines that end in CR alone
+        names = []
     if [name.strip() for name in names] != expected.split(separator):
-        raise ValueError(f"{file} begins with {header!r}; expected {expected!r}: check that it is a file of MovieLens")
+        raise ValueError(
+            f"{file} begins with {header[:200]!r}; expected {expected!r}: check that it is a file of MovieLens"
+        )
 
 
 def _read_items(file: Path | ZipPath, dat_encoding: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray, pa.Array]:
@@ -254,6 +264,8 @@ def _items_from_flags(file: Path | ZipPath, text: str) -> tuple[pa.ChunkedArray,
     types = {"item_id": pa.int64(), "title": pa.string()} | dict.fromkeys(_GENRES_100K, pa.int8())
     names = ["item_id", "title", "release_date", "video_release_date", "imdb_address", "unknown", *_GENRES_100K]
     table = _parse(file, text.encode(), "|", names, types)
+    if any(table[genre].null_count for genre in _GENRES_100K):
+        raise ValueError(f"{file} has an item without a flag of a genre; expected 0 or 1: download the file again")
     flags = np.stack([table[genre].to_numpy() for genre in _GENRES_100K], axis=1)  # (num_items, genres)
     genre_ids = np.nonzero(flags)[1]  # ordered by item
     offsets = np.concatenate([[0], np.cumsum(np.count_nonzero(flags, axis=1))]).astype(np.int32)
