@@ -10,6 +10,7 @@ from . import openmp  # noqa: F401
 from .commands import COMMANDS, PROGRAM, PROGRAM_VARIABLE, Command
 from .recipe_process import run_recipe
 from .shipped import RECIPE, shipped_folder
+from .shown_text import shown
 from .signals import INTERRUPTED_CODE
 
 HELP_FOLDER = Path(__file__).with_name("help")
@@ -36,9 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     name, *options = words
     if name not in COMMANDS:
         closest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-        print(
-            f"{PROGRAM}: error: unknown command {name}: did you mean {closest}? See {PROGRAM} --help", file=sys.stderr
-        )
+        message = f"unknown command {shown(name)}: did you mean {closest}? See {PROGRAM} --help"
+        print(f"{PROGRAM}: error: {message}", file=sys.stderr)
         return 2
     command = COMMANDS[name]
     if "-h" in options or "--help" in options:

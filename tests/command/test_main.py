@@ -68,6 +68,11 @@ def test_an_unknown_command_names_the_closest_in_one_line(capsys):
     )
 
 
+def test_an_unknown_command_cannot_drive_the_terminal(capsys):
+    assert main(["pre\x1b[31mpare"]) == 2
+    assert "unknown command pre\\x1b[31mpare: did you mean prepare?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda command: command.name)
 def test_the_shipped_help_is_what_the_recipe_renders_now(command):
     shipped = help_file(command).read_text(encoding="utf-8")

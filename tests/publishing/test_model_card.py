@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_ilora.publishing import write_card
+from hf_ilora_cli.shown_text import shown as shown_text
 from tests.models.ilora.ilora_fixtures import recommender
 from tests.publishing.published_folders import FINGERPRINT, write_results, write_run
 
@@ -123,6 +124,7 @@ def test_results_must_have_this_row_and_this_data(sasrec_run, tmp_path):
         ("豆瓣电影", "dataset-[0-9a-f]{8}"),
         ("豆瓣 2020", "2020"),
         ("«…»", "dataset-[0-9a-f]{8}"),
+        ("Plays\n---\n\x1b[2J\u202e", "plays-2j"),
     ],
 )
 def test_data_sets_of_any_name_get_an_identifier_that_the_hub_accepts(sasrec_run, tmp_path, dataset_name, expected):
@@ -130,7 +132,7 @@ def test_data_sets_of_any_name_get_an_identifier_that_the_hub_accepts(sasrec_run
     arguments = NAMES | {"dataset_name": dataset_name, "results": [results], "row": "SASRec"}
     card = ModelCard.load(write_card(sasrec_run, "user/sasrec", output_dir=tmp_path, **arguments))
     for result in card.data.eval_results:
-        assert result.dataset_name == dataset_name
+        assert result.dataset_name == shown_text(dataset_name)
         assert re.fullmatch(r"(?:[\w-]+/)?[\w.-]+", result.dataset_type, re.ASCII)
         assert re.fullmatch(expected, result.dataset_type)
 

@@ -14,7 +14,7 @@ from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.next_item.hub_upload import CARD_FILE, card_data, check_repo_id, usage_example
 from hf_ilora.publishing.measured import MeasuredTable, read_measured
 from hf_ilora.publishing.publish import ModelFolder, check_folder
-from hf_ilora_cli.shown_text import code_in_markdown, in_markdown
+from hf_ilora_cli.shown_text import code_in_markdown, in_markdown, shown
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _SIGNATURE = re.compile(r"<!-- card of hf_ilora, (\w{16}) -->\n\Z")
@@ -184,7 +184,7 @@ def _eval_results(tables: Sequence[MeasuredTable], dataset_name: str) -> list[Ev
                 task_type="other",
                 task_name="Sequential recommendation",
                 dataset_type=_dataset_type(dataset_name),
-                dataset_name=dataset_name,
+                dataset_name=shown(dataset_name),
                 dataset_split=table.split,
                 dataset_revision=table.data_fingerprint,
                 metric_type=name.rpartition("/")[2],

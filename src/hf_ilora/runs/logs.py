@@ -53,7 +53,8 @@ class _RunFileHandler(logging.FileHandler):
             super().handleError(record)
         elif not self.failed:
             self.failed = True
-            tqdm.write(f"{self.baseFilename} cannot be written ({sys.exc_info()[1]}): lines are missing", sys.stderr)
+            reason = f"{self.baseFilename} cannot be written ({sys.exc_info()[1]})"
+            tqdm.write(shown_lines(f"{reason}: lines are missing"), sys.stderr)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what could not be written before
