@@ -252,7 +252,9 @@ def test_the_parts_of_a_folder_are_read_in_the_order_of_their_numbers(suffix, tm
         else:
             write(path, f"user,item,time\n1,{number},{number}\n".replace(",", "," if suffix == ".csv" else "\t"))
     if suffix != ".parquet":
-        write(folder / f"part-11{suffix}", "")
+        for number, nothing in enumerate(("", "\n \r\n")):
+            write(folder / f"part-{11 + number}{suffix}", nothing)
+        write(folder / f"part-13{suffix}.gz", gzip.compress(b""))
     assert load(folder)[0]["item_id"][:] == [2, 10]
     assert load(folder, limit_data_rows=1)[0]["item_id"][:] == [2]
 

@@ -113,8 +113,14 @@ class TableFiles:
                     yield pa.table(dict(zip(columns, piece.columns, strict=True)))
 
     def _files_with_rows(self) -> list[Path]:
-        """All files but parts without a byte, which Spark writes."""
-        return [file for file in self.files if file.stat().st_size > 0] or [self.files[0]]
+        """All files but parts without content, plain or compressed, which Spark writes."""
+        return [file for file in self.files if self._has_content(file)] or [self.files[0]]
+
+    def _has_content(self, file: Path) -> bool:
+        if file.stat().st_size == 0 or self.suffix == ".parquet":
+            return file.stat().st_size > 0
+        with self._errors_named(file), _open_bytes(file) as stream:
+            return any(block.strip() for block in iter(lambda: stream.read(1 << 16), b""))
 
     @contextmanager
     def _errors_named(self, file: Path) -> Iterator[None]:

@@ -18,7 +18,10 @@ Source = str | Path | pd.DataFrame | Dataset
 _MISSING_WORDS = ["", "nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "NaT"]
 _IDS = {"user_id", "item_id"}
 _WHOLE_NUMBER = r"^(0|-?[1-9]\d{0,17})$"  # no leading zeros: "007" and "7" are two ids
-_ISO_TIME = r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?( ?(Z|UTC|GMT|\+0000 UTC|[+-]\d\d(:?\d\d)?))?)?$"
+_ISO_TIME = (
+    r"^\d{4}-\d\d-\d\d"
+    r"( ?(UTC|GMT)|[T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?( ?(Z|UTC|GMT|\+0000 UTC|[+-]\d\d(:?\d\d)?))?)?$"
+)
 _ISO_ZONE = r"(:\d\d|\.\d+)(Z|[+-]\d\d(:?\d\d)?)$"
 
 
@@ -310,7 +313,8 @@ def _parse_times(text: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     remedy = "convert the column before loading it"
     unreadable = pc.invert(pc.match_substring_regex(text, _ISO_TIME))
     _raise_at(unreadable, text, where, "seconds since 1970 or ISO 8601 like 2024-05-31T12:00:00Z", remedy)
-    whole = pc.replace_substring_regex(text, r" ?(\+0000 UTC|UTC|GMT)$", "Z")  # Go writes both
+    whole = pc.replace_substring_regex(text, r"^(\d{4}-\d\d-\d\d) ?(UTC|GMT)$", r"\1")
+    whole = pc.replace_substring_regex(whole, r" ?(\+0000 UTC|UTC|GMT)$", "Z")  # Go writes both
     whole = pc.replace_substring_regex(whole, r" ([Z+-][\d:]*)$", r"\1")
     whole = pc.replace_substring_regex(whole, r"^(\d{4}-\d\d-\d\d)$", r"\1T00:00:00")
     whole = pc.replace_substring_regex(whole, r"([T ]\d\d:\d\d)(Z|[+-].*|)$", r"\1:00\2")
