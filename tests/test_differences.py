@@ -121,7 +121,7 @@ def test_defaults_that_the_page_names():
     sasrec, caser, ilora = SASRecConfig(), CaserConfig(), ILoraConfig()
     assert (sasrec.num_hidden_layers, sasrec.num_attention_heads, sasrec.max_length) == (2, 2, 50)
     assert (sasrec.hidden_dropout, sasrec.initializer_range, sasrec.loss_type) == (0.2, 0.02, "cross_entropy")
-    assert (caser.max_length, caser.vertical_filters, caser.horizontal_heights) == (5, 4, [1, 2, 3, 4, 5])
+    assert (caser.max_length, caser.vertical_filters, [*caser.horizontal_heights]) == (5, 4, [1, 2, 3, 4, 5])
     assert (ilora.router_type, ilora.item_head) == ("conv", "none")
     next_item, training = NextItemTrainingArguments("out"), ILoraTrainingArguments("out")
     assert (next_item.metric_for_best_model, next_item.early_stopping_patience) == ("ndcg@10", 20)
