@@ -1,5 +1,6 @@
 """Saved models whose files contradict each other or are absurd are refused by sizes, before anything is built."""
 
+import dataclasses
 import json
 
 import pyarrow as pa
@@ -7,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
 
 from hf_ilora import (
     CaserConfig,
@@ -133,6 +135,76 @@ def test_broken_weights_are_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"model\.safetensors of .* is broken"):
         load(tmp_path)
+
+
+# --- configurations ---
+
+CONFIGS = [SASRecConfig, GRU4RecConfig, CaserConfig, PopularityConfig, TransitionCountsConfig, ILoraConfig]
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_no_field_takes_a_number_that_is_not_finite(config_class):
+    numbers = {name for name, value in vars(config_class()).items() if isinstance(value, float)} | {"lora_alpha"}
+    for name in numbers & {field.name for field in dataclasses.fields(config_class)}:
+        for value in (float("nan"), float("inf"), float("-inf")):
+            with pytest.raises(ValueError, match=name):
+                config_class(**{name: value})
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+@pytest.mark.parametrize("wrong", [{"dtype": "evil"}, {"id2label": 3}, {"num_labels": "x"}])
+def test_fields_of_transformers_raise_value_errors_too(config_class, wrong):
+    with pytest.raises(ValueError, match=rf"{config_class.__name__} was given a value of a wrong kind"):
+        config_class(**wrong)
+
+
+WRONG = [
+    ("sasrec", {"num_items": -1}, "num_items is -1"),
+    ("sasrec", {"hidden_dropout": 2}, "hidden_dropout is 2"),
+    ("sasrec", {"block_type": "other"}, "block_type is 'other'"),
+    ("sasrec", {"hidden_size": 7}, "hidden_size 7 is not divisible"),
+    ("sasrec", {"layer_norm_eps": -1.0}, "layer_norm_eps is -1"),
+    ("gru4rec", {"initializer_range": -1.0}, "initializer_range is -1"),
+    ("caser", {"popularity_power": -1}, "popularity_power is -1"),
+    ("counts", {"gap_decay": 0}, "gap_decay is 0"),
+    ("popularity", {"max_length": 0}, "max_length is 0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "message"), WRONG)
+def test_values_that_replace_saved_ones_are_checked(tmp_path, kind, changes, message):
+    load = saved(kind, tmp_path)
+    with pytest.raises(ValueError, match=f"{message}.*correct what is passed"):
+        load(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, ignore_mismatched_sizes=True, **changes)
+    for loads in (AutoConfig.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            loads(tmp_path, **changes)
+    config = AutoConfig.from_pretrained(tmp_path)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        AutoModel.from_config(config)
+
+
+def test_values_that_replace_saved_ones_of_an_ilora_are_checked(tmp_path):
+    saved("ilora", tmp_path)
+    with pytest.raises(ValueError, match="router_noise is -1"):
+        ILoraConfig.from_pretrained(tmp_path, router_noise=-1)
+    with pytest.raises(ValueError, match="rank 7 is not divisible by num_experts 4"):
+        AutoConfig.from_pretrained(tmp_path, rank=7)
+
+
+@pytest.mark.parametrize(
+    "model_class", [SASRecForNextItem, GRU4RecForNextItem, CaserForNextItem, PopularityForNextItem]
+)
+def test_a_model_takes_its_own_configuration_only(model_class):
+    for config in (None, 3, {"num_items": 3}, TransitionCountsConfig(num_items=3)):
+        with pytest.raises(
+            ValueError, match=rf"is a {type(config).__name__}: expected a {model_class.config_class.__name__}"
+        ):
+            model_class(config)
 
 
 # --- catalogues ---

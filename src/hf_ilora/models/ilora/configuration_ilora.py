@@ -8,7 +8,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from hf_ilora.models.next_item.configuration_next_item import strict_config
+from hf_ilora.models.next_item.configuration_next_item import check_finite, strict_config
 from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
 
 from .embedded_llm import EMBEDDED_LLM, WHEEL_REQUIREMENT
@@ -133,6 +133,7 @@ class ILoraConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the field, its value and what it may be.
         """
+        check_finite(self)
         for name in ("rank", "num_experts", "router_top_k", "max_history"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
@@ -144,6 +145,8 @@ class ILoraConfig(PreTrainedConfig):
             raise ValueError(f"lora_dropout is {self.lora_dropout}: expected a probability in [0, 1)")
         if not 0 <= self.recommender_weight < 1:
             raise ValueError(f"recommender_weight is {self.recommender_weight}: expected a weight in [0, 1)")
+        if self.router_noise < 0:
+            raise ValueError(f"router_noise is {self.router_noise}: expected a standard deviation, at least 0")
         if not self.target_modules:
             raise ValueError("target_modules is empty: expected names of linear layers, such as q_proj")
         allowed_values = {

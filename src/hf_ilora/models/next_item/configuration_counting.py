@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from .configuration_next_item import PADDING_ITEM_ID, strict_config
+from .configuration_next_item import PADDING_ITEM_ID, check_finite, strict_config
 
 
 @strict_config
@@ -26,6 +26,7 @@ class PopularityConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the field, its value and what it may be.
         """
+        check_finite(self)
         _check_sizes(num_items=self.num_items, max_length=self.max_length)
 
 
@@ -67,6 +68,7 @@ class TransitionCountsConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the field, its value and what it may be.
         """
+        check_finite(self)
         _check_sizes(num_items=self.num_items, max_length=self.max_length, max_gap=self.max_gap)
         if self.num_transitions < 0:
             raise ValueError(f"num_transitions is {self.num_transitions}: expected at least 0; `fit` sets it")

@@ -1,6 +1,7 @@
 """The configuration that all gradient-trained models share: catalogue, head, losses and teacher embeddings."""
 
 import functools
+import math
 from collections.abc import Callable
 
 from huggingface_hub.dataclasses import strict
@@ -21,22 +22,55 @@ _CHOICES = {
 
 
 def strict_config(config_class: type) -> type:
-    """Apply `@strict`, so that wrong values raise a ValueError with the message of the check, instead of a wrapper."""
+    """Apply `@strict`, so that wrong values raise a ValueError with the message of the check, instead of a wrapper.
+
+    The values that replace saved ones in `from_dict` and `from_pretrained` are checked as those of a new configuration.
+    """
     config_class = strict(config_class)
     for name in ("__init__", "__setattr__", "validate"):
         setattr(config_class, name, _raising_value_errors(getattr(config_class, name)))
+
+    @functools.wraps(PreTrainedConfig.from_dict.__func__)
+    def from_dict(cls, config_dict, **kwargs):
+        made = super(config_class, cls).from_dict(config_dict, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made  # a tuple with return_unused_kwargs
+        config.validate()  # transformers only sets what replaces saved values
+        return made
+
+    config_class.from_dict = classmethod(from_dict)
     return config_class
 
 
 def _raising_value_errors(method: Callable) -> Callable:
     @functools.wraps(method)
-    def checked(*args, **kwargs):
+    def checked(self, *args, **kwargs):
         try:
-            return method(*args, **kwargs)
+            return method(self, *args, **kwargs)
         except StrictDataclassError as error:
             raise ValueError(str(error.__cause__ or error)) from error
+        except (AttributeError, TypeError) as error:  # from fields of transformers such as dtype or id2label
+            raise ValueError(f"{type(self).__name__} was given a value of a wrong kind: {error}") from error
 
     return checked
+
+
+def check_config(config: PreTrainedConfig, config_class: type) -> None:
+    """Raise a ValueError unless a model of `config_class` can be built from a configuration, which may have changed."""
+    # Not the class: code that comes with a model has one of its own.
+    if not isinstance(config, PreTrainedConfig) or config.model_type != config_class.model_type:
+        raise ValueError(f"the configuration is a {type(config).__name__}: expected a {config_class.__name__}")
+    config.validate()
+    if config.num_items is None:
+        raise ValueError(
+            f"{config_class.__name__}.num_items is None: expected the size of the catalogue, as in SequenceDatasets"
+        )
+
+
+def check_finite(config: PreTrainedConfig) -> None:
+    """Raise a ValueError for a field that is NaN or infinite: both pass comparisons that should refuse them."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}: expected a finite number")
 
 
 @strict_config
@@ -107,10 +141,14 @@ class NextItemConfig(PreTrainedConfig):
         Raises:
             ValueError: naming the field, its value and what it may be.
         """
+        check_finite(self)
         if self.num_items is not None and self.num_items < 1:
             raise ValueError(f"num_items is {self.num_items}: expected the size of the catalogue, at least 1")
         self.check_at_least_one("hidden_size", "max_length", "num_negatives")
         self.check_probabilities("hidden_dropout")
+        for name in ("initializer_range", "popularity_power"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 0")
         if not 0 <= self.gbce_calibration <= 1:
             raise ValueError(f"gbce_calibration is {self.gbce_calibration}: expected a number in [0, 1]")
         if self.score_temperature is not None and self.score_temperature <= 0:
@@ -147,4 +185,12 @@ class NextItemConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
 
 
-__all__ = ["IGNORED_LABEL", "PADDING_ITEM_ID", "TEACHER_FIELDS", "NextItemConfig", "strict_config"]
+__all__ = [
+    "IGNORED_LABEL",
+    "PADDING_ITEM_ID",
+    "TEACHER_FIELDS",
+    "NextItemConfig",
+    "check_config",
+    "check_finite",
+    "strict_config",
+]

@@ -52,6 +52,8 @@ class SASRecConfig(NextItemConfig):
                 "change one of them"
             )
         self.check_probabilities("attention_dropout")
+        if self.layer_norm_eps <= 0:
+            raise ValueError(f"layer_norm_eps is {self.layer_norm_eps}: expected a positive number")
         self.check_choices(_CHOICES)
 
 

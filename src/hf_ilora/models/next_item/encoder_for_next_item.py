@@ -301,12 +301,4 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         self._has_counts = True
 
 
-def require_item_count(config: NextItemConfig) -> None:
-    """Raise a ValueError unless the configuration says how many items there are."""
-    if config.num_items is None:
-        raise ValueError(
-            f"{type(config).__name__}.num_items is None: expected the size of the catalogue, as in SequenceDatasets"
-        )
-
-
-__all__ = ["EncoderForNextItem", "require_item_count"]
+__all__ = ["EncoderForNextItem"]

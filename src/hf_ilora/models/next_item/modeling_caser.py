@@ -8,8 +8,8 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_caser import CaserConfig
-from .configuration_next_item import PADDING_ITEM_ID
-from .encoder_for_next_item import EncoderForNextItem, require_item_count
+from .configuration_next_item import PADDING_ITEM_ID, check_config
+from .encoder_for_next_item import EncoderForNextItem
 from .next_item_head import NextItemHead
 from .padding import last_positions
 from .teacher_embeddings import ItemEmbedding
@@ -106,7 +106,7 @@ class CaserForNextItem(EncoderForNextItem):
     config: CaserConfig
 
     def __init__(self, config: CaserConfig):
-        require_item_count(config)
+        check_config(config, CaserConfig)
         super().__init__(config, CaserEncoder(config))
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from .configuration_counting import PopularityConfig, TransitionCountsConfig
-from .configuration_next_item import PADDING_ITEM_ID
+from .configuration_next_item import PADDING_ITEM_ID, check_config
 from .next_item_model import NextItemPreTrainedModel
 from .next_item_output import NextItemOutput
 
@@ -16,8 +16,7 @@ class CountingPreTrainedModel(NextItemPreTrainedModel):
     """A recommender without parameters: its counts are buffers, and say where and in which type it computes."""
 
     def __init__(self, config):
-        if config.num_items is None:
-            raise ValueError("num_items is None: expected the size of the catalogue, as in SequenceDatasets")
+        check_config(config, self.config_class)
         super().__init__(config)
         self.register_buffer("item_counts", torch.zeros(config.num_items + 1))
 

@@ -9,7 +9,8 @@ from torch._higher_order_ops import scan
 from transformers import initialization as init
 
 from .configuration_gru4rec import GRU4RecConfig
-from .encoder_for_next_item import EncoderForNextItem, require_item_count
+from .configuration_next_item import check_config
+from .encoder_for_next_item import EncoderForNextItem
 from .padding import at_position, last_positions
 from .teacher_embeddings import ItemEmbedding
 
@@ -107,7 +108,7 @@ class GRU4RecForNextItem(EncoderForNextItem):
     config: GRU4RecConfig
 
     def __init__(self, config: GRU4RecConfig):
-        require_item_count(config)
+        check_config(config, GRU4RecConfig)
         super().__init__(config, GRU4RecEncoder(config))
 
     @torch.no_grad()

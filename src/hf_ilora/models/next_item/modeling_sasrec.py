@@ -9,8 +9,9 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
+from .configuration_next_item import check_config
 from .configuration_sasrec import SASRecConfig
-from .encoder_for_next_item import EncoderForNextItem, require_item_count
+from .encoder_for_next_item import EncoderForNextItem
 from .next_item_model import NextItemPreTrainedModel
 from .padding import at_position, last_positions, padding_to_the_end, restore_padding
 from .teacher_embeddings import ItemEmbedding
@@ -150,7 +151,7 @@ class SASRecModel(SASRecPreTrainedModel):
     """The encoder: item ids in, one hidden state per position out."""
 
     def __init__(self, config: SASRecConfig):
-        require_item_count(config)
+        check_config(config, SASRecConfig)
         super().__init__(config)
         # A configuration's attributes are slow to read, which counts when one user waits.
         self.max_length, self.counts_from_newest = config.max_length, config.position_alignment == "newest"

@@ -45,6 +45,9 @@ def read_config(
     try:
         return config_class.from_dict(saved, **(changes or {}))
     except (ValueError, *WRONG_TYPES) as error:
+        if changes:
+            given = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+            raise ValueError(f"{path} with {given} has a wrong value ({error}): correct what is passed") from error
         raise ValueError(f"{CONFIG_NAME} of {path} has a wrong value ({error}): {remedy}") from error
 
 
