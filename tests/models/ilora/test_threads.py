@@ -17,6 +17,7 @@ THREADS = 8
 HISTORIES = [[[place + 1, 2 * place + 3, 20 - place]] for place in range(THREADS)]
 QUESTIONS = {
     "rank_items": lambda model, history: model.rank_items(history, 30, exclude_seen=False)[1],
+    "expert_gates": lambda model, history: model.expert_gates(history),
     "score_candidates": lambda model, history: model.score_candidates(history, [[1, 2, 3, 4]]),
     "generate": lambda model, history: model.generate_recommendation(history, top_k=2, num_beams=2).scores,
 }
@@ -44,7 +45,9 @@ def asked_at_once(ask, arguments) -> list:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_an_ilora_answers_each_thread_with_its_own_gates(question, training):
-    model, ask = tiny_model(item_head="residual", lora_dropout=0.3).train(training), QUESTIONS[question]
+    router = "noisy" if question == "expert_gates" else "linear"  # noise in training only
+    model = tiny_model(item_head="residual", lora_dropout=0.3, router_type=router).train(training)
+    ask = QUESTIONS[question]
     expected = [ask(model, history) for history in HISTORIES]
     assert not torch.allclose(expected[0], expected[1], atol=1e-3)  # the control: users differ
     answers = asked_at_once(lambda history: ask(model, history), HISTORIES)
@@ -52,6 +55,13 @@ def test_an_ilora_answers_each_thread_with_its_own_gates(question, training):
     assert model.training is training
     assert all(layer.training is training for layer in gated_layers(model.llm).values())
     assert not any(module.training for module in model.recommender.modules())
+
+
+def test_asking_for_gates_in_training_mode_changes_no_running_statistics():
+    model = tiny_model(router_type="conv").train()
+    before = copy.deepcopy(model.router.state_dict())
+    model.expert_gates(HISTORIES[0])
+    torch.testing.assert_close(model.router.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_sasrec_in_training_mode_answers_every_thread_without_dropout():

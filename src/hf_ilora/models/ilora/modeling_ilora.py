@@ -14,7 +14,7 @@ from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL
 from hf_ilora.models.next_item.hub_upload import HubUploads
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
-from hf_ilora.models.next_item.next_item_model import check_has_weights
+from hf_ilora.models.next_item.next_item_model import check_has_weights, evaluation_mode
 
 from . import losses
 from .answers import ILoraAnswers
@@ -241,8 +241,13 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         return self._user_embeddings(self._padded(histories))
 
     def expert_gates(self, histories) -> torch.Tensor:
-        """The gates of each user, (batch, experts), rows that sum to 1; `histories` as in `user_embeddings`."""
-        return self.router(self.user_embeddings(histories))
+        """The gates of each user, (batch, experts), rows that sum to 1; `histories` as in `user_embeddings`.
+
+        They are those of evaluation mode: asking changes no running statistics of the router and draws no noise.
+        """
+        user_embeddings = self.user_embeddings(histories)
+        with evaluation_mode(self):
+            return self.router(user_embeddings)
 
     def embed_prompts(self, input_ids: torch.Tensor, placeholder_items: torch.Tensor) -> torch.Tensor:
         """Embed tokens, with the items' projected embeddings in place of the placeholders.
