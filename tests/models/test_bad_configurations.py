@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -215,6 +216,12 @@ def with_catalogue(folder):
     model.catalogue = catalogue()
     model.save_pretrained(folder)
     return folder / "items.parquet"
+
+
+def test_a_catalogue_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "items.parquet")
+    with pytest.raises(ValueError, match=r"items\.parquet is a pipe or a device: expected a parquet file"):
+        Catalogue.from_parquet(tmp_path / "items.parquet")
 
 
 @pytest.mark.parametrize("kind", ["sasrec", "ilora"])

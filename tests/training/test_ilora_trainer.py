@@ -277,6 +277,13 @@ def test_a_prompt_of_an_evaluation_that_is_too_long_is_found_before_the_first_st
         trainer_of(model, sequences, tmp_path, train_dataset=None, **each_step(1))
 
 
+def test_prompts_of_evaluations_that_do_not_take_place_may_be_too_long(ilora, sequences, tmp_path):
+    model = ilora()
+    model.prompts.max_tokens = 20
+    settings = {"eval_strategy": "no", "early_stopping_patience": 0, "load_best_model_at_end": False}
+    trainer_of(model, sequences, tmp_path, train_dataset=None, eval_dataset=sequences["validation"], **settings)
+
+
 def test_data_without_candidates_are_learnt_from_and_evaluated(ilora, sequences, tmp_path):
     rows = {name: sequences[name].remove_columns("candidates") for name in ("validation", "test")}
     trainer = trainer_of(ilora(), sequences, tmp_path, eval_dataset=rows["validation"], **each_step(1))

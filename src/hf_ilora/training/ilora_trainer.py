@@ -25,7 +25,7 @@ from .candidate_rows import CandidateRows
 from .curriculum import CurriculumCallback
 from .expert_usage_callback import ExpertUsageCallback
 from .ilora_arguments import ILoraTrainingArguments
-from .prompt_collator import PromptCollator, check_candidate_fraction
+from .prompt_collator import PromptCollator, check_candidate_fraction, left_padded
 from .prompt_lengths import check_prompt_lengths
 from .recommender_trainer import RecommenderTrainer
 from .windows import EpochCallback, rows_are_prefixes
@@ -102,8 +102,8 @@ class ILoraTrainer(RecommenderTrainer):
             self.add_callback(CurriculumCallback(args.curriculum_steps))
         if config.num_experts > 1 and isinstance(eval_dataset, datasets.Dataset):
             rows = self._evaluation_rows(eval_dataset)
-            histories = self.data_collator([rows[row] for row in range(min(len(eval_dataset), USERS_OF_USAGE))])
-            self.add_callback(ExpertUsageCallback(self, histories["histories"]))
+            histories = left_padded([rows[row]["history"] for row in range(min(len(eval_dataset), USERS_OF_USAGE))])
+            self.add_callback(ExpertUsageCallback(self, torch.from_numpy(histories)))
 
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
         """As `Trainer.evaluate`; outside of training, with `eval_ranking`, the targets are ranked too.

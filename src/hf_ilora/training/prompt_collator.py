@@ -54,8 +54,8 @@ class PromptCollator:
         Raises:
             ValueError: as `PromptBuilder.build`.
         """
-        histories = _left_padded([row["history"] for row in rows])  # (batch, longest)
-        candidates = _left_padded([row["candidates"] for row in rows])  # (batch, num_candidates)
+        histories = left_padded([row["history"] for row in rows])  # (batch, longest)
+        candidates = left_padded([row["candidates"] for row in rows])  # (batch, num_candidates)
         if self.order_candidates is not None:
             candidates = self.order_candidates(torch.from_numpy(histories), torch.from_numpy(candidates))
         targets = np.array([row["target"] for row in rows], dtype=np.int64)  # (batch,)
@@ -106,7 +106,7 @@ def check_candidate_fraction(
             )
 
 
-def _left_padded(sequences: list[np.ndarray]) -> np.ndarray:
+def left_padded(sequences: list[np.ndarray]) -> np.ndarray:
     """Sequences of item ids as (rows, longest) int64."""
     lengths = np.array([len(sequence) for sequence in sequences])
     padded = np.full((len(sequences), lengths.max()), PADDING_ITEM_ID, dtype=np.int64)
@@ -114,4 +114,4 @@ def _left_padded(sequences: list[np.ndarray]) -> np.ndarray:
     return padded
 
 
-__all__ = ["PromptCollator", "check_candidate_fraction"]
+__all__ = ["PromptCollator", "check_candidate_fraction", "left_padded"]

@@ -182,6 +182,8 @@ def open_parquet(path: str | os.PathLike, remedy: str) -> pq.ParquetFile:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: expected a parquet file; {remedy}")
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise ValueError(f"{path} is a pipe or a device: expected a parquet file; {remedy}")
     try:
         file = pq.ParquetFile(path)
     except FileNotFoundError:
