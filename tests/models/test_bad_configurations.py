@@ -118,6 +118,12 @@ def test_a_config_that_is_none_is_refused(tmp_path, kind, text):
             loads(tmp_path)
 
 
+def test_a_folder_without_a_model_is_named(tmp_path):
+    for model_class in (SASRecForNextItem, ILoraForRecommendation):
+        with pytest.raises(ValueError, match=r"has no config\.json"):
+            model_class.from_pretrained(tmp_path)
+
+
 def test_a_model_is_not_loaded_by_the_class_of_another(tmp_path):
     saved("gru4rec", tmp_path)
     for model_class in (SASRecForNextItem, ILoraForRecommendation):

@@ -28,8 +28,8 @@ def read_config(
         changes: values that replace saved ones.
 
     Raises:
-        OSError: when there is none.
-        ValueError: when it is of another class or its values are none that the class accepts.
+        OSError: when there is no such folder or repository.
+        ValueError: when there is none, or it is of another class or its values are none that the class accepts.
     """
     remedy = "restore the folder that save_pretrained wrote"
     try:
@@ -37,6 +37,8 @@ def read_config(
         model_type = saved.get("model_type")
     except WRONG_TYPES as error:
         raise ValueError(f"{CONFIG_NAME} of {path} is no configuration ({error!r}): {remedy}") from error
+    if not saved:
+        raise ValueError(f"{path} has no {CONFIG_NAME}, or an empty one: expected what save_pretrained wrote")
     if model_type != config_class.model_type:
         raise ValueError(
             f"{CONFIG_NAME} of {path} has model_type {model_type!r}: expected {config_class.model_type!r}; load it "
