@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from hf_ilora.files import LOCK_FILE
 from hf_ilora.runs.record import is_finished
 from tests.forked_recipes import NAMES, ForkedRecipes
 from tests.processes import kill_with_children
@@ -82,6 +83,8 @@ def results(folder: Path) -> dict[str, object]:
     for path in folder.parent.rglob("*"):
         name = str(path.relative_to(folder.parent))
         if path.is_dir() or "checkpoint-" in name or path.suffix in (".log", ".md", ".csv"):
+            continue
+        if path.name == LOCK_FILE or path.suffix == ".writer":  # of a killed process: nobody holds them
             continue
         if path.name == "run.json":
             kept[name] = repeated(json.loads(path.read_text())["metrics"])

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from .catalogue import CATALOGUE_FILE, Catalogue, open_parquet
 from .configuration_next_item import NextItemConfig
@@ -86,10 +87,7 @@ def check_has_weights(model: PreTrainedModel) -> None:
 
 def apply_umask(save_directory: str | os.PathLike) -> None:
     """Let those read the saved weights whom the umask lets: safetensors writes files that only their owner can read."""
-    probe = Path(save_directory, f".{os.getpid()}.{threading.get_ident()}.mode")
-    probe.touch()
-    mode = probe.stat().st_mode
-    probe.unlink()
+    mode = Path(save_directory, CONFIG_NAME).stat().st_mode  # of a file that was opened to be written, as most are
     for weights in Path(save_directory).glob("model*.safetensors"):
         weights.chmod(mode)
 
