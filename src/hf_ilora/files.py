@@ -221,7 +221,7 @@ def _write_holder(lock_file: Path) -> None:
 
 
 def _holder(lock_file: Path) -> str:
-    """Who holds a folder, as far as its lock file tells."""
+    """A sentence that names the holder of a folder, read from its lock file."""
     try:
         holder = json.loads(lock_file.read_text(encoding="utf-8"))
         return f"process {holder['process']} holds this folder since {holder['since']} (on {holder['machine']})"

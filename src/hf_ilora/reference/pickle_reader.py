@@ -293,7 +293,7 @@ _BYTES_PER_OBJECT = 16  # in texts
 def _check_expansion(stream: io.BytesIO, path: Path) -> None:
     """Follow the next pickle of the stream without building anything, and refuse it if it holds too much for its size.
 
-    A pickle can refer to one object many times, so that a few bytes stand for lists of any length; nest containers
+    A pickle can refer to one object many times, so that a few bytes describe lists of any length; nest containers
     without end; and use containers as keys, whose hashes take as long as the containers are large.
 
     Raises:

@@ -108,7 +108,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 @contextmanager
 def sole_writer(output_dir: str | os.PathLike) -> Iterator[None]:
-    """Hold the output folder of a run, so that a second command for it is refused; the main process does, for all.
+    """Lock the output folder of a run, which refuses a second command for it. Only the main process takes the lock.
 
     Every process of a launch enters it, after `parse_arguments`, which initialises the state that the processes share.
 
