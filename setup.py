@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 DEEPSPEED = ["deepspeed>=0.19", "ninja>=1.11"]  # ninja: DeepSpeed compiles its operations when they are first used
 PLOT = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboard>=2.17"]
+# sentence-transformers: title encoders that are more than a transformer with pooling; scikit-learn: TF-IDF
+TITLES = ["sentence-transformers>=5.1", "scikit-learn>=1.5"]
 PYTEST = ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6"]
 SHIPPED = ["recipes", "accelerate_configs"]
 
@@ -51,7 +53,8 @@ setup(
         "deepspeed": DEEPSPEED,
         "plot": PLOT,
         "tensorboard": TENSORBOARD,
+        "titles": TITLES,
         # peft: the tests load exported LoRAs with it
-        "dev": [*DEEPSPEED, *PLOT, *TENSORBOARD, "peft>=0.18", *PYTEST, "ruff>=0.12"],
+        "dev": [*DEEPSPEED, *PLOT, *TENSORBOARD, *TITLES, "peft>=0.18", *PYTEST, "ruff>=0.12"],
     },
 )

@@ -38,7 +38,7 @@ SHOWN_TEXT = "hf_ilora_cli.shown_text"  # imports nothing of ours
 ALLOWED_IMPORTS = {
     "data": {"downloads", "files", CATALOGUE},
     "models": {"downloads", "files"},
-    "titles": {"models"},
+    "titles": {"models", "devices", "downloads", "files"},
     "reference": {"data", "models"},
     "runs": {"data", "evaluation", "devices", "downloads", "files", "hf_ilora_cli"},
     "evaluation": {"data", "models", "files", SHOWN_TEXT},

@@ -66,12 +66,17 @@ _EXPORTS = {
     "convert_reference_caser": "hf_ilora.reference.convert_models",
     "convert_reference_gru4rec": "hf_ilora.reference.convert_models",
     "convert_reference_sasrec": "hf_ilora.reference.convert_models",
+    "cooccurrence_embeddings": "hf_ilora.titles.cooccurrence",
     "dro_loss": "hf_ilora.distillation.losses",
+    "encode_titles": "hf_ilora.titles.encoders",
+    "item_title_embeddings": "hf_ilora.titles.encoders",
+    "joint_item_embeddings": "hf_ilora.titles.joint",
     "load_interactions": "hf_ilora.data.interactions",
     "load_movielens": "hf_ilora.data.movielens",
     "pca_embeddings": "hf_ilora.titles.pca",
     "propensity_scores": "hf_ilora.distillation.losses",
     "ranking_distillation_weights": "hf_ilora.distillation.losses",
+    "whitened": "hf_ilora.titles.pca",
 }
 
 __all__ = sorted([*_EXPORTS, *(part.__name__ for pair in _MODELS.items() for part in pair)])

@@ -63,14 +63,6 @@ def test_offsets_point_at_each_title_and_padding_is_empty():
     assert len(titles) == 2
 
 
-def test_several_titles_are_padded_on_the_right():
-    titles = TitleTokens(byte_level(), ["ab", "c"])
-    token_ids, mask = titles.padded([2, 1, 0])
-    assert mask.tolist() == [[1, 1, 0], [1, 1, 1], [0, 0, 0]]
-    assert token_ids[0, :2].tolist() == titles.sequence(2)[:-1] and token_ids[1].tolist() == titles.sequence(1)[:-1]
-    assert (token_ids[mask == 0] == titles.terminator_id).all()
-
-
 def test_the_tokenizer_is_called_once(monkeypatch):
     calls = []
     tokenizer = byte_level_bpe()

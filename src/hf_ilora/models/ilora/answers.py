@@ -1,8 +1,11 @@
 """What a trained iLoRA can be asked: rankings of the catalogue or of candidates, generated titles, embeddings, LoRA."""
 
 import functools
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from hf_ilora.models.next_item.histories import padded_histories
 from hf_ilora.models.next_item.next_item_model import evaluation_mode, newest_items
@@ -13,6 +16,7 @@ from .candidate_scoring import candidate_log_likelihoods, check_context, token_p
 from .gated_lora import plain_lora
 from .prompts import Prompts
 from .title_generation import GeneratedRecommendation, generate_freely, generate_titles
+from .title_tokens import continuation_ids
 from .title_trie import TitleTrie
 
 
@@ -156,23 +160,54 @@ class ILoraAnswers:
         Returns:
             (num_items + 1, llm hidden) float32 on the CPU, zero for padding.
         """
-        table = torch.zeros(self.config.num_items + 1, self.llm_size)
+        titles = np.split(self.title_tokens.token_ids, self.title_tokens.starts[2:-1])
+        return F.pad(self._encode(titles, batch_size), (0, 0, 1, 0))
+
+    @torch.no_grad()
+    def encode_titles(self, titles: Sequence[str], batch_size: int = 64) -> torch.Tensor:
+        """As `encode_items`, for titles of any items.
+
+        Args:
+            titles: (titles,) strings.
+            batch_size: number of titles per forward.
+
+        Returns:
+            (titles, llm hidden) float32 on the CPU.
+
+        Raises:
+            ValueError: for a title without a token.
+        """
+        texts = [f" {title.strip()}" for title in titles]
+        token_ids = continuation_ids(self.tokenizer, texts, split_special_tokens=True)
+        for title, ids in zip(titles, token_ids, strict=True):
+            if not ids:
+                raise ValueError(f"the title {title!r} becomes no token: give the item another title")
+        return self._encode([np.array(ids, dtype=np.int64) for ids in token_ids], batch_size)
+
+    def _encode(self, titles: list[np.ndarray], batch_size: int) -> torch.Tensor:
+        """Encode titles, which are arrays of tokens: (titles, llm hidden) float32 on the CPU."""
+        table = torch.zeros(len(titles), self.llm_size)
+        lengths = np.array([len(title) for title in titles])  # (titles,)
         # Titles of similar length share a batch, which saves padding.
-        order = self.title_tokens.lengths[1:].argsort(kind="stable") + 1
+        order = lengths.argsort(kind="stable")
         with evaluation_mode(self):
             for first in range(0, len(order), batch_size):
-                items = order[first : first + batch_size]
-                # (items, tokens) each
-                input_ids, mask = (torch.from_numpy(part).to(self.device) for part in self.title_tokens.padded(items))
-                equal_gates = torch.full((len(items), self.config.num_experts), 1 / self.config.num_experts)
+                rows = order[first : first + batch_size]
+                mask = np.arange(lengths[rows].max()) < lengths[rows, None]  # (rows, tokens)
+                input_ids = np.full(mask.shape, self.title_tokens.terminator_id)
+                input_ids[mask] = np.concatenate([titles[row] for row in rows])
+                input_ids, mask = (
+                    torch.from_numpy(part.astype(np.int64)).to(self.device) for part in (input_ids, mask)
+                )
+                equal_gates = torch.full((len(rows), self.config.num_experts), 1 / self.config.num_experts)
                 hidden_states = self._last_hidden_states(
                     input_ids=input_ids,
                     attention_mask=mask,
                     position_ids=token_positions(mask),
                     expert_gates=equal_gates.to(self.device),
-                ).float()  # (items, tokens, llm hidden)
-                weights = mask.unsqueeze(-1) / mask.sum(1).view(-1, 1, 1)  # (items, tokens, 1)
-                table[torch.as_tensor(items)] = (hidden_states * weights).sum(1).cpu()
+                ).float()  # (rows, tokens, llm hidden)
+                weights = mask.unsqueeze(-1) / mask.sum(1).view(-1, 1, 1)  # (rows, tokens, 1)
+                table[torch.from_numpy(rows)] = (hidden_states * weights).sum(1).cpu()
         return table
 
     @torch.no_grad()

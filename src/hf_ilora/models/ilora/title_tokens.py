@@ -103,13 +103,6 @@ class TitleTokens:
         title = self.token_ids[self.starts[item_id] : self.starts[item_id + 1]]
         return [*title.tolist(), self.terminator_id]
 
-    def padded(self, item_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of several titles, without terminators, and their mask: (items, longest) int64 each, right-padded."""
-        lengths = self.lengths[item_ids]  # (items,)
-        mask = np.arange(lengths.max()) < lengths[:, None]  # (items, longest)
-        indices = np.where(mask, self.starts[item_ids][:, None] + np.arange(lengths.max()), 0)
-        return np.where(mask, self.token_ids[indices], self.terminator_id), mask.astype(np.int64)
-
     def _tokenise(self, tokenizer, indices: Sequence[int]) -> list[list[int]]:
         texts = [" " + self.titles[index] for index in indices]
         token_ids = continuation_ids(tokenizer, texts, split_special_tokens=True)

@@ -1,0 +1,189 @@
+"""Titles as vectors: by any text encoder, language model or iLoRA, or by TF-IDF."""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+
+from hf_ilora.devices import uses_accelerator
+from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
+from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.next_item.catalogue import Catalogue
+
+from .embedded_encoder import EMBEDDED_ENCODER
+from .embedding_cache import kept_embeddings
+from .encoder_source import locate_encoder
+from .tf_idf import encode_with_tf_idf
+from .transformer_encoder import encode_with_transformer
+
+logger = logging.getLogger(__name__)
+
+TF_IDF = "tf-idf"
+
+Encoder = str | os.PathLike | ILoraForRecommendation
+
+
+def encode_titles(
+    titles: Sequence[str],
+    encoder: Encoder = EMBEDDED_ENCODER,
+    *,
+    layer: int | None = None,
+    batch_size: int = 64,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> torch.Tensor:
+    """Turn titles into vectors, whose dot products are the cosines of what the titles say.
+
+    Equal titles are encoded once. The vectors are kept in the cache folder, and encoded again only for other titles,
+    another model or other settings; those of a live model are not kept.
+
+    Args:
+        titles: (titles,) strings, none of them blank.
+        encoder: one of
+
+            - the folder or Hub name of a sentence-transformers model, pooled as its files say; what is more than a
+              transformer and pooling needs `pip install "hf_ilora[titles]"`. The default, all-MiniLM-L6-v2, comes from
+              a PyPI wheel where the Hub does not serve it.
+            - the folder or Hub name of another text encoder of transformers: the mean of its last hidden states;
+            - of a causal language model: their mean over the tokens of the title;
+            - of an iLoRA, or the iLoRA itself: as its `encode_items`;
+            - "tf-idf": words and pairs of words, reduced to at most 384 numbers. It depends on all titles of the call,
+              and needs `pip install "hf_ilora[titles]"`.
+        layer: number of blocks after which a transformer's hidden states are read: 0 is the embeddings, -2 one block
+            before the last; None reads them after the last block and its normalisation.
+        batch_size: titles per forward.
+        dtype: of the model's weights; None: as they are stored on an accelerator, float32 on the CPU.
+        device: where to encode; None: the accelerator, unless there is none or the launch is on the CPU.
+        cache_dir: parent folder; by default HF_ILORA_CACHE if it is set, else ~/.cache/hf_ilora.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        (titles, size) float32 on the CPU, rows of length 1; zero for a title about which TF-IDF knows nothing.
+
+    Raises:
+        ValueError: for no titles, one that is blank or no string, an unknown encoder, a layer that it does not have, a
+            package that is not installed, and vectors that are not finite.
+        OSError: when the Hub cannot be reached, or a model has no weights in safetensors.
+        DownloadError, ChecksumError: when the embedded encoder cannot be downloaded.
+    """
+    _check_titles(titles)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: expected at least 1")
+    has_layers = not isinstance(encoder, ILoraForRecommendation) and encoder != TF_IDF
+    if layer is not None and not has_layers:
+        raise ValueError(f"layer is {layer} for an encoder without a choice of layers: expected layer=None")
+    unique = sorted(set(titles))
+    if isinstance(encoder, ILoraForRecommendation):
+        vectors = _unit_rows(encoder.encode_titles(unique, batch_size), unique)
+    elif encoder == TF_IDF:
+        vectors = _unit_rows(encode_with_tf_idf(unique), unique)
+    else:
+        device = torch.device(device or ("cpu" if not uses_accelerator() else torch.accelerator.current_accelerator()))
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else "auto"
+        source = locate_encoder(encoder)
+        is_ilora = source.config.get("model_type") == ILoraConfig.model_type
+        if is_ilora and layer is not None:
+            raise ValueError(f"layer is {layer} for the iLoRA of {encoder}, which reads its last: expected layer=None")
+
+        def encoded() -> torch.Tensor:
+            logger.info("encoding %d titles with %s on %s", len(unique), encoder, device)
+            begun = time.monotonic()
+            if is_ilora:
+                ilora = ILoraForRecommendation.from_pretrained(
+                    source.location, trust_remote_code=trust_remote_code, **source.hub_arguments
+                )
+                vectors = ilora.to(device).encode_titles(unique, batch_size)
+            else:
+                vectors = encode_with_transformer(
+                    unique,
+                    source,
+                    layer=layer,
+                    batch_size=batch_size,
+                    dtype=dtype,
+                    device=device,
+                    trust_remote_code=trust_remote_code,
+                )
+            logger.info("encoded %d titles in %.0f s", len(unique), time.monotonic() - begun)
+            return _unit_rows(vectors, unique)
+
+        settings = {"encoder": source.identity, "layer": layer, "dtype": str(dtype)}
+        vectors = kept_embeddings(unique, settings, encoded, cache_dir)
+    row_of = {title: row for row, title in enumerate(unique)}
+    return vectors[[row_of[title] for title in titles]]
+
+
+def item_title_embeddings(
+    catalogue_or_titles: Catalogue | Sequence[str], encoder: Encoder = EMBEDDED_ENCODER, **settings
+) -> torch.Tensor:
+    """Encode the titles of items 1 to num_items, as tables of item embeddings have them.
+
+    Args:
+        catalogue_or_titles: the catalogue, or (num_items,) titles in the order of item ids.
+        encoder, settings: as in `encode_titles`.
+
+    Returns:
+        (num_items + 1, size) float32 on the CPU, rows of length 1 and zeros in row 0, for padding.
+
+    Raises:
+        ValueError: as `encode_titles`, and when all titles are equal, or are the raw ids of a catalogue that was made
+            without titles.
+    """
+    return F.pad(encode_titles(distinct_titles(catalogue_or_titles), encoder, **settings), (0, 0, 1, 0))
+
+
+def distinct_titles(catalogue_or_titles: Catalogue | Sequence[str]) -> Sequence[str]:
+    """The titles of items 1 to num_items, if they say something about the items.
+
+    Raises:
+        ValueError: as `item_title_embeddings`.
+    """
+    titles = catalogue_or_titles
+    if isinstance(catalogue_or_titles, Catalogue):
+        table = catalogue_or_titles.table
+        titles = table["title"].to_pylist()
+        if table["title"].equals(table["raw_id"].cast(pa.string())):
+            raise ValueError(
+                f"the titles of the catalogue are its raw ids (the first is {titles[0]!r}), as of data without titles: "
+                "expected titles; prepare the data with a column of titles, or leave titles out"
+            )
+    _check_titles(titles)
+    if len(titles) > 1 and len(set(titles)) == 1:
+        raise ValueError(
+            f"all {len(titles)} titles are {titles[0]!r}: expected titles that tell items apart; check the column that "
+            "they were read from"
+        )
+    return titles
+
+
+def _check_titles(titles: Sequence[str]) -> None:
+    if isinstance(titles, str):
+        raise ValueError(f"titles is the string {titles!r}: expected a list of titles, such as [{titles!r}]")
+    if not len(titles):
+        raise ValueError("titles are empty: expected at least one")
+    for number, title in enumerate(titles, start=1):
+        if not isinstance(title, str) or not title.strip():
+            raise ValueError(
+                f"title {number} of {len(titles)} is {title!r}: expected text; give the item a title, such as "
+                f"'Item {number}', or leave it out"
+            )
+
+
+def _unit_rows(vectors: torch.Tensor, titles: Sequence[str]) -> torch.Tensor:
+    finite = torch.isfinite(vectors).all(1)
+    if not finite.all():
+        raise ValueError(
+            f"the vector of the title {titles[int(finite.int().argmin())]!r} contains NaN or inf: expected finite "
+            "numbers; choose another dtype, such as float32, or another encoder"
+        )
+    return F.normalize(vectors.float(), dim=1)
+
+
+__all__ = ["TF_IDF", "Encoder", "distinct_titles", "encode_titles", "item_title_embeddings"]
