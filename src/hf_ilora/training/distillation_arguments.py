@@ -28,7 +28,11 @@ class DistillationArguments(NextItemTrainingArguments):
         lam: weight of the ranking distillation.
         gamma_position, gamma_confidence, gamma_consistency: parts of a teacher item's weight by its rank, by the
             teacher's confidence, and by being among the student's own best.
-        kl_weight, kl_temperature, kl_direction: divergence between the whole distributions of teacher and student.
+        kl_weight, kl_temperature, kl_direction: divergence between the distributions of teacher and student: with
+            distilled_positions "last" over the whole catalogue, with "all" over the items that the student's own loss
+            scores (with kl_temperature 1 and "forward"; an `EnsembleTeacher` has a temperature).
+        title_neighbours, title_neighbour_temperature: weight of the divergence from a distribution over the items
+            whose titles are near the target's: the softmax of their cosines, divided by the temperature.
         embedding_weight, embedding_loss: distance between the user embedding and the teacher's embedding of the target.
         num_scored_items: items drawn per step to score beside targets and teacher items; `None` scores the catalogue.
         num_distillation_negatives: negatives per position.
@@ -103,7 +107,14 @@ class DistillationArguments(NextItemTrainingArguments):
     )
     num_distillation_negatives: int = field(default=1, metadata={"help": "negatives per position (DLLM2Rec: 1)"})
     kl_weight: float = field(
-        default=0.0, metadata={"help": "weight of the divergence between whole distributions; needs an online teacher"}
+        default=0.0, metadata={"help": "weight of the divergence between the distributions of teacher and student"}
+    )
+    title_neighbours: float = field(
+        default=0.0,
+        metadata={"help": "weight of the divergence from the items whose titles are near the target's; needs titles"},
+    )
+    title_neighbour_temperature: float = field(
+        default=0.1, metadata={"help": "divides the cosines of titles in that divergence"}
     )
     kl_temperature: float = field(default=1.0, metadata={"help": "divides both models' scores in that divergence"})
     kl_direction: str = field(default="forward", metadata={"help": "forward: KL(teacher || student), or reverse"})
@@ -135,9 +146,10 @@ class DistillationArguments(NextItemTrainingArguments):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        if not 0 < self.kl_temperature < float("inf"):
-            raise ValueError(f"kl_temperature is {self.kl_temperature}: expected a finite number above 0")
-        for name in ("kl_weight", "embedding_weight"):
+        for name in ("kl_temperature", "title_neighbour_temperature"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number above 0")
+        for name in ("kl_weight", "embedding_weight", "title_neighbours"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number, 0 or more")
         if self.num_distillation_negatives < 1 or (self.num_scored_items is not None and self.num_scored_items < 2):

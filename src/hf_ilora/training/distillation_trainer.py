@@ -10,6 +10,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from hf_ilora.distillation.ensemble import EnsembleTeacher
+from hf_ilora.distillation.ensemble_members import TitleSimilarity
 from hf_ilora.distillation.losses import (
     NO_LABEL,
     STUDENT_LOSS,
@@ -29,13 +31,15 @@ from .distillation_arguments import DistillationArguments
 from .label_collator import DistillationCollator, TeacherIndices
 from .next_item_arguments import INITIAL_ITEMS
 from .next_item_trainer import NextItemTrainer
+from .soft_targets import SoftTargets, check_soft_targets
 from .windows import NextItemCollator, item_counts
 
 
 class DistillationTrainer(NextItemTrainer):
     """Trains a next-item model on its own labels and on a teacher's.
 
-    The loss of a batch is base + alpha DROS + lam ranking (`DLLM2RecLoss`) + kl_weight KL + embedding_weight distance.
+    The loss of a batch is base + alpha DROS + lam ranking (`DLLM2RecLoss`) + kl_weight KL + title_neighbours KL to the
+    items whose titles are near the target's + embedding_weight distance.
     Every term is a sum over positions, divided by the number of labels of the whole accumulated and distributed batch:
     eight small batches give the gradient of one large one (except with form="reference", whose DROS term multiplies
     means of a batch). Each part is logged under its own name. A student whose configuration adds the teacher's item
@@ -45,8 +49,10 @@ class DistillationTrainer(NextItemTrainer):
         model: the student, a SASRec, GRU4Rec or Caser.
         args: `DistillationArguments`.
         teacher_labels: answers of a teacher about `train_dataset`, `TeacherLabels.load(...)`; or pass `teacher`.
-        teacher: a model that is asked in every step: any object with `rank_items(histories, top_k, exclude_seen)`, or
-            the folder or Hub name of a saved recommender.
+        teacher: asked in every step: an `EnsembleTeacher`, a recommender, any object with `rank_items(histories, top_k,
+            exclude_seen)`, or the folder or Hub name of a saved recommender. With distilled_positions "all" it is asked
+            about every label, which an ensemble and its kinds of members can answer; stored labels among its members
+            are used as if they were passed as `teacher_labels`. With `title_neighbours`, no teacher is needed.
         trust_remote_code: run code that comes with the language model of an iLoRA that `teacher` names.
         policy: chooses the labels that count, `select(student_scores, teacher_scores, target)`; None builds the one
             that the arguments name.
@@ -72,7 +78,13 @@ class DistillationTrainer(NextItemTrainer):
         **kwargs,
     ):
         args = self.checked_arguments(args)
-        if (teacher_labels is None) == (teacher is None):
+        if isinstance(teacher, EnsembleTeacher) and teacher.labels and teacher_labels is None:
+            if len(teacher.labels) > 1:
+                raise ValueError(
+                    f"{len(teacher.labels)} members of the ensemble are stored labels: expected at most one"
+                )
+            teacher_labels = teacher.labels[0]
+        elif (teacher_labels is None) == (teacher is None) and not (args.title_neighbours and teacher is None):
             given = "neither is given" if teacher is None else "both are given"
             raise ValueError(
                 f"expected either teacher_labels=TeacherLabels.load(folder, sequences.fingerprint) or teacher=model "
@@ -89,10 +101,12 @@ class DistillationTrainer(NextItemTrainer):
                 "datasets.Dataset that was labelled, or an online teacher (teacher=model)"
             )
         self.teacher_labels, self.teacher = teacher_labels, teacher
+        self._ensemble = None  # of teachers that are asked about every position
         if policy is None:
             policy = sample_policy(args.policy, args.policy_threshold)
         self.policy = policy
-        self._needs_whole_scores = bool(args.kl_weight) or isinstance(policy, KLDivergencePolicy)
+        at_all_positions = args.distilled_positions == "all" or teacher is None or teacher_labels is not None
+        self._needs_whole_scores = isinstance(policy, KLDivergencePolicy) or (args.kl_weight and not at_all_positions)
         self._check_teacher(args)
         super().__init__(model, args, data_collator, **kwargs)
         self._check_labels_of_rows()
@@ -103,46 +117,79 @@ class DistillationTrainer(NextItemTrainer):
             )
         if isinstance(teacher, str | os.PathLike):
             self.teacher = load_recommender(str(teacher), trust_remote_code=trust_remote_code)
-        if isinstance(self.teacher, nn.Module):
-            self.teacher = self.teacher.eval().to(self.args.device)
-            if self.model.catalogue is not None:
-                raw_ids = self.model.catalogue.table["raw_id"].to_numpy()
-                check_catalogue(self.teacher, "the teacher", self.model.config.num_items, raw_ids)
+        if args.kl_weight and at_all_positions:
+            self._ensemble = self.teacher
+            if not isinstance(self.teacher, EnsembleTeacher):
+                self._ensemble = EnsembleTeacher([teacher_labels if self.teacher is None else self.teacher], [1.0])
+            self.teacher = None
+        for asked in (self.teacher, self._ensemble):
+            if isinstance(asked, nn.Module):
+                asked.eval().to(self.args.device)
+                self._check_catalogue(asked)
         self._build_losses()
         self._labels_met = 0  # by this process
         self.add_callback(_TeacherWasMetCallback(self))
 
+    def _check_catalogue(self, teacher: nn.Module) -> None:
+        """Raise a ValueError for a teacher about other items than the student."""
+        num_items, length = self.model.config.num_items, self.model.config.max_length
+        models = [teacher]
+        if isinstance(teacher, EnsembleTeacher):
+            models = [member.model for member in teacher.members if hasattr(member, "model")]
+            if teacher.num_items != num_items:
+                raise ValueError(
+                    f"the ensemble is about {teacher.num_items} items and the student about {num_items}: expected the "
+                    "same catalogue"
+                )
+            if teacher is self._ensemble and teacher.max_length is not None and teacher.max_length < length:
+                raise ValueError(
+                    f"a member of the ensemble reads {teacher.max_length} items (max_length) and the student {length}: "
+                    "expected at least as many, since it is asked about every position"
+                )
+        if self.model.catalogue is not None:
+            raw_ids = self.model.catalogue.table["raw_id"].to_numpy()
+            for model in models:
+                check_catalogue(model, "the teacher", num_items, raw_ids)
+
     def _check_teacher(self, args: DistillationArguments) -> None:
         """Raise a ValueError for settings that the kind of teacher does not serve."""
-        if self.teacher_labels is not None:
-            if args.kl_weight:
-                raise ValueError(
-                    f"kl_weight is {args.kl_weight} with teacher_labels, which have the teacher's best items only: "
-                    "expected an online teacher (teacher=model), or kl_weight=0"
-                )
-            if isinstance(self.policy, KLDivergencePolicy):
-                raise ValueError(
-                    "policy kl_divergence compares whole distributions, and teacher_labels have the teacher's best "
-                    "items only: expected an online teacher (teacher=model), or another policy"
-                )
+        if self.teacher_labels is not None and isinstance(self.policy, KLDivergencePolicy):
+            raise ValueError(
+                "policy kl_divergence compares whole distributions, and teacher_labels have the teacher's best items "
+                "only: expected an online teacher (teacher=model), or another policy"
+            )
+        if self.teacher is None and self.teacher_labels is None and (args.alpha or args.embedding_weight):
+            raise ValueError(
+                f"alpha is {args.alpha} and embedding_weight {args.embedding_weight} without a teacher: expected 0 for "
+                "both, or teacher_labels"
+            )
+        if self.teacher is None:
             return
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 "ZeRO-3 spreads weights over processes, where an online teacher cannot be asked: expected "
                 "teacher_labels, or another accelerate configuration"
             )
+        if self.teacher_labels is not None:
+            if args.distilled_positions != "all" or not args.kl_weight:
+                raise ValueError(
+                    f"distilled_positions is {args.distilled_positions!r} and kl_weight {args.kl_weight} with an "
+                    "ensemble of online teachers and labels: expected 'all' and a positive weight"
+                )
+            return
         if args.num_scored_items is not None:
             raise ValueError(
                 f"num_scored_items is {args.num_scored_items} with an online teacher, which ranks the whole catalogue: "
                 "expected None, or teacher_labels"
             )
-        if args.distilled_positions != "last":
+        if args.distilled_positions == "all" and (args.lam or args.alpha or not args.kl_weight):
             raise ValueError(
-                f"distilled_positions is {args.distilled_positions!r} with an online teacher, which is asked about "
-                "whole histories: expected 'last', or teacher_labels"
+                f"lam is {args.lam}, alpha {args.alpha} and kl_weight {args.kl_weight} with an online teacher at all "
+                "positions: expected lam=0, alpha=0 and a positive kl_weight; rankings are distilled from "
+                "teacher_labels, or at distilled_positions 'last'"
             )
-        for name in ("embedding_weight", "initial_items"):
-            if getattr(args, name) in (0.0, *INITIAL_ITEMS):
+        for name, allowed in (("embedding_weight", (0.0,)), ("initial_items", INITIAL_ITEMS)):
+            if getattr(args, name) in allowed:
                 continue
             raise ValueError(
                 f"{name} is {getattr(args, name)} with an online teacher: expected teacher_labels, which have the "
@@ -227,6 +274,13 @@ class DistillationTrainer(NextItemTrainer):
                 )
             labelled_positions = self._labelled_positions(self.model, args)
             propensity = propensity_scores(item_counts(self._train_rows, config.num_items, labelled_positions)[1:])
+        self._soft_targets = None
+        if self._ensemble is not None or args.title_neighbours:
+            check_soft_targets(args, self.model)
+            similarity = None
+            if args.title_neighbours:
+                similarity = TitleSimilarity(self.whitened_title_embeddings()).to(args.device)
+            self._soft_targets = SoftTargets(self._ensemble, similarity, args)
         self.distillation_loss = DLLM2RecLoss(
             args.alpha,
             args.beta,
@@ -245,16 +299,23 @@ class DistillationTrainer(NextItemTrainer):
             args.base_loss == STUDENT_LOSS
             and config.loss_type == "cross_entropy"
             and args.num_scored_items is None
+            and self._soft_targets is None
             and not is_deepspeed_zero3_enabled()
         )
+        has_teacher = self.teacher is not None or self.teacher_labels is not None
+        learns_ranks = args.alpha or args.embedding_weight or args.base_loss != STUDENT_LOSS
+        learns_ranks = learns_ranks or (has_teacher and (args.lam or self._needs_whole_scores))
+        self._needs_scores = bool(learns_ranks)
         weights = {
             "base_loss": 1.0,
             "dro_loss": args.alpha,
-            "ranking_loss": args.lam,
+            "ranking_loss": args.lam if self._needs_scores else 0.0,
             "kl_loss": args.kl_weight,
+            "title_neighbour_loss": args.title_neighbours,
             "embedding_loss": args.embedding_weight,
         }
-        self._weights = {name: weight for name, weight in weights.items() if weight or name == "ranking_loss"}
+        always = ("ranking_loss",) if self._needs_scores else ()
+        self._weights = {name: weight for name, weight in weights.items() if weight or name in always}
         self._logged = torch.zeros(len(self._weights), device=args.device)  # sums of the parts since step `_logged_at`
         self._logged_at: int | None = None  # a resumed run begins at a later one
 
@@ -268,7 +329,7 @@ class DistillationTrainer(NextItemTrainer):
         if not model.training:  # the validation loss is the student's own
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if "teacher_indices" not in inputs:  # a batch that somebody else made, which waits for the device
-            if self.teacher is None and "teacher_items" not in inputs:
+            if self.teacher_labels is not None and "teacher_items" not in inputs:
                 raise ValueError(
                     "the batch has no teacher_items: expected a datasets.Dataset as train_dataset, or batches of "
                     "DistillationCollator"
@@ -278,8 +339,22 @@ class DistillationTrainer(NextItemTrainer):
         labels = inputs["labels"]  # (batch, length)
         named_items = inputs.pop("named_items", None)
         labelled = inputs["label_indices"]  # (labels,), in the flattened (batch * length)
-        asked, teacher_items, distances = self._teacher_answers(inputs)  # (asked,), (asked, k) twice
+        num_labels = len(labelled) if num_items_in_batch is None else num_items_in_batch
+        asked, teacher_items, distances = self._teacher_answers(inputs)  # (asked,), (asked, k) twice or None
         self._labels_met += len(asked)
+        soft_targets = None
+        if self._soft_targets is not None:
+            stored = None
+            if teacher_items is not None:
+                places = torch.searchsorted(labelled, asked)  # (asked,), of each in `labelled`
+                stored = tuple(_spread(len(labelled), places, rows) for rows in (teacher_items, distances))
+            soft_targets = self._soft_targets.of_batch(inputs["input_ids"], labelled, stored)
+        if not self._needs_scores:
+            outputs = model(**inputs, num_items_in_batch=num_items_in_batch, soft_targets=soft_targets)
+            loss = outputs.loss
+            self._log_parts(dict(zip(("base_loss", *self._soft_targets.parts), outputs.loss_parts, strict=True)), loss)
+            loss = self._over_processes(loss, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
         has_student_loss = self.args.base_loss == STUDENT_LOSS
         # Where the teacher was asked about most labels, their scores give the student's own loss too: one pass over the
         # catalogue instead of two, at the price of scores for every label.
@@ -303,8 +378,8 @@ class DistillationTrainer(NextItemTrainer):
             num_items_in_batch=num_items_in_batch,
             scored_positions=labelled if shares_scores else scored,
             scored_items=sample,
+            soft_targets=soft_targets,
         )  # logits: (positions, items), or (positions, num_items + 1)
-        num_labels = len(labelled) if num_items_in_batch is None else num_items_in_batch
         if shares_scores:
             own_loss = F.cross_entropy(outputs.logits.float(), labels.flatten()[labelled], reduction="sum")
             outputs.loss = own_loss / num_labels
@@ -315,24 +390,34 @@ class DistillationTrainer(NextItemTrainer):
         if has_student_loss:
             parts["base_loss"] = outputs.loss
         loss = sum(self._weights[name] * value for name, value in parts.items())
+        if self._soft_targets is not None:  # their weighted sum is part of the student's loss
+            parts |= dict(zip(("base_loss", *self._soft_targets.parts), outputs.loss_parts, strict=True))
+        self._log_parts(parts, loss)
+        loss = self._over_processes(loss, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _over_processes(self, loss: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        """A loss that is a mean over the labels of all processes, whose gradients are averaged."""
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
+            return loss * self.accelerator.num_processes
+        return loss
+
+    def _log_parts(self, parts: dict[str, torch.Tensor], loss: torch.Tensor) -> None:
         if self._logged_at is None:
             self._logged_at = self.state.global_step
         zero = loss.new_zeros(())
         self._logged += torch.stack([parts.get(name, zero).detach().float() for name in self._weights])
-        return (loss, outputs) if return_outputs else loss
 
     def _teacher_answers(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Takes the teacher's part out of a batch, or asks the online teacher.
 
         Returns:
             asked (asked,), where there are teacher labels in the flattened (batch * length), and the items (asked, k)
-            and distances (asked, k) there.
+            and distances (asked, k) there; None for teachers that are asked about the competing items.
         """
         asked = inputs.pop("teacher_indices")
         if self.teacher is None:
-            return asked, inputs.pop("teacher_items"), inputs.pop("teacher_distances")
+            return asked, inputs.pop("teacher_items", None), inputs.pop("teacher_distances", None)
         top_k = self.model.config.num_items if self._needs_whole_scores else self.args.top_k
         items, distances = self.teacher.rank_items(inputs["input_ids"], top_k=top_k, exclude_seen=False)
         rows = asked // inputs["labels"].shape[1]

@@ -28,7 +28,7 @@ def test_chunked_cross_entropy_equals_cross_entropy_without_padding_column(chunk
     expected = F.cross_entropy(scores, targets - 1, reduction="sum") / 7
     expected_gradients = torch.autograd.grad(expected, parameters)
 
-    loss = chunked_cross_entropy(hidden_states, weight, item_bias, targets, chunk_size=chunk_size) / 7
+    loss = chunked_cross_entropy(hidden_states, weight, item_bias, targets, chunk_size=chunk_size)[0] / 7
     gradients = torch.autograd.grad(loss, parameters)
 
     torch.testing.assert_close(loss, expected)
@@ -40,8 +40,8 @@ def test_chunked_cross_entropy_equals_cross_entropy_without_padding_column(chunk
 def test_chunked_cross_entropy_gives_a_loss_without_gradients():
     hidden_states, weight, item_bias, targets = random_problem()
     with torch.no_grad():
-        loss = chunked_cross_entropy(hidden_states, weight, item_bias, targets, chunk_size=5)
-    with_gradients = chunked_cross_entropy(hidden_states, weight, item_bias, targets, chunk_size=5)
+        loss, _ = chunked_cross_entropy(hidden_states, weight, item_bias, targets, chunk_size=5)
+    with_gradients, _ = chunked_cross_entropy(hidden_states, weight, item_bias, targets, chunk_size=5)
     torch.testing.assert_close(loss, with_gradients.detach())
 
 
@@ -57,7 +57,7 @@ def test_repeat_bias_is_added_to_the_scores_of_repeated_items(chunk_size):
     expected = F.cross_entropy((scores + repeat_bias * mask)[:, 1:], targets - 1, reduction="sum")
     expected_gradients = torch.autograd.grad(expected, parameters)
 
-    loss = chunked_cross_entropy(
+    loss, _ = chunked_cross_entropy(
         hidden_states, weight, item_bias, targets, repeat_bias, repeated_items, chunk_size=chunk_size
     )
     torch.testing.assert_close(loss, expected)
@@ -67,14 +67,14 @@ def test_repeat_bias_is_added_to_the_scores_of_repeated_items(chunk_size):
 
 def test_chunked_cross_entropy_of_no_position_is_zero():
     hidden_states, weight, item_bias, targets = random_problem()
-    assert chunked_cross_entropy(hidden_states[:0], weight, item_bias, targets[:0]).item() == 0
+    assert chunked_cross_entropy(hidden_states[:0], weight, item_bias, targets[:0])[0].item() == 0
 
 
 def test_chunked_cross_entropy_keeps_gradient_types_under_bfloat16_autocast():
     hidden_states, weight, item_bias, targets = random_problem(positions=64)
-    exact = chunked_cross_entropy(hidden_states, weight, item_bias, targets)
+    exact, _ = chunked_cross_entropy(hidden_states, weight, item_bias, targets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = chunked_cross_entropy(hidden_states, weight, item_bias, targets)
+        loss, _ = chunked_cross_entropy(hidden_states, weight, item_bias, targets)
     loss.backward()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)

@@ -88,7 +88,8 @@ class NextItemConfig(PreTrainedConfig):
         tie_word_embeddings: score items with the input embedding table instead of a separate one.
         head_bias: add a learned bias per item to the scores.
         repeat_bias: learn one number that is added to the scores of the items among the last `max_length`, so that the
-            model need not spend its hidden states on whether users come back to an item (needs "cross_entropy").
+            model need not spend its hidden states on whether users come back to an item (needs "cross_entropy", or
+            "sampled_softmax" with negatives that the batch shares, among which the seen items then compete too).
         score_temperature: `None` scores by dot product; a number scores by cosine similarity divided by it.
         loss_type: "cross_entropy" (the whole catalogue), "sampled_softmax", "gbce" or "bce".
         num_negatives: negatives drawn per training step ("batch") or per position ("position").
@@ -107,7 +108,7 @@ class NextItemConfig(PreTrainedConfig):
     Source: the losses are in `next_item_losses.py`, the embeddings in `teacher_embeddings.py`.
     """
 
-    keys_to_ignore_at_inference = ["last_hidden_state", "user_embedding"]
+    keys_to_ignore_at_inference = ["last_hidden_state", "user_embedding", "loss_parts"]
 
     num_items: int | None = None
     hidden_size: int = 64
@@ -154,10 +155,12 @@ class NextItemConfig(PreTrainedConfig):
         if self.score_temperature is not None and self.score_temperature <= 0:
             raise ValueError(f"score_temperature is {self.score_temperature}: expected a positive number or None")
         self.check_choices(_CHOICES)
-        if self.repeat_bias and self.loss_type != "cross_entropy":
+        shares_softmax = self.loss_type == "sampled_softmax" and self.negative_sharing == "batch"
+        if self.repeat_bias and self.loss_type != "cross_entropy" and not shares_softmax:
             raise ValueError(
-                f"repeat_bias with loss_type {self.loss_type!r}: expected cross_entropy, since sampled negatives "
-                "hardly ever meet a seen item; switch one of them off"
+                f"repeat_bias with loss_type {self.loss_type!r} and negative_sharing {self.negative_sharing!r}: "
+                "expected cross_entropy, or sampled_softmax with negative_sharing 'batch', where the seen items "
+                "compete; switch one of them off"
             )
         if self.teacher_embedding_size is not None:
             self.check_at_least_one("teacher_embedding_size")

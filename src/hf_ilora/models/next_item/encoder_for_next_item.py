@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -145,6 +146,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         scored_positions: torch.Tensor | None = None,
         scored_items: torch.Tensor | None = None,
         label_indices: torch.Tensor | None = None,
+        soft_targets: Callable | None = None,
     ) -> NextItemOutput:
         """Score the next item of each history.
 
@@ -164,9 +166,12 @@ class EncoderForNextItem(NextItemPreTrainedModel):
             label_indices: (labels,) int64, the indices of all labels in the flattened (batch * length), ascending, as
                 the Trainer's batches carry them. None finds them, which waits for an accelerator; while a graph is
                 captured, the loss is then computed at unlabelled positions too, and left out.
+            soft_targets: further distributions to learn from at the labelled positions, as `NextItemHead.forward` takes
+                them; for the losses cross_entropy and sampled_softmax with negative_sharing "batch".
 
         Returns:
             loss: scalar, when `labels` are given.
+            loss_parts: (1 + soft targets,) without gradient, when `labels` are given.
             logits: (batch, num_items + 1) after the last real item, -inf for padding; None in a training step without
                 `scored_positions`, whose memory must not grow with the catalogue. With `scored_positions`
                 (positions, num_items + 1), with `scored_items` (..., items).
@@ -185,12 +190,14 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         hidden_states = self.model.encode(item_ids, lengths, teacher_embeddings=teacher_embeddings)
         user_embedding = at_position(hidden_states, last_positions(lengths, item_ids.shape[1])).squeeze(1)
         item_offsets = self._item_offsets(teacher_embeddings)
-        loss = None
+        loss = loss_parts = None
         if labels is not None:
             self.check_positions(labels.ne(IGNORED_LABEL).gather(1, order), lengths, "labels")
             if label_indices is None and not torch.compiler.is_compiling():
                 label_indices = labels.ne(IGNORED_LABEL).flatten().nonzero().squeeze(1)
-            loss = self._loss(hidden_states, item_ids, labels, label_indices, slots, num_items_in_batch, item_offsets)
+            loss, loss_parts = self._loss(
+                hidden_states, item_ids, labels, label_indices, slots, num_items_in_batch, item_offsets, soft_targets
+            )
         logits = None
         if scored_positions is not None:
             if mask is not None:
@@ -203,6 +210,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
             logits = self.head(user_embedding, repeated_items, item_offsets=item_offsets, scored_items=scored_items)
         return NextItemOutput(
             loss=loss,
+            loss_parts=loss_parts,
             logits=logits,
             last_hidden_state=restore_padding(hidden_states, real, slots),
             user_embedding=user_embedding,
@@ -253,7 +261,9 @@ class EncoderForNextItem(NextItemPreTrainedModel):
             repeated_items = until_here.flatten(0, 1)[places]  # (positions, length)
         return hidden_states.flatten(0, 1)[places], repeated_items
 
-    def _loss(self, hidden_states, item_ids, labels, label_indices, slots, num_items_in_batch, item_offsets):
+    def _loss(
+        self, hidden_states, item_ids, labels, label_indices, slots, num_items_in_batch, item_offsets, soft_targets
+    ):
         # Selecting the labelled positions saves the scores of every padded one.
         positions, repeated_items = self._select(hidden_states, item_ids, label_indices, slots)
         targets, counted = labels.flatten(), None  # (batch * length,)
@@ -266,8 +276,19 @@ class EncoderForNextItem(NextItemPreTrainedModel):
             num_labels = max(1, targets.shape[0])
         self._check_targets(targets)
         negatives, log_q = self._draw_negatives(targets)
-        loss = self.head(positions, repeated_items, targets, negatives, log_q, item_offsets, counted=counted)
-        return loss / (num_labels if num_items_in_batch is None else num_items_in_batch)
+        loss, parts = self.head(
+            positions,
+            repeated_items,
+            targets,
+            negatives,
+            log_q,
+            item_offsets,
+            counted=counted,
+            history_items=item_ids.flatten(),
+            soft_targets=soft_targets,
+        )
+        count = num_labels if num_items_in_batch is None else num_items_in_batch
+        return loss / count, parts / count
 
     def _check_targets(self, targets: torch.Tensor) -> None:
         found = lowest_and_highest(targets)

@@ -5,7 +5,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_next_item import PADDING_ITEM_ID, NextItemConfig
-from .next_item_losses import chunked_cross_entropy, gbce_loss, sampled_softmax_loss
+from .next_item_losses import (
+    Columns,
+    SeenItems,
+    chunked_cross_entropy,
+    chunked_sampled_softmax,
+    gbce_loss,
+    sampled_softmax_loss,
+)
 
 
 class NextItemHead(nn.Linear):
@@ -30,6 +37,8 @@ class NextItemHead(nn.Linear):
         item_offsets=None,
         scored_items=None,
         counted=None,
+        history_items=None,
+        soft_targets=None,
     ):
         """Scores, or the summed training loss when `targets` are given.
 
@@ -44,33 +53,103 @@ class NextItemHead(nn.Linear):
             item_offsets: (num_items + 1, hidden), added to the table, or None.
             scored_items: (items,) different ids, none of them padding: the scores are of these, in their order.
             counted: (positions,) bool, the positions that the loss counts; None counts all.
+            history_items: (any,) item ids, those of `repeated_items` among them; only read with `repeat_bias` by the
+                sampled softmax.
+            soft_targets: (targets (positions,), negatives (negatives,) or None for the whole catalogue) ->
+                `SoftTarget`s to learn from, or None.
 
         Returns:
-            (positions, num_items + 1) scores with -inf for padding, (positions, items) scores, or the scalar loss.
+            (positions, num_items + 1) scores with -inf for padding, or (positions, items) scores; with `targets` the
+            scalar loss and its parts (1 + soft targets,), without gradient: the loss of the targets, then the
+            divergence from each soft target without its weight.
         """
-        weight = self.weight if item_offsets is None else self.weight + item_offsets
         if self.score_temperature is not None:
             hidden_states = F.normalize(hidden_states, dim=-1) / self.score_temperature
-            weight = F.normalize(weight, dim=-1)
+        if targets is None or self.config.loss_type == "cross_entropy":
+            weight = self._normalised(self.weight if item_offsets is None else self.weight + item_offsets)
         if targets is None:
             return self._scores(hidden_states, weight, repeated_items, scored_items)
+        soft_targets = () if soft_targets is None else soft_targets(targets, negatives)
         if self.config.loss_type == "cross_entropy":
             return chunked_cross_entropy(
-                hidden_states, weight, self.bias, targets, self.repeat_bias, repeated_items, counted=counted
+                hidden_states,
+                weight,
+                self.bias,
+                targets,
+                self.repeat_bias,
+                repeated_items,
+                counted=counted,
+                soft_targets=soft_targets,
             )
-        target_scores = (hidden_states * weight[targets]).sum(-1)  # (positions,)
+        if self.config.loss_type == "sampled_softmax" and negatives.dim() == 1:
+            return self._sampled_softmax(
+                hidden_states, repeated_items, targets, negatives, log_q, item_offsets, counted, history_items,
+                soft_targets,
+            )  # fmt: skip
+        # One lookup for both, because the gradient of each is as large as the table.
+        rows = self.item_rows(torch.cat([targets, negatives.flatten()]), item_offsets)
+        target_rows, negative_rows = rows.split([len(targets), negatives.numel()])
+        target_scores = (hidden_states * target_rows).sum(-1)  # (positions,)
         if negatives.dim() == 1:
-            negative_scores = F.linear(hidden_states, weight[negatives])  # (positions, negatives)
+            negative_scores = F.linear(hidden_states, negative_rows)  # (positions, negatives)
         else:
-            negative_scores = torch.einsum("ph,pnh->pn", hidden_states, weight[negatives])
+            negative_rows = negative_rows.view(*negatives.shape, -1)
+            negative_scores = torch.einsum("ph,pnh->pn", hidden_states, negative_rows)
         if self.bias is not None:
             target_scores, negative_scores = target_scores + self.bias[targets], negative_scores + self.bias[negatives]
         collisions = negatives == targets.unsqueeze(1)  # (positions, negatives)
         if self.config.loss_type == "sampled_softmax":
             negative_log_q = log_q[negatives] if isinstance(log_q, torch.Tensor) else log_q
-            return sampled_softmax_loss(target_scores, negative_scores, collisions, negative_log_q, counted)
-        calibration = self.config.gbce_calibration if self.config.loss_type == "gbce" else 0.0
-        return gbce_loss(target_scores, negative_scores, collisions, self.config.num_items, calibration, counted)
+            loss = sampled_softmax_loss(target_scores, negative_scores, collisions, negative_log_q, counted)
+        else:
+            calibration = self.config.gbce_calibration if self.config.loss_type == "gbce" else 0.0
+            loss = gbce_loss(target_scores, negative_scores, collisions, self.config.num_items, calibration, counted)
+        return loss, loss.detach().unsqueeze(0)
+
+    def _sampled_softmax(
+        self, hidden_states, repeated_items, targets, negatives, log_q, item_offsets, counted, history_items,
+        soft_targets,
+    ):  # fmt: skip
+        """The sampled softmax with negatives that all positions share; a repeat bias lets the seen items compete too."""
+        num_targets, num_negatives = len(targets), len(negatives)
+        ids = [targets, negatives] if self.repeat_bias is None else [targets, negatives, history_items]
+        ids = torch.cat(ids)
+        rows = self.item_rows(ids, item_offsets)
+        target_rows, negative_rows, seen_rows = rows.tensor_split((num_targets, num_targets + num_negatives))
+        target_bias = negative_bias = seen = None
+        if self.bias is not None or self.repeat_bias is not None:
+            bias = self.weight.new_zeros(len(ids)) if self.bias is None else self.bias[ids]
+            target_bias, negative_bias, seen_bias = bias.tensor_split((num_targets, num_targets + num_negatives))
+        if self.repeat_bias is not None:
+            is_repeat = repeated_items.eq(targets.unsqueeze(1)).any(1)  # (positions,)
+            target_bias = target_bias + self.repeat_bias * is_repeat
+            place_of = history_items.new_zeros(len(self.weight))
+            place_of[history_items] = torch.arange(len(history_items), device=history_items.device)
+            columns = Columns(negatives, self.config.num_items)
+            seen = SeenItems(seen_rows, seen_bias + self.repeat_bias, columns, repeated_items, place_of[repeated_items])
+        return chunked_sampled_softmax(
+            hidden_states,
+            target_rows,
+            target_bias,
+            negative_rows,
+            negative_bias,
+            targets,
+            negatives,
+            seen,
+            log_q[negatives] if isinstance(log_q, torch.Tensor) else log_q,
+            counted=counted,
+            soft_targets=soft_targets,
+        )
+
+    def item_rows(self, item_ids: torch.Tensor, item_offsets: torch.Tensor | None = None) -> torch.Tensor:
+        """The rows of the table (items, hidden) that hidden states are multiplied with, of item ids (items,)."""
+        rows = F.embedding(item_ids, self.weight)
+        if item_offsets is not None:
+            rows = rows + F.embedding(item_ids, item_offsets)
+        return self._normalised(rows)
+
+    def _normalised(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.score_temperature is None else F.normalize(rows, dim=-1)
 
     def _scores(self, hidden_states, weight, repeated_items, scored_items):
         bias = self.bias

@@ -1,13 +1,17 @@
 """Losses of next-item prediction: pure functions of hidden states, an item table and targets.
 
-All return the SUM over positions, as a float32 scalar, so that the caller divides by the number of positions of the
+All return the SUM over positions, in float32, so that the caller divides by the number of positions of the
 whole (accumulated, distributed) batch. Item ids run 1..num_items; row 0 of the table is padding and never competes.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from .configuration_next_item import PADDING_ITEM_ID
 
 # Score elements that the full cross-entropy computes at once: on a CPU a chunk that stays in the cache, on a GPU one
 # that fills the device.
@@ -17,41 +21,123 @@ CHUNK_ELEMENTS = {"cpu": 2**20, "default": 2**26}
 MIN_CHUNK_POSITIONS = 32
 
 
+class SoftTarget(NamedTuple):
+    """A distribution over the competing items at each position, to learn from beside the true next item.
+
+    Args:
+        scores: slice of positions -> logits (its positions, items that the loss scores), in their order, and those of
+            the targets (its positions, 1), which only a sampled loss reads and for whose sake they may be None.
+        weight: of the divergence KL(distribution || model) in the loss.
+        position_weights: (positions,), how much each position counts, or None for 1.
+    """
+
+    scores: Callable[[slice], tuple[torch.Tensor, torch.Tensor | None]]
+    weight: float
+    position_weights: torch.Tensor | None = None
+
+
+class Columns:
+    """Where items are among those that compete: the columns of a matrix of scores.
+
+    Args:
+        items: (columns,) item ids, some perhaps more than once.
+        num_items: size of the catalogue.
+    """
+
+    def __init__(self, items: torch.Tensor, num_items: int):
+        self.size = len(items)
+        # One column of every item that occurs, else the one behind the last: nothing waits for the device to know more.
+        self._of_item = items.new_full((num_items + 1,), self.size)
+        self._of_item[items] = torch.arange(self.size, device=items.device)
+        self._same_item = self._of_item[items]  # (columns,)
+
+    def filled(self, item_ids: torch.Tensor, values: torch.Tensor, fill: float | torch.Tensor) -> torch.Tensor:
+        """(positions, columns): `values` (positions, k) where the columns are `item_ids` (positions, k), else `fill`.
+
+        Padding among the ids has no column. `fill` is a number, or (positions, 1).
+        """
+        filled = values.new_empty(len(item_ids), self.size + 1)
+        filled[:] = fill
+        places = self._of_item[item_ids].masked_fill(item_ids.eq(PADDING_ITEM_ID), self.size)
+        return filled.scatter_(1, places, values)[:, self._same_item]
+
+    def dense(self, rows: torch.Tensor, item_ids: torch.Tensor, values: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """(num_rows, columns) of different entries, given as rows, item ids and values (entries,); else 0."""
+        dense = values.new_zeros(num_rows, self.size + 1)
+        dense[rows, self._of_item[item_ids]] = values  # those of other items all go into the last column
+        return dense[:, self._same_item]
+
+
+def _softmax_gradient(scores, target_columns, counts, soft_targets, chunk, soft_scores, needs_gradient):
+    """Cross-entropy of the targets, divergences from soft targets, and the gradient of their weighted sum.
+
+    Args:
+        scores: (chunk, columns), -inf where an item does not compete.
+        target_columns: (chunk, 1).
+        counts: (chunk, 1) bool, the positions that count, or None.
+        soft_targets, chunk: the soft targets, and which of their positions these are.
+        soft_scores: logits (chunk, columns) of each soft target.
+        needs_gradient: whether to compute it.
+
+    Returns:
+        losses (1 + soft targets,), sums over the positions, and the gradient (chunk, columns), float32, or None.
+    """
+    log_probabilities = F.log_softmax(scores, dim=-1, dtype=torch.float32)
+    of_targets = log_probabilities.gather(1, target_columns)  # (chunk, 1)
+    losses = [-(of_targets if counts is None else of_targets * counts).sum()]
+    distributions = []
+    absent = scores.isneginf() if soft_targets else None
+    for soft_target, logits in zip(soft_targets, soft_scores, strict=True):
+        log_soft = F.log_softmax(logits.masked_fill(absent, float("-inf")), dim=-1, dtype=torch.float32)
+        soft = log_soft.exp()
+        divergences = (log_soft - log_probabilities).masked_fill_(log_soft.isneginf(), 0.0).mul_(soft).sum(1, True)
+        weights = soft_target.position_weights
+        weights = counts if weights is None else weights[chunk].unsqueeze(1) * (1.0 if counts is None else counts)
+        losses.append((divergences if weights is None else divergences * weights).sum())
+        distributions.append((soft, soft_target.weight if weights is None else soft_target.weight * weights))
+    if not needs_gradient:
+        return torch.stack(losses), None
+    gradient = log_probabilities.exp_()
+    if distributions:  # every one pulls with its weight towards itself
+        gradient *= sum(weight for _, weight in distributions) + (1.0 if counts is None else counts)
+    elif counts is not None:
+        gradient *= counts
+    one_hot = gradient.new_full(target_columns.shape, -1.0)
+    gradient.scatter_add_(1, target_columns, one_hot if counts is None else one_hot * counts)
+    for soft, weight in distributions:
+        gradient -= soft.mul_(weight)
+    return torch.stack(losses), gradient
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Softmax cross-entropy over the catalogue that computes its gradient chunk by chunk in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, targets, repeat_bias, repeated_items, chunk_size, counted):
+    def forward(
+        ctx, hidden_states, weight, bias, repeat_bias, targets, repeated_items, chunk_size, counted, soft_targets
+    ):
         item_weight = weight[1:]  # (items, hidden)
         item_targets = (targets - 1).unsqueeze(1)  # (positions, 1)
-        needs_gradient = any(ctx.needs_input_grad[:3])
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
-        gradients = [None, None, None, None]  # of hidden_states, weight, bias, repeat_bias
-        if needs_gradient:
-            gradients[0] = torch.empty_like(hidden_states)
-            for place, parameter in ((1, weight), (2, bias), (3, repeat_bias)):
-                if parameter is not None:
-                    gradients[place] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        parameters = (hidden_states, weight, bias, repeat_bias)
+        needs_gradient = any(ctx.needs_input_grad[:4])
+        losses = torch.zeros(1 + len(soft_targets), dtype=torch.float32, device=hidden_states.device)
+        gradients = _empty_gradients(parameters) if needs_gradient else [None] * len(parameters)
         for start in range(0, hidden_states.shape[0], chunk_size):
             chunk = slice(start, start + chunk_size)
-            chunk_hidden, chunk_targets = hidden_states[chunk], item_targets[chunk]
+            chunk_hidden = hidden_states[chunk]
             scores = F.linear(chunk_hidden, item_weight, None if bias is None else bias[1:])  # (chunk, items)
             if repeat_bias is not None:
                 # Where there is nothing to add, column 0 of the chunk gets zeros.
                 repeated = repeated_items[chunk]  # (chunk, length)
                 columns, real = (repeated - 1).clamp(min=0), repeated.gt(0).to(scores.dtype)
                 scores.scatter_add_(1, columns, real * repeat_bias.to(scores.dtype))
-            log_probabilities = F.log_softmax(scores, dim=-1, dtype=torch.float32)
-            of_targets = log_probabilities.gather(1, chunk_targets)  # (chunk, 1)
-            if counted is not None:
-                counts = counted[chunk].unsqueeze(1)  # (chunk, 1)
-                of_targets = of_targets * counts
-            loss -= of_targets.sum()
+            counts = None if counted is None else counted[chunk].unsqueeze(1)
+            soft_scores = [soft_target.scores(chunk)[0] for soft_target in soft_targets]
+            chunk_losses, grad_scores = _softmax_gradient(
+                scores, item_targets[chunk], counts, soft_targets, chunk, soft_scores, needs_gradient
+            )
+            losses += chunk_losses
             if needs_gradient:
-                grad_scores = log_probabilities.exp_()
-                grad_scores.scatter_add_(1, chunk_targets, grad_scores.new_full(chunk_targets.shape, -1.0))
-                if counted is not None:
-                    grad_scores.mul_(counts)
                 if bias is not None:
                     gradients[2][1:] += grad_scores.sum(0)
                 if repeat_bias is not None:
@@ -59,21 +145,124 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_scores = grad_scores.to(scores.dtype)
                 gradients[0][chunk] = grad_scores @ item_weight.to(scores.dtype)
                 gradients[1][1:] += grad_scores.t() @ chunk_hidden.to(scores.dtype)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden_states, weight, bias, repeat_bias)]
-        return loss
+        return _finish(ctx, parameters, gradients, losses, soft_targets)
 
     @staticmethod
-    def backward(ctx, grad_loss):
-        scaled = [
-            None if gradient is None else (gradient * grad_loss).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return *scaled[:3], None, scaled[3], None, None, None
+    def backward(ctx, grad_loss, _):
+        return *_scaled(ctx, grad_loss), None, None, None, None, None
+
+
+class _ChunkedSampledSoftmax(torch.autograd.Function):
+    """As `_ChunkedCrossEntropy`, among the target, negatives that all positions share, and the items seen before."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden_states, target_rows, target_bias, negative_rows, negative_bias, seen_rows, seen_bias, targets,
+        negatives, columns, seen_items, seen_places, negative_log_q, chunk_size, counted, soft_targets,
+    ):  # fmt: skip
+        parameters = (
+            hidden_states, target_rows, target_bias, negative_rows, negative_bias, seen_rows, seen_bias
+        )  # fmt: skip
+        needs_gradient = any(ctx.needs_input_grad[:7])
+        losses = torch.zeros(1 + len(soft_targets), dtype=torch.float32, device=hidden_states.device)
+        gradients = _empty_gradients(parameters) if needs_gradient else [None] * len(parameters)
+        offsets = negative_bias
+        if negative_log_q is not None:
+            correction = -(negative_log_q + math.log(len(negatives)))
+            offsets = correction if offsets is None else offsets + correction
+        if offsets is not None and not isinstance(offsets, torch.Tensor):
+            offsets = hidden_states.new_full((len(negatives),), offsets)
+        for start in range(0, hidden_states.shape[0], chunk_size):
+            chunk = slice(start, start + chunk_size)
+            chunk_hidden, chunk_targets = hidden_states[chunk], targets[chunk].unsqueeze(1)
+            of_targets = (chunk_hidden * target_rows[chunk]).sum(1, keepdim=True)  # (chunk, 1)
+            if target_bias is not None:
+                of_targets = of_targets + target_bias[chunk].unsqueeze(1)
+            scores = F.linear(chunk_hidden, negative_rows, offsets)  # (chunk, negatives)
+            scores.masked_fill_(negatives == chunk_targets, float("-inf"))
+            parts = [of_targets.to(scores.dtype), scores]
+            if seen_rows is not None:
+                seen, places = seen_items[chunk], seen_places[chunk]  # (chunk, length) both
+                rows = seen_rows[places]  # (chunk, length, hidden)
+                of_seen = torch.einsum("ch,clh->cl", chunk_hidden, rows) + seen_bias[places]
+                # A seen item competes once: here, unless it is the target.
+                scores.masked_fill_(columns.filled(seen, torch.ones_like(seen, dtype=torch.bool), False), float("-inf"))
+                of_seen = of_seen.masked_fill(seen.eq(PADDING_ITEM_ID) | seen.eq(chunk_targets), float("-inf"))
+                parts.append(of_seen.to(scores.dtype))
+            counts = None if counted is None else counted[chunk].unsqueeze(1)
+            soft_scores = [_in_columns(*soft_target.scores(chunk), parts) for soft_target in soft_targets]
+            chunk_losses, grad_scores = _softmax_gradient(
+                torch.cat(parts, 1), torch.zeros_like(chunk_targets), counts, soft_targets, chunk, soft_scores,
+                needs_gradient,
+            )  # fmt: skip
+            losses += chunk_losses
+            if not needs_gradient:
+                continue
+            of_target, of_negatives, of_seen = grad_scores.tensor_split((1, 1 + len(negatives)), dim=1)
+            if target_bias is not None:
+                gradients[2][chunk] = of_target.squeeze(1)
+            if negative_bias is not None:
+                gradients[4] += of_negatives.sum(0)
+            of_target, of_negatives, of_seen = (part.to(scores.dtype) for part in (of_target, of_negatives, of_seen))
+            hidden = chunk_hidden.to(scores.dtype)
+            gradients[0][chunk] = of_negatives @ negative_rows.to(scores.dtype)
+            gradients[0][chunk] += of_target * target_rows[chunk]
+            gradients[1][chunk] = of_target * hidden
+            gradients[3].addmm_(of_negatives.t().to(gradients[3].dtype), hidden.to(gradients[3].dtype))
+            if seen_rows is not None:
+                gradients[0][chunk] += torch.einsum("cl,clh->ch", of_seen, rows.to(scores.dtype))
+                of_rows = of_seen.unsqueeze(2) * hidden.unsqueeze(1)  # (chunk, length, hidden)
+                gradients[5].index_add_(0, places.flatten(), of_rows.flatten(0, 1).to(gradients[5].dtype))
+                gradients[6].index_add_(0, places.flatten(), of_seen.flatten().to(gradients[6].dtype))
+        return _finish(ctx, parameters, gradients, losses, soft_targets)
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        return *_scaled(ctx, grad_loss), *[None] * 9
+
+
+def _in_columns(logits, of_targets, parts) -> torch.Tensor:
+    """Logits of a soft target in the columns of target, negatives and seen items; the last get nothing."""
+    if of_targets is None:
+        of_targets = logits.new_full((len(logits), 1), float("-inf"))
+    columns = [of_targets.to(logits.dtype), logits]
+    columns += [torch.full_like(part, float("-inf"), dtype=logits.dtype) for part in parts[2:]]
+    return torch.cat(columns, 1)
+
+
+def _empty_gradients(parameters) -> list[torch.Tensor | None]:
+    """Zeros in float32, in which chunks add up."""
+    return [
+        None if parameter is None else torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        for parameter in parameters
+    ]
+
+
+def _finish(ctx, parameters, gradients, losses, soft_targets):
+    ctx.save_for_backward(*gradients)
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in parameters]
+    ctx.mark_non_differentiable(losses)
+    loss = losses[0] + sum(soft.weight * divergence for soft, divergence in zip(soft_targets, losses[1:], strict=True))
+    return loss, losses
+
+
+def _scaled(ctx, grad_loss):
+    return [
+        None if gradient is None else (gradient * grad_loss).to(dtype)
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    ]
 
 
 def chunked_cross_entropy(
-    hidden_states, weight, bias, targets, repeat_bias=None, repeated_items=None, chunk_size=None, counted=None
+    hidden_states,
+    weight,
+    bias,
+    targets,
+    repeat_bias=None,
+    repeated_items=None,
+    chunk_size=None,
+    counted=None,
+    soft_targets=(),
 ):
     """Cross-entropy of the next item over the whole catalogue, in memory that does not grow with positions x items.
 
@@ -86,16 +275,81 @@ def chunked_cross_entropy(
         repeated_items: (positions, length), different items that each position has seen, padded with 0.
         chunk_size: positions per chunk; None takes as many as fit `CHUNK_ELEMENTS` scores.
         counted: (positions,) bool, the positions that count; None counts all.
+        soft_targets: `SoftTarget`s with logits of all items; each adds its weighted divergence.
 
     Returns:
-        Scalar, summed over positions, float32.
+        Scalar, summed over positions, float32, and its parts (1 + soft targets,) without gradient: the cross-entropy
+        and each divergence without its weight.
     """
-    if chunk_size is None:
-        budget = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS["default"])
-        chunk_size = max(MIN_CHUNK_POSITIONS, budget // weight.shape[0])
+    chunk_size = chunk_size or _chunk_size(hidden_states, weight.shape[0])
     return _ChunkedCrossEntropy.apply(
-        hidden_states, weight, bias, targets, repeat_bias, repeated_items, chunk_size, counted
+        hidden_states, weight, bias, repeat_bias, targets, repeated_items, chunk_size, counted, tuple(soft_targets)
     )
+
+
+def _chunk_size(hidden_states: torch.Tensor, columns: int) -> int:
+    budget = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS["default"])
+    return max(MIN_CHUNK_POSITIONS, budget // columns)
+
+
+def chunked_sampled_softmax(
+    hidden_states,
+    target_rows,
+    target_bias,
+    negative_rows,
+    negative_bias,
+    targets,
+    negatives,
+    seen=None,
+    negative_log_q=None,
+    chunk_size=None,
+    counted=None,
+    soft_targets=(),
+):
+    """As `sampled_softmax_loss` of scores hidden . row + bias, with negatives that all positions share, in memory that
+    does not grow with positions x negatives.
+
+    Args:
+        hidden_states: (positions, hidden).
+        target_rows: (positions, hidden), the items' rows of the table.
+        target_bias: (positions,) or None.
+        negative_rows: (negatives, hidden).
+        negative_bias: (negatives,) or None.
+        targets: (positions,) item ids.
+        negatives: (negatives,) item ids; those that are a position's target do not compete there.
+        seen: None, or `SeenItems`, which all compete, in place of negatives that are among them.
+        negative_log_q: as in `sampled_softmax_loss`, a number or (negatives,).
+        chunk_size, counted: as in `chunked_cross_entropy`.
+        soft_targets: `SoftTarget`s with logits of the negatives; their distributions are over what competes but seen
+            items.
+
+    Returns:
+        As `chunked_cross_entropy`.
+    """
+    chunk_size = chunk_size or _chunk_size(hidden_states, len(negatives))
+    seen_rows, seen_bias, columns, seen_items, places = (None,) * 5 if seen is None else seen
+    return _ChunkedSampledSoftmax.apply(
+        hidden_states, target_rows, target_bias, negative_rows, negative_bias, seen_rows, seen_bias, targets,
+        negatives, columns, seen_items, places, negative_log_q, chunk_size, counted, tuple(soft_targets),
+    )  # fmt: skip
+
+
+class SeenItems(NamedTuple):
+    """The items that positions have seen before, which a sampled softmax scores besides its negatives.
+
+    Args:
+        rows: (any, hidden) rows of the table.
+        bias: (any,).
+        columns: of the negatives.
+        items: (positions, length) different item ids, padded with 0.
+        places: (positions, length), the row of each.
+    """
+
+    rows: torch.Tensor
+    bias: torch.Tensor
+    columns: Columns
+    items: torch.Tensor
+    places: torch.Tensor
 
 
 def sampled_softmax_loss(target_scores, negative_scores, collisions, negative_log_q=None, counted=None):

@@ -15,12 +15,15 @@ class NextItemOutput(ModelOutput):
         logits: (batch, num_items + 1), the scores of the next item after the last real one; column 0 (padding) is -inf.
         last_hidden_state: (batch, length, hidden).
         user_embedding: (batch, hidden), the hidden state at the last real item.
+        loss_parts: (1 + soft targets,) without gradient: the loss of the labels, and the divergence from each soft
+            target without its weight.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
     user_embedding: torch.FloatTensor | None = None
+    loss_parts: torch.FloatTensor | None = None
 
 
 def top_k_items(

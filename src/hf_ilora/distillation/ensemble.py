@@ -1,0 +1,159 @@
+"""Several teachers as one: the weighted sum of their scores, asked online at every position."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from hf_ilora.distillation.ensemble_members import (
+    LabelScores,
+    LogCounts,
+    Positions,
+    RecommenderScores,
+    TitleSimilarity,
+)
+from hf_ilora.distillation.teacher_labels import TeacherLabels
+from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
+from hf_ilora.models.next_item.histories import padded_histories
+from hf_ilora.models.next_item.modeling_counting import PopularityForNextItem, TransitionCountsForNextItem
+from hf_ilora.models.next_item.next_item_losses import Columns, SoftTarget
+from hf_ilora.models.next_item.next_item_model import newest_items
+from hf_ilora.models.next_item.next_item_output import top_k_items
+
+Member = RecommenderScores | TitleSimilarity | LogCounts | LabelScores
+
+
+class EnsembleTeacher(nn.Module):
+    """A teacher whose logits are the weighted sum of its members' scores, divided by a temperature.
+
+    `DistillationTrainer(teacher=...)` asks it in every step, about every position, and only about the items that
+    compete there. It also ranks the catalogue, as any recommender does.
+
+    Args:
+        members: saved or trained recommenders (SASRec, GRU4Rec: their scores; transition counts and popularity: the
+            logarithm of their scores, see `LogCounts`), `TitleSimilarity`, and `TeacherLabels` of teachers that are too
+            slow to be asked.
+        weights: one number for each member, at least 0.
+        temperature: divides the sum.
+
+    Raises:
+        ValueError: for members of other catalogues, weights that are negative or none for each member, and a
+            temperature that is not positive.
+    """
+
+    def __init__(self, members: Sequence, weights: Sequence[float], temperature: float = 1.0):
+        super().__init__()
+        if not members or len(members) != len(weights):
+            raise ValueError(
+                f"{len(members)} members and {len(weights)} weights: expected at least one member, and a weight for "
+                "each"
+            )
+        for weight in weights:
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"a weight is {weight}: expected finite numbers, at least 0")
+        if not any(weights):
+            raise ValueError("all weights are 0: expected at least one positive")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}: expected a positive number")
+        self.members = nn.ModuleList(as_member(member) for member in members)
+        self.weights, self.temperature = tuple(map(float, weights)), temperature
+        sizes = {member.num_items for member in self.members}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the members are about catalogues of {' and '.join(map(str, sorted(sizes)))} items: expected the same "
+                "catalogue; train or fit all of them on the same data set"
+            )
+        self.num_items = sizes.pop()
+        lengths = [member.max_length for member in self.members if member.max_length is not None]
+        self.max_length = min(lengths, default=None)
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def labels(self) -> list[TeacherLabels]:
+        """The stored labels among the members."""
+        return [member.labels for member in self.members if isinstance(member, LabelScores)]
+
+    @torch.no_grad()
+    def soft_target(
+        self, positions: Positions, targets: torch.Tensor, items: torch.Tensor | None, weight: float
+    ) -> SoftTarget:
+        """The ensemble's distribution at some positions, over the items that a loss scores there.
+
+        Args:
+            positions: what it is asked about.
+            targets: (positions,) item ids, which compete beside `items`.
+            items: (items,) item ids; None for the whole catalogue, targets included.
+            weight: of the divergence from it.
+        """
+        opinions = [
+            (member.at(positions), factor / self.temperature)
+            for member, factor in zip(self.members, self.weights, strict=True)
+            if factor
+        ]
+        asked = torch.arange(1, self.num_items + 1, device=targets.device) if items is None else items
+        columns = Columns(asked, self.num_items)
+        parts = [(opinion.about(asked, columns), factor) for opinion, factor in opinions]
+        of_targets = None
+        if items is not None:
+            of_targets = sum(opinion.of_targets(targets).float() * factor for opinion, factor in opinions).unsqueeze(1)
+
+        def scores(chunk: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+            total = None
+            for part, factor in parts:
+                scaled = part(chunk)
+                total = scaled.mul_(factor) if total is None else total.add_(scaled, alpha=factor)
+            return total, None if of_targets is None else of_targets[chunk]
+
+        position_weights = None
+        if all(isinstance(member, LabelScores) for member in self.members):
+            position_weights = positions.labels[0].ne(PADDING_ITEM_ID).any(1).float()
+        return SoftTarget(scores, weight, position_weights)
+
+    @torch.no_grad()
+    def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(batch, length) item ids, padded on either side -> (batch, num_items + 1) logits, -inf for padding."""
+        length = input_ids.shape[1]
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"input_ids have {length} columns: expected at most {self.max_length}, the items that every member "
+                "reads; keep the newest, as `recommend` does"
+            )
+        positions = Positions.of_batch(input_ids, torch.zeros(0, dtype=torch.int64, device=input_ids.device))
+        last = (positions.lengths - 1).clamp(min=0) + length * torch.arange(len(input_ids), device=input_ids.device)
+        positions = Positions(positions.item_ids, positions.lengths, last)
+        scores, _ = self.soft_target(positions, input_ids[:, 0], None, 1.0).scores(slice(0, len(input_ids)))
+        padding = scores.new_full((len(scores), 1), float("-inf"))
+        return torch.cat([padding, scores.float()], dim=1)
+
+    def recommend(self, histories, top_k: int = 10, exclude_seen: bool = True):
+        """As `recommend` of every recommender: item_ids and log-probabilities, (batch, top_k) each."""
+        histories = padded_histories(histories, self.num_items, self.device)
+        read = histories if self.max_length is None else newest_items(histories, self.max_length)
+        scores = self.next_item_scores(read)
+        item_ids, best = top_k_items(scores, histories, top_k, exclude_seen)
+        return item_ids, (best - scores.logsumexp(1, keepdim=True)).clamp(max=0)
+
+    def rank_items(self, histories, top_k: int = 10, exclude_seen: bool = True):
+        """The items of `recommend` with distances, -log p."""
+        item_ids, log_probabilities = self.recommend(histories, top_k, exclude_seen)
+        return item_ids, -log_probabilities
+
+    @property
+    def device(self) -> torch.device:
+        return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+
+
+def as_member(member) -> Member:
+    """A member of an ensemble, of a recommender or labels; members stay as they are."""
+    if isinstance(member, Member):
+        return member
+    if isinstance(member, TransitionCountsForNextItem | PopularityForNextItem):
+        return LogCounts(member)
+    if isinstance(member, TeacherLabels):
+        return LabelScores(member)
+    return RecommenderScores(member)
+
+
+__all__ = ["EnsembleTeacher", "as_member"]
