@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from hf_ilora import DistillationArguments, DistillationTrainer, SASRecConfig, SASRecForNextItem
+from hf_ilora import DistillationArguments, DistillationTrainer, EnsembleTeacher, SASRecConfig, SASRecForNextItem
+from hf_ilora.distillation.ensemble_members import LabelScores
 from hf_ilora.distillation.losses import DLLM2RecLoss, distribution_loss, propensity_scores
 from hf_ilora.distillation.policies import GroundTruthErrorPolicy, KLDivergencePolicy, rank_gap_weights
 from hf_ilora.titles.pca import pca_embeddings
@@ -54,7 +55,7 @@ def windows():
 def student(seed=0, num_items=NUM_ITEMS, **settings):
     torch.manual_seed(seed)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "max_length": 6, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-    return SASRecForNextItem(SASRecConfig(num_items=num_items, **sizes, **settings))
+    return SASRecForNextItem(SASRecConfig(num_items=num_items, **sizes | settings))
 
 
 def trainer_of(model, rows, folder, labels=None, **settings):
@@ -396,7 +397,8 @@ ANY = "any"  # an online teacher
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kl_weight": 1.0}, "expected an online teacher"),
+        ({"kl_weight": 1.0, "base_loss": "bce"}, "expected base_loss 'student'"),
+        ({"kl_weight": 1.0, "kl_temperature": 2.0}, "kl_temperature is 2.0 and kl_direction 'forward' at every"),
         ({"policy": KLDivergencePolicy(0.1)}, "expected an online teacher"),
         ({"policy": "kl_divergence", "policy_threshold": 0.1}, "expected an online teacher"),
         ({"teacher": ANY, "distilled_positions": "all"}, "distilled_positions is 'all' with an online teacher"),
@@ -447,3 +449,72 @@ def test_batches_without_labels_are_refused(windows, tmp_path):
     trainer = trainer_of(model, windows, tmp_path)
     with pytest.raises(ValueError, match="the batch has no teacher_items"):
         trainer.compute_loss(model.train(), plain_batch())
+
+
+SHARED = {"loss_type": "sampled_softmax", "num_negatives": 16, "head_bias": True}
+
+
+@pytest.mark.parametrize("settings", [{}, SHARED, SHARED | {"repeat_bias": True}])
+def test_an_online_teacher_is_distilled_at_every_position(windows, tmp_path, settings):
+    """A student that nothing but its teacher teaches comes to score as the teacher does."""
+    teacher, model = student(seed=7), student(seed=1, **settings)
+    torch.nn.init.normal_(teacher.model.item_embedding.weight)  # far from any untrained student
+    trainer = trainer_of(
+        model, windows, tmp_path, teacher=teacher, distilled_positions="all", kl_weight=50.0, lam=0.0, max_steps=150,
+        optim="adamw_torch", learning_rate=0.02,
+    )  # fmt: skip
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "kl_loss" in entry]
+    assert history[-1]["kl_loss"] < 0.3 * history[0]["kl_loss"]
+    first, last = history[0], history[-1]
+    assert last["loss"] == pytest.approx(last["base_loss"] + 50 * last["kl_loss"], rel=1e-4)
+    assert first["base_loss"] > 0 and "ranking_loss" not in first
+    assert not any(parameter.grad is not None for parameter in teacher.parameters())
+
+
+def test_the_divergence_at_every_position_is_that_of_whole_distributions(windows, tmp_path):
+    teacher, model = student(seed=7), student(seed=1)
+    trainer = trainer_of(
+        model, windows, tmp_path, teacher=EnsembleTeacher([teacher], [1.0]), distilled_positions="all", kl_weight=2.0,
+        lam=0.0,
+    )  # fmt: skip
+    batch = plain_batch()
+    labelled = batch["labels"].ne(-100)
+    own = model.train()(batch["input_ids"], labels=batch["labels"], scored_positions=labelled)
+    wanted = teacher.eval()(batch["input_ids"], scored_positions=labelled).logits[:, 1:]
+    divergence = distribution_loss(own.logits[:, 1:], wanted).mean()
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), own.loss + 2 * divergence)
+
+
+def test_stored_labels_are_distilled_as_distributions_where_there_are_any(windows, tmp_path):
+    asked_about = RuleLabels(windows, asked=lambda history_ids, prefix_lengths: prefix_lengths % 2 == 0)
+    losses = []
+    for labels in (asked_about, RuleLabels(windows, asked=lambda history_ids, prefix_lengths: prefix_lengths < 0)):
+        model = student(seed=1)
+        trainer = trainer_of(model, windows, tmp_path, labels=labels, distilled_positions="all", kl_weight=2.0, lam=0.0)
+        batch = batch_of(windows, trainer.data_collator)
+        losses.append(trainer.compute_loss(model.train(), dict(batch)).item())
+    own = model(batch["input_ids"], labels=batch["labels"]).loss.item()
+    assert losses[1] == pytest.approx(own) and losses[0] > own + 0.1
+    trainer = trainer_of(student(seed=1), windows, tmp_path, distilled_positions="all", kl_weight=2.0, lam=0.5)
+    trainer.train()  # rankings and distributions of the same labels
+    assert {"ranking_loss", "kl_loss", "base_loss"} <= trainer.state.log_history[0].keys()
+
+
+def test_members_that_are_asked_and_labels_teach_together(windows, tmp_path):
+    teacher = EnsembleTeacher([student(seed=7), LabelScores(RuleLabels(windows))], [1.0, 0.5])
+    trainer = trainer_of(
+        student(seed=1), windows, tmp_path, teacher=teacher, distilled_positions="all", kl_weight=1.0, lam=0.0
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["kl_loss"] > 0
+    with pytest.raises(ValueError, match="an ensemble of online teachers and labels: expected 'all'"):
+        trainer_of(student(seed=1), windows, tmp_path, teacher=teacher, kl_weight=1.0, lam=0.0)
+    short = student(seed=7, max_length=4)
+    with pytest.raises(ValueError, match="reads 4 items .* and the student 6: expected at least as many"):
+        trainer_of(student(seed=1), windows, tmp_path, teacher=short, distilled_positions="all", kl_weight=1.0, lam=0.0)
+    with pytest.raises(ValueError, match="ensemble is about 31 items and the student about 30"):
+        trainer_of(
+            student(seed=1), windows, tmp_path, teacher=EnsembleTeacher([student(num_items=31)], [1.0]),
+            distilled_positions="all", kl_weight=1.0, lam=0.0,
+        )  # fmt: skip

@@ -235,7 +235,9 @@ class _LogCountsThere:
             return
         self.read = positions.newest(member.num_read)  # (positions, read)
         ages = torch.arange(member.num_read, device=self.read.device)
-        self.weights = (self.model.config.history_decay**ages.float()).repeat(len(self.read), 1)  # padding adds nothing
+        self.weights = (self.model.config.history_decay ** ages.float()).repeat(
+            len(self.read), 1
+        )  # padding adds nothing
 
     def about(self, items: torch.Tensor, columns: Columns) -> Callable[[slice], torch.Tensor]:
         member, popularity = self.member, self.member.popularity[items]

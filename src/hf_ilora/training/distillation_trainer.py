@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_ilora.distillation.ensemble import EnsembleTeacher
-from hf_ilora.distillation.ensemble_members import TitleSimilarity
+from hf_ilora.distillation.ensemble_members import LabelScores, TitleSimilarity
 from hf_ilora.distillation.losses import (
     NO_LABEL,
     STUDENT_LOSS,
@@ -120,7 +120,7 @@ class DistillationTrainer(NextItemTrainer):
         if args.kl_weight and at_all_positions:
             self._ensemble = self.teacher
             if not isinstance(self.teacher, EnsembleTeacher):
-                self._ensemble = EnsembleTeacher([teacher_labels if self.teacher is None else self.teacher], [1.0])
+                self._ensemble = EnsembleTeacher([self.teacher or LabelScores(teacher_labels)], [1.0])
             self.teacher = None
         for asked in (self.teacher, self._ensemble):
             if isinstance(asked, nn.Module):
@@ -184,8 +184,8 @@ class DistillationTrainer(NextItemTrainer):
             )
         if args.distilled_positions == "all" and (args.lam or args.alpha or not args.kl_weight):
             raise ValueError(
-                f"lam is {args.lam}, alpha {args.alpha} and kl_weight {args.kl_weight} with an online teacher at all "
-                "positions: expected lam=0, alpha=0 and a positive kl_weight; rankings are distilled from "
+                f"distilled_positions is 'all' with an online teacher, lam {args.lam}, alpha {args.alpha} and kl_weight "
+                f"{args.kl_weight}: expected lam=0, alpha=0 and a positive kl_weight; rankings are distilled from "
                 "teacher_labels, or at distilled_positions 'last'"
             )
         for name, allowed in (("embedding_weight", (0.0,)), ("initial_items", INITIAL_ITEMS)):
@@ -281,6 +281,7 @@ class DistillationTrainer(NextItemTrainer):
             if args.title_neighbours:
                 similarity = TitleSimilarity(self.whitened_title_embeddings()).to(args.device)
             self._soft_targets = SoftTargets(self._ensemble, similarity, args)
+        self._students_parts = ("base_loss", *(self._soft_targets.parts if self._soft_targets is not None else ()))
         self.distillation_loss = DLLM2RecLoss(
             args.alpha,
             args.beta,
@@ -352,7 +353,7 @@ class DistillationTrainer(NextItemTrainer):
         if not self._needs_scores:
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch, soft_targets=soft_targets)
             loss = outputs.loss
-            self._log_parts(dict(zip(("base_loss", *self._soft_targets.parts), outputs.loss_parts, strict=True)), loss)
+            self._log_parts(dict(zip(self._students_parts, outputs.loss_parts, strict=True)), loss)
             loss = self._over_processes(loss, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
         has_student_loss = self.args.base_loss == STUDENT_LOSS
@@ -391,7 +392,7 @@ class DistillationTrainer(NextItemTrainer):
             parts["base_loss"] = outputs.loss
         loss = sum(self._weights[name] * value for name, value in parts.items())
         if self._soft_targets is not None:  # their weighted sum is part of the student's loss
-            parts |= dict(zip(("base_loss", *self._soft_targets.parts), outputs.loss_parts, strict=True))
+            parts |= dict(zip(self._students_parts, outputs.loss_parts, strict=True))
         self._log_parts(parts, loss)
         loss = self._over_processes(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -466,7 +467,7 @@ class DistillationTrainer(NextItemTrainer):
             parts["base_loss"] = losses.base_loss
         if arguments.alpha:
             parts["dro_loss"] = losses.dro_loss
-        if arguments.kl_weight:
+        if arguments.kl_weight and self._needs_whole_scores:
             divergence = distribution_loss(scores, teacher_scores, arguments.kl_temperature, arguments.kl_direction)
             parts["kl_loss"] = (divergence * sample_weights).mean()
         if arguments.embedding_weight:
