@@ -149,7 +149,7 @@ def test_stored_labels_spread_the_rest_of_the_mass():
 def test_wrong_ensembles_are_refused():
     with pytest.raises(ValueError, match="2 members and 1 weights"):
         EnsembleTeacher([sasrec(), counts()], [1.0])
-    with pytest.raises(ValueError, match="a weight is -1.0: expected finite numbers, at least 0"):
+    with pytest.raises(ValueError, match=r"a weight is -1\.0: expected finite numbers, at least 0"):
         EnsembleTeacher([sasrec(), counts()], [1.0, -1.0])
     with pytest.raises(ValueError, match="all weights are 0"):
         EnsembleTeacher([counts()], [0.0])
@@ -163,7 +163,7 @@ def test_wrong_ensembles_are_refused():
         TitleSimilarity(titles().index_fill(0, torch.tensor([4]), math.nan))
     with pytest.raises(ValueError, match="all title embeddings are zero"):
         TitleSimilarity(torch.zeros(4, 2))
-    with pytest.raises(ValueError, match="decay is 1.5"):
+    with pytest.raises(ValueError, match=r"decay is 1\.5"):
         TitleSimilarity(titles(), decay=1.5)
     with pytest.raises(ValueError, match="input_ids have 7 columns: expected at most 5"):
         EnsembleTeacher([sasrec()], [1.0]).next_item_scores(torch.ones(2, 7, dtype=torch.int64))

@@ -511,7 +511,7 @@ def test_members_that_are_asked_and_labels_teach_together(windows, tmp_path):
     with pytest.raises(ValueError, match="an ensemble of online teachers and labels: expected 'all'"):
         trainer_of(student(seed=1), windows, tmp_path, teacher=teacher, kl_weight=1.0, lam=0.0)
     short = student(seed=7, max_length=4)
-    with pytest.raises(ValueError, match="reads 4 items .* and the student 6: expected at least as many"):
+    with pytest.raises(ValueError, match=r"reads 4 items .* and the student 6: expected at least as many"):
         trainer_of(student(seed=1), windows, tmp_path, teacher=short, distilled_positions="all", kl_weight=1.0, lam=0.0)
     with pytest.raises(ValueError, match="ensemble is about 31 items and the student about 30"):
         trainer_of(

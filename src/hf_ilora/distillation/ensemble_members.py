@@ -5,8 +5,8 @@ A member's `at(positions)` returns its opinion of those positions, which has
     about(items, columns)   -> a function of a slice of the positions, returning scores (its positions, items)
     of_targets(targets)     -> (positions,), the score of one item at each position
 
-where `items` (items,) are item ids, `columns` the `Columns` of the same, and `targets` (positions,) item ids. Scores are
-logits. Nothing has a gradient, and no tensor (positions, items) of the whole batch is ever made.
+where `items` (items,) are item ids, `columns` the `Columns` of the same, and `targets` (positions,) item ids. Scores
+are logits. Nothing has a gradient, and no tensor (positions, items) of the whole batch is ever made.
 """
 
 import math

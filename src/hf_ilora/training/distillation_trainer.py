@@ -25,7 +25,7 @@ from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
-from hf_ilora.titles.pca import pca_embeddings
+from hf_ilora.titles.pca import pca_embeddings, whitened
 
 from .distillation_arguments import DistillationArguments
 from .label_collator import DistillationCollator, TeacherIndices
@@ -184,9 +184,9 @@ class DistillationTrainer(NextItemTrainer):
             )
         if args.distilled_positions == "all" and (args.lam or args.alpha or not args.kl_weight):
             raise ValueError(
-                f"distilled_positions is 'all' with an online teacher, lam {args.lam}, alpha {args.alpha} and kl_weight "
-                f"{args.kl_weight}: expected lam=0, alpha=0 and a positive kl_weight; rankings are distilled from "
-                "teacher_labels, or at distilled_positions 'last'"
+                f"distilled_positions is 'all' with an online teacher, lam {args.lam}, alpha {args.alpha} and "
+                f"kl_weight {args.kl_weight}: expected lam=0, alpha=0 and a positive kl_weight; rankings are distilled "
+                "from teacher_labels, or at distilled_positions 'last'"
             )
         for name, allowed in (("embedding_weight", (0.0,)), ("initial_items", INITIAL_ITEMS)):
             if getattr(args, name) in allowed:
@@ -279,7 +279,7 @@ class DistillationTrainer(NextItemTrainer):
             check_soft_targets(args, self.model)
             similarity = None
             if args.title_neighbours:
-                similarity = TitleSimilarity(self.whitened_title_embeddings()).to(args.device)
+                similarity = TitleSimilarity(whitened(self.item_title_embeddings())).to(args.device)
             self._soft_targets = SoftTargets(self._ensemble, similarity, args)
         self._students_parts = ("base_loss", *(self._soft_targets.parts if self._soft_targets is not None else ()))
         self.distillation_loss = DLLM2RecLoss(

@@ -110,7 +110,7 @@ class NextItemHead(nn.Linear):
         self, hidden_states, repeated_items, targets, negatives, log_q, item_offsets, counted, history_items,
         soft_targets,
     ):  # fmt: skip
-        """The sampled softmax with negatives that all positions share; a repeat bias lets the seen items compete too."""
+        """The sampled softmax with shared negatives; with a repeat bias the seen items compete too."""
         num_targets, num_negatives = len(targets), len(negatives)
         ids = [targets, negatives] if self.repeat_bias is None else [targets, negatives, history_items]
         ids = torch.cat(ids)
