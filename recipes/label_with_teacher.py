@@ -4,7 +4,8 @@
         --data_dir outputs/ml-100k/data --teacher outputs/ml-100k/ilora --output_dir outputs/ml-100k/labels
 
 The teacher is a saved model that ranks the catalogue (iLoRA with an item head, SASRec, a model that counts), a
-safetensors file of scores, or a folder with DLLM2Rec's text files. `--budget 200 --acquire entropy --recommender
+safetensors file of scores (one row for each training row, or for each of its positions, which `history_ids` and
+`prefix_lengths` then name), or a folder with DLLM2Rec's text files. `--budget 200 --acquire entropy --recommender
 outputs/ml-100k/sasrec-1` asks about the 200 histories whose next item that SASRec is least certain about.
 
 The recipe writes the labels in shards (labels-*.parquet), the teacher's item embeddings if it has any
@@ -36,7 +37,7 @@ from hf_ilora.distillation.labelling import (
     label_shards,
     wait_for_shards,
 )
-from hf_ilora.distillation.teachers import ModelTeacher, Teacher, load_teacher, model_fingerprint
+from hf_ilora.distillation.teachers import ModelTeacher, ScoreTableTeacher, Teacher, load_teacher, model_fingerprint
 from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
@@ -186,7 +187,10 @@ def load_and_check(arguments: LabelArguments, device: torch.device):
     if isinstance(teacher, ModelTeacher):
         check_catalogue(teacher.model, arguments.teacher, sequences.num_items, raw_ids)
     if arguments.labelled_positions == "all" and not teacher.answers_prefixes:
-        raise ValueError(f"{arguments.teacher} contains one answer per row: expected labelled_positions last")
+        raise ValueError(
+            f"{arguments.teacher} contains one answer per row: expected labelled_positions last, or a table of scores "
+            "with history_ids and prefix_lengths"
+        )
     recommender = None
     if arguments.recommender is not None:
         recommender = load_recommender(arguments.recommender).to(device)
@@ -207,6 +211,8 @@ def what_to_ask(requests: LabelRequests, teacher: Teacher, recommender, argument
         spans = zip(requests.boundaries[requests.history_ids], requests.prefix_lengths, strict=True)
         most_seen = most_seen_items([requests.items[start : start + length] for start, length in spans])
         check_top_k("top_k", arguments.top_k, teacher.num_items, most_seen)
+    if isinstance(teacher, ScoreTableTeacher):
+        teacher.check_requests(requests)
     return requests.select(np.argsort(-requests.costs(teacher), kind="stable"))
 
 

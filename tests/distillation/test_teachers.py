@@ -173,6 +173,64 @@ def test_table_of_another_shape_is_refused(tmp_path, tensors, message):
         ScoreTableTeacher(tmp_path / "scores.safetensors", ROWS, ITEMS)
 
 
+def save_positions(folder, **changes):
+    """Scores about two positions of row 2 and one of row 0."""
+    tensors = {
+        "scores": torch.randn(3, ITEMS + 1, generator=torch.Generator().manual_seed(0)),
+        "history_ids": torch.tensor([2, 0, 2]),
+        "prefix_lengths": torch.tensor([2, 2, 1], dtype=torch.int32),
+    }
+    tensors |= changes
+    save_file({name: value for name, value in tensors.items() if value is not None}, folder / "scores.safetensors")
+    return folder / "scores.safetensors", tensors["scores"]
+
+
+def requests_of(history_ids, prefix_lengths):
+    """About three rows of two items before the target."""
+    history_ids, prefix_lengths = np.array(history_ids), np.array(prefix_lengths)
+    return LabelRequests(np.ones(9, np.int64), np.arange(0, 10, 3), history_ids, prefix_lengths)
+
+
+def test_table_of_positions_answers_by_row_and_number_of_items(tmp_path):
+    path, scores = save_positions(tmp_path)
+    teacher = ScoreTableTeacher(path, ROWS, ITEMS)
+    assert teacher.answers_prefixes
+    items, distances = teacher.rank(np.array([2, 2, 0]), torch.tensor([[4, 0], [4, 3], [1, 2]]), ITEMS, False)
+    log_p = scores[[2, 0, 1], 1:].log_softmax(1)
+    torch.testing.assert_close(-distances, log_p.sort(dim=1, descending=True).values)
+    assert torch.equal(items, log_p.argsort(dim=1, descending=True) + 1)
+    teacher.check_requests(requests_of([0, 2], [2, 1]))
+    with pytest.raises(ValueError, match=r"lacks 1 of 2 answers, such as the one about row 0 after 1 of its items"):
+        teacher.check_requests(requests_of([2, 0], [2, 1]))
+    with pytest.raises(ValueError, match="lacks 1 of 1 answers, such as the one about row 1 after 2"):
+        teacher.rank(np.array([1]), torch.tensor([[4, 3]]), 2, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prefix_lengths": None}, "prefix_lengths of .* are missing: expected integers"),
+        ({"history_ids": torch.tensor([0, 1])}, r"history_ids of .* are of shape \(2,\) .*expected integers \(3,\)"),
+        ({"history_ids": torch.zeros(3)}, "type torch.float32: expected integers"),
+        ({"history_ids": torch.tensor([2, 3, 0])}, r"answer 1 of .* has history_ids 3 .*expected rows 0\.\.2"),
+        ({"history_ids": torch.tensor([2, -1, 0])}, "answer 1 of .* has history_ids -1"),
+        ({"prefix_lengths": torch.tensor([1, 0, 2])}, "and prefix_lengths 0: expected .* at least 1 item"),
+        ({"prefix_lengths": torch.tensor([1, 1, 1])}, "two answers about row 2 after 1 of its items: expected one"),
+        ({"scores": torch.zeros(0, ITEMS + 1)}, r"shape \(0, 6\) .*expected floating-point \(answers"),
+        ({"scores": torch.zeros(3, ITEMS)}, r"expected floating-point \(answers, 6\), a row per answer"),
+    ],
+)
+def test_positions_that_do_not_fit_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        ScoreTableTeacher(save_positions(tmp_path, **changes)[0], ROWS, ITEMS)
+
+
+def test_an_answer_about_more_items_than_a_row_has_is_refused(tmp_path):
+    path, _ = save_positions(tmp_path, prefix_lengths=torch.tensor([3, 2, 1]))
+    with pytest.raises(ValueError, match="answer about row 2 after 3 of its items: expected 1 to 2, the items before"):
+        ScoreTableTeacher(path, ROWS, ITEMS).check_requests(requests_of([0], [2]))
+
+
 # --- whatever lies there ---
 
 

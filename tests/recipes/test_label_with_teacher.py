@@ -5,8 +5,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hf_ilora import SASRecForNextItem, SequenceDatasets
+from hf_ilora.distillation.labelling import LabelRequests
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from tests.recipe_runs import RecipeRun
 from tests.synthetic import cyclic_sequences
@@ -87,6 +89,28 @@ def test_published_files_become_labels(label, parts, tmp_path):
     labels = TeacherLabels.load(folder, SequenceDatasets.load(parts / "data").fingerprint)
     assert labels.table["teacher_items"].to_pylist() == (ranks + 1).tolist()
     assert labels.item_embeddings().shape == (31, 6)
+
+
+def test_a_table_of_positions_labels_all_of_them(label, parts, tmp_path):
+    sequences = SequenceDatasets.load(parts / "data")
+    requests = LabelRequests.of_split(sequences["train"], "all")
+    order = np.random.default_rng(0).permutation(len(requests))
+    scores = torch.randn(len(requests), 31)
+    positions = {"history_ids": requests.history_ids, "prefix_lengths": requests.prefix_lengths}
+
+    def save(name, kept):
+        tensors = {name: torch.from_numpy(values[kept]) for name, values in positions.items()}
+        save_file(tensors | {"scores": scores[: len(kept)].clone()}, tmp_path / name)
+        return tmp_path / name
+
+    settings = {"labelled_positions": "all", "exclude_seen": False, "top_k": 3}
+    with pytest.raises(ValueError, match=rf"lacks 1 of {len(requests)} answers"):
+        label(teacher=save("part.safetensors", order[1:]), **settings)
+    assert not list(tmp_path.glob("labels/*.parquet"))
+    folder = label(teacher=save("scores.safetensors", order), **settings).output_dir
+    labels = TeacherLabels.load(folder, sequences.fingerprint)
+    items, _ = labels.lookup(*(values[order] for values in positions.values()))
+    assert torch.equal(items, scores[:, 1:].argsort(dim=1, descending=True)[:, :3] + 1)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ A teacher is any object with these attributes
     fingerprint         sha256, in hex, of everything that determines its answers
     num_items           size of the catalogue
     max_history         number of newest items that it reads, None for all
-    answers_prefixes    False if it has one answer per training row, for the row's target
+    answers_prefixes    False if it only has answers about the targets of the training rows
     tokens_per_item     (num_items + 1,) int64, tokens it reads for each item
     tokens_per_history  int, tokens it reads for each history in addition
 
@@ -34,7 +34,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.data.storage import files_digest
-from hf_ilora.distillation.teacher_labels import TeacherLabels, read_description
+from hf_ilora.distillation.teacher_labels import TeacherLabels, keys, read_description
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.loading import saved_config
@@ -44,6 +44,7 @@ from hf_ilora.models.next_item.next_item_output import top_k_items
 from hf_ilora.reference.dllm2rec_files import RANKS_FILE, DLLM2RecFilesTeacher
 
 SCORES_KEY = "scores"
+POSITION_KEYS = ("history_ids", "prefix_lengths")  # of tables whose answers are about positions, not rows
 
 # Entries of a configuration that say where it was loaded from and with which software: they determine no answer.
 _ORIGINS = {"_name_or_path", "name_or_path", "llm_name_or_path", "llm_revision", "llm_gguf_file"}
@@ -130,41 +131,85 @@ class RankItemsTeacher:
 
 
 class ScoreTableTeacher:
-    """Scores of every item for every training row, computed elsewhere.
+    """Scores of every item for every training row, or for every position of them, computed elsewhere.
 
     Args:
-        path: safetensors file with `scores`, (rows, num_items + 1), in the order of the train split; column 0 is
-            ignored. Distances are -log softmax of the scores, so log-probabilities only change sign.
+        path: safetensors file with `scores`, floating-point (answers, num_items + 1); column 0 is ignored. Distances
+            are -log softmax of the scores, so log-probabilities only change sign. Without more, the answers are about
+            the targets of the training rows, in their order. With the integers `history_ids` and `prefix_lengths`,
+            (answers,) each, an answer is about the item that follows the first `prefix_lengths` items of the row
+            `history_ids` (0 is the first row) of [history + target].
         num_rows: rows of the train split.
         num_items: size of the catalogue.
 
     Raises:
-        ValueError: when the file is truncated, or has another shape.
+        ValueError: when the file is truncated or has other shapes, and for a row or prefix that does not exist or has
+            two answers; from `check_requests`, for requests without an answer and answers
+            about more items than a row has.
     """
 
-    answers_prefixes = False
     max_history = None
     tokens_per_history = 0
 
     def __init__(self, path: str | os.PathLike, num_rows: int, num_items: int):
         self.source, self.num_items = str(path), num_items
         try:
-            self.scores = load_file(path)[SCORES_KEY]  # mapped into memory, read where it is used
+            tensors = load_file(path)  # mapped into memory, read where it is used
+            self.scores = tensors[SCORES_KEY]
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(
                 f"{path} is not a safetensors file with {SCORES_KEY} ({error!r}): write it again"
             ) from error
-        if tuple(self.scores.shape) != (num_rows, num_items + 1) or not self.scores.is_floating_point():
+        positions = [tensors.get(name) for name in POSITION_KEYS]
+        self.answers_prefixes = any(values is not None for values in positions)
+        num_answers = len(self.scores) if self.answers_prefixes and self.scores.dim() else num_rows
+        is_table = num_answers > 0 and tuple(self.scores.shape) == (num_answers, num_items + 1)
+        if not is_table or not self.scores.is_floating_point():
             raise ValueError(
                 f"{SCORES_KEY} of {path} have shape {tuple(self.scores.shape)} and type {self.scores.dtype}: expected "
-                f"floating-point ({num_rows}, {num_items + 1}), a row per training row, and a column for padding and "
-                "one per item"
+                f"floating-point ({'answers' if self.answers_prefixes else num_rows}, {num_items + 1}), a row per "
+                f"{'answer' if self.answers_prefixes else 'training row'}, and a column for padding and one per item"
             )
+        self._keys, self._order = None, None
+        if self.answers_prefixes:
+            self._keys, self._order = _positions_of_answers(path, positions, num_answers, num_rows)
         self.fingerprint = files_digest([Path(path)])
         self.tokens_per_item = _one_per_item(num_items)
 
+    def check_requests(self, requests) -> None:
+        """Raise a ValueError unless all `LabelRequests` have an answer, and all answers are about items of the rows."""
+        if self._keys is None:
+            return
+        history_ids, prefix_lengths = self._keys >> 32, self._keys & 0xFFFFFFFF  # (answers,) each
+        lengths = np.diff(requests.boundaries) - 1  # (rows,), items before the target
+        too_long = prefix_lengths > lengths[history_ids]
+        if too_long.any():
+            row = history_ids[too_long.argmax()]
+            raise ValueError(
+                f"{self.source} has an answer about row {row} after {prefix_lengths[too_long.argmax()]} of its items: "
+                f"expected 1 to {lengths[row]}, the items before its target"
+            )
+        self._answers(requests.history_ids, requests.prefix_lengths)
+
+    def _answers(self, history_ids: np.ndarray, prefix_lengths: np.ndarray) -> np.ndarray:
+        """(requests,) rows of `scores` that answer the requests."""
+        asked = keys(history_ids, prefix_lengths)
+        places = np.searchsorted(self._keys, asked).clip(max=len(self._keys) - 1)
+        missing = self._keys[places] != asked
+        if missing.any():
+            first = int(missing.argmax())
+            raise ValueError(
+                f"{self.source} lacks {int(missing.sum())} of {len(missing)} answers, such as the one about row "
+                f"{history_ids[first]} after {prefix_lengths[first]} of its items: expected one for each label that is "
+                "asked for; add them, or ask for fewer (labelled_positions last)"
+            )
+        return self._order[places]
+
     def rank(self, history_ids: np.ndarray, histories: torch.Tensor, top_k: int, exclude_seen: bool):
-        scores = self.scores[torch.from_numpy(history_ids)].float()  # (batch, num_items + 1)
+        answers = history_ids
+        if self._keys is not None:
+            answers = self._answers(history_ids, histories.ne(PADDING_ITEM_ID).sum(1).cpu().numpy())
+        scores = self.scores[torch.from_numpy(answers)].float()  # (batch, num_items + 1)
         scores[:, PADDING_ITEM_ID] = float("-inf")
         item_ids, log_probabilities = top_k_items(scores.log_softmax(dim=1), histories, top_k, exclude_seen)
         return item_ids, -log_probabilities
@@ -279,6 +324,36 @@ def model_fingerprint(model: Recommender) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _positions_of_answers(path, positions: list, num_answers: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of the answers of a table, ascending, and the answer that each belongs to: (answers,) each."""
+    for name, values in zip(POSITION_KEYS, positions, strict=True):
+        if values is None or tuple(values.shape) != (num_answers,) or values.is_floating_point():
+            found = "missing" if values is None else f"of shape {tuple(values.shape)} and type {values.dtype}"
+            raise ValueError(
+                f"{name} of {path} are {found}: expected integers ({num_answers},), one for each row of {SCORES_KEY}; "
+                f"write both {' and '.join(POSITION_KEYS)}, or neither if the answers are about the training rows"
+            )
+    history_ids, prefix_lengths = (values.long().numpy() for values in positions)  # (answers,) each
+    outside = (history_ids < 0) | (history_ids >= num_rows) | (prefix_lengths < 1) | (prefix_lengths >= 1 << 31)
+    if outside.any():
+        answer = int(outside.argmax())
+        raise ValueError(
+            f"answer {answer} of {path} has history_ids {history_ids[answer]} and prefix_lengths "
+            f"{prefix_lengths[answer]}: expected rows 0..{num_rows - 1} of the train split, and at least 1 item"
+        )
+    answered = keys(history_ids, prefix_lengths)
+    order = np.argsort(answered, kind="stable")
+    answered = answered[order]
+    twice = np.flatnonzero(answered[1:] == answered[:-1])
+    if len(twice):
+        answer = int(order[twice[0]])
+        raise ValueError(
+            f"{path} has two answers about row {history_ids[answer]} after {prefix_lengths[answer]} of its items: "
+            "expected one"
+        )
+    return answered, order
 
 
 def _without_origins(config: dict) -> dict:
