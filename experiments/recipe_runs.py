@@ -1,15 +1,23 @@
 """What the experiments share: running recipes in processes of their own, and reading what they recorded."""
 
+import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from hf_ilora.files import written_whole
-from hf_ilora.runs import ProgramFailed
+from hf_ilora.runs import ProgramFailed, configuration_differences, is_finished, parse_arguments, read_record
+from hf_ilora.runs.recipe_files import load_recipe
 from hf_ilora_cli.shipped import RECIPE, find_file
+
+logger = logging.getLogger(__name__)
+
+_loading = threading.Lock()  # a module that is half loaded by one thread is whole to another
 
 _Setting, _Result = TypeVar("_Setting"), TypeVar("_Result")
 
@@ -42,6 +50,36 @@ def run_recipe(recipe: str, options: Sequence[object], threads: int) -> None:
     if finished.returncode:
         message = f"{' '.join(command[1:])} failed: {finished.stderr[-2000:].rstrip()}"
         raise ProgramFailed(message, finished.returncode)
+
+
+def record_of_run(recipe: str, options: Sequence[object], folder: Path, threads: int) -> dict:
+    """The record of a finished run, which a recipe does unless it is there.
+
+    Args:
+        recipe: name of the recipe.
+        options: its command line but for `output_dir`.
+        folder: of the run.
+        threads: CPU threads of the process.
+
+    Raises:
+        ProgramFailed: when the recipe fails.
+        ValueError: when the folder contains a finished run of another configuration.
+    """
+    words = [*map(str, options), "--output_dir", str(folder)]
+    if not is_finished(folder):
+        logger.info("%s begins in %s, see run.log there", recipe, folder)
+        run_recipe(recipe, words, threads)
+    record = read_record(folder / "run.json")
+    with _loading:
+        module = load_recipe(find_file(RECIPE, recipe))
+    arguments = parse_arguments(module.ARGUMENTS, words)
+    differences = configuration_differences(record, arguments)
+    if differences:
+        raise ValueError(
+            f"{folder} contains a finished run of another configuration than {recipe} {' '.join(words)}: "
+            f"{'; '.join(differences)}; choose another output_dir, or delete the folder"
+        )
+    return record
 
 
 def described_origin(records: Sequence[dict]) -> str:

@@ -10,28 +10,17 @@ killed ones. Writes <table>.md and <table>.json.
 import json
 import logging
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.recipe_runs import (
     described_origin,
     in_parallel,
-    run_recipe,
+    record_of_run,
     threads_per_run,
     write_table,
 )
-from hf_ilora.runs import (
-    configuration_differences,
-    is_finished,
-    parse_arguments,
-    read_record,
-    run_main,
-    set_up_logging,
-    sole_writer,
-)
-from hf_ilora.runs.recipe_files import load_recipe
-from hf_ilora_cli.shipped import RECIPE, find_file
+from hf_ilora.runs import parse_arguments, run_main, set_up_logging, sole_writer
 from hf_ilora_cli.shown_text import shown_lines
 
 logger = logging.getLogger(__name__)
@@ -68,40 +57,19 @@ ARGUMENTS = (SeedsArguments,)
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    recipe_arguments = load_recipe(find_file(RECIPE, TRAIN)).ARGUMENTS
     with sole_writer(arguments.output_dir):
         set_up_logging(arguments.output_dir)
-        records = in_parallel(
-            lambda seed: run_seed(arguments, seed, recipe_arguments), arguments.seeds, arguments.parallel
-        )
+        records = in_parallel(lambda seed: run_seed(arguments, seed), arguments.seeds, arguments.parallel)
     text, summary = table_of_seeds(arguments, records)
     write_table(arguments.table, text, json.dumps(summary, indent=2))
     print(shown_lines(text))
 
 
-def run_seed(arguments: SeedsArguments, seed: int, recipe_arguments: Sequence[type]) -> dict:
-    """Train with a seed unless that run is finished, and return its record.
-
-    Args:
-        arguments: settings of the experiment.
-        seed: seed of the run.
-        recipe_arguments: dataclasses of the recipe's options, by which a finished run is checked.
-
-    Raises:
-        ValueError: when the folder contains a finished run of another configuration.
-    """
+def run_seed(arguments: SeedsArguments, seed: int) -> dict:
+    """Train with a seed unless that run is finished, and return its record."""
+    options = [arguments.config_file, "--seed", seed, "--disable_tqdm", "true"]
     folder = Path(arguments.output_dir) / f"seed-{seed}"
-    options = [arguments.config_file, "--seed", str(seed), "--output_dir", str(folder), "--disable_tqdm", "true"]
-    if not is_finished(folder):
-        logger.info("seed %d: training in %s, see run.log there", seed, folder)
-        run_recipe(TRAIN, options, threads_per_run(arguments.parallel))
-    content = read_record(folder / "run.json")
-    differences = configuration_differences(content, parse_arguments(recipe_arguments, options))
-    if differences:
-        raise ValueError(
-            f"{folder} contains a finished run of another configuration than {arguments.config_file}: "
-            f"{'; '.join(differences)}; choose another output_dir, or delete the folder"
-        )
+    content = record_of_run(TRAIN, options, folder, threads_per_run(arguments.parallel))
     logger.info("seed %d: test NDCG@10 %.4f", seed, content["metrics"]["test"]["masked/ndcg@10"]["mean"])
     return content
 

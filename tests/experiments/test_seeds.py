@@ -35,7 +35,7 @@ def test_table_of_seeds_holds_their_mean_and_runs_no_seed_twice(tmp_path):
     assert f"**{sum(values) / 2:.4f}**" in (tmp_path / "table.md").read_text()
 
     again = run()
-    assert again.returncode == 0 and "training in" not in again.stderr
+    assert again.returncode == 0 and "begins in" not in again.stderr
     assert json.loads((tmp_path / "seeds" / "seed-1" / "run.json").read_text()) == runs[0]
 
     config.write_text(config.read_text().replace("hidden_size: 8", "hidden_size: 16"))

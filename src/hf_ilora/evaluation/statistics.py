@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -180,9 +181,13 @@ def sign_flip_p_value(differences: np.ndarray, *, num_resamples: int = 10_000, s
     return (as_extreme + 1) / (num_resamples + 1)
 
 
+# The metric of each user, (users,), or of each run and user, (runs, users); or the saved ranks of a run, or of several.
+Runs = np.ndarray | Sequence | str | os.PathLike
+
+
 def compare_runs(
-    a: np.ndarray | str | os.PathLike,
-    b: np.ndarray | str | os.PathLike,
+    a: Runs,
+    b: Runs,
     *,
     metric: str = "ndcg@10",
     ranking: str = "masked",
@@ -190,11 +195,15 @@ def compare_runs(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> RunComparison:
-    """Compare two runs user by user.
+    """Compare two runs user by user, or two models by several runs of each.
+
+    The metric of a user is averaged over the runs of a model first. The interval and the p-value are thus about the
+    users that one meets, with the runs as they are; the two models may have different numbers of runs.
 
     Args:
-        a: (users,) metric of each user, or the path of the ranks that ``hf-ilora evaluate`` saved.
-        b: the same for the other run, with the users in the same order.
+        a: (users,) metric of each user, or the path of the ranks that ``hf-ilora evaluate`` saved; of several runs of
+            one model, such as those of several seeds, (runs, users), or a list of paths.
+        b: the same for the other model, with the users in the same order.
         metric: for saved ranks, the metric to compare, such as "ndcg@10", "hit_ratio@10" or "mrr".
         ranking: for saved ranks, "masked", "unmasked" or "candidates".
         confidence: confidence level of the interval of the difference.
@@ -205,17 +214,21 @@ def compare_runs(
         The means, the difference b - a with its interval, and the p-value.
 
     Raises:
-        ValueError: for different users, data or splits, values that are not finite, an array and a path, and settings
-            out of range.
+        ValueError: for no runs, different users, data or splits, values that are not finite, an array and a path, and
+            settings out of range.
     """
-    saved = [isinstance(run, str | os.PathLike) for run in (a, b)]
-    if saved[0] != saved[1]:
+    paths = [_paths(name, runs) for name, runs in (("a", a), ("b", b))]
+    if (paths[0] is None) != (paths[1] is None):
         raise ValueError("one run is an array and the other a path: expected two arrays or two paths")
-    if all(saved):
-        first, second = SavedRanks.load(a), SavedRanks.load(b)
-        first.check_same_users(second)
-        a, b = (metric_per_user(metric, torch.tensor(run.ranks(ranking))).numpy() for run in (first, second))
-    a, b = _checked("a", a), _checked("b", b)
+    if paths[0] is not None:
+        loaded = [[SavedRanks.load(path) for path in runs] for runs in paths]
+        for run in (*loaded[0], *loaded[1]):
+            loaded[0][0].check_same_users(run)
+        a, b = (
+            np.stack([metric_per_user(metric, torch.tensor(run.ranks(ranking))).numpy() for run in runs])
+            for runs in loaded
+        )
+    a, b = _mean_of_runs("a", a), _mean_of_runs("b", b)
     if len(a) != len(b):
         raise ValueError(f"a has {len(a)} users and b has {len(b)}: expected the same users in the same order")
     differences = b - a
@@ -226,6 +239,33 @@ def compare_runs(
         p_value=sign_flip_p_value(differences, num_resamples=num_resamples, seed=seed),
         num_users=len(a),
     )
+
+
+def _paths(name: str, runs: Runs) -> list[str | os.PathLike] | None:
+    """The files of saved ranks that `runs` names; None for numbers."""
+    if isinstance(runs, str | os.PathLike):
+        return [runs]
+    if isinstance(runs, np.ndarray):
+        return None
+    are_paths = [isinstance(run, str | os.PathLike) for run in runs]
+    if any(are_paths) and not all(are_paths):
+        raise ValueError(f"{name} has paths beside numbers: expected the paths of all runs, or the numbers of all")
+    return list(runs) if any(are_paths) else None
+
+
+def _mean_of_runs(name: str, values) -> np.ndarray:
+    """(users,) the mean over the runs of (runs, users), where there are several."""
+    try:
+        values = np.asarray(values, dtype=np.float64)
+    except ValueError as error:  # ragged
+        raise ValueError(
+            f"the runs of {name} have different numbers of users: expected the same users in all"
+        ) from error
+    if values.ndim != 2:
+        return _checked(name, values)
+    if not len(values):
+        raise ValueError(f"{name} has no runs: expected at least one")
+    return np.mean([_checked(f"{name}[{number}]", run) for number, run in enumerate(values)], axis=0)
 
 
 def _checked(name: str, values: np.ndarray) -> np.ndarray:

@@ -74,6 +74,7 @@ class RunRecord:
             "launch": launch_settings(arguments),
             "threads": torch.get_num_threads(),
             "durations_seconds": {},
+            "processor_seconds": {},
             "metrics": {},
         }
         if self.is_main_process:
@@ -84,13 +85,19 @@ class RunRecord:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Record the duration of a stage; repeated stages of one name are added up."""
-        start = time.monotonic()
+        """Record the duration of a stage and its processor time; repeated stages of one name are added up.
+
+        The processor time is that of all threads of the main process. It tells what a stage costs wherever other
+        programs run beside it.
+        """
+        starts = {"durations_seconds": time.monotonic(), "processor_seconds": time.process_time()}
         try:
             yield
         finally:
-            durations = self.content["durations_seconds"]
-            durations[name] = round(durations.get(name, 0.0) + time.monotonic() - start, 3)
+            ends = {"durations_seconds": time.monotonic(), "processor_seconds": time.process_time()}
+            for clock, end in ends.items():
+                stages = self.content[clock]
+                stages[name] = round(stages.get(name, 0.0) + end - starts[clock], 3)
         self._write()  # after an error `__exit__` does
 
     def add_data(self, fingerprint: str) -> None:

@@ -1,0 +1,133 @@
+"""Does language pay? Trains SASRecs with and without what titles say, with controls, and tabulates them.
+
+    hf-ilora prepare beauty/data
+    python -m experiments.language --data beauty --table main --seeds 1 2 3 4 5 --parallel 2 \
+        --output_dir outputs/beauty/language
+
+experiments/language_rows.py has the rows of each table. Every row is trained whole with each of its seeds, its teachers
+too. Settings are chosen on validation with the first seeds; `--test true` adds what the claimed rows reach on the test
+split. The same command skips finished runs and resumes killed ones; `--run false` tabulates the runs that are finished,
+also while another process trains. Writes <report>.md, <report>.json and <report>.png.
+"""
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from experiments.language_report import report_rows, write_report
+from experiments.language_rows import REFERENCE, SETTINGS, TABLES, language_rows
+from experiments.recipe_runs import threads_per_run
+from experiments.study import Study
+from hf_ilora import SequenceDatasets
+from hf_ilora.runs import ProgramFailed, parse_arguments, run_main, set_up_logging, sole_writer
+from hf_ilora.runs.checks import check_at_least_one
+
+logger = logging.getLogger(__name__)
+
+ALL = "all"
+
+
+@dataclass
+class LanguageArguments:
+    """Settings of the study."""
+
+    data: str = field(metadata={"choices": tuple(SETTINGS), "help": "data set whose rows to train"})
+    output_dir: str = field(metadata={"help": "folder of the runs"})
+    table: str = field(
+        default="main",
+        metadata={"choices": (*TABLES, ALL), "help": "rows to train and tabulate: main, parts, controls or all"},
+    )
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5], metadata={"help": "random seeds"})
+    parallel: int = field(default=1, metadata={"help": "runs at a time, which share the CPU threads"})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "folder of the prepared data set; by default outputs/<data>/data"}
+    )
+    report: str | None = field(
+        default=None,
+        metadata={"help": "path of the table, without .md, .json and .png; by default <output_dir>/<table>"},
+    )
+    test: bool = field(
+        default=False, metadata={"help": "show the claimed rows on the test split too, once all is chosen"}
+    )
+    tune: bool = field(
+        default=True, metadata={"help": "choose settings among the trials; false takes the first trial of each row"}
+    )
+    run: bool = field(default=True, metadata={"help": "train what is missing; false tabulates what is finished"})
+    latency_calls: int = field(default=300, metadata={"help": "recommendations timed per row, one user at a time"})
+
+    def __post_init__(self):
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds are {self.seeds}: expected at least one, all different")
+        check_at_least_one(self, "parallel", "latency_calls")
+        if find_spec("matplotlib") is None:
+            raise ValueError("the plot needs matplotlib: install hf_ilora[plot]")
+        self.data_dir = self.data_dir or f"outputs/{self.data}/data"
+        self.report = self.report or str(Path(self.output_dir) / self.table)
+
+
+ARGUMENTS = (LanguageArguments,)
+
+
+def main() -> None:
+    (arguments,) = parse_arguments(ARGUMENTS)
+    with sole_writer(arguments.output_dir) if arguments.run else nullcontext():
+        if arguments.run:
+            set_up_logging(arguments.output_dir)
+        make_tables(arguments)
+
+
+def make_tables(arguments: LanguageArguments) -> None:
+    """Train what is missing and write the report; rows with a run that failed are left out of it.
+
+    Raises:
+        ProgramFailed: after the report, when runs failed.
+    """
+    settings = SETTINGS[arguments.data]
+    study = Study(
+        language_rows(settings),
+        Path(arguments.output_dir),
+        arguments.data_dir,
+        arguments.seeds,
+        trial_seeds=settings.trial_seeds,
+        tune=arguments.tune,
+        threads=threads_per_run(arguments.parallel),
+    )
+    tables = TABLES if arguments.table == ALL else {arguments.table: TABLES[arguments.table]}
+    names = list(dict.fromkeys([REFERENCE, *(name for names in tables.values() for name in names)]))
+    failure = None
+    if arguments.run:
+        try:
+            study.run(names, arguments.parallel)
+        except ProgramFailed as error:
+            failure = error
+    torch.set_num_threads(1)
+    sequences = SequenceDatasets.load(arguments.data_dir)
+    reports = report_rows(
+        study,
+        names,
+        REFERENCE,
+        sequences,
+        splits=("validation", "test") if arguments.test else ("validation",),
+        parallel=arguments.parallel,
+        latency_calls=arguments.latency_calls,
+    )
+    write_report(arguments.report, reports, tables, REFERENCE, command(arguments), study)
+    logger.info("wrote %s.md", arguments.report)
+    if failure is not None:
+        raise failure
+
+
+def command(arguments: LanguageArguments) -> str:
+    """The command that makes the report."""
+    words = ["python -m experiments.language", f"--data {arguments.data} --table {arguments.table}"]
+    words += [f"--seeds {' '.join(map(str, arguments.seeds))} --parallel {arguments.parallel}"]
+    words += [f"--{name} {str(getattr(arguments, name)).lower()}" for name in ("test", "tune")]
+    return " ".join([*words, f"--output_dir {arguments.output_dir} --report {arguments.report}"])
+
+
+if __name__ == "__main__":
+    run_main(main)

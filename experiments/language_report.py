@@ -1,0 +1,455 @@
+"""What the study on language measures of its finished runs: quality, differences, cost, and a plot of the two."""
+
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from experiments.recipe_runs import described_origin, in_parallel, write_table
+from experiments.study import Row, Study
+from hf_ilora import ILoraForRecommendation, SequenceDatasets, compare_runs
+from hf_ilora.data.columns import read_column
+from hf_ilora.evaluation.latency import Latency, ModelSize, measure_latency, model_size
+from hf_ilora.evaluation.rank_metrics import metric_per_user
+from hf_ilora.evaluation.ranking import rank_split
+from hf_ilora.evaluation.results import comparison_text, markdown_rows, short_number
+from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks
+from hf_ilora.evaluation.statistics import RunComparison
+from hf_ilora.files import written_whole
+from hf_ilora.models.loading import check_catalogue, load_recommender
+from hf_ilora.runs import read_record
+from hf_ilora.titles.encoders import encode_titles
+from hf_ilora.training.windows import item_counts
+
+logger = logging.getLogger(__name__)
+
+# The columns of a table: ranking, metric and what the table calls it.
+METRICS = {
+    ("masked", "ndcg@10"): "NDCG@10 masked",
+    ("masked", "hit_ratio@10"): "HR@10 masked",
+    ("unmasked", "ndcg@10"): "NDCG@10",
+    ("unmasked", "hit_ratio@10"): "HR@10",
+}
+COMPARED = ("masked", "ndcg@10")
+# Groups of users by how often their target occurs in training: the largest number of each group.
+COUNT_GROUPS = {"at most 5": 5, "6-10": 10, "11-20": 20, "more": None}
+# Colours that are told apart with any kind of colour blindness (Okabe and Ito), with a shape of their own each.
+KINDS = {
+    "baseline": ("baselines that count", "#000000", "s"),
+    "ids": ("SASRec, ids only", "#0072B2", "o"),
+    "student": ("SASRec that learnt from titles", "#D55E00", "D"),
+    "control": ("controls", "#999999", "v"),
+    "language model": ("language models", "#009E73", "^"),
+}
+
+
+@dataclass(frozen=True)
+class MeasuredSplit:
+    """What the runs of a row reach on a split.
+
+    Args:
+        metrics: for each "ranking/metric", its value for each seed.
+        groups: for each group of users by the target's training count, their number and mean NDCG@10, masked.
+        to_reference: comparison with the row that all are compared with; None for that row.
+        to_twin: comparison with the row's twin, where it has one.
+    """
+
+    metrics: dict[str, list[float]]
+    groups: dict[str, tuple[int, float]]
+    to_reference: RunComparison | None
+    to_twin: RunComparison | None
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """The measurements of a row.
+
+    Args:
+        name, title, kind: of the row.
+        seeds: of its runs.
+        settings: those that were chosen, by option.
+        trials: settings and their metric on validation, where they were chosen among several.
+        splits: by split; without "test" where the row is not claimed or the study does not read it yet.
+        training_minutes: processor time of the run, its teachers and their titles' encoding, averaged over seeds; None
+            where a run was resumed, which leaves no record of the time before.
+        latency: of the model of the first seed.
+        size: of the same.
+    """
+
+    name: str
+    title: str
+    kind: str
+    seeds: list[int]
+    settings: dict
+    trials: list[tuple[dict, float]]
+    splits: dict[str, MeasuredSplit]
+    training_minutes: float | None
+    latency: Latency
+    size: ModelSize
+
+
+def report_rows(
+    study: Study,
+    names: Sequence[str],
+    reference: str,
+    sequences: SequenceDatasets,
+    *,
+    splits: Sequence[str],
+    parallel: int,
+    latency_calls: int,
+) -> list[RowReport]:
+    """Measure the rows whose runs are all finished.
+
+    Args:
+        study: the runs.
+        names: of the rows; the reference is among them.
+        reference: the row that all others are compared with.
+        sequences: the data set of the study.
+        splits: the splits to read; "test" is read of claimed rows alone.
+        parallel: models that rank at a time.
+        latency_calls: recommendations to time for each row.
+    """
+    rows = [study.rows[name] for name in names]
+    whole = [row for row in rows if study.is_whole(row)]
+    if missing := [row.name for row in rows if row not in whole]:
+        logger.warning("without %s, whose runs are not all finished", ", ".join(missing))
+    jobs = [
+        (row, seed, split)
+        for row in whole
+        for seed in study.seeds_of(row)
+        for split in splits
+        if split != "test" or row.claimed
+    ]
+    files = in_parallel(lambda job: ranks_file(study, *job, sequences), jobs, parallel)
+    ranks: dict[tuple[str, str], list[Path]] = {}
+    for (row, _, split), file in zip(jobs, files, strict=True):
+        ranks.setdefault((row.name, split), []).append(file)
+    counts = item_counts(sequences["train"], sequences.num_items).numpy()
+    histories = [np.asarray(each) for each in _sample(sequences["validation"], latency_calls)["history"]]
+    reports = []
+    for row in whole:
+        folder = study.model_of(row, study.seeds[0])
+        model = load_recommender(folder)
+        reports.append(
+            RowReport(
+                name=row.name,
+                title=row.title,
+                kind=row.kind,
+                seeds=study.seeds_of(row),
+                settings=dict(row.options) | study.settings(row),
+                trials=study.trials(row) if study.is_tuned(row) else [],
+                splits={
+                    split: measured_split(
+                        ranks[row.name, split],
+                        None if row.name == reference else ranks.get((reference, split)),
+                        ranks.get((row.twin, split)),
+                        counts[read_column(sequences[split], "target").to_numpy()],
+                    )
+                    for split in splits
+                    if (row.name, split) in ranks
+                },
+                training_minutes=training_minutes(study, row, sequences),
+                latency=measure_latency(model, histories),
+                size=model_size(model, folder),
+            )
+        )
+    return reports
+
+
+def ranks_file(study: Study, row: Row, seed: int, split: str, sequences: SequenceDatasets) -> Path:
+    """The saved ranks of a run, beside its model; made if they are missing."""
+    folder = study.model_of(row, seed)
+    file = folder / "ranks" / f"{split}.parquet"
+    source = RanksSource(f"{row.title}, seed {seed}", sequences.fingerprint, split)
+    if not file.exists() or SavedRanks.load(file).source.data_fingerprint != source.data_fingerprint:
+        model = load_recommender(folder)
+        check_catalogue(model, str(folder), sequences.num_items, sequences.raw_ids)
+        scorer = model.item_scores if isinstance(model, ILoraForRecommendation) else None
+        ranks = rank_split(model, sequences[split], scorer=scorer)
+        SavedRanks.from_ranks(read_column(sequences[split], "user_id"), ranks, source).save(file)
+    return file
+
+
+def measured_split(
+    files: Sequence[Path],
+    reference: Sequence[Path] | None,
+    twin: Sequence[Path] | None,
+    target_counts: np.ndarray,
+) -> MeasuredSplit:
+    """The metrics of a row's runs, and their comparisons with those of other rows.
+
+    Args:
+        files: saved ranks of each seed.
+        reference: those of the row that all are compared with; None for that row.
+        twin: those of the row's twin, if it has one.
+        target_counts: (users,) how often the target of each user occurs in training.
+    """
+    runs = [SavedRanks.load(file) for file in files]
+    users = {
+        f"{ranking}/{metric}": np.stack(
+            [metric_per_user(metric, torch.tensor(run.ranks(ranking))).numpy() for run in runs]
+        )  # (seeds, users)
+        for ranking, metric in METRICS
+    }
+    ranking, metric = COMPARED
+    others = [
+        None if other is None else compare_runs(list(other), list(files), metric=metric, ranking=ranking)
+        for other in (reference, twin)
+    ]
+    return MeasuredSplit(
+        metrics={name: values.mean(axis=1).tolist() for name, values in users.items()},
+        groups=by_count(users["/".join(COMPARED)].mean(axis=0), target_counts),
+        to_reference=others[0],
+        to_twin=others[1],
+    )
+
+
+def by_count(values: np.ndarray, target_counts: np.ndarray) -> dict[str, tuple[int, float]]:
+    """Number of users and mean of `values`, (users,), by how often their target occurs in training; empty groups left
+    out."""
+    largest = [count for count in COUNT_GROUPS.values() if count is not None]
+    group_of = np.searchsorted(largest, target_counts)  # (users,)
+    return {
+        name: (int((group_of == number).sum()), float(values[group_of == number].mean()))
+        for number, name in enumerate(COUNT_GROUPS)
+        if (group_of == number).any()
+    }
+
+
+def training_minutes(study: Study, row: Row, sequences: SequenceDatasets) -> float | None:
+    """Processor time of training, teachers and the encoding of titles included, averaged over seeds."""
+    minutes = []
+    for seed in study.seeds_of(row):
+        records = [read_record(folder / "run.json") for folder in study.runs_behind(row, seed)]
+        if any(record.get("earlier_runs") for record in records):
+            continue
+        seconds = sum(
+            record["processor_seconds"].get(stage, 0.0) for record in records for stage in ("train", "search")
+        )
+        encoders = {encoder for record in records for encoder in [title_encoder(record)] if encoder is not None}
+        minutes.append(seconds + sum(encoding_seconds(study, encoder, sequences) for encoder in sorted(encoders)))
+    return statistics.mean(minutes) / 60 if minutes else None
+
+
+def title_encoder(record: dict) -> str | None:
+    """The encoder whose title vectors a run read."""
+    settings = {name: value for part in record["configuration"].values() for name, value in part.items()}
+    reads_titles = (
+        settings.get("initial_items") == "titles_and_cooccurrence"
+        or "titles" in (settings.get("teacher") or [])
+        or settings.get("title_neighbours", 0.0) > 0
+    )
+    return settings["title_encoder"] if reads_titles else None
+
+
+def encoding_seconds(study: Study, encoder: str, sequences: SequenceDatasets) -> float:
+    """Processor time that the encoding of the catalogue's titles takes, measured once for a study."""
+    file = study.folder / "encoding_seconds.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    key = f"{encoder} {sequences.catalogue.fingerprint[:16]}"
+    if key not in known:
+        with tempfile.TemporaryDirectory() as cache:
+            begun = time.process_time()
+            encode_titles(sequences.catalogue.table["title"].to_pylist(), encoder, cache_dir=cache)
+            known[key] = time.process_time() - begun
+        with written_whole(file) as path:
+            path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    return known[key]
+
+
+# --- the tables ---
+
+
+def write_report(
+    path: str,
+    reports: Sequence[RowReport],
+    tables: Mapping[str, Sequence[str]],
+    reference: str,
+    command: str,
+    study: Study,
+) -> None:
+    """Write <path>.md and <path>.json with all tables, and <path>.png with the first.
+
+    Args:
+        path: without suffix.
+        reports: of the rows that are measured.
+        tables: the names of the rows of each table.
+        reference: the row that all are compared with.
+        command: that makes the report.
+        study: the runs, for their origin.
+    """
+    by_name = {report.name: report for report in reports}
+    records = [
+        read_record(folder / "run.json")
+        for report in reports
+        for seed in report.seeds
+        for folder in sorted(study.runs_behind(study.rows[report.name], seed))
+    ]
+    lines = [f"`{command}`", ""]
+    if records:
+        lines.append(
+            f"{described_origin(records)}. Values are means over seeds ± their standard deviation. Differences are of "
+            "NDCG@10, masked, averaged over the seeds of each user first, with 95% bootstrap interval over users and "
+            "two-sided sign-flip p-value."
+        )
+    for table, names in tables.items():
+        shown = [by_name[name] for name in names if name in by_name]
+        if shown:
+            lines += table_lines(table, shown, by_name.get(reference))
+    content = {
+        "command": command,
+        "reference": reference,
+        "tables": {table: list(names) for table, names in tables.items()},
+        "rows": {report.name: asdict(report) for report in reports},
+    }
+    write_table(path, "\n".join(lines), json.dumps(content, indent=2))
+    first = [by_name[name] for name in next(iter(tables.values())) if name in by_name]
+    if first:
+        plot(first, Path(f"{path}.png"))
+
+
+def table_lines(table: str, reports: Sequence[RowReport], reference: RowReport | None) -> list[str]:
+    """The Markdown of one table: quality on each split, by count, cost and settings."""
+    lines = [f"\n# {table}"]
+    for split in ("validation", "test"):
+        measured = [(report, report.splits[split]) for report in reports if split in report.splits]
+        if not measured:
+            continue
+        title = "?" if reference is None else reference.title
+        columns = [*METRICS.values(), f"difference to {title}", "difference to its TF-IDF twin"]
+        rows = [
+            [
+                report.title,
+                str(len(report.seeds)),
+                *(mean_text(values.metrics["/".join(metric)]) for metric in METRICS),
+                difference_text(values.to_reference),
+                difference_text(values.to_twin),
+            ]
+            for report, values in measured
+        ]
+        lines += ["", *markdown_rows([split, "seeds", *columns], rows)]
+        groups = list(dict.fromkeys(group for _, values in measured for group in values.groups))
+        rows = [
+            [report.title, *(short_number(values.groups[group][1]) for group in groups)] for report, values in measured
+        ]
+        users = [f"{group} ({measured[0][1].groups[group][0]:,} users)" for group in groups]
+        title = f"{split}, NDCG@10 masked by the target's occurrences in training"
+        lines += ["", *markdown_rows([title, *users], rows)]
+    rows = [
+        [
+            report.title,
+            "" if report.training_minutes is None else f"{report.training_minutes:.1f}",
+            f"{report.latency.p50_ms:.2f} / {report.latency.p95_ms:.2f}",
+            f"{report.size.num_parameters:,}",
+            f"{report.size.num_bytes / 1e6:.2f}",
+        ]
+        for report in reports
+    ]
+    header = ["cost", "processor minutes from titles to model", "p50 / p95 ms", "parameters", "MB"]
+    lines += ["", *markdown_rows(header, rows)]
+    chosen = [
+        [report.title, settings_text(trial), short_number(value)]
+        for report in reports
+        for trial, value in report.trials
+    ]
+    if chosen:
+        lines += ["", *markdown_rows(["trials", "settings", "validation NDCG@10 masked"], chosen)]
+    return lines
+
+
+def mean_text(values: Sequence[float]) -> str:
+    """The mean over seeds, with the standard deviation where there are several."""
+    text = short_number(statistics.mean(values))
+    return text if len(values) == 1 else f"{text} ± {short_number(statistics.stdev(values))}"
+
+
+def difference_text(comparison: RunComparison | None) -> str:
+    """The difference with interval and p-value, and as a part of the other row's mean."""
+    if comparison is None:
+        return ""
+    part = f" ({comparison.difference.mean / comparison.mean_a:+.1%})" if comparison.mean_a else ""
+    return comparison_text(comparison) + part
+
+
+def settings_text(settings: Mapping[str, object]) -> str:
+    """Settings as options of a command."""
+    words = [
+        f"--{name} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+        for name, value in settings.items()
+    ]
+    return f"`{' '.join(words)}`" if words else "as configured"
+
+
+# --- the plot ---
+
+
+def plot(reports: Sequence[RowReport], path: Path) -> None:
+    """Plot quality against the time of one recommendation, with the name of each row beside its point.
+
+    On the test split where every row has it, else on validation.
+    """
+    from matplotlib.figure import Figure
+
+    split = "test" if all("test" in report.splits for report in reports) else "validation"
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    points = [
+        (report, report.latency.p50_ms, statistics.mean(report.splits[split].metrics["/".join(COMPARED)]))
+        for report in reports
+    ]
+    for kind, (label, colour, marker) in KINDS.items():
+        own = [(x, y) for report, x, y in points if report.kind == kind]
+        if own:
+            axes.plot(*zip(*own, strict=True), marker, color=colour, markersize=8, label=label)
+    heights = [y for _, _, y in points]
+    low, high = min(heights), max(heights)
+    margin = 0.08 * (high - low) or 0.1 * high or 0.1
+    axes.set_ylim(low - margin, high + margin)
+    right = max(x for _, x, _ in points)
+    axes.set_xlim(min(x for _, x, _ in points) / 2, right * 40)  # names are written to the right of the last point
+    places = spread(heights, 0.055 * (high - low + 2 * margin))
+    for (report, x, y), place in zip(points, places, strict=True):
+        axes.annotate(
+            report.title,
+            (x, y),
+            (right * 1.8, place),
+            va="center",
+            fontsize=9,
+            color=KINDS[report.kind][1],
+            arrowprops={"arrowstyle": "-", "color": KINDS[report.kind][1], "linewidth": 0.6, "alpha": 0.6},
+        )
+    first = reports[0].latency
+    axes.set_xlabel(f"median time of one recommendation (ms), {first.threads} thread(s), {first.device}")
+    axes.set_ylabel(f"NDCG@10 without seen items, {split}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", fontsize=9)
+    with written_whole(path) as whole:
+        figure.savefig(whole, format="png", dpi=150)
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights of labels near those of their points, at least `gap` apart."""
+    order = np.argsort(heights)
+    places = np.asarray(heights, dtype=float)[order]
+    for _ in range(200):  # neighbours that are too close move apart by the same distance
+        overlap = np.clip(gap - np.diff(places), 0, None)
+        if overlap.max(initial=0.0) < 1e-3 * gap:
+            break
+        places[:-1] -= overlap / 2
+        places[1:] += overlap / 2
+    result = np.empty(len(places))
+    result[order] = places
+    return result.tolist()
+
+
+def _sample(split, num_users: int):
+    """Random rows, the same for all models."""
+    return split.select(np.random.default_rng(0).permutation(len(split))[:num_users])
