@@ -154,9 +154,9 @@ class Study:
             if task in graph:
                 return
             row = self.rows[task.row]
-            before = {Task(name, task.seed) for name in row.reads}
+            before = {self._final(name, task.seed) for name in row.reads}
             if row.settings_from:
-                before.add(Task(row.settings_from, self.seeds[0]))  # which its trials come before
+                before.add(self._final(row.settings_from, self.seeds[0]))  # which its trials come before
             if task.trial is None and self.is_tuned(row):
                 before |= {Task(row.name, seed, trial) for trial in range(len(row.trials)) for seed in self.trial_seeds}
             graph[task] = before
@@ -167,6 +167,9 @@ class Study:
             for seed in self.seeds_of(self.rows[name]):
                 add(Task(name, seed))
         return graph
+
+    def _final(self, name: str, seed: int) -> Task:
+        return Task(name, seed if self.rows[name].has_seeds else self.seeds[0])
 
     def is_tuned(self, row: Row) -> bool:
         """Whether the settings of a row are chosen among several."""

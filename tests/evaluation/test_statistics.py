@@ -210,3 +210,34 @@ def test_summary_names_every_ranking_and_metric():
         }
     )
     assert all(interval.low <= interval.mean <= interval.high for interval in summary.values())
+
+
+def test_several_runs_of_a_model_are_averaged_for_each_user_first(tmp_path):
+    a, b = np.array([[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]]), np.array([0.5, 1.0, 0.5])
+    comparison = compare_runs(a, b)
+    assert comparison.difference == compare_runs([0.5, 0.5, 0.5], b).difference
+    assert comparison.num_users == 3 and comparison.difference.mean == pytest.approx(0.5 / 3)
+    assert compare_runs([[0.2, 0.4]], [[0.3, 0.4], [0.5, 0.4]]).mean_b == pytest.approx(0.4)
+
+    first, second = saved(tmp_path / "1.parquet"), saved(tmp_path / "2.parquet", OTHER_RANKS)
+    comparison = compare_runs([first, str(second)], first, metric="mrr")
+    assert comparison.mean_a == pytest.approx(((1 + 1 / 3) / 2 + 1 / 2 + (1 / 30 + 1) / 2) / 3)
+    assert comparison.mean_b == pytest.approx((1 + 1 / 2 + 1 / 30) / 3)
+    # Negative control: as many runs of the same model, in another order, do not differ.
+    assert compare_runs([first, second], [second, first]).p_value == 1.0
+
+
+def test_runs_that_cannot_be_averaged_are_refused(tmp_path):
+    path = saved(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="the runs of b have different numbers of users"):
+        compare_runs([1, 2], [[1, 2], [1, 2, 3]])
+    with pytest.raises(ValueError, match=r"a\[1\]\[0\] is nan"):
+        compare_runs([[1, 2], [np.nan, 2]], [1, 2])
+    with pytest.raises(ValueError, match="a has no runs"):
+        compare_runs(np.zeros((0, 2)), [1, 2])
+    with pytest.raises(ValueError, match="a has paths beside numbers"):
+        compare_runs([path, 0.5], path)
+    with pytest.raises(ValueError, match="one run is an array and the other a path"):
+        compare_runs([path, path], [[1, 2, 3]])
+    with pytest.raises(ValueError, match="differ in split"):
+        compare_runs([path, saved(tmp_path / "b.parquet", split="validation")], path)

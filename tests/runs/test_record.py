@@ -68,12 +68,14 @@ def test_stages_metrics_and_data_are_written_as_they_come(tmp_path):
 
 def test_a_stage_that_comes_twice_adds_up(tmp_path, monkeypatch):
     record = RunRecord(tmp_path, [ModelArguments()], seed=0)
-    times = iter([10.0, 12.0, 20.0, 21.5])
+    times, processor_times = iter([10.0, 12.0, 20.0, 21.5]), iter([1.0, 2.0, 3.0, 3.25])
     monkeypatch.setattr(record_module.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(record_module.time, "process_time", lambda: next(processor_times))
     for _ in range(2):
         with record.stage("evaluation"):
             pass
     assert read(tmp_path)["durations_seconds"] == {"evaluation": 3.5}
+    assert read(tmp_path)["processor_seconds"] == {"evaluation": 1.25}
 
 
 def test_a_failed_run_says_so_and_keeps_what_it_had(tmp_path):
