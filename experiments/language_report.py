@@ -430,7 +430,7 @@ def plot(reports: Sequence[RowReport], path: Path) -> None:
     axes.set_xlabel(f"median time of one recommendation (ms), {first.threads} thread(s), {first.device}")
     axes.set_ylabel(f"NDCG@10 without seen items, {split}")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left", fontsize=9)
+    figure.legend(loc="outside upper center", ncols=len(KINDS), fontsize=9)
     with written_whole(path) as whole:
         figure.savefig(whole, format="png", dpi=150)
 

@@ -1,0 +1,94 @@
+"""The study on language from the data to its tables, with models that take a second."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import yaml
+
+from experiments import language, recipe_runs
+from experiments.language_rows import Settings
+from hf_ilora.runs.recipe_files import load_recipe
+from tests.paths import RECIPES
+from tests.synthetic import cyclic_sequences
+
+STUDENT = {
+    "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "max_length": 8, "num_train_epochs": 2,
+    "early_stopping_patience": 0, "use_cpu": True, "title_encoder": "tf-idf",
+}  # fmt: skip
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Runs the study on a small data set, its recipes in this process; returns the names of the recipes that ran."""
+    pytest.importorskip("sklearn")
+    cyclic_sequences(num_users=60).save(tmp_path / "data")
+    (tmp_path / "student.yaml").write_text(yaml.safe_dump(STUDENT))
+    settings = Settings(
+        config=str(tmp_path / "student.yaml"),
+        counts={"max_gap": 5, "gap_decay": 0.5, "max_rounds": 1},
+        ids=({}, {"learning_rate": 1e-2}),
+        start=({},),
+        title_weights=(1.0,),
+        count_weights=(0.5,),
+        trial_seeds=1,
+    )
+    monkeypatch.setattr(language, "SETTINGS", {"beauty": settings})
+    ran = []
+
+    def in_process(recipe, options, threads):
+        module = load_recipe(RECIPES / f"{recipe}.py")
+        monkeypatch.setattr(module, "set_up_logging", lambda folder: None)
+        monkeypatch.setattr(sys, "argv", [recipe, *map(str, options)])
+        ran.append(recipe)
+        module.main()
+
+    monkeypatch.setattr(recipe_runs, "run_recipe", in_process)
+    monkeypatch.setattr(language, "set_up_logging", lambda folder: None)
+
+    def run(**options):
+        ran.clear()
+        language.make_tables(
+            language.LanguageArguments(
+                data="beauty",
+                output_dir=str(tmp_path / "study"),
+                data_dir=str(tmp_path / "data"),
+                report=str(tmp_path / "report"),
+                seeds=[1],
+                latency_calls=3,
+                **options,
+            )
+        )
+        return list(ran)
+
+    return run
+
+
+def test_the_study_trains_what_is_missing_and_tabulates_it(study, tmp_path):
+    ran = study(table="all", test=True)
+    assert ran.count("fit_counts") == 1 and ran.count("train_sasrec") > 4 and ran.count("distill_sasrec") > 6
+    content = json.loads((tmp_path / "report.json").read_text())
+    rows = content["rows"]
+    assert {name for names in content["tables"].values() for name in names} == set(rows)
+    for name, row in rows.items():
+        assert 0 <= row["splits"]["validation"]["metrics"]["masked/ndcg@10"][0] <= 1
+        assert (row["splits"]["validation"]["to_reference"] is None) == (name == "ids_tuned")
+    assert set(rows["ensemble_counts"]["splits"]) == {"validation", "test"}
+    assert set(rows["self_distilled"]["splits"]) == {"validation"}
+    assert rows["ensemble_counts"]["splits"]["test"]["to_twin"]["num_users"] == 60
+    minutes = {name: row["training_minutes"] for name, row in rows.items()}
+    assert minutes["ensemble_counts"] > minutes["start"] > minutes["popularity"] > 0
+    trials = {name: len(row["trials"]) for name, row in rows.items()}
+    assert trials["ids_tuned"] == trials["ensemble"] == 2 and trials["ids"] == 0
+    text = (tmp_path / "report.md").read_text()
+    assert all(f"\n# {table}\n" in text for table in ("main", "parts", "controls"))
+    assert (tmp_path / "report.png").is_file()
+
+    assert study(table="main") == []
+    shutil.rmtree(tmp_path / "study" / "ensemble_counts")
+    assert study(table="main", run=False) == []
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert "ensemble_counts" not in rows and set(rows["start"]["splits"]) == {"validation"}
