@@ -9,7 +9,16 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from hf_ilora import DistillationArguments, DistillationTrainer, EnsembleTeacher, SASRecConfig, SASRecForNextItem
+from hf_ilora import (
+    DistillationArguments,
+    DistillationTrainer,
+    EnsembleTeacher,
+    SASRecConfig,
+    SASRecForNextItem,
+    cooccurrence_embeddings,
+    joint_item_embeddings,
+)
+from hf_ilora.data.columns import training_sequences
 from hf_ilora.distillation.ensemble_members import LabelScores
 from hf_ilora.distillation.losses import DLLM2RecLoss, distribution_loss, propensity_scores
 from hf_ilora.distillation.policies import GroundTruthErrorPolicy, KLDivergencePolicy, rank_gap_weights
@@ -59,7 +68,7 @@ def student(seed=0, num_items=NUM_ITEMS, **settings):
 
 
 def trainer_of(model, rows, folder, labels=None, **settings):
-    keywords = ("teacher", "policy", "train_dataset", "data_collator")
+    keywords = ("teacher", "policy", "train_dataset", "data_collator", "title_embeddings")
     given = {name: settings.pop(name) for name in keywords if name in settings}
     if isinstance(given.get("policy"), str):
         settings["policy"] = given.pop("policy")
@@ -369,6 +378,16 @@ def test_a_student_starts_from_the_principal_components_of_the_teachers_items(wi
     trainer.train()
     expected = pca_embeddings(EMBEDDINGS, 8)
     torch.testing.assert_close(trainer.model.model.item_embedding.weight.detach(), expected)
+
+
+def test_a_student_of_an_online_teacher_starts_from_titles_and_cooccurrence(windows, tmp_path):
+    settings = {"initial_items": "titles_and_cooccurrence", "title_embeddings": EMBEDDINGS, "learning_rate": 0.0}
+    trainer = trainer_of(student(), SPLIT, tmp_path, teacher=student(seed=1), **settings)
+    trainer.train()
+    rows = np.split(*training_sequences(SPLIT))[1:-1]
+    cooccurrence = cooccurrence_embeddings(rows, NUM_ITEMS, 8, take_logarithm=False)
+    expected = joint_item_embeddings(cooccurrence, EMBEDDINGS, COUNTS, 8) * cooccurrence[1:].norm(dim=1).mean()
+    torch.testing.assert_close(trainer.model.model.item_embedding.weight.detach(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_teacher_may_be_a_folder(windows, tmp_path):

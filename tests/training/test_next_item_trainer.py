@@ -20,11 +20,16 @@ from hf_ilora import (
     NextItemTrainingArguments,
     SASRecConfig,
     SASRecForNextItem,
+    item_title_embeddings,
+    joint_item_embeddings,
+    whitened,
 )
 from hf_ilora.evaluation.rank_metrics import ndcg_at
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.titles.cooccurrence import cooccurrence_embeddings
+from hf_ilora.training import initial_items, next_item_trainer
 from tests.synthetic import cyclic_sequences
+from tests.titles.encoder_folders import save_bert
 
 NUM_ITEMS = 30
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "max_length": 6}
@@ -46,10 +51,22 @@ def arguments(folder, **settings):
 
 
 def trainer_of(folder, sequences, model=None, **settings):
-    keywords = ("train_dataset", "eval_dataset", "processing_class", "model_init", "callbacks")
+    keywords = ("train_dataset", "eval_dataset", "processing_class", "model_init", "callbacks", "title_embeddings")
     given = {name: settings.pop(name) for name in keywords if name in settings}
     splits = {"train_dataset": sequences["train"], "eval_dataset": sequences["validation"]}
     return NextItemTrainer(model, arguments(folder, **settings), **splits | given)
+
+
+class FirstItems(TrainerCallback):
+    """Keeps the item embeddings that training begins with."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.table = model.model.item_embedding.weight.detach().clone()
+
+
+def training_rows(sequences):
+    columns = sequences["train"]["history"], sequences["train"]["target"]
+    return [[*history, target] for history, target in zip(*columns, strict=True)]
 
 
 def test_ten_lines_train_evaluate_and_save_a_model_that_recommends_titles(sequences, tmp_path):
@@ -132,18 +149,75 @@ def test_item_embeddings_have_a_learning_rate_of_their_own(sequences, tmp_path):
 
 
 def test_training_starts_from_the_items_that_the_arguments_name(sequences, tmp_path):
-    class FirstItems(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **kwargs):
-            self.table = model.model.item_embedding.weight.detach().clone()
-
     first = FirstItems()
     trainer = trainer_of(tmp_path, sequences, sasrec(), initial_items="cooccurrence", callbacks=[first])
     trainer.train()
-    columns = sequences["train"]["history"], sequences["train"]["target"]
-    rows = [[*history, target] for history, target in zip(*columns, strict=True)]
+    rows = training_rows(sequences)
     torch.testing.assert_close(first.table, cooccurrence_embeddings(rows, NUM_ITEMS, 8))
     trainer.train()  # continues from the trained weights
     assert not torch.equal(first.table, cooccurrence_embeddings(rows, NUM_ITEMS, 8))
+
+
+TITLE_VECTORS = torch.randn(NUM_ITEMS + 1, 12, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize(
+    ("start", "take_logarithm"), [("titles_and_cooccurrence", False), ("titles_and_log_cooccurrence", True)]
+)
+@pytest.mark.parametrize("score_temperature", [0.1, None])
+def test_training_starts_from_titles_and_cooccurrence(sequences, tmp_path, start, take_logarithm, score_temperature):
+    first, model = FirstItems(), sasrec(score_temperature=score_temperature)
+    settings = {"initial_items": start, "title_embeddings": TITLE_VECTORS, "title_prior": 20.0}
+    trainer_of(tmp_path, sequences, model, callbacks=[first], **settings).train()
+    rows = training_rows(sequences)
+    cooccurrence = cooccurrence_embeddings(rows, NUM_ITEMS, 8, take_logarithm=take_logarithm)
+    counts = torch.from_numpy(np.bincount(np.concatenate(rows), minlength=NUM_ITEMS + 1))
+    expected = joint_item_embeddings(cooccurrence, TITLE_VECTORS, counts, 8, prior=20.0)
+    if score_temperature is None:  # dot products keep the scale of the co-occurrence
+        expected *= cooccurrence[1:].norm(dim=1).mean()
+    torch.testing.assert_close(first.table, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_training_starts_from_titles_alone(sequences, tmp_path):
+    first, settings = FirstItems(), {"initial_items": "titles", "title_embeddings": TITLE_VECTORS}
+    trainer_of(tmp_path, sequences, sasrec(), callbacks=[first], **settings).train()
+    expected = whitened(TITLE_VECTORS, 8)
+    torch.testing.assert_close(first.table, expected / expected[1:].norm(dim=1).mean())
+
+
+def test_titles_are_encoded_once_and_not_for_a_resumed_run(sequences, tmp_path, monkeypatch):
+    encoder = save_bert(tmp_path / "bert")
+    monkeypatch.setenv("HF_ILORA_CACHE", str(tmp_path / "cache"))
+    settings = {"initial_items": "titles_and_cooccurrence", "title_encoder": str(encoder), "title_layer": 1}
+    settings |= {"processing_class": sequences.catalogue, "save_total_limit": 9}
+    trainer = trainer_of(tmp_path / "whole", sequences, sasrec(), **settings)
+    trainer.train()
+    table = trainer.item_title_embeddings()
+    assert torch.equal(table, item_title_embeddings(sequences.catalogue, encoder, layer=1))
+    assert trainer.item_title_embeddings() is table
+
+    def refuse(*arguments, **more):
+        pytest.fail("titles are encoded although the run is resumed")
+
+    monkeypatch.setattr(next_item_trainer, "item_title_embeddings", refuse)
+    resumed = trainer_of(tmp_path / "resumed", sequences, sasrec(seed=5), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+
+
+def test_an_encoder_that_does_not_exist_is_named_before_the_first_step(sequences, tmp_path):
+    settings = {"initial_items": "titles_and_cooccurrence", "title_encoder": "nobody/no-such-model"}
+    trainer = trainer_of(tmp_path, sequences, sasrec(), processing_class=sequences.catalogue, **settings)
+    with pytest.raises(OSError, match=r"nobody/no-such-model .* is not a folder, and the Hub cannot be reached"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_zero3_takes_titles_that_were_encoded_before(sequences, tmp_path, monkeypatch):
+    monkeypatch.setattr(initial_items, "is_deepspeed_zero3_enabled", lambda: True)
+    settings = {"initial_items": "titles", "processing_class": sequences.catalogue}
+    with pytest.raises(ValueError, match="ZeRO-3 spreads the weights of the title encoder over processes: expected"):
+        trainer_of(tmp_path, sequences, sasrec(), **settings)
+    trainer_of(tmp_path, sequences, sasrec(), title_embeddings=TITLE_VECTORS, **settings)
 
 
 def test_a_resumed_run_ends_where_the_whole_run_does(sequences, tmp_path):
@@ -246,6 +320,12 @@ def test_arguments_may_be_left_out(sequences, monkeypatch, tmp_path):
     assert isinstance(trainer.args, NextItemTrainingArguments) and trainer.args.output_dir == "tmp_trainer"
 
 
+def named(titles):
+    """The catalogue of the data with other titles."""
+    table = cyclic_sequences(num_users=64).catalogue.table
+    return Catalogue(table.set_column(table.column_names.index("title"), "title", pa.array(titles)))
+
+
 def gru4rec():
     return GRU4RecForNextItem(GRU4RecConfig(num_items=NUM_ITEMS, hidden_size=8, max_length=6))
 
@@ -270,8 +350,25 @@ def gru4rec():
         ({"eval_strategy": "no"}, ValueError, "pass early_stopping_patience=0 and load_best_model_at_end=False"),
         ({"windows": "first"}, ValueError, "windows='first'"),
         ({"labelled_positions": "some"}, ValueError, "labelled_positions"),
-        ({"initial_items": "titles"}, ValueError, "initial_items is 'titles': expected one of random"),
+        ({"initial_items": "names"}, ValueError, "initial_items is 'names': expected one of random"),
         ({"model": gru4rec(), "initial_items": "cooccurrence"}, ValueError, "only SASRec can start from item"),
+        ({"model": gru4rec(), "initial_items": "titles_and_cooccurrence"}, ValueError, "only SASRec can start from"),
+        (
+            {"model": sasrec(block_type="reference"), "initial_items": "titles"},
+            ValueError,
+            "initial_items is 'titles' for block_type 'reference', whose attention has no output projection",
+        ),
+        ({"initial_items": "titles"}, ValueError, "there is no catalogue, whose titles are encoded: expected proc"),
+        ({"initial_items": "titles", "processing_class": named(["Heat"] * 30)}, ValueError, "all 30 titles are 'Heat'"),
+        ({"initial_items": "titles", "processing_class": named([" "] * 30)}, ValueError, "title 1 of 30 is ' '"),
+        (
+            {"initial_items": "titles", "processing_class": named([str(100 + i) for i in range(30)])},
+            ValueError,
+            "the titles of the catalogue are its raw ids",
+        ),
+        ({"title_embeddings": torch.ones(30, 4)}, ValueError, r"have shape \(30, 4\): expected \(31, any\), a row for"),
+        ({"title_embeddings": torch.full((31, 4), torch.nan)}, ValueError, "title_embeddings of item 1 contain NaN"),
+        ({"title_prior": 0}, ValueError, "title_prior is 0: expected a finite number above 0"),
         ({"item_learning_rate_factor": -1}, ValueError, "expected at least 0"),
         ({"early_stopping_patience": -1}, ValueError, "early_stopping_patience is -1"),
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, ValueError, "persistent_workers"),

@@ -58,7 +58,7 @@ def encode_titles(
               and needs `pip install "hf_ilora[titles]"`.
         layer: number of blocks after which a transformer's hidden states are read: 0 is the embeddings, -2 one block
             before the last; None reads them after the last block and its normalisation.
-        batch_size: titles per forward.
+        batch_size: titles of up to 32 tokens per forward; fewer of longer ones.
         dtype: of the model's weights; None: as they are stored on an accelerator, float32 on the CPU.
         device: where to encode; None: the accelerator, unless there is none or the launch is on the CPU.
         cache_dir: parent folder; by default HF_ILORA_CACHE if it is set, else ~/.cache/hf_ilora.

@@ -24,6 +24,7 @@ from .encoder_source import MODULES_FILE, EncoderSource
 logger = logging.getLogger(__name__)
 
 EXTRA = 'pip install "hf_ilora[titles]"'
+SHORT_TITLE = 32  # tokens; of longer ones there are fewer in a batch, which bounds its memory
 _TITLES_PER_CALL = 10_000  # of the tokenizer
 _SECONDS_BETWEEN_PROGRESS = 10.0
 _POOLING_MODES = ("mean", "cls", "lasttoken")
@@ -69,7 +70,7 @@ def encode_with_transformer(
         source: where the model is.
         layer: number of blocks after which hidden states are read; None: after the last block and its normalisation,
             -2: one block earlier.
-        batch_size: titles per forward.
+        batch_size: titles of up to 32 tokens per forward; fewer of longer ones.
         dtype: of the weights.
         device: where to compute.
         trust_remote_code: run code that comes with the model.
@@ -95,8 +96,11 @@ def encode_with_transformer(
     table = None
     # Titles of equal length need no padding, and the longest come first: they tell whether memory suffices.
     order = lengths.argsort(kind="stable")[::-1].copy()
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
+    first = 0
+    while first < len(order):
+        most = max(1, batch_size * SHORT_TITLE // lengths[order[first]])
+        rows = order[first : first + min(batch_size, most)]
+        first += len(rows)
         mask = np.arange(lengths[rows].max()) < lengths[rows, None]  # (rows, tokens)
         places = np.where(mask, starts[rows, None] + np.arange(mask.shape[1]), 0)
         outputs = model(
@@ -110,7 +114,7 @@ def encode_with_transformer(
         if table is None:
             table = torch.empty(len(titles), vectors.shape[1])
         table[torch.from_numpy(rows)] = vectors.cpu()
-        progress.report(first + len(rows), int(lengths[rows].sum()))
+        progress.report(first, int(lengths[rows].sum()))
     return table
 
 

@@ -6,7 +6,8 @@ from typing import ClassVar
 from hf_ilora.distillation.losses import BASE_LOSSES, FORMS, STUDENT_LOSS
 from hf_ilora.distillation.policies import SAMPLE_POLICIES
 
-from .next_item_arguments import INITIAL_ITEMS, NextItemTrainingArguments
+from .initial_items import INITIAL_ITEMS
+from .next_item_arguments import NextItemTrainingArguments
 from .windows import LABELLED_POSITIONS
 
 DISTILLED_INITIAL_ITEMS = (*INITIAL_ITEMS, "teacher")
@@ -62,9 +63,9 @@ class DistillationArguments(NextItemTrainingArguments):
     initial_items: str = field(
         default="random",
         metadata={
-            "choices": DISTILLED_INITIAL_ITEMS,
-            "help": "item embeddings of the untrained student: random, cooccurrence, plain_cooccurrence (no "
-            "logarithm), or teacher (principal components of the labels' item embeddings)",
+            "help": "item embeddings of the untrained student: random, cooccurrence, plain_cooccurrence (no logarithm, "
+            "for data in which most items are rare), titles, titles_and_cooccurrence (no logarithm), "
+            "titles_and_log_cooccurrence, or teacher (principal components of the labels' item embeddings)",
         },
     )
     policy: str = field(

@@ -28,8 +28,8 @@ from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.titles.pca import pca_embeddings, whitened
 
 from .distillation_arguments import DistillationArguments
+from .initial_items import INITIAL_ITEMS
 from .label_collator import DistillationCollator, TeacherIndices
-from .next_item_arguments import INITIAL_ITEMS
 from .next_item_trainer import NextItemTrainer
 from .soft_targets import SoftTargets, check_soft_targets
 from .windows import NextItemCollator, item_counts

@@ -6,11 +6,11 @@ from typing import ClassVar
 from transformers import TrainingArguments
 
 from hf_ilora.devices import uses_accelerator
+from hf_ilora.titles.embedded_encoder import EMBEDDED_ENCODER
 
 from .argument_checks import check_run_arguments
+from .initial_items import INITIAL_ITEMS
 from .windows import LABELLED_POSITIONS, WINDOWS, check_windows
-
-INITIAL_ITEMS = ("random", "cooccurrence", "plain_cooccurrence")
 
 
 @dataclass
@@ -31,8 +31,13 @@ class NextItemTrainingArguments(TrainingArguments):
 
     Args:
         initial_items: item embeddings of the untrained model: "random", "cooccurrence" (factorised logarithm of the
-            co-occurrence counts of the training rows) or "plain_cooccurrence" (without the logarithm).
-        initial_mixing: weight of the older items of a history in the untrained model that starts from co-occurrence.
+            co-occurrence counts of the training rows), "plain_cooccurrence" (without the logarithm), "titles"
+            (whitened title vectors), "titles_and_cooccurrence" (`joint_item_embeddings`, without the logarithm) or
+            "titles_and_log_cooccurrence". Counts without the logarithm are better where most items are rare.
+        initial_mixing: weight of the older items of a history in the untrained model that starts from item embeddings.
+        title_encoder: folder or name of the model that encodes titles, or "tf-idf", see `encode_titles`.
+        title_layer: number of blocks of that model after which titles are read; `None` is all.
+        title_prior: number of occurrences of an item with which its title counts as much as its co-occurrence.
         item_learning_rate_factor: learning rate of the item embeddings, as a multiple of `learning_rate`.
 
     > Parameters that control the end of training
@@ -71,13 +76,28 @@ class NextItemTrainingArguments(TrainingArguments):
     initial_items: str = field(
         default="random",
         metadata={
-            "choices": INITIAL_ITEMS,
-            "help": "item embeddings of the untrained model: random, cooccurrence or plain_cooccurrence (no logarithm)",
+            "help": "item embeddings of the untrained model: random, cooccurrence, plain_cooccurrence (no logarithm, "
+            "for data in which most items are rare), titles, titles_and_cooccurrence (no logarithm) or "
+            "titles_and_log_cooccurrence",
         },
     )
     initial_mixing: float = field(
         default=0.3,
-        metadata={"help": "weight of the older items in the untrained model that starts from co-occurrence"},
+        metadata={"help": "weight of the older items in the untrained model that starts from item embeddings"},
+    )
+    title_encoder: str = field(
+        default=EMBEDDED_ENCODER,
+        metadata={
+            "help": "folder or Hub name of the sentence encoder, language model or iLoRA that encodes titles, or tf-idf"
+        },
+    )
+    title_layer: int | None = field(
+        default=None,
+        metadata={"help": "blocks of title_encoder after which titles are read, such as 15 or -2; by default all"},
+    )
+    title_prior: float = field(
+        default=30.0,
+        metadata={"help": "occurrences of an item with which its title counts as much as its co-occurrence"},
     )
     item_learning_rate_factor: float = field(
         default=1.0, metadata={"help": "learning rate of the item embeddings, as a multiple of learning_rate"}
@@ -141,7 +161,9 @@ class NextItemTrainingArguments(TrainingArguments):
         for name in ("item_learning_rate_factor", "initial_mixing"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 0, and finite")
+        if not 0 < self.title_prior < float("inf"):
+            raise ValueError(f"title_prior is {self.title_prior}: expected a finite number above 0")
         super().__post_init__()
 
 
-__all__ = ["INITIAL_ITEMS", "NextItemTrainingArguments"]
+__all__ = ["NextItemTrainingArguments"]

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable
 
 import datasets
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
@@ -12,16 +11,23 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PredictionOutput
 
-from hf_ilora.data.columns import flatten_lists, read_column, training_sequences
+from hf_ilora.data.columns import flatten_lists, read_column
 from hf_ilora.evaluation.ranking import RankingMetrics, ranks_from_logits
 from hf_ilora.models.loading import check_catalogue
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.modeling_caser import CaserForNextItem
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
-from hf_ilora.titles.cooccurrence import cooccurrence_embeddings
+from hf_ilora.titles.encoders import item_title_embeddings
 
 from .argument_checks import check_best_metric
+from .initial_items import (
+    WITH_TITLES,
+    check_initial_items,
+    check_titles,
+    checked_title_embeddings,
+    initial_item_embeddings,
+)
 from .next_item_arguments import NextItemTrainingArguments
 from .recommender_trainer import RecommenderTrainer
 from .windows import (
@@ -64,6 +70,8 @@ class NextItemTrainer(RecommenderTrainer):
             to titles by it. None keeps the model's.
         model_init: returns an untrained model, for `hyperparameter_search`.
         compute_metrics, preprocess_logits_for_metrics: None computes the ranking metrics.
+        title_embeddings: (num_items + 1, any), row 0 for padding, for an `initial_items` with titles; None encodes the
+            titles of the catalogue with `title_encoder`.
         callbacks, optimizers, kwargs: as in `Trainer`.
 
     Raises:
@@ -84,6 +92,7 @@ class NextItemTrainer(RecommenderTrainer):
         model_init: Callable[..., EncoderForNextItem] | None = None,
         compute_metrics: Callable | None = None,
         preprocess_logits_for_metrics: Callable | None = None,
+        title_embeddings: torch.Tensor | None = None,
         **kwargs,
     ):
         args = self.checked_arguments(args)
@@ -94,7 +103,7 @@ class NextItemTrainer(RecommenderTrainer):
         if compute_metrics is None:
             compute_metrics, preprocess_logits_for_metrics = RankingMetrics(k=METRICS_CUTOFF), ranks_from_logits
             check_best_metric(args, METRICS, eval_dataset)
-        self.catalogue = processing_class
+        self.catalogue, self._title_embeddings = processing_class, title_embeddings
         self._train_rows = train_dataset if isinstance(train_dataset, datasets.Dataset) else None
         if self._train_rows is not None:
             _check_columns(self._train_rows, "train_dataset")
@@ -133,6 +142,28 @@ class NextItemTrainer(RecommenderTrainer):
             self._start_items(self.model)
         self._is_started = True
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def item_title_embeddings(self) -> torch.Tensor:
+        """The title of each item as a vector: those that were given, or the encoded titles of the catalogue.
+
+        They are encoded once, by the main process first.
+
+        Returns:
+            (num_items + 1, size) float32, zeros for padding.
+
+        Raises:
+            ValueError: without a catalogue or with titles that say nothing about the items, and as `encode_titles`.
+        """
+        if self._title_embeddings is None:
+            check_titles(self.model.catalogue, self.args.title_encoder)
+            with self.args.main_process_first(desc="encoding of titles"):
+                self._title_embeddings = item_title_embeddings(
+                    self.model.catalogue,
+                    self.args.title_encoder,
+                    layer=self.args.title_layer,
+                    device=self.args.device,
+                )
+        return self._title_embeddings
 
     def predict(
         self, test_dataset: Rows | TorchDataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
@@ -206,12 +237,16 @@ class NextItemTrainer(RecommenderTrainer):
                 "datasets.Dataset, or call model.set_item_counts"
             )
         if args.initial_items != "random":
-            _check_untrained(model, args.initial_items)
+            check_initial_items(model, args.initial_items)
             if self._train_rows is None:
                 raise ValueError(
                     f"initial_items is {args.initial_items!r}: expected a datasets.Dataset as train_dataset, whose "
                     "co-occurrences are counted before training"
                 )
+        if self._title_embeddings is not None:
+            self._title_embeddings = checked_title_embeddings(self._title_embeddings, model.config.num_items)
+        elif args.initial_items in WITH_TITLES:
+            check_titles(model.catalogue, args.title_encoder)
 
     def _labelled_positions(self, model: EncoderForNextItem, args: NextItemTrainingArguments) -> str:
         chosen = args.labelled_positions
@@ -264,18 +299,17 @@ class NextItemTrainer(RecommenderTrainer):
         """Give an untrained model the item embeddings that `initial_items` names."""
         if self.args.initial_items == "random":
             return
-        logger.info("factorising the co-occurrence of %d items", model.config.num_items)
         labelled_positions = self._labelled_positions(model, self.args)
-        embeddings = cooccurrence_embeddings(
-            np.split(*training_sequences(self._train_rows))[1:-1],
-            model.config.num_items,
-            model.config.hidden_size,
-            take_logarithm=self.args.initial_items == "cooccurrence",
-            # A cosine reads directions only; the scale of dot products is that of the scores.
-            mean_norm=None if model.config.score_temperature is None else 1.0,
+        counts = item_counts(self._train_rows, model.config.num_items, labelled_positions)
+        embeddings = initial_item_embeddings(
+            self.args.initial_items,
+            self._train_rows,
+            model.config,
+            counts,
+            self.item_title_embeddings() if self.args.initial_items in WITH_TITLES else None,
+            self.args.title_prior,
             targets_only=labelled_positions == "last",
         )
-        counts = item_counts(self._train_rows, model.config.num_items, labelled_positions)
         model.start_from_item_embeddings(embeddings, self.args.initial_mixing, counts)
 
 
@@ -320,19 +354,6 @@ def _check_item_ids(rows: datasets.Dataset, num_items: int) -> None:
                 f"train_dataset holds item {wrong} in {column}: expected ids 1 to {num_items}, the model's num_items; "
                 "build the model with num_items=sequences.num_items"
             )
-
-
-def _check_untrained(model: EncoderForNextItem, initial_items: str) -> None:
-    if not isinstance(model, SASRecForNextItem):
-        raise ValueError(
-            f"initial_items is {initial_items!r} for a {type(model).__name__}: expected 'random', since only SASRec "
-            "can start from item embeddings"
-        )
-    if model.name_or_path:
-        raise ValueError(
-            f"initial_items is {initial_items!r} for the model of {model.name_or_path}, which is trained: expected "
-            "'random', or an untrained model"
-        )
 
 
 __all__ = ["NextItemTrainer", "next_item_optimizer"]
