@@ -242,8 +242,8 @@ def title_encoder(record: dict) -> str | None:
     """The encoder whose title vectors a run read."""
     settings = {name: value for part in record["configuration"].values() for name, value in part.items()}
     reads_titles = (
-        settings.get("initial_items") == "titles_and_cooccurrence"
-        or "titles" in (settings.get("teacher") or [])
+        str(settings.get("initial_items")).startswith("titles")
+        or "titles" in [*(settings.get("teacher") or []), *(settings.get("members") or [])]
         or settings.get("title_neighbours", 0.0) > 0
     )
     return settings["title_encoder"] if reads_titles else None

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from experiments.study import Row
+from hf_ilora.titles.embedded_encoder import EMBEDDED_ENCODER
 
 TABLES = {
     "main": (
@@ -36,19 +37,23 @@ class Settings:
         config: YAML file of train_sasrec.py, ids only.
         counts: options of fit_counts.py.
         ids: trials of ids only.
-        start: trials of the start from titles and co-occurrence.
+        joint_start: `initial_items` of the start from titles and co-occurrence.
+        start: trials of that start.
         title_weights: weights of title similarity beside a student's scores in the teacher, of one trial each.
         count_weights: the same for the logarithm of the transition counts.
         trial_seeds: number of seeds over which the metric of a trial is averaged.
+        title_encoder: the encoder that is compared with TF-IDF.
     """
 
     config: str
     counts: Mapping[str, object]
     ids: Sequence[Mapping[str, object]]
+    joint_start: str
     start: Sequence[Mapping[str, object]]
     title_weights: Sequence[float]
     count_weights: Sequence[float]
     trial_seeds: int
+    title_encoder: str = EMBEDDED_ENCODER
 
 
 SETTINGS = {
@@ -72,6 +77,7 @@ SETTINGS = {
             {"item_learning_rate_factor": 2.0, "learning_rate": 2.0e-3},
             {"item_learning_rate_factor": 2.0, "score_temperature": 0.06},
         ),
+        joint_start="titles_and_cooccurrence",
         start=({}, {"item_learning_rate_factor": 2.0}, {"title_prior": 10.0}, {"num_train_epochs": 12.0}),
         title_weights=(3.0, 2.0, 5.0),
         count_weights=(0.5, 0.25, 1.0),
@@ -93,6 +99,7 @@ SETTINGS = {
             {"skip_probability": 0.4},
             {"learning_rate": 2.0e-3},
         ),
+        joint_start="titles_and_log_cooccurrence",
         start=({}, {"item_learning_rate_factor": 0.3}, {"title_prior": 10.0}, {"num_train_epochs": 90.0}),
         title_weights=(1.0, 0.5, 2.0),
         count_weights=(0.5, 0.25, 1.0),
@@ -105,7 +112,8 @@ def language_rows(settings: Settings) -> list[Row]:
     """The rows of the study; those that come first begin first."""
     counts = "{counts}/transition_counts"
     title_weight, count_weight = settings.title_weights[0], settings.count_weights[0]
-    joint = {"initial_items": "titles_and_cooccurrence"}
+    encoder = {"title_encoder": settings.title_encoder}
+    joint = {"initial_items": settings.joint_start, **encoder}
     taught = {"distilled_positions": "all", "lam": 0.0, "kl_weight": 1.0}
     ensembles = [{"teacher_weights": [1.0, weight]} for weight in settings.title_weights]
     ensembles.append({"teacher_weights": [1.0, title_weight], "title_neighbours": 0.2})
@@ -151,12 +159,12 @@ def language_rows(settings: Settings) -> list[Row]:
             twin="tf_idf_ensemble_counts",
         ),
     ]
-    tf_idf_start = {**joint, "title_encoder": "tf-idf"}
+    tf_idf_joint = {**joint, "title_encoder": "tf-idf"}
     tf_idf = [
         trained(
             "tf_idf_start",
             "start from titles (TF-IDF) and co-occurrence",
-            options=tf_idf_start,
+            options=tf_idf_joint,
             trials=settings.start,
             seeds=5,
             kind="control",
@@ -165,7 +173,7 @@ def language_rows(settings: Settings) -> list[Row]:
             "tf_idf_ensemble",
             "+ taught by such a student and title similarity (TF-IDF)",
             ["{tf_idf_start}", "titles"],
-            tf_idf_start,
+            tf_idf_joint,
             settings_from="tf_idf_start",
             trials=ensembles,
             seeds=3,
@@ -175,7 +183,7 @@ def language_rows(settings: Settings) -> list[Row]:
             "tf_idf_ensemble_counts",
             "+ and by transition counts (TF-IDF)",
             ["{tf_idf_start}", "titles", counts],
-            tf_idf_start,
+            tf_idf_joint,
             settings_from="tf_idf_ensemble",
             trials=with_counts,
             seeds=5,
@@ -209,7 +217,7 @@ def language_rows(settings: Settings) -> list[Row]:
             "ids_titles",
             "ids-only start, taught by ids only and title similarity",
             ["{ids_tuned}", "titles"],
-            {"teacher_weights": [1.0, title_weight]},
+            {**encoder, "teacher_weights": [1.0, title_weight]},
             settings_from="ids_tuned",
             seeds=3,
         ),
@@ -243,7 +251,7 @@ def language_rows(settings: Settings) -> list[Row]:
             "mixture",
             "weights of the teachers, tuned as a mixture of scores",
             "tune_ensemble",
-            options={"members": ["{start}", "titles", counts]},
+            options={"members": ["{start}", "titles", counts], **encoder},
         ),
         Row(
             "ensemble_counts_mixed",

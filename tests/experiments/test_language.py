@@ -15,7 +15,7 @@ from tests.synthetic import cyclic_sequences
 
 STUDENT = {
     "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "max_length": 8, "num_train_epochs": 2,
-    "early_stopping_patience": 0, "use_cpu": True, "title_encoder": "tf-idf",
+    "early_stopping_patience": 0, "use_cpu": True,
 }  # fmt: skip
 
 pytestmark = pytest.mark.slow
@@ -31,10 +31,12 @@ def study(tmp_path, monkeypatch):
         config=str(tmp_path / "student.yaml"),
         counts={"max_gap": 5, "gap_decay": 0.5, "max_rounds": 1},
         ids=({}, {"learning_rate": 1e-2}),
+        joint_start="titles_and_cooccurrence",
         start=({},),
         title_weights=(1.0,),
         count_weights=(0.5,),
         trial_seeds=1,
+        title_encoder="tf-idf",
     )
     monkeypatch.setattr(language, "SETTINGS", {"beauty": settings})
     ran = []
