@@ -10,7 +10,6 @@ split. The same command skips finished runs and resumes killed ones; `--run fals
 also while another process trains. Writes <report>.md, <report>.json and <report>.png.
 """
 
-import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -25,8 +24,7 @@ from experiments.study import Study
 from hf_ilora import SequenceDatasets
 from hf_ilora.runs import ProgramFailed, parse_arguments, run_main, set_up_logging, sole_writer
 from hf_ilora.runs.checks import check_at_least_one
-
-logger = logging.getLogger(__name__)
+from hf_ilora_cli.shown_text import shown_lines
 
 ALL = "all"
 
@@ -115,8 +113,8 @@ def make_tables(arguments: LanguageArguments) -> None:
         parallel=arguments.parallel,
         latency_calls=arguments.latency_calls,
     )
-    write_report(arguments.report, reports, tables, REFERENCE, command(arguments), study)
-    logger.info("wrote %s.md", arguments.report)
+    text = write_report(arguments.report, reports, tables, REFERENCE, command(arguments), study)
+    print(shown_lines(text))
     if failure is not None:
         raise failure
 

@@ -274,8 +274,8 @@ def write_report(
     reference: str,
     command: str,
     study: Study,
-) -> None:
-    """Write <path>.md and <path>.json with all tables, and <path>.png with the first.
+) -> str:
+    """Write <path>.md and <path>.json with all tables, and <path>.png with the first; returns the text.
 
     Args:
         path: without suffix.
@@ -309,10 +309,12 @@ def write_report(
         "tables": {table: list(names) for table, names in tables.items()},
         "rows": {report.name: asdict(report) for report in reports},
     }
-    write_table(path, "\n".join(lines), json.dumps(content, indent=2))
+    text = "\n".join(lines)
+    write_table(path, text, json.dumps(content, indent=2))
     first = [by_name[name] for name in next(iter(tables.values())) if name in by_name]
     if first:
         plot(first, Path(f"{path}.png"))
+    return text
 
 
 def table_lines(table: str, reports: Sequence[RowReport], reference: RowReport | None) -> list[str]:

@@ -185,10 +185,14 @@ class Study:
         """
         graph = self.tasks(names)
         place = {name: number for number, name in enumerate(self.rows)}
-        logger.info("%d runs, finished ones among them", len(graph))
-        failures = run_graph(
-            graph, self.run_task, parallel, key=lambda task: (place[task.row], task.trial is None, task.seed)
-        )
+        done = []
+
+        def run(task: Task) -> None:
+            self.run_task(task)
+            done.append(task)
+            logger.info("%d of %d runs are there", len(done), len(graph))
+
+        failures = run_graph(graph, run, parallel, key=lambda task: (place[task.row], task.trial is None, task.seed))
         if failures:
             text = "; ".join(f"{task.row}, seed {task.seed}: {error}" for task, error in failures.items())
             raise ProgramFailed(f"{len(failures)} of {len(graph)} runs failed, and what needs them was left: {text}", 1)
