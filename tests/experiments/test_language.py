@@ -4,11 +4,14 @@ import json
 import shutil
 import sys
 
+import pyarrow as pa
 import pytest
 import yaml
 
 from experiments import language, recipe_runs
 from experiments.language_rows import Settings
+from hf_ilora import SequenceDatasets
+from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.runs.recipe_files import load_recipe
 from tests.paths import RECIPES
 from tests.synthetic import cyclic_sequences
@@ -25,7 +28,12 @@ pytestmark = pytest.mark.slow
 def study(tmp_path, monkeypatch):
     """Runs the study on a small data set, its recipes in this process; returns the names of the recipes that ran."""
     pytest.importorskip("sklearn")
-    cyclic_sequences(num_users=60).save(tmp_path / "data")
+    sequences = cyclic_sequences(num_users=60)
+    colours, things = ["red", "blue", "green"], ["soap", "brush", "cream", "oil", "mask"]
+    titles = [f"{colours[item % 3]} {things[item // 6]}" for item in range(30)]
+    table = sequences.catalogue.table
+    table = table.set_column(table.column_names.index("title"), "title", pa.array(titles))
+    SequenceDatasets(dict(sequences), Catalogue(table), sequences.protocol).save(tmp_path / "data")
     (tmp_path / "student.yaml").write_text(yaml.safe_dump(STUDENT))
     settings = Settings(
         config=str(tmp_path / "student.yaml"),
@@ -82,7 +90,7 @@ def test_the_study_trains_what_is_missing_and_tabulates_it(study, tmp_path):
     assert set(rows["self_distilled"]["splits"]) == {"validation"}
     assert rows["ensemble_counts"]["splits"]["test"]["to_twin"]["num_users"] == 60
     minutes = {name: row["training_minutes"] for name, row in rows.items()}
-    assert minutes["ensemble_counts"] > minutes["start"] > minutes["popularity"] > 0
+    assert minutes["ensemble_counts"] > minutes["start"] > 0 and minutes["ensemble_counts"] > minutes["popularity"] > 0
     trials = {name: len(row["trials"]) for name, row in rows.items()}
     assert trials["ids_tuned"] == trials["ensemble"] == 2 and trials["ids"] == 0
     text = (tmp_path / "report.md").read_text()
