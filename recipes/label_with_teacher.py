@@ -169,7 +169,7 @@ def label(arguments: LabelArguments, state: PartialState) -> None:
 def load_and_check(arguments: LabelArguments, device: torch.device):
     """The data set, the teacher, and the recommender that `acquire` reads, or None."""
     sequences = SequenceDatasets.load(arguments.data_dir)
-    if arguments.labelled_positions == "all" and sequences.protocol["name"] != "leave_one_out":
+    if arguments.labelled_positions == "all" and sequences.protocol["name"] == "temporal_users":
         raise ValueError(
             f"labelled_positions is all and {arguments.data_dir} has the protocol {sequences.protocol['name']}, whose "
             "rows are prefixes of each other: expected last"

@@ -85,7 +85,7 @@ class SequenceArguments:
 
     protocol: str = field(
         default="leave_one_out",
-        metadata={"help": "how histories are split", "choices": ("leave_one_out", "temporal_users")},
+        metadata={"help": "how histories are split", "choices": ("leave_one_out", "temporal_users", "cold_items")},
     )
     min_user_interactions: int = field(
         default=3, metadata={"help": "drop users with fewer interactions (k-core, together with min_item_interactions)"}
@@ -102,6 +102,13 @@ class SequenceArguments:
     order_users_by: str | None = field(
         default=None,
         metadata={"help": "temporal_users: the interaction that orders the users", "choices": ("first", "last")},
+    )
+
+    cold_share: float | None = field(
+        default=None, metadata={"help": "cold_items: share of the items to take out of training; by default 0.1"}
+    )
+    cold_seed: int | None = field(
+        default=None, metadata={"help": "cold_items: random seed that draws them; by default 0"}
     )
 
     def __post_init__(self):

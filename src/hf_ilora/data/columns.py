@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
 
@@ -31,3 +32,22 @@ def training_sequences(split: Dataset) -> tuple[np.ndarray, np.ndarray]:
     histories, boundaries = flatten_lists(split, "history")
     targets = read_column(split, "target").to_numpy()
     return np.insert(histories, boundaries[1:], targets), boundaries + np.arange(len(boundaries))
+
+
+def training_counts(split: Dataset, num_items: int) -> np.ndarray:
+    """How often each item occurs in training: (num_items + 1,) int64, 0 for padding.
+
+    The targets of all rows count, and the history of a user's first row: where the rows of a user are prefixes of each
+    other, they repeat the rest.
+
+    Raises:
+        ValueError: for a split without rows.
+    """
+    if len(split) == 0:
+        raise ValueError("the training split is empty: no user has two training items; loosen the filters")
+    users = read_column(split, "user_id").combine_chunks()
+    is_first = np.append(True, pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False))  # (rows,)
+    histories, boundaries = flatten_lists(split, "history")
+    histories = histories[np.repeat(is_first, np.diff(boundaries))]
+    targets = read_column(split, "target").to_numpy()
+    return sum(np.bincount(items, minlength=num_items + 1) for items in (histories, targets))

@@ -1,12 +1,12 @@
 """The split protocols: they select the slices of histories that become rows of train, validation and test."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .filters import Histories, slice_indices
 
-PROTOCOLS = ("leave_one_out", "temporal_users")
+PROTOCOLS = ("leave_one_out", "temporal_users", "cold_items")
 USER_ORDERS = ("first", "last")
 
 
@@ -34,6 +34,40 @@ def leave_one_out(histories: Histories) -> dict[str, Rows]:
         "validation": Rows(users, starts, ends - 2),
         "test": Rows(users, starts, ends - 1),
     }
+
+
+def draw_cold_items(num_items: int, share: float, seed: int) -> np.ndarray:
+    """Draw the items that `without_cold_items` takes out of training: bool (num_items + 1,), False for padding.
+
+    Raises:
+        ValueError: for a share that rounds to no item, or to all of them.
+    """
+    num_cold = round(share * num_items)
+    if not 0 < num_cold < num_items:
+        raise ValueError(
+            f"cold_share={share} of {num_items} items rounds to {num_cold}: expected at least one item and not all of "
+            "them; use more data or another share"
+        )
+    is_cold = np.zeros(num_items + 1, dtype=bool)
+    is_cold[1 + np.random.default_rng(seed).permutation(num_items)[:num_cold]] = True
+    return is_cold
+
+
+def without_cold_items(histories: Histories, is_cold: np.ndarray) -> Histories:
+    """What leave-one-out training reads: histories without their last two items, and without cold items.
+
+    Args:
+        histories: of all users.
+        is_cold: (num_items + 1,) bool.
+
+    Returns:
+        Histories of the same users, possibly empty. The row of a user is the whole of it, its last item the target.
+    """
+    keep = ~is_cold[histories.items]  # (interactions,)
+    ends = histories.boundaries[1:]
+    keep[ends - 1] = keep[ends - 2] = False
+    kept_before = np.concatenate([[0], np.cumsum(keep)])  # (interactions + 1,)
+    return replace(histories, items=histories.items[keep], boundaries=kept_before[histories.boundaries])
 
 
 def temporal_users(histories: Histories, order_users_by: str) -> dict[str, Rows]:
@@ -74,4 +108,5 @@ def limit_histories(rows: Rows, max_history: int | None, min_history: int) -> Ro
     return Rows(users, starts, ends)
 
 
-__all__ = ["PROTOCOLS", "USER_ORDERS", "Rows", "leave_one_out", "limit_histories", "temporal_users"]
+__all__ = ["PROTOCOLS", "USER_ORDERS", "Rows", "draw_cold_items", "leave_one_out", "limit_histories"]
+__all__ += ["temporal_users", "without_cold_items"]

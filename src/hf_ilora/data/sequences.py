@@ -15,8 +15,19 @@ from hf_ilora.files import folder_written_whole
 from hf_ilora.models.next_item.catalogue import Catalogue
 
 from .candidates import sample_candidates
+from .columns import training_counts
 from .filters import Histories, build_histories, read_interactions, read_items, slice_indices
-from .protocols import PROTOCOLS, USER_ORDERS, Rows, leave_one_out, limit_histories, temporal_users
+from .protocols import (
+    PROTOCOLS,
+    USER_ORDERS,
+    Rows,
+    draw_cold_items,
+    leave_one_out,
+    limit_histories,
+    temporal_users,
+    without_cold_items,
+)
+from .seeds import check_seed
 from .storage import (
     CATALOGUE_FILE,
     DESCRIPTION_FILE,
@@ -48,7 +59,8 @@ class SequenceDatasets(DatasetDict):
 
     Args:
         splits: a Dataset for each of "train", "validation" and "test".
-        catalogue: titles and raw ids of the items, with `year` (may be null) and `genres`.
+        catalogue: titles and raw ids of the items, with `year` (may be null) and `genres`. The data set has it with
+            `count`, the occurrences of each item in the train split, 0 for items that training never sees.
         protocol: the settings that made the splits, JSON types only; `protocol["name"]` is the name.
     """
 
@@ -63,7 +75,7 @@ class SequenceDatasets(DatasetDict):
         if set(splits) != set(SPLITS):
             raise ValueError(f"splits are {', '.join(sorted(splits)) or 'none'}: expected {', '.join(SPLITS)}")
         super().__init__({name: splits[name] for name in SPLITS})
-        self.catalogue = catalogue
+        self.catalogue = catalogue.with_counts(training_counts(splits["train"], len(catalogue)))
         self.protocol = protocol
 
     @property
@@ -84,7 +96,7 @@ class SequenceDatasets(DatasetDict):
         content, about a second for 20 million interactions.
         """
         digests = {name: content_digest(dataset) for name, dataset in self.items()}
-        catalogue_digest = content_digest(self.catalogue.table)
+        catalogue_digest = content_digest(self._stored_items())
         return json_digest({"protocol": self.protocol, "catalogue": catalogue_digest, "splits": digests})
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -99,11 +111,15 @@ class SequenceDatasets(DatasetDict):
         with folder_written_whole(directory, replaceable_files=FILES) as folder:
             for name, dataset in self.items():
                 write_parquet(dataset, folder / f"{name}.parquet")
-            table = self.catalogue.table
+            table = self._stored_items()
             features = catalogue_features(_raw_id_type(table, "raw_id"))
             write_parquet(dataset_of(table, features, "catalogue"), folder / CATALOGUE_FILE)
             counts = {name: len(dataset) for name, dataset in self.items()}
             write_description(folder, self.protocol, self.num_items, counts, self.fingerprint)
+
+    def _stored_items(self) -> pa.Table:
+        """The catalogue without what the splits say."""
+        return self.catalogue.table.drop_columns("count")
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "SequenceDatasets":
@@ -166,6 +182,8 @@ def build_sequences(
     drop_repeats: bool = False,
     min_rating: float | None = None,
     order_users_by: str | None = None,
+    cold_share: float | None = None,
+    cold_seed: int | None = None,
 ) -> SequenceDatasets:
     """Sort interactions into histories, filter them, and split them by a protocol.
 
@@ -182,16 +200,25 @@ def build_sequences(
             (boundaries rounded down). Validation and test have one row per user, with the last interaction as target;
             train has a row for every interaction. Histories are windows of the newest 10 items; rows with fewer than
             3 are dropped. The published MovieLens-100K splits come from `min_rating=3`.
+        "cold_items": "leave_one_out" for items that training has never seen. A share of the items, drawn at random, is
+            cold: training rows are those of leave_one_out without them, as if nobody had bought them, with the last
+            remaining item as target; users with fewer than two remaining items have no train row. The catalogue and the
+            validation and test rows stay those of leave_one_out, with cold items in histories and as targets. So no
+            interaction with a cold item reaches training, but their titles do, and three things tell of them: the
+            filters counted their interactions, histories close up where they were, and validation, by which settings
+            are chosen, has the same cold items as test. They are drawn from all items, not from the newest ones, so
+            similar items may be newer than they are. Items with `count` 0 in the catalogue never occur in training: the
+            cold ones, and those that occur as targets of validation and test only.
 
     Args:
         interactions: one row per interaction: `user_id` and `item_id` (raw ids, integer or string), `timestamp`
             (seconds, not negative) and, for `min_rating`, `rating`; other columns are not read.
         items: columns `item_id` (raw, unique, every item of `interactions`), `title`, `year` (may be null), `genres`.
-        protocol: "leave_one_out" or "temporal_users".
+        protocol: "leave_one_out", "temporal_users" or "cold_items".
         min_user_interactions, min_item_interactions: users and items with fewer interactions are dropped, repeatedly,
             until none is left (k-core). Repeated interactions count.
-        max_history: number of newest items to keep in a history; None: all for leave_one_out, 10 for temporal_users.
-        min_history: rows with a shorter history are dropped; None: 1 for leave_one_out, 3 for temporal_users.
+        max_history: number of newest items to keep in a history; None: 10 for temporal_users, all for the others.
+        min_history: rows with a shorter history are dropped; None: 3 for temporal_users, 1 for the others.
         num_candidates: items per row in `candidates` of validation and test, including the target; the others are items
             that the user never interacted with, in any split. 0 leaves the column out.
         candidate_seed: random seed of the candidates. Those of a row depend only on the seed, the split, the user, the
@@ -202,6 +229,8 @@ def build_sequences(
         order_users_by: temporal_users only: order users by their "first" or their "last" interaction; None: "first", as
             in LLaRA's MovieLens splits. With "first", a training user may still interact after test users have started;
             with "last", no training target is newer than a test target. Ties are ordered by raw user id.
+        cold_share: cold_items only: share of the items to take out of training; None: 0.1.
+        cold_seed: cold_items only: random seed of their draw; None: 0.
 
     Returns:
         SequenceDatasets. The catalogue contains the items of the filtered interactions, numbered from 1 in the order of
@@ -226,6 +255,8 @@ def build_sequences(
         drop_repeats=drop_repeats,
         min_rating=min_rating,
         order_users_by=order_users_by,
+        cold_share=cold_share,
+        cold_seed=cold_seed,
     )
     for name, table in (("interactions", interactions), ("items", items)):
         if not isinstance(table, Dataset):
@@ -237,10 +268,15 @@ def build_sequences(
     known_items = read_items(items, coded.item_ids)
     histories = build_histories(coded, min_user_interactions, min_item_interactions, drop_repeats)
     del coded
-    if protocol == "leave_one_out":
-        splits = leave_one_out(histories)
-    else:
+    histories_of = dict.fromkeys(SPLITS, histories)
+    if protocol == "temporal_users":
         splits = temporal_users(histories, settings["order_users_by"])
+    else:
+        splits = leave_one_out(histories)
+    if protocol == "cold_items":
+        is_cold = draw_cold_items(len(histories.item_ids), settings["cold_share"], settings["cold_seed"])
+        histories_of["train"] = warm = without_cold_items(histories, is_cold)
+        splits["train"] = Rows(splits["train"].users, warm.boundaries[:-1], warm.boundaries[1:] - 1)
     splits = {
         name: limit_histories(rows, settings["max_history"], settings["min_history"]) for name, rows in splits.items()
     }
@@ -255,7 +291,7 @@ def build_sequences(
         rows, candidates = splits.pop(name), None
         if name != "train" and num_candidates > 0:
             candidates = sample_candidates(histories, rows, num_candidates, candidate_seed, name)
-        datasets[name] = _split_dataset(histories, rows, candidates, name)
+        datasets[name] = _split_dataset(histories_of[name], rows, candidates, name)
     return SequenceDatasets(datasets, _catalogue(known_items, histories.item_ids), settings)
 
 
@@ -293,13 +329,35 @@ def checked_protocol(protocol: str, **settings) -> dict:
                 f"order_users_by is {settings['order_users_by']!r}: expected one of {', '.join(USER_ORDERS)}"
             )
     elif settings["order_users_by"] is not None:
-        raise ValueError("order_users_by applies to temporal_users only: leave it out for leave_one_out")
+        raise ValueError(f"order_users_by applies to temporal_users only: leave it out for {protocol}")
     if not temporal and settings["min_user_interactions"] < 3:
         raise ValueError(
-            f"min_user_interactions is {settings['min_user_interactions']}: leave_one_out needs 3 or more, because "
+            f"min_user_interactions is {settings['min_user_interactions']}: {protocol} needs 3 or more, because "
             "every user has a test target, a validation target and at least one item before them"
         )
+    _check_cold(protocol, settings)
     return {"name": protocol, **settings}
+
+
+def _check_cold(protocol: str, settings: dict) -> None:
+    """Check the settings of cold items and fill in their defaults; other protocols do without them."""
+    if protocol != "cold_items":
+        for name in ("cold_share", "cold_seed"):
+            if settings.pop(name) is not None:
+                raise ValueError(f"{name} applies to cold_items only: leave it out for {protocol}")
+        return
+    if settings["cold_share"] is None:
+        settings["cold_share"] = 0.1
+    if settings["cold_seed"] is None:
+        settings["cold_seed"] = 0
+    share, seed = settings["cold_share"], settings["cold_seed"]
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        raise TypeError(f"cold_share is {share!r}: expected a number")
+    if not 0 < share < 1:
+        raise ValueError(f"cold_share is {share}: expected a share of the items, above 0 and below 1")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"cold_seed is {seed!r}: expected an integer")
+    check_seed("cold_seed", seed)
 
 
 def _check_integers(settings: dict) -> None:
@@ -332,7 +390,7 @@ def _check_splits(splits: dict[str, Rows], num_users: int, settings: dict) -> No
         if len(rows) == 0:
             # The history is followed by the target and, in leave_one_out, by the targets of the later splits.
             needed = settings["min_history"] + 1
-            if settings["name"] == "leave_one_out":
+            if settings["name"] != "temporal_users":
                 needed += {"train": 2, "validation": 1, "test": 0}[name]
             raise ValueError(
                 f"the {name} split is empty: with min_history={settings['min_history']}, {settings['name']} expects "

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from hf_ilora.models.next_item.histories import padded_histories
 from hf_ilora.models.next_item.next_item_model import evaluation_mode, newest_items
-from hf_ilora.models.next_item.next_item_output import top_k_items
+from hf_ilora.models.next_item.next_item_output import popular_scores, scores_or_popular, top_k_items
 
 from .candidate_order import preferred_order
 from .candidate_scoring import candidate_log_likelihoods, check_context, token_positions
@@ -55,10 +55,13 @@ class ILoraAnswers:
             the whole catalogue, seen items included.
 
         Raises:
-            ValueError: as `item_scores`, and if fewer than `top_k` items are left.
+            ValueError: as `item_scores`, and if fewer than `top_k` items are left. A row without items gets the most
+                popular ones instead of an error, if the catalogue has their counts.
         """
-        histories = self._padded(histories)
-        log_probabilities = self._item_scores(histories).log_softmax(-1)  # (batch, num_items + 1)
+        counts = self.catalogue.counts
+        histories = padded_histories(histories, self.config.num_items, self.device, counts is not None)
+        scores = scores_or_popular(self._item_scores, lambda: popular_scores(counts, self.device), histories)
+        log_probabilities = scores.log_softmax(-1)  # (batch, num_items + 1)
         return top_k_items(log_probabilities, histories, top_k, exclude_seen)
 
     def rank_items(self, histories, top_k: int = 10, exclude_seen: bool = True) -> tuple[torch.Tensor, torch.Tensor]:

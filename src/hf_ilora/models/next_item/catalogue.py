@@ -17,7 +17,7 @@ CATALOGUE_FILE = "items.parquet"
 
 _REMEDY = "write the catalogue again with Catalogue.to_parquet"
 _REQUIRED_COLUMNS = ("item_id", "raw_id", "title")
-_OPTIONAL_COLUMNS = {"year": pa.int32(), "genres": pa.list_(pa.string())}
+_OPTIONAL_COLUMNS = {"year": pa.int32(), "genres": pa.list_(pa.string()), "count": pa.int64()}
 # Close matches compare the unknown raw id with every other one, which takes about half a second per 100,000.
 _MAX_RAW_IDS_TO_COMPARE = 100_000
 # A value that many rows share takes next to no bytes: a file of 1 MB can fill memory. Real tables stay far below the
@@ -31,15 +31,16 @@ class Catalogue:
 
     Args:
         table: columns `item_id` (1..num_items, each once, in any order), `raw_id` (integer or string, unique), `title`
-            (string) and optionally `year` (integer) and `genres` (list of strings).
+            (string) and optionally `year` (integer), `genres` (list of strings) and `count` (integer, the occurrences
+            of the item in training, 0 for one that training has never seen).
 
     Attributes:
         table: the same as a `pyarrow.Table` in the order of item_id, with the types int64, int64 or string, string,
-            int32 and list<string>.
+            int32, list<string> and int64.
 
     Raises:
         ValueError: for a missing, foreign or mistyped column, gaps or repetitions in `item_id`, repeated or missing raw
-            ids, and missing titles.
+            ids, missing titles, and counts that are missing or negative.
     """
 
     def __init__(self, table: pa.Table):
@@ -61,6 +62,18 @@ class Catalogue:
         for name in self.table.column_names:
             digest.update(json.dumps([name, self.table[name].to_pylist()]).encode())
         return digest.hexdigest()
+
+    @cached_property
+    def counts(self) -> np.ndarray | None:
+        """(num_items + 1,) int64, how often each item occurs in training, 0 for padding; None where it is unknown."""
+        if "count" not in self.table.column_names:
+            return None
+        return np.concatenate([[0], self.table["count"].to_numpy()])
+
+    def with_counts(self, counts: np.ndarray) -> "Catalogue":
+        """The same catalogue with other training counts, (num_items + 1,), the first for padding."""
+        kept = [name for name in self.table.column_names if name != "count"]
+        return Catalogue(self.table.select(kept).append_column("count", pa.array(counts[1:].astype(np.int64))))
 
     def titles(self, item_ids: Sequence[int]) -> list[str]:
         """The titles of `item_ids`, a list, array or tensor of shape (items,).
@@ -237,6 +250,8 @@ def _checked(table: pa.Table) -> pa.Table:
     except pa.ArrowException as error:
         expected = ", ".join(f"{name} {column_type}" for name, column_type in types.items())
         raise ValueError(f"the columns do not fit {expected}: {error}") from error
+    if "count" in types and (table["count"].null_count or pc.min(table["count"]).as_py() < 0):
+        raise ValueError("column count has values that are missing or negative: expected occurrences in training")
     table = table.sort_by("item_id").combine_chunks()
     _check_item_ids(table["item_id"].to_numpy())
     counts = pc.value_counts(table["raw_id"])

@@ -9,7 +9,9 @@ from .configuration_next_item import PADDING_ITEM_ID
 _EXAMPLE = "such as [[3, 1, 2], [7, 4]]"
 
 
-def padded_histories(histories, num_items: int, device: torch.device | str = "cpu") -> torch.Tensor:
+def padded_histories(
+    histories, num_items: int, device: torch.device | str = "cpu", may_be_empty: bool = False
+) -> torch.Tensor:
     """Turn histories into one tensor of item ids.
 
     Args:
@@ -17,6 +19,7 @@ def padded_histories(histories, num_items: int, device: torch.device | str = "cp
             with 0 on either side.
         num_items: size of the catalogue.
         device: of the result.
+        may_be_empty: take rows without items, which become nothing but padding.
 
     Returns:
         (batch, length) int64, 0 for padding.
@@ -27,7 +30,7 @@ def padded_histories(histories, num_items: int, device: torch.device | str = "cp
     if isinstance(histories, np.ndarray) and histories.dtype != object:
         histories = torch.tensor(histories)
     elif not isinstance(histories, torch.Tensor):
-        histories = _padded_rows(histories)
+        histories = _padded_rows(histories, may_be_empty)
     if histories.dim() != 2 or not histories.numel():
         raise ValueError(
             f"histories have shape {tuple(histories.shape)}: expected (batch, length), at least one row of item ids, "
@@ -45,12 +48,12 @@ def padded_histories(histories, num_items: int, device: torch.device | str = "cp
             f"history {row} contains item {int(histories[row, column])}: expected ids 1..{num_items} of this "
             "model's catalogue, and 0 for padding; map raw ids with model.catalogue.item_ids"
         )
-    if lowest == PADDING_ITEM_ID and not histories.any(1).all():
+    if lowest == PADDING_ITEM_ID and not may_be_empty and not histories.any(1).all():
         raise ValueError(_empty(int((~histories.any(1)).nonzero()[0])))
     return histories
 
 
-def _padded_rows(histories) -> torch.Tensor:
+def _padded_rows(histories, may_be_empty: bool) -> torch.Tensor:
     """Rows of any lengths -> (batch, longest) on the CPU, padded on the right."""
     try:
         rows = list(histories)
@@ -75,7 +78,9 @@ def _padded_rows(histories) -> torch.Tensor:
                 f"user, {_EXAMPLE}"
             )
         if not len(items):
-            raise ValueError(_empty(number))
+            if not may_be_empty:
+                raise ValueError(_empty(number))
+            items = torch.tensor([PADDING_ITEM_ID])
         if not _is_integer(items.dtype):
             raise ValueError(f"history {number} is {items.dtype}: expected item ids as int64 or another integer type")
         padded.append(items)
@@ -87,7 +92,10 @@ def _is_integer(dtype: torch.dtype) -> bool:
 
 
 def _empty(row: int) -> str:
-    return f"history {row} is empty: expected at least one item; leave the row out, or recommend popular items instead"
+    return (
+        f"history {row} is empty: expected at least one item; leave the row out. A model whose catalogue has the column "
+        "count recommends popular items instead, as models do that are trained on the data set of build_sequences"
+    )
 
 
 def _shown(row) -> str:

@@ -29,6 +29,14 @@ class CountingPreTrainedModel(NextItemPreTrainedModel):
         total = scores[:, 1:].float().sum(-1, keepdim=True).clamp(min=smallest)  # (batch, 1)
         return (best_scores.float() / total).clamp(min=smallest).log()
 
+    knows_popular_items = True
+
+    def popular_scores(self) -> torch.Tensor:
+        """(num_items + 1,) the counts of the items, -inf for padding."""
+        scores = self.item_counts.clone()
+        scores[PADDING_ITEM_ID] = float("-inf")
+        return scores
+
     @property
     def device(self) -> torch.device:
         return self.item_counts.device
@@ -94,9 +102,7 @@ class PopularityForNextItem(CountingPreTrainedModel):
 
     def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The logits of `forward`, (batch, num_items + 1), without a check of the ids."""
-        scores = self.item_counts.clone()  # (num_items + 1,)
-        scores[PADDING_ITEM_ID] = float("-inf")
-        return scores.expand(input_ids.shape[0], -1)
+        return self.popular_scores().expand(input_ids.shape[0], -1)
 
 
 class TransitionCountsForNextItem(CountingPreTrainedModel):

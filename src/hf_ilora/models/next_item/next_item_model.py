@@ -16,7 +16,7 @@ from .catalogue import CATALOGUE_FILE, Catalogue, open_parquet
 from .configuration_next_item import NextItemConfig
 from .histories import padded_histories
 from .hub_upload import HubUploads, UploadOfSaved
-from .next_item_output import top_k_items
+from .next_item_output import popular_scores, scores_or_popular, top_k_items
 from .padding import lowest_and_highest, padding_to_the_front
 from .reference_initialization import initialize_as_reference
 from .saved_model import check_sizes, read_config, saved_file, saved_shapes
@@ -135,7 +135,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         Args:
             histories: a row of item ids per user, oldest first: lists, arrays or tensors, of different lengths or
                 padded with 0 on either side. The model reads the newest `config.max_length` items of a row; all of
-                them count as seen.
+                them count as seen. A row without items gets the most popular ones, if the catalogue has their counts.
             top_k: items per history.
             exclude_seen: leave out the items of the history.
 
@@ -144,11 +144,12 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             catalogue, seen items included.
 
         Raises:
-            ValueError: for ids outside the catalogue, an empty history, or `top_k` larger than what is left.
+            ValueError: for ids outside the catalogue, an empty history while it is unknown what is popular, or `top_k`
+                larger than what is left.
         """
         with evaluation_mode(self), torch.inference_mode():
-            histories = padded_histories(histories, self.config.num_items, self.device)
-            scores = self.next_item_scores(self.newest_items(histories))
+            histories = padded_histories(histories, self.config.num_items, self.device, self.knows_popular_items)
+            scores = scores_or_popular(self._scores_of_newest, self.popular_scores, histories)
             item_ids, best_scores = top_k_items(scores, histories, top_k, exclude_seen)
             log_probabilities = self.log_probabilities(best_scores, scores)
         return item_ids.clone(), log_probabilities.clone()  # tensors that may be used where gradients flow
@@ -168,6 +169,18 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         """
         item_ids, log_probabilities = self.recommend(histories, top_k, exclude_seen)
         return item_ids, -log_probabilities
+
+    @property
+    def knows_popular_items(self) -> bool:
+        """Whether `popular_scores` exist."""
+        return self._catalogue is not None and self._catalogue.counts is not None
+
+    def popular_scores(self) -> torch.Tensor:
+        """(num_items + 1,) scores for users without history, of the kind that `next_item_scores` gives."""
+        return popular_scores(self._catalogue.counts, self.device)
+
+    def _scores_of_newest(self, histories: torch.Tensor) -> torch.Tensor:
+        return self.next_item_scores(self.newest_items(histories))
 
     def log_probabilities(self, best_scores: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """log p of scores (batch, k) among those of the whole catalogue, (batch, num_items + 1): their softmax."""

@@ -1,7 +1,9 @@
 """The output of next-item models, and how scores become recommendations."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers.utils import ModelOutput
 
@@ -24,6 +26,35 @@ class NextItemOutput(ModelOutput):
     last_hidden_state: torch.FloatTensor | None = None
     user_embedding: torch.FloatTensor | None = None
     loss_parts: torch.FloatTensor | None = None
+
+
+def popular_scores(counts: np.ndarray, device: torch.device) -> torch.Tensor:
+    """(num_items + 1,) scores whose softmax is each item's share of `counts`, (num_items + 1,); -inf for padding."""
+    scores = torch.from_numpy(counts).to(device, torch.float32).clamp(min=torch.finfo(torch.float32).tiny).log()
+    scores[0] = float("-inf")
+    return scores
+
+
+def scores_or_popular(
+    score: Callable[[torch.Tensor], torch.Tensor], popular: Callable[[], torch.Tensor], histories: torch.Tensor
+) -> torch.Tensor:
+    """Score histories; those without items all get the same scores.
+
+    Args:
+        score: histories (any, length) -> scores (any, num_items + 1).
+        popular: returns the scores for histories without items, (num_items + 1,).
+        histories: (batch, length) item ids, 0 for padding on either side.
+
+    Returns:
+        (batch, num_items + 1).
+    """
+    has_items = histories.any(1)  # (batch,)
+    if has_items.all():
+        return score(histories)
+    scores = popular().float().repeat(histories.shape[0], 1)
+    if has_items.any():
+        scores[has_items] = score(histories[has_items]).float()
+    return scores
 
 
 def top_k_items(

@@ -1,0 +1,179 @@
+"""Items that join a trained model: their catalogue entries, and their rows in its tables."""
+
+import copy
+from collections.abc import Iterable
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_ilora.models.next_item.catalogue import Catalogue
+from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
+from hf_ilora.models.next_item.next_item_head import NextItemHead
+from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
+
+Items = Iterable[tuple[int | str, str]] | pa.Table | datasets.Dataset
+
+
+def new_items_table(items: Items, catalogue: Catalogue) -> pa.Table:
+    """The rows by which a catalogue grows.
+
+    Args:
+        items: (raw id, title) pairs, or a table with the columns `raw_id` (or `item_id`), `title` and optionally `year`
+            and `genres`.
+        catalogue: that grows.
+
+    Returns:
+        Its columns; `count` is 0, and `year` null and `genres` empty where the items have none.
+
+    Raises:
+        ValueError: for no items, other columns, raw ids that are repeated, in the catalogue already or of another type,
+            and missing or blank titles.
+    """
+    given = _as_table(items)
+    if not len(given):
+        raise ValueError("there are no items to add: expected at least one (raw id, title)")
+    schema = catalogue.table.schema
+    raw_ids = _raw_ids(given["raw_id"], schema.field("raw_id").type)
+    counts = pc.value_counts(raw_ids)
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        raise ValueError(f"raw id {repeated[0].as_py()!r} occurs more than once: expected one title per new item")
+    existing = raw_ids.filter(pc.is_in(raw_ids, value_set=catalogue.table["raw_id"].combine_chunks()))
+    if len(existing):
+        raise ValueError(
+            f"raw id {existing[0].as_py()!r} is in the catalogue already, and so are {len(existing) - 1} others: "
+            "expected new items; leave out those that the model knows"
+        )
+    for raw_id, title in zip(raw_ids.to_pylist(), given["title"].to_pylist(), strict=True):
+        if not isinstance(title, str) or not title.strip():
+            raise ValueError(
+                f"the title of item {raw_id!r} is {title!r}: expected text, by which the item gets its place; give it a "
+                "title or leave it out"
+            )
+    first = len(catalogue) + 1
+    columns = {"item_id": pa.array(range(first, first + len(given))), "raw_id": raw_ids, "title": given["title"]}
+    defaults = {"year": None, "genres": [], "count": 0}
+    for name in schema.names[3:]:
+        column = given[name] if name in given.column_names and name != "count" else [defaults[name]] * len(given)
+        columns[name] = column
+    try:
+        return pa.table({name: columns[name] for name in schema.names}).cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+        raise ValueError(f"the new items do not fit the catalogue ({error}): expected {schema.to_string()}") from error
+
+
+def _as_table(items: Items) -> pa.Table:
+    """With the columns raw_id and title, and others of a table."""
+    if isinstance(items, datasets.Dataset):
+        items = items.with_format("arrow")[:]
+    elif isinstance(items, Catalogue):
+        items = items.table
+    if not isinstance(items, pa.Table):
+        pairs = [(items,)] if isinstance(items, str) else list(items)
+        wrong = next((pair for pair in pairs if not isinstance(pair, tuple | list) or len(pair) != 2), None)
+        if wrong is not None:
+            raise ValueError(f"an item is {wrong!r}: expected (raw id, title), or a table with these columns")
+        return _table_of_pairs(pairs)
+    names = items.column_names
+    if "raw_id" not in names and "item_id" in names:  # as load_interactions calls it
+        items = items.rename_columns(["raw_id" if name == "item_id" else name for name in names])
+    missing = [name for name in ("raw_id", "title") if name not in items.column_names]
+    if missing:
+        raise ValueError(
+            f"the items have no column {', '.join(missing)} (found: {', '.join(names)}): expected raw_id (or item_id) "
+            "and title"
+        )
+    return items
+
+
+def _table_of_pairs(pairs: list) -> pa.Table:
+    raw_ids, titles = ([pair[place] for pair in pairs] for place in (0, 1))
+    try:
+        return pa.table({"raw_id": pa.array(raw_ids), "title": titles})
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"raw ids or titles are of several types ({error}): expected one type of each") from error
+
+
+def _raw_ids(column: pa.ChunkedArray, expected: pa.DataType) -> pa.Array:
+    """The raw ids as the catalogue has them: int64 or string."""
+    if column.null_count:
+        raise ValueError(f"{column.null_count} of the new items have no raw id: expected one for each")
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    if is_text != pa.types.is_string(expected) or not (is_text or pa.types.is_integer(column.type)):
+        raise ValueError(
+            f"the raw ids of the new items are {column.type} (the first is {column[0].as_py()!r}): expected {expected}, "
+            "as in the catalogue of the model"
+        )
+    return column.cast(expected).combine_chunks()
+
+
+def item_tables(model: EncoderForNextItem) -> list[nn.Parameter]:
+    """The tables with a row per item: the one that is read and the one that scores, or both in one if they are tied.
+
+    Raises:
+        TypeError: for a model that has none.
+        ValueError: for teacher embeddings that are not folded, and weights that are spread over processes.
+    """
+    if not isinstance(model, EncoderForNextItem):
+        raise TypeError(
+            f"model is a {type(model).__name__}, which has no trained table of items: expected a SASRecForNextItem, "
+            "GRU4RecForNextItem or CaserForNextItem"
+        )
+    if model.config.teacher_embedding_size is not None:
+        raise ValueError(
+            "the model has teacher embeddings, which new items lack: call model.fold_teacher_embeddings() first"
+        )
+    tables = [model.get_input_embeddings().weight, model.head.weight]
+    if not tables[0].numel():
+        raise ValueError("the weights are spread over processes (ZeRO-3): save the model, load it in one process")
+    return tables[:1] if tables[0] is tables[1] else tables
+
+
+@torch.no_grad()
+def set_item_rows(
+    model: EncoderForNextItem, item_ids: torch.Tensor, rows: list[torch.Tensor], bias: float | None
+) -> None:
+    """Write the rows of items, one tensor (items, size) for each of `item_tables`, and their bias in the head."""
+    for table, values in zip(item_tables(model), rows, strict=True):
+        table[item_ids.to(table.device)] = values.to(table)
+    if bias is not None:
+        model.head.bias[item_ids.to(model.head.bias.device)] = bias
+
+
+@torch.no_grad()
+def add_item_rows(
+    model: EncoderForNextItem, rows: list[torch.Tensor], bias: float | None, catalogue: Catalogue
+) -> None:
+    """Let a model grow by items, in place.
+
+    Args:
+        model: the model.
+        rows: a tensor (items, size) for each of `item_tables`.
+        bias: of the new items in the head; None for a head without biases.
+        catalogue: of all items, the new ones last.
+    """
+    tables = [_grown(table, values) for table, values in zip(item_tables(model), rows, strict=True)]
+    config = copy.deepcopy(model.config)  # which another model may share
+    config.num_items = len(catalogue)
+    for module in model.modules():
+        if isinstance(module, NextItemPreTrainedModel | NextItemHead):
+            module.config = config
+    embedding, head = model.get_input_embeddings(), model.head
+    embedding.weight, head.weight = tables[0], tables[-1]
+    embedding.num_embeddings = head.out_features = len(catalogue) + 1
+    if bias is not None:
+        head.bias = _grown(head.bias, torch.full((len(rows[0]),), bias))
+    if config.popularity_power:
+        model.item_counts = F.pad(model.item_counts, (0, len(rows[0])))  # never drawn as negatives
+    model.catalogue = catalogue
+
+
+def _grown(table: nn.Parameter, rows: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.cat([table.detach(), rows.to(table)]), requires_grad=table.requires_grad)
+
+
+__all__ = ["Items", "add_item_rows", "item_tables", "new_items_table", "set_item_rows"]
