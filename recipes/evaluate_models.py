@@ -6,6 +6,8 @@
 Models are folders that `save_pretrained` wrote, or names on the Hub. The recipe writes results.md, results.csv,
 results.json, results.png, run.json, and the ranks of every user under ranks/ (for `compare_runs`) to the output folder.
 Every model is compared with the first one, user by user. All models are loaded and checked before any is measured.
+A second table shows the quality by how often the target occurs in training; targets that never do, as under the
+protocol cold_items, are also ranked among the new items alone.
 """
 
 import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
@@ -26,7 +28,7 @@ from hf_ilora.evaluation.rank_metrics import metric_per_user
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.report import ModelReport, ReportContext, markdown_table, plot_quality, write_table
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks, parquet_name
-from hf_ilora.evaluation.statistics import summarize_ranks
+from hf_ilora.evaluation.statistics import summarize_by_count, summarize_ranks, users_by_count
 from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
 from hf_ilora.runs.checks import (
@@ -107,6 +109,10 @@ def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
     output = Path(arguments.output_dir)
     set_up_logging(output)
     compared = f"ndcg@{arguments.k}"
+    counts = sequences.catalogue.counts  # (num_items + 1,)
+    target_counts = counts[read_column(split, "target").to_numpy()]  # (users,)
+    is_new = counts == 0
+    is_new[0] = False  # padding
     context = ReportContext(
         data=arguments.data_dir,
         data_fingerprint=sequences.fingerprint,
@@ -118,6 +124,8 @@ def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
         compared=f"masked/{compared}",
         num_resamples=arguments.num_resamples,
         seed=arguments.seed,
+        users_by_count=users_by_count(target_counts),
+        num_new_items=int(is_new.sum()),
     )
     with RunRecord(output, [arguments], seed=arguments.seed) as record:
         record.add_data(context.data_fingerprint)
@@ -126,7 +134,7 @@ def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
             model.to(device)
             with record.stage(f"rank {name}"):
                 scorer = model.item_scores if isinstance(model, ILoraForRecommendation) else None
-                ranks = rank_split(model, split, batch_size=arguments.batch_size, scorer=scorer)
+                ranks = rank_split(model, split, batch_size=arguments.batch_size, scorer=scorer, is_new=is_new)
             if not state.is_main_process:
                 continue
             source = RanksSource(name, context.data_fingerprint, arguments.split)
@@ -145,6 +153,7 @@ def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
                     comparison=compare_runs(per_user[0], per_user[-1], **context.bootstrap)
                     if len(per_user) > 1
                     else None,
+                    by_count=summarize_by_count(ranks, target_counts, arguments.k, **context.bootstrap),
                 )
             )
             record.add_metrics(name, reports[-1].quality)

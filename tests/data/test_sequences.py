@@ -163,6 +163,7 @@ class TestLeaveOneOut:
             "title": [f"Title of {raw_id}" for raw_id in (10, 20, 30, 40, 50)],
             "year": [1995, 1994, None, 1992, 1991],
             "genres": [["Drama", "War"], ["Drama"], [], ["Drama", "War"], ["Drama"]],
+            "count": [2, 1, 1, 1, 0],
         }
 
     def test_every_split_has_explicit_features(self, wide):
@@ -262,6 +263,80 @@ class TestAgainstNaive:
         assert contents(found) == contents(expected)
         unfiltered = build_sequences(interactions_table(rows), items, "temporal_users", num_candidates=2)
         assert contents(found) != contents(unfiltered)
+
+
+class TestColdItems:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_training_is_that_of_leave_one_out_without_the_cold_items(self, seed):
+        rows = random_rows(seed, users=60, items=30, string_ids=seed % 2 == 1)
+        tables = interactions_table(rows), items_table(sorted({item for _, item, *_ in rows}))
+        settings = {"num_candidates": 5, "max_history": 4} if seed == 3 else {"num_candidates": 5}
+        plain = build_sequences(*tables, **settings)
+        cold = build_sequences(*tables, "cold_items", cold_share=0.3, cold_seed=seed, **settings)
+        for name in ("validation", "test"):
+            assert cold[name].to_dict() == plain[name].to_dict()
+        assert cold.catalogue.with_counts(plain.catalogue.counts) == plain.catalogue
+
+        whole = build_sequences(*tables, num_candidates=0)["train"]
+        items = {item for row in cold["train"] for item in [*row["history"], row["target"]]}
+        taken = {item for row in whole for item in [*row["history"], row["target"]]} - items
+        assert 5 <= len(taken) <= 9  # of nine cold items, some occur in validation and test only
+        expected = {}
+        for row in whole:
+            kept = [item for item in [*row["history"], row["target"]] if item not in taken]
+            if len(kept) > 1:
+                expected[row["user_id"]] = kept[-settings.get("max_history", 100) - 1 :]
+        assert {row["user_id"]: [*row["history"], row["target"]] for row in cold["train"]} == expected
+        assert 0 < len(expected) < len(whole)
+        targets = cold["test"]["target"][:] + cold["validation"]["target"][:]
+        assert taken & set(targets) and any(taken & set(history) for history in cold["test"]["history"])
+
+    def test_the_draw_follows_the_seed_and_is_stored(self, tmp_path):
+        rows = random_rows(0, users=60, items=30)
+        tables = interactions_table(rows), items_table(sorted({item for _, item, *_ in rows}))
+        first, again, other = (
+            build_sequences(*tables, "cold_items", num_candidates=0, cold_seed=seed) for seed in (0, None, 1)
+        )
+        assert contents(first) == contents(again) != contents(other)
+        assert first.protocol["cold_share"] == 0.1 and first.protocol["cold_seed"] == 0
+        first.save(tmp_path / "data")
+        loaded = SequenceDatasets.load(tmp_path / "data")
+        assert contents(loaded) == contents(first) and loaded.fingerprint == first.fingerprint
+        assert (loaded.catalogue.counts[1:] == 0).sum() >= 3
+
+    def test_an_empty_train_split_is_an_error(self):
+        rows = [(user, item, item) for user in range(3) for item in range(1, 5)]
+        with pytest.raises(ValueError, match=r"the train split is empty: .*cold_items expects users with at least 4"):
+            build_sequences(
+                interactions_table(rows), items_table(range(1, 5)), "cold_items", cold_share=0.7, num_candidates=0
+            )
+
+
+class TestCounts:
+    @pytest.mark.parametrize("protocol", ["leave_one_out", "cold_items"])
+    def test_the_catalogue_counts_the_items_of_the_training_rows(self, protocol):
+        rows = random_rows(3, users=40, items=20)
+        tables = interactions_table(rows), items_table(sorted({item for _, item, *_ in rows}))
+        sequences = build_sequences(*tables, protocol, num_candidates=0)
+        counts = [0] * (sequences.num_items + 1)
+        for row in sequences["train"]:
+            for item in [*row["history"], row["target"]]:
+                counts[item] += 1
+        assert sequences.catalogue.counts.tolist() == counts
+
+    def test_prefixes_count_each_interaction_once(self):
+        rows = [(user, place + 1, user + place) for user in range(10) for place in range(15)]
+        sequences = build_sequences(
+            interactions_table(rows), items_table(range(1, 16)), "temporal_users", num_candidates=0
+        )
+        assert sequences.catalogue.counts.tolist() == [0] + 15 * [8]  # of eight training users
+
+    def test_they_are_no_part_of_the_stored_data(self, small, tmp_path):
+        sequences = build_sequences(*small, num_candidates=0)
+        sequences.save(tmp_path / "data")
+        assert "count" not in pq.read_table(tmp_path / "data" / "items.parquet").column_names
+        other = SequenceDatasets(dict(sequences), sequences.catalogue.with_counts(np.arange(6)), sequences.protocol)
+        assert other.catalogue == sequences.catalogue and other.fingerprint == sequences.fingerprint
 
 
 class TestTemporalUsers:
@@ -423,6 +498,15 @@ class TestArguments:
             ({"min_rating": "3"}, TypeError, "min_rating is '3': expected a number or None"),
             ({"min_rating": 3}, ValueError, "interactions has no column rating"),
             ({"order_users_by": "last"}, ValueError, "order_users_by applies to temporal_users only"),
+            ({"cold_share": 0.1}, ValueError, "cold_share applies to cold_items only: leave it out for leave_one_out"),
+            ({"cold_seed": 0, "protocol": "temporal_users"}, ValueError, "cold_seed applies to cold_items only"),
+            ({"cold_share": 1.0, "protocol": "cold_items"}, ValueError, "cold_share is 1.0: expected a share"),
+            ({"cold_share": float("nan"), "protocol": "cold_items"}, ValueError, "cold_share is nan: expected a share"),
+            ({"cold_share": "0.1", "protocol": "cold_items"}, TypeError, "cold_share is '0.1': expected a number"),
+            ({"cold_seed": -1, "protocol": "cold_items"}, ValueError, "cold_seed is -1: expected a whole number"),
+            ({"cold_seed": 0.5, "protocol": "cold_items"}, TypeError, "cold_seed is 0.5: expected an integer"),
+            ({"protocol": "cold_items"}, ValueError, "cold_share=0.1 of 5 items rounds to 0: expected at least one"),
+            ({"min_user_interactions": 2, "protocol": "cold_items"}, ValueError, "cold_items needs 3 or more"),
             (
                 {"order_users_by": "age", "protocol": "temporal_users"},
                 ValueError,

@@ -141,6 +141,27 @@ def test_a_split_without_candidates_has_the_same_ranks_in_the_catalogue_and_no_o
     assert metrics == expected
 
 
+def test_new_targets_are_ranked_among_the_new_items_without_the_seen_ones(split, counts, popularity):
+    is_new = np.arange(counts.config.num_items + 1) % 3 == 1
+    for model in (counts, popularity):
+        ranks = rank_split(model, split, batch_size=7, is_new=is_new)
+        plain = rank_split(model, split, batch_size=7)
+        assert plain.new_items is None
+        assert all(
+            np.array_equal(vars(ranks)[name], vars(plain)[name]) for name in ("masked", "unmasked", "candidates")
+        )
+        for rank, row in zip(ranks.new_items, split, strict=True):
+            if not is_new[row["target"]]:
+                assert rank == 0
+                continue
+            scores = model(torch.tensor([row["history"][-model.config.max_length :]])).logits[0]
+            new = set(np.flatnonzero(is_new)) - set(row["history"])
+            assert rank == naive_rank(scores, row["target"], new)
+    assert 0 < (ranks.new_items > 0).sum() < len(split)
+    without = rank_split(counts, split.remove_columns("candidates"), is_new=is_new)
+    assert without.candidates is None and (without.new_items > 0).any()
+
+
 def test_the_whole_history_is_masked_though_the_model_reads_its_end(split):
     model = sasrec()
     ranks = rank_split(model, split)

@@ -87,6 +87,26 @@ def test_markdown_table_has_a_row_per_model_with_everything_side_by_side(reports
     assert "1 thread(s), cpu" in "\n".join(lines)
 
 
+def test_a_second_table_groups_targets_by_their_counts(reports, tmp_path):
+    assert "training count" not in (write_table(reports, CONTEXT, tmp_path) or (tmp_path / "results.md").read_text())
+    few, many = Interval(0.25, 0.125, 0.5), Interval(0.75, 0.5, 1.0)
+    metrics = ("masked/ndcg@10", "masked/hit_ratio@10")
+    groups = {"0": dict.fromkeys((*metrics, "new_items/ndcg@10", "new_items/hit_ratio@10"), few)}
+    groups["more"] = dict.fromkeys(metrics, many)
+    reports = [dataclasses.replace(report, by_count=groups) for report in reports]
+    context = dataclasses.replace(CONTEXT, users_by_count={"0": 7, "more": 1043}, num_new_items=1237)
+    write_table(reports, context, tmp_path)
+    lines = (tmp_path / "results.md").read_text().partition("## By the training count of the target")[2].splitlines()
+    assert "ranked among the 1,237 new items" in "\n".join(lines)
+    rows = [line for line in lines if line.startswith("|")]
+    assert rows[2] == f"| 0 | 7 | popular\\|first |{' .2500 [.1250, .5000] |' * 4}"
+    assert rows[5] == f"| more | 1,043 | counts |{' .7500 [.5000, 1.0000] |' * 2}  |  |"
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["models"][1]["by_count"]["more"]["masked/ndcg@10"]["high"] == 1
+    with (tmp_path / "results.csv").open(newline="") as file:
+        assert next(csv.DictReader(file))["count 0: new_items/ndcg@10 low"] == "0.125"
+
+
 def test_names_change_neither_the_page_nor_the_terminal_nor_the_plot(reports, tmp_path):
     name = "\x1b[2J\u202e<script>\n| row | [x](y) $a_ $b"
     reports = [dataclasses.replace(reports[0], name=name), reports[1]]

@@ -1,6 +1,8 @@
 """Intervals and paired comparison against resampling written as loops, and controls that must find nothing."""
 
+import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +11,13 @@ import pytest
 from hf_ilora import compare_runs
 from hf_ilora.evaluation.ranking import SplitRanks
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks
-from hf_ilora.evaluation.statistics import bootstrap_interval, sign_flip_p_value, summarize_ranks
+from hf_ilora.evaluation.statistics import (
+    bootstrap_interval,
+    sign_flip_p_value,
+    summarize_by_count,
+    summarize_ranks,
+    users_by_count,
+)
 
 
 def metric_values(seed=0, num_users=400):
@@ -192,6 +200,32 @@ def test_a_write_that_fails_leaves_the_earlier_file_whole(tmp_path, monkeypatch)
         saved(path, OTHER_RANKS)
     assert SavedRanks.load(path).ranks("masked").tolist() == [1, 2, 30]
     assert [found.name for found in tmp_path.iterdir()] == ["a.parquet"]
+
+
+def test_ranks_among_new_items_are_saved_and_compare_the_users_who_have_them(tmp_path):
+    new_items = [dataclasses.replace(RANKS, new_items=np.array(values)) for values in ([0, 1, 4], [0, 2, 1])]
+    a, b = (saved(tmp_path / f"{name}.parquet", ranks) for name, ranks in zip("ab", new_items, strict=True))
+    assert SavedRanks.load(a).ranks("new_items").tolist() == [0, 1, 4]
+    comparison = compare_runs(a, b, metric="mrr", ranking="new_items")
+    assert (comparison.mean_a, comparison.mean_b, comparison.num_users) == (0.625, 0.75, 2)
+    without = dataclasses.replace(new_items[0], candidates=None)
+    assert SavedRanks.load(saved(tmp_path / "c.parquet", without)).ranks("new_items").tolist() == [0, 1, 4]
+    with pytest.raises(ValueError, match="of data without new items: expected ranking masked or unmasked"):
+        SavedRanks.load(saved(tmp_path / "d.parquet")).ranks("new_items")
+
+
+def test_targets_are_grouped_by_their_counts():
+    ranks = SplitRanks(np.array([1, 20, 3, 1, 9]), np.full(5, 50), new_items=np.array([1, 0, 0, 2, 0]))
+    counts = np.array([0, 5, 20, 0, 1000])
+    groups = summarize_by_count(ranks, counts, 10, num_resamples=20)
+    assert users_by_count(counts) == {"0": 2, "1-5": 1, "11-20": 1, "more": 1}
+    assert list(groups) == list(users_by_count(counts))
+    assert groups["1-5"]["masked/hit_ratio@10"].mean == 0 and groups["11-20"]["masked/ndcg@10"].mean == 0.5
+    assert groups["0"]["masked/ndcg@10"].mean == 1
+    assert groups["0"]["new_items/ndcg@10"].mean == pytest.approx((1 + 1 / math.log2(3)) / 2)
+    assert not any(name.startswith("new_items/") for group in list(groups)[1:] for name in groups[group])
+    with pytest.raises(ValueError, match=r"target_counts have shape \(2,\): expected \(5,\)"):
+        summarize_by_count(ranks, counts[:2])
 
 
 def test_summary_names_every_ranking_and_metric():

@@ -5,6 +5,7 @@ import importlib.util
 import json
 from itertools import pairwise
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -93,6 +94,27 @@ def test_three_models_end_up_in_one_table_with_their_ranks(evaluate, models, seq
     assert float(rows["counts"]["p_value"]) == comparison.p_value
     assert run.record["status"] == "finished"
     assert run.record["metrics"]["counts"]["masked/mrr"]["mean"] == pytest.approx(float(rows["counts"]["masked/mrr"]))
+
+
+def test_targets_outside_training_are_ranked_among_the_new_items(evaluate, models, tmp_path):
+    sequences = cyclic_sequences(num_users=60, protocol="cold_items")
+    sequences.save(tmp_path / "data")
+    counts = sequences.catalogue.counts
+    target_counts = counts[sequences["test"]["target"][:]]
+    output = evaluate(data_dir=tmp_path / "data", models=models[1:], names=["counts", "sasrec"]).output_dir
+    content = json.loads((output / "results.json").read_text())
+    is_new = counts == 0
+    is_new[0] = False
+    ranks = rank_split(load_recommender(models[1]), sequences["test"], is_new=is_new)
+    new = target_counts == 0
+    assert content["context"]["num_new_items"] == is_new.sum() >= 3
+    assert content["context"]["users_by_count"]["0"] == new.sum() > 0
+    group = content["models"][0]["by_count"]["0"]
+    assert group["masked/hit_ratio@10"]["mean"] == (ranks.masked[new] <= 10).mean()
+    assert group["new_items/ndcg@10"]["mean"] == pytest.approx((1 / np.log2(1 + ranks.new_items[new])).mean())
+    runs = sorted((output / "ranks").iterdir())
+    assert compare_runs(*runs, ranking="new_items", num_resamples=100).num_users == new.sum()
+    assert "## By the training count of the target" in (output / "results.md").read_text()
 
 
 def test_a_model_of_other_items_is_an_error_before_anything_runs(evaluate, models, tmp_path):

@@ -27,11 +27,14 @@ class SplitRanks:
         masked: (users,) int64, in the whole catalogue without the items of the history (the target itself stays).
         unmasked: (users,) int64, in the whole catalogue.
         candidates: (users,) int64, among the row's candidates; None for a split without candidates.
+        new_items: (users,) int64, as masked, but among the new items only; 0 for targets that are none of them. None
+            where nobody said which items are new.
     """
 
     masked: np.ndarray
     unmasked: np.ndarray
     candidates: np.ndarray | None = None
+    new_items: np.ndarray | None = None
 
 
 def target_ranks(scores: torch.Tensor, target: torch.Tensor, seen_items: torch.Tensor | None = None) -> torch.Tensor:
@@ -167,6 +170,7 @@ def rank_split(
     batch_size: int = 256,
     device: torch.device | str | None = None,
     scorer: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    is_new: np.ndarray | None = None,
 ) -> SplitRanks:
     """Rank the target of every row of an evaluation split, in the catalogue and among the row's candidates.
 
@@ -184,6 +188,7 @@ def rank_split(
         device: where to score; None means the device of the model.
         scorer: maps whole histories, (batch, length), padded with 0 on the right, to scores, (batch, num_items + 1).
             For models whose forward does not score the catalogue, such as `ilora.item_scores`; None uses the logits.
+        is_new: (num_items + 1,) bool, items among which new targets are ranked too; None ranks in the catalogue alone.
 
     Returns:
         Ranks of all rows, in the split's order. Without candidates in the split, `candidates` is None.
@@ -198,16 +203,20 @@ def rank_split(
         device = extract_model_from_parallel(model).device
     if scorer is None:
         scorer = partial(_logits, model, config.max_length)
-    num_rankings = 2 if rows.candidates is None else 3
-    ranks = torch.zeros(len(rows), num_rankings, dtype=torch.int64, device=device)
+    rankings = ["masked", "unmasked"]
+    rankings += [] if rows.candidates is None else ["candidates"]
+    rankings += [] if is_new is None else ["new_items"]
+    if is_new is not None:
+        is_new = torch.from_numpy(is_new).to(device)
+    ranks = torch.zeros(len(rows), len(rankings), dtype=torch.int64, device=device)
     with evaluation_mode(model), torch.inference_mode():
         for batch_rows, is_own in rows.batches_of_process(batch_size):
-            batch_ranks = _rank_batch(scorer, rows, batch_rows, device)
+            batch_ranks = _rank_batch(scorer, rows, batch_rows, device, is_new)
             if is_own:
                 ranks[torch.from_numpy(batch_rows).to(device)] = batch_ranks
     # Every row was ranked by one process and is zero in the others.
     ranks = reduce(ranks, reduction="sum").cpu().numpy()
-    return SplitRanks(*np.ascontiguousarray(ranks.T))
+    return SplitRanks(**dict(zip(rankings, np.ascontiguousarray(ranks.T), strict=True)))
 
 
 def _logits(model, max_length: int, histories: torch.Tensor) -> torch.Tensor:
@@ -219,8 +228,8 @@ def _logits(model, max_length: int, histories: torch.Tensor) -> torch.Tensor:
     return model(input_ids=input_ids, attention_mask=(input_ids != PADDING_ITEM_ID).long()).logits
 
 
-def _rank_batch(scorer, rows: "EvaluationRows", batch_rows: np.ndarray, device) -> torch.Tensor:
-    """(batch, 2 or 3) ranks: masked, unmasked and, if the rows have candidates, among these."""
+def _rank_batch(scorer, rows: "EvaluationRows", batch_rows: np.ndarray, device, is_new) -> torch.Tensor:
+    """(batch, 2 to 4) ranks: masked, unmasked and, if the rows have candidates, among these; then among new items."""
     histories = rows.histories(batch_rows).to(device)  # (batch, longest)
     target = torch.from_numpy(rows.target[batch_rows]).to(device)  # (batch,)
     scores = scorer(histories)  # (batch, num_items + 1)
@@ -229,6 +238,13 @@ def _rank_batch(scorer, rows: "EvaluationRows", batch_rows: np.ndarray, device) 
     if rows.candidates is not None:
         candidates = torch.from_numpy(rows.candidates[batch_rows]).to(device)  # (batch, candidates)
         ranks.append(candidate_ranks(scores, candidates, target))
+    if is_new is not None:
+        new = is_new[target].nonzero().squeeze(1)  # rows whose target is new
+        new_ranks = torch.zeros_like(unmasked)
+        if len(new):
+            new_scores = scores[new].masked_fill(~is_new, float("-inf"))
+            new_ranks[new] = target_ranks(new_scores, target[new], histories[new])
+        ranks.append(new_ranks)
     return torch.stack(ranks, dim=1)
 
 

@@ -1,7 +1,7 @@
 """One table of models with quality, latency and size side by side, and a plot of quality against latency."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hf_ilora.evaluation.latency import Latency, ModelSize
@@ -30,6 +30,7 @@ class ModelReport:
         latency: time of one recommendation.
         size: size of the model.
         comparison: with the first model of the table, by the metric `compared`; None for the first model.
+        by_count: for each group of targets by their training count, an interval for each metric.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ModelReport:
     latency: Latency
     size: ModelSize
     comparison: RunComparison | None
+    by_count: dict[str, dict[str, Interval]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,13 @@ class ReportContext(EvaluationContext):
 
     Args:
         compared: metric of the paired comparison, such as "masked/ndcg@10".
+        users_by_count: number of users in each group of targets by their training count.
+        num_new_items: number of items that never occur in training.
     """
 
     compared: str
+    users_by_count: dict[str, int] = field(default_factory=dict)
+    num_new_items: int = 0
 
 
 def write_table(reports: Sequence[ModelReport], context: ReportContext, folder: Path) -> None:
@@ -62,7 +68,7 @@ def write_table(reports: Sequence[ModelReport], context: ReportContext, folder: 
     Raises:
         ValueError: for no reports.
     """
-    text = markdown_table(reports, context) if reports else ""
+    text = f"{markdown_table(reports, context)}{count_table(reports, context)}" if reports else ""
     write_results(folder, context, reports, [_flat(report) for report in reports], text)
 
 
@@ -108,6 +114,39 @@ def markdown_table(reports: Sequence[ModelReport], context: ReportContext) -> st
         "",
     ]
     return "\n".join(lines)
+
+
+def count_table(reports: Sequence[ModelReport], context: ReportContext) -> str:
+    """The metrics by the training count of the target, in Markdown; nothing without groups."""
+    if not context.users_by_count:
+        return ""
+    k = context.k
+    metrics = {f"NDCG@{k}": f"masked/ndcg@{k}", f"HR@{k}": f"masked/hit_ratio@{k}"}
+    note = ""
+    if context.num_new_items and "0" in context.users_by_count:
+        metrics |= {f"NDCG@{k} among new": f"new_items/ndcg@{k}", f"HR@{k} among new": f"new_items/hit_ratio@{k}"}
+        note = f" Targets that training has never seen are also ranked among the {context.num_new_items:,} new items."
+    rows = [
+        (
+            group,
+            f"{num_users:,}",
+            in_markdown(report.name),
+            *(interval_text(report.by_count.get(group, {}).get(metric)) for metric in metrics.values()),
+        )
+        for group, num_users in context.users_by_count.items()
+        for report in reports
+    ]
+    return "\n".join(
+        [
+            "",
+            "## By the training count of the target",
+            "",
+            f"Items of the history masked; intervals as above.{note}",
+            "",
+            *markdown_rows(["count", "users", "model", *metrics], rows),
+            "",
+        ]
+    )
 
 
 def plot_quality(reports: Sequence[ModelReport], context: ReportContext, path: Path) -> None:
@@ -157,4 +196,9 @@ def _flat(report: ModelReport) -> dict[str, str | int | float]:
         **{f"latency {name}": value for name, value in asdict(report.latency).items()},
         **asdict(report.size),
         **flat_comparison(report.comparison),
+        **{
+            f"count {group}: {name}": value
+            for group, quality in report.by_count.items()
+            for name, value in flat_quality(quality).items()
+        },
     }

@@ -45,8 +45,8 @@ class SavedRanks:
     """One row per user of an evaluation split, in its order.
 
     Args:
-        table: user_id and the int64 columns rank_masked, rank_unmasked and, if the split has candidates,
-            rank_candidates.
+        table: user_id and the int64 columns rank_masked, rank_unmasked, rank_candidates if the split has candidates,
+            and rank_new_items if new items were ranked, 0 for users whose target is none.
         source: the model and the data.
     """
 
@@ -60,16 +60,17 @@ class SavedRanks:
         return cls(pa.table({"user_id": user_ids, **columns}), source)
 
     def ranks(self, ranking: str) -> np.ndarray:
-        """(users,) int64 ranks, "masked", "unmasked" or "candidates".
+        """(users,) int64 ranks, "masked", "unmasked", "candidates" or "new_items".
 
         Raises:
-            ValueError: for another name, and for "candidates" when the split has no candidates.
+            ValueError: for another name, and for ranks that were not computed.
         """
         if ranking not in RANKINGS:
             raise ValueError(f"ranking is {ranking!r}: expected one of {', '.join(RANKINGS)}")
         if f"rank_{ranking}" not in self.table.column_names:
+            kind = "candidates" if ranking == "candidates" else "new items"
             raise ValueError(
-                f"the ranks of {self.source.model} are of data without candidates: expected ranking masked or unmasked"
+                f"the ranks of {self.source.model} are of data without {kind}: expected ranking masked or unmasked"
             )
         return self.table[f"rank_{ranking}"].to_numpy()
 
@@ -115,7 +116,9 @@ class SavedRanks:
             raise ValueError(f"{path} is not a whole parquet file ({error}): evaluate the model again") from error
         expected = ["user_id", *(f"rank_{ranking}" for ranking in RANKINGS)]
         metadata = table.schema.metadata or {}
-        if table.column_names not in (expected, expected[:-1]) or _METADATA_KEY not in metadata:
+        found = table.column_names
+        is_whole = found[:3] == expected[:3] and found == [name for name in expected if name in found]
+        if not is_whole or _METADATA_KEY not in metadata:
             raise ValueError(
                 f"{path} has the columns {', '.join(table.column_names)}: expected saved ranks of "
                 f"`hf-ilora evaluate`, with {', '.join(expected)} and their source in the metadata"

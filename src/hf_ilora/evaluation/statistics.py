@@ -142,6 +142,61 @@ def summarize_ranks(
     }
 
 
+COUNT_GROUPS = {"0": (0, 0), "1-5": (1, 5), "6-10": (6, 10), "11-20": (11, 20), "more": (21, math.inf)}
+
+
+def summarize_by_count(
+    ranks: SplitRanks, target_counts: np.ndarray, k: int = 10, *, num_resamples: int = 2_000, seed: int = 0
+) -> dict[str, dict[str, Interval]]:
+    """The metrics by how often the target occurs in training, each with its 95% interval over users.
+
+    Args:
+        ranks: ranks of all users.
+        target_counts: (users,) occurrences of each user's target in training.
+        k: cut-off, at least 1.
+        num_resamples: bootstrap resamples of each interval.
+        seed: random seed of each interval.
+
+    Returns:
+        For each of `COUNT_GROUPS` that has users, intervals of "masked/ndcg@k" and "masked/hit_ratio@k", and for the
+        group "0" of "new_items/ndcg@k" and "new_items/hit_ratio@k", if there are ranks among the new items.
+
+    Raises:
+        ValueError: for `k` < 1, and counts of other users.
+    """
+    if target_counts.shape != ranks.masked.shape:
+        raise ValueError(
+            f"target_counts have shape {target_counts.shape}: expected {ranks.masked.shape}, one for each rank"
+        )
+    groups = {}
+    for group, rows in _rows_by_count(target_counts).items():
+        rankings = {"masked": ranks.masked[rows]}
+        if group == "0" and ranks.new_items is not None:
+            rankings["new_items"] = ranks.new_items[rows]
+        groups[group] = {
+            f"{ranking}/{name}": bootstrap_interval(
+                metric_per_user(name, torch.from_numpy(values)).numpy(), num_resamples=num_resamples, seed=seed
+            )
+            for ranking, values in rankings.items()
+            for name in (f"ndcg@{k}", f"hit_ratio@{k}")
+        }
+    return groups
+
+
+def users_by_count(target_counts: np.ndarray) -> dict[str, int]:
+    """The number of users in each group of `summarize_by_count`, whose targets have these counts, (users,)."""
+    return {group: int(rows.sum()) for group, rows in _rows_by_count(target_counts).items()}
+
+
+def _rows_by_count(target_counts: np.ndarray) -> dict[str, np.ndarray]:
+    """(users,) bool for each group that has users."""
+    rows_of = {
+        group: (target_counts >= lowest) & (target_counts <= highest)
+        for group, (lowest, highest) in COUNT_GROUPS.items()
+    }
+    return {group: rows for group, rows in rows_of.items() if rows.any()}
+
+
 def _full_ranking_metrics(k: int) -> tuple[str, ...]:
     return f"ndcg@{k}", f"hit_ratio@{k}", f"recall@{k}", "mrr"
 
@@ -205,7 +260,8 @@ def compare_runs(
             one model, such as those of several seeds, (runs, users), or a list of paths.
         b: the same for the other model, with the users in the same order.
         metric: for saved ranks, the metric to compare, such as "ndcg@10", "hit_ratio@10" or "mrr".
-        ranking: for saved ranks, "masked", "unmasked" or "candidates".
+        ranking: for saved ranks, "masked", "unmasked", "candidates", or "new_items", which compares the users whose
+            target is a new item.
         confidence: confidence level of the interval of the difference.
         num_resamples: resamples of the bootstrap and of the p-value.
         seed: random seed of both.
@@ -225,8 +281,8 @@ def compare_runs(
         for run in (*loaded[0], *loaded[1]):
             loaded[0][0].check_same_users(run)
         a, b = (
-            np.stack([metric_per_user(metric, torch.tensor(run.ranks(ranking))).numpy() for run in runs])
-            for runs in loaded
+            np.stack([metric_per_user(metric, torch.tensor(ranks[ranks > 0])).numpy() for ranks in each])
+            for each in ([run.ranks(ranking) for run in runs] for runs in loaded)  # 0: the user's target is not ranked
         )
     a, b = _mean_of_runs("a", a), _mean_of_runs("b", b)
     if len(a) != len(b):

@@ -82,6 +82,7 @@ def _row_number(path: Path, row: str | None, names: list[str], sources: list[str
 
 def _model_report(report: dict) -> ModelReport:
     parts = {"latency": Latency(**report["latency"]), "size": ModelSize(**report["size"])}
+    parts["by_count"] = {group: _intervals(quality) for group, quality in report.get("by_count", {}).items()}
     return ModelReport(**report | parts | _measured_parts(report))
 
 
@@ -94,6 +95,10 @@ def _measured_parts(report: dict) -> dict:
     if comparison is not None:
         comparison = RunComparison(**comparison | {"difference": Interval(**comparison["difference"])})
     return {
-        "quality": {name: Interval(**interval) for name, interval in report["quality"].items()},
+        "quality": _intervals(report["quality"]),
         "comparison": comparison,
     }
+
+
+def _intervals(quality: dict) -> dict[str, Interval]:
+    return {name: Interval(**interval) for name, interval in quality.items()}

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import cached_property
 
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
@@ -32,8 +31,8 @@ class ItemTitles:
 
         z(t)   = P (e(t) - mean) / sqrt(variances + their mean), scaled to length 1, where e encodes a title and P are
                  the principal components of the catalogue's titles
-        row(t) = average of the table's rows of the 20 items j with the largest cosine z(t) z(j) among those that occur in
-                 training, with weights n_j / (n_j + 10) * exp(z(t) z(j) / temperature), n_j being their counts
+        row(t) = average of the table's rows of the 20 items j with the largest cosine z(t) z(j), among those that occur
+                 n_j > 0 times in training, with the weights n_j / (n_j + 10) * exp(z(t) z(j) / temperature)
 
     The temperature is the one of four by which the rows of known items are predicted best from those of the others.
     Where the model scores by cosine, directions and lengths are averaged apart; dot products need the plain average,
@@ -52,8 +51,8 @@ class ItemTitles:
         vectors: (num_items + 1, components) the z of all titles, zero for padding.
 
     Raises:
-        ValueError: for a model without catalogue, title embeddings of another shape, with NaN or all equal, and where no
-            item occurs in training.
+        ValueError: for a model without catalogue, title embeddings of another shape, with NaN or all equal, and where
+            no item occurs in training.
     """
 
     def __init__(
@@ -100,7 +99,8 @@ class ItemTitles:
         # Without their mean, titles that are fewer than the numbers of a vector would all become orthogonal.
         self._projection = directions / (variances + variances.mean()).sqrt()  # (size, components)
         self._mean, self.catalogue = mean, catalogue
-        self.vectors = F.pad(self._projected(title_embeddings[1:]), (0, 0, 1, 0))  # (num_items + 1, components)
+        self._storage = F.pad(self._projected(title_embeddings[1:]), (0, 0, 1, 0))
+        self.vectors = self._storage  # (num_items + 1, components)
         self._counts = counts.clone()  # (num_items + 1,)
         self._counts[0] = 0
         self._forget()
@@ -134,7 +134,7 @@ class ItemTitles:
         item_tables(self.model)
         self._check_catalogue()
         table = new_items_table(items, self.catalogue)
-        catalogue = Catalogue(pa.concat_tables([self.catalogue.table, table]))
+        catalogue = self.catalogue.grown_by(table)
         new = torch.arange(len(self.catalogue), len(catalogue)) + 1
         counts = F.pad(self._counts, (0, len(new)))
         if title_embeddings is None and self.encoder == TF_IDF:  # whose vectors depend on all titles
@@ -143,7 +143,7 @@ class ItemTitles:
         else:
             vectors = self._vectors(table["title"].to_pylist(), title_embeddings)
             temperature = self.temperature
-            self.vectors = torch.cat([self.vectors, vectors])
+            self._append(vectors)
             self.catalogue, self._counts = catalogue, counts
             self._forget()
             self.temperature = temperature  # which depends on known items alone
@@ -213,8 +213,8 @@ class ItemTitles:
     def histories(self, liked: Sequence[Sequence[str]]) -> list[list[int]]:
         """Histories, oldest first, for users who say what they like.
 
-        A title of the catalogue, whatever its case, is that item. Any other text stands for the five items with the most
-        similar titles, the most similar one last.
+        A title of the catalogue, whatever its case, is that item. Any other text stands for the five items with the
+        most similar titles, the most similar one last.
 
         Args:
             liked: the titles that each user likes, oldest first.
@@ -251,14 +251,17 @@ class ItemTitles:
             top_k: items per user. Items that a user has named are not among them.
 
         Returns:
-            item_ids (users, top_k) int64, best first, and scores (users, top_k) float32: log p over the whole catalogue.
+            item_ids (users, top_k) int64, best first, and scores (users, top_k) float32: log p over the whole
+            catalogue.
 
         Raises:
             ValueError: as `histories`, and as the `recommend` of the model.
         """
         liked = [list(titles) for titles in liked] if not isinstance(liked, str) else liked
         histories = self.histories(liked)
-        named = [{self._item_of_title[text.strip().casefold()] for text in row if self._is_title(text)} for row in liked]
+        named = [
+            {self._item_of_title[text.strip().casefold()] for text in row if self._is_title(text)} for row in liked
+        ]
         num_named = max(map(len, named), default=0)
         if not 1 <= top_k <= len(self.catalogue) - num_named:
             raise ValueError(
@@ -283,6 +286,14 @@ class ItemTitles:
 
     # --- vectors and rows ---
 
+    def _append(self, vectors: torch.Tensor) -> None:
+        """Add vectors (titles, components), in memory that is reserved for many, since copying takes milliseconds."""
+        start, end = len(self.vectors), len(self.vectors) + len(vectors)
+        if end > len(self._storage):
+            self._storage = F.pad(self.vectors, (0, 0, 0, end + end // 8 - start))
+        self._storage[start:end] = vectors
+        self.vectors = self._storage[:end]
+
     def _check_catalogue(self) -> None:
         if self.model.catalogue is not self.catalogue:
             raise ValueError(
@@ -297,14 +308,15 @@ class ItemTitles:
         if embeddings is None:
             if self.encoder == TF_IDF:
                 raise ValueError(
-                    "the vectors of TF-IDF depend on all titles together, so other texts have none: choose another encoder"
+                    "the vectors of TF-IDF depend on all titles together, and other texts have none: choose another "
+                    "encoder"
                 )
             embeddings = encode_titles(titles, self.encoder, **self.encoder_settings)
         embeddings = _checked(embeddings, len(titles), "one for each title")
         if embeddings.shape[1] != len(self._mean):
             raise ValueError(
-                f"title embeddings have {embeddings.shape[1]} numbers per title: expected {len(self._mean)}, as those of "
-                "the catalogue; use the same encoder"
+                f"title embeddings have {embeddings.shape[1]} numbers per title: expected {len(self._mean)}, as those "
+                "of the catalogue; use the same encoder"
             )
         return self._projected(embeddings)
 
@@ -405,9 +417,7 @@ def add_items(
     return model
 
 
-def fill_new_items(
-    model: EncoderForNextItem, encoder: Encoder = EMBEDDED_ENCODER, **settings
-) -> int:
+def fill_new_items(model: EncoderForNextItem, encoder: Encoder = EMBEDDED_ENCODER, **settings) -> int:
     """Give the items of the catalogue that never occur in training the rows that their titles suggest.
 
     Args:
@@ -432,8 +442,8 @@ def _checked(title_embeddings: torch.Tensor, num_rows: int, which: str) -> torch
     embeddings = torch.as_tensor(title_embeddings).detach().cpu().float()
     if embeddings.dim() != 2 or len(embeddings) != num_rows:
         raise ValueError(
-            f"title embeddings have shape {tuple(embeddings.shape)}: expected ({num_rows}, size), {which}; encode these "
-            "titles"
+            f"title embeddings have shape {tuple(embeddings.shape)}: expected ({num_rows}, size), {which}; encode "
+            "these titles"
         )
     finite = torch.isfinite(embeddings).all(1)
     if not finite.all():

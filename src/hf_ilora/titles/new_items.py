@@ -42,7 +42,8 @@ def new_items_table(items: Items, catalogue: Catalogue) -> pa.Table:
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
         raise ValueError(f"raw id {repeated[0].as_py()!r} occurs more than once: expected one title per new item")
-    existing = raw_ids.filter(pc.is_in(raw_ids, value_set=catalogue.table["raw_id"].combine_chunks()))
+    known = catalogue.table["raw_id"]
+    existing = known.filter(pc.is_in(known, value_set=raw_ids))
     if len(existing):
         raise ValueError(
             f"raw id {existing[0].as_py()!r} is in the catalogue already, and so are {len(existing) - 1} others: "
@@ -51,8 +52,8 @@ def new_items_table(items: Items, catalogue: Catalogue) -> pa.Table:
     for raw_id, title in zip(raw_ids.to_pylist(), given["title"].to_pylist(), strict=True):
         if not isinstance(title, str) or not title.strip():
             raise ValueError(
-                f"the title of item {raw_id!r} is {title!r}: expected text, by which the item gets its place; give it a "
-                "title or leave it out"
+                f"the title of item {raw_id!r} is {title!r}: expected text, by which the item gets its place; give it "
+                "a title or leave it out"
             )
     first = len(catalogue) + 1
     columns = {"item_id": pa.array(range(first, first + len(given))), "raw_id": raw_ids, "title": given["title"]}
@@ -105,8 +106,8 @@ def _raw_ids(column: pa.ChunkedArray, expected: pa.DataType) -> pa.Array:
     is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
     if is_text != pa.types.is_string(expected) or not (is_text or pa.types.is_integer(column.type)):
         raise ValueError(
-            f"the raw ids of the new items are {column.type} (the first is {column[0].as_py()!r}): expected {expected}, "
-            "as in the catalogue of the model"
+            f"the raw ids of the new items are {column.type} (the first is {column[0].as_py()!r}): expected "
+            f"{expected}, as in the catalogue of the model"
         )
     return column.cast(expected).combine_chunks()
 
@@ -157,7 +158,7 @@ def add_item_rows(
         catalogue: of all items, the new ones last.
     """
     tables = [_grown(table, values) for table, values in zip(item_tables(model), rows, strict=True)]
-    config = copy.deepcopy(model.config)  # which another model may share
+    config = copy.copy(model.config)  # another model may share it
     config.num_items = len(catalogue)
     for module in model.modules():
         if isinstance(module, NextItemPreTrainedModel | NextItemHead):

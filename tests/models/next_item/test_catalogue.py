@@ -89,6 +89,24 @@ def test_a_saved_catalogue_comes_back_equal(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [CATALOGUE_FILE]
 
 
+def test_counts_of_training_are_an_optional_column(tmp_path):
+    assert Catalogue(table()).counts is None
+    counted = Catalogue(table()).with_counts(np.array([9, 2, 0, 5]))
+    assert counted.counts.tolist() == [0, 2, 0, 5] and counted != Catalogue(table())
+    assert counted.with_counts(np.array([0, 1, 1, 1])).counts.tolist() == [0, 1, 1, 1]
+    counted.to_parquet(tmp_path / CATALOGUE_FILE)
+    assert Catalogue.from_parquet(tmp_path / CATALOGUE_FILE) == counted
+    for wrong in ([1, -1, 2], [1, None, 2]):
+        with pytest.raises(ValueError, match="column count has values that are missing or negative"):
+            Catalogue(table(count=pa.array(wrong)))
+
+
+def test_a_catalogue_grows_by_rows_of_its_own_columns():
+    catalogue, whole = Catalogue(table().slice(0, 2)), Catalogue(table())
+    grown = catalogue.grown_by(whole.table.slice(2))
+    assert grown == whole and grown.item_ids(["B09"]) == [3] and len(catalogue) == 2
+
+
 def test_rows_in_another_order_or_another_arrow_type_are_the_same_catalogue():
     large = table(
         item_id=pa.array([1, 2, 3], pa.int32()), title=pa.array(["Toy Story", "Heat", "Casino"], pa.large_string())

@@ -93,8 +93,8 @@ def _is_integer(dtype: torch.dtype) -> bool:
 
 def _empty(row: int) -> str:
     return (
-        f"history {row} is empty: expected at least one item; leave the row out. A model whose catalogue has the column "
-        "count recommends popular items instead, as models do that are trained on the data set of build_sequences"
+        f"history {row} is empty: expected at least one item; leave the row out. A model whose catalogue has the "
+        "column count recommends popular items instead, as models do that are trained on what build_sequences returns"
     )
 
 
