@@ -85,21 +85,24 @@ def test_the_example_of_a_command_starts_it(command):
     assert command.example.startswith(f"{command.program} ")
 
 
+MISTAKE = ("recommend", "--model", "nowhere", "--user", "1")
+
+
 def test_a_mistake_ends_in_one_line_and_code_2(hf_ilora):
-    result = hf_ilora("recommend", "--model", "nowhere", "--user", "1")
+    result = hf_ilora(*MISTAKE)
     assert result.returncode == 2
     assert result.stderr == (
-        "hf-ilora recommend: error: expected either --user with --data_dir, or --history with raw item ids\n"
+        "hf-ilora recommend: error: --user is given without --data_dir: expected the prepared data set with the user\n"
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["--debug", "recommend", "--model", "x"], ["recommend", "--model", "x", "--debug"]])
+@pytest.mark.parametrize("words", [["--debug", *MISTAKE], [*MISTAKE, "--debug"]])
 def test_debug_adds_the_traceback_and_keeps_the_exit_code(hf_ilora, words):
     result = hf_ilora(*words)
     assert result.returncode == 2
     assert "Traceback" in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("hf-ilora recommend: error: expected either --user")
+    assert result.stderr.splitlines()[-1].startswith("hf-ilora recommend: error: --user is given")
 
 
 @pytest.mark.slow

@@ -24,7 +24,9 @@ def check_is_told(result, name, message):
 
 def test_a_mistake_in_the_settings_ends_in_one_line_and_exit_code_2(start_recipe, tmp_path):
     result = start_recipe("recommend", working_dir=tmp_path, model="nowhere", user=1)
-    check_is_told(result, "recommend", "expected either --user with --data_dir, or --history")
+    check_is_told(
+        result, "recommend", "--user is given without --data_dir: expected the prepared data set with the user"
+    )
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hf_ilora import Catalogue, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from tests.recipe_runs import RecipeRun
+from tests.titles.encoder_folders import save_bert
 
 COLUMNS = {"user_column": "user", "item_column": "song", "time_column": "when"}
 TITLES = {"items_item_column": "song", "items_title_column": "name", "num_candidates": 5}
@@ -52,6 +54,36 @@ def test_a_user_of_the_data_becomes_recommendations_in_titles(prepared, run_reci
     assert "The song-h" in printed and "1. The song-i" in printed  # user-0 ended with song-h
 
 
+def test_nobody_known_gets_popular_items(prepared, run_recipe, capsys, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(prepared / "counts" / "transition_counts", model)
+    run_recipe("recommend", model=model, top_k=3)
+    printed = capsys.readouterr().out
+    assert "Popular, since there is no history:" in printed and "3. The song-" in printed
+
+
+def test_models_without_counts_need_the_data_to_know_what_is_popular(prepared, run_recipe, capsys, tmp_path):
+    sequences = SequenceDatasets.load(prepared / "data")
+    model = SASRecForNextItem(SASRecConfig(num_items=sequences.num_items, hidden_size=8))
+    model.catalogue = Catalogue(sequences.catalogue.table.drop_columns("count"))
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="so nothing is known to be popular: pass --data_dir, or --user"):
+        run_recipe("recommend", model=tmp_path / "model")
+    run_recipe("recommend", model=tmp_path / "model", data_dir=prepared / "data", top_k=1)
+    most = sequences.catalogue.titles([int(sequences.catalogue.counts.argmax())])[0]
+    assert f"1. {most}  (" in capsys.readouterr().out
+
+
+def test_liked_titles_become_recommendations(prepared, run_recipe, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ILORA_CACHE", str(tmp_path / "cache"))
+    settings = {"model": prepared / "counts" / "transition_counts", "title_encoder": save_bert(tmp_path / "bert")}
+    run_recipe("recommend", liked=["the SONG-c", "The song-d"], top_k=2, **settings)
+    printed = capsys.readouterr().out
+    assert "1. The song-e" in printed and "The newest of 2 items" in printed
+    run_recipe("recommend", liked="anything with a piano", top_k=2, **settings)
+    assert "The newest of 5 items" in capsys.readouterr().out
+
+
 def test_a_title_does_not_drive_the_terminal(prepared, run_recipe, capsys, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(prepared / "counts" / "transition_counts", model)
@@ -78,7 +110,8 @@ POPULARITY = {"model": "{tables}/counts/popularity"}
         ("prepare_data", OWN | {"min_rating": 3}, "min_rating"),
         ("recommend", POPULARITY | {"history": "song-a", "shown": 0}, "shown is 0"),
         ("recommend", {"model": "nowhere", "history": "song-a"}, "nowhere"),
-        ("recommend", POPULARITY, "--history"),
+        ("recommend", POPULARITY | {"user": "user-0"}, "--user is given without --data_dir"),
+        ("recommend", POPULARITY | {"history": "song-a", "liked": "x"}, "--history and --liked are given"),
         ("recommend", POPULARITY | {"history": "song-z"}, "song-z"),
         ("recommend", POPULARITY | {"data_dir": "{tables}/data", "user": "nobody"}, "nobody"),
     ],

@@ -225,12 +225,7 @@ class ItemTitles:
         Raises:
             ValueError: for blank titles, and where the titles of a user are one string.
         """
-        for number, titles in enumerate(liked):
-            if isinstance(titles, str):
-                raise ValueError(
-                    f"liked[{number}] is the string {titles!r}: expected a list of titles per user, such as "
-                    f"[[{titles!r}]]"
-                )
+        liked = _checked_liked(liked)
         texts = list(dict.fromkeys(text for titles in liked for text in titles if not self._is_title(text)))
         stands_for = {}
         if texts:
@@ -257,7 +252,7 @@ class ItemTitles:
         Raises:
             ValueError: as `histories`, and as the `recommend` of the model.
         """
-        liked = [list(titles) for titles in liked] if not isinstance(liked, str) else liked
+        liked = _checked_liked(liked)
         histories = self.histories(liked)
         named = [
             {self._item_of_title[text.strip().casefold()] for text in row if self._is_title(text)} for row in liked
@@ -435,6 +430,16 @@ def fill_new_items(model: EncoderForNextItem, encoder: Encoder = EMBEDDED_ENCODE
 
 def _rows_of(table: torch.Tensor, item_ids: torch.Tensor) -> torch.Tensor:
     return table.detach()[item_ids.to(table.device)].float().cpu()
+
+
+def _checked_liked(liked: Sequence[Sequence[str]]) -> list[list[str]]:
+    for number, titles in enumerate(liked):
+        if isinstance(titles, str):
+            shown = liked if isinstance(liked, str) else titles
+            raise ValueError(
+                f"liked[{number}] is the string {titles!r}: expected a list of titles per user, such as [[{shown!r}]]"
+            )
+    return [list(titles) for titles in liked]
 
 
 def _checked(title_embeddings: torch.Tensor, num_rows: int, which: str) -> torch.Tensor:

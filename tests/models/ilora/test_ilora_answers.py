@@ -325,6 +325,20 @@ def test_histories_may_be_ragged_lists_arrays_or_tensors_and_are_checked_once(na
         torch.testing.assert_close(METHODS[name](model, histories), expected)
 
 
+def test_users_without_history_get_popular_items_if_these_are_known():
+    model = tiny_model(item_head="residual")
+    rows = [real(history) for history in HISTORIES]
+    with pytest.raises(ValueError, match="history 1 is empty"):
+        model.recommend([rows[0], []], 4)
+    num_items = len(model.catalogue)
+    counts = np.arange(num_items + 1)
+    model.catalogue = model.catalogue.with_counts(counts)
+    item_ids, scores = model.recommend([rows[0], [], rows[1]], 4)
+    assert item_ids[1].tolist() == list(range(num_items, num_items - 4, -1))
+    torch.testing.assert_close(scores[1].exp(), torch.arange(num_items, num_items - 4, -1) / counts.sum())
+    torch.testing.assert_close(scores[[0, 2]], model.recommend(rows[:2], 4)[1])
+
+
 def test_recommended_items_come_with_log_probabilities_and_ranked_ones_with_their_negatives():
     model = tiny_model(item_head="residual")
     log_p = model.item_scores(HISTORIES)[:, 1:].log_softmax(1)

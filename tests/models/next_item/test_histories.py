@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
@@ -9,6 +10,7 @@ from datasets import Dataset
 from hf_ilora import (
     CaserConfig,
     CaserForNextItem,
+    Catalogue,
     GRU4RecConfig,
     GRU4RecForNextItem,
     PopularityConfig,
@@ -133,3 +135,53 @@ def test_ids_are_checked_once_per_call(histories):
 def test_forward_takes_input_ids_and_no_ragged_rows():
     with pytest.raises(ValueError, match="input_ids have list: expected a tensor"):
         SASRecForNextItem(SASRecConfig(**SIZES))(ROWS)
+
+
+# --- users without history ---
+
+COUNTS = np.array([0, *((7 * item) % 11 for item in range(1, NUM_ITEMS + 1))])  # with zeros and ties
+
+
+def with_counts(model, counts=COUNTS):
+    ids = list(range(1, NUM_ITEMS + 1))
+    model.catalogue = Catalogue(pa.table({"item_id": ids, "raw_id": ids, "title": [f"Title {i}" for i in ids]}))
+    if counts is not None:
+        model.catalogue = model.catalogue.with_counts(counts)
+    return model
+
+
+@pytest.mark.parametrize("kind", [SASRecForNextItem, GRU4RecForNextItem, CaserForNextItem])
+def test_users_without_history_get_popular_items_among_others(kind):
+    model = with_counts(kind(kind.config_class(**SIZES)))
+    for histories in ([[3, 1], [], [7]], [[3, 1], [0, 0], [7, 0]], torch.tensor([[3, 1], [0, 0], [0, 7]])):
+        item_ids, scores = model.recommend(histories, top_k=12)
+        for row, history in ((0, [3, 1]), (2, [7])):
+            alone, alone_scores = model.recommend([history], top_k=12)
+            assert torch.equal(item_ids[row], alone[0])
+            torch.testing.assert_close(scores[row], alone_scores[0], rtol=1e-4, atol=1e-5)
+        shares = COUNTS[item_ids[1]] / COUNTS.sum()
+        assert sorted(COUNTS, reverse=True)[:12] == COUNTS[item_ids[1]].tolist()
+        torch.testing.assert_close(scores[1].exp(), torch.from_numpy(shares).float())
+    item_ids, scores = model.recommend([[]], top_k=NUM_ITEMS)  # down to items that were never counted
+    assert sorted(item_ids[0].tolist()) == list(range(1, NUM_ITEMS + 1)) and torch.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("popularity_weight", [0.0, 1e-5])
+def test_models_that_count_know_what_is_popular_without_a_catalogue(popularity_weight):
+    config = TransitionCountsConfig(num_items=NUM_ITEMS, popularity_weight=popularity_weight)
+    for model in (
+        TransitionCountsForNextItem.fit([*ROWS, [11, 11]], config),
+        PopularityForNextItem.fit([*ROWS, [11, 11]], PopularityConfig(num_items=NUM_ITEMS)),
+    ):
+        item_ids, scores = model.recommend([[], [1]], top_k=2)
+        assert item_ids[0, 0] == 11 and scores[0, 0].item() == pytest.approx(np.log(3 / 11))
+        assert model.rank_items([[]], top_k=2)[1][0, 0].item() == pytest.approx(-np.log(3 / 11))
+
+
+def test_it_is_an_error_where_nobody_knows_what_is_popular():
+    for model in (
+        SASRecForNextItem(SASRecConfig(**SIZES)),
+        with_counts(SASRecForNextItem(SASRecConfig(**SIZES)), None),
+    ):
+        with pytest.raises(ValueError, match=r"history 1 is empty: .*A model whose catalogue has the column count"):
+            model.recommend([[1], []])

@@ -58,11 +58,19 @@ class ILoraAnswers:
             ValueError: as `item_scores`, and if fewer than `top_k` items are left. A row without items gets the most
                 popular ones instead of an error, if the catalogue has their counts.
         """
-        counts = self.catalogue.counts
-        histories = padded_histories(histories, self.config.num_items, self.device, counts is not None)
-        scores = scores_or_popular(self._item_scores, lambda: popular_scores(counts, self.device), histories)
+        histories = padded_histories(histories, self.config.num_items, self.device, self.knows_popular_items)
+        scores = scores_or_popular(self._item_scores, self.popular_scores, histories)
         log_probabilities = scores.log_softmax(-1)  # (batch, num_items + 1)
         return top_k_items(log_probabilities, histories, top_k, exclude_seen)
+
+    @property
+    def knows_popular_items(self) -> bool:
+        """Whether `popular_scores` exist."""
+        return self.catalogue.counts is not None
+
+    def popular_scores(self) -> torch.Tensor:
+        """(num_items + 1,) scores for users without history."""
+        return popular_scores(self.catalogue.counts, self.device)
 
     def rank_items(self, histories, top_k: int = 10, exclude_seen: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """The items of `recommend` with their distances, which are the negative log-probabilities."""
