@@ -28,6 +28,7 @@ from hf_ilora.runs import (
     set_up_logging,
     sole_writer,
 )
+from hf_ilora.training.new_items import NewItemArguments, fill_after_training
 from hf_ilora.training.students import StudentArguments, build_student
 
 SASRecArguments = config_arguments(SASRecConfig, exclude=("num_items", "pad_token_id", *TEACHER_FIELDS))
@@ -63,7 +64,7 @@ class TeacherArguments:
             )
 
 
-ARGUMENTS = (TeacherArguments, StudentArguments, SASRecArguments, DistillationArguments)
+ARGUMENTS = (TeacherArguments, StudentArguments, SASRecArguments, NewItemArguments, DistillationArguments)
 
 
 def main() -> None:
@@ -74,7 +75,7 @@ def main() -> None:
 
 def distill(arguments: tuple) -> None:
     """Train, save and evaluate the student in its output folder."""
-    teacher, student, sasrec_arguments, training = arguments
+    teacher, student, sasrec_arguments, new_items, training = arguments
     set_up_logging(training.output_dir)
     sequences = SequenceDatasets.load(teacher.data_dir)
     fingerprint = sequences.fingerprint
@@ -102,6 +103,7 @@ def distill(arguments: tuple) -> None:
             record.add_metrics(name, origin)
         with record.stage("train"):
             trainer.train(resume_from_checkpoint=checkpoint)
+        fill_after_training(trainer, sequences["train"], new_items)
         trainer.save_model()
         evaluate_splits(trainer, sequences, record)
 

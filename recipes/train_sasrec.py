@@ -27,6 +27,7 @@ from hf_ilora.runs import (
     set_up_logging,
     sole_writer,
 )
+from hf_ilora.training.new_items import NewItemArguments, fill_after_training
 
 # A teacher's item embeddings are for distill_sasrec.py.
 SASRecArguments = config_arguments(SASRecConfig, exclude=("num_items", "pad_token_id", *TEACHER_FIELDS))
@@ -49,7 +50,7 @@ class DataArguments:
         check_fraction(self.train_fraction)
 
 
-ARGUMENTS = (DataArguments, SASRecArguments, NextItemTrainingArguments)
+ARGUMENTS = (DataArguments, SASRecArguments, NewItemArguments, NextItemTrainingArguments)
 
 
 def main() -> None:
@@ -60,16 +61,17 @@ def main() -> None:
 
 def train(arguments: tuple) -> None:
     """Train, save and evaluate the model in its output folder."""
-    data, model_arguments, training = arguments
+    data, model_arguments, new_items, training = arguments
     set_up_logging(training.output_dir)
     sequences = SequenceDatasets.load(data.data_dir)
     fingerprint = sequences.fingerprint
     checkpoint = resumable_checkpoint(training.output_dir, arguments, fingerprint)
+    rows = rows_in_fraction(sequences["train"], data.train_fraction)
     set_seed(training.seed)
     trainer = NextItemTrainer(
         SASRecForNextItem(SASRecConfig(num_items=sequences.num_items, **dataclasses.asdict(model_arguments))),
         training,
-        train_dataset=rows_in_fraction(sequences["train"], data.train_fraction),
+        train_dataset=rows,
         eval_dataset=sequences["validation"],
         processing_class=sequences.catalogue,
     )
@@ -78,6 +80,7 @@ def train(arguments: tuple) -> None:
         record.add_data(fingerprint)
         with record.stage("train"):
             trainer.train(resume_from_checkpoint=checkpoint)
+        fill_after_training(trainer, rows, new_items)
         trainer.save_model()
         evaluate_splits(trainer, sequences, record)
 

@@ -9,6 +9,7 @@ import torch
 from hf_ilora import SASRecForNextItem
 from tests.recipe_runs import RecipeRun, kill_recipe
 from tests.synthetic import cyclic_sequences
+from tests.titles.encoder_folders import save_bert
 
 SETTINGS = {
     "hidden_size": 16, "max_length": 8, "per_device_train_batch_size": 64, "num_train_epochs": 12, "use_cpu": True,
@@ -64,6 +65,30 @@ def test_rows_that_are_prefixes_teach_their_last_target_only(train, tmp_path):
     run = train(tmp_path / "run", data_dir=tmp_path / "data", num_train_epochs=1)
     assert run.trainer.train_dataset.labelled_positions == "last"
     assert run.record["metrics"]["test"]["candidates/hit_ratio@1"]["mean"] >= 0
+
+
+def test_items_outside_training_get_rows_from_their_titles(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ILORA_CACHE", str(tmp_path / "cache"))
+    sequences = cyclic_sequences(num_users=60, protocol="cold_items")
+    sequences.save(tmp_path / "data")
+    settings = {"data_dir": tmp_path / "data", "num_train_epochs": 1, "title_encoder": save_bert(tmp_path / "bert")}
+    with_titles = settings | {"initial_items": "titles_and_cooccurrence"}
+    runs = {
+        "filled": train(tmp_path / "filled", **with_titles),  # as is the rule for a start from titles
+        "kept": train(tmp_path / "kept", fill_new_items=False, **with_titles),
+        "asked": train(tmp_path / "asked", fill_new_items=True, **settings),
+        "random": train(tmp_path / "random", **settings),
+    }
+    tables = {
+        name: SASRecForNextItem.from_pretrained(run.output_dir).get_input_embeddings().weight.detach()
+        for name, run in runs.items()
+    }
+    new = torch.from_numpy(sequences.catalogue.counts == 0)
+    new[0] = False
+    assert new.sum() >= 3
+    for filled, kept in (("filled", "kept"), ("asked", "random")):
+        differs = (tables[filled] - tables[kept]).abs().amax(1) > 1e-3
+        assert differs.tolist() == new.tolist()
 
 
 def test_finished_run_is_never_overwritten(trained, train):
