@@ -14,6 +14,7 @@ from tests.paths import PROJECT, RECIPES
 from tests.processes import kill_with_children
 from tests.recipe_runs import ENVIRONMENT, RecipeRun, recipe_words, wait_for_checkpoint
 from tests.synthetic import cyclic_sequences
+from tests.titles.encoder_folders import save_bert
 
 # Without dropout two processes with half the batch must compute what one computes with the whole.
 SETTINGS = {
@@ -53,6 +54,17 @@ def test_two_processes_learn_what_one_learns(train, config):
         torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-4)
     for name, value in one.record["metrics"]["test"].items():
         assert abs(two.record["metrics"]["test"][name]["mean"] - value["mean"]) < 0.01, name
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_titles_that_are_encoded_once(train, launch, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ILORA_CACHE", str(tmp_path / "cache"))
+    words = train.words("multi_cpu.yaml", tmp_path / "run")
+    words += ["--initial_items", "titles_and_cooccurrence", "--title_encoder", str(save_bert(tmp_path / "bert"))]
+    printed = launch("multi_cpu.yaml", *words, "--max_steps", "2", "--eval_strategy", "epoch").stdout
+    assert printed.count("INFO hf_ilora.titles.encoders: encoding 30 titles") == 1
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
+    assert RecipeRun(tmp_path / "run").record["world_size"] == 2
 
 
 @pytest.mark.slow

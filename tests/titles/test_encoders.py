@@ -4,12 +4,18 @@ import importlib.util
 import json
 import logging
 import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
 
 import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from hf_ilora import Catalogue, encode_titles, item_title_embeddings
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
@@ -18,7 +24,7 @@ from tests.models.ilora.ilora_fixtures import TITLES as ILORA_TITLES
 from tests.models.ilora.ilora_fixtures import tiny_model
 from tests.tiny_language_models import base_llm
 from tests.tiny_tokenizers import TITLES as TOKENIZER_TITLES
-from tests.tiny_tokenizers import byte_level, byte_level_bpe_with_bos
+from tests.tiny_tokenizers import byte_level, byte_level_bpe_with_bos, unigram
 from tests.titles.encoder_folders import save_bert, save_sentence_transformer, states_by_hand
 
 TITLES = [title for title in TOKENIZER_TITLES if title.isascii()] + ["heat [SEP] toy " * 20]
@@ -82,6 +88,35 @@ def test_other_sentence_transformers_need_the_library(tmp_path, monkeypatch, set
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'expected sentence-transformers to run its modules; pip install "hf_ilora\['):
         encode_titles(TITLES, folder)
+
+
+def test_of_an_encoder_and_decoder_the_encoder_is_read(tmp_path):
+    tokenizer, config = unigram(), T5Config(vocab_size=200, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    model = T5ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    with torch.no_grad():
+        expected = torch.stack(
+            [
+                model.get_encoder()(torch.tensor([tokenizer(title)["input_ids"]])).last_hidden_state[0].mean(0)
+                for title in TITLES[:4]
+            ]
+        )
+    vectors = encode_titles(TITLES[:4], tmp_path / "t5")
+    torch.testing.assert_close(vectors, F.normalize(expected, dim=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_encoder_may_be_a_name_on_the_hub(bert, tmp_path):
+    """Out of the Hub's cache, as tests have no Hub; which folder that is, its client reads when it is imported."""
+    repository = tmp_path / "hub" / "models--user--bert"
+    shutil.copytree(bert, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    code = "import torch, hf_ilora, sys\ntorch.save(hf_ilora.encode_titles(['Heat', '1984'], 'user/bert'), sys.argv[1])"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "found.pt")], check=True, env=environment)
+    assert torch.equal(torch.load(tmp_path / "found.pt"), encode_titles(["Heat", "1984"], bert))
 
 
 @pytest.mark.parametrize("has_bos", [False, True])
@@ -297,3 +332,19 @@ def test_a_cache_that_cannot_be_written_costs_the_cache_alone(bert, tmp_path, mo
     vectors = encode_titles(TITLES, bert, cache_dir=tmp_path / "file")
     assert torch.equal(vectors, encode_titles(TITLES, bert))
     assert "cannot be written" in caplog.text and "are not kept" in caplog.text
+
+
+def test_callers_at_the_same_time_encode_once(bert, monkeypatch):
+    calls, results, encode = [], [], encoders.encode_with_transformer
+    monkeypatch.setattr(encoders, "encode_with_transformer", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    threads = [threading.Thread(target=lambda: results.append(encode_titles(TITLES, bert))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and all(torch.equal(result, results[0]) for result in results) and len(results) == 3
+
+
+def test_a_million_equal_titles_cost_one(bert):
+    table = item_title_embeddings(["Heat"] * 999_999 + ["Toy Story"], bert)
+    assert table.shape == (1_000_001, 16) and torch.equal(table[1], table[999_999])

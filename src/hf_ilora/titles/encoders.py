@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
 
 from hf_ilora.devices import uses_accelerator
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
@@ -73,6 +72,52 @@ def encode_titles(
         OSError: when the Hub cannot be reached, or a model has no weights in safetensors.
         DownloadError, ChecksumError: when the embedded encoder cannot be downloaded.
     """
+    vectors, rows = _encoded(titles, encoder, layer, batch_size, dtype, device, cache_dir, trust_remote_code)
+    return vectors[rows]
+
+
+def item_title_embeddings(
+    catalogue_or_titles: Catalogue | Sequence[str],
+    encoder: Encoder = EMBEDDED_ENCODER,
+    *,
+    layer: int | None = None,
+    batch_size: int = 64,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> torch.Tensor:
+    """Encode the titles of items 1 to num_items, as tables of item embeddings have them.
+
+    Args:
+        catalogue_or_titles: the catalogue, or (num_items,) titles in the order of item ids.
+        encoder, layer, batch_size, dtype, device, cache_dir, trust_remote_code: as in `encode_titles`.
+
+    Returns:
+        (num_items + 1, size) float32 on the CPU, rows of length 1 and zeros in row 0, for padding.
+
+    Raises:
+        ValueError: as `encode_titles`, and when all titles are equal, or are the raw ids of a catalogue that was made
+            without titles.
+    """
+    titles = distinct_titles(catalogue_or_titles)
+    vectors, rows = _encoded(titles, encoder, layer, batch_size, dtype, device, cache_dir, trust_remote_code)
+    table = torch.zeros(len(titles) + 1, vectors.shape[1])
+    torch.index_select(vectors, 0, rows, out=table[1:])
+    return table
+
+
+def _encoded(
+    titles: Sequence[str],
+    encoder: Encoder,
+    layer: int | None,
+    batch_size: int,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    cache_dir: str | Path | None,
+    trust_remote_code: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors of the different titles, and the row of each title among them, (titles,) int64."""
     _check_titles(titles)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: expected at least 1")
@@ -117,26 +162,7 @@ def encode_titles(
         settings = {"encoder": source.identity, "layer": layer, "dtype": str(dtype)}
         vectors = kept_embeddings(unique, settings, encoded, cache_dir)
     row_of = {title: row for row, title in enumerate(unique)}
-    return vectors[[row_of[title] for title in titles]]
-
-
-def item_title_embeddings(
-    catalogue_or_titles: Catalogue | Sequence[str], encoder: Encoder = EMBEDDED_ENCODER, **settings
-) -> torch.Tensor:
-    """Encode the titles of items 1 to num_items, as tables of item embeddings have them.
-
-    Args:
-        catalogue_or_titles: the catalogue, or (num_items,) titles in the order of item ids.
-        encoder, settings: as in `encode_titles`.
-
-    Returns:
-        (num_items + 1, size) float32 on the CPU, rows of length 1 and zeros in row 0, for padding.
-
-    Raises:
-        ValueError: as `encode_titles`, and when all titles are equal, or are the raw ids of a catalogue that was made
-            without titles.
-    """
-    return F.pad(encode_titles(distinct_titles(catalogue_or_titles), encoder, **settings), (0, 0, 1, 0))
+    return vectors, torch.tensor([row_of[title] for title in titles])
 
 
 def distinct_titles(catalogue_or_titles: Catalogue | Sequence[str]) -> Sequence[str]:
@@ -183,7 +209,8 @@ def _unit_rows(vectors: torch.Tensor, titles: Sequence[str]) -> torch.Tensor:
             f"the vector of the title {titles[int(finite.int().argmin())]!r} contains NaN or inf: expected finite "
             "numbers; choose another dtype, such as float32, or another encoder"
         )
-    return F.normalize(vectors.float(), dim=1)
+    vectors = vectors.float()
+    return vectors.div_(vectors.norm(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny))
 
 
 __all__ = ["TF_IDF", "Encoder", "distinct_titles", "encode_titles", "item_title_embeddings"]

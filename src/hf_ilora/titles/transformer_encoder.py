@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 EXTRA = 'pip install "hf_ilora[titles]"'
 SHORT_TITLE = 32  # tokens; of longer ones there are fewer in a batch, which bounds its memory
 _TITLES_PER_CALL = 10_000  # of the tokenizer
+_MAX_TOKENS = 1 << 20  # of models without a limit; tokenizers take no 10**30
 _SECONDS_BETWEEN_PROGRESS = 10.0
 _POOLING_MODES = ("mean", "cls", "lasttoken")
 # How versions of sentence-transformers before 5.5 name them.
@@ -224,7 +225,12 @@ def _tokenised(
     tokenizer: PreTrainedTokenizerBase, titles: Sequence[str], pooling: Pooling, config
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens (total,) of all titles one after the other, whether they count (total,), and starts (titles + 1,)."""
-    limits = (pooling.max_tokens, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    limits = (
+        pooling.max_tokens,
+        tokenizer.model_max_length,
+        getattr(config, "max_position_embeddings", None),
+        _MAX_TOKENS,
+    )
     # The first token of a causal language model attracts attention and says little, whichever it is.
     front = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     front = None if pooling.special_tokens else front
@@ -318,7 +324,7 @@ def _with_sentence_transformers(
             "another model"
         ) from error
     vectors = model.encode(list(titles), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
-    return vectors.float().cpu()
+    return vectors.float().cpu().clone()  # what was made in inference mode takes no part in training
 
 
 __all__ = ["Pooling", "encode_with_transformer", "pooling_of"]

@@ -122,7 +122,7 @@ def checked_title_embeddings(table: torch.Tensor, num_items: int) -> torch.Tenso
             f"title_embeddings of item {int(finite.int().argmin()) + 1} contain NaN or inf: expected finite numbers; "
             "encode again"
         )
-    return F.pad(table[1:], (0, 0, 1, 0))
+    return F.pad(table[1:], (0, 0, 1, 0)) if table[0].any() else table
 
 
 __all__ = [
