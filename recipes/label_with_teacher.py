@@ -67,6 +67,13 @@ class LabelArguments:
             "choices": LABELLED_POSITIONS,
         },
     )
+    split: str = field(
+        default="train",
+        metadata={
+            "help": "split to label: train to learn from the labels, validation for tune_ensemble.py",
+            "choices": ("train", "validation"),
+        },
+    )
     budget: int | None = field(default=None, metadata={"help": "number of labels to ask for; by default all"})
     acquire: str = field(
         default="random",
@@ -96,6 +103,11 @@ class LabelArguments:
         check_at_least_one(self, "top_k", "batch_size", "shard_rows", "timeout_minutes")
         check_seed("seed", self.seed)
         check_choice("dtype", self.dtype, (None, *DTYPES))
+        if self.split != "train" and self.labelled_positions != "last":
+            raise ValueError(
+                f"labelled_positions is {self.labelled_positions} with split {self.split}: expected last, the targets "
+                "of that split"
+            )
         if self.budget is None and (self.acquire != "random" or self.recommender is not None):
             raise ValueError("acquire and recommender select what to ask: expected a budget with them")
         if self.budget is not None:
@@ -123,7 +135,7 @@ def main() -> None:
 def label(arguments: LabelArguments, state: PartialState) -> None:
     """Write the labels that are not there yet, and describe them."""
     sequences, teacher, recommender = load_and_check(arguments, state.device)
-    all_requests = LabelRequests.of_split(sequences["train"], arguments.labelled_positions)
+    all_requests = LabelRequests.of_split(sequences[arguments.split], arguments.labelled_positions)
     fingerprint = sequences.fingerprint
     settings = {
         "data_fingerprint": fingerprint,
@@ -133,6 +145,8 @@ def label(arguments: LabelArguments, state: PartialState) -> None:
         "recommender_fingerprint": None if recommender is None else model_fingerprint(recommender),
     }
     names = ("top_k", "exclude_seen", "labelled_positions", "budget", "acquire", "seed", "shard_rows", "dtype")
+    if arguments.split != "train":
+        settings["split"] = arguments.split
     folder = LabelFolder(arguments.output_dir, settings | {name: vars(arguments)[name] for name in names})
     if state.is_main_process:
         folder.start(partial(what_to_ask, all_requests, teacher, recommender, arguments))
@@ -178,7 +192,7 @@ def load_and_check(arguments: LabelArguments, device: torch.device):
     raw_ids = sequences.raw_ids
     teacher = load_teacher(
         arguments.teacher,
-        len(sequences["train"]),
+        len(sequences[arguments.split]),
         sequences.num_items,
         dtype=arguments.dtype,
         device=device,

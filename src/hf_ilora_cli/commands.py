@@ -75,9 +75,16 @@ COMMANDS = {
             launched=True,
         ),
         Command(
+            "tune-ensemble",
+            "tune_ensemble",
+            "Find the weights of an ensemble of teachers on validation.",
+            "hf-ilora tune-ensemble --data_dir outputs/ml-100k/data --members outputs/ml-100k/sasrec titles "
+            "outputs/ml-100k/counts/transition_counts --output_dir outputs/ml-100k/ensemble",
+        ),
+        Command(
             "distill",
             "distill_sasrec",
-            "Train a SASRec that also learns from a teacher's labels.",
+            "Train a SASRec that also learns from teachers.",
             "hf-ilora distill ml-100k/sasrec --teacher_labels outputs/ml-100k/labels --output_dir "
             "outputs/ml-100k/distilled",
             launched=True,

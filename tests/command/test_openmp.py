@@ -8,7 +8,15 @@ import pytest
 
 from tests.paths import PROJECT, RECIPES
 
-COMPUTING = ("distill_sasrec", "evaluate_ilora", "evaluate_models", "fit_counts", "label_with_teacher", "recommend")
+COMPUTING = (
+    "distill_sasrec",
+    "evaluate_ilora",
+    "evaluate_models",
+    "fit_counts",
+    "label_with_teacher",
+    "recommend",
+    "tune_ensemble",
+)
 COMPUTING += ("train_ilora", "train_sasrec")
 
 

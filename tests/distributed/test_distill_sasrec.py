@@ -7,6 +7,7 @@ from tests.paths import RECIPES
 from tests.recipe_runs import RecipeRun, recipe_words
 from tests.synthetic import cyclic_sequences
 from tests.tiny_ilora_parts import known_recommender
+from tests.titles.encoder_folders import save_bert
 
 # Without dropout two processes with half the batch must compute what one computes with the whole.
 SETTINGS = {
@@ -16,6 +17,13 @@ SETTINGS = {
 }  # fmt: skip
 KINDS = {
     "teacher": {"lam": 0, "kl_weight": 2, "kl_temperature": 2},
+    "ensemble": {
+        "lam": 0,
+        "kl_weight": 2,
+        "distilled_positions": "all",
+        "title_neighbours": 0.2,
+        "num_train_epochs": 2,
+    },
     # So many negatives that their mean hardly depends on the draw; so few labels that a process may meet none.
     "labels": {"top_k": 3, "num_distillation_negatives": 4000, "distilled_positions": "all", "alpha": 0.1},
 }
@@ -28,6 +36,7 @@ def parts(run_recipe, tmp_path_factory):
     sequences = cyclic_sequences(num_users=256)
     sequences.save(folder / "data")
     known_recommender(sequences).save_pretrained(folder / "teacher")
+    save_bert(folder / "encoder")
     settings = {"data_dir": folder / "data", "teacher": folder / "teacher", "output_dir": folder / "labels"}
     run_recipe("label_with_teacher", **settings, labelled_positions="all", budget=60, top_k=3)
     return folder
@@ -42,9 +51,15 @@ def run_of(launch, parts, tmp_path_factory):
         if (config, kind) not in runs:
             output_dir = tmp_path_factory.mktemp("runs") / "run"
             settings = {"data_dir": parts / "data", "output_dir": output_dir, **SETTINGS, **KINDS[kind]}
-            settings["teacher_labels" if kind == "labels" else "teacher"] = parts / kind
+            if kind == "ensemble":
+                settings |= {"teacher": [parts / "teacher", "titles", parts / "labels"], "teacher_weights": [1, 3, 0.5]}
+                settings["title_encoder"] = parts / "encoder"
+            else:
+                settings["teacher_labels" if kind == "labels" else "teacher"] = parts / kind
             settings["per_device_train_batch_size"] = 32 if config == "cpu.yaml" else 16
-            launch(config, RECIPES / "distill_sasrec.py", *recipe_words(**settings))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("HF_ILORA_CACHE", str(output_dir.parent / "cache"))
+                launch(config, RECIPES / "distill_sasrec.py", *recipe_words(**settings))
             runs[config, kind] = RecipeRun(output_dir)
         return runs[config, kind]
 
@@ -60,6 +75,17 @@ def test_two_processes_distil_what_one_distils(run_of, config):
         values = two.logged(name)
         assert len(values) == 16 and values[-1] < values[0]
         assert values == pytest.approx(one.logged(name), rel=1e-3), name
+    weights = two.weights
+    for name, value in one.weights.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_ask_an_ensemble_at_every_position_as_one_does(run_of):
+    one, two = run_of("cpu.yaml", "ensemble"), run_of("multi_cpu.yaml", "ensemble")
+    for name in ("loss", "base_loss", "kl_loss", "title_neighbour_loss"):
+        values = two.logged(name)
+        assert len(values) == 8 and values == pytest.approx(one.logged(name), rel=1e-3), name
     weights = two.weights
     for name, value in one.weights.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)

@@ -21,6 +21,7 @@ from tests.forked_recipes import NAMES, ForkedRecipes
 from tests.processes import kill_with_children
 from tests.recipe_runs import ENVIRONMENT, newest_checkpoint
 from tests.tiny_ilora_parts import save_ilora, save_parts
+from tests.titles.encoder_folders import save_bert
 
 KILLS = 4  # of each of the eight recipes
 RATINGS = "user,item,when,name\n" + "".join(
@@ -35,9 +36,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def forked():
-    with ForkedRecipes() as recipes:
-        yield recipes
+def forked(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with ForkedRecipes() as recipes:
+            yield recipes
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,7 @@ def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
     parts = save_parts(folder, num_users=32)
     save_ilora(parts, folder / "ilora")
+    save_bert(folder / "encoder")
     (folder / "ratings.csv").write_text(RATINGS)
     table = {"interactions": folder / "ratings.csv", "user_column": "user", "item_column": "item"}
     table |= {"time_column": "when", "title_column": "name", "num_candidates": 3}
@@ -63,6 +67,8 @@ def settings(tmp_path_factory):
     stages["data"]["options"]["num_candidates"] = 3
     (folder / "stages.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
     labelled = {"teacher": folder / "ilora", "labelled_positions": "all", "batch_size": 8, "top_k": 5, "shard_rows": 64}
+    teachers = {"teacher": [parts.recommender, "titles"], "title_encoder": folder / "encoder"}
+    teachers |= {"initial_items": "titles_and_cooccurrence", "title_neighbours": 0.2}
     measured = {"latency_calls": 2, "num_resamples": 10, "k": 3, "plot": False}
     data = {"data_dir": parts.data_dir}
     return {
@@ -71,7 +77,7 @@ def settings(tmp_path_factory):
         "train_sasrec": data | small,
         "train_ilora": vars(parts) | ilora | {"use_cpu": True, "disable_tqdm": True},
         "label_with_teacher": data | labelled,
-        "distill_sasrec": data | small | {"top_k": 4, "teacher": parts.recommender, "kl_weight": 1.0},
+        "distill_sasrec": data | small | teachers | {"distilled_positions": "all", "kl_weight": 1.0, "lam": 0},
         "evaluate_models": data | measured | {"models": [parts.recommender, folder / "ilora"], "names": ["a", "b"]},
         "run_pipeline": {"config": folder / "stages.yaml"},
     }

@@ -9,6 +9,7 @@ MISTAKES = {
     "train_ilora": ({"data_dir": "nowhere"}, "recommender is missing"),
     "label_with_teacher": ({"data_dir": "nowhere", "teacher": "nowhere"}, "nowhere"),
     "distill_sasrec": ({"data_dir": "nowhere"}, "expected either teacher_labels"),
+    "tune_ensemble": ({"data_dir": "nowhere", "members": "titles"}, "expected at least two different ones"),
     "evaluate_models": ({"data_dir": "nowhere", "models": "nowhere"}, "nowhere"),
     "evaluate_ilora": ({"data_dir": "nowhere", "models": "nowhere"}, "nowhere"),
     "run_pipeline": ({"config": "nowhere"}, "configuration nowhere not found: expected a file"),

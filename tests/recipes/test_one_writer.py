@@ -16,6 +16,7 @@ RECIPES = {
     "distill_sasrec": {"data_dir": "nowhere", "teacher_labels": "nowhere"},
     "label_with_teacher": {"data_dir": "nowhere", "teacher": "nowhere"},
     "fit_counts": {"data_dir": "nowhere"},
+    "tune_ensemble": {"data_dir": "nowhere", "members": ["nowhere", "titles"]},
     "evaluate_models": {"data_dir": "nowhere", "models": "nowhere"},
     "evaluate_ilora": {"data_dir": "nowhere", "models": "nowhere"},
     "prepare_data": {"interactions": "nowhere.csv", "user_column": "u", "item_column": "i"},

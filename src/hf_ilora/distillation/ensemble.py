@@ -120,9 +120,7 @@ class EnsembleTeacher(nn.Module):
                 f"input_ids have {length} columns: expected at most {self.max_length}, the items that every member "
                 "reads; keep the newest, as `recommend` does"
             )
-        positions = Positions.of_batch(input_ids, torch.zeros(0, dtype=torch.int64, device=input_ids.device))
-        last = (positions.lengths - 1).clamp(min=0) + length * torch.arange(len(input_ids), device=input_ids.device)
-        positions = Positions(positions.item_ids, positions.lengths, last)
+        positions = Positions.last_of_batch(input_ids)
         scores, _ = self.soft_target(positions, input_ids[:, 0], None, 1.0).scores(slice(0, len(input_ids)))
         padding = scores.new_full((len(scores), 1), float("-inf"))
         return torch.cat([padding, scores.float()], dim=1)

@@ -11,7 +11,7 @@ are logits. Nothing has a gradient, and no tensor (positions, items) of the whol
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,13 @@ class Positions:
         length = input_ids.shape[1]
         starts = length * torch.arange(len(input_ids), device=input_ids.device).unsqueeze(1)  # (batch, 1)
         return cls(input_ids.gather(1, order), real.sum(1), (slots + starts).flatten()[indices], labels)
+
+    @classmethod
+    def last_of_batch(cls, input_ids: torch.Tensor, labels=None) -> "Positions":
+        """The newest item of each row of a batch (batch, length) with padding on either side."""
+        positions = cls.of_batch(input_ids, input_ids.new_zeros(0, dtype=torch.int64), labels)
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        return replace(positions, places=(positions.lengths - 1).clamp(min=0) + input_ids.shape[1] * rows)
 
     def newest(self, count: int) -> torch.Tensor:
         """(positions, count) item ids, the newest first, 0 where a history is shorter."""

@@ -39,7 +39,7 @@ def shard_name(shard: int) -> str:
 
 
 class TeacherLabels:
-    """A teacher's answers for the train split of one data set.
+    """A teacher's answers about the train split of one data set, or about another split.
 
     Attributes:
         table: one row per answer, ordered by history_id and prefix_length. `history_id` (int64) is the row of the train
@@ -65,7 +65,11 @@ class TeacherLabels:
 
     @classmethod
     def load(
-        cls, folder: str | os.PathLike, data_fingerprint: str, teacher_fingerprint: str | None = None
+        cls,
+        folder: str | os.PathLike,
+        data_fingerprint: str,
+        teacher_fingerprint: str | None = None,
+        split: str = "train",
     ) -> "TeacherLabels":
         """Read a folder that `hf-ilora label` finished, and check that it is complete.
 
@@ -73,13 +77,21 @@ class TeacherLabels:
             folder: with teacher_labels.json and its shards.
             data_fingerprint: `SequenceDatasets.fingerprint` of the data set that the labels are to be used with.
             teacher_fingerprint: of the teacher that must have answered; None accepts any teacher.
+            split: whose rows the labels must be about.
 
         Raises:
             FileNotFoundError: when the folder is missing or its labels are not finished.
-            ValueError: for labels of other data or of another teacher, and for files that are damaged or changed.
+            ValueError: for labels of other data, another split or another teacher, and for files that are damaged or
+                changed.
         """
         folder = Path(folder)
         description = read_description(folder)
+        labelled = description.get("split", "train")
+        if labelled != split:
+            raise ValueError(
+                f"the labels in {folder} are about the {labelled} split: expected labels of the {split} split; ask the "
+                f"teacher about it with `hf-ilora label --split {split}`"
+            )
         for name, expected in (("data", data_fingerprint), ("teacher", teacher_fingerprint)):
             found = description[f"{name}_fingerprint"]
             if expected is not None and found != expected:

@@ -276,6 +276,7 @@ def labels_of_teacher(
     sequences: SequenceDatasets,
     teacher: str | None = None,
     trust_remote_code: bool = False,
+    split: str = "train",
 ) -> TeacherLabels:
     """Labels of a data set, from the teacher that is expected.
 
@@ -285,6 +286,7 @@ def labels_of_teacher(
         teacher: as `load_teacher` takes it; it is loaded in the dtype in which it answered, and its fingerprint
             compared. None takes the labels of any teacher.
         trust_remote_code: as in `load_teacher`.
+        split: whose rows the labels must be about.
 
     Raises:
         FileNotFoundError, ValueError: as `TeacherLabels.load`; for a teacher that cannot be loaded; and under ZeRO-3,
@@ -301,7 +303,7 @@ def labels_of_teacher(
         try:
             expected = load_teacher(
                 teacher,
-                len(sequences["train"]),
+                len(sequences[split]),
                 sequences.num_items,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -311,7 +313,7 @@ def labels_of_teacher(
             raise ValueError(
                 f"labels_teacher is {teacher}: expected the teacher that {folder} was made with ({error})"
             ) from error
-    return TeacherLabels.load(folder, sequences.fingerprint, fingerprint)
+    return TeacherLabels.load(folder, sequences.fingerprint, fingerprint, split)
 
 
 def model_fingerprint(model: Recommender) -> str:

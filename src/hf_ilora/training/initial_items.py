@@ -14,7 +14,7 @@ from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 from hf_ilora.titles.cooccurrence import cooccurrence_embeddings
-from hf_ilora.titles.encoders import TF_IDF, distinct_titles
+from hf_ilora.titles.encoders import TF_IDF, distinct_titles, item_title_embeddings
 from hf_ilora.titles.joint import joint_item_embeddings
 from hf_ilora.titles.pca import pca_embeddings
 
@@ -89,6 +89,31 @@ def check_initial_items(model: EncoderForNextItem, initial_items: str) -> None:
         )
 
 
+def encoded_titles(catalogue: Catalogue | None, args, trust_remote_code: bool = False) -> torch.Tensor:
+    """The titles of a catalogue, as `title_encoder` and `title_layer` encode them; by the main process first.
+
+    Args:
+        catalogue: of the items.
+        args: `NextItemTrainingArguments`.
+        trust_remote_code: run code that comes with the encoder.
+
+    Returns:
+        (num_items + 1, size) float32, zeros for padding.
+
+    Raises:
+        ValueError: without a catalogue or with titles that say nothing about the items, and as `encode_titles`.
+    """
+    check_titles(catalogue, args.title_encoder)
+    with args.main_process_first(desc="encoding of titles"):
+        return item_title_embeddings(
+            catalogue,
+            args.title_encoder,
+            layer=args.title_layer,
+            device=args.device,
+            trust_remote_code=trust_remote_code,
+        )
+
+
 def check_titles(catalogue: Catalogue | None, encoder: str) -> None:
     """Raise a ValueError where the titles of a model cannot be encoded."""
     if catalogue is None:
@@ -131,5 +156,6 @@ __all__ = [
     "check_initial_items",
     "check_titles",
     "checked_title_embeddings",
+    "encoded_titles",
     "initial_item_embeddings",
 ]

@@ -18,7 +18,6 @@ from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.modeling_caser import CaserForNextItem
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
-from hf_ilora.titles.encoders import item_title_embeddings
 
 from .argument_checks import check_best_metric
 from .initial_items import (
@@ -26,6 +25,7 @@ from .initial_items import (
     check_initial_items,
     check_titles,
     checked_title_embeddings,
+    encoded_titles,
     initial_item_embeddings,
 )
 from .next_item_arguments import NextItemTrainingArguments
@@ -155,14 +155,7 @@ class NextItemTrainer(RecommenderTrainer):
             ValueError: without a catalogue or with titles that say nothing about the items, and as `encode_titles`.
         """
         if self._title_embeddings is None:
-            check_titles(self.model.catalogue, self.args.title_encoder)
-            with self.args.main_process_first(desc="encoding of titles"):
-                self._title_embeddings = item_title_embeddings(
-                    self.model.catalogue,
-                    self.args.title_encoder,
-                    layer=self.args.title_layer,
-                    device=self.args.device,
-                )
+            self._title_embeddings = encoded_titles(self.model.catalogue, self.args)
         return self._title_embeddings
 
     def predict(
