@@ -68,7 +68,7 @@ class SoftTargets:
         def scores(chunk: slice) -> tuple[torch.Tensor, None]:
             found = cosines(chunk)
             if negatives is None:
-                found.scatter_(1, targets[chunk].unsqueeze(1) - 1, float("-inf"))
+                found.scatter_(1, targets[chunk].unsqueeze(1) - 1, torch.finfo(found.dtype).min)
             return found, None
 
         return SoftTarget(scores, self.neighbour_weight)

@@ -90,13 +90,13 @@ def test_soft_targets_pull_with_their_weights(problem):
     generator = torch.Generator().manual_seed(1)
     first = torch.randn(POSITIONS, 16, generator=generator, dtype=torch.float64)
     second = torch.randn(POSITIONS, 16, generator=generator, dtype=torch.float64)
-    second[:, 0] = -math.inf  # says nothing about the target
     weights = torch.rand(POSITIONS, generator=generator, dtype=torch.float64)
     soft_targets = [
         SoftTarget(lambda chunk: (first[chunk, 1:].clone(), first[chunk, :1]), 0.7),
         SoftTarget(lambda chunk: (second[chunk, 1:].clone(), None), 1.5, weights),
     ]
     scores = competing(problem)
+    second[:, 0] = -math.inf  # says nothing about the target
     base = -scores.log_softmax(1)[:, 0].sum()
     rows = [divergence(scores[row : row + 1], second[row : row + 1]) for row in range(POSITIONS)]
     kl, other = divergence(scores, first), (torch.stack(rows) * weights).sum()

@@ -25,8 +25,9 @@ class SoftTarget(NamedTuple):
     """A distribution over the competing items at each position, to learn from beside the true next item.
 
     Args:
-        scores: slice of positions -> logits (its positions, items that the loss scores), in their order, and those of
-            the targets (its positions, 1), which only a sampled loss reads and for whose sake they may be None.
+        scores: slice of positions -> finite logits (its positions, items that the loss scores), in their order, which
+            the loss overwrites, and those of the targets (its positions, 1), which only a sampled loss reads; None
+            gives the targets no part in the distribution.
         weight: of the divergence KL(distribution || model) in the loss.
         position_weights: (positions,), how much each position counts, or None for 1.
     """
@@ -59,24 +60,29 @@ class Columns:
         filled = values.new_empty(len(item_ids), self.size + 1)
         filled[:] = fill
         places = self._of_item[item_ids].masked_fill(item_ids.eq(PADDING_ITEM_ID), self.size)
-        return filled.scatter_(1, places, values)[:, self._same_item]
+        return filled.scatter_(1, places, values).gather(1, self._same_item.expand(len(item_ids), -1))
 
     def dense(self, rows: torch.Tensor, item_ids: torch.Tensor, values: torch.Tensor, num_rows: int) -> torch.Tensor:
         """(num_rows, columns) of different entries, given as rows, item ids and values (entries,); else 0."""
         dense = values.new_zeros(num_rows, self.size + 1)
         dense[rows, self._of_item[item_ids]] = values  # those of other items all go into the last column
-        return dense[:, self._same_item]
+        return dense.index_select(1, self._same_item)
+
+
+def _absent(scores: torch.Tensor) -> float:
+    """The score of an item that does not compete: its probability is 0, and unlike -inf it gives 0 times that."""
+    return max(torch.finfo(scores.dtype).min, torch.finfo(torch.float32).min)  # losses are computed in float32
 
 
 def _softmax_gradient(scores, target_columns, counts, soft_targets, chunk, soft_scores, needs_gradient):
     """Cross-entropy of the targets, divergences from soft targets, and the gradient of their weighted sum.
 
     Args:
-        scores: (chunk, columns), -inf where an item does not compete.
+        scores: (chunk, columns), `_absent` where an item does not compete.
         target_columns: (chunk, 1).
         counts: (chunk, 1) bool, the positions that count, or None.
         soft_targets, chunk: the soft targets, and which of their positions these are.
-        soft_scores: logits (chunk, columns) of each soft target.
+        soft_scores: logits (chunk, columns) of each soft target, likewise.
         needs_gradient: whether to compute it.
 
     Returns:
@@ -86,11 +92,13 @@ def _softmax_gradient(scores, target_columns, counts, soft_targets, chunk, soft_
     of_targets = log_probabilities.gather(1, target_columns)  # (chunk, 1)
     losses = [-(of_targets if counts is None else of_targets * counts).sum()]
     distributions = []
-    absent = scores.isneginf() if soft_targets else None
     for soft_target, logits in zip(soft_targets, soft_scores, strict=True):
-        log_soft = F.log_softmax(logits.masked_fill(absent, float("-inf")), dim=-1, dtype=torch.float32)
-        soft = log_soft.exp()
-        divergences = (log_soft - log_probabilities).masked_fill_(log_soft.isneginf(), 0.0).mul_(soft).sum(1, True)
+        soft = F.softmax(logits, dim=-1, dtype=torch.float32)
+        # sum of q (log q - log p), without a matrix for the logarithms of each
+        normaliser = scores.gather(1, target_columns).float() - of_targets  # (chunk, 1)
+        soft_normaliser = logits.amax(1, keepdim=True).float() - soft.amax(1, keepdim=True).log()
+        differences = (soft * (logits.float() - scores.float())).sum(1, keepdim=True)
+        divergences = differences - soft_normaliser + normaliser
         weights = soft_target.position_weights
         weights = counts if weights is None else weights[chunk].unsqueeze(1) * (1.0 if counts is None else counts)
         losses.append((divergences if weights is None else divergences * weights).sum())
@@ -105,7 +113,10 @@ def _softmax_gradient(scores, target_columns, counts, soft_targets, chunk, soft_
     one_hot = gradient.new_full(target_columns.shape, -1.0)
     gradient.scatter_add_(1, target_columns, one_hot if counts is None else one_hot * counts)
     for soft, weight in distributions:
-        gradient -= soft.mul_(weight)
+        if isinstance(weight, float):
+            gradient.sub_(soft, alpha=weight)
+        else:
+            gradient -= soft.mul_(weight)
     return torch.stack(losses), gradient
 
 
@@ -179,22 +190,29 @@ class _ChunkedSampledSoftmax(torch.autograd.Function):
             if target_bias is not None:
                 of_targets = of_targets + target_bias[chunk].unsqueeze(1)
             scores = F.linear(chunk_hidden, negative_rows, offsets)  # (chunk, negatives)
-            scores.masked_fill_(negatives == chunk_targets, float("-inf"))
-            parts = [of_targets.to(scores.dtype), scores]
+            absent = negatives == chunk_targets  # (chunk, negatives)
             if seen_rows is not None:
                 seen, places = seen_items[chunk], seen_places[chunk]  # (chunk, length) both
                 rows = seen_rows[places]  # (chunk, length, hidden)
                 of_seen = torch.einsum("ch,clh->cl", chunk_hidden, rows) + seen_bias[places]
                 # A seen item competes once: here, unless it is the target.
-                scores.masked_fill_(columns.filled(seen, torch.ones_like(seen, dtype=torch.bool), False), float("-inf"))
-                of_seen = of_seen.masked_fill(seen.eq(PADDING_ITEM_ID) | seen.eq(chunk_targets), float("-inf"))
+                absent |= columns.filled(seen, torch.ones_like(seen, dtype=torch.bool), False)
+                of_seen.masked_fill_(seen.eq(PADDING_ITEM_ID) | seen.eq(chunk_targets), _absent(of_seen))
+            scores.masked_fill_(absent, _absent(scores))
+            parts = [of_targets.to(scores.dtype), scores]
+            if seen_rows is not None:
                 parts.append(of_seen.to(scores.dtype))
             counts = None if counted is None else counted[chunk].unsqueeze(1)
-            soft_scores = [_in_columns(*soft_target.scores(chunk), parts) for soft_target in soft_targets]
+            soft_scores = [_in_columns(*soft_target.scores(chunk), absent, parts) for soft_target in soft_targets]
             chunk_losses, grad_scores = _softmax_gradient(
-                torch.cat(parts, 1), torch.zeros_like(chunk_targets), counts, soft_targets, chunk, soft_scores,
+                torch.cat(parts, 1),
+                torch.zeros_like(chunk_targets),
+                counts,
+                soft_targets,
+                chunk,
+                soft_scores,
                 needs_gradient,
-            )  # fmt: skip
+            )
             losses += chunk_losses
             if not needs_gradient:
                 continue
@@ -221,12 +239,12 @@ class _ChunkedSampledSoftmax(torch.autograd.Function):
         return *_scaled(ctx, grad_loss), *[None] * 9
 
 
-def _in_columns(logits, of_targets, parts) -> torch.Tensor:
-    """Logits of a soft target in the columns of target, negatives and seen items; the last get nothing."""
+def _in_columns(logits, of_targets, absent, parts) -> torch.Tensor:
+    """Logits of a soft target in the columns of target, negatives and seen items; the last have no part in it."""
     if of_targets is None:
-        of_targets = logits.new_full((len(logits), 1), float("-inf"))
-    columns = [of_targets.to(logits.dtype), logits]
-    columns += [torch.full_like(part, float("-inf"), dtype=logits.dtype) for part in parts[2:]]
+        of_targets = logits.new_full((len(logits), 1), _absent(logits))
+    columns = [of_targets.to(logits.dtype), logits.masked_fill_(absent, _absent(logits))]
+    columns += [torch.full_like(part, _absent(logits), dtype=logits.dtype) for part in parts[2:]]
     return torch.cat(columns, 1)
 
 
