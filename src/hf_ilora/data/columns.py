@@ -51,3 +51,17 @@ def training_counts(split: Dataset, num_items: int) -> np.ndarray:
     histories = histories[np.repeat(is_first, np.diff(boundaries))]
     targets = read_column(split, "target").to_numpy()
     return sum(np.bincount(items, minlength=num_items + 1) for items in (histories, targets))
+
+
+def repeat_share(items: np.ndarray, boundaries: np.ndarray) -> float:
+    """The share of all items of sequences but their first that occurred before in the same one, above 0.
+
+    One further target, a repeat, is counted, so that data without repeats say "rarely" rather than "never".
+
+    Args:
+        items: (total,), all sequences concatenated, of `training_sequences`.
+        boundaries: (rows + 1,).
+    """
+    rows = np.repeat(np.arange(len(boundaries) - 1), np.diff(boundaries))
+    different = len(np.unique(rows * (items.max() + 1) + items))
+    return (len(items) - different + 1) / (len(items) - len(boundaries) + 2)

@@ -11,7 +11,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PredictionOutput
 
-from hf_ilora.data.columns import flatten_lists, read_column
+from hf_ilora.data.columns import flatten_lists, read_column, repeat_share, training_sequences
 from hf_ilora.evaluation.ranking import RankingMetrics, ranks_from_logits
 from hf_ilora.models.loading import check_catalogue
 from hf_ilora.models.next_item.catalogue import Catalogue
@@ -303,7 +303,8 @@ class NextItemTrainer(RecommenderTrainer):
             self.args.title_prior,
             targets_only=labelled_positions == "last",
         )
-        model.start_from_item_embeddings(embeddings, self.args.initial_mixing, counts)
+        share = repeat_share(*training_sequences(self._train_rows))
+        model.start_from_item_embeddings(embeddings, self.args.initial_mixing, counts, share)
 
 
 def next_item_optimizer(

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from hf_ilora import SASRecConfig, SASRecForNextItem, SASRecModel
+from hf_ilora.data.columns import repeat_share
 
 NUM_ITEMS = 40
 LEFT = torch.tensor([[0, 0, 7, 8, 9], [1, 2, 3, 4, 5], [0, 0, 0, 0, 11]])
@@ -179,6 +181,16 @@ def test_biases_start_from_the_logarithms_of_counts():
     model.start_from_item_embeddings(torch.zeros(NUM_ITEMS + 1, 16), item_counts=counts)
     assert (model.head.bias[5] - model.head.bias[2]).item() == pytest.approx(math.log(6 / 3), abs=1e-6)
     assert model.head.bias[1:].mean().item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_bias_of_repeats_starts_from_the_logarithm_of_their_share():
+    model = small_model(repeat_bias=True)
+    model.start_from_item_embeddings(torch.zeros(NUM_ITEMS + 1, 16), repeat_share=0.01)
+    assert model.head.repeat_bias.item() == pytest.approx(math.log(0.01))
+    with pytest.raises(ValueError, match="repeat_share is 0: expected"):
+        model.start_from_item_embeddings(torch.zeros(NUM_ITEMS + 1, 16), repeat_share=0)
+    items = np.array([5, 7, 5, 5, 5, 7])  # in rows of 4 and 2 items: 2 of 4 targets are repeats
+    assert repeat_share(items, np.array([0, 4, 6])) == pytest.approx(3 / 5)
 
 
 def test_repeat_bias_touches_every_seen_item_once_and_only_up_to_its_position():

@@ -236,7 +236,11 @@ class SASRecForNextItem(EncoderForNextItem, SASRecPreTrainedModel):
 
     @torch.no_grad()
     def start_from_item_embeddings(
-        self, embeddings: torch.Tensor, mixing: float = 0.3, item_counts: torch.Tensor | None = None
+        self,
+        embeddings: torch.Tensor,
+        mixing: float = 0.3,
+        item_counts: torch.Tensor | None = None,
+        repeat_share: float | None = None,
     ) -> None:
         """Let training begin from known item embeddings instead of random numbers.
 
@@ -249,9 +253,13 @@ class SASRecForNextItem(EncoderForNextItem, SASRecPreTrainedModel):
             mixing: weight of the average in the sum.
             item_counts: (num_items + 1,), the occurrences of each item in training; with `head_bias` the biases
                 start from their logarithms.
+            repeat_share: share of the targets in training that their history contains; with `repeat_bias` this bias
+                starts from its logarithm. The items of a history are those that the start recommends: a bias that had
+                to be learnt would come too late to keep what it starts from.
 
         Raises:
-            ValueError: for another shape, or for the reference block, whose attention has no output projection.
+            ValueError: for another shape, for the reference block, whose attention has no output projection, and for a
+                share outside (0, 1].
         """
         table = self.model.item_embedding.weight
         if embeddings.shape != table.shape:
@@ -261,6 +269,8 @@ class SASRecForNextItem(EncoderForNextItem, SASRecPreTrainedModel):
             )
         if self.config.block_type != "pre_norm":
             raise ValueError(f"block_type is {self.config.block_type!r}: expected pre_norm to start from embeddings")
+        if repeat_share is not None and not 0 < repeat_share <= 1:
+            raise ValueError(f"repeat_share is {repeat_share}: expected a number above 0 and at most 1")
         identity = torch.eye(self.config.hidden_size, dtype=table.dtype, device=table.device)
         attention = self.model.layers[0].attention
         table.copy_(embeddings)
@@ -270,6 +280,8 @@ class SASRecForNextItem(EncoderForNextItem, SASRecPreTrainedModel):
         if self.config.head_bias and item_counts is not None:
             log_counts = item_counts.to(table).log1p()
             self.head.bias.copy_(log_counts - log_counts[1:].mean())
+        if self.config.repeat_bias and repeat_share is not None:
+            self.head.repeat_bias.fill_(math.log(repeat_share))
 
 
 SASRecForNextItem.register_for_auto_class("AutoModel")
