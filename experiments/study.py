@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 CHOOSING_METRIC = "masked/ndcg@10"
 # Recipes that draw nothing at random: one run serves all seeds.
 _WITHOUT_SEED = ("fit_counts",)
-_TRAINING = ("train_sasrec", "distill_sasrec", "train_ilora")
+_STUDENTS = ("train_sasrec", "distill_sasrec")
+_TRAINING = (*_STUDENTS, "train_ilora")
 
 _Node = TypeVar("_Node")
 
@@ -226,7 +227,7 @@ class Study:
         for name in sorted(row.reads):
             if self.rows[name].recipe is not None:
                 _check_older(self.folder_of(self.rows[name], task.seed), folder)
-        if row.recipe in _TRAINING:
+        if row.recipe in _STUDENTS:
             logger.info("%s: validation NDCG@10 %.4f", folder, _chosen_by(record))
 
     def _filled(self, text: str, seed: int) -> str:
