@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Tables are read in pieces of at most as many numbers, which are copied in double precision: 128 MB.
-_NUMBERS_AT_ONCE = 1 << 24
+# Tables are read in pieces of at most as many numbers; each of a few copies in double precision has 32 MB.
+_NUMBERS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
