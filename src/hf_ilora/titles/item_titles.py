@@ -85,11 +85,12 @@ class ItemTitles:
             )
         if not counts[1:].any():
             raise ValueError("no item of the catalogue occurs in training: expected items with trained rows")
-        embeddings = title_embeddings[1:].double()
-        mean = embeddings.mean(0)  # (size,)
-        centred = embeddings - mean
-        variances, directions = torch.linalg.eigh(centred.T @ centred / num_items)  # (size,), (size, size)
-        varies = variances > 1e-10 * embeddings.square().sum(1).mean().clamp(min=1e-30)
+        mean = title_embeddings[1:].mean(0, dtype=torch.float64)  # (size,)
+        covariance = sum(
+            (part.double() - mean).T @ (part.double() - mean) for part in title_embeddings[1:].split(_ROWS_AT_ONCE)
+        )
+        variances, directions = torch.linalg.eigh(covariance / num_items)  # (size,), (size, size)
+        varies = variances > 1e-10 * (variances.sum() + mean.square().sum())
         if not varies.any():
             raise ValueError(
                 f"all {num_items} titles have the same vector: expected titles that tell items apart; choose another "
@@ -297,7 +298,8 @@ class ItemTitles:
 
     def _projected(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(titles, size) -> z, (titles, components) float32."""
-        return F.normalize((embeddings.double() - self._mean) @ self._projection, dim=1).float()
+        parts = embeddings.split(_ROWS_AT_ONCE)
+        return torch.cat([F.normalize((part.double() - self._mean) @ self._projection).float() for part in parts])
 
     def _vectors(self, titles: Sequence[str], embeddings: torch.Tensor | None) -> torch.Tensor:
         if embeddings is None:
