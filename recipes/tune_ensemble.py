@@ -30,7 +30,7 @@ from hf_ilora.runs.checks import check_at_least_one
 from hf_ilora.titles.embedded_encoder import EMBEDDED_ENCODER
 from hf_ilora.titles.encoders import item_title_embeddings
 from hf_ilora.training.ensemble_tuning import Mixture, MixtureRanking, tune_weights
-from hf_ilora.training.ensembles import TunedEnsemble, check_weights, load_members, member_origin
+from hf_ilora.training.ensembles import TunedEnsemble, check_weights, load_members, member_origins
 from hf_ilora_cli.shown_text import in_markdown
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def tune(arguments: TuningArguments, state: PartialState) -> None:
         arguments.title_decay,
         split="validation",
     )
-    origins = [member_origin(member, arguments.title_encoder, arguments.title_layer) for member in members]
+    origins = member_origins(members, arguments.title_encoder, arguments.title_layer)
     members = list(EnsembleTeacher(members, [1.0] * len(members)).to(state.device).members)  # checks them
     with RunRecord(arguments.output_dir, [arguments], seed=arguments.seed) as record:
         record.add_data(fingerprint)

@@ -147,7 +147,7 @@ def test_an_ensemble_teaches_at_every_position_and_shares_the_titles(distill, pa
     metrics = run.record["metrics"]
     fingerprint = load_teacher(str(parts / "teacher"), 1, NUM_ITEMS).fingerprint
     assert metrics[f"teacher {parts / 'teacher'}"] == {"fingerprint": fingerprint}
-    assert metrics["teacher titles"]["encoder"] == metrics["the titles"]["encoder"]
+    assert metrics["teacher titles"]["decay"] == 0.5 and metrics["teacher titles"]["encoder"]
     assert load_recommender(run.output_dir).config.model_type == "sasrec"
 
 
@@ -163,6 +163,7 @@ def test_title_neighbours_need_no_teacher(distill, parts):
     run = distill(title_neighbours=5, title_encoder=parts / "encoder", windows="all")
     values = run.logged("title_neighbour_loss")
     assert 0 < values[-1] < values[0] and not run.logged("kl_loss")
+    assert run.record["metrics"]["the titles"]["encoder"]
 
 
 @pytest.mark.parametrize("labels", ["labels", "table_labels"])
@@ -304,6 +305,10 @@ def test_a_trained_student_goes_on_from_its_weights(distill, parts, tmp_path):
         ({}, "expected either teacher_labels"),
         ({"teacher_labels": "{parts}/labels", "teacher": "{parts}/teacher"}, "expected either teacher_labels"),
         ({"ensemble": "{parts}", "teacher": "{parts}/teacher"}, "teacher and ensemble are given: expected either"),
+        (
+            {"ensemble": "{parts}", "teacher_labels": "{parts}/labels", "labels_teacher": "{parts}/teacher"},
+            "with an ensemble, which knows the teacher of its labels",
+        ),
         ({"ensemble": "{parts}"}, "ensemble.json does not exist: expected a folder that"),
         (
             {"ensemble": "{parts}", "teacher_weights": 2},

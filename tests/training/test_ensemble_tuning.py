@@ -61,7 +61,8 @@ def test_weights_are_searched_until_a_round_brings_nothing():
     assert found.weights == best
     assert [mixture.weights for mixture in tried] == asked and len(set(asked)) == len(asked), "nothing is asked twice"
     assert asked[:4] == [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
-    assert {weights[0] for weights in asked[4:]} == {1.0}
+    assert {weights[0] for weights in asked[4:-1]} == {1.0} and asked[-1] == (0.0, 2.0, 0.0, 0.5)
+    assert {(1.0, 0.0, 0.0, 0.5), (1.0, 2.0, 0.0, 0.0)} <= set(asked), "the best without each member"
 
 
 def test_a_member_that_does_not_help_ends_at_zero():

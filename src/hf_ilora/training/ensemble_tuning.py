@@ -130,7 +130,8 @@ def tune_weights(
         max_rounds: largest number of rounds through the members.
 
     Returns:
-        The best mixture, and all that were tried, each once: first the members alone.
+        The best mixture, and all that were tried, each once: first the members alone, and also the best mixture without
+        each member.
     """
     grid = sorted({0.0, *map(float, grid)})
     tried: dict[Weights, Mixture] = {}
@@ -153,6 +154,8 @@ def tune_weights(
                         number, member + 1, tried[best].ndcg, ", ".join(f"{weight:g}" for weight in best))  # fmt: skip
         if best == before:
             break
+    without = [(*best[:member], 0.0, *best[member + 1 :]) for member in range(num_members)]
+    try_all([weights for weights in without if any(weights)])
     return tried[best], list(tried.values())
 
 

@@ -90,13 +90,17 @@ def is_label_folder(name: str) -> bool:
     return any((Path(name) / file).is_file() for file in (DESCRIPTION_FILE, REQUESTS_FILE))
 
 
-def member_origin(member: Member, title_encoder: str, title_layer: int | None) -> dict[str, object]:
-    """What a member is known by, in JSON types: equal origins give equal scores.
+def member_origins(members: Sequence[Member], title_encoder: str, title_layer: int | None) -> list[dict[str, object]]:
+    """What each member is known by, in JSON types: equal origins give equal scores.
 
     Args:
-        member: of an ensemble.
+        members: of an ensemble.
         title_encoder, title_layer: that titles were encoded with.
     """
+    return [_origin(member, title_encoder, title_layer) for member in members]
+
+
+def _origin(member: Member, title_encoder: str, title_layer: int | None) -> dict[str, object]:
     if isinstance(member, TitleSimilarity):
         return title_origin(title_encoder, title_layer) | {"decay": member.decay}
     if isinstance(member, LabelScores):
@@ -125,7 +129,7 @@ class TunedEnsemble:
 
     Args:
         members: names, as `load_members` takes them; paths count from the working directory.
-        origins: of each member, see `member_origin`.
+        origins: of each member, see `member_origins`.
         weights: of each member, 0 for those that do not help.
         temperature: divides the weighted sum.
         title_decay, title_encoder, title_layer: of the member "titles".
@@ -205,4 +209,4 @@ def check_weights(members: Sequence[str], weights: Sequence[float]) -> None:
 
 
 __all__ = ["ENSEMBLE_FILE", "TITLES", "TunedEnsemble", "check_not_spread", "check_weights", "is_label_folder"]
-__all__ += ["load_members", "load_online_teacher", "member_origin", "title_origin"]
+__all__ += ["load_members", "load_online_teacher", "member_origins", "title_origin"]

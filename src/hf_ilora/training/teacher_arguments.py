@@ -19,7 +19,7 @@ from .ensembles import (
     is_label_folder,
     load_members,
     load_online_teacher,
-    member_origin,
+    member_origins,
     title_origin,
 )
 from .initial_items import WITH_TITLES, encoded_titles
@@ -75,6 +75,11 @@ class TeacherArguments:
         if self.labels_teacher is not None and self.teacher_labels is None:
             raise ValueError(
                 f"labels_teacher is {self.labels_teacher} without teacher_labels, whose teacher it checks: leave it out"
+            )
+        if self.labels_teacher is not None and self.ensemble is not None:
+            raise ValueError(
+                f"labels_teacher is {self.labels_teacher} with an ensemble, which knows the teacher of its labels: "
+                "leave it out"
             )
         if not 0 < self.teacher_temperature < float("inf"):
             raise ValueError(f"teacher_temperature is {self.teacher_temperature}: expected a finite number above 0")
@@ -154,7 +159,7 @@ def load_teachers(
     def loaded(members: Sequence[str], weights: Sequence[float], temperature: float, decay: float) -> tuple:
         """The ensemble, and what each member is known by."""
         found = load_members(members, sequences, title_embeddings, decay, trust_remote_code=arguments.trust_remote_code)
-        origins = [member_origin(member, training.title_encoder, training.title_layer) for member in found]
+        origins = member_origins(found, training.title_encoder, training.title_layer)
         return EnsembleTeacher(found, weights, temperature), origins
 
     labels, teacher, inputs = None, None, {}
@@ -183,7 +188,8 @@ def load_teachers(
         labels = teacher.labels[0]
     if training.title_neighbours or training.initial_items in WITH_TITLES:
         title_embeddings()
-        inputs["the titles"] = title_origin(training.title_encoder, training.title_layer)
+        if f"teacher {TITLES}" not in inputs:
+            inputs["the titles"] = title_origin(training.title_encoder, training.title_layer)
     return Teachers(labels, teacher, encoded[0] if encoded else None, inputs)
 
 
