@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from datasets import IterableDataset
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -22,16 +21,16 @@ from hf_ilora.distillation.losses import (
 )
 from hf_ilora.distillation.policies import AllSamplesPolicy, KLDivergencePolicy, rank_gap_weights, sample_policy
 from hf_ilora.distillation.teacher_labels import TeacherLabels
-from hf_ilora.models.loading import check_catalogue, load_recommender
+from hf_ilora.models.loading import load_recommender
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.titles.pca import pca_embeddings, whitened
 
 from .distillation_arguments import DistillationArguments
-from .initial_items import INITIAL_ITEMS
 from .label_collator import DistillationCollator, TeacherIndices
 from .next_item_trainer import NextItemTrainer
 from .soft_targets import SoftTargets, check_soft_targets
+from .teacher_checks import check_labels_of_rows, check_teacher, check_teachers_catalogue, given_labels
 from .windows import NextItemCollator, item_counts
 
 
@@ -78,28 +77,7 @@ class DistillationTrainer(NextItemTrainer):
         **kwargs,
     ):
         args = self.checked_arguments(args)
-        if isinstance(teacher, EnsembleTeacher) and teacher.labels and teacher_labels is None:
-            if len(teacher.labels) > 1:
-                raise ValueError(
-                    f"{len(teacher.labels)} members of the ensemble are stored labels: expected at most one"
-                )
-            teacher_labels = teacher.labels[0]
-        elif (teacher_labels is None) == (teacher is None) and not (args.title_neighbours and teacher is None):
-            given = "neither is given" if teacher is None else "both are given"
-            raise ValueError(
-                f"expected either teacher_labels=TeacherLabels.load(folder, sequences.fingerprint) or teacher=model "
-                f"(or its folder or Hub name): {given}"
-            )
-        if isinstance(teacher_labels, str | os.PathLike):
-            raise TypeError(
-                f"teacher_labels is the path {teacher_labels}: expected labels, TeacherLabels.load("
-                "folder, data_fingerprint=sequences.fingerprint), which checks that they are about this data"
-            )
-        if teacher_labels is not None and isinstance(kwargs.get("train_dataset"), IterableDataset):
-            raise ValueError(
-                "train_dataset is a stream with teacher_labels, which go by the rows of a split: expected the "
-                "datasets.Dataset that was labelled, or an online teacher (teacher=model)"
-            )
+        teacher_labels = given_labels(teacher, teacher_labels, args, kwargs.get("train_dataset"))
         self.teacher_labels, self.teacher = teacher_labels, teacher
         self._ensemble = None  # of teachers that are asked about every position
         if policy is None:
@@ -107,9 +85,10 @@ class DistillationTrainer(NextItemTrainer):
         self.policy = policy
         at_all_positions = args.distilled_positions == "all" or teacher is None or teacher_labels is not None
         self._needs_whole_scores = isinstance(policy, KLDivergencePolicy) or (args.kl_weight and not at_all_positions)
-        self._check_teacher(args)
+        check_teacher(self.teacher, self.teacher_labels, policy, args)
         super().__init__(model, args, data_collator, **kwargs)
-        self._check_labels_of_rows()
+        if teacher_labels is not None and self._train_rows is not None:
+            check_labels_of_rows(teacher_labels, len(self._train_rows), self.model.config.num_items, args)
         if teacher is not None and args.top_k > self.model.config.num_items:
             raise ValueError(
                 f"top_k is {args.top_k}: expected at most {self.model.config.num_items}, the number of items that the "
@@ -125,106 +104,10 @@ class DistillationTrainer(NextItemTrainer):
         for asked in (self.teacher, self._ensemble):
             if isinstance(asked, nn.Module):
                 asked.eval().to(self.args.device)
-                self._check_catalogue(asked)
+                check_teachers_catalogue(asked, self.model, asked is self._ensemble)
         self._build_losses()
         self._labels_met = 0  # by this process
         self.add_callback(_TeacherWasMetCallback(self))
-
-    def _check_catalogue(self, teacher: nn.Module) -> None:
-        """Raise a ValueError for a teacher about other items than the student."""
-        num_items, length = self.model.config.num_items, self.model.config.max_length
-        models = [teacher]
-        if isinstance(teacher, EnsembleTeacher):
-            models = [member.model for member in teacher.members if hasattr(member, "model")]
-            if teacher.num_items != num_items:
-                raise ValueError(
-                    f"the ensemble is about {teacher.num_items} items and the student about {num_items}: expected the "
-                    "same catalogue"
-                )
-            if teacher is self._ensemble and teacher.max_length is not None and teacher.max_length < length:
-                raise ValueError(
-                    f"a member of the ensemble reads {teacher.max_length} items (max_length) and the student {length}: "
-                    "expected at least as many, since it is asked about every position"
-                )
-        if self.model.catalogue is not None:
-            raw_ids = self.model.catalogue.table["raw_id"].to_numpy()
-            for model in models:
-                check_catalogue(model, "the teacher", num_items, raw_ids)
-
-    def _check_teacher(self, args: DistillationArguments) -> None:
-        """Raise a ValueError for settings that the kind of teacher does not serve."""
-        if self.teacher_labels is not None and isinstance(self.policy, KLDivergencePolicy):
-            raise ValueError(
-                "policy kl_divergence compares whole distributions, and teacher_labels have the teacher's best items "
-                "only: expected an online teacher (teacher=model), or another policy"
-            )
-        if self.teacher is None and self.teacher_labels is None and (args.alpha or args.embedding_weight):
-            raise ValueError(
-                f"alpha is {args.alpha} and embedding_weight {args.embedding_weight} without a teacher: expected 0 for "
-                "both, or teacher_labels"
-            )
-        if self.teacher is None:
-            return
-        if is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "ZeRO-3 spreads weights over processes, where an online teacher cannot be asked: expected "
-                "teacher_labels, or another accelerate configuration"
-            )
-        if self.teacher_labels is not None:
-            if args.distilled_positions != "all" or not args.kl_weight:
-                raise ValueError(
-                    f"distilled_positions is {args.distilled_positions!r} and kl_weight {args.kl_weight} with an "
-                    "ensemble of online teachers and labels: expected 'all' and a positive weight"
-                )
-            return
-        if args.num_scored_items is not None:
-            raise ValueError(
-                f"num_scored_items is {args.num_scored_items} with an online teacher, which ranks the whole catalogue: "
-                "expected None, or teacher_labels"
-            )
-        if args.distilled_positions == "all" and (args.lam or args.alpha or not args.kl_weight):
-            raise ValueError(
-                f"distilled_positions is 'all' with an online teacher, lam {args.lam}, alpha {args.alpha} and "
-                f"kl_weight {args.kl_weight}: expected lam=0, alpha=0 and a positive kl_weight; rankings are distilled "
-                "from teacher_labels, or at distilled_positions 'last'"
-            )
-        for name, allowed in (("embedding_weight", (0.0,)), ("initial_items", INITIAL_ITEMS)):
-            if getattr(args, name) in allowed:
-                continue
-            raise ValueError(
-                f"{name} is {getattr(args, name)} with an online teacher: expected teacher_labels, which have the "
-                "teacher's item embeddings"
-            )
-
-    def _check_labels_of_rows(self) -> None:
-        """Raise a ValueError for labels that the training windows will not meet."""
-        labels, args = self.teacher_labels, self.args
-        if labels is None or self._train_rows is None:
-            return
-        if labels.num_items != self.model.config.num_items:
-            raise ValueError(
-                f"the labels are about {labels.num_items} items and the model has {self.model.config.num_items}: "
-                "expected labels of this data"
-            )
-        items_per_label = labels.description.get("top_k", args.top_k)
-        if args.lam and args.top_k > items_per_label:
-            raise ValueError(
-                f"top_k is {args.top_k} and the labels in {labels.folder} have {items_per_label} items each: expected "
-                f"at most {items_per_label}; lower top_k, or label again with more"
-            )
-        if args.initial_items == "teacher":
-            labels.item_embeddings()  # raises for a teacher without
-        last_row = int(labels.table["history_id"].to_numpy().max(initial=-1))
-        if last_row >= len(self._train_rows):
-            raise ValueError(
-                f"the labels are about row {last_row} and train_dataset has {len(self._train_rows)} rows: expected the "
-                "whole train split that was labelled, since labels go by rows"
-            )
-        if labels.description.get("labelled_positions") == "last" and args.windows == "random":
-            raise ValueError(
-                f"the labels in {labels.folder} are about last positions, which random windows hardly ever meet: "
-                "expected windows='last', or labels of all positions (`hf-ilora label --labelled_positions all`)"
-            )
 
     def _default_collator(self, args: DistillationArguments) -> Callable:
         if self.teacher_labels is None:
