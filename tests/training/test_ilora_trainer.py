@@ -235,6 +235,8 @@ def test_other_models_arguments_and_catalogues_are_refused(ilora, sequences, tmp
     with pytest.raises(TypeError, match="other than the model's catalogue"):
         ILoraTrainer(ilora(), arguments(tmp_path), processing_class=other, **splits)
     ILoraTrainer(ilora(), arguments(tmp_path), processing_class=sequences.catalogue, **splits)
+    counted = sequences.catalogue.with_counts(np.arange(len(sequences.catalogue) + 1))
+    ILoraTrainer(ilora(), arguments(tmp_path), processing_class=counted, **splits)  # the same items
 
 
 def test_templates_and_heads_that_no_loss_uses_are_refused(ilora, sequences, tmp_path):

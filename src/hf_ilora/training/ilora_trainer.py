@@ -80,7 +80,8 @@ class ILoraTrainer(RecommenderTrainer):
             model, args, data_collator=data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
         )
         config = self.model.config
-        if processing_class is not None and processing_class != self.model.catalogue:
+        is_catalogue = isinstance(processing_class, Catalogue)
+        if processing_class is not None and not (is_catalogue and processing_class.has_items_of(self.model.catalogue)):
             raise TypeError(
                 f"processing_class is a {type(processing_class).__name__} other than the model's catalogue: expected "
                 "None, since the model saves its catalogue and tokenizer"

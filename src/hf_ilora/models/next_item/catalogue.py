@@ -70,10 +70,16 @@ class Catalogue:
             return None
         return np.concatenate([[0], self.table["count"].to_numpy()])
 
+    def has_items_of(self, other: "Catalogue | None") -> bool:
+        """Whether the other catalogue has the same items, whatever the counts of both."""
+        return other is not None and self._without_counts().equals(other._without_counts())
+
+    def _without_counts(self) -> pa.Table:
+        return self.table.select([name for name in self.table.column_names if name != "count"])
+
     def with_counts(self, counts: np.ndarray) -> "Catalogue":
         """The same catalogue with other training counts, (num_items + 1,), the first for padding."""
-        kept = [name for name in self.table.column_names if name != "count"]
-        return Catalogue(self.table.select(kept).append_column("count", pa.array(counts[1:].astype(np.int64))))
+        return Catalogue(self._without_counts().append_column("count", pa.array(counts[1:].astype(np.int64))))
 
     def grown_by(self, table: pa.Table) -> "Catalogue":
         """The catalogue with further items, which are trusted: columns and types as here, item ids that follow those
