@@ -8,6 +8,9 @@ results.json, results.png, run.json, and the ranks of every user under ranks/ (f
 Every model is compared with the first one, user by user. All models are loaded and checked before any is measured.
 A second table shows the quality by how often the target occurs in training; targets that never do, as under the
 protocol cold_items, are also ranked among the new items alone.
+
+A language model takes seconds for what a small model does in milliseconds: with `--ilora_users 200`, an iLoRA ranks a
+random sample of the users, and is compared with the first model on these.
 """
 
 import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
@@ -21,6 +24,7 @@ from accelerate import PartialState
 
 from hf_ilora import ILoraForRecommendation, SequenceDatasets, compare_runs
 from hf_ilora.data.columns import read_column
+from hf_ilora.data.row_fractions import sampled_rows
 from hf_ilora.data.seeds import check_seed
 from hf_ilora.devices import uses_accelerator
 from hf_ilora.evaluation.latency import measure_latency, model_size
@@ -59,9 +63,15 @@ class EvaluationArguments:
     split: str = field(default="test", metadata={"help": "split to evaluate on", "choices": ("validation", "test")})
     k: int = field(default=10, metadata={"help": "cut-off of NDCG, hit ratio and recall"})
     batch_size: int = field(default=256, metadata={"help": "users scored per step, per process"})
+    ilora_users: int | None = field(
+        default=None, metadata={"help": "number of users that an iLoRA ranks, drawn at random; by default all"}
+    )
     num_resamples: int = field(default=2000, metadata={"help": "bootstrap resamples, and sign flips of the p-values"})
     seed: int = field(
-        default=0, metadata={"help": "random seed of intervals, p-values and the users of the latency measurement"}
+        default=0,
+        metadata={
+            "help": "random seed of intervals, p-values, the users of ilora_users and of the latency measurement"
+        },
     )
     latency_calls: int = field(
         default=300, metadata={"help": "number of recommendations timed per model, one user at a time"}
@@ -83,6 +93,8 @@ class EvaluationArguments:
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"names are {self.names}: expected different names; pass --names")
         check_at_least_one(self, "k", "batch_size", "num_resamples", "latency_calls", "latency_threads")
+        if self.ilora_users is not None:
+            check_at_least_one(self, "ilora_users")
         check_threads("latency_threads", self.latency_threads)
         check_seed("seed", self.seed)
         if self.device is not None:
@@ -105,6 +117,7 @@ def main() -> None:
 def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
     """Measure the models and write the table."""
     sequences, split, models, folders, histories = load_and_check(arguments)
+    ilora_rows = sampled_rows("ilora_users", arguments.ilora_users, len(split), arguments.seed)
     device = torch.device(arguments.device) if arguments.device else state.device
     output = Path(arguments.output_dir)
     set_up_logging(output)
@@ -129,18 +142,23 @@ def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
     )
     with RunRecord(output, [arguments], seed=arguments.seed) as record:
         record.add_data(context.data_fingerprint)
-        reports, per_user = [], []
+        reports, per_user = [], []  # per_user: (users,), NaN for those that the model did not rank
         for name, model, folder in zip(arguments.names, models, folders, strict=True):
             model.to(device)
+            is_ilora = isinstance(model, ILoraForRecommendation)
+            rows = ilora_rows if is_ilora else np.arange(len(split))
+            ranked = split if len(rows) == len(split) else split.select(rows)
             with record.stage(f"rank {name}"):
-                scorer = model.item_scores if isinstance(model, ILoraForRecommendation) else None
-                ranks = rank_split(model, split, batch_size=arguments.batch_size, scorer=scorer, is_new=is_new)
+                scorer = model.item_scores if is_ilora else None
+                ranks = rank_split(model, ranked, batch_size=arguments.batch_size, scorer=scorer, is_new=is_new)
             if not state.is_main_process:
                 continue
             source = RanksSource(name, context.data_fingerprint, arguments.split)
-            saved = SavedRanks.from_ranks(read_column(split, "user_id"), ranks, source)
+            saved = SavedRanks.from_ranks(read_column(ranked, "user_id"), ranks, source)
             saved.save(output / "ranks" / parquet_name(name))
-            per_user.append(metric_per_user(compared, torch.from_numpy(ranks.masked)).numpy())
+            per_user.append(np.full(len(split), np.nan))
+            per_user[-1][rows] = metric_per_user(compared, torch.from_numpy(ranks.masked)).numpy()
+            both = ~np.isnan(per_user[0] + per_user[-1])  # (users,) ranked by the first model and by this one
             with record.stage(f"time {name}"):
                 latency = measure_latency(model, histories, top_k=arguments.k, threads=arguments.latency_threads)
             reports.append(
@@ -150,10 +168,13 @@ def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
                     quality=summarize_ranks(ranks, arguments.k, **context.bootstrap),
                     latency=latency,
                     size=model_size(model, folder),
-                    comparison=compare_runs(per_user[0], per_user[-1], **context.bootstrap)
+                    comparison=compare_runs(per_user[0][both], per_user[-1][both], **context.bootstrap)
                     if len(per_user) > 1
                     else None,
-                    by_count=summarize_by_count(ranks, target_counts, arguments.k, **context.bootstrap),
+                    by_count=summarize_by_count(ranks, target_counts, arguments.k, **context.bootstrap)
+                    if len(rows) == len(split)
+                    else {},
+                    num_users=len(rows),
                 )
             )
             record.add_metrics(name, reports[-1].quality)

@@ -19,10 +19,10 @@ import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
 import logging
 from dataclasses import dataclass, field
 
-import numpy as np
 from accelerate import PartialState
 
 from hf_ilora import EnsembleTeacher, SequenceDatasets
+from hf_ilora.data.row_fractions import sampled_rows
 from hf_ilora.data.seeds import check_seed
 from hf_ilora.devices import uses_accelerator
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
@@ -109,7 +109,7 @@ def tune(arguments: TuningArguments, state: PartialState) -> None:
     set_up_logging(arguments.output_dir)
     sequences = SequenceDatasets.load(arguments.data_dir)
     fingerprint, split = sequences.fingerprint, sequences["validation"]
-    rows = sampled_rows(arguments, len(split))
+    rows = sampled_rows("validation_users", arguments.validation_users, len(split), arguments.seed)
     members = load_members(
         arguments.members,
         sequences,
@@ -147,19 +147,6 @@ def tune(arguments: TuningArguments, state: PartialState) -> None:
         evidence = {"data_fingerprint": fingerprint, "validation_users": len(rows), "seed": arguments.seed}
         ensemble.save(arguments.output_dir, evidence | {"validation": quality_of(best), "trials": trials})
         logger.info("wrote %s/ensemble.json\n%s", arguments.output_dir, table(arguments.members, best, tried))
-
-
-def sampled_rows(arguments: TuningArguments, num_rows: int) -> np.ndarray:
-    """The rows of the validation split to rank, ascending."""
-    wanted = arguments.validation_users
-    if wanted is None:
-        return np.arange(num_rows)
-    if wanted > num_rows:
-        raise ValueError(
-            f"validation_users is {wanted}: expected at most {num_rows}, the users of the validation split; lower it, "
-            "or leave it out"
-        )
-    return np.sort(np.random.default_rng(arguments.seed).choice(num_rows, size=wanted, replace=False))
 
 
 def quality_of(mixture: Mixture) -> dict[str, object]:

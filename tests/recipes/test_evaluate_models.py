@@ -24,6 +24,7 @@ from hf_ilora.models.loading import load_recommender
 from tests.paths import RECIPES
 from tests.recipe_runs import RecipeRun, recipe_words
 from tests.synthetic import cyclic_sequences
+from tests.tiny_ilora_parts import save_ilora, save_parts
 
 QUICK = {"latency_calls": 5, "num_resamples": 200}
 
@@ -117,6 +118,27 @@ def test_targets_outside_training_are_ranked_among_the_new_items(evaluate, model
     assert "## By the training count of the target" in (output / "results.md").read_text()
 
 
+def test_an_ilora_may_rank_a_sample_of_the_users_and_is_compared_on_them(evaluate, tmp_path):
+    parts = save_parts(tmp_path / "parts", num_users=12)
+    save_ilora(parts, tmp_path / "ilora")
+    settings = {"data_dir": parts.data_dir, "models": [parts.recommender, tmp_path / "ilora"], "names": ["a", "b"]}
+    output = evaluate(**settings, k=3, ilora_users=5, seed=1).output_dir
+    tables = {path.name[0]: pq.read_table(path).to_pydict() for path in (output / "ranks").iterdir()}
+    asked = np.isin(tables["a"]["user_id"], tables["b"]["user_id"])
+    assert len(asked) == 12 and asked.sum() == len(tables["b"]["user_id"]) == 5
+    ranks = {"a": np.array(tables["a"]["rank_masked"])[asked], "b": np.array(tables["b"]["rank_masked"])}
+    quality = {name: np.where(rank <= 3, 1 / np.log2(1 + rank), 0).mean() for name, rank in ranks.items()}
+    models = json.loads((output / "results.json").read_text())["models"]
+    assert [model["num_users"] for model in models] == [12, 5]
+    assert models[1]["quality"]["masked/ndcg@3"]["mean"] == pytest.approx(quality["b"])
+    assert models[1]["comparison"]["difference"]["mean"] == pytest.approx(quality["b"] - quality["a"])
+    text = (output / "results.md").read_text()
+    assert "| model | users | NDCG@3 masked |" in text and "| b | 5 |" in text
+    assert "| b |" not in text.partition("## By the training count")[2]
+    with pytest.raises(ValueError, match="ilora_users is 13: expected at most 12, the users of the split"):
+        evaluate(**settings, k=3, ilora_users=13, output_dir=tmp_path / "other")
+
+
 def test_a_model_of_other_items_is_an_error_before_anything_runs(evaluate, models, tmp_path):
     other = SASRecForNextItem(SASRecConfig(num_items=7, hidden_size=8))
     other.save_pretrained(tmp_path / "other")
@@ -155,6 +177,7 @@ def test_data_without_candidates_is_measured_in_the_catalogue_alone(evaluate, se
         ({"names": "one"}, "for 2 models: expected one name for each"),
         ({"names": ["same", "same"]}, "expected different names"),
         ({"k": 0}, "k is 0: expected at least 1"),
+        ({"ilora_users": 0}, "ilora_users is 0: expected at least 1"),
         ({"latency_threads": 0}, "latency_threads is 0"),
         ({"modles": "x"}, "unknown option"),
     ],

@@ -38,4 +38,25 @@ def rows_in_fraction(split: Dataset, fraction: list[float]) -> Dataset:
     return split.select(range(start, end))
 
 
-__all__ = ["check_fraction", "rows_in_fraction"]
+def sampled_rows(option: str, wanted: int | None, num_rows: int, seed: int) -> np.ndarray:
+    """Different row numbers of a split, drawn at random, ascending.
+
+    Args:
+        option: the option that says how many, for the message.
+        wanted: number of rows; None is all.
+        num_rows: of the split.
+        seed: random seed of the draw.
+
+    Raises:
+        ValueError: for more rows than there are.
+    """
+    if wanted is None:
+        return np.arange(num_rows)
+    if wanted > num_rows:
+        raise ValueError(
+            f"{option} is {wanted}: expected at most {num_rows}, the users of the split; lower it, or leave it out"
+        )
+    return np.sort(np.random.default_rng(seed).choice(num_rows, size=wanted, replace=False))
+
+
+__all__ = ["check_fraction", "rows_in_fraction", "sampled_rows"]

@@ -18,6 +18,11 @@ from hf_ilora.evaluation.statistics import Interval, RunComparison
 from hf_ilora.files import written_whole
 from hf_ilora_cli.shown_text import code_in_markdown, in_figure, in_markdown
 
+_ABOUT_SAMPLES = (
+    "A model with fewer users ranked a random sample of them: its difference is between the two models on these users,",
+    "and its other figures are not comparable with those of rows with more users.",
+)
+
 
 @dataclass(frozen=True)
 class ModelReport:
@@ -30,7 +35,9 @@ class ModelReport:
         latency: time of one recommendation.
         size: size of the model.
         comparison: with the first model of the table, by the metric `compared`; None for the first model.
-        by_count: for each group of targets by their training count, an interval for each metric.
+        by_count: for each group of targets by their training count, an interval for each metric; empty for a model that
+            ranked a sample of the users.
+        num_users: that the model ranked; None for all.
     """
 
     name: str
@@ -40,6 +47,7 @@ class ModelReport:
     size: ModelSize
     comparison: RunComparison | None
     by_count: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    num_users: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +83,8 @@ def write_table(reports: Sequence[ModelReport], context: ReportContext, folder: 
 def markdown_table(reports: Sequence[ModelReport], context: ReportContext) -> str:
     """The table in Markdown, with a paragraph on how it was measured; metrics that no model has are left out."""
     k, latency = context.k, reports[0].latency
+    ranked = [report.num_users or context.num_users for report in reports]
+    sampled = any(num_users != context.num_users for num_users in ranked)
     metrics = {
         f"NDCG@{k} masked": f"masked/ndcg@{k}",
         f"HR@{k} masked": f"masked/hit_ratio@{k}",
@@ -86,6 +96,7 @@ def markdown_table(reports: Sequence[ModelReport], context: ReportContext) -> st
     }
     columns = {
         "model": [in_markdown(report.name) for report in reports],
+        **({"users": [f"{num_users:,}" for num_users in ranked]} if sampled else {}),
         **{
             title: [interval_text(report.quality.get(metric)) for report in reports]
             for title, metric in metrics.items()
@@ -109,6 +120,7 @@ def markdown_table(reports: Sequence[ModelReport], context: ReportContext) -> st
         "with its",
         "interval and two-sided sign-flip p-value. Time of one recommendation for one user:",
         f"{latency.num_calls} calls, {latency.threads} thread(s), {in_markdown(latency.device)}. MB: weight files.",
+        *(_ABOUT_SAMPLES if sampled else ()),
         "",
         *markdown_rows(list(columns), list(zip(*columns.values(), strict=True))),
         "",
@@ -135,6 +147,7 @@ def count_table(reports: Sequence[ModelReport], context: ReportContext) -> str:
         )
         for group, num_users in context.users_by_count.items()
         for report in reports
+        if report.num_users in (None, context.num_users)
     ]
     return "\n".join(
         [
