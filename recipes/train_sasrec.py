@@ -3,6 +3,9 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml \
         recipes/train_sasrec.py ml-100k/sasrec --seed 1 --output_dir outputs/ml-100k/sasrec-1
 
+If the data have titles, the items start from them and from what is bought together, unless --initial_items says
+otherwise: a sentence encoder of 90 MB is then downloaded once.
+
 The recipe writes the model (weights, configuration, catalogue), run.json and run.log to the output folder. To resume a
 killed run from its last complete checkpoint, run the same command again.
 """
@@ -13,7 +16,7 @@ from dataclasses import dataclass, field
 
 from transformers import set_seed
 
-from hf_ilora import NextItemTrainer, NextItemTrainingArguments, SASRecConfig, SASRecForNextItem, SequenceDatasets
+from hf_ilora import NextItemTrainer, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.data.row_fractions import check_fraction, rows_in_fraction
 from hf_ilora.models.next_item.configuration_next_item import TEACHER_FIELDS
 from hf_ilora.runs import (
@@ -28,6 +31,7 @@ from hf_ilora.runs import (
     sole_writer,
 )
 from hf_ilora.training.new_items import NewItemArguments, fill_after_training
+from hf_ilora.training.sasrec_arguments import SASRecTrainingArguments, decide_initial_items
 
 # A teacher's item embeddings are for distill_sasrec.py.
 SASRecArguments = config_arguments(SASRecConfig, exclude=("num_items", "pad_token_id", *TEACHER_FIELDS))
@@ -50,7 +54,7 @@ class DataArguments:
         check_fraction(self.train_fraction)
 
 
-ARGUMENTS = (DataArguments, SASRecArguments, NewItemArguments, NextItemTrainingArguments)
+ARGUMENTS = (DataArguments, SASRecArguments, NewItemArguments, SASRecTrainingArguments)
 
 
 def main() -> None:
@@ -65,11 +69,13 @@ def train(arguments: tuple) -> None:
     set_up_logging(training.output_dir)
     sequences = SequenceDatasets.load(data.data_dir)
     fingerprint = sequences.fingerprint
+    config = SASRecConfig(num_items=sequences.num_items, **dataclasses.asdict(model_arguments))
+    decide_initial_items(training, config, sequences)
     checkpoint = resumable_checkpoint(training.output_dir, arguments, fingerprint)
     rows = rows_in_fraction(sequences["train"], data.train_fraction)
     set_seed(training.seed)
     trainer = NextItemTrainer(
-        SASRecForNextItem(SASRecConfig(num_items=sequences.num_items, **dataclasses.asdict(model_arguments))),
+        SASRecForNextItem(config),
         training,
         train_dataset=rows,
         eval_dataset=sequences["validation"],

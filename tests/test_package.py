@@ -43,7 +43,7 @@ ALLOWED_IMPORTS = {
     "runs": {"data", "evaluation", "devices", "downloads", "files", "hf_ilora_cli"},
     "evaluation": {"data", "models", "files", SHOWN_TEXT},
     "distillation": {"data", "models", "reference", "files"},
-    "training": {"data", "models", "titles", "evaluation", "distillation", "devices", "files"},
+    "training": {"data", "models", "titles", "evaluation", "distillation", "devices", "downloads", "files"},
     "publishing": {"data", "models", "evaluation", "files", SHOWN_TEXT},
 }
 

@@ -20,6 +20,7 @@ from tests.titles.encoder_folders import save_bert
 SETTINGS = {
     "hidden_size": 16, "max_length": 8, "hidden_dropout": 0, "attention_dropout": 0, "num_train_epochs": 6,
     "learning_rate": 5.0e-3, "early_stopping_patience": 0, "optim": "adamw_torch", "disable_tqdm": True,
+    "initial_items": "random",
 }  # fmt: skip
 
 
@@ -29,8 +30,8 @@ def train(launch, tmp_path_factory):
     folder, runs = tmp_path_factory.mktemp("runs"), {}
     cyclic_sequences(num_users=256).save(folder / "data")
 
-    def words(config, output_dir) -> list[str]:
-        settings = {"data_dir": folder / "data", "output_dir": output_dir, **SETTINGS}
+    def words(config, output_dir, **changes) -> list[str]:
+        settings = {"data_dir": folder / "data", "output_dir": output_dir, **SETTINGS, **changes}
         settings["per_device_train_batch_size"] = 64 if config == "cpu.yaml" else 32
         return [str(RECIPES / "train_sasrec.py"), *recipe_words(**settings)]
 
@@ -59,9 +60,9 @@ def test_two_processes_learn_what_one_learns(train, config):
 @pytest.mark.slow
 def test_two_processes_start_from_titles_that_are_encoded_once(train, launch, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ILORA_CACHE", str(tmp_path / "cache"))
-    words = train.words("multi_cpu.yaml", tmp_path / "run")
-    words += ["--initial_items", "titles_and_cooccurrence", "--title_encoder", str(save_bert(tmp_path / "bert"))]
-    printed = launch("multi_cpu.yaml", *words, "--max_steps", "2", "--eval_strategy", "epoch").stdout
+    settings = {"initial_items": "auto", "title_encoder": save_bert(tmp_path / "bert")}
+    words = train.words("multi_cpu.yaml", tmp_path / "run", **settings, max_steps=2, eval_strategy="epoch")
+    printed = launch("multi_cpu.yaml", *words).stdout
     assert printed.count("INFO hf_ilora.titles.encoders: encoding 30 titles") == 1
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
     assert RecipeRun(tmp_path / "run").record["world_size"] == 2

@@ -18,7 +18,7 @@ from tests.synthetic import cyclic_sequences
 
 STUDENT = {
     "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "max_length": 8, "num_train_epochs": 2,
-    "early_stopping_patience": 0, "use_cpu": True,
+    "early_stopping_patience": 0, "use_cpu": True, "initial_items": "cooccurrence",
 }  # fmt: skip
 
 TABLES = {

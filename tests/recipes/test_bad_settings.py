@@ -10,7 +10,7 @@ from tests.tiny_ilora_parts import known_recommender, save_ilora, save_parts
 
 SMALL = {
     "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "max_length": 8, "num_train_epochs": 1,
-    "use_cpu": True, "disable_tqdm": True,
+    "use_cpu": True, "disable_tqdm": True, "initial_items": "random",
 }  # fmt: skip
 WITHOUT_BEST = {"load_best_model_at_end": False, "early_stopping_patience": 0}
 

@@ -55,7 +55,7 @@ def settings(tmp_path_factory):
     table |= {"time_column": "when", "title_column": "name", "num_candidates": 3}
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "max_length": 8}
     small |= {"per_device_train_batch_size": 16, "num_train_epochs": 3, "early_stopping_patience": 0}
-    small |= {"use_cpu": True, "disable_tqdm": True}
+    small |= {"use_cpu": True, "disable_tqdm": True, "initial_items": "random"}
     ilora = {"max_history": 4, "num_candidates": 5, "rank": 4, "num_experts": 2, "router_type": "linear"}
     ilora |= {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16, "num_train_epochs": 3}
     of_data = {"data_dir": "{output_dir}/data"}

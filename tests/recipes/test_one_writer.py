@@ -47,6 +47,7 @@ def test_a_second_command_changes_nothing_of_a_run_and_a_killed_one_holds_nothin
     settings = {
         "data_dir": tmp_path / "data", "output_dir": run.output_dir, "hidden_size": 16, "max_length": 8,
         "num_train_epochs": 5000, "early_stopping_patience": 0, "disable_tqdm": True,
+        "initial_items": "random",
     }  # fmt: skip
     command = recipe_command("train_sasrec", **settings)
     with subprocess.Popen(command, env=os.environ | ENVIRONMENT, stderr=subprocess.DEVNULL) as first:

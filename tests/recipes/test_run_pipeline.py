@@ -78,6 +78,7 @@ def test_a_stage_whose_run_had_finished_when_the_pipeline_was_killed_is_not_star
     options = {
         "data_dir": "{output_dir}/data", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
         "max_length": 8, "num_train_epochs": 1, "early_stopping_patience": 0, "use_cpu": True,
+        "initial_items": "random",
     }  # fmt: skip
     sasrec = {"recipe": "train_sasrec.py", "reads": ["data"], "options": options, "resumes": True}
     state_file, record = tmp_path / "out" / "pipeline.json", tmp_path / "out" / "sasrec" / "run.json"

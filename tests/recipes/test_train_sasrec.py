@@ -1,19 +1,24 @@
 """recipes/train_sasrec.py from a prepared data set to a saved model, and as a user runs it: killed and resumed."""
 
 import json
+import re
 import shutil
 
+import pyarrow as pa
 import pytest
 import torch
 
-from hf_ilora import SASRecForNextItem
+from hf_ilora import SASRecForNextItem, SequenceDatasets
+from hf_ilora.downloads import DownloadError
+from hf_ilora.models.next_item.catalogue import Catalogue
+from hf_ilora.training import initial_items
 from tests.recipe_runs import RecipeRun, kill_recipe
 from tests.synthetic import cyclic_sequences
 from tests.titles.encoder_folders import save_bert
 
 SETTINGS = {
     "hidden_size": 16, "max_length": 8, "per_device_train_batch_size": 64, "num_train_epochs": 12, "use_cpu": True,
-    "disable_tqdm": True, "learning_rate": 5.0e-3,
+    "disable_tqdm": True, "learning_rate": 5.0e-3, "initial_items": "random",
 }  # fmt: skip
 STEPS_PER_EPOCH = 4  # 240 users / 64
 
@@ -52,6 +57,38 @@ def test_run_writes_a_model_that_knows_the_rule_and_a_full_record(trained):
     item_ids, _ = model.recommend(torch.tensor([[1, 2, 3]]), top_k=2)
     assert set(model.catalogue.titles(item_ids[0])) == {"Title 103", "Title 104"}
     assert not list(trained.output_dir.glob("*.bin"))
+
+
+def test_items_start_from_titles_by_default_if_there_are_any(train, data_dir, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HF_ILORA_CACHE", str(tmp_path / "cache"))
+    caplog.set_level("INFO")
+    settings = {"initial_items": "auto", "num_train_epochs": 1, "title_encoder": save_bert(tmp_path / "bert")}
+    sequences = SequenceDatasets.load(data_dir)
+    table = sequences.catalogue.table
+    ids = table["raw_id"].cast(pa.string())
+    without = Catalogue(table.set_column(table.column_names.index("title"), "title", ids))
+    SequenceDatasets(dict(sequences), without, sequences.protocol).save(tmp_path / "ids")
+    for changes, decided, told in (
+        ({}, "titles_and_cooccurrence", "since the data have titles, which .*; --initial_items random starts without"),
+        ({"data_dir": tmp_path / "ids"}, "random", "the data have no titles that tell items apart"),
+        ({"hidden_size": 32}, "random", "needs a hidden_size below the 30 items, and it is 32"),
+        ({"block_type": "reference"}, "random", "needs block_type pre_norm, and it is reference"),
+        ({"initial_items": "cooccurrence"}, "cooccurrence", None),
+    ):
+        caplog.clear()
+        run = train(tmp_path / decided / str(len(changes)) / next(iter(changes), "plain"), **settings | changes)
+        assert run.record["configuration"]["SASRecTrainingArguments"]["initial_items"] == decided
+        assert (told is None and "initial_items is" not in caplog.text) or re.search(told, caplog.text)
+
+
+def test_an_encoder_that_cannot_be_downloaded_is_told_with_the_way_out(train, tmp_path, monkeypatch):
+    def offline(*arguments, **settings):
+        raise DownloadError("no network")
+
+    monkeypatch.setattr(initial_items, "item_title_embeddings", offline)
+    message = "all-MiniLM-L6-v2 cannot be downloaded: .* --title_encoder tf-idf .* --initial_items cooccurrence"
+    with pytest.raises(DownloadError, match=message):
+        train(tmp_path, initial_items="auto")
 
 
 def test_a_fraction_of_the_rows_is_learnt_from(train, tmp_path):

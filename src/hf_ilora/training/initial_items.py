@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_ilora.data.columns import training_sequences
+from hf_ilora.downloads import DownloadError
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
@@ -102,16 +103,24 @@ def encoded_titles(catalogue: Catalogue | None, args, trust_remote_code: bool = 
 
     Raises:
         ValueError: without a catalogue or with titles that say nothing about the items, and as `encode_titles`.
+        DownloadError: when the encoder cannot be downloaded.
     """
     check_titles(catalogue, args.title_encoder)
-    with args.main_process_first(desc="encoding of titles"):
-        return item_title_embeddings(
-            catalogue,
-            args.title_encoder,
-            layer=args.title_layer,
-            device=args.device,
-            trust_remote_code=trust_remote_code,
-        )
+    try:
+        with args.main_process_first(desc="encoding of titles"):
+            return item_title_embeddings(
+                catalogue,
+                args.title_encoder,
+                layer=args.title_layer,
+                device=args.device,
+                trust_remote_code=trust_remote_code,
+            )
+    except DownloadError as error:
+        raise DownloadError(
+            f"title_encoder {args.title_encoder} cannot be downloaded: expected a network once; without one, pass "
+            "--title_encoder tf-idf or the folder of an encoder, or leave titles out, as --initial_items cooccurrence "
+            f"does ({error})"
+        ) from error
 
 
 def check_titles(catalogue: Catalogue | None, encoder: str) -> None:
