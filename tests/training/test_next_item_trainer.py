@@ -27,7 +27,7 @@ from hf_ilora import (
 from hf_ilora.evaluation.rank_metrics import ndcg_at
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.titles.cooccurrence import cooccurrence_embeddings
-from hf_ilora.training import initial_items, next_item_trainer
+from hf_ilora.training import initial_items
 from tests.synthetic import cyclic_sequences
 from tests.titles.encoder_folders import save_bert
 
@@ -199,7 +199,7 @@ def test_titles_are_encoded_once_and_not_for_a_resumed_run(sequences, tmp_path, 
     def refuse(*arguments, **more):
         pytest.fail("titles are encoded although the run is resumed")
 
-    monkeypatch.setattr(next_item_trainer, "item_title_embeddings", refuse)
+    monkeypatch.setattr(initial_items, "item_title_embeddings", refuse)
     resumed = trainer_of(tmp_path / "resumed", sequences, sasrec(seed=5), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
 
