@@ -4,6 +4,7 @@ import copy
 import math
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -228,6 +229,8 @@ def test_items_that_training_never_saw_get_rows_and_the_others_keep_theirs():
         [list(pair) for pair in NEW],
         iter(NEW),
         pa.table({"raw_id": ["new 2", "new 4"], "title": [title for _, title in NEW], "price": [1, 2]}),
+        dict(NEW),
+        pd.DataFrame(NEW, columns=["raw_id", "title"]),
         Dataset.from_dict({"item_id": ["new 2", "new 4"], "title": [title for _, title in NEW], "genres": [["x"], []]}),
     ],
     ids=["pairs", "lists", "generator", "table", "data set"],

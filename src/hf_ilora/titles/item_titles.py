@@ -384,8 +384,8 @@ def add_items(
 
     Args:
         model: has a catalogue; changed in place.
-        items: (raw id, title) pairs, or a table with the columns `raw_id` (or `item_id`), `title` and optionally `year`
-            and `genres`.
+        items: (raw id, title) pairs, a dictionary of titles by raw id, or a table (of pyarrow, pandas or datasets) with
+            the columns `raw_id` (or `item_id`), `title` and optionally `year` and `genres`.
         encoder: encodes titles, see `encode_titles`.
         title_embeddings: (num_items + items + 1, size) vectors of all titles, row 0 for padding, those of the catalogue
             next and those of the new items last; None encodes them.

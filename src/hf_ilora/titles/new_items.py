@@ -1,9 +1,10 @@
 """Items that join a trained model: their catalogue entries, and their rows in its tables."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -15,15 +16,15 @@ from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.next_item_head import NextItemHead
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 
-Items = Iterable[tuple[int | str, str]] | pa.Table | datasets.Dataset
+Items = Iterable[tuple[int | str, str]] | Mapping[int | str, str] | pa.Table | pd.DataFrame | datasets.Dataset
 
 
 def new_items_table(items: Items, catalogue: Catalogue) -> pa.Table:
     """The rows by which a catalogue grows.
 
     Args:
-        items: (raw id, title) pairs, or a table with the columns `raw_id` (or `item_id`), `title` and optionally `year`
-            and `genres`.
+        items: (raw id, title) pairs, a dictionary of titles by raw id, or a table (of pyarrow, pandas or datasets) with
+            the columns `raw_id` (or `item_id`), `title` and optionally `year` and `genres`.
         catalogue: that grows.
 
     Returns:
@@ -73,6 +74,10 @@ def _as_table(items: Items) -> pa.Table:
         items = items.with_format("arrow")[:]
     elif isinstance(items, Catalogue):
         items = items.table
+    elif isinstance(items, pd.DataFrame):
+        items = pa.Table.from_pandas(items, preserve_index=False)
+    elif isinstance(items, Mapping):
+        items = items.items()
     if not isinstance(items, pa.Table):
         pairs = [(items,)] if isinstance(items, str) else list(items)
         wrong = next((pair for pair in pairs if not isinstance(pair, tuple | list) or len(pair) != 2), None)
