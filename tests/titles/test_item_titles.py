@@ -233,7 +233,7 @@ def test_items_that_training_never_saw_get_rows_and_the_others_keep_theirs():
         pd.DataFrame(NEW, columns=["raw_id", "title"]),
         Dataset.from_dict({"item_id": ["new 2", "new 4"], "title": [title for _, title in NEW], "genres": [["x"], []]}),
     ],
-    ids=["pairs", "lists", "generator", "table", "data set"],
+    ids=["pairs", "lists", "generator", "table", "dictionary", "frame", "data set"],
 )
 def test_items_come_as_pairs_or_tables(items):
     model = planted()
