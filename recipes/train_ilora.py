@@ -21,7 +21,7 @@ from transformers import set_seed
 from transformers.trainer_pt_utils import get_model_param_count
 
 from hf_ilora import ILoraConfig, ILoraForRecommendation, ILoraTrainer, ILoraTrainingArguments, SequenceDatasets
-from hf_ilora.data.row_fractions import check_fraction, rows_in_fraction
+from hf_ilora.data.row_fractions import check_fraction, rows_in_fraction, sampled_rows
 from hf_ilora.models.ilora.prompts import read_templates
 from hf_ilora.runs import (
     RunRecord,
@@ -34,6 +34,7 @@ from hf_ilora.runs import (
     set_up_logging,
     sole_writer,
 )
+from hf_ilora.runs.checks import check_at_least_one
 from hf_ilora.training.ilora_parts import ILoraPartArguments, load_ilora_parts
 from hf_ilora.training.ilora_trainer import checked_candidate_fraction
 
@@ -60,6 +61,10 @@ class DataArguments:
             "users that the recommender has not seen, such as 0.8 1 for a recommender trained on 0 0.8"
         },
     )
+    validation_users: int | None = field(
+        default=None,
+        metadata={"help": "number of validation users to evaluate on, drawn at random (seed); by default all"},
+    )
     prompt_file: str | None = field(
         default=None,
         metadata={
@@ -70,6 +75,8 @@ class DataArguments:
 
     def __post_init__(self):
         check_fraction(self.train_fraction)
+        if self.validation_users is not None:
+            check_at_least_one(self, "validation_users")
 
 
 ARGUMENTS = (DataArguments, ILoraPartArguments, ILoraModelArguments, ILoraTrainingArguments)
@@ -92,6 +99,8 @@ def train(arguments: tuple) -> None:
     set_up_logging(training.output_dir)
     sequences = SequenceDatasets.load(data.data_dir)
     fingerprint = sequences.fingerprint
+    validation = sequences["validation"]
+    rows = sampled_rows("validation_users", data.validation_users, len(validation), training.seed)
     checkpoint = resumable_checkpoint(training.output_dir, arguments, fingerprint)
     set_seed(training.seed)
     llm, tokenizer, source, recommender = load_ilora_parts(parts, sequences.catalogue)
@@ -104,7 +113,7 @@ def train(arguments: tuple) -> None:
         model,
         training,
         train_dataset=rows_in_fraction(sequences["train"], data.train_fraction),
-        eval_dataset=sequences["validation"],
+        eval_dataset=validation if len(rows) == len(validation) else validation.select(rows),
     )
     log_to_run(trainer)
     trained, total = (get_model_param_count(model, trainable_only=trainable) for trainable in (True, False))

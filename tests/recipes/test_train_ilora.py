@@ -72,6 +72,13 @@ def test_the_saved_model_is_the_trained_one(plain, parts):
     assert record["metrics"]["validation"]["eval_loss"] == pytest.approx(min(eval_losses))
 
 
+def test_validation_may_be_on_some_users(train, tmp_path):
+    run = train(tmp_path / "run", max_steps=1, validation_users=5)
+    assert len(run.trainer.eval_dataset) == 5
+    with pytest.raises(ValueError, match="validation_users is 33: expected at most 32, the users of the split"):
+        train(tmp_path / "other", validation_users=33)
+
+
 @pytest.mark.slow
 def test_one_expert_is_plain_lora_without_a_router(train, tmp_path):
     run = train(tmp_path, num_experts=1)
