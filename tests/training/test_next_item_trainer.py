@@ -28,6 +28,7 @@ from hf_ilora.evaluation.rank_metrics import ndcg_at
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.titles.cooccurrence import cooccurrence_embeddings
 from hf_ilora.training import initial_items
+from hf_ilora.training.windows import item_counts
 from tests.synthetic import cyclic_sequences
 from tests.titles.encoder_folders import save_bert
 
@@ -173,9 +174,21 @@ def test_training_starts_from_titles_and_cooccurrence(sequences, tmp_path, start
     cooccurrence = cooccurrence_embeddings(rows, NUM_ITEMS, 8, take_logarithm=take_logarithm)
     counts = torch.from_numpy(np.bincount(np.concatenate(rows), minlength=NUM_ITEMS + 1))
     expected = joint_item_embeddings(cooccurrence, TITLE_VECTORS, counts, 8, prior=20.0)
-    if score_temperature is None:  # dot products keep the scale of the co-occurrence
-        expected *= cooccurrence[1:].norm(dim=1).mean()
+    if score_temperature is None:  # dot products keep the lengths of the co-occurrence
+        expected = torch.nn.functional.normalize(expected, dim=1) * cooccurrence.norm(dim=1, keepdim=True)
     torch.testing.assert_close(first.table, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_item_that_training_has_never_seen_starts_as_short_as_the_shortest_that_it_has(sequences):
+    seen = sequences["train"].map(lambda row: {"history": [item % 9 + 1 for item in row["history"]], "target": 9})
+    config = SASRecConfig(num_items=NUM_ITEMS, hidden_size=4)
+    counts = item_counts(seen, NUM_ITEMS)
+    table = initial_items.initial_item_embeddings(
+        "titles_and_cooccurrence", seen, config, counts, TITLE_VECTORS, 30.0, targets_only=False
+    )
+    lengths = table.norm(dim=1)
+    assert lengths[0] == 0 and (lengths[10:] > 0).all()
+    torch.testing.assert_close(lengths[10:], lengths[1:10].min().expand(NUM_ITEMS - 9))
 
 
 def test_training_starts_from_titles_alone(sequences, tmp_path):

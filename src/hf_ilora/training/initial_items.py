@@ -68,7 +68,13 @@ def initial_item_embeddings(
     if initial_items not in WITH_TITLES:
         return cooccurrence
     joint = joint_item_embeddings(cooccurrence, title_embeddings, item_counts, size, title_prior)
-    return joint * cooccurrence[1:].norm(dim=1).mean()
+    if uses_cosine:
+        return joint
+    # In a dot product, lengths say how much is known of an item: those of co-occurrence are kept.
+    lengths = cooccurrence.norm(dim=1, keepdim=True)  # (num_items + 1, 1)
+    known = lengths[lengths > 0]
+    lengths[lengths == 0] = known.min() if len(known) else 1.0
+    return F.normalize(joint, dim=1) * lengths
 
 
 def check_initial_items(model: EncoderForNextItem, initial_items: str) -> None:
