@@ -11,6 +11,7 @@ killed run from its last complete checkpoint, run the same command again.
 """
 
 import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 
@@ -70,8 +71,9 @@ def train(arguments: tuple) -> None:
     sequences = SequenceDatasets.load(data.data_dir)
     fingerprint = sequences.fingerprint
     config = SASRecConfig(num_items=sequences.num_items, **dataclasses.asdict(model_arguments))
+    asked = (*arguments[:-1], copy.copy(training))  # what runs are compared by: "auto", whatever it stands for
     decide_initial_items(training, config, sequences)
-    checkpoint = resumable_checkpoint(training.output_dir, arguments, fingerprint)
+    checkpoint = resumable_checkpoint(training.output_dir, asked, fingerprint)
     rows = rows_in_fraction(sequences["train"], data.train_fraction)
     set_seed(training.seed)
     trainer = NextItemTrainer(
@@ -82,8 +84,9 @@ def train(arguments: tuple) -> None:
         processing_class=sequences.catalogue,
     )
     log_to_run(trainer)
-    with RunRecord(training.output_dir, arguments, seed=training.seed) as record:
+    with RunRecord(training.output_dir, asked, seed=training.seed) as record:
         record.add_data(fingerprint)
+        record.add_metrics("start", {"initial_items": training.initial_items})
         with record.stage("train"):
             trainer.train(resume_from_checkpoint=checkpoint)
         fill_after_training(trainer, rows, new_items)

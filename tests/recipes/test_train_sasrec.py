@@ -77,7 +77,7 @@ def test_items_start_from_titles_by_default_if_there_are_any(train, data_dir, tm
     ):
         caplog.clear()
         run = train(tmp_path / decided / str(len(changes)) / next(iter(changes), "plain"), **settings | changes)
-        assert run.record["configuration"]["SASRecTrainingArguments"]["initial_items"] == decided
+        assert run.record["metrics"]["start"] == {"initial_items": decided}
         assert (told is None and "initial_items is" not in caplog.text) or re.search(told, caplog.text)
 
 
