@@ -5,7 +5,7 @@ python recipes/recommend.py --model outputs/ml-100k/sasrec --history 50 172 181
 python recipes/recommend.py --model outputs/ml-100k/sasrec --liked "Star Wars" "a comedy about a wedding"
 python recipes/recommend.py --model outputs/ml-100k/sasrec
 
-A liked title that is none of the catalogue stands for the five items with the most similar titles. Without a user,
+A liked title that is not in the catalogue is replaced by the five items with the most similar titles. Without a user,
 history or titles, the most popular items are printed.
 """
 

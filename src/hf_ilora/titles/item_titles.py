@@ -17,7 +17,7 @@ from .new_items import Items, add_item_rows, item_tables, new_items_table, set_i
 
 NEIGHBOURS = 20  # items that a new item's row is an average of
 TEMPERATURES = (0.05, 0.1, 0.15, 0.2)  # of their weights; the best for known items is taken
-LIKED_NEIGHBOURS = 5  # items that stand for a title that is none of the catalogue
+LIKED_NEIGHBOURS = 5  # items that replace a title that is not in the catalogue
 _HALF_WEIGHT_COUNT = 10  # an item that occurs so often in training weighs half as much as one that always does
 _HELD_OUT = 1000  # known items that choose the temperature
 _SCORES_AT_ONCE = 1 << 24
@@ -214,7 +214,7 @@ class ItemTitles:
     def histories(self, liked: Sequence[Sequence[str]]) -> list[list[int]]:
         """Histories, oldest first, for users who say what they like.
 
-        A title of the catalogue, whatever its case, is that item. Any other text stands for the five items with the
+        A title of the catalogue, whatever its case, is that item. Any other text is replaced by the five items with the
         most similar titles, the most similar one last.
 
         Args:

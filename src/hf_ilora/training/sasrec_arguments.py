@@ -41,7 +41,7 @@ class SASRecTrainingArguments(NextItemTrainingArguments):
 
 
 def decide_initial_items(training: SASRecTrainingArguments, config: SASRecConfig, sequences: SequenceDatasets) -> None:
-    """Replace the `initial_items` "auto" by what it stands for, which the log then tells."""
+    """Replace the `initial_items` "auto" by the start that the data and the model allow, and log it."""
     if training.initial_items != AUTO:
         return
     obstacle = _obstacle(training, config, sequences)
