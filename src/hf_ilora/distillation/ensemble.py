@@ -13,6 +13,7 @@ from hf_ilora.distillation.ensemble_members import (
     RecommenderScores,
     TitleSimilarity,
 )
+from hf_ilora.distillation.losses import check_temperature
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.histories import padded_histories
@@ -54,8 +55,7 @@ class EnsembleTeacher(nn.Module):
                 raise ValueError(f"a weight is {weight}: expected finite numbers, at least 0")
         if not any(weights):
             raise ValueError("all weights are 0: expected at least one positive")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}: expected a positive number")
+        check_temperature(temperature)
         self.members = nn.ModuleList(as_member(member) for member in members)
         self.weights, self.temperature = tuple(map(float, weights)), temperature
         sizes = {member.num_items for member in self.members}

@@ -22,9 +22,8 @@ from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.modeling_caser import CaserForNextItem
 from hf_ilora.models.next_item.modeling_counting import PopularityForNextItem, TransitionCountsForNextItem
-from hf_ilora.models.next_item.next_item_head import first_occurrences
 from hf_ilora.models.next_item.next_item_losses import Columns
-from hf_ilora.models.next_item.padding import padding_to_the_end
+from hf_ilora.models.next_item.padding import padding_to_the_end, places_behind_padding
 
 # A history's older items weigh less than this beside its newest one, and are not read.
 _SMALLEST_DECAY = 1e-3
@@ -51,9 +50,7 @@ class Positions:
     def of_batch(cls, input_ids: torch.Tensor, indices: torch.Tensor, labels=None) -> "Positions":
         """Of a batch (batch, length) with padding on either side, and indices in its flattened form."""
         real, order, slots = padding_to_the_end(input_ids, None)
-        length = input_ids.shape[1]
-        starts = length * torch.arange(len(input_ids), device=input_ids.device).unsqueeze(1)  # (batch, 1)
-        return cls(input_ids.gather(1, order), real.sum(1), (slots + starts).flatten()[indices], labels)
+        return cls(input_ids.gather(1, order), real.sum(1), places_behind_padding(slots, indices), labels)
 
     @classmethod
     def last_of_batch(cls, input_ids: torch.Tensor, labels=None) -> "Positions":
@@ -127,18 +124,11 @@ class RecommenderScores(nn.Module):
 
     def at(self, positions: Positions) -> _DotProducts:
         head, item_ids = self.model.head, positions.item_ids
-        states = self.model.model.encode(item_ids, positions.lengths).flatten(0, 1)[positions.places]
-        if head.score_temperature is not None:
-            states = F.normalize(states, dim=-1) / head.score_temperature
-        raised = None
-        if head.repeat_bias is not None:
-            different = first_occurrences(item_ids)  # (batch, length)
-            length = item_ids.shape[1]
-            rows, until = positions.places // length, positions.places % length
-            is_read = torch.arange(length, device=item_ids.device) <= until.unsqueeze(1)
-            raised = different[rows] * is_read, head.repeat_bias
+        hidden_states = self.model.model.encode(item_ids, positions.lengths)
+        states, seen = self.model.states_at(hidden_states, item_ids, positions.places)
+        raised = None if seen is None else (seen, head.repeat_bias)
         offsets = self.model._item_offsets()
-        return _DotProducts(states, lambda items: head.item_rows(items, offsets), head.bias, raised)
+        return _DotProducts(head.scaled(states), lambda items: head.item_rows(items, offsets), head.bias, raised)
 
 
 class TitleSimilarity(nn.Module):

@@ -292,7 +292,7 @@ class DistillationTrainer(NextItemTrainer):
         zero = loss.new_zeros(())
         self._logged += torch.stack([parts.get(name, zero).detach().float() for name in self._weights])
 
-    def _teacher_answers(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _teacher_answers(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Takes the teacher's part out of a batch, or asks the online teacher.
 
         Returns:

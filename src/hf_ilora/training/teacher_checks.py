@@ -4,7 +4,6 @@ import os
 
 from datasets import IterableDataset
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_ilora.distillation.ensemble import EnsembleTeacher
 from hf_ilora.distillation.policies import KLDivergencePolicy
@@ -13,6 +12,7 @@ from hf_ilora.models.loading import check_catalogue
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 
 from .distillation_arguments import DistillationArguments
+from .ensembles import check_not_spread
 from .next_item_arguments import INITIAL_ITEMS
 
 
@@ -72,11 +72,7 @@ def check_teacher(teacher: object | None, labels: TeacherLabels | None, policy, 
         )
     if teacher is None:
         return
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "ZeRO-3 spreads weights over processes, where an online teacher cannot be asked: expected "
-            "teacher_labels, or another accelerate configuration"
-        )
+    check_not_spread()
     if labels is not None:
         if args.distilled_positions != "all" or not args.kl_weight:
             raise ValueError(

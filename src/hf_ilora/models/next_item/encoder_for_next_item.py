@@ -18,6 +18,7 @@ from .padding import (
     last_positions,
     lowest_and_highest,
     padding_to_the_end,
+    places_behind_padding,
     restore_padding,
 )
 
@@ -251,10 +252,23 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         `indices` (positions,) count in the flattened input; None means all positions. `slots` are those of
         `padding_to_the_end`, behind which the padding of the hidden states lies.
         """
+        return self.states_at(hidden_states, item_ids, places_behind_padding(slots, indices))
+
+    def states_at(
+        self, hidden_states: torch.Tensor, item_ids: torch.Tensor, places: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Some hidden states, and the items seen there.
+
+        Args:
+            hidden_states: (batch, length, hidden), of `encode`.
+            item_ids: (batch, length), padding last.
+            places: (positions,) in the flattened (batch * length).
+
+        Returns:
+            (positions, hidden), and the different items of each history up to there, (positions, length), padded with
+            0, where the head's repeat bias reads them, else None.
+        """
         length = item_ids.shape[1]
-        row_starts = length * torch.arange(item_ids.shape[0], device=item_ids.device).unsqueeze(1)  # (batch, 1)
-        places = (slots + row_starts).flatten()  # (batch * length,), of each input position in the hidden states
-        places = places if indices is None else places[indices]  # (positions,)
         repeated_items = self._repeated_items(item_ids)  # (batch, length)
         if repeated_items is not None:
             until_here = repeated_items.unsqueeze(1).expand(-1, length, -1).tril()  # (batch, length, length)

@@ -63,8 +63,7 @@ class NextItemHead(nn.Linear):
             scalar loss and its parts (1 + soft targets,), without gradient: the loss of the targets, then the
             divergence from each soft target without its weight.
         """
-        if self.score_temperature is not None:
-            hidden_states = F.normalize(hidden_states, dim=-1) / self.score_temperature
+        hidden_states = self.scaled(hidden_states)
         if targets is None or self.config.loss_type == "cross_entropy":
             weight = self._normalised(self.weight if item_offsets is None else self.weight + item_offsets)
         if targets is None:
@@ -140,6 +139,12 @@ class NextItemHead(nn.Linear):
             counted=counted,
             soft_targets=soft_targets,
         )
+
+    def scaled(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (positions, hidden) whose products with `item_rows` are scores, before any bias."""
+        if self.score_temperature is None:
+            return hidden_states
+        return F.normalize(hidden_states, dim=-1) / self.score_temperature
 
     def item_rows(self, item_ids: torch.Tensor, item_offsets: torch.Tensor | None = None) -> torch.Tensor:
         """The rows of the table (items, hidden) that hidden states are multiplied with, of item ids (items,)."""

@@ -48,6 +48,22 @@ def padding_to_the_front(input_ids: torch.Tensor) -> torch.Tensor:
     return input_ids.gather(1, _inverse(_slots(input_ids.eq(PADDING_ITEM_ID))))
 
 
+def places_behind_padding(slots: torch.Tensor, indices: torch.Tensor | None) -> torch.Tensor:
+    """Where positions of an input are in the flattened (batch * length) whose rows have their padding last.
+
+    Args:
+        slots: (batch, length), of `padding_to_the_end`.
+        indices: (positions,) in the flattened input; None means all positions.
+
+    Returns:
+        (positions,) int64.
+    """
+    batch, length = slots.shape
+    row_starts = length * torch.arange(batch, device=slots.device).unsqueeze(1)  # (batch, 1)
+    places = (slots + row_starts).flatten()
+    return places if indices is None else places[indices]
+
+
 def _slots(first: torch.Tensor) -> torch.Tensor:
     """(batch, length) bool -> the place of each position when those that are True come first, all in their order.
 
@@ -77,5 +93,6 @@ __all__ = [
     "lowest_and_highest",
     "padding_to_the_end",
     "padding_to_the_front",
+    "places_behind_padding",
     "restore_padding",
 ]
