@@ -1,7 +1,7 @@
 """The rows of the study on language: what is trained on a data set, and the trials that settings are chosen from.
 
-Ids only get as many trials as a chain of language: start, ensemble and counts together. TF-IDF titles get those of
-MiniLM. To add rows, such as students with an iLoRA among their teachers, add them to `language_rows` and to a table.
+Ids only get as many trials as a chain of language: start and teachers together. TF-IDF titles get those of MiniLM.
+To add rows, such as students with an iLoRA among their teachers, add them to `language_rows` and to a table.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,7 @@ from experiments.study import Row
 from hf_ilora.titles.embedded_encoder import EMBEDDED_ENCODER
 
 TABLES = {
-    "main": (
-        "popularity", "counts", "ids", "ids_tuned", "start", "ensemble", "ensemble_counts", "tf_idf_ensemble_counts",
-    ),
+    "main": ("popularity", "counts", "ids_tuned", "start", "ensemble_counts", "tf_idf_ensemble_counts"),
     "parts": (
         "ids_tuned", "ids_titles", "ids_counts", "start", "start_neighbours", "start_counts", "ensemble",
         "ensemble_counts", "ensemble_counts_mixed",
@@ -39,8 +37,9 @@ class Settings:
         ids: trials of ids only.
         joint_start: `initial_items` of the start from titles and co-occurrence.
         start: trials of that start.
-        title_weights: weights of title similarity beside a student's scores in the teacher, of one trial each.
-        count_weights: the same for the logarithm of the transition counts.
+        title_weight: weight of title similarity beside a student's scores in the teacher.
+        count_weight: the same for the logarithm of the transition counts.
+        taught: trials of the student that learns from all three.
         trial_seeds: number of seeds over which the metric of a trial is averaged.
         title_encoder: the encoder that is compared with TF-IDF.
     """
@@ -50,8 +49,9 @@ class Settings:
     ids: Sequence[Mapping[str, object]]
     joint_start: str
     start: Sequence[Mapping[str, object]]
-    title_weights: Sequence[float]
-    count_weights: Sequence[float]
+    title_weight: float
+    count_weight: float
+    taught: Sequence[Mapping[str, object]]
     trial_seeds: int
     title_encoder: str = EMBEDDED_ENCODER
 
@@ -67,16 +67,19 @@ SETTINGS = {
         ids=(
             {},
             {"item_learning_rate_factor": 2.0},
-            {"num_train_epochs": 12.0},
             {"item_learning_rate_factor": 2.0, "num_train_epochs": 12.0},
-            {"item_learning_rate_factor": 2.0, "initial_mixing": 0.1},
+            {"item_learning_rate_factor": 2.0, "initial_mixing": 0.2},
             {"item_learning_rate_factor": 2.0, "hidden_dropout": 0.2},
-            {"item_learning_rate_factor": 2.0, "hidden_dropout": 0.4},
         ),
         joint_start="titles_and_cooccurrence",
-        start=({}, {"item_learning_rate_factor": 2.0}),
-        title_weights=(3.0, 5.0),
-        count_weights=(0.5, 1.0),
+        start=({}, {"initial_mixing": 0.2}),
+        title_weight=3.0,
+        count_weight=0.5,
+        taught=(
+            {"teacher_weights": [1.0, 3.0, 0.5], "kl_weight": 1.0},
+            {"teacher_weights": [1.0, 5.0, 0.5], "kl_weight": 1.0},
+            {"teacher_weights": [1.0, 3.0, 0.5], "kl_weight": 2.0},
+        ),
         trial_seeds=1,
     ),
     "ml-100k": Settings(
@@ -86,15 +89,18 @@ SETTINGS = {
             {},
             {"item_learning_rate_factor": 0.3},
             {"item_learning_rate_factor": 1.0},
-            {"num_train_epochs": 90.0},
             {"hidden_dropout": 0.2},
-            {"hidden_dropout": 0.4},
-            {"initial_mixing": 0.1},
+            {"num_train_epochs": 30.0},
         ),
         joint_start="titles_and_log_cooccurrence",
-        start=({}, {"item_learning_rate_factor": 0.3}),
-        title_weights=(1.0, 0.5),
-        count_weights=(0.5, 1.0),
+        start=({"title_prior": 3.0}, {}),
+        title_weight=1.0,
+        count_weight=0.5,
+        taught=(
+            {"teacher_weights": [1.0, 1.0, 0.5], "kl_weight": 1.0},
+            {"teacher_weights": [1.0, 0.5, 1.0], "kl_weight": 1.0},
+            {"teacher_weights": [1.0, 1.0, 0.5], "kl_weight": 2.0},
+        ),
         trial_seeds=3,  # one validation user is a tenth of a percent here
     ),
 }  # fmt: skip
@@ -103,19 +109,16 @@ SETTINGS = {
 def language_rows(settings: Settings) -> list[Row]:
     """The rows of the study; those that come first begin first."""
     counts = "{counts}/transition_counts"
-    title_weight, count_weight = settings.title_weights[0], settings.count_weights[0]
+    title_weight, count_weight = settings.title_weight, settings.count_weight
     encoder = {"title_encoder": settings.title_encoder}
     joint = {"initial_items": settings.joint_start, **encoder}
-    taught = {"distilled_positions": "all", "lam": 0.0, "kl_weight": 1.0}
-    ensembles = [{"teacher_weights": [1.0, weight]} for weight in settings.title_weights]
-    ensembles.append({"teacher_weights": [1.0, title_weight], "title_neighbours": 0.2})
-    with_counts = [{"teacher_weights": [1.0, title_weight, weight]} for weight in settings.count_weights]
+    everywhere = {"distilled_positions": "all", "lam": 0.0}
 
     def trained(name: str, title: str, **more) -> Row:
         return Row(name, title, "train_sasrec", settings.config, **more)
 
     def student(name: str, title: str, teacher: list[str], options: dict, **more) -> Row:
-        options = {**taught, "teacher": teacher, **options}
+        options = {**everywhere, "teacher": teacher, **options}
         return Row(name, title, "distill_sasrec", settings.config, options, seed_offset=STUDENT_SEED, **more)
 
     minilm = [
@@ -132,11 +135,8 @@ def language_rows(settings: Settings) -> list[Row]:
             "ensemble",
             "+ taught by such a student and title similarity",
             ["{start}", "titles"],
-            joint,
+            {**joint, "teacher_weights": [1.0, title_weight], "kl_weight": 1.0},
             settings_from="start",
-            trials=ensembles,
-            seeds=5,
-            claimed=True,
             twin="tf_idf_ensemble",
         ),
         student(
@@ -144,8 +144,8 @@ def language_rows(settings: Settings) -> list[Row]:
             "+ and by transition counts",
             ["{start}", "titles", counts],
             joint,
-            settings_from="ensemble",
-            trials=with_counts,
+            settings_from="start",
+            trials=settings.taught,
             seeds=5,
             claimed=True,
             twin="tf_idf_ensemble_counts",
@@ -165,10 +165,8 @@ def language_rows(settings: Settings) -> list[Row]:
             "tf_idf_ensemble",
             "+ taught by such a student and title similarity (TF-IDF)",
             ["{tf_idf_start}", "titles"],
-            tf_idf_joint,
+            {**tf_idf_joint, "teacher_weights": [1.0, title_weight], "kl_weight": 1.0},
             settings_from="tf_idf_start",
-            trials=ensembles,
-            seeds=3,
             kind="control",
         ),
         student(
@@ -176,8 +174,8 @@ def language_rows(settings: Settings) -> list[Row]:
             "+ and by transition counts (TF-IDF)",
             ["{tf_idf_start}", "titles", counts],
             tf_idf_joint,
-            settings_from="tf_idf_ensemble",
-            trials=with_counts,
+            settings_from="tf_idf_start",
+            trials=settings.taught,
             seeds=5,
             kind="control",
             claimed=True,
@@ -209,17 +207,15 @@ def language_rows(settings: Settings) -> list[Row]:
             "ids_titles",
             "ids-only start, taught by ids only and title similarity",
             ["{ids_tuned}", "titles"],
-            {**encoder, "teacher_weights": [1.0, title_weight]},
+            {**encoder, "teacher_weights": [1.0, title_weight], "kl_weight": 1.0},
             settings_from="ids_tuned",
-            seeds=3,
         ),
         student(
             "ids_counts",
             "ids-only start, taught by ids only and transition counts",
             ["{ids_tuned}", counts],
-            {"teacher_weights": [1.0, count_weight]},
+            {"teacher_weights": [1.0, count_weight], "kl_weight": 1.0},
             settings_from="ids_tuned",
-            seeds=3,
             kind="control",
         ),
         Row(
@@ -227,17 +223,15 @@ def language_rows(settings: Settings) -> list[Row]:
             "start from titles, soft labels of title neighbours",
             "distill_sasrec",
             settings.config,
-            {**joint, **taught, "kl_weight": 0.0, "title_neighbours": 0.2},
+            {**joint, **everywhere, "kl_weight": 0.0, "title_neighbours": 0.2},
             settings_from="start",
-            seeds=3,
         ),
         student(
             "start_counts",
             "start from titles, taught by such a student and transition counts",
             ["{start}", counts],
-            {**joint, "teacher_weights": [1.0, count_weight]},
+            {**joint, "teacher_weights": [1.0, count_weight], "kl_weight": 1.0},
             settings_from="start",
-            seeds=3,
         ),
         Row(
             "mixture",
@@ -250,7 +244,7 @@ def language_rows(settings: Settings) -> list[Row]:
             "all of it, with the weights of tune_ensemble.py",
             "distill_sasrec",
             settings.config,
-            {**joint, **taught, "ensemble": "{mixture}"},
+            {**joint, **everywhere, "kl_weight": 1.0, "ensemble": "{mixture}"},
             settings_from="start",
             seed_offset=STUDENT_SEED,
         ),
@@ -262,14 +256,12 @@ def language_rows(settings: Settings) -> list[Row]:
             ["{start}"],
             joint,
             settings_from="start",
-            seeds=3,
             kind="control",
         ),
         trained(
             "ids_second",
             "ids only, tuned, another seed",
             settings_from="ids_tuned",
-            seeds=3,
             seed_offset=SECOND_SEED,
             kind="ids",
         ),
@@ -279,7 +271,6 @@ def language_rows(settings: Settings) -> list[Row]:
             ["{ids_tuned}", "{ids_second}"],
             {},
             settings_from="ids_tuned",
-            seeds=3,
             kind="control",
         ),
     ]
@@ -294,8 +285,7 @@ def language_rows(settings: Settings) -> list[Row]:
             claimed=True,
         ),
         Row("popularity", "popularity", None, model="{counts}/popularity", kind="baseline", claimed=True),
-        trained("ids", "SASRec, ids only, as configured", seeds=5, kind="ids", claimed=True),
-        trained("ids_tuned", "SASRec, ids only, tuned", trials=settings.ids, seeds=5, kind="ids", claimed=True),
+        trained("ids_tuned", "SASRec, ids only", trials=settings.ids, seeds=5, kind="ids", claimed=True),
         *minilm,
         *tf_idf,
         *shuffled,

@@ -193,7 +193,7 @@ class Study:
             done.append(task)
             logger.info("%d of %d runs are there", len(done), len(graph))
 
-        failures = run_graph(graph, run, parallel, key=lambda task: (place[task.row], task.trial is None, task.seed))
+        failures = run_graph(graph, run, parallel, key=lambda task: (task.seed, place[task.row], task.trial is None))
         if failures:
             text = "; ".join(f"{task.row}, seed {task.seed}: {error}" for task, error in failures.items())
             raise ProgramFailed(f"{len(failures)} of {len(graph)} runs failed, and what needs them was left: {text}", 1)

@@ -47,8 +47,9 @@ def study(tmp_path, monkeypatch):
         ids=({}, {"learning_rate": 1e-2}),
         joint_start="titles_and_cooccurrence",
         start=({},),
-        title_weights=(1.0,),
-        count_weights=(0.5,),
+        title_weight=1.0,
+        count_weight=0.5,
+        taught=({"teacher_weights": [1.0, 1.0, 0.5], "kl_weight": 1.0},),
         trial_seeds=1,
         title_encoder="tf-idf",
     )
