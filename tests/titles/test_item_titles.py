@@ -427,7 +427,7 @@ def test_bad_descriptions_are_refused(described):
         described.recommend(["group 1"])
     with pytest.raises(ValueError, match=r"liked\[0\] is the string 'g'"):
         described.recommend("group 1")
-    with pytest.raises(ValueError, match="top_k is 40: expected 1 to 39, the items that no user has named"):
+    with pytest.raises(ValueError, match="top_k is 40, but row 0 has 39 of 40 items left to recommend"):
         described.recommend([["Group 1, mint, item 2"]], top_k=40)
     with pytest.raises(ValueError, match="top_k is 41: expected 1 to 40, the items of the catalogue"):
         described.nearest_items(["group 1"], 41)

@@ -17,6 +17,7 @@ from hf_ilora.distillation.losses import check_temperature
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.histories import padded_histories
+from hf_ilora.models.next_item.item_filters import item_filter
 from hf_ilora.models.next_item.modeling_counting import PopularityForNextItem, TransitionCountsForNextItem
 from hf_ilora.models.next_item.next_item_losses import Columns, SoftTarget
 from hf_ilora.models.next_item.next_item_model import newest_items
@@ -125,17 +126,24 @@ class EnsembleTeacher(nn.Module):
         padding = scores.new_full((len(scores), 1), float("-inf"))
         return torch.cat([padding, scores.float()], dim=1)
 
-    def recommend(self, histories, top_k: int = 10, exclude_seen: bool = True):
+    def recommend(
+        self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `recommend` of every recommender: item_ids and log-probabilities, (batch, top_k) each."""
         histories = padded_histories(histories, self.num_items, self.device)
+        sizes = (len(histories), self.num_items, self.device)
+        allowed_items = item_filter("allowed_items", allowed_items, *sizes)
+        excluded_items = item_filter("excluded_items", excluded_items, *sizes)
         read = histories if self.max_length is None else newest_items(histories, self.max_length)
         scores = self.next_item_scores(read)
-        item_ids, best = top_k_items(scores, histories, top_k, exclude_seen)
+        item_ids, best = top_k_items(scores, histories, top_k, exclude_seen, allowed_items, excluded_items)
         return item_ids, (best - scores.logsumexp(1, keepdim=True)).clamp(max=0)
 
-    def rank_items(self, histories, top_k: int = 10, exclude_seen: bool = True):
+    def rank_items(
+        self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The items of `recommend` with distances, -log p."""
-        item_ids, log_probabilities = self.recommend(histories, top_k, exclude_seen)
+        item_ids, log_probabilities = self.recommend(histories, top_k, exclude_seen, allowed_items, excluded_items)
         return item_ids, -log_probabilities
 
     @property

@@ -238,13 +238,16 @@ class ItemTitles:
             for titles in liked
         ]
 
-    def recommend(self, liked: Sequence[Sequence[str]], top_k: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+    def recommend(
+        self, liked: Sequence[Sequence[str]], top_k: int = 10, allowed_items=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Recommend items to users who say what they like.
 
         Args:
             liked: the titles that each user likes, oldest first: those of items, or any texts. A user who names none
                 gets the most popular items, if the catalogue has their counts.
             top_k: items per user. Items that a user has named are not among them.
+            allowed_items: as for the `recommend` of the model.
 
         Returns:
             item_ids (users, top_k) int64, best first, and scores (users, top_k) float32: log p over the whole
@@ -254,22 +257,12 @@ class ItemTitles:
             ValueError: as `histories`, and as the `recommend` of the model.
         """
         liked = _checked_liked(liked)
-        histories = self.histories(liked)
         named = [
             {self._item_of_title[text.strip().casefold()] for text in row if self._is_title(text)} for row in liked
         ]
-        num_named = max(map(len, named), default=0)
-        if not 1 <= top_k <= len(self.catalogue) - num_named:
-            raise ValueError(
-                f"top_k is {top_k}: expected 1 to {len(self.catalogue) - num_named}, the items that no user has named"
-            )
-        item_ids, scores = self.model.recommend(histories, top_k + num_named, exclude_seen=False)
-        kept = [
-            [place for place, item in enumerate(row) if item not in left_out][:top_k]
-            for row, left_out in zip(item_ids.tolist(), named, strict=True)
-        ]
-        kept = torch.tensor(kept, device=item_ids.device)  # (users, top_k)
-        return item_ids.gather(1, kept), scores.gather(1, kept)
+        return self.model.recommend(
+            self.histories(liked), top_k, exclude_seen=False, allowed_items=allowed_items, excluded_items=named
+        )
 
     @cached_property
     def _item_of_title(self) -> dict[str, int]:

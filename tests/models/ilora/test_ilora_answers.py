@@ -362,3 +362,19 @@ def test_the_language_models_own_weights_never_change():
     model.rank_items(HISTORIES, 3)
     model.encode_items()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_filters_restrict_the_ranking_of_the_catalogue():
+    model = tiny_model(item_head="residual")
+    ranked, scores = model.recommend(HISTORIES, top_k=NUM_ITEMS, exclude_seen=False)
+    allowed = [list(range(4, 20)), list(range(1, NUM_ITEMS + 1)), list(range(9, 25))]
+    filters = {"allowed_items": allowed, "excluded_items": [5, 6, 21]}
+    item_ids, log_probabilities = model.recommend(HISTORIES, top_k=4, **filters)
+    for row, history in enumerate(torch.as_tensor(HISTORIES).tolist()):
+        left = set(allowed[row]) - {5, 6, 21} - set(history)
+        places = [place for place, item in enumerate(ranked[row].tolist()) if item in left][:4]
+        assert item_ids[row].tolist() == ranked[row][places].tolist()
+        torch.testing.assert_close(log_probabilities[row], scores[row][places])
+    assert torch.equal(model.rank_items(HISTORIES, 4, **filters)[0], item_ids)
+    with pytest.raises(ValueError, match="excluded_items contain item 31: expected ids 1"):
+        model.recommend(HISTORIES, 4, excluded_items=[NUM_ITEMS + 1])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_ilora.models.next_item.histories import padded_histories
+from hf_ilora.models.next_item.item_filters import item_filter
 from hf_ilora.models.next_item.next_item_model import evaluation_mode, newest_items
 from hf_ilora.models.next_item.next_item_output import popular_scores, scores_or_popular, top_k_items
 
@@ -42,26 +43,34 @@ class ILoraAnswers:
         """
         return self._item_scores(self._padded(histories))
 
-    def recommend(self, histories, top_k: int = 10, exclude_seen: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def recommend(
+        self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Recommend the `top_k` best items of the catalogue by the item head.
 
         Args:
             histories: (batch, length) item ids, in any form that the class describes.
             top_k: number of items per history.
             exclude_seen: leave out the items of the history.
+            allowed_items: the only items to choose from: ids (items,) for all users, or a row of ids per user; None
+                allows all.
+            excluded_items: items to leave out, in the same forms.
 
         Returns:
             item_ids (batch, top_k) int64, best first, and their log-probabilities (batch, top_k) float32: log p over
-            the whole catalogue, seen items included.
+            the whole catalogue, items that are left out included.
 
         Raises:
             ValueError: as `item_scores`, and if fewer than `top_k` items are left. A row without items gets the most
                 popular ones instead of an error, if the catalogue has their counts.
         """
         histories = padded_histories(histories, self.config.num_items, self.device, self.knows_popular_items)
+        sizes = (len(histories), self.config.num_items, self.device)
+        allowed_items = item_filter("allowed_items", allowed_items, *sizes)
+        excluded_items = item_filter("excluded_items", excluded_items, *sizes)
         scores = scores_or_popular(self._item_scores, self.popular_scores, histories)
         log_probabilities = scores.log_softmax(-1)  # (batch, num_items + 1)
-        return top_k_items(log_probabilities, histories, top_k, exclude_seen)
+        return top_k_items(log_probabilities, histories, top_k, exclude_seen, allowed_items, excluded_items)
 
     @property
     def knows_popular_items(self) -> bool:
@@ -72,9 +81,11 @@ class ILoraAnswers:
         """(num_items + 1,) scores for users without history."""
         return popular_scores(self.catalogue.counts, self.device)
 
-    def rank_items(self, histories, top_k: int = 10, exclude_seen: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def rank_items(
+        self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The items of `recommend` with their distances, which are the negative log-probabilities."""
-        item_ids, log_probabilities = self.recommend(histories, top_k, exclude_seen)
+        item_ids, log_probabilities = self.recommend(histories, top_k, exclude_seen, allowed_items, excluded_items)
         return item_ids, -log_probabilities
 
     @torch.no_grad()

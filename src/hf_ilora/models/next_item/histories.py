@@ -1,5 +1,7 @@
 """Converts histories in any usual form to one padded tensor, and checks them once."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -30,13 +32,21 @@ def padded_histories(
     if isinstance(histories, np.ndarray) and histories.dtype != object:
         histories = torch.tensor(histories)
     elif not isinstance(histories, torch.Tensor):
-        histories = _padded_rows(histories, may_be_empty)
+        try:
+            rows = list(histories)
+        except TypeError as error:
+            raise ValueError(
+                f"histories are of type {type(histories).__name__}: expected a row of item ids per user, {_EXAMPLE}"
+            ) from error
+        if not rows:
+            raise ValueError(f"there are no histories: expected at least one row of item ids, {_EXAMPLE}")
+        histories = padded_rows(rows, may_be_empty)
     if histories.dim() != 2 or not histories.numel():
         raise ValueError(
             f"histories have shape {tuple(histories.shape)}: expected (batch, length), at least one row of item ids, "
             f"{_EXAMPLE}"
         )
-    if not _is_integer(histories.dtype):
+    if not is_integer(histories.dtype):
         raise ValueError(
             f"histories are {histories.dtype}: expected item ids as int64 or another integer type, {_EXAMPLE}"
         )
@@ -53,41 +63,43 @@ def padded_histories(
     return histories
 
 
-def _padded_rows(histories, may_be_empty: bool) -> torch.Tensor:
-    """Rows of any lengths -> (batch, longest) on the CPU, padded on the right."""
-    try:
-        rows = list(histories)
-    except TypeError as error:
-        raise ValueError(
-            f"histories are of type {type(histories).__name__}: expected a row of item ids per user, {_EXAMPLE}"
-        ) from error
-    if not rows:
-        raise ValueError(f"there are no histories: expected at least one row of item ids, {_EXAMPLE}")
+def padded_rows(rows: Sequence, may_be_empty: bool, called: Callable[[int], str] = "history {}".format) -> torch.Tensor:
+    """Rows of item ids of any lengths, at least one -> (batch, longest) on the CPU, padded on the right.
+
+    Args:
+        rows: lists, arrays or tensors.
+        may_be_empty: take rows without items, which become nothing but padding.
+        called: what messages call a row, by its number.
+
+    Raises:
+        ValueError: for a row of something else.
+    """
     padded = []
     for number, row in enumerate(rows):
         try:
             items = row.cpu() if isinstance(row, torch.Tensor) else torch.tensor(row)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"history {number} is {_shown(row)}, which is no row of item ids ({error}): expected rows of integers, "
+                f"{called(number)} is {_shown(row)}, which is no row of item ids ({error}): expected rows of integers, "
                 f"{_EXAMPLE}; map raw ids with model.catalogue.item_ids"
             ) from error
         if items.dim() != 1:
             raise ValueError(
-                f"history {number} is {_shown(row)}, of shape {tuple(items.shape)}: expected a row of item ids per "
+                f"{called(number)} is {_shown(row)}, of shape {tuple(items.shape)}: expected a row of item ids per "
                 f"user, {_EXAMPLE}"
             )
         if not len(items):
             if not may_be_empty:
                 raise ValueError(_empty(number))
             items = torch.tensor([PADDING_ITEM_ID])
-        if not _is_integer(items.dtype):
-            raise ValueError(f"history {number} is {items.dtype}: expected item ids as int64 or another integer type")
+        if not is_integer(items.dtype):
+            raise ValueError(f"{called(number)} is {items.dtype}: expected item ids as int64 or another integer type")
         padded.append(items)
     return pad_sequence(padded, batch_first=True, padding_value=PADDING_ITEM_ID)
 
 
-def _is_integer(dtype: torch.dtype) -> bool:
+def is_integer(dtype: torch.dtype) -> bool:
+    """Whether a type holds item ids."""
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
@@ -103,4 +115,4 @@ def _shown(row) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-__all__ = ["padded_histories"]
+__all__ = ["is_integer", "padded_histories", "padded_rows"]

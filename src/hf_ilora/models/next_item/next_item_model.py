@@ -16,6 +16,7 @@ from .catalogue import CATALOGUE_FILE, Catalogue, open_parquet
 from .configuration_next_item import NextItemConfig
 from .histories import padded_histories
 from .hub_upload import HubUploads, UploadOfSaved
+from .item_filters import item_filter
 from .next_item_output import popular_scores, scores_or_popular, top_k_items
 from .padding import lowest_and_highest, padding_to_the_front
 from .reference_initialization import initialize_as_reference
@@ -129,7 +130,9 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             )
         self._catalogue = catalogue
 
-    def recommend(self, histories, top_k: int = 10, exclude_seen: bool = True):
+    def recommend(
+        self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Recommend the `top_k` most probable next items of each history.
 
         Args:
@@ -138,10 +141,13 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
                 them count as seen. A row without items gets the most popular ones, if the catalogue has their counts.
             top_k: items per history.
             exclude_seen: leave out the items of the history.
+            allowed_items: the only items to choose from: ids (items,) for all users, or a row of ids per user; None
+                allows all.
+            excluded_items: items to leave out, in the same forms.
 
         Returns:
             item_ids (batch, top_k) int64, best first, and scores (batch, top_k) float32: log p over the whole
-            catalogue, seen items included.
+            catalogue, items that are left out included.
 
         Raises:
             ValueError: for ids outside the catalogue, an empty history while it is unknown what is popular, or `top_k`
@@ -149,16 +155,21 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         """
         with evaluation_mode(self), torch.inference_mode():
             histories = padded_histories(histories, self.config.num_items, self.device, self.knows_popular_items)
+            sizes = (len(histories), self.config.num_items, self.device)
+            allowed_items = item_filter("allowed_items", allowed_items, *sizes)
+            excluded_items = item_filter("excluded_items", excluded_items, *sizes)
             scores = scores_or_popular(self._scores_of_newest, self.popular_scores, histories)
-            item_ids, best_scores = top_k_items(scores, histories, top_k, exclude_seen)
+            item_ids, best_scores = top_k_items(scores, histories, top_k, exclude_seen, allowed_items, excluded_items)
             log_probabilities = self.log_probabilities(best_scores, scores)
         return item_ids.clone(), log_probabilities.clone()  # tensors that may be used where gradients flow
 
-    def rank_items(self, histories, top_k: int = 10, exclude_seen: bool = True):
+    def rank_items(
+        self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The items of `recommend` with distances instead of scores, as distillation reads them.
 
         Args:
-            histories, top_k, exclude_seen: as in `recommend`.
+            histories, top_k, exclude_seen, allowed_items, excluded_items: as in `recommend`.
 
         Returns:
             item_ids (batch, top_k) int64, best first, and distances (batch, top_k) float32: -log p over the whole
@@ -167,7 +178,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         Raises:
             ValueError: as `recommend`.
         """
-        item_ids, log_probabilities = self.recommend(histories, top_k, exclude_seen)
+        item_ids, log_probabilities = self.recommend(histories, top_k, exclude_seen, allowed_items, excluded_items)
         return item_ids, -log_probabilities
 
     @property

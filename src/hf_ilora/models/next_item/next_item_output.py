@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers.utils import ModelOutput
+
+from .configuration_next_item import PADDING_ITEM_ID
 
 
 @dataclass
@@ -58,7 +61,12 @@ def scores_or_popular(
 
 
 def top_k_items(
-    logits: torch.Tensor, histories: torch.Tensor, top_k: int, exclude_seen: bool
+    logits: torch.Tensor,
+    histories: torch.Tensor,
+    top_k: int,
+    exclude_seen: bool,
+    allowed_items: torch.Tensor | None = None,
+    excluded_items: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `top_k` best items of each user, best first; padding is never among them.
 
@@ -67,6 +75,9 @@ def top_k_items(
         histories: (batch, length) item ids, 0 for padding on either side.
         top_k: number of items per user.
         exclude_seen: leave out the items of the history.
+        allowed_items: the only items to choose from, (items,) for all users or (batch, any), as `item_filter` returns
+            them; None allows all.
+        excluded_items: items to leave out, of the same shapes.
 
     Returns:
         item_ids (batch, top_k) int64 in 1..num_items, scores (batch, top_k).
@@ -79,12 +90,26 @@ def top_k_items(
         raise ValueError(f"top_k is {top_k}: expected 1 to {num_items}, the number of items in the catalogue")
     if exclude_seen:
         logits = logits.scatter(1, histories.long(), float("-inf"))
-    scores, positions = logits[:, 1:].topk(top_k, dim=-1)  # (batch, top_k) each
+    if excluded_items is not None:
+        if excluded_items.dim() == 1:
+            logits = logits.index_fill(1, excluded_items, float("-inf"))
+        else:
+            logits = logits.scatter(1, excluded_items, float("-inf"))
+    if allowed_items is None:
+        scores, positions = logits[:, 1:].topk(top_k, dim=-1)  # (batch, top_k) each
+        item_ids = positions + 1
+    else:
+        among = allowed_items.expand(logits.shape[0], -1)  # (batch, allowed)
+        if among.shape[1] < top_k:
+            among = F.pad(among, (0, top_k - among.shape[1]), value=PADDING_ITEM_ID)
+        scores = logits.gather(1, among).masked_fill(among == PADDING_ITEM_ID, float("-inf"))
+        scores, positions = scores.topk(top_k, dim=-1)
+        item_ids = among.gather(1, positions)
     # One test for all that can go wrong: -inf is picked only when nothing else is left, NaN sorts above everything, and
     # amax passes it on. (torch.isfinite takes twice as long, which counts when one user waits.)
     if not scores.abs().amax() < torch.inf:
         _raise_for_scores(scores, num_items)
-    return positions + 1, scores
+    return item_ids, scores
 
 
 def _raise_for_scores(scores: torch.Tensor, num_items: int) -> None:
@@ -95,6 +120,6 @@ def _raise_for_scores(scores: torch.Tensor, num_items: int) -> None:
         )
     available = int(torch.isfinite(scores[row]).sum())
     raise ValueError(
-        f"top_k is {scores.shape[-1]}, but row {row} has {available} of {num_items} items left to recommend: "
-        "ask for fewer items or pass exclude_seen=False"
+        f"top_k is {scores.shape[-1]}, but row {row} has {available} of {num_items} items left to recommend: ask for "
+        "fewer items, pass exclude_seen=False, or loosen allowed_items and excluded_items"
     )
