@@ -24,11 +24,11 @@ def new_items_table(items: Items, catalogue: Catalogue) -> pa.Table:
 
     Args:
         items: (raw id, title) pairs, a dictionary of titles by raw id, or a table (of pyarrow, pandas or datasets) with
-            the columns `raw_id` (or `item_id`), `title` and optionally `year` and `genres`.
+            the columns `raw_id` (or `item_id`), `title` and optionally others of the catalogue, such as `year`.
         catalogue: that grows.
 
     Returns:
-        Its columns; `count` is 0, and `year` null and `genres` empty where the items have none.
+        Its columns; `count` is 0, `genres` empty and all others null where the items have none.
 
     Raises:
         ValueError: for no items, other columns, raw ids that are repeated, in the catalogue already or of another type,
@@ -60,7 +60,7 @@ def new_items_table(items: Items, catalogue: Catalogue) -> pa.Table:
     columns = {"item_id": pa.array(range(first, first + len(given))), "raw_id": raw_ids, "title": given["title"]}
     defaults = {"year": None, "genres": [], "count": 0}
     for name in schema.names[3:]:
-        column = given[name] if name in given.column_names and name != "count" else [defaults[name]] * len(given)
+        column = given[name] if name in given.column_names and name != "count" else [defaults.get(name)] * len(given)
         columns[name] = column
     try:
         return pa.table({name: columns[name] for name in schema.names}).cast(schema)

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from datetime import datetime
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -134,7 +136,8 @@ def test_another_content_is_another_catalogue(changes):
     ("changes", "message"),
     [
         ({"title": None}, "found item_id, raw_id, year, genres; rename or drop"),
-        ({"price": pa.array([1, 2, 3])}, "found .*price"),
+        ({"size": pa.array([{"w": 1}] * 3)}, "size has type struct.*: expected numbers, text, times or lists of them"),
+        ({"image": pa.array([b"a", b"b", b"c"])}, "image has type binary: expected numbers"),
         ({"item_id": pa.array([1, 2, 4])}, "must be 1 to 3, one per row: 3 is missing"),
         ({"item_id": pa.array([1, 2, 2])}, "2 occurs more than once"),
         ({"item_id": pa.array([0, 1, 2])}, r"0 is below 1 \(0 is padding\)"),
@@ -207,3 +210,76 @@ def test_the_catalogue_needs_neither_pandas_nor_datasets_nor_torch():
     )
     file = sys.modules[Catalogue.__module__].__file__
     assert subprocess.check_output([sys.executable, "-c", code, file], text=True).strip() == "[]"
+
+
+# --- further columns ---
+
+PRICES = [9.5, None, 3.0]
+URLS = ["a.example/1", "a.example/2", None]
+
+
+def test_further_columns_travel_along(tmp_path):
+    tags = pa.array([["old"], [], None], pa.list_(pa.string()))
+    sold_since = pa.array([0, 86_400, None], pa.timestamp("s"))
+    catalogue = Catalogue(table(price=pa.array(PRICES), tags=tags, since=sold_since))
+    assert catalogue.metadata_columns == ["price", "tags", "since"] and Catalogue(table()).metadata_columns == []
+    catalogue.to_parquet(tmp_path / CATALOGUE_FILE)
+    loaded = Catalogue.from_parquet(tmp_path / CATALOGUE_FILE)
+    assert loaded == catalogue and loaded.fingerprint == catalogue.fingerprint != Catalogue(table()).fingerprint
+    counted = catalogue.with_counts(np.array([0, 2, 0, 5]))
+    assert counted.metadata_columns == catalogue.metadata_columns and counted.counts.tolist() == [0, 2, 0, 5]
+    assert catalogue.take([3, 1]).to_pylist() == [
+        {"raw_id": "B09", "title": "Casino", "year": 1995, "genres": None, "price": 3.0, "tags": None, "since": None},
+        {"raw_id": "B07", "title": "Toy Story", "year": 1995, "genres": ["Animation"], "price": 9.5, "tags": ["old"],
+         "since": datetime(1970, 1, 1)},
+    ]  # fmt: skip
+    assert counted.take(torch.tensor([2, 2]), ["count", "title"]).to_pydict() == {
+        "count": [0, 0],
+        "title": ["Heat"] * 2,
+    }
+    with pytest.raises(ValueError, match="the catalogue has no column 'prize': expected one of item_id, raw_id"):
+        catalogue.take([1], ["prize"])
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"price": PRICES, "url": URLS},
+        pd.DataFrame({"price": PRICES, "url": URLS}),
+        pa.table({"raw_id": ["B09", "other", "B07"], "price": [3.0, 1.0, 9.5], "url": [None, "x", "a.example/1"]}),
+    ],
+    ids=["dictionary", "frame", "table with raw ids"],
+)
+def test_columns_are_added_in_order_or_by_raw_id(columns):
+    catalogue = Catalogue(table(price=pa.array([1, 1, 1]))).with_columns(columns)
+    assert catalogue.metadata_columns == ["price", "url"]
+    assert catalogue.table["price"].to_pylist() == PRICES
+    by_id = isinstance(columns, pa.Table)
+    assert catalogue.table["url"].to_pylist() == (["a.example/1", None, None] if by_id else URLS)
+
+
+def test_another_price_does_not_make_other_items():
+    plain, priced = Catalogue(table()), Catalogue(table()).with_columns({"price": [1, 2, 3]})
+    assert plain.has_items_of(priced) and priced.has_items_of(priced.with_columns({"price": [1, 2, 4]}))
+    assert not priced.has_items_of(Catalogue(table(title=pa.array(["Toy Story", "Heat", "Casino 2"]))))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"price": [1, 2]},
+            "the columns price have 2 values each: expected 3, one per item in the order of the item ids",
+        ),
+        ({"price": [1, 2, 3], "url": ["a"]}, "the columns are no table .*: expected 3 values in each"),
+        ({"title": ["a", "b", "c"]}, "column title is one of the catalogue itself: expected others"),
+        ({"raw_id": ["B07", "B07"], "price": [1, 2]}, "raw id 'B07' occurs more than once in the table"),
+        ({"raw_id": [1, 2], "price": [1, 2]}, "column raw_id of the table has type int64: expected string"),
+        ({"raw_id": ["x"], "price": [1]}, "no raw id of the table is in the catalogue .the first is 'x', there 'B07'."),
+        ({"image": [b"a", b"b", b"c"]}, "column image has type binary"),
+        ("price", "the columns are no table"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(columns, message):
+    with pytest.raises(ValueError, match=message):
+        Catalogue(table()).with_columns(columns)

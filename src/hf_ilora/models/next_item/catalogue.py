@@ -27,20 +27,21 @@ _ALWAYS_ALLOWED_BYTES = 1 << 28
 
 
 class Catalogue:
-    """Titles and raw ids of the items 1..num_items.
+    """Titles and raw ids of the items 1..num_items, and whatever else recommendations shall tell of them.
 
     Args:
         table: columns `item_id` (1..num_items, each once, in any order), `raw_id` (integer or string, unique), `title`
             (string) and optionally `year` (integer), `genres` (list of strings) and `count` (integer, the occurrences
-            of the item in training, 0 for one that training has never seen).
+            of the item in training, 0 for one that training has never seen). Further columns, such as price, url or
+            image, travel along: numbers, text, times or lists of them, which may be null.
 
     Attributes:
         table: the same as a `pyarrow.Table` in the order of item_id, with the types int64, int64 or string, string,
-            int32, list<string> and int64.
+            int32, list<string> and int64; further columns come last.
 
     Raises:
-        ValueError: for a missing, foreign or mistyped column, gaps or repetitions in `item_id`, repeated or missing raw
-            ids, missing titles, and counts that are missing or negative.
+        ValueError: for a missing, repeated or mistyped column, gaps or repetitions in `item_id`, repeated or missing
+            raw ids, missing titles, and counts that are missing or negative.
     """
 
     def __init__(self, table: pa.Table):
@@ -60,7 +61,7 @@ class Catalogue:
         """sha256 of the content, in hex; equal catalogues have equal fingerprints."""
         digest = hashlib.sha256()
         for name in self.table.column_names:
-            digest.update(json.dumps([name, self.table[name].to_pylist()]).encode())
+            digest.update(json.dumps([name, self.table[name].to_pylist()], default=str).encode())
         return digest.hexdigest()
 
     @cached_property
@@ -70,16 +71,87 @@ class Catalogue:
             return None
         return np.concatenate([[0], self.table["count"].to_numpy()])
 
-    def has_items_of(self, other: "Catalogue | None") -> bool:
-        """Whether the other catalogue has the same items, whatever the counts of both."""
-        return other is not None and self._without_counts().equals(other._without_counts())
+    @property
+    def metadata_columns(self) -> list[str]:
+        """The further columns, such as price, url or image."""
+        return self.table.column_names[len(_known_columns(self.table)) :]
 
-    def _without_counts(self) -> pa.Table:
-        return self.table.select([name for name in self.table.column_names if name != "count"])
+    def has_items_of(self, other: "Catalogue | None") -> bool:
+        """Whether the other catalogue has the same items, whatever the counts and further columns of both."""
+        return other is not None and self._items().equals(other._items())
+
+    def _items(self) -> pa.Table:
+        return self.table.select([name for name in _known_columns(self.table) if name != "count"])
 
     def with_counts(self, counts: np.ndarray) -> "Catalogue":
         """The same catalogue with other training counts, (num_items + 1,), the first for padding."""
-        return Catalogue(self._without_counts().append_column("count", pa.array(counts[1:].astype(np.int64))))
+        others = self.table.select([name for name in self.table.column_names if name != "count"])
+        return Catalogue(others.append_column("count", pa.array(counts[1:].astype(np.int64))))
+
+    def with_columns(self, columns) -> "Catalogue":
+        """The same catalogue with further columns, such as price, url or image; they replace others of the same name.
+
+        Args:
+            columns: a dictionary of (num_items,) values for each column, in the order of the item ids; or a table (of
+                pyarrow, pandas or polars), in the same order, or in any order with the column `raw_id`, by which its
+                rows find their items. Items without a row get null, and rows without an item are ignored.
+
+        Raises:
+            ValueError: for columns of another length, of a type that cannot travel along, or named like one of the
+                catalogue itself, and for a table whose raw ids are repeated or of no item.
+        """
+        try:
+            table = pa.table(columns)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the columns are no table ({error}): expected {len(self)} values in each, one per item, or a table "
+                "with raw_id"
+            ) from error
+        if "raw_id" in table.column_names:
+            table = self._in_order(table)
+        elif table.num_rows != len(self):
+            raise ValueError(
+                f"the columns {', '.join(table.column_names)} have {table.num_rows} values each: expected {len(self)}, "
+                "one per item in the order of the item ids; or pass a table with the column raw_id"
+            )
+        own = [name for name in table.column_names if name in (*_REQUIRED_COLUMNS, *_OPTIONAL_COLUMNS)]
+        if own:
+            raise ValueError(
+                f"column {own[0]} is one of the catalogue itself: expected others, such as price; make a new "
+                "Catalogue(table) to change it"
+            )
+        kept = self.table.select([name for name in self.table.column_names if name not in table.column_names])
+        for name in table.column_names:
+            kept = kept.append_column(name, table[name])
+        return Catalogue(kept)
+
+    def _in_order(self, table: pa.Table) -> pa.Table:
+        """The columns of a table with raw ids, in the order of the item ids."""
+        raw_ids, known = table["raw_id"], self.table["raw_id"]
+        if pa.types.is_large_string(raw_ids.type) or pa.types.is_string_view(raw_ids.type):
+            raw_ids = raw_ids.cast(pa.string())
+        if pa.types.is_integer(raw_ids.type):
+            raw_ids = raw_ids.cast(pa.int64())
+        if raw_ids.type != known.type:
+            raise ValueError(
+                f"column raw_id of the table has type {raw_ids.type}: expected {known.type}, that of the catalogue; "
+                "cast it"
+            )
+        counts = pc.value_counts(raw_ids)
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+        if len(repeated):
+            raise ValueError(
+                f"raw id {repeated[0]['values'].as_py()!r} occurs more than once in the table: expected one row per "
+                "item"
+            )
+        places = pc.index_in(known, value_set=raw_ids)
+        if places.null_count == len(places):
+            first = raw_ids[0].as_py() if len(raw_ids) else None
+            raise ValueError(
+                f"no raw id of the table is in the catalogue (the first is {first!r}, there {known[0].as_py()!r}): "
+                "expected the ids of its items"
+            )
+        return table.drop_columns("raw_id").take(places)
 
     def grown_by(self, table: pa.Table) -> "Catalogue":
         """The catalogue with further items, which are trusted: columns and types as here, item ids that follow those
@@ -103,6 +175,34 @@ class Catalogue:
             ValueError: for padding (0) and for ids outside 1..num_items.
         """
         return self._take("raw_id", item_ids)
+
+    def take(self, item_ids: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
+        """What the catalogue tells of some items.
+
+        Args:
+            item_ids: (items,) in a list, array or tensor.
+            columns: of the catalogue; None takes `raw_id`, `title`, `year` and `genres` as far as they are known, and
+                the further ones.
+
+        Returns:
+            A table with these columns and a row for each of `item_ids`, in their order.
+
+        Raises:
+            ValueError: for a column that the catalogue lacks, padding (0), and ids outside 1..num_items.
+        """
+        if columns is None:
+            columns = [name for name in self.table.column_names if name not in ("item_id", "count")]
+        self.check_columns(columns)
+        return self.table.select(columns).take(pa.array(self._places(item_ids, "row"), pa.int64()))
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raise a ValueError for a column that the catalogue lacks."""
+        missing = [name for name in columns if name not in self.table.column_names]
+        if missing:
+            raise ValueError(
+                f"the catalogue has no column {missing[0]!r}: expected one of {', '.join(self.table.column_names)}; "
+                "add it with catalogue.with_columns"
+            )
 
     def item_ids(self, raw_ids: Iterable[int] | Iterable[str]) -> list[int]:
         """The item ids, 1..num_items, of `raw_ids`.
@@ -163,21 +263,25 @@ class Catalogue:
         return {raw_id: row + 1 for row, raw_id in enumerate(self.table["raw_id"].to_pylist())}
 
     def _take(self, column: str, item_ids: Sequence[int]) -> list:
+        return self.table[column].take(pa.array(self._places(item_ids, column), pa.int64())).to_pylist()
+
+    def _places(self, item_ids: Sequence[int], what: str) -> np.ndarray:
+        """The rows of the table that some items have; `what` is asked of them, for messages."""
         ids = np.asarray(item_ids)
         if ids.size == 0:
-            return []
+            return np.zeros(0, dtype=np.int64)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ValueError(
                 f"item_ids have shape {ids.shape} and type {ids.dtype}: expected integers of shape (items,)"
             )
         if (ids == 0).any():
-            raise ValueError(f"item id 0 is padding and has no {column}: leave padding out")
+            raise ValueError(f"item id 0 is padding and has no {what}: leave padding out")
         if ids.min() < 0 or ids.max() > len(self):
             wrong = ids.min() if ids.min() < 0 else ids.max()
             raise ValueError(
                 f"item id {wrong} is outside the catalogue: expected 1 to {len(self)}; raw ids are mapped by item_ids()"
             )
-        return self.table[column].take(pa.array(ids.astype(np.int64) - 1)).to_pylist()
+        return ids.astype(np.int64) - 1
 
     def _unknown(self, raw_id) -> str:
         expected = str if pa.types.is_string(self.table.schema.field("raw_id").type) else int
@@ -232,12 +336,10 @@ def open_parquet(path: str | os.PathLike, remedy: str) -> pq.ParquetFile:
 def _checked(table: pa.Table) -> pa.Table:
     found = table.column_names
     missing = [name for name in _REQUIRED_COLUMNS if name not in found]
-    known = (*_REQUIRED_COLUMNS, *_OPTIONAL_COLUMNS)
-    foreign = [name for name in found if name not in known]
-    if missing or foreign or len(set(found)) < len(found):
+    if missing or len(set(found)) < len(found):
         raise ValueError(
-            f"a catalogue has the columns {', '.join(_REQUIRED_COLUMNS)} and optionally "
-            f"{', '.join(_OPTIONAL_COLUMNS)}, once each: found {', '.join(found) or 'none'}; rename or drop columns"
+            f"a catalogue has the columns {', '.join(_REQUIRED_COLUMNS)}, optionally {', '.join(_OPTIONAL_COLUMNS)}, "
+            f"and any others, once each: found {', '.join(found) or 'none'}; rename or drop columns"
         )
     if table.num_rows == 0:
         raise ValueError("the catalogue is empty: expected at least one item")
@@ -258,10 +360,11 @@ def _checked(table: pa.Table) -> pa.Table:
         "title": pa.string(),
         **{name: column_type for name, column_type in _OPTIONAL_COLUMNS.items() if name in found},
     }
+    expected = ", ".join(f"{name} {column_type}" for name, column_type in types.items())
+    types |= {name: _metadata_type(table.schema.field(name)) for name in found if name not in types}
     try:
         table = table.select(list(types)).cast(pa.schema(types.items())).replace_schema_metadata(None)
     except pa.ArrowException as error:
-        expected = ", ".join(f"{name} {column_type}" for name, column_type in types.items())
         raise ValueError(f"the columns do not fit {expected}: {error}") from error
     if "count" in types and (table["count"].null_count or pc.min(table["count"]).as_py() < 0):
         raise ValueError("column count has values that are missing or negative: expected occurrences in training")
@@ -272,6 +375,30 @@ def _checked(table: pa.Table) -> pa.Table:
     if len(repeated):
         raise ValueError(f"raw id {repeated[0]['values'].as_py()!r} occurs more than once: expected one row per item")
     return table
+
+
+def _known_columns(table: pa.Table) -> list[str]:
+    return [name for name in table.column_names if name in (*_REQUIRED_COLUMNS, *_OPTIONAL_COLUMNS)]
+
+
+def _metadata_type(field: pa.Field) -> pa.DataType:
+    """The type in which a further column travels along.
+
+    Raises:
+        ValueError: for a type that JSON has no words for.
+    """
+    column_type = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    values = column_type.value_type if pa.types.is_list(column_type) else column_type
+    if pa.types.is_timestamp(column_type):
+        return pa.timestamp("us", column_type.tz)  # parquet has no seconds
+    if pa.types.is_large_string(column_type) or pa.types.is_string_view(column_type):
+        return pa.string()
+    if pa.types.is_primitive(values) or pa.types.is_decimal(values) or pa.types.is_string(values):
+        return column_type if values is column_type else pa.list_(values)
+    raise ValueError(
+        f"column {field.name} has type {field.type}: expected numbers, text, times or lists of them; of pictures and "
+        "files, keep the address"
+    )
 
 
 def _check_item_ids(sorted_ids: np.ndarray) -> None:

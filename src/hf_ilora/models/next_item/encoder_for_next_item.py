@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -232,6 +233,11 @@ class EncoderForNextItem(NextItemPreTrainedModel):
     def score_users(self, user_embeddings: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """(batch, num_items + 1) scores of user embeddings (batch, hidden) whose histories are `input_ids`."""
         return self.head(user_embeddings, self._repeated_items(input_ids), item_offsets=self._item_offsets())
+
+    def _similarities(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        rows, offsets = self.head.weight, self._item_offsets()
+        directions = F.normalize((rows if offsets is None else rows + offsets).float(), dim=-1)
+        return lambda item_ids: directions[item_ids] @ directions.T
 
     def check_positions(self, chosen: torch.Tensor, lengths: torch.Tensor, name: str) -> None:
         """Raise a ValueError where `chosen` (batch, length), padding last, has positions without a hidden state."""

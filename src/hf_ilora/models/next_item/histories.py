@@ -63,6 +63,40 @@ def padded_histories(
     return histories
 
 
+def single_items(items, num_items: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Items of their own, not of a history.
+
+    Args:
+        items: (items,) item ids, in a list, array or tensor.
+        num_items: size of the catalogue.
+        device: of the result.
+
+    Returns:
+        (items,) int64.
+
+    Raises:
+        ValueError: for anything else, no items, and ids outside 1..num_items.
+    """
+    try:
+        ids = torch.as_tensor(items)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"items are no item ids ({error}): expected integers, such as [3, 1]; map raw ids with "
+            "model.catalogue.item_ids"
+        ) from error
+    if ids.dim() != 1 or not len(ids) or not is_integer(ids.dtype):
+        raise ValueError(
+            f"items have shape {tuple(ids.shape)} and type {ids.dtype}: expected at least one item id, such as [3, 1]"
+        )
+    lowest, highest = map(int, torch.aminmax(ids))
+    if lowest < 1 or highest > num_items:
+        raise ValueError(
+            f"items contain {lowest if lowest < 1 else highest}: expected ids 1..{num_items} of this model's "
+            "catalogue; map raw ids with model.catalogue.item_ids"
+        )
+    return ids.to(device, torch.int64)
+
+
 def padded_rows(rows: Sequence, may_be_empty: bool, called: Callable[[int], str] = "history {}".format) -> torch.Tensor:
     """Rows of item ids of any lengths, at least one -> (batch, longest) on the CPU, padded on the right.
 
@@ -115,4 +149,4 @@ def _shown(row) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-__all__ = ["is_integer", "padded_histories", "padded_rows"]
+__all__ = ["is_integer", "padded_histories", "padded_rows", "single_items"]

@@ -1,7 +1,7 @@
 """Recommenders that only count, with the interface of SASRec: the baselines that cost nothing to train."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -191,17 +191,35 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
             scores[:, PADDING_ITEM_ID] = float("-inf")
             return scores
         users, items, item_weights = self._newest_real_items(input_ids)  # (sources,) each
+        self._add_transitions(scores, users, items, item_weights)
+        scores[:, PADDING_ITEM_ID] = float("-inf")
+        return scores
+
+    def _similarities(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        # Items that never followed have no weight. Far below any, their popularity orders them.
+        smallest = self.item_counts * (1e-30 / self.item_counts.max().clamp(min=1))
+
+        def similarities(item_ids: torch.Tensor) -> torch.Tensor:
+            scores = smallest.float().repeat(len(item_ids), 1)  # (items, num_items + 1)
+            rows = torch.arange(len(item_ids), device=item_ids.device)
+            self._add_transitions(scores, rows, item_ids, scores.new_ones(len(item_ids)))
+            return scores
+
+        return similarities
+
+    def _add_transitions(
+        self, scores: torch.Tensor, rows: torch.Tensor, items: torch.Tensor, item_weights: torch.Tensor
+    ) -> None:
+        """Add the transitions of `items` (sources,), times their weights, to the given rows of scores, in place."""
         starts = self.transition_starts[items]
         lengths = self.transition_starts[items + 1] - starts  # (sources,)
         source = torch.arange(len(items), device=items.device).repeat_interleave(lengths)  # (pairs,)
         # The pairs of all sources are concatenated: those of source s begin at `begins[s]`.
         begins = lengths.cumsum(0) - lengths
         stored = torch.arange(len(source), device=items.device) + (starts - begins)[source]  # (pairs,)
-        columns = self.transition_targets[stored] + (users * scores.shape[1])[source]
+        columns = self.transition_targets[stored] + (rows * scores.shape[1])[source]
         weights = self.transition_weights[stored] * item_weights[source]
-        scores.view(-1).index_add_(0, columns, weights)
-        scores[:, PADDING_ITEM_ID] = float("-inf")
-        return scores
+        scores.view(-1).index_add_(0, columns, weights.to(scores))
 
     def _dense_transition_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(batch, num_items + 1) by all stored transitions: more work, but of shapes that a graph knows beforehand."""

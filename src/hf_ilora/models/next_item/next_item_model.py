@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,7 @@ from transformers.utils import CONFIG_NAME
 
 from .catalogue import CATALOGUE_FILE, Catalogue, open_parquet
 from .configuration_next_item import NextItemConfig
-from .histories import padded_histories
+from .histories import padded_histories, single_items
 from .hub_upload import HubUploads, UploadOfSaved
 from .item_filters import item_filter
 from .next_item_output import popular_scores, scores_or_popular, top_k_items
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Where the weights come from also says where the catalogue comes from.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Bounds the memory of similarities, whatever the number of items that are asked about.
+_SCORES_AT_ONCE = 1 << 24
 
 
 def newest_items(input_ids: torch.Tensor, max_length: int) -> torch.Tensor:
@@ -180,6 +183,46 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         """
         item_ids, log_probabilities = self.recommend(histories, top_k, exclude_seen, allowed_items, excluded_items)
         return item_ids, -log_probabilities
+
+    def similar_items(
+        self, items, top_k: int = 10, allowed_items=None, excluded_items=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The items that are most like each of some items, the item itself left out.
+
+        Args:
+            items: (items,) ids, in a list, array or tensor.
+            top_k: similar items per item.
+            allowed_items, excluded_items: as in `recommend`, for all items or a row for each.
+
+        Returns:
+            item_ids (items, top_k) int64, most similar first, and scores (items, top_k) float32: the cosine of the rows
+            of the item table that scores, or the weight of the transition for a model that counts transitions.
+
+        Raises:
+            ValueError: for no items, ids outside the catalogue, and `top_k` larger than what is left.
+        """
+        with evaluation_mode(self), torch.inference_mode():
+            items = single_items(items, self.config.num_items, self.device).unsqueeze(1)  # (items, 1)
+            sizes = (len(items), self.config.num_items, self.device)
+            allowed_items = item_filter("allowed_items", allowed_items, *sizes)
+            excluded_items = item_filter("excluded_items", excluded_items, *sizes)
+            similarities, parts = self._similarities(), []
+            for rows in torch.arange(len(items)).split(max(1, _SCORES_AT_ONCE // (self.config.num_items + 1))):
+                filters = [
+                    given if given is None or given.dim() == 1 else given[rows]
+                    for given in (allowed_items, excluded_items)
+                ]
+                scores = similarities(items[rows].squeeze(1))  # (rows, num_items + 1)
+                parts.append(top_k_items(scores, items[rows], top_k, True, *filters))
+            item_ids, scores = (torch.cat(each) for each in zip(*parts, strict=True))
+        return item_ids.clone(), scores.clone()
+
+    def _similarities(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function of item ids (items,) to their similarity with every item, (items, num_items + 1) float32."""
+        raise ValueError(
+            f"{type(self).__name__} does not know which items are alike: expected a SASRec, GRU4Rec, Caser or "
+            "transition counts"
+        )
 
     @property
     def knows_popular_items(self) -> bool:

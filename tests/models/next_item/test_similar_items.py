@@ -1,0 +1,89 @@
+"""Item to item: the rows of the table that scores, or the transitions of a model that counts."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_ilora import (
+    CaserConfig,
+    CaserForNextItem,
+    GRU4RecConfig,
+    GRU4RecForNextItem,
+    PopularityConfig,
+    PopularityForNextItem,
+    SASRecConfig,
+    SASRecForNextItem,
+    TransitionCountsConfig,
+    TransitionCountsForNextItem,
+)
+from hf_ilora.models.next_item import next_item_model
+
+NUM_ITEMS = 12
+SIZES = {"num_items": NUM_ITEMS, "hidden_size": 8, "max_length": 6, "initializer_range": 0.5}
+
+
+def cosines(table: np.ndarray, item: int) -> np.ndarray:
+    return np.array([row @ table[item] / np.linalg.norm(row) / np.linalg.norm(table[item]) for row in table])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        SASRecForNextItem(SASRecConfig(**SIZES)),
+        SASRecForNextItem(SASRecConfig(**SIZES, tie_word_embeddings=False)),
+        GRU4RecForNextItem(GRU4RecConfig(**SIZES)),
+        CaserForNextItem(CaserConfig(**SIZES)),
+    ],
+    ids=["sasrec", "untied", "gru4rec", "caser"],
+)
+@pytest.mark.parametrize("at_once", [1, 1 << 24])  # one row, or all
+def test_similar_items_have_the_largest_cosine_in_the_table_that_scores(model, at_once, monkeypatch):
+    monkeypatch.setattr(next_item_model, "_SCORES_AT_ONCE", at_once)
+    table = model.head.weight.detach().numpy()
+    item_ids, scores = model.similar_items([3, 12, 3], top_k=4)
+    assert item_ids.shape == scores.shape == (3, 4) and torch.equal(item_ids[0], item_ids[2])
+    for row, item in ((0, 3), (1, 12)):
+        values = cosines(table[1:], item - 1)
+        order = [other for other in np.argsort(-values) + 1 if other != item][:4]
+        assert item_ids[row].tolist() == order
+        assert scores[row].tolist() == pytest.approx(values[np.array(order) - 1].tolist(), abs=1e-5)
+    filters = {"allowed_items": [1, 2, 3, 4, 5], "excluded_items": [[4], [], [1]]}
+    chosen, _ = model.similar_items([3, 12, 3], 2, **filters)
+    assert set(chosen[0].tolist()) <= {1, 2, 5} and set(chosen[2].tolist()) <= {2, 4, 5}
+
+
+def test_models_that_count_say_what_followed_and_then_what_is_popular():
+    config = TransitionCountsConfig(num_items=5, max_gap=1, backward_weight=0, source_power=0, target_power=0)
+    model = TransitionCountsForNextItem.fit([[1, 2], [1, 2], [1, 3], [3, 4], [4, 4]], config)
+    item_ids, scores = model.similar_items(torch.tensor([1, 3]), top_k=4)
+    assert item_ids.tolist() == [[2, 3, 4, 5], [4, 1, 2, 5]]  # 4 occurs 3 times, 1 three times, 2 twice, 5 never
+    torch.testing.assert_close(scores, torch.tensor([[2.0, 1, 0, 0], [1, 0, 0, 0]]))
+
+
+def test_popularity_knows_no_similar_items():
+    model = PopularityForNextItem.fit([[1, 2]], PopularityConfig(num_items=NUM_ITEMS))
+    with pytest.raises(
+        ValueError, match="PopularityForNextItem does not know which items are alike: expected a SASRec"
+    ):
+        model.similar_items([1])
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], r"items have shape \(0,\).*expected at least one item id"),
+        ([[1, 2]], r"items have shape \(1, 2\)"),
+        ([1.5], "type torch.float32: expected at least one"),
+        ([0], r"items contain 0: expected ids 1\.\.12"),
+        ([1, 13], r"items contain 13: expected ids 1\.\.12 of this model's catalogue"),
+        (["B07"], "items are no item ids .* map raw ids with model.catalogue.item_ids"),
+    ],
+)
+def test_what_is_no_item_is_refused(items, message):
+    with pytest.raises(ValueError, match=message):
+        SASRecForNextItem(SASRecConfig(**SIZES)).similar_items(items, 2)
+
+
+def test_more_similar_items_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="top_k is 12, but row 0 has 11 of 12 items left"):
+        SASRecForNextItem(SASRecConfig(**SIZES)).similar_items([1], NUM_ITEMS)
