@@ -44,6 +44,7 @@ ALLOWED_IMPORTS = {
     "evaluation": {"data", "models", "files", SHOWN_TEXT},
     "distillation": {"data", "models", "reference", "files"},
     "training": {"data", "models", "titles", "evaluation", "distillation", "devices", "downloads", "files"},
+    "serving": {"data", "models", "titles", "distillation", "evaluation", "runs", "devices", "files", SHOWN_TEXT},
     "publishing": {"data", "models", "evaluation", "files", SHOWN_TEXT},
 }
 

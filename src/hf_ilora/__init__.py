@@ -81,6 +81,7 @@ _EXPORTS = {
     "pca_embeddings": "hf_ilora.titles.pca",
     "propensity_scores": "hf_ilora.distillation.losses",
     "ranking_distillation_weights": "hf_ilora.distillation.losses",
+    "recommend_all": "hf_ilora.serving.recommend_all",
     "whitened": "hf_ilora.titles.pca",
 }
 

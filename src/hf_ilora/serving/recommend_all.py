@@ -1,0 +1,477 @@
+"""Recommendations for many users into one parquet file: bounded memory, several processes, resumed after a crash.
+
+The users are divided into shards. Shard n is written whole or not at all, as a part beside the output, by process
+n % processes. The parts are therefore the whole state of the run; when all exist, they become the output.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+
+from hf_ilora.data.sequences import SequenceDatasets
+from hf_ilora.data.storage import content_digest
+from hf_ilora.distillation.teachers import model_fingerprint
+from hf_ilora.files import remove_unfinished, written_whole
+from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.loading import check_catalogue
+from hf_ilora.models.next_item.catalogue import Catalogue
+from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
+from hf_ilora.runs.processes import sole_writer
+
+from .history_tables import HistoryTable, history_table
+from .item_sets import ItemSets, item_sets
+from .user_items import UserItems
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "settings.json"
+FORMAT_VERSION = 1
+
+_SETTINGS_KEY = b"hf_ilora.recommend_all"
+_BATCHES_PER_SHARD = 64
+_SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_WITHOUT_A_PART = 7200
+_SECONDS_BETWEEN_REPORTS = 10
+
+
+def recommend_all(
+    model: NextItemPreTrainedModel | ILoraForRecommendation,
+    histories,
+    output: str | os.PathLike = "recommendations.parquet",
+    top_k: int = 10,
+    batch_size: int | None = None,
+    exclude_seen: bool = True,
+    allowed_items=None,
+    excluded_items=None,
+    *,
+    columns: Sequence[str] = (),
+    user_column: str = "user_id",
+    history_column: str = "history",
+    item_column: str | None = None,
+    time_column: str | None = None,
+    separator: str | None = None,
+    unknown_items: str = "raise",
+    shard_users: int | None = None,
+) -> Path:
+    """Recommend items to every user of a table or data set, and write them to a parquet file.
+
+    Users of similar history lengths share a batch, and no more than a shard of recommendations and a batch of scores
+    are in memory. A run that was killed resumes when the same call is repeated; `output` is replaced when all is done,
+    and a finished one of the same model, users and settings is left as it is. Under `accelerate launch`, every process
+    makes the same call and takes its share of the users.
+
+    Args:
+        model: a recommender, on the device that it is to run on.
+        histories: a path to a table (parquet, CSV, TSV, JSON lines), a frame or a `datasets.Dataset` with raw ids, with
+            a row per user or, with `item_column`, per interaction; `SequenceDatasets`, whose users have all items that
+            it knows of them, targets included; or rows of item ids, as `recommend` takes them. A user without items
+            gets the most popular ones, if the catalogue has their counts.
+        output: the file to write.
+        top_k: items per user.
+        batch_size: users per call of the model; None: 256 on a CPU, 2048 on an accelerator, 8 for an iLoRA.
+        exclude_seen: leave out the items of the history.
+        allowed_items: the only items to choose from, in raw ids where the histories have them: ids for all users, a row
+            of ids per user, in the order of the users, or a table with the columns `user_column` and `item_column` (by
+            default item_id), whose rows belong to the users that they name. None allows all.
+        excluded_items: items to leave out, in the same forms.
+        columns: of the catalogue, such as title or price, that come back with the recommendations.
+        user_column, history_column: of a table with a row per user. Histories are lists of raw ids, oldest first; in
+            CSV and TSV, text with blanks between the ids.
+        item_column, time_column: of a table with a row per interaction; without times, the rows are in their order.
+        separator: of the columns of CSV or TSV.
+        unknown_items: "raise" for raw ids in histories that the catalogue lacks, or "skip" to leave them out.
+        shard_users: users per part, the most that a crash can lose per process; None: 64 batches.
+
+    Returns:
+        The path of the output. Its columns are `user_id`, `rank` (1 for the best), `item_id` (the raw id, or the item
+        id of a model without catalogue), `score` (log p over the whole catalogue) and `columns`; a row for each user
+        and rank, in the order of the users.
+
+    Raises:
+        TypeError: for a model that is none of this package.
+        ValueError: before anything is computed, for tables that cannot be read, unknown ids, users with fewer than
+            `top_k` items to recommend, users without items while it is unknown what is popular, and an output that
+            another process is writing, or that something else wrote.
+        TimeoutError: when no process has written a part for two hours.
+    """
+    if not isinstance(model, NextItemPreTrainedModel | ILoraForRecommendation):
+        raise TypeError(
+            f"model is a {type(model).__name__}: expected a recommender of hf_ilora, such as a SASRecForNextItem; load "
+            "a saved one with AutoModel.from_pretrained"
+        )
+    batch_size, shard_users = _sizes(model, batch_size, shard_users)
+    catalogue, num_items = model.catalogue, model.config.num_items
+    if isinstance(histories, SequenceDatasets):
+        check_catalogue(model, "the model", histories.num_items, histories.raw_ids)
+        catalogue = histories.catalogue if catalogue is None else catalogue
+    table = history_table(
+        histories,
+        catalogue,
+        num_items,
+        user_column=user_column,
+        history_column=history_column,
+        item_column=item_column,
+        time_column=time_column,
+        separator=separator,
+        unknown_items=unknown_items,
+    )
+    names = {"user_column": user_column, "item_column": item_column or "item_id"}
+    id_catalogue = catalogue if table.has_raw_ids else None
+    request = Request(
+        model=model,
+        catalogue=catalogue,
+        top_k=top_k,
+        exclude_seen=exclude_seen,
+        allowed_items=item_sets("allowed_items", allowed_items, id_catalogue, num_items, **names),
+        excluded_items=item_sets("excluded_items", excluded_items, id_catalogue, num_items, **names),
+        columns=tuple(columns),
+    )
+    digest, num_users = request.check(table, shard_users)
+    settings = request.settings() | {"histories": digest, "users": num_users, "shard_users": shard_users}
+    output = Path(output)
+    state = PartialState()
+    with sole_writer(_parts_folder(output)):
+        job = _Job(output, settings, -(-num_users // shard_users))
+        if job.start():
+            logger.info("%s is finished: the same recommendations to %d users", output, num_users)
+            return output
+        state.wait_for_everyone()
+        _write_parts(job, request, table, shard_users, batch_size, num_users)
+        job.wait()
+        if state.is_main_process:
+            job.finish()
+        state.wait_for_everyone()
+    return output
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every user is to get.
+
+    Args:
+        model: to ask.
+        catalogue: of its items; None if it has none.
+        top_k: items per user.
+        exclude_seen: leave out the items of the history.
+        allowed_items, excluded_items: the filters, or None.
+        columns: of the catalogue that come back.
+    """
+
+    model: NextItemPreTrainedModel | ILoraForRecommendation
+    catalogue: Catalogue | None
+    top_k: int
+    exclude_seen: bool
+    allowed_items: ItemSets | None = None
+    excluded_items: ItemSets | None = None
+    columns: tuple[str, ...] = field(default=())
+
+    def settings(self) -> dict:
+        """Everything but the users that determines the recommendations, in JSON types."""
+        filters = {"allowed_items": self.allowed_items, "excluded_items": self.excluded_items}
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": model_fingerprint(self.model),
+            "catalogue": None if self.catalogue is None else self.catalogue.fingerprint,
+            "top_k": self.top_k,
+            "exclude_seen": self.exclude_seen,
+            "columns": list(self.columns),
+            **{name: None if sets is None else sets.fingerprint for name, sets in filters.items()},
+        }
+
+    def check(self, table: HistoryTable, shard_users: int) -> tuple[str, int]:
+        """Read all histories once: their digest and the number of users.
+
+        Raises:
+            ValueError: for whatever would fail later, and for no or repeated users.
+        """
+        num_items = self.model.config.num_items
+        if not isinstance(self.top_k, int) or not 1 <= self.top_k <= num_items:
+            raise ValueError(f"top_k is {self.top_k}: expected 1 to {num_items}, the number of items in the catalogue")
+        if self.columns and self.catalogue is None:
+            raise ValueError(
+                f"columns are {', '.join(self.columns)} and the model has no catalogue: assign model.catalogue"
+            )
+        if self.columns:
+            self.catalogue.check_columns(self.columns)
+        digest, num_users, users = hashlib.sha256(), 0, []
+        for shard in table.shards(shard_users):
+            self._check_shard(shard, num_users)
+            content = pa.table({"user_id": shard.users, "starts": shard.starts[1:]})
+            digest.update(content_digest(content).encode())
+            digest.update(np.ascontiguousarray(shard.items, dtype="<i4"))
+            users.append(shard.users)
+            num_users += len(shard)
+        if not num_users:
+            raise ValueError(f"{table.name} has no rows: expected at least one user")
+        counts = pa.chunked_array(users).value_counts()
+        if len(counts) < num_users:
+            user = next(entry["values"].as_py() for entry in counts if entry["counts"].as_py() > 1)
+            raise ValueError(
+                f"user {user!r} has several rows in {table.name}: expected a row per user; for a table of "
+                "interactions, pass item_column"
+            )
+        for sets in (self.allowed_items, self.excluded_items):
+            if sets is not None:
+                sets.check_users(num_users)
+        return digest.hexdigest(), num_users
+
+    def _check_shard(self, shard: UserItems, first: int) -> None:
+        if not shard.lengths.all() and not self.model.knows_popular_items:
+            user = shard.users[int(shard.lengths.argmin())].as_py()
+            raise ValueError(
+                f"user {user!r} has no items, and it is unknown what is popular: leave the user out, or give the "
+                "model a catalogue with the column count (model.catalogue.with_counts)"
+            )
+        num_items = self.model.config.num_items
+        allowed, excluded = (
+            None if sets is None else sets.of(shard.users, first) for sets in (self.allowed_items, self.excluded_items)
+        )
+        left = np.full(len(shard), num_items if self.allowed_items is None else 0)
+        if self.allowed_items is not None:
+            left += len(self.allowed_items.shared) if allowed is None else allowed.lengths
+        if self.exclude_seen:
+            left -= shard.lengths
+        if self.excluded_items is not None:
+            left -= len(self.excluded_items.shared) if excluded is None else excluded.lengths
+        # Only of users who might have too few, items that are left out twice or are not allowed anyway are looked for.
+        for row in np.flatnonzero(left < self.top_k):
+            left_out = np.zeros(num_items + 1, dtype=bool)
+            left_out[0] = True
+            if self.allowed_items is not None:
+                left_out[:] = True
+                left_out[self.allowed_items.shared if allowed is None else allowed.row(row)] = False
+            if self.exclude_seen:
+                left_out[shard.row(row)] = True
+            if self.excluded_items is not None:
+                left_out[self.excluded_items.shared if excluded is None else excluded.row(row)] = True
+            available = num_items + 1 - int(left_out.sum())
+            if available < self.top_k:
+                raise ValueError(
+                    f"top_k is {self.top_k}, but user {shard.users[int(row)].as_py()!r} has {available} of {num_items} "
+                    "items left to recommend: ask for fewer items, pass exclude_seen=False, or loosen allowed_items "
+                    "and excluded_items"
+                )
+
+    def answer(self, shard: UserItems, first: int, batch_size: int, progress: tqdm) -> pa.Table:
+        """The recommendations to the users of one shard, who are the users `first`, `first + 1`, ... of all."""
+        item_ids = np.empty((len(shard), self.top_k), dtype=np.int64)
+        scores = np.empty((len(shard), self.top_k), dtype=np.float32)
+        sets = {"allowed_items": self.allowed_items, "excluded_items": self.excluded_items}
+        rows_of = {name: None if each is None else each.of(shard.users, first) for name, each in sets.items()}
+        # Longest first: users of similar lengths share a batch, and if memory is too small, the first batch fails.
+        order = np.argsort(-shard.lengths, kind="stable")
+        for rows in np.split(order, range(batch_size, len(order), batch_size)):
+            filters = {
+                name: None if each is None else each.shared if rows_of[name] is None else rows_of[name].padded(rows)
+                for name, each in sets.items()
+            }
+            best, log_p = self.model.recommend(shard.padded(rows), self.top_k, self.exclude_seen, **filters)
+            item_ids[rows], scores[rows] = best.cpu().numpy(), log_p.float().cpu().numpy()
+            progress.update(len(rows))
+        return recommendations_table(self.catalogue, shard.users, item_ids, scores, self.columns)
+
+
+def recommendations_table(
+    catalogue: Catalogue | None,
+    users: pa.Array,
+    item_ids: np.ndarray,
+    scores: np.ndarray,
+    columns: Sequence[str] = (),
+) -> pa.Table:
+    """Recommendations as a table with a row for each user and rank.
+
+    Args:
+        catalogue: maps item ids to raw ids; None leaves them as they are.
+        users: (users,) raw ids.
+        item_ids, scores: (users, top_k).
+        columns: of the catalogue that come along.
+
+    Returns:
+        Columns user_id, rank, item_id, score and `columns`.
+    """
+    num_users, top_k = item_ids.shape
+    flat = item_ids.reshape(-1)
+    table = pa.table(
+        {
+            "user_id": users.take(pa.array(np.repeat(np.arange(num_users), top_k))),
+            "rank": pa.array(np.tile(np.arange(1, top_k + 1, dtype=np.int32), num_users)),
+            "item_id": flat if catalogue is None else catalogue.take(flat, ["raw_id"])["raw_id"],
+            "score": scores.reshape(-1),
+        }
+    )
+    if columns:
+        told = catalogue.take(flat, list(columns))
+        for name in told.column_names:
+            table = table.append_column(name, told[name])
+    return table
+
+
+class _Job:
+    """The output of a call and the parts that it consists of.
+
+    Args:
+        output: the file.
+        settings: everything that determines its content, in JSON types.
+        num_parts: the number of parts.
+    """
+
+    def __init__(self, output: Path, settings: dict, num_parts: int):
+        self.output, self.folder = output, _parts_folder(output)
+        self.settings, self.num_parts = settings, num_parts
+
+    def start(self) -> bool:
+        """Make the folder of parts ready for this call; whether its output is finished already.
+
+        All processes call it, and the main one looks.
+
+        Raises:
+            ValueError: for an output that something else wrote.
+        """
+        verdict = None
+        if PartialState().is_main_process:
+            try:
+                verdict = self._start()
+            except (ValueError, OSError) as error:
+                verdict = error
+        [verdict] = broadcast_object_list([verdict])
+        if isinstance(verdict, Exception):
+            raise verdict
+        return verdict
+
+    def _start(self) -> bool:
+        if self.output.exists() and written_settings(self.output) == self.settings:
+            shutil.rmtree(self.folder)  # of a run that was killed at its end
+            return True
+        remove_unfinished(self.folder)
+        remove_unfinished(self.output.parent, self.output.stem)
+        path = self.folder / SETTINGS_FILE
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if before == self.settings:
+                return False
+            changed = sorted(
+                name for name in before.keys() | self.settings.keys() if before.get(name) != self.settings.get(name)
+            )
+            parts = list(self.folder.glob("part-*.parquet"))
+            logger.warning(
+                "%s has %d parts of a run with other %s: they are deleted", self.folder, len(parts), ", ".join(changed)
+            )
+            for part in parts:
+                part.unlink()
+        with written_whole(path) as unfinished:
+            unfinished.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        return False
+
+    def part(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}.parquet"
+
+    def missing(self) -> list[int]:
+        """The parts that nobody has written yet."""
+        return [number for number in range(self.num_parts) if not self.part(number).exists()]
+
+    def write(self, number: int, table: pa.Table) -> None:
+        with written_whole(self.part(number)) as unfinished:
+            pq.write_table(table, unfinished)
+
+    def wait(self) -> None:
+        """Wait until all processes have written their parts, as long as any of them makes progress.
+
+        Raises:
+            TimeoutError: when none has written a part for two hours.
+        """
+        found, since = self.num_parts, time.monotonic()
+        while missing := self.missing():
+            if len(missing) < found:
+                found, since = len(missing), time.monotonic()
+            elif time.monotonic() - since > _SECONDS_WITHOUT_A_PART:
+                raise TimeoutError(
+                    f"{len(missing)} parts are missing in {self.folder}, {self.part(missing[0]).name} first, and no "
+                    "process has written one for two hours: a process hangs; run the same command again, which "
+                    "computes the missing ones only"
+                )
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    def finish(self) -> None:
+        """Make the output of the parts, one at a time, and delete them."""
+        metadata = {_SETTINGS_KEY: json.dumps(self.settings)}
+        with written_whole(self.output) as unfinished:
+            schema = pq.read_schema(self.part(0)).with_metadata(metadata)
+            with pq.ParquetWriter(unfinished, schema) as writer:
+                for number in range(self.num_parts):
+                    with pq.ParquetFile(self.part(number)) as file:
+                        writer.write_table(file.read().cast(schema))
+        shutil.rmtree(self.folder)
+
+
+def written_settings(path: Path) -> dict:
+    """The settings of an output of `recommend_all`.
+
+    Raises:
+        ValueError: for any other file.
+    """
+    metadata = None
+    if path.is_file():
+        try:
+            metadata = pq.read_schema(path).metadata
+        except (OSError, pa.ArrowException):
+            metadata = None
+    if not metadata or _SETTINGS_KEY not in metadata:
+        raise ValueError(
+            f"{path} exists and recommend_all did not write it: choose another output, or delete it, since it would be "
+            "replaced"
+        )
+    return json.loads(metadata[_SETTINGS_KEY])
+
+
+def _parts_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.parts")
+
+
+def _write_parts(
+    job: _Job, request: Request, table: HistoryTable, shard_users: int, batch_size: int, num_users: int
+) -> None:
+    """Write the parts that this process still has to write, and show the progress and the time left."""
+    state = PartialState()
+    mine = {number for number in job.missing() if number % state.num_processes == state.process_index}
+    if not mine:
+        return
+    total = sum(min(shard_users, num_users - number * shard_users) for number in mine)
+    logger.info("%d of %d users are left for this process, in %d parts", total, num_users, len(mine))
+    begin = time.monotonic()
+    # A terminal is told every 0.1 s, a file of messages rarely.
+    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_REPORTS
+    bar = {"unit": " users", "mininterval": interval, "disable": not state.is_main_process}
+    with tqdm(total=total, desc="recommending", **bar) as progress:
+        for number, shard in enumerate(table.shards(shard_users)):
+            if number in mine:
+                job.write(number, request.answer(shard, number * shard_users, batch_size, progress))
+    seconds = time.monotonic() - begin
+    logger.info("recommended to %d users in %.1f s: %.4g users per second", total, seconds, total / seconds)
+
+
+def _sizes(model, batch_size: int | None, shard_users: int | None) -> tuple[int, int]:
+    if batch_size is None:
+        is_ilora, on_cpu = isinstance(model, ILoraForRecommendation), model.device.type == "cpu"
+        batch_size = 8 if is_ilora else 256 if on_cpu else 2048
+    shard_users = _BATCHES_PER_SHARD * batch_size if shard_users is None else shard_users
+    for name, value in (("batch_size", batch_size), ("shard_users", shard_users)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value}: expected at least 1")
+    return batch_size, shard_users
+
+
+__all__ = ["recommend_all", "recommendations_table"]
