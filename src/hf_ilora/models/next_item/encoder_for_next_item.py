@@ -22,6 +22,7 @@ from .padding import (
     places_behind_padding,
     restore_padding,
 )
+from .top_k import ItemMasks, top_k_in_chunks
 
 
 class EncoderForNextItem(NextItemPreTrainedModel):
@@ -239,6 +240,39 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         directions = F.normalize((rows if offsets is None else rows + offsets).float(), dim=-1)
         return lambda item_ids: directions[item_ids] @ directions.T
 
+    def best_items(self, histories: torch.Tensor, top_k: int, masks: ItemMasks) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in `NextItemPreTrainedModel`; memory does not grow with histories x items."""
+        has_items = histories.any(1)  # (batch,)
+        if has_items.all():
+            return self._best_of_newest(histories, top_k, masks)
+        item_ids = histories.new_empty(len(histories), top_k)
+        log_probabilities = torch.empty(item_ids.shape, device=self.device)
+        if has_items.any():
+            answers = self._best_of_newest(histories[has_items], top_k, masks.of(has_items))
+            item_ids[has_items], log_probabilities[has_items] = answers
+        scores = self.popular_scores()  # (num_items + 1,)
+        answers = top_k_in_chunks(
+            lambda users, items, out: out.copy_(scores[items].expand_as(out)),
+            int((~has_items).sum()),
+            self.config.num_items,
+            top_k,
+            masks.of(~has_items),
+            self.device,
+        )
+        item_ids[~has_items], log_probabilities[~has_items] = _with_log_probabilities(*answers)
+        return item_ids, log_probabilities
+
+    def _best_of_newest(self, histories: torch.Tensor, top_k: int, masks: ItemMasks):
+        newest = self.newest_items(histories)
+        answers = self.head(
+            self.user_embeddings(newest),
+            self._repeated_items(newest),
+            item_offsets=self._item_offsets(),
+            top_k=top_k,
+            masks=masks,
+        )
+        return _with_log_probabilities(*answers)
+
     def check_positions(self, chosen: torch.Tensor, lengths: torch.Tensor, name: str) -> None:
         """Raise a ValueError where `chosen` (batch, length), padding last, has positions without a hidden state."""
 
@@ -340,6 +374,13 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         if not self.item_counts.any():
             raise ValueError("popularity_power needs item counts: call set_item_counts before training")
         self._has_counts = True
+
+
+def _with_log_probabilities(
+    item_ids: torch.Tensor, scores: torch.Tensor, log_sum_exp: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Item ids and the log of their softmax over the catalogue, of what `top_k_in_chunks` returns."""
+    return item_ids, (scores - log_sum_exp.unsqueeze(1)).clamp(max=0)
 
 
 __all__ = ["EncoderForNextItem"]

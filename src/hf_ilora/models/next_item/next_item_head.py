@@ -13,6 +13,7 @@ from .next_item_losses import (
     gbce_loss,
     sampled_softmax_loss,
 )
+from .top_k import columns_in_chunk, top_k_in_chunks
 
 
 class NextItemHead(nn.Linear):
@@ -39,8 +40,10 @@ class NextItemHead(nn.Linear):
         counted=None,
         history_items=None,
         soft_targets=None,
+        top_k=None,
+        masks=None,
     ):
-        """Scores, or the summed training loss when `targets` are given.
+        """Scores, the best items with `top_k`, or the summed training loss when `targets` are given.
 
         Args:
             hidden_states: (positions, hidden).
@@ -57,13 +60,19 @@ class NextItemHead(nn.Linear):
                 sampled softmax.
             soft_targets: (targets (positions,), negatives (negatives,) or None for the whole catalogue) ->
                 `SoftTarget`s to learn from, or None.
+            top_k: number of items to return per position instead of scores, without gradient; memory does not grow with
+                positions x items.
+            masks: `ItemMasks` of the positions, for `top_k`.
 
         Returns:
-            (positions, num_items + 1) scores with -inf for padding, or (positions, items) scores; with `targets` the
+            (positions, num_items + 1) scores with -inf for padding, or (positions, items) scores; with `top_k` what
+            `top_k_in_chunks` returns: item ids, scores, and log of the sum of exp(score); with `targets` the
             scalar loss and its parts (1 + soft targets,), without gradient: the loss of the targets, then the
             divergence from each soft target without its weight.
         """
         hidden_states = self.scaled(hidden_states)
+        if top_k is not None:
+            return self._best(hidden_states, repeated_items, item_offsets, top_k, masks)
         if targets is None or self.config.loss_type == "cross_entropy":
             weight = self._normalised(self.weight if item_offsets is None else self.weight + item_offsets)
         if targets is None:
@@ -155,6 +164,24 @@ class NextItemHead(nn.Linear):
 
     def _normalised(self, rows: torch.Tensor) -> torch.Tensor:
         return rows if self.score_temperature is None else F.normalize(rows, dim=-1)
+
+    @torch.no_grad()
+    def _best(self, hidden_states, repeated_items, item_offsets, top_k, masks):
+        states = hidden_states.float()
+
+        def score_items(positions: slice, items: slice, scores: torch.Tensor) -> None:
+            weight = self.weight[items] if item_offsets is None else self.weight[items] + item_offsets[items]
+            weight = self._normalised(weight).float()  # (items, hidden)
+            if self.bias is None:
+                torch.mm(states[positions], weight.t(), out=scores)
+            else:
+                torch.addmm(self.bias[items].float(), states[positions], weight.t(), out=scores)
+            if self.repeat_bias is not None:
+                columns, inside = columns_in_chunk(repeated_items[positions], items)
+                scores.scatter_add_(1, columns, self.repeat_bias.to(scores) * inside)
+
+        with torch.autocast(hidden_states.device.type, enabled=False):  # as for `_scores`
+            return top_k_in_chunks(score_items, len(states), self.config.num_items, top_k, masks, states.device)
 
     def _scores(self, hidden_states, weight, repeated_items, scored_items):
         bias = self.bias

@@ -22,6 +22,7 @@ from .next_item_output import popular_scores, scores_or_popular, top_k_items
 from .padding import lowest_and_highest, padding_to_the_front
 from .reference_initialization import initialize_as_reference
 from .saved_model import check_sizes, read_config, saved_file, saved_shapes
+from .top_k import ItemMasks, masked_top_k
 
 logger = logging.getLogger(__name__)
 
@@ -149,8 +150,8 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             excluded_items: items to leave out, in the same forms.
 
         Returns:
-            item_ids (batch, top_k) int64, best first, and scores (batch, top_k) float32: log p over the whole
-            catalogue, items that are left out included.
+            item_ids (batch, top_k) int64, best first, the lower id first among equal scores, and scores (batch, top_k)
+            float32: log p over the whole catalogue, items that are left out included.
 
         Raises:
             ValueError: for ids outside the catalogue, an empty history while it is unknown what is popular, or `top_k`
@@ -161,10 +162,16 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             sizes = (len(histories), self.config.num_items, self.device)
             allowed_items = item_filter("allowed_items", allowed_items, *sizes)
             excluded_items = item_filter("excluded_items", excluded_items, *sizes)
-            scores = scores_or_popular(self._scores_of_newest, self.popular_scores, histories)
-            item_ids, best_scores = top_k_items(scores, histories, top_k, exclude_seen, allowed_items, excluded_items)
-            log_probabilities = self.log_probabilities(best_scores, scores)
+            seen = histories if exclude_seen else None
+            masks = ItemMasks.from_filters(self.config.num_items, seen, allowed_items, excluded_items)
+            item_ids, log_probabilities = self.best_items(histories, top_k, masks)
         return item_ids.clone(), log_probabilities.clone()  # tensors that may be used where gradients flow
+
+    def best_items(self, histories: torch.Tensor, top_k: int, masks: ItemMasks) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best items of histories (batch, length) and their log-probabilities, (batch, top_k) each."""
+        scores = scores_or_popular(self._scores_of_newest, self.popular_scores, histories)
+        item_ids, best_scores = masked_top_k(scores, top_k, masks)
+        return item_ids, self.log_probabilities(best_scores, scores)
 
     def rank_items(
         self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None

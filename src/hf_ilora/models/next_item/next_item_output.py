@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
-from .configuration_next_item import PADDING_ITEM_ID
+from .top_k import ItemMasks, masked_top_k
 
 
 @dataclass
@@ -68,7 +67,7 @@ def top_k_items(
     allowed_items: torch.Tensor | None = None,
     excluded_items: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `top_k` best items of each user, best first; padding is never among them.
+    """The `top_k` best items of each user, best first, the lower id first among equal scores; never padding.
 
     Args:
         logits: (batch, num_items + 1); column 0 is padding. Left unchanged.
@@ -85,41 +84,5 @@ def top_k_items(
     Raises:
         ValueError: when a user has fewer than `top_k` items to recommend, or a score that is not finite among the best.
     """
-    num_items = logits.shape[-1] - 1
-    if not isinstance(top_k, int) or not 1 <= top_k <= num_items:
-        raise ValueError(f"top_k is {top_k}: expected 1 to {num_items}, the number of items in the catalogue")
-    if exclude_seen:
-        logits = logits.scatter(1, histories.long(), float("-inf"))
-    if excluded_items is not None:
-        if excluded_items.dim() == 1:
-            logits = logits.index_fill(1, excluded_items, float("-inf"))
-        else:
-            logits = logits.scatter(1, excluded_items, float("-inf"))
-    if allowed_items is None:
-        scores, positions = logits[:, 1:].topk(top_k, dim=-1)  # (batch, top_k) each
-        item_ids = positions + 1
-    else:
-        among = allowed_items.expand(logits.shape[0], -1)  # (batch, allowed)
-        if among.shape[1] < top_k:
-            among = F.pad(among, (0, top_k - among.shape[1]), value=PADDING_ITEM_ID)
-        scores = logits.gather(1, among).masked_fill(among == PADDING_ITEM_ID, float("-inf"))
-        scores, positions = scores.topk(top_k, dim=-1)
-        item_ids = among.gather(1, positions)
-    # One test for all that can go wrong: -inf is picked only when nothing else is left, NaN sorts above everything, and
-    # amax passes it on. (torch.isfinite takes twice as long, which counts when one user waits.)
-    if not scores.abs().amax() < torch.inf:
-        _raise_for_scores(scores, num_items)
-    return item_ids, scores
-
-
-def _raise_for_scores(scores: torch.Tensor, num_items: int) -> None:
-    row = int((~torch.isfinite(scores)).any(dim=-1).nonzero()[0])
-    if torch.isnan(scores[row]).any() or torch.isposinf(scores[row]).any():
-        raise ValueError(
-            f"the scores of row {row} contain NaN or +inf: expected finite numbers; check the weights that were loaded"
-        )
-    available = int(torch.isfinite(scores[row]).sum())
-    raise ValueError(
-        f"top_k is {scores.shape[-1]}, but row {row} has {available} of {num_items} items left to recommend: ask for "
-        "fewer items, pass exclude_seen=False, or loosen allowed_items and excluded_items"
-    )
+    seen = histories if exclude_seen else None
+    return masked_top_k(logits, top_k, ItemMasks.from_filters(logits.shape[1] - 1, seen, allowed_items, excluded_items))
