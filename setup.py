@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DEEPSPEED = ["deepspeed>=0.19", "ninja>=1.11"]  # ninja: DeepSpeed compiles its operations when they are first used
+INDEX = ["faiss-cpu>=1.8"]
 PLOT = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboard>=2.17"]
 # sentence-transformers: title encoders that are more than a transformer with pooling; scikit-learn: TF-IDF
@@ -51,10 +52,11 @@ setup(
     ],
     extras_require={
         "deepspeed": DEEPSPEED,
+        "index": INDEX,
         "plot": PLOT,
         "tensorboard": TENSORBOARD,
         "titles": TITLES,
         # peft: the tests load exported LoRAs with it
-        "dev": [*DEEPSPEED, *PLOT, *TENSORBOARD, *TITLES, "peft>=0.18", *PYTEST, "ruff>=0.12"],
+        "dev": [*DEEPSPEED, *INDEX, *PLOT, *TENSORBOARD, *TITLES, "peft>=0.18", *PYTEST, "ruff>=0.12"],
     },
 )

@@ -49,6 +49,7 @@ _EXPORTS = {
     "ILoraOutput": "hf_ilora.models.ilora.modeling_ilora",
     "ILoraTrainer": "hf_ilora.training.ilora_trainer",
     "ILoraTrainingArguments": "hf_ilora.training.ilora_arguments",
+    "ItemIndex": "hf_ilora.serving.item_index",
     "ItemTitles": "hf_ilora.titles.item_titles",
     "KLDivergencePolicy": "hf_ilora.distillation.policies",
     "MRR": "hf_ilora.evaluation.metrics",
