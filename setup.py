@@ -56,7 +56,7 @@ setup(
         "plot": PLOT,
         "tensorboard": TENSORBOARD,
         "titles": TITLES,
-        # peft: the tests load exported LoRAs with it
-        "dev": [*DEEPSPEED, *INDEX, *PLOT, *TENSORBOARD, *TITLES, "peft>=0.18", *PYTEST, "ruff>=0.12"],
+        # peft: the tests load exported LoRAs with it; polars: its frames are read where a program has imported it
+        "dev": [*DEEPSPEED, *INDEX, *PLOT, *TENSORBOARD, *TITLES, "peft>=0.18", "polars>=1.0", *PYTEST, "ruff>=0.12"],
     },
 )

@@ -79,6 +79,7 @@ _EXPORTS = {
     "joint_item_embeddings": "hf_ilora.titles.joint",
     "load_interactions": "hf_ilora.data.interactions",
     "load_movielens": "hf_ilora.data.movielens",
+    "load_public_dataset": "hf_ilora.data.public_datasets",
     "pca_embeddings": "hf_ilora.titles.pca",
     "propensity_scores": "hf_ilora.distillation.losses",
     "ranking_distillation_weights": "hf_ilora.distillation.losses",

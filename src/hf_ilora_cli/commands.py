@@ -43,7 +43,7 @@ COMMANDS = {
         Command(
             "prepare",
             "prepare_data",
-            "Turn MovieLens or your own table into a data set of sequences.",
+            "Turn MovieLens, another public data set or your own table into a data set of sequences.",
             "hf-ilora prepare ml-100k/data",
         ),
         Command(

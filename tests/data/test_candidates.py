@@ -40,8 +40,6 @@ def histories_of(*sequences: list[int], num_items: int, user_ids: list | None = 
     return Histories(
         items=np.concatenate(sequences).astype(np.int32),
         boundaries=np.cumsum([0, *map(len, sequences)]),
-        first_times=np.zeros(len(sequences)),
-        last_times=np.zeros(len(sequences)),
         user_ids=pa.array(user_ids),
         item_ids=pa.array(range(num_items)),
     )

@@ -16,7 +16,7 @@ from hf_ilora.data.movielens import load_movielens
 from hf_ilora.downloads import ChecksumError, DownloadError
 from tests.paths import SHARED
 
-NAMES = ["ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m"]
+NAMES = ["ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m", "ml-latest-small"]
 FOLDERS = {name: name for name in NAMES} | {"ml-10m": "ml-10M100K"}
 GENRE_FLAGS = (
     "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror Musical "
@@ -341,8 +341,9 @@ def test_a_wheel_in_the_cache_is_used_without_the_network(dead_url, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_archive_other_than_the_published_one_is_refused(server, name, tmp_path):
     server.content = write_zip(tmp_path / "other.zip", f"{FOLDERS[name]}/", native_files(name)).read_bytes()
-    actual = hashlib.md5(server.content).hexdigest()
-    with pytest.raises(ChecksumError, match=f"{name}.zip: md5 of .* is {actual}, expected"):
+    algorithm = "sha256" if name == "ml-latest-small" else "md5"
+    actual = hashlib.new(algorithm, server.content).hexdigest()
+    with pytest.raises(ChecksumError, match=f"{name}.zip: {algorithm} of .* is {actual}, expected"):
         load_movielens(name, cache_dir=tmp_path, base_url=server.url)
     assert not list((tmp_path / "movielens").glob("*.zip"))
     assert not list((tmp_path / "movielens").glob("*.part"))

@@ -482,7 +482,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("keywords", "error", "message"),
         [
-            ({"protocol": "random"}, ValueError, "expected one of leave_one_out, temporal_users"),
+            ({"protocol": "newest"}, ValueError, "expected one of leave_one_out, last_n, temporal_users"),
             ({"protocol": None}, ValueError, "protocol is None"),
             ({"min_user_interactions": 2}, ValueError, "leave_one_out needs 3 or more, because"),
             ({"min_user_interactions": 0, "protocol": "temporal_users"}, ValueError, "expected 1 or more"),

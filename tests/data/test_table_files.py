@@ -4,12 +4,14 @@ import gzip
 import json
 
 import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
 from hf_ilora.data.interactions import load_interactions
+from hf_ilora.data.sequences import build_sequences
 
 STRAY = 'user\titem\ttime\ttitle\n1\ta\t1\t"Salem\'s\n1\tb\t2\tPlain\n2\tc\t3\t"Low\n2\td\t4\tLast\n'
 ROWS = {"user": [1, 2], "item": [10, 20], "time": [3, 4]}
@@ -361,9 +363,9 @@ def test_another_separator_is_named_and_can_be_given(header, tmp_path):
     assert named["title"][:] == ["A, B"]
 
 
-@pytest.mark.parametrize("separator", ["", ";;", '"', "\n", "·", "\0", b",", 5])
+@pytest.mark.parametrize("separator", ["", '"', "\n", "·", "\0", b",", 5])
 def test_a_separator_that_cannot_separate_is_refused(separator, tmp_path):
-    with pytest.raises(ValueError, match="expected one ASCII character, for CSV or TSV"):
+    with pytest.raises(ValueError, match="expected ASCII characters, for CSV, TSV or the like"):
         load(write(tmp_path / "t.csv", "user,item,time\n1,2,3\n"), separator=separator)
 
 
@@ -372,3 +374,169 @@ def test_a_separator_is_for_text_files_only(tmp_path):
     for source in (pd.DataFrame(ROWS), tmp_path / "t.parquet"):
         with pytest.raises(ValueError, match="separator"):
             load(source, separator=";")
+
+
+DOUBLE_COLONS = '1::10::3::"Star" Wars: a film\n1::20::4::Plain\n2::10::5::"Star" Wars: a film\n'
+NAMES = ["user", "item", "time", "title"]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_separator_may_have_several_characters(mark, line_end, tmp_path):
+    rows = DOUBLE_COLONS.replace("\n", line_end)
+    headless = write(tmp_path / "ratings.dat", mark + rows)
+    with_header = write(tmp_path / "ratings.txt", f"{mark} user::item ::time::title{line_end}{rows}")
+    for path, options in ((headless, {"column_names": NAMES}), (with_header, {})):
+        interactions, items = load(path, title_column="title", separator="::", **options)
+        assert interactions.to_dict() == {"user_id": [1, 1, 2], "item_id": [10, 20, 10], "timestamp": [3, 4, 5]}
+        assert items["title"][:] == ['"Star" Wars: a film', "Plain"]
+
+
+def test_a_long_separator_is_read_across_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ilora.data.table_files._BLOCK_BYTES", 16)
+    expected = {"user_id": list(range(9)), "item_id": [7] * 9, "timestamp": [3] * 9}
+    rows = "".join(f"{user}::7::3\n" for user in range(9))
+    headless = write(tmp_path / "t.dat", rows)
+    assert load(headless, separator="::", column_names=NAMES[:3])[0].to_dict() == expected
+    assert load(write(tmp_path / "t.csv", "user::item::time\n" + rows), separator="::")[0].to_dict() == expected
+
+
+def test_rows_without_a_header_are_named(tmp_path):
+    for mark in ("", "\ufeff"):
+        path = write(tmp_path / "t.tsv", f"{mark}1\t007\t3\n2\t8\t4\n")
+        interactions, _ = load(path, column_names=["user", "item", "time"])
+        assert interactions.to_dict() == {"user_id": [1, 2], "item_id": ["007", "8"], "timestamp": [3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("1,2,3\n", {"column_names": ["user", "item"]}, "has 3 values: expected a name for each column"),
+        ("user,item,time\n1,2,3\n", {"column_names": NAMES[:3]}, "expected a row, not names; leave column_names out"),
+        ("1,2,3\n", {"column_names": ["user", "user", "item"]}, "expected the different names of all columns"),
+        ("user::item::time\n1::2::3\n", {}, "look separated by '::': pass separator='::'"),
+        ("1::2::3\n1::2\n", {"separator": "::", "column_names": NAMES[:3]}, "t.csv cannot be read: .*3 columns, got 2"),
+        ("1::2::\x1f\n", {"separator": "::", "column_names": NAMES[:3]}, "it has the control character"),
+    ],
+)
+def test_wrong_names_and_separators_are_errors(content, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load(write(tmp_path / "t.csv", content), **options)
+
+
+def test_a_text_file_of_no_known_form_needs_a_separator(tmp_path):
+    with pytest.raises(ValueError, match=r"t.dat has the file type '.dat', .* pass separator, such as '::'"):
+        load(write(tmp_path / "t.dat", "1::2::3\n"))
+
+
+# RecBole's atomic files
+
+INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_atomic_files_are_read_by_the_names_without_types(compressed, tmp_path):
+    inter = INTER + "u1\t007\t4.0\t874965758.0\nu1\t 8\t2\t874965759\n"
+    item = 'item_id:token\tname:token_seq\tcategories:token_seq\n007\tBlue "Note" (1999)\tJazz Club\n8\tBar\t\n'
+    paths = []
+    for name, text in (("a.inter", inter), ("a.item", item)):
+        content = gzip.compress(text.encode()) if compressed else text
+        paths.append(write(tmp_path / (name + (".gz" if compressed else "")), content))
+    columns = {"items_title_column": "name", "rating_column": "rating"}
+    interactions, items = load_interactions(
+        paths[0], "user_id", "item_id", "timestamp", items=paths[1], normalize_titles=False, **columns
+    )
+    assert interactions.to_dict() == {
+        "user_id": ["u1", "u1"],
+        "item_id": ["007", "8"],
+        "timestamp": [874965758, 874965759],
+        "rating": [4.0, 2.0],
+    }
+    assert items["title"][:] == ['Blue "Note" (1999)', "Bar"]
+    typed, _ = load_interactions(paths[0], "user_id:token", "item_id:token", "timestamp:float")
+    assert typed["timestamp"][:] == [874965758, 874965759]
+
+
+def test_a_missing_column_of_an_atomic_file_is_named_among_those_it_has(tmp_path):
+    path = write(tmp_path / "a.train.inter", "user_id:token\titem_id_list:token_seq\titem_id:token\n1\t2 3\t4\n")
+    with pytest.raises(ValueError, match=r"no column 'timestamp'; it has \['user_id', 'item_id_list', 'item_id'\]"):
+        load_interactions(path, "user_id", "item_id", "timestamp")
+
+
+# Frames of polars
+
+
+@pytest.fixture(params=["eager", "lazy"])
+def polars_frame(request):
+    """Columns as a frame of polars."""
+    return lambda columns: pl.DataFrame(columns).lazy() if request.param == "lazy" else pl.DataFrame(columns)
+
+
+def test_frames_of_polars_are_read_like_those_of_pandas(polars_frame):
+    columns = {"user": [" u1", "u0 ", "u1"], "item": [7, 8, 7], "time": pd.to_datetime([5, 4, 3], unit="s").tolist()}
+    columns |= {"title": ["A", None, "A"], "stars": [1.0, 2.5, 3.0], " extra ": [[1], [2], [3]]}
+    options = {"title_column": "title", "missing_titles": "item_id", "rating_column": "stars"}
+    for limit in (-1, 2):
+        found, expected = (
+            load(frame, limit_data_rows=limit, **options) for frame in (polars_frame(columns), pd.DataFrame(columns))
+        )
+        assert [table.to_dict() for table in found] == [table.to_dict() for table in expected]
+        assert [table.features for table in found] == [table.features for table in expected]
+    assert found[0]["user_id"][:] == ["u1", "u0"]
+
+
+def test_types_of_polars_keep_their_meaning(polars_frame):
+    columns = {
+        "user": pl.Series(["b", "a", "b"], dtype=pl.Categorical),
+        "item": pl.Series([3, 2**63 - 1, 3], dtype=pl.UInt64),
+        "time": pl.Series(["2024-05-31 12:00", "1970-01-01 00:00", "2024-05-31 12:00"]).str.to_datetime(
+            time_zone="UTC"
+        ),
+    }
+    interactions, _ = load(polars_frame(columns))
+    assert interactions.to_dict() == {
+        "user_id": ["b", "a", "b"],
+        "item_id": [3, 2**63 - 1, 3],
+        "timestamp": [1717156800, 0, 1717156800],
+    }
+    known = polars_frame({" item": [3, 2**63 - 1], "name": ["Cup", "Pan"]})
+    assert load(polars_frame(columns), items=known, items_title_column="name")[1]["title"][:] == ["Cup", "Pan"]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (
+            pl.Series("item", [2**63, 1], dtype=pl.UInt64),
+            "column 'item' of the polars frame: .*; expected ids that fit",
+        ),
+        (pl.Series("item", ["a", " "]), "column 'item' of the polars frame has ' ' in row 1"),
+        (pl.Series("item", [1.5, 2.0]), "has type double; expected integers or strings"),
+        (pl.Series("item", [object(), object()], dtype=pl.Object), "has Python objects; expected numbers, text"),
+        (pl.Series("itm", [1, 2]), r"the polars frame has no column 'item'; .* did you mean 'itm'\?"),
+    ],
+)
+def test_errors_name_the_column_of_polars(polars_frame, column, message):
+    with pytest.raises(ValueError, match=message):
+        load(polars_frame([pl.Series("user", [1, 2]), column, pl.Series("time", [3, 4])]))
+
+
+# Ratings
+
+
+def test_ratings_make_min_rating_work(tmp_path):
+    rows = "".join(f"{user},{item},{item},{3.3 if item % 4 else 2}\n" for user in range(3) for item in range(12))
+    path = write(tmp_path / "t.csv", "user,item,time,stars\n" + rows)
+    interactions, items = load(path, rating_column="stars")
+    kept = build_sequences(interactions, items, min_rating=3.3, num_candidates=0)
+    assert kept.raw_ids.tolist() == [item for item in range(12) if item % 4]
+
+
+@pytest.mark.parametrize(
+    ("rating", "message"),
+    [("", "has '' in row 1"), ("good", "has 'good' in row 1"), ("nan", "has 'nan' in row 1"), ("1e999", "row 1")],
+)
+def test_a_rating_that_is_none_is_an_error(rating, message, tmp_path):
+    path = write(tmp_path / "t.csv", f"user,item,time,stars\n1,2,3,4\n1,2,3,{rating}\n")
+    with pytest.raises(ValueError, match=f"column 'stars' of .*t.csv .*{message}.* expected a number"):
+        load(path, rating_column="stars")

@@ -34,8 +34,6 @@ class Histories:
 
     items: np.ndarray  # (interactions,) int32, item ids 1..num_items, oldest first within a user
     boundaries: np.ndarray  # (users + 1,) int64: user u has items[boundaries[u] : boundaries[u + 1]]
-    first_times: np.ndarray  # (users,)
-    last_times: np.ndarray  # (users,)
     user_ids: pa.Array  # (users,) raw ids
     item_ids: pa.Array  # (num_items,) raw ids of the items 1..num_items
 
@@ -142,13 +140,16 @@ def read_items(items: Dataset, item_ids: pa.Array) -> pa.Table:
 
 def build_histories(
     coded: CodedInteractions, min_user_interactions: int, min_item_interactions: int, drop_repeats: bool
-) -> Histories:
+) -> tuple[Histories, np.ndarray]:
     """Sort by user and time (ties in input order), filter, and number the remaining items from 1.
 
     Args:
         coded: what `read_interactions` returns.
         min_user_interactions, min_item_interactions: see `k_core`.
         drop_repeats: keep only the first interaction of a user with an item, before anything is counted.
+
+    Returns:
+        The histories, and the times of their items, (interactions,), which only the protocols need.
 
     Raises:
         ValueError: when no interaction is left.
@@ -181,15 +182,13 @@ def build_histories(
         *(num_users - kept_users.sum(), num_users, num_items - kept_items.sum(), num_items),
         *(len(keep) - len(users), len(keep)),
     )
-    boundaries = np.concatenate([[0], np.cumsum(user_counts[kept_users])])
-    return Histories(
+    histories = Histories(
         items=np.cumsum(kept_items, dtype=np.int32)[items],  # counts from 1: 0 is padding
-        boundaries=boundaries,
-        first_times=times[boundaries[:-1]],
-        last_times=times[boundaries[1:] - 1],
+        boundaries=np.concatenate([[0], np.cumsum(user_counts[kept_users])]),
         user_ids=coded.user_ids.filter(pa.array(kept_users)),
         item_ids=coded.item_ids.filter(pa.array(kept_items)),
     )
+    return histories, times
 
 
 def k_core(users: np.ndarray, items: np.ndarray, min_user_interactions: int, min_item_interactions: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Loads a table of (user, item, time), with or without titles, in the form that build_sequences reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from hf_ilora.data.tables import (
     Source,
     check_row_limit,
     clean_ids,
+    clean_ratings,
     clean_seconds,
     clean_text,
     describe,
@@ -27,11 +29,14 @@ def load_interactions(
     time_column: str | None,
     *,
     title_column: str | None = None,
+    rating_column: str | None = None,
     separator: str | None = None,
+    column_names: Sequence[str] | None = None,
     items: Source | None = None,
     items_item_column: str | None = None,
     items_title_column: str | None = None,
     items_separator: str | None = None,
+    items_column_names: Sequence[str] | None = None,
     normalize_titles: bool = True,
     missing_titles: str = "raise",
     limit_data_rows: int = -1,
@@ -44,25 +49,29 @@ def load_interactions(
     `title_column` of the same table or from a table of items; without either, an item's title is its id.
 
     Args:
-        path_or_dataset: path to CSV, TSV, parquet or JSON lines, a pandas frame, or a `datasets.Dataset`. Text files
+        path_or_dataset: path to CSV, TSV, parquet or JSON lines, or to RecBole's atomic files (.inter, .item: columns
+            are named without their types); a pandas or polars frame, lazy or not, or a `datasets.Dataset`. Text files
             may be compressed (such as plays.csv.gz), and a folder of part files, as Spark and Dask write it, is read in
-            the order of the files' names.
+            the order of the files' names. Other text (.dat, .data, .txt) needs a `separator`.
         user_column, item_column: columns of ids.
         time_column: numbers (seconds since 1970), timestamps, dates or ISO 8601 text (UTC unless it has a time zone);
             None if the rows are in chronological order already: then the timestamp is the index of the row.
         title_column: column of titles in the same table. It may be empty if another row of the item has a title.
-        separator: the character between the columns of a CSV or TSV file; by default a comma or a tab.
+        rating_column: numbers, for `min_rating` of `build_sequences`.
+        separator: the characters between the columns of a text file, such as "::"; by default a comma or a tab.
+            Where it has several characters, quotes are characters of the values.
+        column_names: names of all columns, for a text file whose first line is a row.
         items: table with one row per item, in any form that `path_or_dataset` may have.
         items_item_column: column of ids in `items`; by default the name in `item_column`.
         items_title_column: column of titles in `items`.
-        items_separator: the same as `separator`, for `items`.
+        items_separator, items_column_names: the same as `separator` and `column_names`, for `items`.
         normalize_titles: move a year at the end, "(1995)", to the column `year`, and an English article to the front.
         missing_titles: what to do about items without a title: "raise", or "item_id" to use the id as the title.
         limit_data_rows: number of rows to load, from the first; -1 for all.
 
     Returns:
-        interactions: user_id, item_id (int64 or string) and timestamp (int64, or float64 if a time has a fraction),
-            (rows,) in input order.
+        interactions: user_id, item_id (int64 or string), timestamp (int64, or float64 if a time has a fraction) and,
+            with `rating_column`, rating (float64), (rows,) in input order.
         items: item_id, title (string), year (int32 or null) and genres (empty lists), (num_items,) in order of first
             appearance, or in the order of `items`, including items without interactions.
 
@@ -79,9 +88,11 @@ def load_interactions(
             f"items is given with items_title_column={items_title_column!r} and title_column={title_column!r}; "
             "expected items_title_column to name the column of titles in items, and title_column to be None"
         )
-    if items is None and not (items_item_column is items_title_column is items_separator is None):
+    of_items = (items_item_column, items_title_column, items_separator, items_column_names)
+    if items is None and any(setting is not None for setting in of_items):
         raise ValueError(
-            "items_item_column, items_title_column or items_separator is given without items: pass the table of items"
+            "items_item_column, items_title_column, items_separator or items_column_names is given without items: pass "
+            "the table of items"
         )
 
     if user_column is None or item_column is None:
@@ -90,15 +101,27 @@ def load_interactions(
         )
     plays = _Columns.read(
         path_or_dataset,
-        {"user_id": user_column, "item_id": item_column, "time": time_column, "title": title_column},
+        {
+            "user_id": user_column,
+            "item_id": item_column,
+            "time": time_column,
+            "title": title_column,
+            "rating": rating_column,
+        },
         limit_data_rows,
         separator,
+        column_names,
     )
     user_ids, item_ids = plays.ids("user_id"), plays.ids("item_id")
     known_ids = None
     if items is not None:
         id_column = item_column if items_item_column is None else items_item_column
-        known = _Columns.read(items, {"item_id": id_column, "title": items_title_column}, separator=items_separator)
+        known = _Columns.read(
+            items,
+            {"item_id": id_column, "title": items_title_column},
+            separator=items_separator,
+            column_names=items_column_names,
+        )
         known_ids = known.ids("item_id")
         item_ids, known_ids = _of_one_type(item_ids, known_ids, plays, known)
         check_different_items(known_ids, known.where["item_id"])
@@ -112,6 +135,7 @@ def load_interactions(
         timestamp=pa.chunked_array([np.arange(len(item_ids))])
         if time_column is None
         else clean_seconds(plays.table["time"], plays.where["time"]),
+        **({} if rating_column is None else {"rating": clean_ratings(plays.table["rating"], plays.where["rating"])}),
     )
     ids, titles = pc.unique(item_ids), None
     if items is not None:
@@ -124,7 +148,12 @@ def load_interactions(
     elif title_column is not None:
         titles = _agreed_titles(ids, item_ids, plays.titles())
         if limit_data_rows != -1 and titles.null_count:  # a later row may have the title
-            whole = _Columns.read(path_or_dataset, {"item_id": item_column, "title": title_column}, separator=separator)
+            whole = _Columns.read(
+                path_or_dataset,
+                {"item_id": item_column, "title": title_column},
+                separator=separator,
+                column_names=column_names,
+            )
             titles = _agreed_titles(ids, whole.ids("item_id").cast(item_ids.type), whole.titles())
     if titles is None or missing_titles == "item_id":
         return interactions, items_dataset(ids, titles, normalize_titles=normalize_titles)
@@ -138,7 +167,7 @@ def load_interactions(
 
 
 def interactions_dataset(**columns: pa.ChunkedArray) -> Dataset:
-    """A Dataset of interactions from clean columns user_id, item_id, timestamp and, for MovieLens, rating."""
+    """A Dataset of interactions from clean columns user_id, item_id, timestamp and, where there is one, rating."""
     features = Features({name: Value(str(column.type)) for name, column in columns.items()})
     return to_dataset(pa.table(columns), features)
 
@@ -207,7 +236,7 @@ class _Columns:
     """The columns of one table, by what they are for.
 
     Attributes:
-        table: the columns user_id, item_id, time and title, as far as they are given.
+        table: the columns user_id, item_id, time, title and rating, as far as they are given.
         whole_numbers: see `read_columns`.
         where: what error messages call each column.
     """
@@ -218,11 +247,16 @@ class _Columns:
 
     @classmethod
     def read(
-        cls, source: Source, names: dict[str, str | None], limit: int = -1, separator: str | None = None
+        cls,
+        source: Source,
+        names: dict[str, str | None],
+        limit: int = -1,
+        separator: str | None = None,
+        column_names: Sequence[str] | None = None,
     ) -> "_Columns":
         names = {role: name for role, name in names.items() if name is not None}
         where = {role: f"column {name!r} of {describe(source)}" for role, name in names.items()}
-        return cls(*read_columns(source, names, limit, separator), where)
+        return cls(*read_columns(source, names, limit, separator, column_names), where)
 
     def ids(self, role: str) -> pa.ChunkedArray:
         return clean_ids(self.table[role], self.where[role], untyped=self.whole_numbers is not None)

@@ -1,14 +1,12 @@
-"""Loads MovieLens 100K, 1M, 10M, 20M, 25M and 32M from a folder, a zip, a cache or the network."""
+"""Loads the releases of MovieLens, from 100K to 32M, from a folder, a zip, a cache or the network."""
 
 import codecs
 import csv
 import io
 import logging
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 from zipfile import Path as ZipPath
 
 import numpy as np
@@ -19,7 +17,7 @@ from datasets import Dataset
 
 from hf_ilora.data.archives import open_archive
 from hf_ilora.data.interactions import check_different_items, check_known_items, interactions_dataset, items_dataset
-from hf_ilora.data.table_files import quoting_problem
+from hf_ilora.data.table_files import blocks_of_lines, quoting_problem
 from hf_ilora.data.tables import check_row_limit, clean_ids, clean_seconds, clean_text
 from hf_ilora.downloads import ChecksumError, DownloadError, default_cache_dir, download_file, download_wheel
 
@@ -31,7 +29,6 @@ WHEEL_REQUIREMENT = "recbole==1.2.1"
 WHEEL_FILE = "recbole-1.2.1-py3-none-any.whl"
 WHEEL_CHECKSUM = "sha256:9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
 
-_BLOCK_BYTES = 16 << 20
 _NO_GENRE = ["", "(no genres listed)", "unknown"]
 # fmt: off
 _GENRES_100K = [  # the flags of u.item after "unknown", in their order
@@ -46,7 +43,7 @@ class _Release:
     folder: str  # inside the archive
     ratings: str
     items: str
-    checksum: str = ""  # of the archive; md5, which GroupLens publishes as <name>.zip.md5
+    checksum: str = ""  # of the archive; GroupLens publishes its md5 as <name>.zip.md5, but not of ml-latest-small
 
 
 _RELEASES = {
@@ -56,7 +53,14 @@ _RELEASES = {
     "ml-20m": _Release("ml-20m", "ratings.csv", "movies.csv", "md5:cd245b17a1ae2cc31bb14903e1204af3"),
     "ml-25m": _Release("ml-25m", "ratings.csv", "movies.csv", "md5:6b51fb2759a8657d3bfcbfc42b592ada"),
     "ml-32m": _Release("ml-32m", "ratings.csv", "movies.csv", "md5:d472be332d4daa821edc399621853b57"),
+    "ml-latest-small": _Release(
+        "ml-latest-small",  # as of September 2018
+        "ratings.csv",
+        "movies.csv",
+        "sha256:696d65a3dfceac7c45750ad32df2c259311949efec81f0f144fdfb91ebc9e436",
+    ),
 }
+MOVIELENS = tuple(_RELEASES)
 _WHEEL_RELEASE = _Release("recbole/dataset_example/ml-100k", "ml-100k.inter", "ml-100k.item")
 
 
@@ -75,7 +79,7 @@ def load_movielens(
     Archives are read in place.
 
     Args:
-        name: "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m" or "ml-32m".
+        name: "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m" or "ml-latest-small".
         limit_data_rows: number of ratings to load, from the first; -1 for all. All items are loaded in any case.
         source: a folder or a zip with the files of the release, directly or in the sub-folder of the release; for
             ml-100k also RecBole's wheel or its folder ml-100k.
@@ -172,7 +176,7 @@ def _read_ratings(file: Path | ZipPath, limit: int) -> dict[str, pa.ChunkedArray
     with file.open("rb") as stream:
         if header:
             _check_header(file, _decode(file, stream.readline(), "utf-8"), header)
-        for block in _blocks_of_lines(stream):
+        for block in blocks_of_lines(stream):
             table = _parse(file, block, delimiter, names, types).select(["user_id", "item_id", "timestamp", "rating"])
             tables.append(table)
             rows += table.num_rows
@@ -187,19 +191,6 @@ def _read_ratings(file: Path | ZipPath, limit: int) -> dict[str, pa.ChunkedArray
             raise ValueError(f"{file} has no {name} in rating {row} (counted from 0): download the file again")
     clean_seconds(table["timestamp"], f"timestamp of {file}")
     return dict(zip(table.column_names, table.columns, strict=True))
-
-
-def _blocks_of_lines(stream: BinaryIO) -> Iterator[bytes]:
-    # Arrow's streaming reader reads ahead in a thread, and must not be used with a Python file: if the reader is
-    # released early, the interpreter can crash at exit.
-    rest = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
-    while block := stream.read(_BLOCK_BYTES):
-        lines, newline, tail = (rest + block).rpartition(b"\n")
-        rest = tail
-        if newline:
-            yield lines + newline
-    if rest:
-        yield rest
 
 
 def _parse(

@@ -17,17 +17,8 @@ from hf_ilora.models.next_item.catalogue import Catalogue
 from .candidates import sample_candidates
 from .columns import training_counts
 from .filters import Histories, build_histories, read_interactions, read_items, slice_indices
-from .protocols import (
-    PROTOCOLS,
-    USER_ORDERS,
-    Rows,
-    draw_cold_items,
-    leave_one_out,
-    limit_histories,
-    temporal_users,
-    without_cold_items,
-)
-from .seeds import check_seed
+from .protocol_settings import LEAKS, SEVERAL_TARGETS, Moment, checked_protocol
+from .protocols import Rows, check_splits, limit_histories, split_histories
 from .storage import (
     CATALOGUE_FILE,
     DESCRIPTION_FILE,
@@ -52,8 +43,10 @@ class SequenceDatasets(DatasetDict):
     """The splits train, validation and test of one protocol, with the catalogue that explains their item ids.
 
     Every split has the columns `user_id` (raw), `history` (list of int32 item ids, oldest first) and `target` (int32);
-    validation and test also have `candidates` (list of int32) unless they were switched off. Rows are in the order of
-    the raw user ids, and in time within a user. Item ids run 1..num_items; 0 is padding and never occurs.
+    validation and test also have `candidates` (list of int32) unless they were switched off, and under the protocols
+    that judge a user by several items `relevant_items` (list of int32), all of them: different items, in their order
+    after the history, so that the first is the target. Rows are in the order of the raw user ids, and in time within a
+    user. Item ids run 1..num_items; 0 is padding and never occurs.
 
     Methods that `DatasetDict` brings, such as `map` and `filter`, return a plain `DatasetDict`.
 
@@ -154,7 +147,8 @@ class SequenceDatasets(DatasetDict):
             path, rows = directory / f"{name}.parquet", description["counts"][name]
             table = read_parquet(path, rows)
             with_candidates = name != "train" and protocol["num_candidates"] > 0
-            features = split_features(_raw_id_type(table, "user_id"), with_candidates)
+            with_relevant = name != "train" and protocol["name"] in SEVERAL_TARGETS
+            features = split_features(_raw_id_type(table, "user_id"), with_candidates, with_relevant)
             _check_columns(table, features, path)
             _check_item_ids(table, num_items, path)
             splits[name] = dataset_of(table, features, name)
@@ -173,7 +167,7 @@ def build_sequences(
     items: Dataset,
     protocol: str = "leave_one_out",
     *,
-    min_user_interactions: int = 3,
+    min_user_interactions: int | None = None,
     min_item_interactions: int = 1,
     max_history: int | None = None,
     min_history: int | None = None,
@@ -184,6 +178,13 @@ def build_sequences(
     order_users_by: str | None = None,
     cold_share: float | None = None,
     cold_seed: int | None = None,
+    num_targets: int | None = None,
+    test_share: float | None = None,
+    validation_start: Moment | None = None,
+    test_start: Moment | None = None,
+    num_folds: int | None = None,
+    fold: int | None = None,
+    split_seed: int | None = None,
 ) -> SequenceDatasets:
     """Sort interactions into histories, filter them, and split them by a protocol.
 
@@ -209,14 +210,34 @@ def build_sequences(
             are chosen, has the same cold items as test. They are drawn from all items, not from the newest ones, so
             similar items may be newer than they are. Items with `count` 0 in the catalogue never occur in training: the
             cold ones, and those that occur as targets of validation and test only.
+        "last_n": as leave_one_out with the last `num_targets` items of every user as `relevant_items` of test, and as
+            many before them for validation.
+        "global_time": two moments divide the interactions of all users. What lies before `validation_start` trains. A
+            user who has items before a window and in it has a row for it: the window from `validation_start` on
+            validates, that from `test_start` on tests; the items in it are `relevant_items`, all items before it the
+            history. Without moments, the newest `test_share` of the interactions tests, and as many before validate.
+        "time_folds": k-fold in time. `num_folds` windows of `test_share` of the interactions lie at the end of the data
+            and one more before them. Fold f tests on the f-th of the `num_folds` windows, validates on the one before
+            and trains on what is older; newer interactions are in no row. Each fold is a data set of its own, and all
+            of them have the same catalogue.
+        "random": of every user's items, a random `test_share` (at least one item) are `relevant_items` of test, as many
+            others those of validation. Histories are the remaining items in time; that of test contains those of
+            validation too. A target is no next item: the history may continue after it.
+
+    What training knows of the future or of other users, its leak, is in `LEAKS` by protocol, and logged. Under the
+    first protocol as under "last_n", training has interactions of other users that are newer than a user's targets;
+    "temporal_users" limits that, "global_time" and "time_folds" avoid it, and under "random", training even has later
+    interactions of the same user. Under all of them, filters count the interactions of all splits, and the catalogue
+    lists items that occur after training too (with `count` 0).
 
     Args:
         interactions: one row per interaction: `user_id` and `item_id` (raw ids, integer or string), `timestamp`
             (seconds, not negative) and, for `min_rating`, `rating`; other columns are not read.
         items: columns `item_id` (raw, unique, every item of `interactions`), `title`, `year` (may be null), `genres`.
-        protocol: "leave_one_out", "temporal_users" or "cold_items".
+        protocol: one of the above.
         min_user_interactions, min_item_interactions: users and items with fewer interactions are dropped, repeatedly,
-            until none is left (k-core). Repeated interactions count.
+            until none is left (k-core). Repeated interactions count. None: 3 interactions of a user, or as many as
+            last_n needs.
         max_history: number of newest items to keep in a history; None: 10 for temporal_users, all for the others.
         min_history: rows with a shorter history are dropped; None: 3 for temporal_users, 1 for the others.
         num_candidates: items per row in `candidates` of validation and test, including the target; the others are items
@@ -231,6 +252,14 @@ def build_sequences(
             with "last", no training target is newer than a test target. Ties are ordered by raw user id.
         cold_share: cold_items only: share of the items to take out of training; None: 0.1.
         cold_seed: cold_items only: random seed of their draw; None: 0.
+        num_targets: last_n only: items of a user in test, and in validation; None: 5.
+        test_share: global_time, time_folds and random only: share of the interactions in test, and in validation; None:
+            0.1. An interaction at the border of two windows belongs to the newer one.
+        validation_start, test_start: global_time only, instead of `test_share`: seconds since 1970, an ISO 8601 text
+            such as "2018-01-31" (UTC), or a datetime.
+        num_folds: time_folds only; None: 3.
+        fold: time_folds only, required: which fold, 1 (the oldest) to `num_folds`.
+        split_seed: random only: random seed of the draw; None: 0.
 
     Returns:
         SequenceDatasets. The catalogue contains the items of the filtered interactions, numbered from 1 in the order of
@@ -239,8 +268,9 @@ def build_sequences(
     Raises:
         TypeError: for arguments or columns of the wrong type.
         ValueError: for an unknown protocol, settings that contradict it, missing columns, empty tables, null or
-            negative values, items that are repeated in or missing from `items`, filters that leave a split empty, and
-            users with too few unseen items for `num_candidates`.
+            negative values, items that are repeated in or missing from `items`, filters that leave a split empty, users
+            with too few unseen items for `num_candidates`, and times that count places in a history where a protocol
+            needs moments.
 
     Source: leave_one_out: SASRec (ICDM 2018), section IV. temporal_users: LLaRA (SIGIR 2024), its released data.
     """
@@ -257,6 +287,13 @@ def build_sequences(
         order_users_by=order_users_by,
         cold_share=cold_share,
         cold_seed=cold_seed,
+        num_targets=num_targets,
+        test_share=test_share,
+        validation_start=validation_start,
+        test_start=test_start,
+        num_folds=num_folds,
+        fold=fold,
+        split_seed=split_seed,
     )
     for name, table in (("interactions", interactions), ("items", items)):
         if not isinstance(table, Dataset):
@@ -266,17 +303,10 @@ def build_sequences(
             )
     coded = read_interactions(interactions, min_rating)
     known_items = read_items(items, coded.item_ids)
-    histories = build_histories(coded, min_user_interactions, min_item_interactions, drop_repeats)
+    histories, times = build_histories(coded, settings["min_user_interactions"], min_item_interactions, drop_repeats)
     del coded
-    histories_of = dict.fromkeys(SPLITS, histories)
-    if protocol == "temporal_users":
-        splits = temporal_users(histories, settings["order_users_by"])
-    else:
-        splits = leave_one_out(histories)
-    if protocol == "cold_items":
-        is_cold = draw_cold_items(len(histories.item_ids), settings["cold_share"], settings["cold_seed"])
-        histories_of["train"] = warm = without_cold_items(histories, is_cold)
-        splits["train"] = Rows(splits["train"].users, warm.boundaries[:-1], warm.boundaries[1:] - 1)
+    splits, histories_of = split_histories(histories, times, settings)
+    del times
     splits = {
         name: limit_histories(rows, settings["max_history"], settings["min_history"]) for name, rows in splits.items()
     }
@@ -285,122 +315,19 @@ def build_sequences(
         *(protocol, len(histories.user_ids), len(histories.item_ids)),
         ", ".join(f"{len(rows)} {name}" for name, rows in splits.items()),
     )
-    _check_splits(splits, len(histories.user_ids), settings)
+    logger.info("leak of %s: %s", protocol, LEAKS[protocol])
+    check_splits(splits, settings)
     datasets = {}
     for name in SPLITS:
         rows, candidates = splits.pop(name), None
         if name != "train" and num_candidates > 0:
-            candidates = sample_candidates(histories, rows, num_candidates, candidate_seed, name)
+            candidates = sample_candidates(histories_of[name], rows, num_candidates, candidate_seed, name)
         datasets[name] = _split_dataset(histories_of[name], rows, candidates, name)
     return SequenceDatasets(datasets, _catalogue(known_items, histories.item_ids), settings)
 
 
-def checked_protocol(protocol: str, **settings) -> dict:
-    """The settings of `build_sequences` as they are saved: checked, with the protocol's defaults in place of None.
-
-    Raises:
-        TypeError, ValueError: as `build_sequences`, for settings that no data could meet.
-    """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol is {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
-    temporal = protocol == "temporal_users"
-    if settings["max_history"] is None and temporal:
-        settings["max_history"] = 10
-    if settings["min_history"] is None:
-        settings["min_history"] = 3 if temporal else 1
-    _check_integers(settings)
-    if settings["max_history"] is not None and settings["max_history"] < settings["min_history"]:
-        raise ValueError(
-            f"max_history={settings['max_history']} is below min_history={settings['min_history']}: expected a window "
-            "that holds the shortest history"
-        )
-    if not isinstance(settings["drop_repeats"], bool):
-        raise TypeError(f"drop_repeats is {settings['drop_repeats']!r}: expected True or False")
-    rating = settings["min_rating"]
-    if rating is not None:
-        if isinstance(rating, bool) or not isinstance(rating, int | float) or rating != rating:
-            raise TypeError(f"min_rating is {rating!r}: expected a number or None")
-        settings["min_rating"] = float(rating)  # 3 and 3.0 are one setting, with one fingerprint
-    if temporal:
-        if settings["order_users_by"] is None:
-            settings["order_users_by"] = "first"
-        if settings["order_users_by"] not in USER_ORDERS:
-            raise ValueError(
-                f"order_users_by is {settings['order_users_by']!r}: expected one of {', '.join(USER_ORDERS)}"
-            )
-    elif settings["order_users_by"] is not None:
-        raise ValueError(f"order_users_by applies to temporal_users only: leave it out for {protocol}")
-    if not temporal and settings["min_user_interactions"] < 3:
-        raise ValueError(
-            f"min_user_interactions is {settings['min_user_interactions']}: {protocol} needs 3 or more, because "
-            "every user has a test target, a validation target and at least one item before them"
-        )
-    _check_cold(protocol, settings)
-    return {"name": protocol, **settings}
-
-
-def _check_cold(protocol: str, settings: dict) -> None:
-    """Check the settings of cold items and fill in their defaults; other protocols do without them."""
-    if protocol != "cold_items":
-        for name in ("cold_share", "cold_seed"):
-            if settings.pop(name) is not None:
-                raise ValueError(f"{name} applies to cold_items only: leave it out for {protocol}")
-        return
-    if settings["cold_share"] is None:
-        settings["cold_share"] = 0.1
-    if settings["cold_seed"] is None:
-        settings["cold_seed"] = 0
-    share, seed = settings["cold_share"], settings["cold_seed"]
-    if isinstance(share, bool) or not isinstance(share, int | float):
-        raise TypeError(f"cold_share is {share!r}: expected a number")
-    if not 0 < share < 1:
-        raise ValueError(f"cold_share is {share}: expected a share of the items, above 0 and below 1")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"cold_seed is {seed!r}: expected an integer")
-    check_seed("cold_seed", seed)
-
-
-def _check_integers(settings: dict) -> None:
-    least = {
-        "min_user_interactions": 1,
-        "min_item_interactions": 1,
-        "min_history": 1,
-        "num_candidates": 0,
-        "candidate_seed": None,
-    }
-    if settings["max_history"] is not None:
-        least["max_history"] = 1
-    for name, lowest in least.items():
-        value = settings[name]
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r}: expected an integer")
-        if lowest is not None and value < lowest:
-            raise ValueError(f"{name} is {value}: expected {lowest} or more")
-    if settings["num_candidates"] == 1:
-        raise ValueError("num_candidates is 1, the target alone: expected 2 or more, or 0 to leave candidates out")
-
-
-def _check_splits(splits: dict[str, Rows], num_users: int, settings: dict) -> None:
-    if settings["name"] == "temporal_users" and num_users < 10:
-        raise ValueError(
-            f"temporal_users divides {num_users} users: expected at least 10, for 80%, 10% and 10% of them; use more "
-            "data or loosen the filters"
-        )
-    for name, rows in splits.items():
-        if len(rows) == 0:
-            # The history is followed by the target and, in leave_one_out, by the targets of the later splits.
-            needed = settings["min_history"] + 1
-            if settings["name"] != "temporal_users":
-                needed += {"train": 2, "validation": 1, "test": 0}[name]
-            raise ValueError(
-                f"the {name} split is empty: with min_history={settings['min_history']}, {settings['name']} expects "
-                f"users with at least {needed} interactions there, and none of its users has; use more data, loosen "
-                "the filters or lower min_history"
-            )
-
-
 def _split_dataset(histories: Histories, rows: Rows, candidates: np.ndarray | None, name: str) -> Dataset:
-    features = split_features(str(histories.user_ids.type), candidates is not None)
+    features = split_features(str(histories.user_ids.type), candidates is not None, rows.relevant_ends is not None)
     elements = np.cumsum(rows.ends - rows.starts)
     cuts = np.searchsorted(elements, np.arange(_ELEMENTS_PER_CHUNK, elements[-1], _ELEMENTS_PER_CHUNK), side="right")
     batches = []
@@ -411,11 +338,21 @@ def _split_dataset(histories: Histories, rows: Rows, candidates: np.ndarray | No
             _list_array(histories.items[slice_indices(starts, ends)], ends - starts),
             pa.array(histories.items[ends]),
         ]
+        if rows.relevant_ends is not None:
+            columns.append(_different_items(histories.items, ends, rows.relevant_ends[first:last]))
         if candidates is not None:
             block = candidates[first:last]
             columns.append(_list_array(block.ravel(), np.full(len(block), block.shape[1])))
         batches.append(pa.record_batch(columns, schema=features.arrow_schema))
     return dataset_of(pa.Table.from_batches(batches), features, name)
+
+
+def _different_items(items: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> pa.ListArray:
+    """The items of each slice, each once, in the order of their first occurrences."""
+    relevant = items[slice_indices(starts, ends)]
+    rows = np.repeat(np.arange(len(starts)), ends - starts)
+    first = np.sort(np.unique(rows * (np.int64(items.max()) + 1) + relevant, return_index=True)[1])
+    return _list_array(relevant[first], np.bincount(rows[first], minlength=len(starts)))
 
 
 def _list_array(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
@@ -429,8 +366,10 @@ def _catalogue(known_items: pa.Table, item_ids: pa.Array) -> Catalogue:
     return Catalogue(rows.add_column(0, "item_id", pa.array(np.arange(1, len(rows) + 1))))
 
 
-def split_features(user_id_type: str, with_candidates: bool) -> Features:
+def split_features(user_id_type: str, with_candidates: bool, with_relevant_items: bool = False) -> Features:
     columns = {"user_id": Value(user_id_type), "history": List(Value("int32")), "target": Value("int32")}
+    if with_relevant_items:
+        columns["relevant_items"] = List(Value("int32"))
     if with_candidates:
         columns["candidates"] = List(Value("int32"))
     return Features(columns)
@@ -495,4 +434,4 @@ def _is_list(chunk: pa.Array) -> bool:
     return pa.types.is_list(chunk.type)
 
 
-__all__ = ["SequenceDatasets", "build_sequences", "checked_protocol"]
+__all__ = ["SequenceDatasets", "build_sequences"]

@@ -1,4 +1,4 @@
-"""Reads named columns of table files: CSV, TSV, JSON lines and parquet, as one file or a folder of parts."""
+"""Reads named columns of table files: text with separators, JSON lines and parquet, one file or a folder of parts."""
 
 import codecs
 import csv
@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +22,15 @@ import pyarrow.parquet
 
 logger = logging.getLogger(__name__)
 
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+# Of text without types; RecBole's atomic files are tables whose header has types; "" has to be given.
+_SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t", ".dat": "", ".data": "", ".txt": ""}
+_ATOMIC_FILES = (".inter", ".item")
+_ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
 _JSON_LINES = [".jsonl", ".ndjson", ".json"]
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}  # of text
 _FIRST_BYTES = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd", "lz4": b"\x04\x22\x4d\x18"}
-_SEPARATOR_GUESSES = [";", "\t", ",", "|"]
+_SEPARATOR_GUESSES = ["::", ";", "\t", ",", "|"]
+_UNIT_SEPARATOR = "\x1f"  # stands for a separator of several characters, which Arrow does not know
 _JSON_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 _BLOCK_BYTES = 16 << 20  # a row must fit into a block
 _ROWS_PER_BATCH = 1 << 16
@@ -43,22 +47,28 @@ class TableFiles:
         path: the file, or the folder of the files.
         files: in the order of their rows.
         suffix: the file type, such as ".csv".
-        separator: of the columns of CSV and TSV; "" for other types.
+        separator: of the columns of text without types; "" for other types.
+        column_names: of text without types whose first line is a row; None where it is a header.
     """
 
     path: Path
     files: tuple[Path, ...]
     suffix: str
     separator: str
+    column_names: tuple[str, ...] | None = None
 
     @classmethod
-    def at(cls, path: str | Path, separator: str | None = None) -> "TableFiles":
+    def at(
+        cls, path: str | Path, separator: str | None = None, column_names: Sequence[str] | None = None
+    ) -> "TableFiles":
         """The table at a path.
 
         Args:
             path: a file, or a folder of part files as Spark and Dask write it: parts are read in the order of their
                 names (part-2 before part-10); names that begin with "_" or "." are no parts.
-            separator: one character between the columns; by default a comma for CSV and a tab for TSV.
+            separator: the characters between the columns, such as "::"; by default a comma for CSV and a tab for TSV
+                and RecBole's atomic files.
+            column_names: names of all columns, for text without a line of names.
 
         Raises:
             FileNotFoundError: there is nothing at `path`.
@@ -80,14 +90,28 @@ class TableFiles:
         (suffix,) = suffixes
         if separator is not None:
             separator = "\t" if separator == "\\t" else separator  # as a shell passes it
-            one_character = isinstance(separator, str) and len(separator) == 1 and separator.isascii()
-            if suffix not in _SEPARATORS or not one_character or separator in '"\r\n\0':
-                raise ValueError(f"separator is {separator!r} for {path}; expected one ASCII character, for CSV or TSV")
-        return cls(path, files, suffix, separator or _SEPARATORS.get(suffix, ""))
+            is_text = isinstance(separator, str) and separator.isascii() and separator != ""
+            if suffix not in _SEPARATORS or not is_text or set(separator) & set('"\r\n\0'):
+                raise ValueError(
+                    f"separator is {separator!r} for {path}; expected ASCII characters, for CSV, TSV or the like"
+                )
+        elif _SEPARATORS.get(suffix) == "":
+            raise ValueError(
+                f"{path} has the file type {suffix!r}, which says nothing about its columns; expected the characters "
+                "between them: pass separator, such as '::' or '\\t'"
+            )
+        if column_names is not None:
+            if suffix not in _SEPARATORS or len(set(column_names)) < len(column_names) or not column_names:
+                raise ValueError(
+                    f"column_names are {list(column_names)} for {path}; expected the different names of all columns of "
+                    "a file of CSV, TSV or the like that has no line of names"
+                )
+            column_names = tuple(column_names)
+        return cls(path, files, suffix, separator or _SEPARATORS.get(suffix, ""), column_names)
 
     @property
     def is_delimited_text(self) -> bool:
-        """Whether the columns have no types, because the files are CSV or TSV."""
+        """Whether the columns have no types, because the files are CSV, TSV or the like."""
         return self.suffix in _SEPARATORS
 
     def batches(self, columns: Mapping[str, Hashable]) -> Iterator[pa.Table]:
@@ -103,8 +127,10 @@ class TableFiles:
         quoted = self._is_quoted(names) if self.is_delimited_text else False
         for file in self._files_with_rows():
             with self._errors_named(file):
-                if self.is_delimited_text:
-                    pieces = _read_delimited(file, self.separator, quoted, names)
+                if self.is_delimited_text and len(self.separator) > 1:
+                    pieces = self._read_with_long_separator(file, names)
+                elif self.is_delimited_text:
+                    pieces = self._read_delimited(file, quoted, names)
                 elif self.suffix == ".parquet":
                     pieces = _read_parquet(file, names)
                 else:
@@ -119,7 +145,7 @@ class TableFiles:
     def _has_content(self, file: Path) -> bool:
         if file.stat().st_size == 0 or self.suffix == ".parquet":
             return file.stat().st_size > 0
-        with self._errors_named(file), _open_bytes(file) as stream:
+        with self._errors_named(file), open_bytes(file) as stream:
             return any(block.strip() for block in iter(lambda: stream.read(1 << 16), b""))
 
     @contextmanager
@@ -142,12 +168,14 @@ class TableFiles:
         problems = {}
         for file in self._files_with_rows():
             with self._errors_named(file):
-                _find_delimited(file, self.separator, names)  # a file with other columns or separators: says so first
+                self._find_delimited(file, names)  # a file with other columns or separators: says so first
+                if len(self.separator) > 1:  # programs that write it do not quote
+                    continue
                 has_quotes, plain = _quotes_of(file, self.separator)
                 if has_quotes:
                     problems[file] = ""
                 if not plain:
-                    with _open_text(file) as text:
+                    with open_text(file) as text:
                         problems[file] = quoting_problem(text, self.separator)
         found = [(file, problem) for file, problem in problems.items() if problem]
         if not found:
@@ -161,6 +189,80 @@ class TableFiles:
             'to_csv writes them ("Say ""Yes"""): fix the line, or read the file with pandas.read_csv(..., quoting=3) '
             "and pass the frame"
         )
+
+    def _find_delimited(self, file: Path, names: Sequence[Hashable]) -> list[str]:
+        """The spelling in the header, or among `column_names`, of the columns called `names`."""
+        line = _first_line(file)
+        if not line:
+            raise ValueError(f"{file} is empty; expected a line of column names and at least one row")
+        if len(self.separator) > 1:
+            header = line.split(self.separator)
+        else:
+            with open_text(file) as text:
+                header = next(names for names in csv.reader(text, delimiter=self.separator) if names)
+        try:
+            if self.column_names is not None:
+                header = self._checked_column_names(file, header)
+            if self.suffix in _ATOMIC_FILES:
+                present, wanted = [_without_type(name) for name in header], [_without_type(name) for name in names]
+                return [header[find_column(present, name, str(file))] for name in wanted]
+            return [header[find_column(header, name, str(file))] for name in names]
+        except ValueError as error:
+            fields = line.count(self.separator) + 1
+            others = [other for other in _SEPARATOR_GUESSES if line.count(other) >= fields and other != self.separator]
+            if not others:
+                raise
+            raise ValueError(
+                f"{error}; expected columns separated by {self.separator!r}, but they look separated by "
+                f"{others[0]!r}: pass separator={others[0]!r} (--separator on the command line; for a table of items, "
+                "items_separator)"
+            ) from error
+
+    def _checked_column_names(self, file: Path, first_row: list[str]) -> list[str]:
+        """`column_names`, if the first row may be one of that many values."""
+        names = list(self.column_names)
+        if len(first_row) != len(names):
+            raise ValueError(
+                f"column_names are {names}, and the first line of {file} has {len(first_row)} values: expected a name "
+                "for each column"
+            )
+        if any(name.strip() == value.strip() for name, value in zip(names, first_row, strict=True)):
+            raise ValueError(
+                f"column_names are {names}, and the first line of {file} is {first_row}: expected a row, not names; "
+                "leave column_names out"
+            )
+        return names
+
+    def _csv_options(self, names: list[str], quoted: bool, separator: str) -> dict:
+        """Options of Arrow to read these columns, spelled as in the file, as text."""
+        return {
+            "read_options": pa.csv.ReadOptions(
+                block_size=_BLOCK_BYTES, column_names=None if self.column_names is None else list(self.column_names)
+            ),
+            "parse_options": pa.csv.ParseOptions(
+                delimiter=separator, quote_char='"' if quoted else False, newlines_in_values=quoted
+            ),
+            "convert_options": pa.csv.ConvertOptions(
+                include_columns=names, column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
+            ),
+        }
+
+    def _read_delimited(self, file: Path, quoted: bool, names: Sequence[Hashable]) -> Iterator[pa.RecordBatch]:
+        found = self._find_delimited(file, names)
+        yield from pa.csv.open_csv(open_bytes(file), **self._csv_options(found, quoted, self.separator))
+
+    def _read_with_long_separator(self, file: Path, names: Sequence[Hashable]) -> Iterator[pa.Table]:
+        found = self._find_delimited(file, names)
+        options = self._csv_options(found, False, _UNIT_SEPARATOR)
+        header = b"" if self.column_names is not None else _first_line(file).encode()
+        with open_bytes(file) as stream:
+            for number, block in enumerate(blocks_of_lines(stream)):
+                if _UNIT_SEPARATOR.encode() in block:
+                    raise pa.ArrowInvalid(f"it has the control character {_UNIT_SEPARATOR!r}")
+                lines = block if number == 0 else header + b"\n" + block
+                lines = lines.replace(self.separator.encode(), _UNIT_SEPARATOR.encode())
+                if lines.strip():
+                    yield pa.csv.read_csv(pa.BufferReader(lines), **options)
 
 
 def find_column(present: Sequence[Hashable], wanted: Hashable, where: str) -> int:
@@ -210,7 +312,7 @@ def _file_type(path: Path) -> str:
     return suffixes[-1] if suffixes and suffixes[-1] in [*_SEPARATORS, *_JSON_LINES] else ""
 
 
-def _open_bytes(file: Path) -> pa.NativeFile:
+def open_bytes(file: Path) -> pa.NativeFile:
     """The content of a file, decompressed if its first bytes or else its suffix say that it is compressed."""
     with file.open("rb") as stream:
         begin = stream.read(4)
@@ -219,8 +321,9 @@ def _open_bytes(file: Path) -> pa.NativeFile:
     return pa.input_stream(file, compression=next(by_content, by_suffix))
 
 
-def _open_text(file: Path) -> io.TextIOWrapper:
-    return io.TextIOWrapper(_open_bytes(file), encoding="utf-8-sig", newline="")
+def open_text(file: Path) -> io.TextIOWrapper:
+    """The content of a file as text in UTF-8, decompressed as `open_bytes` does, with its line ends as they are."""
+    return io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig", newline="")
 
 
 def _quotes_of(file: Path, separator: str) -> tuple[bool, bool]:
@@ -229,7 +332,7 @@ def _quotes_of(file: Path, separator: str) -> tuple[bool, bool]:
     It takes a hundredth of the time of `quoting_problem`, which looks at the others.
     """
     found, plain, rest = False, True, b""
-    with _open_bytes(file) as stream:
+    with open_bytes(file) as stream:
         while plain and (block := stream.read(_BLOCK_BYTES)):
             lines, newline, rest = (rest + block).rpartition(b"\n")
             found |= b'"' in lines
@@ -307,7 +410,7 @@ def _is_number_or_empty(value: str) -> bool:
 
 
 def _is_written_with_quotes(file: Path, separator: str) -> bool:
-    with _open_text(file) as text:
+    with open_text(file) as text:
         return '"' in text.readline() or any(
             _QUOTED_BY_A_WRITER.fullmatch(value)
             for line in text
@@ -316,42 +419,32 @@ def _is_written_with_quotes(file: Path, separator: str) -> bool:
         )
 
 
-def _header(file: Path, separator: str) -> list[str]:
-    """The names in the first line that is not blank; none if the file has no such line."""
-    with _open_text(file) as text:
-        return next((names for names in csv.reader(text, delimiter=separator) if names), [])
+def _first_line(file: Path) -> str:
+    """The first line that is not blank, or "" if there is none."""
+    with open_text(file) as text:
+        return next((line.rstrip("\r\n") for line in text if line.strip()), "")
 
 
-def _find_delimited(file: Path, separator: str, names: Sequence[Hashable]) -> list[str]:
-    """The spelling of `names` in the header."""
-    header = _header(file, separator)
-    if not header:
-        raise ValueError(f"{file} is empty; expected a line of column names and at least one row")
-    try:
-        return [header[find_column(header, name, str(file))] for name in names]
-    except ValueError as error:
-        line = separator.join(header)
-        others = [other for other in _SEPARATOR_GUESSES if line.count(other) >= len(header) and other != separator]
-        if not others:
-            raise
-        raise ValueError(
-            f"{error}; expected columns separated by {separator!r}, but they look separated by {others[0]!r}: pass "
-            f"separator={others[0]!r} (--separator on the command line; for a table of items, items_separator)"
-        ) from error
+def _without_type(name: str) -> str:
+    """The name of a column of an atomic file: "user_id" for "user_id:token"."""
+    name, _, column_type = str(name).strip().rpartition(":")
+    return name if column_type in _ATOMIC_TYPES else f"{name}:{column_type}" if name else column_type
 
 
-def _read_delimited(file: Path, separator: str, quoted: bool, names: Sequence[Hashable]) -> Iterator[pa.RecordBatch]:
-    found = _find_delimited(file, separator, names)
-    yield from pa.csv.open_csv(
-        _open_bytes(file),
-        read_options=pa.csv.ReadOptions(block_size=_BLOCK_BYTES),
-        parse_options=pa.csv.ParseOptions(
-            delimiter=separator, quote_char='"' if quoted else False, newlines_in_values=quoted
-        ),
-        convert_options=pa.csv.ConvertOptions(
-            include_columns=found, column_types=dict.fromkeys(found, pa.string()), strings_can_be_null=False
-        ),
-    )
+def blocks_of_lines(stream: BinaryIO) -> Iterator[bytes]:
+    """The content of a file, without a byte-order mark, in blocks of whole lines.
+
+    For Arrow's reader of whole files: its streaming reader reads ahead in a thread, and must not be used with a Python
+    file. If that reader is released early, the interpreter can crash at exit.
+    """
+    rest = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
+    while block := stream.read(_BLOCK_BYTES):
+        lines, newline, tail = (rest + block).rpartition(b"\n")
+        rest = tail
+        if newline:
+            yield lines + newline
+    if rest:
+        yield rest
 
 
 def _read_parquet(path: Path, names: Sequence[Hashable]) -> Iterator[pa.RecordBatch]:
@@ -366,7 +459,7 @@ def _read_json_lines(path: Path, names: Sequence[Hashable]) -> Iterator[pa.Table
     types = _json_types(path, names)
     try:
         table = pa.json.read_json(
-            _open_bytes(path),
+            open_bytes(path),
             read_options=pa.json.ReadOptions(block_size=_BLOCK_BYTES),
             parse_options=pa.json.ParseOptions(explicit_schema=pa.schema(types), unexpected_field_behavior="ignore"),
         ).select(list(types))
@@ -389,7 +482,7 @@ def _read_json_lines_slowly(path: Path, keys: list[str]) -> pa.Table:
 
     decoder = json.JSONDecoder(object_pairs_hook=named)
     tables = []
-    with _open_text(path) as text:
+    with open_text(path) as text:
         lines = (line for line in text if line.strip())
         while rows := [decoder.decode(line) for line in itertools.islice(lines, _ROWS_PER_BATCH)]:
             if not all(isinstance(row, dict) for row in rows):
@@ -405,7 +498,7 @@ def _json_types(path: Path, names: Sequence[Hashable]) -> dict[str, pa.DataType]
     a time into a time.
     """
     types, pending = {}, {str(name).strip() for name in names}
-    with _open_text(path) as text:
+    with open_text(path) as text:
         for number, line in enumerate(text, 1):
             if not pending:
                 break

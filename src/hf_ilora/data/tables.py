@@ -1,9 +1,11 @@
-"""Reads tables from files, pandas and datasets into Arrow, and cleans columns of ids, text and times without loops."""
+"""Reads tables from files, frames and datasets into Arrow, and cleans columns of ids, text and times without loops."""
 
 import hashlib
 import io
-from collections.abc import Hashable, Mapping
+import sys
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
 import pandas as pd
 import pyarrow as pa
@@ -12,12 +14,16 @@ from datasets import Dataset, DatasetInfo, Features
 
 from hf_ilora.data.table_files import TableFiles, find_column
 
-Source = str | Path | pd.DataFrame | Dataset
+if TYPE_CHECKING:
+    import polars
+
+Source = Union[str, Path, pd.DataFrame, Dataset, "polars.DataFrame", "polars.LazyFrame"]
 
 # Common marks of missing values in text files, which cannot distinguish them from words.
 _MISSING_WORDS = ["", "nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "NaT"]
 _IDS = {"user_id", "item_id"}
 _WHOLE_NUMBER = r"^(0|-?[1-9]\d{0,17})$"  # no leading zeros: "007" and "7" are two ids
+_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _ISO_TIME = (
     r"^\d{4}-\d\d-\d\d"
     r"( ?(UTC|GMT)|[T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?( ?(Z|UTC|GMT|\+0000 UTC|[+-]\d\d(:?\d\d)?))?)?$"
@@ -41,20 +47,27 @@ def describe(source: Source) -> str:
         return "the pandas frame"
     if isinstance(source, Dataset):
         return "the Dataset"
+    if _is_polars(source):
+        return "the polars frame"
     return str(source)
 
 
 def read_columns(
-    source: Source, columns: Mapping[str, Hashable], limit_data_rows: int = -1, separator: str | None = None
+    source: Source,
+    columns: Mapping[str, Hashable],
+    limit_data_rows: int = -1,
+    separator: str | None = None,
+    column_names: Sequence[str] | None = None,
 ) -> tuple[pa.Table, set[str] | None]:
     """Read named columns of a table, in input order.
 
     Args:
-        source: a path to CSV, TSV, parquet or JSON lines (by its suffix), plain or compressed, or to a folder of such
-            parts; a pandas frame or a `datasets.Dataset`.
+        source: a path to CSV, TSV, RecBole's atomic files, parquet or JSON lines (by its suffix), plain or compressed,
+            or to a folder of such parts; a pandas or polars frame, lazy or not, or a `datasets.Dataset`.
         columns: the name in `source` of each column of the result.
         limit_data_rows: number of rows to read, from the first; -1 for all.
-        separator: of the columns of CSV or TSV; by default a comma for CSV and a tab for TSV.
+        separator: the characters between the columns of text without types; see `TableFiles.at`.
+        column_names: names of all columns of text without types whose first line is a row.
 
     Returns:
         Arrow table with these columns; those of text without types (CSV, TSV) are strings, unchanged. With it, for such
@@ -70,19 +83,22 @@ def read_columns(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"column {twice[0]!r} is given for two purposes; expected different columns")
-    if separator is not None and not isinstance(source, str | Path):
-        raise ValueError(f"separator is given for {describe(source)}; expected it with a CSV or TSV file only")
+    for name, value in (("separator", separator), ("column_names", column_names)):
+        if value is not None and not isinstance(source, str | Path):
+            raise ValueError(f"{name} is given for {describe(source)}; expected it with a CSV or TSV file only")
     whole_numbers = None
     if isinstance(source, pd.DataFrame):
         table = _read_frame(source, columns, limit_data_rows)
     elif isinstance(source, Dataset):
         table = _read_dataset(source, columns, limit_data_rows)
+    elif _is_polars(source):
+        table = _read_polars(source, columns, limit_data_rows)
     elif isinstance(source, str | Path):
-        table, whole_numbers = _read_files(TableFiles.at(source, separator), columns, limit_data_rows)
+        table, whole_numbers = _read_files(TableFiles.at(source, separator, column_names), columns, limit_data_rows)
     else:
         raise TypeError(
             f"cannot read a table from {type(source).__name__}; expected a path (.csv, .tsv, .parquet, .jsonl), a "
-            "pandas DataFrame or a datasets.Dataset (of a DatasetDict, pass one split: dataset['train'])"
+            "pandas or polars frame, or a datasets.Dataset (of a DatasetDict, pass one split: dataset['train'])"
         )
     if table.num_rows == 0:
         raise ValueError(f"{describe(source)} has no rows; expected at least one")
@@ -170,6 +186,29 @@ def clean_seconds(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     return seconds
 
 
+def clean_ratings(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """Ratings as float64.
+
+    Args:
+        column: (rows,) numbers, or text with numbers.
+        where: the column's name in error messages.
+
+    Raises:
+        ValueError: for missing, unreadable and infinite ratings, and another type.
+    """
+    column = _readable(column, where)
+    expected, remedy = "a number", "drop these rows or rate them"
+    if pa.types.is_string(column.type):
+        column = pc.utf8_trim_whitespace(column)
+        is_number = pc.match_substring_regex(column, _NUMBER)
+        _raise_at(pc.invert(pc.coalesce(is_number, False)), column, where, expected, remedy)
+    elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise ValueError(f"{where} has type {column.type}; expected numbers: pass another column or cast it")
+    ratings = column.cast(pa.float64(), safe=False)
+    _raise_at(pc.invert(pc.coalesce(pc.is_finite(ratings), False)), column, where, expected, remedy)
+    return ratings
+
+
 def to_dataset(table: pa.Table, features: Features) -> Dataset:
     """A `Dataset` over an Arrow table in memory, without a copy.
 
@@ -229,6 +268,26 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _is_polars(source: object) -> bool:
+    """Whether it is a frame of polars, which is not needed otherwise: who has such a frame has imported it."""
+    polars = sys.modules.get("polars")
+    return polars is not None and isinstance(source, polars.DataFrame | polars.LazyFrame)
+
+
+def _read_polars(frame: "polars.DataFrame | polars.LazyFrame", columns: Mapping[str, Hashable], limit: int) -> pa.Table:
+    schema = frame.collect_schema()  # of a lazy frame, without reading rows
+    present = schema.names()
+    found = [present[find_column(present, name, describe(frame))] for name in columns.values()]
+    for name in found:
+        if schema[name] == sys.modules["polars"].Object:
+            raise ValueError(
+                f"column {name!r} of {describe(frame)} has Python objects; expected numbers, text or times: cast it"
+            )
+    frame = frame.select(found)
+    frame = (frame if limit == -1 else frame.head(limit)).lazy().collect()
+    return frame.to_arrow().rename_columns(list(columns))
 
 
 def _read_dataset(dataset: Dataset, columns: Mapping[str, Hashable], limit: int) -> pa.Table:
