@@ -176,6 +176,26 @@ def test_the_router_learns_more_slowly_and_the_lora_does_not_decay(ilora, sequen
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.0, 0.5, 0.5]
 
 
+def test_a_frozen_lora_leaves_the_language_model_as_it_is(ilora, sequences, tmp_path):
+    model = ilora(**HEAD_ALONE, num_experts=1, item_placeholders=False)
+    trainer = trainer_of(model, sequences, tmp_path, lora_learning_rate_factor=0.0, eval_ranking=False)
+    trainer.train()
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert trained == {"item_head.projection.weight", "item_head.log_scale"}
+    assert model.item_head.projection.weight.any()
+    # A fresh LoRA adds zero, and gets no gradients that would have to pass through the language model.
+    lora = {name: value for name, value in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))}
+    assert lora and not any(value.any() for name, value in lora.items() if name.endswith("_B"))
+    assert all(value.grad is None for value in lora.values())
+
+
+def test_the_lora_may_learn_at_a_rate_of_its_own(ilora, sequences, tmp_path):
+    trainer = trainer_of(ilora(**ITEM_HEAD), sequences, tmp_path, lora_learning_rate_factor=0.5)
+    trainer.create_optimizer()
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]  # LoRA, others, router
+    assert rates == pytest.approx([5e-3, 1e-2, 3e-3])
+
+
 def test_learning_rates_warm_up_and_fall_along_a_cosine_to_their_floor(ilora, sequences, tmp_path):
     peak = 8.0e-4
     trainer = trainer_of(ilora(), sequences, tmp_path, learning_rate=peak)
@@ -216,11 +236,18 @@ def test_the_curriculum_ends_with_every_prompt(ilora, sequences, tmp_path):
         ({"eval_dataset": None}, ValueError, "without an eval_dataset: pass"),
         ({"eval_strategy": "no"}, ValueError, "early_stopping_patience=0 and load_best_model_at_end=False"),
         ({"curriculum_steps": -1}, ValueError, "curriculum_steps is -1"),
+        ({"lora_learning_rate_factor": -1.0}, ValueError, "lora_learning_rate_factor is -1.0"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_step(ilora, sequences, tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         trainer_of(ilora(), sequences, tmp_path, **changes)
+
+
+def test_a_frozen_lora_with_nothing_else_to_train_is_refused(ilora, sequences, tmp_path):
+    model = ilora(num_experts=1, item_placeholders=False)
+    with pytest.raises(ValueError, match="nothing but a LoRA to train: expected an item head"):
+        trainer_of(model, sequences, tmp_path, lora_learning_rate_factor=0.0)
 
 
 def test_other_models_arguments_and_catalogues_are_refused(ilora, sequences, tmp_path, parts):

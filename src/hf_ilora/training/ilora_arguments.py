@@ -27,6 +27,9 @@ class ILoraTrainingArguments(TrainingArguments):
     > Parameters that control the optimizer and the end of training
 
     Args:
+        lora_learning_rate_factor: learning rate of the LoRA, as a multiple of `learning_rate`; 0 freezes it. A fresh
+            LoRA that is frozen leaves the language model as it is. With one expert and without item placeholders,
+            nothing but the item head is then trained, and no gradient passes through the language model.
         router_learning_rate_factor: learning rate of the router, as a multiple of `learning_rate`.
         early_stopping_patience: number of evaluations without a smaller validation loss after which training stops; 0
             never stops early.
@@ -61,6 +64,12 @@ class ILoraTrainingArguments(TrainingArguments):
     curriculum_steps: int = field(
         default=0,
         metadata={"help": "steps over which more and more prompts carry item embeddings; 0 begins with all"},
+    )
+    lora_learning_rate_factor: float = field(
+        default=1.0,
+        metadata={
+            "help": "learning rate of the LoRA, as a multiple of learning_rate; 0 leaves the language model as it is"
+        },
     )
     router_learning_rate_factor: float = field(
         default=0.3, metadata={"help": "learning rate of the router, as a multiple of learning_rate"}
@@ -127,7 +136,9 @@ class ILoraTrainingArguments(TrainingArguments):
             raise ValueError(f"candidate_fraction is {self.candidate_fraction}: expected a fraction in [0, 1]")
         if self.target_items not in (None, *TARGET_ITEMS):
             raise ValueError(f"target_items is {self.target_items!r}: expected one of {', '.join(TARGET_ITEMS)}")
-        for name, lowest in (("num_candidates", 2), ("curriculum_steps", 0), ("router_learning_rate_factor", 0)):
+        lowest_values = {"num_candidates": 2, "curriculum_steps": 0}
+        lowest_values |= {"lora_learning_rate_factor": 0, "router_learning_rate_factor": 0}
+        for name, lowest in lowest_values.items():
             if not lowest <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least {lowest}, and finite")
         super().__post_init__()

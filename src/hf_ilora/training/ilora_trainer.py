@@ -30,6 +30,7 @@ from .prompt_lengths import check_prompt_lengths
 from .recommender_trainer import RecommenderTrainer
 from .windows import EpochCallback, rows_are_prefixes
 
+LORA_NAMES = (".lora_A", ".lora_B")
 # Users by whose gates the log says how the router uses its experts.
 USERS_OF_USAGE = 1000
 
@@ -79,6 +80,7 @@ class ILoraTrainer(RecommenderTrainer):
         super().__init__(
             model, args, data_collator=data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
         )
+        self._freeze_lora(self.model)
         config = self.model.config
         is_catalogue = isinstance(processing_class, Catalogue)
         if processing_class is not None and not (is_catalogue and processing_class.has_items_of(self.model.catalogue)):
@@ -190,7 +192,21 @@ class ILoraTrainer(RecommenderTrainer):
     def call_model_init(self, trial=None) -> nn.Module:
         model = super().call_model_init(trial)
         _check_model(model)
+        self._freeze_lora(model)
         return model
+
+    def _freeze_lora(self, model: ILoraForRecommendation) -> None:
+        """Without a learning rate the LoRA needs no gradients, which would cost as much time as if it learnt."""
+        if self.args.lora_learning_rate_factor:
+            return
+        for name, parameter in model.named_parameters():
+            if name.endswith(LORA_NAMES):
+                parameter.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "lora_learning_rate_factor is 0 for a model that has nothing but a LoRA to train: expected an item "
+                "head with an item_loss_weight, or a factor above 0"
+            )
 
     def _check_prompt_lengths(self, eval_dataset: object) -> None:
         """Raise a ValueError for a prompt of the training or its evaluations that is longer than the context."""
@@ -296,10 +312,10 @@ def ilora_optimizer(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = router if "router." in name else lora if name.endswith((".lora_A", ".lora_B")) else others
+        part = router if "router." in name else lora if name.endswith(LORA_NAMES) else others
         part.append(parameter)
     groups = [
-        {"params": lora, "weight_decay": 0.0},
+        {"params": lora, "weight_decay": 0.0, "lr": settings["lr"] * arguments.lora_learning_rate_factor},
         {"params": others, "weight_decay": arguments.weight_decay},
         {
             "params": router,
