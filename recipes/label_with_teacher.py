@@ -8,8 +8,8 @@ safetensors file of scores (one row for each training row, or for each of its po
 `prefix_lengths` then name), or a folder with DLLM2Rec's text files. `--budget 200 --acquire entropy --recommender
 outputs/ml-100k/sasrec-1` asks about the 200 histories whose next item that SASRec is least certain about.
 
-The recipe writes the labels in shards (labels-*.parquet), the teacher's item embeddings if it has any
-(item_embeddings.safetensors), and finally teacher_labels.json; `TeacherLabels.load` reads them. To resume after a
+The recipe writes the labels in shards (labels-*.parquet), the teacher's item embeddings if it has any and the split is
+train (item_embeddings.safetensors), and finally teacher_labels.json; `TeacherLabels.load` reads them. To resume after a
 crash, run the same command again; the number of processes and the batch size may differ. On a finished folder, the
 command checks the labels and changes nothing but run.json and run.log.
 """

@@ -290,6 +290,18 @@ def test_shards_have_the_columns_of_a_data_set(train, tmp_path):
     assert schema.field("teacher_distances").type.value_type == "float"
 
 
+def test_only_labels_that_a_student_learns_from_come_with_item_embeddings(train, tmp_path):
+    teacher, requests = KnownTeacher(NUM_ITEMS), LabelRequests.of_split(train)
+    for split in ("train", "validation"):
+        folder = LabelFolder(tmp_path / split, label_settings(NUM_ITEMS) | {"split": split})
+        folder.start(lambda: requests)
+        label_shards(folder, requests, teacher)
+        folder.finish(requests, teacher)
+        labels = TeacherLabels.load(tmp_path / split, DATA_FINGERPRINT, split=split)
+        assert (tmp_path / split / "item_embeddings.safetensors").exists() == (split == "train")
+        assert (labels.description["embedding_size"] is None) == (split == "validation")
+
+
 # --- a teacher of another library ---
 
 

@@ -340,10 +340,14 @@ class LabelFolder:
         return description
 
     def _write_embeddings(self, teacher: Teacher) -> dict:
-        """Write the teacher's item embeddings unless they exist; return their part of the description."""
+        """Write the teacher's item embeddings unless they exist; return their part of the description.
+
+        A student learns from them, and none learns from labels of another split than train.
+        """
         path = self.folder / EMBEDDINGS_FILE
         if not path.exists():
-            embeddings = teacher.item_embeddings()
+            is_learnt_from = self.settings.get("split", "train") == "train"
+            embeddings = teacher.item_embeddings() if is_learnt_from else None
             if embeddings is None:
                 return {"embedding_size": None, "embeddings_fingerprint": None}
             with written_whole(path) as unfinished:
