@@ -26,16 +26,14 @@ def members(sequences):
     return list(EnsembleTeacher([known_recommender(sequences), titles, counts], [1.0, 1.0, 1.0]).members)
 
 
-def quality_by_hand(members, weights, split):
-    """NDCG@10 and HR@10 of an ensemble that is asked about one user after the other, seen items left out."""
-    teacher, gains, hits = EnsembleTeacher(members, weights), [], []
+def ranks_by_hand(members, weights, split, exclude_seen=True):
+    """The ranks of an ensemble that is asked about one user after the other."""
+    teacher, ranks = EnsembleTeacher(members, weights), []
     for row in split:
         scores = teacher.next_item_scores(torch.tensor([row["history"][-8:]]))[0].double()
-        others = sorted(set(range(1, 31)) - set(row["history"]) - {row["target"]})
-        rank = 1 + int((scores[others] >= scores[row["target"]]).sum())
-        gains.append(1 / np.log2(rank + 1) if rank <= 10 else 0.0)
-        hits.append(rank <= 10)
-    return np.mean(gains), np.mean(hits)
+        others = sorted(set(range(1, 31)) - (set(row["history"]) if exclude_seen else set()) - {row["target"]})
+        ranks.append(1 + int((scores[others] >= scores[row["target"]]).sum()))
+    return np.array(ranks)
 
 
 @pytest.mark.parametrize("scores_at_once", [1 << 23, 30 * 7])
@@ -43,8 +41,18 @@ def test_a_mixture_ranks_as_the_ensemble_of_its_weights(members, sequences, monk
     monkeypatch.setattr(ensemble_tuning, "_SCORES_AT_ONCE", scores_at_once)
     split, row_ids = sequences["validation"], np.array([0, 3, 4, *range(10, 30)])
     for mixture in MixtureRanking(members, split, row_ids, batch_size=16)(MIXTURES):
-        expected = quality_by_hand(members, mixture.weights, split.select(row_ids))
-        assert (mixture.ndcg, mixture.hit_ratio) == pytest.approx(expected, abs=1e-6)
+        ranks = ranks_by_hand(members, mixture.weights, split.select(row_ids))
+        gains = np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0.0)
+        assert (mixture.ndcg, mixture.hit_ratio) == pytest.approx((gains.mean(), (ranks <= 10).mean()), abs=1e-6)
+
+
+def test_the_ranks_of_a_mixture_are_in_the_order_of_the_rows(members, sequences):
+    split, row_ids = sequences["validation"], np.array([0, 3, 4, *range(10, 30)])
+    ranks = MixtureRanking(members, split, row_ids, batch_size=4).ranks(MIXTURES[2])
+    rows = split.select(row_ids)
+    assert ranks.masked.tolist() == ranks_by_hand(members, MIXTURES[2], rows).tolist()
+    assert ranks.unmasked.tolist() == ranks_by_hand(members, MIXTURES[2], rows, exclude_seen=False).tolist()
+    assert len(set(ranks.masked)) > 1
 
 
 def test_weights_are_searched_until_a_round_brings_nothing():

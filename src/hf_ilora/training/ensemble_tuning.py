@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import datasets
@@ -11,7 +11,7 @@ import torch
 
 from hf_ilora.distillation.ensemble_members import LabelScores, Positions
 from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at
-from hf_ilora.evaluation.ranking import EvaluationRows, target_ranks
+from hf_ilora.evaluation.ranking import EvaluationRows, SplitRanks, target_ranks
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.next_item_losses import Columns
 from hf_ilora.models.next_item.next_item_model import newest_items
@@ -84,21 +84,39 @@ class MixtureRanking:
         means = (sums / len(order)).tolist()
         return [Mixture(tuple(weights), *mean) for weights, mean in zip(candidates, means, strict=True)]
 
+    @torch.inference_mode()
+    def ranks(self, weights: Weights) -> SplitRanks:
+        """The rank of every row's target by one mixture, in the order of `row_ids`."""
+        masked, unmasked = (np.zeros(len(self.rows), dtype=np.int64) for _ in range(2))
+        for batch in np.split(self.rows.by_length(), range(self.batch_size, len(self.rows), self.batch_size)):
+            histories, target = self._read(batch)
+            (total,) = self._mixed(self._scores(batch, histories), [weights])
+            unmasked[batch] = target_ranks(total, target).cpu().numpy()
+            masked[batch] = target_ranks(total, target, histories).cpu().numpy()
+        return SplitRanks(masked, unmasked)
+
     def _ranks(self, batch: np.ndarray, candidates: Sequence[Weights]):
-        """(rows,) ranks of the targets of some rows, for each candidate."""
-        histories = self.rows.histories(batch).to(self.device)  # (rows, longest)
-        target = torch.from_numpy(self.rows.target[batch]).to(self.device)  # (rows,)
+        """(rows,) ranks of the targets of some rows without seen items, for each candidate."""
+        histories, target = self._read(batch)
         seen = histories.masked_fill(histories == target.unsqueeze(1), PADDING_ITEM_ID)
-        scores = self._scores(batch, histories)
-        total = torch.zeros(len(batch), self.num_items + 1, device=self.device)
+        for total in self._mixed(self._scores(batch, histories), candidates):
+            total.scatter_(1, seen, float("-inf"))
+            yield target_ranks(total, target)
+
+    def _read(self, batch: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Histories (rows, longest) and targets (rows,) of some rows."""
+        return self.rows.histories(batch).to(self.device), torch.from_numpy(self.rows.target[batch]).to(self.device)
+
+    def _mixed(self, scores: list[torch.Tensor], candidates: Sequence[Weights]) -> Iterator[torch.Tensor]:
+        """(rows, num_items + 1) weighted sums, in the same memory for each candidate."""
+        total = torch.zeros(len(scores[0]), self.num_items + 1, device=self.device)
         mixed = total[:, PADDING_ITEM_ID + 1 :]
         for weights in candidates:
             mixed.zero_()
             for part, weight in zip(scores, weights, strict=True):
                 if weight:
                     mixed.add_(part, alpha=weight)
-            total.scatter_(1, seen, float("-inf"))
-            yield target_ranks(total, target)
+            yield total
 
     def _scores(self, batch: np.ndarray, histories: torch.Tensor) -> list[torch.Tensor]:
         """(rows, num_items) of each member."""
