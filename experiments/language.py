@@ -8,17 +8,24 @@ experiments/language_rows.py has the rows of each table. Every row is trained wh
 too. Settings are chosen on validation with the first seeds; `--test true` adds what the claimed rows reach on the test
 split. The same command skips finished runs and resumes killed ones; `--run false` tabulates the runs that are finished,
 also while another process trains. Writes <report>.md, <report>.json and <report>.png.
+
+`--table llm` trains an iLoRA on a few layers of SmolLM2, which CPUs can do. On a GPU it asks the same of a language
+model of the billions:
+
+    python -m experiments.language --data beauty --table llm --seeds 1 --ilora_config beauty/ilora_gpu \
+        --llm_users 22363 --output_dir outputs/beauty/language_gpu
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from experiments.language_mixtures import MIXING, report_mixtures
 from experiments.language_report import report_rows, write_report
-from experiments.language_rows import REFERENCE, SETTINGS, TABLES, language_rows
+from experiments.language_rows import MIXTURE_REFERENCE, REFERENCE, SETTINGS, TABLES, language_rows
 from experiments.recipe_runs import threads_per_run
 from experiments.study import Study
 from hf_ilora import SequenceDatasets
@@ -37,7 +44,7 @@ class LanguageArguments:
     output_dir: str = field(metadata={"help": "folder of the runs"})
     table: str = field(
         default="main",
-        metadata={"choices": (*TABLES, ALL), "help": "rows to train and tabulate: main, parts, controls or all"},
+        metadata={"choices": (*TABLES, ALL), "help": "rows to train and tabulate: main, parts, controls, llm or all"},
     )
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5], metadata={"help": "random seeds"})
     parallel: int = field(default=1, metadata={"help": "runs at a time, which share the CPU threads"})
@@ -55,12 +62,19 @@ class LanguageArguments:
         default=True, metadata={"help": "choose settings among the trials; false takes the first trial of each row"}
     )
     run: bool = field(default=True, metadata={"help": "train what is missing; false tabulates what is finished"})
+    ilora_config: str | None = field(
+        default=None, metadata={"help": "YAML file of train_ilora.py, or a shipped one; by default that of the data"}
+    )
+    llm_users: int | None = field(
+        default=None,
+        metadata={"help": "validation users whom language models are asked about; by default 2,000 of Beauty"},
+    )
     latency_calls: int = field(default=300, metadata={"help": "recommendations timed per row, one user at a time"})
 
     def __post_init__(self):
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}: expected at least one, all different")
-        check_at_least_one(self, "parallel", "latency_calls")
+        check_at_least_one(self, "parallel", "latency_calls", *(["llm_users"] if self.llm_users is not None else []))
         if find_spec("matplotlib") is None:
             raise ValueError("the plot needs matplotlib: install hf_ilora[plot]")
         self.data_dir = self.data_dir or f"outputs/{self.data}/data"
@@ -84,7 +98,8 @@ def make_tables(arguments: LanguageArguments) -> None:
     Raises:
         ProgramFailed: after the report, when runs failed.
     """
-    settings = SETTINGS[arguments.data]
+    given = {"ilora": arguments.ilora_config, "llm_users": arguments.llm_users}
+    settings = replace(SETTINGS[arguments.data], **{name: value for name, value in given.items() if value is not None})
     study = Study(
         language_rows(settings),
         Path(arguments.output_dir),
@@ -104,16 +119,18 @@ def make_tables(arguments: LanguageArguments) -> None:
             failure = error
     torch.set_num_threads(1)
     sequences = SequenceDatasets.load(arguments.data_dir)
+    mixtures = [name for name in names if study.rows[name].recipe == MIXING]
     reports = report_rows(
         study,
-        names,
+        [name for name in names if name not in mixtures],
         REFERENCE,
         sequences,
         splits=("validation", "test") if arguments.test else ("validation",),
         parallel=arguments.parallel,
         latency_calls=arguments.latency_calls,
     )
-    text = write_report(arguments.report, reports, tables, REFERENCE, command(arguments), study)
+    of_mixtures = report_mixtures(study, mixtures, MIXTURE_REFERENCE, sequences)
+    text = write_report(arguments.report, reports, of_mixtures, tables, REFERENCE, command(arguments), study)
     print(shown_lines(text))
     if failure is not None:
         raise failure
@@ -124,6 +141,8 @@ def command(arguments: LanguageArguments) -> str:
     words = ["python -m experiments.language", f"--data {arguments.data} --table {arguments.table}"]
     words += [f"--seeds {' '.join(map(str, arguments.seeds))} --parallel {arguments.parallel}"]
     words += [f"--{name} {str(getattr(arguments, name)).lower()}" for name in ("test", "tune")]
+    optional = {name: getattr(arguments, name) for name in ("ilora_config", "llm_users")}
+    words += [f"--{name} {value}" for name, value in optional.items() if value is not None]
     return " ".join([*words, f"--output_dir {arguments.output_dir} --report {arguments.report}"])
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiments.language_mixtures import MixtureReport, mixture_lines
+from experiments.language_rows import MIXTURE_REFERENCE
 from experiments.recipe_runs import described_origin, in_parallel, write_table
 from experiments.study import Row, Study
 from hf_ilora import ILoraForRecommendation, SequenceDatasets, compare_runs
@@ -25,7 +27,7 @@ from hf_ilora.evaluation.statistics import RunComparison, rows_by_count
 from hf_ilora.files import written_whole
 from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.runs import read_record
-from hf_ilora.titles.encoders import encode_titles
+from hf_ilora.titles.encoders import TF_IDF, encode_titles
 from hf_ilora.training.windows import item_counts
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ METRICS = {
     ("unmasked", "hit_ratio@10"): "HR@10",
 }
 COMPARED = ("masked", "ndcg@10")
+# Titles whose encoding is timed.
+TITLES_OF_A_SAMPLE = 2000
 # Colours that are told apart with any kind of colour blindness (Okabe and Ito), with a shape of their own each.
 KINDS = {
     "baseline": ("baselines that count", "#000000", "s"),
@@ -239,15 +243,22 @@ def title_encoder(record: dict) -> str | None:
 
 
 def encoding_seconds(study: Study, encoder: str, sequences: SequenceDatasets) -> float:
-    """Processor time that the encoding of the catalogue's titles takes, measured once for a study."""
+    """Processor time that the encoding of the catalogue's titles takes, measured once for a study.
+
+    Models read a title in a time that depends on that title alone: they encode a sample of them.
+    """
     file = study.folder / "encoding_seconds.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     key = f"{encoder} {sequences.catalogue.fingerprint[:16]}"
     if key not in known:
+        titles = sequences.catalogue.table["title"].to_pylist()
+        sample = titles
+        if encoder != TF_IDF:
+            sample = np.random.default_rng(0).permutation(titles)[:TITLES_OF_A_SAMPLE].tolist()
         with tempfile.TemporaryDirectory() as cache:
             begun = time.process_time()
-            encode_titles(sequences.catalogue.table["title"].to_pylist(), encoder, cache_dir=cache)
-            known[key] = time.process_time() - begun
+            encode_titles(sample, encoder, cache_dir=cache)
+            known[key] = (time.process_time() - begun) * len(titles) / len(sample)
         with written_whole(file) as path:
             path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     return known[key]
@@ -259,6 +270,7 @@ def encoding_seconds(study: Study, encoder: str, sequences: SequenceDatasets) ->
 def write_report(
     path: str,
     reports: Sequence[RowReport],
+    mixtures: Sequence[MixtureReport],
     tables: Mapping[str, Sequence[str]],
     reference: str,
     command: str,
@@ -269,6 +281,7 @@ def write_report(
     Args:
         path: without suffix.
         reports: of the rows that are measured.
+        mixtures: likewise.
         tables: the names of the rows of each table.
         reference: the row that all are compared with.
         command: that makes the report.
@@ -290,13 +303,17 @@ def write_report(
         )
     for table, names in tables.items():
         shown = [by_name[name] for name in names if name in by_name]
+        mixed = [report for report in mixtures if report.name in names]
         if shown:
             lines += table_lines(table, shown, by_name.get(reference))
+        if mixed:
+            lines += mixture_lines(mixed, MIXTURE_REFERENCE)
     content = {
         "command": command,
         "reference": reference,
         "tables": {table: list(names) for table, names in tables.items()},
         "rows": {report.name: asdict(report) for report in reports},
+        "mixtures": {report.name: asdict(report) for report in mixtures},
     }
     text = "\n".join(lines)
     write_table(path, text, json.dumps(content, indent=2))
@@ -314,7 +331,7 @@ def table_lines(table: str, reports: Sequence[RowReport], reference: RowReport |
         if not measured:
             continue
         title = "?" if reference is None else reference.title
-        columns = [*METRICS.values(), f"difference to {title}", "difference to its TF-IDF twin"]
+        columns = [*METRICS.values(), f"difference to {title}", "difference to its control"]
         rows = [
             [
                 report.title,

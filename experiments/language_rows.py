@@ -1,7 +1,12 @@
 """The rows of the study on language: what is trained on a data set, and the trials that settings are chosen from.
 
 Ids only get as many trials as a chain of language: start and teachers together. TF-IDF titles get those of MiniLM.
-To add rows, such as students with an iLoRA among their teachers, add them to `language_rows` and to a table.
+To add rows, add them to `language_rows` and to a table.
+
+The table llm asks whether a fine-tuned language model adds to titles as vectors: as one more member of a mixture of
+scores, as the encoder of the titles that a student starts from, and as both. The control of each is the same language
+model as it is, of which only an item head is trained on the same prompts; that of the member is also the SASRec that
+gates iLoRA, since an untrained iLoRA gives its scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +25,22 @@ TABLES = {
         "ids_tuned", "shuffled_start", "shuffled_ensemble_counts", "tf_idf_start", "tf_idf_ensemble",
         "tf_idf_ensemble_counts", "self_distilled", "ids_by_ids", "ids_counts",
     ),
+    "llm": (
+        "start", "plain_llm_start", "ilora_start", "mixture_sample", "mixture_gate", "mixture_plain_llm",
+        "mixture_ilora", "mixture_both_plain_llm", "mixture_both_ilora",
+    ),
 }  # fmt: skip
 # The row that all are compared with.
 REFERENCE = "ids_tuned"
+# The mixture that those with a language model are compared with, on the users whom language models are asked about.
+MIXTURE_REFERENCE = "mixture_sample"
 # A student begins with another seed than its teacher, and the second of two ids-only teachers with another than both.
-STUDENT_SEED, SECOND_SEED = 100, 200
+STUDENT_SEED, SECOND_SEED, GATE_SEED = 100, 200, 300
+# Items that a language model names for a user; the others share what is left of the probability.
+ITEMS_OF_ANSWER = 100
+# Language models learn from users whom their SASRec has not seen: on its own training rows it ranks several times
+# better than on others, and they would learn to rely on it.
+USERS_OF_GATE, USERS_OF_LLM = (0.0, 0.8), (0.8, 1.0)
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,8 @@ class Settings:
         count_weight: the same for the logarithm of the transition counts.
         taught: trials of the student that learns from all three.
         trial_seeds: number of seeds over which the metric of a trial is averaged.
+        ilora: YAML file of train_ilora.py, with the language model and its training.
+        llm_users: number of validation users whom language models are asked about.
         title_encoder: the encoder that is compared with TF-IDF.
     """
 
@@ -53,6 +71,8 @@ class Settings:
     count_weight: float
     taught: Sequence[Mapping[str, object]]
     trial_seeds: int
+    ilora: str
+    llm_users: int
     title_encoder: str = EMBEDDED_ENCODER
 
 
@@ -81,6 +101,8 @@ SETTINGS = {
             {"teacher_weights": [1.0, 3.0, 0.5], "kl_weight": 2.0},
         ),
         trial_seeds=1,
+        ilora="beauty/ilora",
+        llm_users=2000,
     ),
     "ml-100k": Settings(
         config="ml-100k/sasrec",
@@ -102,6 +124,8 @@ SETTINGS = {
             {"teacher_weights": [1.0, 1.0, 0.5], "kl_weight": 2.0},
         ),
         trial_seeds=3,  # one validation user is a tenth of a percent here
+        ilora="ml-100k/ilora",
+        llm_users=943,
     ),
 }  # fmt: skip
 
@@ -275,6 +299,19 @@ def language_rows(settings: Settings) -> list[Row]:
         ),
     ]
     return [
+        *_counting(settings),
+        trained("ids_tuned", "SASRec, ids only", trials=settings.ids, seeds=5, kind="ids", claimed=True),
+        *minilm,
+        *tf_idf,
+        *shuffled,
+        *parts,
+        *controls,
+        *_with_language_models(settings),
+    ]
+
+
+def _counting(settings: Settings) -> list[Row]:
+    return [
         Row(
             "counts",
             "transition counts, tuned",
@@ -285,10 +322,61 @@ def language_rows(settings: Settings) -> list[Row]:
             claimed=True,
         ),
         Row("popularity", "popularity", None, model="{counts}/popularity", kind="baseline", claimed=True),
-        trained("ids_tuned", "SASRec, ids only", trials=settings.ids, seeds=5, kind="ids", claimed=True),
-        *minilm,
-        *tf_idf,
-        *shuffled,
-        *parts,
-        *controls,
+    ]
+
+
+def _with_language_models(settings: Settings) -> list[Row]:
+    """Rows with iLoRA, and the same with the language model as it is."""
+    encoder = {"title_encoder": settings.title_encoder}
+    joint = {"initial_items": settings.joint_start}
+    reads = {"recommender": "{ilora_gate}", "train_fraction": USERS_OF_LLM, "language_loss_weight": 0.0}
+    # No gradient passes through this one: the head reads plain hidden states of prompts of titles alone.
+    plain = {"lora_learning_rate_factor": 0.0, "num_experts": 1, "item_placeholders": False}
+
+    def asked(name: str, teacher: str) -> Row:
+        options = {"teacher": f"{{{teacher}}}", "split": "validation", "budget": settings.llm_users}
+        options["top_k"] = ITEMS_OF_ANSWER
+        return Row(name, f"answers of {teacher} about validation users", "label_with_teacher", options=options)
+
+    def start(name: str, title: str, llm: str, **more) -> Row:
+        options = {**joint, "title_encoder": f"{{{llm}}}"}
+        return Row(name, title, "train_sasrec", settings.config, options, settings_from="start", **more)
+
+    def mixture(name: str, title: str, *more_members: str, start: str = "start", **more) -> Row:
+        members = [f"{{{start}}}", "titles", "{counts}/transition_counts", *(f"{{{each}}}" for each in more_members)]
+        options = {"members": members, "validation_users": settings.llm_users, **encoder}
+        return Row(name, title, "tune_ensemble", options=options, **more)
+
+    return [
+        Row(
+            "ilora_gate",
+            "start from titles and co-occurrence, on the first users: the SASRec that language models read",
+            "train_sasrec",
+            settings.config,
+            {**joint, **encoder, "train_fraction": USERS_OF_GATE},
+            seed_offset=GATE_SEED,
+        ),
+        Row("ilora", "iLoRA", "train_ilora", settings.ilora, reads, kind="language model"),
+        Row("plain_llm", "its language model as it is", "train_ilora", settings.ilora, {**reads, **plain}),
+        asked("ilora_labels", "ilora"),
+        asked("plain_llm_labels", "plain_llm"),
+        mixture(MIXTURE_REFERENCE, "student, titles, counts"),
+        mixture("mixture_gate", "+ the SASRec that iLoRA reads", "ilora_gate"),
+        mixture("mixture_plain_llm", "+ the language model as it is", "plain_llm_labels"),
+        mixture("mixture_ilora", "+ iLoRA", "ilora_labels", twin="mixture_plain_llm"),
+        start("plain_llm_start", "start from titles (language model as it is)", "plain_llm", kind="control"),
+        start("ilora_start", "start from titles (iLoRA)", "ilora", twin="plain_llm_start"),
+        mixture(
+            "mixture_both_plain_llm",
+            "student from the language model as it is, titles, counts + that language model",
+            "plain_llm_labels",
+            start="plain_llm_start",
+        ),
+        mixture(
+            "mixture_both_ilora",
+            "student from iLoRA, titles, counts + iLoRA",
+            "ilora_labels",
+            start="ilora_start",
+            twin="mixture_both_plain_llm",
+        ),
     ]

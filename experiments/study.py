@@ -56,7 +56,7 @@ class Row:
         model: folder of the model in that of the run; of a row without a recipe, with {name} as in `options`.
         kind: what a plot distinguishes.
         claimed: whether the tables show what it reaches on the test split.
-        twin: a row that it is compared with, beside the reference of all rows.
+        twin: a row that it is compared with, beside the reference of all rows: its control.
     """
 
     name: str

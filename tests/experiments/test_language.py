@@ -6,19 +6,30 @@ import sys
 
 import pyarrow as pa
 import pytest
+import torch
 import yaml
 
-from experiments import language, recipe_runs
+from experiments import language, language_rows, recipe_runs
 from experiments.language_rows import Settings
 from hf_ilora import SequenceDatasets
+from hf_ilora.evaluation.rank_metrics import ndcg_at
+from hf_ilora.evaluation.saved_ranks import SavedRanks
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.runs.recipe_files import load_recipe
 from tests.paths import RECIPES
 from tests.synthetic import cyclic_sequences
+from tests.tiny_language_models import save_llm
 
 STUDENT = {
     "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "max_length": 8, "num_train_epochs": 2,
     "early_stopping_patience": 0, "use_cpu": True, "initial_items": "cooccurrence",
+}  # fmt: skip
+
+ILORA = {
+    "duplicate_titles": "number", "max_history": 3, "rank": 4, "num_experts": 2, "router_type": "linear",
+    "item_head": "residual", "item_loss_weight": 1.0, "max_steps": 2, "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1, "eval_strategy": "no", "eval_ranking": False, "early_stopping_patience": 0,
+    "load_best_model_at_end": False, "validation_users": 4, "num_candidates": 5, "use_cpu": True,
 }  # fmt: skip
 
 TABLES = {
@@ -41,6 +52,7 @@ def study(tmp_path, monkeypatch):
     table = table.set_column(table.column_names.index("title"), "title", pa.array(titles))
     SequenceDatasets(dict(sequences), Catalogue(table), sequences.protocol).save(tmp_path / "data")
     (tmp_path / "student.yaml").write_text(yaml.safe_dump(STUDENT))
+    (tmp_path / "ilora.yaml").write_text(yaml.safe_dump(ILORA | {"llm": str(tmp_path / "llm")}))
     settings = Settings(
         config=str(tmp_path / "student.yaml"),
         counts={"max_gap": 5, "gap_decay": 0.5, "max_rounds": 1},
@@ -51,6 +63,8 @@ def study(tmp_path, monkeypatch):
         count_weight=0.5,
         taught=({"teacher_weights": [1.0, 1.0, 0.5], "kl_weight": 1.0},),
         trial_seeds=1,
+        ilora=str(tmp_path / "ilora.yaml"),
+        llm_users=40,
         title_encoder="tf-idf",
     )
     monkeypatch.setattr(language, "SETTINGS", {"beauty": settings})
@@ -112,3 +126,31 @@ def test_the_study_trains_what_is_missing_and_tabulates_it(study, tmp_path):
     assert study(table="main", run=False) == []
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert "ensemble_counts" not in rows and set(rows["start"]["splits"]) == {"validation"}
+
+
+def test_a_language_model_is_asked_as_a_member_as_a_start_and_as_both(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(language, "TABLES", {"llm": language_rows.TABLES["llm"]})
+    monkeypatch.setattr(language_rows, "ITEMS_OF_ANSWER", 5)
+    monkeypatch.setenv("HF_ILORA_CACHE", str(tmp_path / "cache"))
+    save_llm(tmp_path / "llm")
+    ran = study(table="llm")
+    assert ran.count("train_ilora") == ran.count("label_with_teacher") == 2  # iLoRA and its control
+    assert ran.count("train_sasrec") == 2 + 4  # trials of ids only, the start, the gate, and two starts from titles
+    assert ran.count("tune_ensemble") == 6
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert set(content["rows"]) == {"ids_tuned", "start", "plain_llm_start", "ilora_start"}
+    assert content["rows"]["ilora_start"]["splits"]["validation"]["to_twin"]["num_users"] == 60
+    mixtures = content["mixtures"]
+    assert len(mixtures) == 6 and mixtures["mixture_sample"]["to_reference"] is None
+    for name, mixture in mixtures.items():
+        saved = SavedRanks.load(next((tmp_path / "study" / name).rglob("validation.parquet")))
+        assert mixture["num_users"] == 40 and len(saved.table) == 40
+        assert ndcg_at(torch.tensor(saved.ranks("masked")), 10).mean().item() == pytest.approx(mixture["ndcg"])
+        assert mixture["ndcg"] >= mixture["alone"][next(iter(mixture["weights"]))]
+        if name != "mixture_sample":
+            assert mixture["to_reference"]["mean_b"] == pytest.approx(mixture["ndcg"])
+    assert mixtures["mixture_gate"]["to_twin"] is None
+    difference = mixtures["mixture_ilora"]["ndcg"] - mixtures["mixture_plain_llm"]["ndcg"]
+    assert mixtures["mixture_ilora"]["to_twin"]["difference"]["mean"] == pytest.approx(difference)
+    assert "| mixture of scores, validation |" in (tmp_path / "report.md").read_text()
+    assert study(table="llm") == []

@@ -195,3 +195,20 @@ def test_the_rows_on_language_fit_together_and_have_as_many_trials(data, begun, 
     assert len(rows[REFERENCE].trials) >= sum(len(rows[name].trials) for name in ("start", "ensemble_counts"))
     for name in ("start", "ensemble", "ensemble_counts"):
         assert rows[f"tf_idf_{name}"].trials == rows[name].trials and rows[name].twin == f"tf_idf_{name}"
+
+
+def test_a_language_model_and_its_control_read_the_same_prompts_of_users_that_their_sasrec_has_not_seen():
+    rows = {row.name: row for row in language_rows(SETTINGS["beauty"])}
+    ilora, plain, gate = (rows[name].options for name in ("ilora", "plain_llm", "ilora_gate"))
+    assert ilora["train_fraction"][0] == gate["train_fraction"][1] and ilora["train_fraction"][1] == 1.0
+    changed = {name for name in plain if plain[name] != ilora.get(name)}
+    assert changed == {"lora_learning_rate_factor", "num_experts", "item_placeholders"}
+    assert plain["lora_learning_rate_factor"] == 0
+    for name in ("mixture_ilora", "mixture_both_ilora", "ilora_start"):
+        row = rows[name]
+        control = rows[row.twin]
+        as_control = {key: str(value).replace("{ilora", "{plain_llm") for key, value in row.options.items()}
+        assert as_control == {key: str(value) for key, value in control.options.items()}
+    # A sample of users that one recipe draws is the sample of the other, if both draw with the same seed.
+    asked, mixed = rows["ilora_labels"].options, rows["mixture_ilora"].options
+    assert asked["budget"] == mixed["validation_users"] and "seed" not in asked | mixed
