@@ -84,6 +84,7 @@ _EXPORTS = {
     "propensity_scores": "hf_ilora.distillation.losses",
     "ranking_distillation_weights": "hf_ilora.distillation.losses",
     "recommend_all": "hf_ilora.serving.recommend_all",
+    "user_lora": "hf_ilora.models.ilora.user_lora",
     "whitened": "hf_ilora.titles.pca",
 }
 

@@ -6,16 +6,15 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from hf_ilora.models.ilora.gated_lora import GatedLoraLinear, add_gated_lora, gated_layers, plain_lora
+from hf_ilora.models.ilora.gated_lora import GatedLoraLinear, add_gated_lora, gated_layers
 from tests.models.ilora.ilora_fixtures import ALPHA, EXPERTS, RANK, merged_llm
 from tests.paths import SHARED
 from tests.tiny_language_models import ARCHITECTURES, ATTENTION, CONFIGS, MLP, llm_with_window
@@ -447,43 +446,3 @@ def test_a_language_model_of_another_build_is_refused():
     llm.model.layers[1] = nn.ModuleDict({"attention": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})})
     with pytest.raises(ValueError, match=r"model.layers.1 has no self_attn \(it has attention\)"):
         add_gated_lora(llm, ["q_proj"], RANK, EXPERTS, ALPHA, 0.0)
-
-
-# --- one user's plain LoRA ---
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_peft_loads_one_users_lora_and_gives_the_same_logits(architecture, tmp_path):
-    llm = gated_model(architecture)
-    for row, folder in ((0, tmp_path / "first"), (1, tmp_path / "second")):
-        folder.mkdir()
-        save_file(plain_lora(llm, GATES[row]), folder / "adapter_model.safetensors")
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(ATTENTION + MLP), task_type="CAUSAL_LM")
-        config.save_pretrained(folder)
-    with torch.no_grad():
-        ours = llm(INPUT_IDS, expert_gates=GATES[:1].expand(3, -1)).logits
-        theirs = PeftModel.from_pretrained(base_model(architecture), tmp_path / "first").eval()(INPUT_IDS).logits
-        other = PeftModel.from_pretrained(base_model(architecture), tmp_path / "second").eval()(INPUT_IDS).logits
-    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
-    assert (other - ours).abs().max() > 0.01
-
-
-def test_plain_lora_is_a_copy_without_a_graph():
-    llm = gated_model()
-    state = plain_lora(llm, GATES[0].clone().requires_grad_())
-    assert len(state) == 28
-    assert not any(tensor.requires_grad for tensor in state.values())
-    before = {name: tensor.clone() for name, tensor in state.items()}
-    with torch.no_grad():
-        for layer in gated_layers(llm).values():
-            layer.lora_A.zero_()
-            layer.lora_B.zero_()
-    for name, tensor in state.items():
-        assert torch.equal(tensor, before[name])
-        assert tensor.is_contiguous()
-
-
-@pytest.mark.parametrize("shape", [(3,), (1, 4), (5,)])
-def test_plain_lora_of_gates_of_another_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=re.escape(f"expert_gates have shape {shape}: expected (4,)")):
-        plain_lora(gated_model(), torch.ones(shape))

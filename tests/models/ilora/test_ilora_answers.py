@@ -1,30 +1,23 @@
-"""How iLoRA answers: generated titles, the item head, item embeddings and one user's plain LoRA."""
+"""How iLoRA answers: generated titles, the item head, and item embeddings."""
 
 import copy
-import re
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
-from safetensors.torch import save_file
 from torch import nn
 
 from hf_ilora.models.ilora import answers
 from hf_ilora.models.next_item.histories import padded_histories
 from tests.models.ilora.ilora_fixtures import (
-    ALPHA,
     CANDIDATES,
     HISTORIES,
     HISTORY_ALONE,
     NUM_ITEMS,
-    RANK,
     TITLES,
     fresh_model,
     merged_llm,
-    naive_gates,
     naive_item_logits,
-    naive_prompt,
     real,
     recommender,
     text_ids,
@@ -230,7 +223,7 @@ def test_prompts_hold_the_newest_items():
         torch.testing.assert_close(method(long), method(newest), rtol=1e-5, atol=1e-4)
 
 
-# --- encode_items and materialize_lora ---
+# --- encode_items ---
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
@@ -245,44 +238,6 @@ def test_item_embeddings_are_the_mean_states_of_their_titles(architecture):
             tokens = torch.tensor([text_ids(" " + title)])
             states = llm(tokens, output_hidden_states=True).hidden_states[-1][0]
         torch.testing.assert_close(table[item], states.mean(0), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_one_users_lora_loaded_by_peft_gives_the_same_logits(architecture, tmp_path):
-    model = tiny_model(architecture)
-    prompts = model.build_prompts(HISTORIES, CANDIDATES)
-    with torch.no_grad():
-        # an unpadded row: PEFT's model is asked without a mask
-        ours = model(
-            prompts.input_ids[:1],
-            placeholder_items=prompts.placeholder_items[:1],
-            attention_mask=prompts.attention_mask[:1],
-            histories=HISTORIES[:1],
-        ).logits
-        embeddings = naive_prompt(model, base_llm(architecture), real(HISTORIES[0]), real(CANDIDATES[0]))[None]
-        by_hand = merged_llm(model.llm, naive_gates(model, real(HISTORIES[0])), base_llm(architecture))
-        torch.testing.assert_close(by_hand(inputs_embeds=embeddings).logits, ours, rtol=1e-4, atol=1e-4)
-        for row in (0, 1):
-            folder = tmp_path / str(row)
-            config = LoraConfig(
-                r=RANK, lora_alpha=ALPHA, target_modules=model.config.target_modules, task_type="CAUSAL_LM"
-            )
-            config.save_pretrained(folder)
-            save_file(model.materialize_lora(HISTORIES[row]), folder / "adapter_model.safetensors")
-            theirs = PeftModel.from_pretrained(base_llm(architecture), folder).eval()(inputs_embeds=embeddings).logits
-            if row == 0:
-                torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
-            else:  # the control: another user's
-                assert (theirs - ours).abs().max() > 0.01
-
-
-def test_one_users_lora_takes_one_history():
-    model = tiny_model()
-    state = model.materialize_lora(HISTORIES[0])
-    for name, value in model.materialize_lora(HISTORIES[:1].tolist()).items():
-        assert torch.equal(value, state[name])
-    with pytest.raises(ValueError, match=re.escape("history has shape (3, 4): expected one")):
-        model.materialize_lora(HISTORIES)
 
 
 def test_results_may_be_used_where_gradients_flow():

@@ -1,12 +1,14 @@
 """What a trained iLoRA can be asked: rankings of the catalogue or of candidates, generated titles, embeddings, LoRA."""
 
 import functools
+import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from hf_ilora.files import check_replaceable
 from hf_ilora.models.next_item.histories import padded_histories
 from hf_ilora.models.next_item.item_filters import item_filter
 from hf_ilora.models.next_item.next_item_model import evaluation_mode, newest_items
@@ -14,11 +16,11 @@ from hf_ilora.models.next_item.next_item_output import popular_scores, scores_or
 
 from .candidate_order import preferred_order
 from .candidate_scoring import candidate_log_likelihoods, check_context, token_positions
-from .gated_lora import plain_lora
 from .prompts import Prompts
 from .title_generation import GeneratedRecommendation, generate_freely, generate_titles
 from .title_tokens import continuation_ids
 from .title_trie import TitleTrie
+from .user_lora import LORA_FILES, gated_stack, lora_config, stacked_lora, write_lora
 
 
 class ILoraAnswers:
@@ -233,28 +235,65 @@ class ILoraAnswers:
         return table
 
     @torch.no_grad()
-    def materialize_lora(self, history) -> dict[str, torch.Tensor]:
+    def materialize_lora(
+        self, history, output_dir: str | os.PathLike | None = None, base_model: str | os.PathLike | None = None
+    ) -> dict[str, torch.Tensor]:
         """Merge the experts into the ordinary LoRA that one user's gates make of them.
 
-        It fits the language model as this model uses it: with `config.num_llm_layers`, only its first layers.
+        It fits the language model as this model uses it: with `config.num_llm_layers`, only its first layers. It does
+        not contain the item embeddings of prompts: with `config.item_placeholders`, pass prompts as the embeddings
+        that `embed_prompts` makes.
 
         Args:
             history: item ids of one user, (length,) or (1, length): a list, array or tensor.
+            output_dir: folder to write the LoRA to, for PEFT and engines that read its format; None writes nothing.
+            base_model: name or folder of the base model in adapter_config.json, such as one that
+                `save_language_model` wrote; None takes the language model that the configuration names.
 
         Returns:
             State dict in PEFT's format, for a LoraConfig with `r=config.rank`, `lora_alpha=config.lora_alpha` and
             `target_modules=config.target_modules`.
 
         Raises:
-            ValueError: for several histories, an empty one, and ids outside the catalogue.
+            ValueError: for several histories, an empty one, ids outside the catalogue, and an `output_dir` that
+                contains other files.
         """
+        if output_dir is not None:
+            check_replaceable(output_dir, LORA_FILES)
         history = torch.as_tensor(history)
         if history.dim() == 1:
             history = history.unsqueeze(0)
-        if len(history) != 1:
+        if history.dim() != 2 or len(history) != 1:
             raise ValueError(f"history has shape {tuple(history.shape)}: expected one, (length,) or (1, length)")
-        with evaluation_mode(self):
-            return plain_lora(self.llm, self.expert_gates(history)[0])
+        state = gated_stack(stacked_lora(self.llm), self.config.num_experts, self.expert_gates(history)[0])
+        if output_dir is not None:
+            write_lora(output_dir, state, lora_config(self.config, base_model))
+        return state
+
+    @torch.no_grad()
+    def stacked_lora(
+        self, output_dir: str | os.PathLike | None = None, base_model: str | os.PathLike | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Collect all experts as one LoRA, of which a user's gates make that user's LoRA.
+
+        A user's LoRA is the stack with each expert's rows of A multiplied by the user's gate. `user_lora` makes it of
+        the written folder, without this model. By itself the stack is no user's LoRA, as all its gates are 1.
+
+        Args:
+            output_dir, base_model: as in `materialize_lora`.
+
+        Returns:
+            State dict, as in `materialize_lora`.
+
+        Raises:
+            ValueError: for an `output_dir` that contains other files.
+        """
+        if output_dir is not None:
+            check_replaceable(output_dir, LORA_FILES)
+        state = stacked_lora(self.llm)
+        if output_dir is not None:
+            write_lora(output_dir, state, lora_config(self.config, base_model), self.config.num_experts)
+        return state
 
     def build_prompts(self, histories, candidates=None) -> Prompts:
         """Build the prompts that the answers start from.

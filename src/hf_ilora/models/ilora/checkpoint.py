@@ -14,7 +14,7 @@ from hf_ilora.models.next_item.next_item_model import apply_umask
 from hf_ilora.models.next_item.saved_model import check_sizes, read_config, saved_file, saved_shapes
 
 from .configuration_ilora import ILoraConfig, check_public_llm
-from .language_models import load_language_model, load_tokenizer
+from .language_models import load_language_model, load_tokenizer, without_adapter
 
 # Arguments of `from_pretrained` that apply to the language model's repository as well as to the adapter's.
 _LLM_HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only")
@@ -68,6 +68,22 @@ class ILoraCheckpoint:
             self.tokenizer.save_pretrained(save_directory)
             self.catalogue.to_parquet(os.path.join(save_directory, CATALOGUE_FILE))
         return None if upload is None else upload.send(self)
+
+    def save_language_model(self, save_directory: str | os.PathLike) -> None:
+        """Save the language model and its tokenizer, without the adapter: the base model of `materialize_lora`.
+
+        Needed where the language model has no name that others can load it by, or is used in part
+        (`config.num_llm_layers`).
+
+        Args:
+            save_directory: created if it does not exist.
+
+        Raises:
+            ValueError: for a quantised language model.
+        """
+        without_adapter(self.llm).save_pretrained(save_directory)
+        apply_umask(save_directory)
+        self.tokenizer.save_pretrained(save_directory)
 
     @classmethod
     def from_pretrained(

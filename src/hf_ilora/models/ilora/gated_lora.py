@@ -195,34 +195,6 @@ def gated_layers(llm: PreTrainedModel) -> dict[str, GatedLoraLinear]:
     return {name: module for name, module in llm.named_modules() if isinstance(module, GatedLoraLinear)}
 
 
-def plain_lora(llm: PreTrainedModel, expert_gates: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Merge the experts of all gated layers into the ordinary LoRA that one user's gates make of them.
-
-    Args:
-        llm: language model with gated layers.
-        expert_gates: (experts,).
-
-    Returns:
-        State dict as PEFT saves it. PEFT scales by lora_alpha / rank, so each expert's rows of A are multiplied by
-        num_experts times its gate.
-
-    Raises:
-        ValueError: for gates of another shape.
-    """
-    state = {}
-    for name, layer in gated_layers(llm).items():
-        if expert_gates.shape != (layer.num_experts,):
-            raise ValueError(
-                f"expert_gates have shape {tuple(expert_gates.shape)}: expected {(layer.num_experts,)}, those "
-                "of one user"
-            )
-        factors = layer.num_experts * expert_gates.detach().to(layer.lora_A)
-        factors = factors.repeat_interleave(layer.rank // layer.num_experts).unsqueeze(1)  # (rank, 1)
-        state[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach() * factors
-        state[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().clone()
-    return state
-
-
 class _GateHook:
     """Forward pre-hook of an attention module: moves `expert_gates` from its keywords to the gated layers."""
 
@@ -250,4 +222,4 @@ def _attention(layer: nn.Module, name: str) -> nn.Module:
     return attention
 
 
-__all__ = ["GatedLoraLinear", "add_gated_lora", "gated_layers", "plain_lora"]
+__all__ = ["GatedLoraLinear", "add_gated_lora", "gated_layers"]

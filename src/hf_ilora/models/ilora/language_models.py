@@ -1,5 +1,6 @@
 """Loads the language model of an LLM recommender: any causal LM of transformers, complete and with its tokenizer."""
 
+import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +192,35 @@ def truncate_layers(llm: PreTrainedModel, num_layers: int) -> None:
     config.num_hidden_layers = num_layers
     if layer_types is not None:
         config.layer_types = layer_types[:num_layers]
+
+
+def without_adapter(llm: PreTrainedModel) -> PreTrainedModel:
+    """An ordinary language model with the weights, which are shared, of one with gated layers.
+
+    Its buffers that are not saved have no content: it can be saved, and loaded again to be used.
+
+    Raises:
+        ValueError: for a quantised language model.
+    """
+    quantised = [name for name, parameter in llm.named_parameters() if not parameter.is_floating_point()]
+    if quantised:
+        raise ValueError(
+            f"{type(llm).__name__} is quantised ({quantised[0]} and {len(quantised) - 1} more): expected one in "
+            "floating point; load it without quantization_config, or name the original as base_model"
+        )
+    config = copy.deepcopy(llm.config)
+    if "quantization_config" in vars(config):  # how it was read, not how it is
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(llm)(config)
+    weights = {
+        name.replace(".base_layer.", "."): value
+        for name, value in llm.state_dict().items()
+        if not name.endswith((".lora_A", ".lora_B"))
+    }
+    plain.load_state_dict(weights, assign=True)
+    plain.generation_config = llm.generation_config
+    return plain
 
 
 def _locate(
