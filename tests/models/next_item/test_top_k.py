@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_ilora import CaserConfig, CaserForNextItem, SASRecConfig, SASRecForNextItem
+from hf_ilora.models.next_item import next_item_head
 from hf_ilora.models.next_item import top_k as module
 from hf_ilora.models.next_item.top_k import ItemMasks, masked_top_k, ordered_top_k, top_k_in_chunks
 
@@ -123,8 +124,9 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("num_users", [1, 7])
-def test_recommend_gives_the_best_of_the_logits(small_chunks, name, num_users):
+@pytest.mark.parametrize(("num_users", "by_numpy"), [(1, False), (1, True), (7, False)])
+def test_recommend_gives_the_best_of_the_logits(small_chunks, monkeypatch, name, num_users, by_numpy):
+    monkeypatch.setattr(next_item_head, "_numpy_is_faster", lambda weight: by_numpy)
     model = MODELS[name]()
     histories = torch.randint(1, NUM_ITEMS + 1, (num_users, 6), generator=torch.Generator().manual_seed(2))
     histories[:, 0] = 0

@@ -1,5 +1,6 @@
 """The head of every trained next-item model: scores of the catalogue, and the training loss."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,6 +15,8 @@ from .next_item_losses import (
     sampled_softmax_loss,
 )
 from .top_k import columns_in_chunk, top_k_in_chunks
+
+_ROWS_FOR_NUMPY = 2**15
 
 
 class NextItemHead(nn.Linear):
@@ -172,7 +175,11 @@ class NextItemHead(nn.Linear):
         def score_items(positions: slice, items: slice, scores: torch.Tensor) -> None:
             weight = self.weight[items] if item_offsets is None else self.weight[items] + item_offsets[items]
             weight = self._normalised(weight).float()  # (items, hidden)
-            if self.bias is None:
+            if len(scores) == 1 and _numpy_is_faster(weight):
+                _products_by_numpy(weight, states[positions][0], scores[0])
+                if self.bias is not None:
+                    scores.add_(self.bias[items].float())
+            elif self.bias is None:
                 torch.mm(states[positions], weight.t(), out=scores)
             else:
                 torch.addmm(self.bias[items].float(), states[positions], weight.t(), out=scores)
@@ -202,6 +209,21 @@ class NextItemHead(nn.Linear):
         if scored_items is None:
             scores[:, PADDING_ITEM_ID] = float("-inf")
         return scores
+
+
+def _numpy_is_faster(weight: torch.Tensor) -> bool:
+    """Whether numpy multiplies one vector with this many rows faster than torch, whose product reads them slowly."""
+    return weight.device.type == "cpu" and len(weight) >= _ROWS_FOR_NUMPY and torch.get_num_threads() == 1
+
+
+def _products_by_numpy(weight: torch.Tensor, state: torch.Tensor, products: torch.Tensor) -> None:
+    """Write the products of the rows of weight (items, hidden) with a state (hidden,) to (items,)."""
+    width = weight.shape[1]
+    block = max(1, 8192 // width)  # numpy's library begins to use several threads above 9216 elements
+    whole = len(weight) // block * block
+    blocks = weight[:whole].view(-1, block, width).numpy()
+    np.matmul(blocks, state.numpy(), out=products[:whole].view(-1, block).numpy())
+    products[whole:] = weight[whole:] @ state
 
 
 def first_occurrences(item_ids: torch.Tensor) -> torch.Tensor:
