@@ -78,6 +78,10 @@ class SourceArguments:
     items_column_names: list[str] | None = field(
         default=None, metadata={"help": "names of all columns of the table of items, as column_names"}
     )
+    metadata_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "further columns of the table of items to keep in the catalogue, such as price and url"},
+    )
     normalize_titles: bool = field(
         default=True,
         metadata={
@@ -233,6 +237,7 @@ def load(source: SourceArguments):
         items_title_column=source.items_title_column,
         items_separator=source.items_separator,
         items_column_names=source.items_column_names,
+        metadata_columns=source.metadata_columns,
         normalize_titles=source.normalize_titles,
         missing_titles=source.missing_titles,
         limit_data_rows=source.limit_data_rows,

@@ -651,6 +651,23 @@ class TestSaveAndLoad:
         assert printed.split() == [sequences.fingerprint, sequences.fingerprint]
         assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []
 
+    def test_further_columns_of_items_travel_and_leave_the_fingerprint_alone(self, small, tmp_path):
+        interactions, items = small
+        plain = build_sequences(interactions, items, num_candidates=0)
+        columns = {"price": [1.5, None, 3.0, 4.0, 5.0, 6.0], "tags": [["a"], [], None, ["b", "c"], [], []]}
+        for name, values in columns.items():
+            items = items.add_column(name, values)
+        sequences = build_sequences(interactions, items, num_candidates=0)
+        assert sequences.fingerprint == plain.fingerprint
+        sequences.save(tmp_path / "data")
+        loaded = SequenceDatasets.load(tmp_path / "data")
+        assert loaded.catalogue == sequences.catalogue and loaded.catalogue.has_items_of(plain.catalogue)
+        table = loaded.catalogue.table  # items 10 to 50, which the table of items has backwards
+        assert table["price"].to_pylist() == [6.0, 5.0, 4.0, 3.0, None]
+        assert table["tags"].to_pylist() == [[], [], ["b", "c"], None, []]
+        with pytest.raises(ValueError, match="raw_id and count are columns of the catalogue itself; rename or drop"):
+            build_sequences(interactions, items.add_column("count", range(6)), num_candidates=0)
+
     def test_the_catalogue_must_be_one_with_all_columns(self, sequences):
         table = sequences.catalogue.table
         with pytest.raises(TypeError, match="catalogue is a Table: expected a Catalogue"):

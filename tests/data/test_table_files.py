@@ -540,3 +540,22 @@ def test_a_rating_that_is_none_is_an_error(rating, message, tmp_path):
     path = write(tmp_path / "t.csv", f"user,item,time,stars\n1,2,3,4\n1,2,3,{rating}\n")
     with pytest.raises(ValueError, match=f"column 'stars' of .*t.csv .*{message}.* expected a number"):
         load(path, rating_column="stars")
+
+
+# Metadata
+
+
+def test_further_columns_of_the_items_are_kept(polars_frame, tmp_path):
+    plays = pd.DataFrame({"user": [1, 1], "item": [8, 7], "time": [3, 4]})
+    known = {"item": [7, 8, 9], "name": ["Cup", "Pan", "Lid"], "price": [1.5, None, 2.0], "url": ["u", "v", " "]}
+    settings = {"items_title_column": "name", "metadata_columns": ["url", "price"]}
+    _, items = load(plays, items=polars_frame(known), **settings)
+    assert items.column_names == ["item_id", "title", "year", "genres", "url", "price"]
+    assert items["price"][:] == known["price"] and items["url"][:] == known["url"]
+    pd.DataFrame(known).to_csv(tmp_path / "items.csv", index=False)
+    _, items = load(plays, items=tmp_path / "items.csv", **settings)
+    assert items["price"][:] == ["1.5", None, "2.0"] and items["url"][:] == ["u", "v", None]
+    with pytest.raises(ValueError, match="metadata_columns has 'title', which the catalogue has itself"):
+        load(plays, items=polars_frame(known), items_title_column="name", metadata_columns=["title"])
+    with pytest.raises(ValueError, match="metadata_columns is given without items"):
+        load(plays, metadata_columns=["price"])

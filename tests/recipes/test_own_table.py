@@ -1,5 +1,6 @@
 """From a user's own CSV files to titles, by the recipes of the README."""
 
+import json
 import shutil
 
 import pyarrow as pa
@@ -94,6 +95,30 @@ def test_a_title_does_not_drive_the_terminal(prepared, run_recipe, capsys, tmp_p
     printed = capsys.readouterr().out
     assert r"1. \x1b[31mred\n\u202e\x07  (" in printed
     assert not set(printed) & set("\x1b\u202e\x07")
+
+
+def test_a_public_data_set_is_prepared_by_its_name(run_recipe, tmp_path):
+    reviews = [
+        {"user_id": f"u{user}", "business_id": f"b{step}", "stars": 1 + 4 * (step < 9), "date": f"2020-01-{day:02d}"}
+        for user in range(12)
+        for step, day in enumerate(range(user + 1, user + 11))
+    ]
+    businesses = [{"business_id": f"b{step}", "name": f"Bar {step}", "categories": None} for step in range(10)]
+    for name, rows in (("review", reviews), ("business", businesses)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"yelp_academic_dataset_{name}.json").write_text(lines)
+    settings = {"dataset": "yelp", "path": tmp_path, "min_rating": 2, "protocol": "global_time", "num_candidates": 0}
+    moments = {"validation_start": "2020-01-10", "test_start": "2020-01-15"}
+    run_recipe("prepare_data", output_dir=tmp_path / "data", **settings, **moments)
+    sequences = SequenceDatasets.load(tmp_path / "data")
+    assert sequences.num_items == 9 and sequences.catalogue.titles([1, 9]) == ["Bar 0", "Bar 8"]
+    # User u reviews on the days u + 1 to u + 9, those of two stars or more.
+    assert sequences["test"].to_dict() == {
+        "user_id": ["u10", "u11", "u6", "u7", "u8", "u9"],
+        "history": [[1, 2, 3, 4], [1, 2, 3], *([*range(1, 15 - user)] for user in (6, 7, 8, 9))],
+        "target": [5, 4, 9, 8, 7, 6],
+        "relevant_items": [[*range(5, 10)], [*range(4, 10)], [9], [8, 9], [7, 8, 9], [6, 7, 8, 9]],
+    }
 
 
 OWN = {"interactions": "{tables}/plays.csv", **COLUMNS}

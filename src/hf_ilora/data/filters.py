@@ -82,11 +82,12 @@ def read_items(items: Dataset, item_ids: pa.Array) -> pa.Table:
     """Check the table of items against the raw ids that occur in the interactions.
 
     Args:
-        items: columns `item_id` (of the type of `item_ids`), `title`, `year` and `genres`; only years may be null.
+        items: columns `item_id` (of the type of `item_ids`), `title`, `year` and `genres`, of which only years may be
+            null, and any others.
         item_ids: (distinct items,) raw ids of the interactions, int64 or string.
 
     Returns:
-        These four columns of `items`, with the types int64 or string, string, int32 and list<string>.
+        These four columns, with the types int64 or string, string, int32 and list<string>, and the others as they are.
 
     Raises:
         TypeError: for a column of another type.
@@ -96,7 +97,9 @@ def read_items(items: Dataset, item_ids: pa.Array) -> pa.Table:
     _check_names(items, "items", columns)
     if len(items) == 0:
         raise ValueError("items is empty: expected one row per item; without titles, use the raw ids as titles")
-    table = items.select_columns(columns).with_format("arrow")[:].select(columns)
+    others = [name for name in items.column_names if name not in columns]
+    whole = items.with_format("arrow")[:]
+    table = whole.select(columns)
     found = {name: table.schema.field(name).type for name in columns}
     if not (pa.types.is_integer(found["item_id"]) or is_string(found["item_id"])):
         raise TypeError(f"column 'item_id' of items is {found['item_id']}: expected integers or strings; cast it")
@@ -135,6 +138,8 @@ def read_items(items: Dataset, item_ids: pa.Array) -> pa.Table:
             f"{len(unknown)} item ids of interactions are missing from items, first {_first(unknown)}: expected a row "
             "for every item; add them, or drop their interactions"
         )
+    for name in others:
+        table = table.append_column(name, whole[name])
     return table
 
 

@@ -1,6 +1,6 @@
 """Loads a table of (user, item, time), with or without titles, in the form that build_sequences reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,7 @@ def load_interactions(
     items_title_column: str | None = None,
     items_separator: str | None = None,
     items_column_names: Sequence[str] | None = None,
+    metadata_columns: Sequence[str] | None = None,
     normalize_titles: bool = True,
     missing_titles: str = "raise",
     limit_data_rows: int = -1,
@@ -65,6 +66,8 @@ def load_interactions(
         items_item_column: column of ids in `items`; by default the name in `item_column`.
         items_title_column: column of titles in `items`.
         items_separator, items_column_names: the same as `separator` and `column_names`, for `items`.
+        metadata_columns: further columns of `items`, such as price and url, which then travel in the catalogue of data
+            sets and models. They keep their names and types; those of text files are text, null where it is blank.
         normalize_titles: move a year at the end, "(1995)", to the column `year`, and an English article to the front.
         missing_titles: what to do about items without a title: "raise", or "item_id" to use the id as the title.
         limit_data_rows: number of rows to load, from the first; -1 for all.
@@ -88,11 +91,16 @@ def load_interactions(
             f"items is given with items_title_column={items_title_column!r} and title_column={title_column!r}; "
             "expected items_title_column to name the column of titles in items, and title_column to be None"
         )
-    of_items = (items_item_column, items_title_column, items_separator, items_column_names)
+    of_items = (items_item_column, items_title_column, items_separator, items_column_names, metadata_columns)
     if items is None and any(setting is not None for setting in of_items):
         raise ValueError(
-            "items_item_column, items_title_column, items_separator or items_column_names is given without items: pass "
-            "the table of items"
+            "items_item_column, items_title_column, items_separator, items_column_names or metadata_columns is given "
+            "without items: pass the table of items"
+        )
+    own = {"item_id", "raw_id", "title", "year", "genres", "count"} & set(metadata_columns or ())
+    if own:
+        raise ValueError(
+            f"metadata_columns has {min(own)!r}, which the catalogue has itself: expected others; rename the column"
         )
 
     if user_column is None or item_column is None:
@@ -118,7 +126,7 @@ def load_interactions(
         id_column = item_column if items_item_column is None else items_item_column
         known = _Columns.read(
             items,
-            {"item_id": id_column, "title": items_title_column},
+            {"item_id": id_column, "title": items_title_column, **{name: name for name in metadata_columns or ()}},
             separator=items_separator,
             column_names=items_column_names,
         )
@@ -137,7 +145,7 @@ def load_interactions(
         else clean_seconds(plays.table["time"], plays.where["time"]),
         **({} if rating_column is None else {"rating": clean_ratings(plays.table["rating"], plays.where["rating"])}),
     )
-    ids, titles = pc.unique(item_ids), None
+    ids, titles, metadata = pc.unique(item_ids), None, {}
     if items is not None:
         if missing_titles == "raise":
             check_known_items(item_ids, known_ids, describe(items))
@@ -145,6 +153,7 @@ def load_interactions(
             pa.chunked_array([*known_ids.chunks, *item_ids.chunks])
         )  # the order of the table of items comes first
         titles = _look_up(ids, known_ids, known.titles())
+        metadata = {name: _look_up(ids, known_ids, known.metadata(name)) for name in metadata_columns or ()}
     elif title_column is not None:
         titles = _agreed_titles(ids, item_ids, plays.titles())
         if limit_data_rows != -1 and titles.null_count:  # a later row may have the title
@@ -155,15 +164,13 @@ def load_interactions(
                 column_names=column_names,
             )
             titles = _agreed_titles(ids, whole.ids("item_id").cast(item_ids.type), whole.titles())
-    if titles is None or missing_titles == "item_id":
-        return interactions, items_dataset(ids, titles, normalize_titles=normalize_titles)
-    untitled = ids.filter(pc.is_null(titles))
+    untitled = [] if titles is None or missing_titles == "item_id" else ids.filter(pc.is_null(titles))
     if len(untitled):
         raise ValueError(
             f"{len(untitled):,} items have no title, first {untitled[:5].to_pylist()}; expected one for each item: "
             "add titles, drop the items, or pass missing_titles='item_id' to use the ids as titles"
         )
-    return interactions, items_dataset(ids, titles, normalize_titles=normalize_titles)
+    return interactions, items_dataset(ids, titles, normalize_titles=normalize_titles, metadata=metadata)
 
 
 def interactions_dataset(**columns: pa.ChunkedArray) -> Dataset:
@@ -178,6 +185,7 @@ def items_dataset(
     genres: pa.Array | pa.ChunkedArray | None = None,
     *,
     normalize_titles: bool = True,
+    metadata: Mapping[str, pa.ChunkedArray] | None = None,
 ) -> Dataset:
     """A Dataset of items.
 
@@ -186,6 +194,7 @@ def items_dataset(
         titles: string, (num_items,); null titles are replaced by ids; None replaces all.
         genres: lists of strings, (num_items,); None for empty lists.
         normalize_titles: apply `split_titles`; otherwise titles stay unchanged and years are null.
+        metadata: further columns, (num_items,).
     """
     years = pa.nulls(len(item_ids), pa.int32())
     if titles is None:
@@ -206,7 +215,9 @@ def items_dataset(
         "year": Value("int32"),
         "genres": List(Value("string")),
     }
-    return to_dataset(pa.table(columns), Features(features))
+    further = pa.table(dict(metadata or {}))
+    table = pa.table(columns | dict(zip(further.column_names, further.columns, strict=True)))
+    return to_dataset(table, Features({**features, **Features.from_arrow_schema(further.schema)}))
 
 
 def check_different_items(item_ids: pa.Array | pa.ChunkedArray, where: str) -> None:
@@ -236,7 +247,7 @@ class _Columns:
     """The columns of one table, by what they are for.
 
     Attributes:
-        table: the columns user_id, item_id, time, title and rating, as far as they are given.
+        table: the columns user_id, item_id, time, title and rating, as far as they are given, and those of metadata.
         whole_numbers: see `read_columns`.
         where: what error messages call each column.
     """
@@ -267,6 +278,9 @@ class _Columns:
 
     def titles(self) -> pa.ChunkedArray:
         return clean_text(self.table["title"], self.where["title"])
+
+    def metadata(self, name: str) -> pa.ChunkedArray:
+        return self.table[name] if self.whole_numbers is None else clean_text(self.table[name], self.where[name])
 
 
 def _of_one_type(

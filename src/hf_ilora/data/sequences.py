@@ -85,11 +85,12 @@ class SequenceDatasets(DatasetDict):
     def fingerprint(self) -> str:
         """sha256, in hex, of the protocol, the catalogue and all rows in order.
 
-        It depends on values alone: every machine and every chunking gives the same. Each access reads the present
-        content, about a second for 20 million interactions.
+        It depends on values alone: every machine and every chunking gives the same. Further columns of the catalogue,
+        such as a price, do not count: no model reads them. Each access reads the present content, about a second for 20
+        million interactions.
         """
         digests = {name: content_digest(dataset) for name, dataset in self.items()}
-        catalogue_digest = content_digest(self._stored_items())
+        catalogue_digest = content_digest(self.catalogue.table.select(list(catalogue_features("int64"))))
         return json_digest({"protocol": self.protocol, "catalogue": catalogue_digest, "splits": digests})
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -104,15 +105,16 @@ class SequenceDatasets(DatasetDict):
         with folder_written_whole(directory, replaceable_files=FILES) as folder:
             for name, dataset in self.items():
                 write_parquet(dataset, folder / f"{name}.parquet")
-            table = self._stored_items()
-            features = catalogue_features(_raw_id_type(table, "raw_id"))
-            write_parquet(dataset_of(table, features, "catalogue"), folder / CATALOGUE_FILE)
+            write_parquet(self._stored_items(), folder / CATALOGUE_FILE)
             counts = {name: len(dataset) for name, dataset in self.items()}
             write_description(folder, self.protocol, self.num_items, counts, self.fingerprint)
 
-    def _stored_items(self) -> pa.Table:
+    def _stored_items(self) -> Dataset:
         """The catalogue without what the splits say."""
-        return self.catalogue.table.drop_columns("count")
+        table = self.catalogue.table.drop_columns("count")
+        further = Features.from_arrow_schema(table.select(self.catalogue.metadata_columns).schema)
+        features = Features({**catalogue_features(_raw_id_type(table, "raw_id")), **further})
+        return Dataset(InMemoryTable(table), info=DatasetInfo(features=features), fingerprint=CATALOGUE_FILE)
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "SequenceDatasets":
@@ -132,7 +134,7 @@ class SequenceDatasets(DatasetDict):
         path = directory / CATALOGUE_FILE
         table = read_parquet(path, num_items)
         features = catalogue_features(_raw_id_type(table, "raw_id"))
-        _check_columns(table, features, path)
+        _check_columns(table.select([name for name in table.column_names if name in features]), features, path)
         if not np.array_equal(table["item_id"].to_numpy(), np.arange(1, num_items + 1)):
             raise ValueError(
                 f"{path} has {len(table)} items: expected the item ids 1 to {num_items} in order, the num_items of "
@@ -233,7 +235,8 @@ def build_sequences(
     Args:
         interactions: one row per interaction: `user_id` and `item_id` (raw ids, integer or string), `timestamp`
             (seconds, not negative) and, for `min_rating`, `rating`; other columns are not read.
-        items: columns `item_id` (raw, unique, every item of `interactions`), `title`, `year` (may be null), `genres`.
+        items: columns `item_id` (raw, unique, every item of `interactions`), `title`, `year` (may be null), `genres`;
+            others, such as price and url, become further columns of the catalogue.
         protocol: one of the above.
         min_user_interactions, min_item_interactions: users and items with fewer interactions are dropped, repeatedly,
             until none is left (k-core). Repeated interactions count. None: 3 interactions of a user, or as many as
@@ -362,7 +365,12 @@ def _list_array(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
 
 def _catalogue(known_items: pa.Table, item_ids: pa.Array) -> Catalogue:
     rows = known_items.take(pc.index_in(item_ids, value_set=known_items["item_id"]))
-    rows = rows.rename_columns(["raw_id", "title", "year", "genres"])
+    rows = rows.rename_columns({"item_id": "raw_id"})
+    if "count" in rows.column_names or rows.column_names.count("raw_id") > 1:
+        raise ValueError(
+            f"items has the columns {', '.join(known_items.column_names)}: raw_id and count are columns of the "
+            "catalogue itself; rename or drop them"
+        )
     return Catalogue(rows.add_column(0, "item_id", pa.array(np.arange(1, len(rows) + 1))))
 
 
