@@ -1,7 +1,6 @@
 import hashlib
 import subprocess
 import sys
-import time
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -349,13 +348,12 @@ def test_an_archive_other_than_the_published_one_is_refused(server, name, tmp_pa
     assert not list((tmp_path / "movielens").glob("*.part"))
 
 
-def test_when_neither_grouplens_nor_an_index_answers_the_error_says_what_to_do(dead_url, tmp_path, monkeypatch):
+def test_when_neither_grouplens_nor_an_index_answers_the_error_says_what_to_do(dead_url, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    start = time.monotonic()
     with pytest.raises(DownloadError, match=r"(?s)not be downloaded from GroupLens .*ConnectError.* or PyPI .*source="):
         load_movielens(cache_dir=tmp_path, base_url=dead_url)
-    assert time.monotonic() - start < 15
+    assert caplog.text.count("trying again") == 1  # the user does not wait for a server that is out of reach
 
 
 def test_a_wheel_other_than_the_known_one_is_refused(dead_url, tmp_path, monkeypatch):

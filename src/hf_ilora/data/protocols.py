@@ -1,14 +1,10 @@
 """The split protocols: they select the slices of histories that become rows of train, validation and test."""
 
-import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .filters import Histories, slice_indices
-from .protocol_settings import SEVERAL_TARGETS
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -291,4 +287,4 @@ def _needed_interactions(split: str, settings: dict) -> str:
     return f"users with at least {needed} interactions there"
 
 
-__all__ = ["SEVERAL_TARGETS", "Rows", "check_splits", "limit_histories", "split_histories"]
+__all__ = ["Rows", "check_splits", "limit_histories", "split_histories"]
