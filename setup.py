@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 DEEPSPEED = ["deepspeed>=0.19", "ninja>=1.11"]  # ninja: DeepSpeed compiles its operations when they are first used
 INDEX = ["faiss-cpu>=1.8"]
+# onnxscript: torch exports through it; onnxruntime: every export is checked and measured with it
+ONNX = ["torch>=2.9", "onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 PLOT = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboard>=2.17"]
 # sentence-transformers: title encoders that are more than a transformer with pooling; scikit-learn: TF-IDF
@@ -53,10 +55,21 @@ setup(
     extras_require={
         "deepspeed": DEEPSPEED,
         "index": INDEX,
+        "onnx": ONNX,
         "plot": PLOT,
         "tensorboard": TENSORBOARD,
         "titles": TITLES,
-        # peft: the tests load exported LoRAs with it; polars: its frames are read where a program has imported it
-        "dev": [*DEEPSPEED, *INDEX, *PLOT, *TENSORBOARD, *TITLES, "peft>=0.18", "polars>=1.0", *PYTEST, "ruff>=0.12"],
+        "dev": [
+            *DEEPSPEED,
+            *INDEX,
+            *ONNX,
+            *PLOT,
+            *TENSORBOARD,
+            *TITLES,
+            *PYTEST,
+            "peft>=0.18",  # the tests load exported LoRAs with it
+            "polars>=1.0",  # its frames are read where a program has imported it
+            "ruff>=0.12",
+        ],
     },
 )

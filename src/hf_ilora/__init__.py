@@ -74,6 +74,7 @@ _EXPORTS = {
     "cooccurrence_embeddings": "hf_ilora.titles.cooccurrence",
     "dro_loss": "hf_ilora.distillation.losses",
     "encode_titles": "hf_ilora.titles.encoders",
+    "export": "hf_ilora.serving.export",
     "fill_new_items": "hf_ilora.titles.item_titles",
     "item_title_embeddings": "hf_ilora.titles.encoders",
     "joint_item_embeddings": "hf_ilora.titles.joint",

@@ -110,6 +110,12 @@ COMMANDS = {
             "hf-ilora recommend --model outputs/ml-100k/sasrec --data_dir outputs/ml-100k/data --user 1",
         ),
         Command(
+            "export",
+            "export",
+            "Export a trained model to ONNX, to be served without torch.",
+            "hf-ilora export --model outputs/ml-100k/sasrec --output_dir outputs/ml-100k/onnx --top_k 10",
+        ),
+        Command(
             "push",
             "push_to_hub",
             "Publish a trained model on the Hub.",
