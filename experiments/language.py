@@ -9,8 +9,8 @@ too. Settings are chosen on validation with the first seeds; `--test true` adds 
 split. The same command skips finished runs and resumes killed ones; `--run false` tabulates the runs that are finished,
 also while another process trains. Writes <report>.md, <report>.json and <report>.png.
 
-`--table llm` asks whether a fine-tuned language model adds to title vectors: by default a few layers of SmolLM2, which a
-CPU can train. On a GPU, name a configuration with a larger one:
+`--table llm` asks whether a fine-tuned language model adds to title vectors: by default a few layers of SmolLM2, which
+a CPU can train. On a GPU, name a configuration with a larger one:
 
     python -m experiments.language --data beauty --table llm --seeds 1 --ilora_config beauty/ilora_gpu \
         --llm_users 22363 --output_dir outputs/beauty/language_gpu
