@@ -168,7 +168,7 @@ def started(words: list[str]) -> tuple[ModuleType, list[str]] | None:
     if words[:1] != ["hf-ilora"] or len(words) == 1 or {"--help", "--help-all", "--version"} & set(words):
         return None
     command = COMMANDS[words[1]]
-    options = take_launch_options(words[2:])[2] if command.launched else words[2:]
+    options = take_launch_options(words[2:])[2] if command.launched or command.may_be_launched else words[2:]
     return load_recipe(RECIPES / f"{command.recipe}.py"), options
 
 

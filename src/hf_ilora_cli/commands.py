@@ -17,6 +17,7 @@ class Command:
         summary: what the list of commands says about it.
         example: a command line to copy.
         launched: whether accelerate's launcher starts the recipe, which then trains or runs on several processes.
+        may_be_launched: whether it does so where `--launch` or `--num_processes` is given.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Command:
     summary: str
     example: str
     launched: bool = False
+    may_be_launched: bool = False
 
     @property
     def program(self) -> str:
@@ -106,8 +108,9 @@ COMMANDS = {
         Command(
             "recommend",
             "recommend",
-            "Recommend items to one user.",
+            "Recommend items to one user, a table of users or all of a data set.",
             "hf-ilora recommend --model outputs/ml-100k/sasrec --data_dir outputs/ml-100k/data --user 1",
+            may_be_launched=True,
         ),
         Command(
             "export",

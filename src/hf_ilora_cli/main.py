@@ -74,10 +74,11 @@ def help_file(command: Command) -> Path:
 
 
 def start(command: Command, options: list[str]) -> int:
-    """Run the recipe of a command to its end, through accelerate's launcher where it trains; returns the exit code."""
+    """Run the recipe of a command to its end, through accelerate's launcher if it needs that; returns the exit code."""
     recipe = shipped_folder(RECIPE) / f"{command.recipe}.py"
     os.environ[PROGRAM_VARIABLE] = command.program
-    if command.launched and "--help-all" not in options:
+    asks = any(word.partition("=")[0].replace("-", "_") in ("__launch", "__num_processes") for word in options)
+    if (command.launched or (command.may_be_launched and asks)) and "--help-all" not in options:
         from .launching import launch_words
 
         return launch_words(recipe, options)

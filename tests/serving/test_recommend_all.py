@@ -21,6 +21,7 @@ from hf_ilora import (
 )
 from hf_ilora.files import held_folder
 from hf_ilora.serving import recommend_all as module
+from tests.models.ilora.ilora_fixtures import tiny_model
 from tests.synthetic import cyclic_sequences
 
 NUM_ITEMS, TOP_K = 30, 4
@@ -144,6 +145,15 @@ def test_every_user_of_a_data_set_has_all_items_that_it_knows(tmp_path):
         for user, rows in frame.groupby("user_id"):
             assert len(known[user]) > 3 and not set(rows.item_id) & known[user]
         assert frame.title.tolist() == [f"Title {item}" for item in frame.item_id]
+
+
+def test_an_ilora_recommends_to_many_users(tmp_path):
+    model, histories = tiny_model(item_head="residual"), [[3, 7, 30, 5], [12, 21], [1, 2]]
+    item_ids, scores = model.recommend(histories, TOP_K, excluded_items=[4])
+    path = recommend_all(model, histories, tmp_path / "out.parquet", TOP_K, batch_size=2, excluded_items=[4])
+    frame = pq.read_table(path).to_pandas()
+    assert frame.item_id.tolist() == model.catalogue.raw_ids(item_ids.flatten().tolist())
+    assert frame.score.tolist() == pytest.approx(scores.flatten().tolist(), abs=1e-4)
 
 
 def test_filters_and_columns_of_the_catalogue(users, tmp_path):

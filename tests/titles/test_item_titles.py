@@ -416,6 +416,14 @@ def test_users_who_describe_themselves_get_items_but_not_those_they_name(describ
         assert item_ids[row].tolist() == ranked[0][kept].tolist()
         torch.testing.assert_close(scores[row], log_p[0][kept])
     assert COUNTS[item_ids[1].tolist()].tolist() == sorted(COUNTS[item_ids[1].tolist()], reverse=True)
+    few, _ = described.recommend(liked, top_k=2, allowed_items=[1, 2, 3, 4, 5], excluded_items=[[3], [3], []])
+    kept = [[1, 4, 5], [1, 2, 4, 5], [1, 3, 4, 5]]  # without what each user named and was denied
+    assert [
+        [item for item in item_ids_of_all if item in row][:2]
+        for item_ids_of_all, row in zip(
+            model.recommend(histories, NUM_ITEMS, exclude_seen=False)[0].tolist(), kept, strict=True
+        )
+    ] == few.tolist()
     popularity = PopularityForNextItem.fit([[1, 2]], PopularityConfig(num_items=NUM_ITEMS))
     popularity.catalogue = catalogue()
     titles = ItemTitles(popularity, title_embeddings=embeddings_of_catalogue())

@@ -46,7 +46,7 @@ def recipe_help(
     parts.append(f"Example:\n{_example(docstring) if command is None else _wrapped_command(command.example)}")
     parts.append(_about_configurations(name))
     parts += [_group(title, lines) for title, lines in _option_groups(dataclass_types, everything)]
-    if command is not None and command.launched:
+    if command is not None and (command.launched or command.may_be_launched):
         parts.append(_group("How to launch", _launch_options()))
     parts.append(_group("General", _general_options(dataclass_types, everything)))
     return "\n\n".join(parts) + "\n"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
+from hf_ilora.models.next_item.item_filters import item_filter
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 
 from .embedded_encoder import EMBEDDED_ENCODER
@@ -239,7 +240,7 @@ class ItemTitles:
         ]
 
     def recommend(
-        self, liked: Sequence[Sequence[str]], top_k: int = 10, allowed_items=None
+        self, liked: Sequence[Sequence[str]], top_k: int = 10, allowed_items=None, excluded_items=None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Recommend items to users who say what they like.
 
@@ -247,7 +248,7 @@ class ItemTitles:
             liked: the titles that each user likes, oldest first: those of items, or any texts. A user who names none
                 gets the most popular items, if the catalogue has their counts.
             top_k: items per user. Items that a user has named are not among them.
-            allowed_items: as for the `recommend` of the model.
+            allowed_items, excluded_items: as for the `recommend` of the model.
 
         Returns:
             item_ids (users, top_k) int64, best first, and scores (users, top_k) float32: log p over the whole
@@ -260,6 +261,10 @@ class ItemTitles:
         named = [
             {self._item_of_title[text.strip().casefold()] for text in row if self._is_title(text)} for row in liked
         ]
+        others = item_filter("excluded_items", excluded_items, len(liked), len(self.catalogue))
+        if others is not None:
+            others = others.expand(len(liked), -1) if others.dim() == 1 else others
+            named = [items | set(row) for items, row in zip(named, others.tolist(), strict=True)]
         return self.model.recommend(
             self.histories(liked), top_k, exclude_seen=False, allowed_items=allowed_items, excluded_items=named
         )
