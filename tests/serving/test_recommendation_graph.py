@@ -97,25 +97,3 @@ def test_teacher_embeddings_are_folded_first():
 def test_a_wrong_number_of_items_is_refused(top_k):
     with pytest.raises(ValueError, match=f"top_k is {top_k}: expected 1 to 40"):
         RecommendationGraph(next_item_model("sasrec"), top_k)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sasrec_with_everything", "gru4rec"])
-@torch.no_grad()
-def test_it_is_one_graph_for_batches_of_any_shape(kind):
-    graph, graphs = RecommendationGraph(next_item_model(kind), 5), []
-
-    def counting(captured, inputs):
-        graphs.append(captured)
-        return captured.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(graph, fullgraph=True, dynamic=True, backend=counting)
-    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    exported = torch.export.export(graph, (HISTORIES,), dynamic_shapes=(sizes,)).module()
-    for histories in (HISTORIES, HISTORIES[:3, :6], HISTORIES[1:3, 4:]):
-        for answers in (compiled(histories), exported(histories)):
-            for found, expected in zip(answers, graph(histories), strict=True):
-                torch.testing.assert_close(found, expected)
-    assert len(graphs) == 1
-    torch._dynamo.reset()

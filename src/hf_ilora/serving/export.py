@@ -364,6 +364,9 @@ def _readme(described: ExportedModel, has_catalogue: bool) -> str:
         ]
     seen = "without the items of the history" if described.exclude_seen else "the items of the history included"
     answers = f"the {size} best items" if described.top_k is not None else "the scores of all items"
+    left_out = "Padding and what is left out have the score -inf."
+    if described.top_k is not None:
+        left_out = "Where nothing is left to recommend, the item id is 0 and the score -inf."
     numbers = "8-bit integers" if described.quantize else "float32"
     return "\n".join(
         [
@@ -371,7 +374,7 @@ def _readme(described: ExportedModel, has_catalogue: bool) -> str:
             "",
             f"`{MODEL_FILE}` reads the newest {described.max_length} items of each history and returns {answers},",
             f"{seen}. Scores are log-probabilities over the whole catalogue.",
-            "Where nothing is left to recommend, the item id is 0 and the score -inf.",
+            left_out,
             f"Weights are {numbers}; {DESCRIPTION_FILE} has the settings and what was measured.",
             "",
             "```python",
