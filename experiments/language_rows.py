@@ -51,7 +51,7 @@ class Settings:
         config: YAML file of train_sasrec.py, ids only.
         counts: options of fit_counts.py.
         ids: trials of ids only.
-        joint_start: `initial_items` of the start from titles and co-occurrence.
+        joint_start: options of the start from titles and co-occurrence.
         start: trials of that start.
         title_weight: weight of title similarity beside a student's scores in the teacher.
         count_weight: the same for the logarithm of the transition counts.
@@ -65,7 +65,7 @@ class Settings:
     config: str
     counts: Mapping[str, object]
     ids: Sequence[Mapping[str, object]]
-    joint_start: str
+    joint_start: Mapping[str, object]
     start: Sequence[Mapping[str, object]]
     title_weight: float
     count_weight: float
@@ -86,13 +86,13 @@ SETTINGS = {
         },
         ids=(
             {},
-            {"item_learning_rate_factor": 2.0},
-            {"item_learning_rate_factor": 2.0, "num_train_epochs": 12.0},
-            {"item_learning_rate_factor": 2.0, "initial_mixing": 0.2},
-            {"item_learning_rate_factor": 2.0, "hidden_dropout": 0.2},
+            {"initial_mixing": 0.06},
+            {"initial_mixing": 0.06, "item_learning_rate_factor": 1.0},
+            {"initial_mixing": 0.06, "num_train_epochs": 12.0},
+            {"initial_mixing": 0.06, "hidden_dropout": 0.2},
         ),
-        joint_start="titles_and_cooccurrence",
-        start=({}, {"initial_mixing": 0.2}),
+        joint_start={"initial_items": "titles_and_cooccurrence", "item_learning_rate_factor": 1.0},
+        start=({}, {"initial_mixing": 0.06}),
         title_weight=3.0,
         count_weight=0.5,
         taught=(
@@ -114,7 +114,7 @@ SETTINGS = {
             {"hidden_dropout": 0.2},
             {"num_train_epochs": 30.0},
         ),
-        joint_start="titles_and_log_cooccurrence",
+        joint_start={"initial_items": "titles_and_log_cooccurrence"},
         start=({"title_prior": 3.0}, {}),
         title_weight=1.0,
         count_weight=0.5,
@@ -135,7 +135,7 @@ def language_rows(settings: Settings) -> list[Row]:
     counts = "{counts}/transition_counts"
     title_weight, count_weight = settings.title_weight, settings.count_weight
     encoder = {"title_encoder": settings.title_encoder}
-    joint = {"initial_items": settings.joint_start, **encoder}
+    joint = {**settings.joint_start, **encoder}
     everywhere = {"distilled_positions": "all", "lam": 0.0}
 
     def trained(name: str, title: str, **more) -> Row:
@@ -182,7 +182,7 @@ def language_rows(settings: Settings) -> list[Row]:
             "start from titles (TF-IDF) and co-occurrence",
             options=tf_idf_joint,
             trials=settings.start,
-            seeds=5,
+            seeds=3,
             kind="control",
         ),
         student(
@@ -200,7 +200,7 @@ def language_rows(settings: Settings) -> list[Row]:
             tf_idf_joint,
             settings_from="tf_idf_start",
             trials=settings.taught,
-            seeds=5,
+            seeds=3,
             kind="control",
             claimed=True,
         ),
@@ -211,7 +211,6 @@ def language_rows(settings: Settings) -> list[Row]:
             "start from shuffled titles and co-occurrence",
             options=joint,
             settings_from="start",
-            seeds=3,
             shuffled_titles=True,
             kind="control",
         ),
@@ -221,7 +220,6 @@ def language_rows(settings: Settings) -> list[Row]:
             ["{shuffled_start}", "titles", counts],
             joint,
             settings_from="ensemble_counts",
-            seeds=3,
             shuffled_titles=True,
             kind="control",
         ),
@@ -278,7 +276,7 @@ def language_rows(settings: Settings) -> list[Row]:
             "self_distilled",
             "start from titles, taught by such a student alone",
             ["{start}"],
-            joint,
+            {**joint, "kl_weight": 1.0},
             settings_from="start",
             kind="control",
         ),
@@ -293,7 +291,7 @@ def language_rows(settings: Settings) -> list[Row]:
             "ids_by_ids",
             "ids only, taught by two ids-only students",
             ["{ids_tuned}", "{ids_second}"],
-            {},
+            {"kl_weight": 1.0},
             settings_from="ids_tuned",
             kind="control",
         ),
@@ -328,7 +326,7 @@ def _counting(settings: Settings) -> list[Row]:
 def _with_language_models(settings: Settings) -> list[Row]:
     """Rows with iLoRA, and the same with the language model as it is."""
     encoder = {"title_encoder": settings.title_encoder}
-    joint = {"initial_items": settings.joint_start}
+    joint = settings.joint_start
     reads = {"recommender": "{ilora_gate}", "train_fraction": USERS_OF_LLM, "language_loss_weight": 0.0}
     # No gradient passes through this one: the head reads plain hidden states of prompts of titles alone.
     plain = {"lora_learning_rate_factor": 0.0, "num_experts": 1, "item_placeholders": False}

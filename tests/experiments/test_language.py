@@ -57,7 +57,7 @@ def study(tmp_path, monkeypatch):
         config=str(tmp_path / "student.yaml"),
         counts={"max_gap": 5, "gap_decay": 0.5, "max_rounds": 1},
         ids=({}, {"learning_rate": 1e-2}),
-        joint_start="titles_and_cooccurrence",
+        joint_start={"initial_items": "titles_and_cooccurrence"},
         start=({},),
         title_weight=1.0,
         count_weight=0.5,

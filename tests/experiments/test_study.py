@@ -191,7 +191,7 @@ def test_the_rows_on_language_fit_together_and_have_as_many_trials(data, begun, 
     for (recipe, _), words in commands.items():  # one for each set of options, since parsing takes time
         parse_arguments(load_recipe(RECIPES / f"{recipe}.py").ARGUMENTS, words)
     for name in names:
-        assert not rows[name].claimed or rows[name].seeds == 5 or not rows[name].has_seeds
+        assert not rows[name].claimed or rows[name].seeds >= 3 or not rows[name].has_seeds
     assert len(rows[REFERENCE].trials) >= sum(len(rows[name].trials) for name in ("start", "ensemble_counts"))
     for name in ("start", "ensemble", "ensemble_counts"):
         assert rows[f"tf_idf_{name}"].trials == rows[name].trials and rows[name].twin == f"tf_idf_{name}"
