@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -99,12 +100,13 @@ def written_forms(users, folder) -> dict:
         "json lines": (str(folder / "users.jsonl"), {}),
         "frame": (frame, {}),
         "Dataset": (Dataset.from_pandas(frame), {}),
+        "polars": (pl.DataFrame({"user_id": frame.user_id.tolist(), "history": frame.history.tolist()}), {}),
         "csv": (folder / "users.csv", {"user_column": "who", "history_column": "seen"}),
         "interactions": (folder / "plays.csv", {"item_column": "song", "time_column": "when"}),
     }
 
 
-@pytest.mark.parametrize("form", ["parquet", "json lines", "frame", "Dataset", "csv", "interactions"])
+@pytest.mark.parametrize("form", ["parquet", "json lines", "frame", "Dataset", "polars", "csv", "interactions"])
 def test_every_form_of_a_table_gives_what_recommend_gives(users, form, tmp_path):
     model = sasrec()
     table, settings = written_forms(users, tmp_path)[form]

@@ -47,7 +47,7 @@ def describe(source: Source) -> str:
         return "the pandas frame"
     if isinstance(source, Dataset):
         return "the Dataset"
-    if _is_polars(source):
+    if is_polars(source):
         return "the polars frame"
     return str(source)
 
@@ -91,7 +91,7 @@ def read_columns(
         table = _read_frame(source, columns, limit_data_rows)
     elif isinstance(source, Dataset):
         table = _read_dataset(source, columns, limit_data_rows)
-    elif _is_polars(source):
+    elif is_polars(source):
         table = _read_polars(source, columns, limit_data_rows)
     elif isinstance(source, str | Path):
         table, whole_numbers = _read_files(TableFiles.at(source, separator, column_names), columns, limit_data_rows)
@@ -270,7 +270,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _is_polars(source: object) -> bool:
+def is_polars(source: object) -> bool:
     """Whether it is a frame of polars, which is not needed otherwise: who has such a frame has imported it."""
     polars = sys.modules.get("polars")
     return polars is not None and isinstance(source, polars.DataFrame | polars.LazyFrame)

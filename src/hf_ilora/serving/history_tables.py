@@ -15,14 +15,13 @@ from hf_ilora.data.columns import flatten_lists, read_column
 from hf_ilora.data.filters import slice_indices
 from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.data.table_files import TableFiles
-from hf_ilora.data.tables import Source, clean_ids, clean_seconds, describe, read_columns
+from hf_ilora.data.tables import Source, clean_ids, clean_seconds, describe, is_polars, read_columns
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 
 from .user_items import UserItems
 
 UNKNOWN_ITEMS = ("raise", "skip")
-TABLES = (str, Path, pd.DataFrame, Dataset)
 
 _WHOLE_NUMBER = r"^-?\d{1,18}$"
 
@@ -124,7 +123,7 @@ def history_table(
     if isinstance(histories, SequenceDatasets):
         table = _every_user(histories)
         return HistoryTable(lambda: iter([table]), None, "the data set", unknown_items)
-    if not isinstance(histories, TABLES):
+    if not is_table(histories):
         table = _rows_table(histories, num_items)
         return HistoryTable(lambda: iter([table]), None, "the histories", unknown_items, has_raw_ids=False)
     if catalogue is None:
@@ -144,6 +143,11 @@ def history_table(
         table = _typed(*read_columns(histories, names, separator=separator))
         pieces = lambda: iter([table])  # noqa: E731
     return HistoryTable(pieces, catalogue, describe(histories), unknown_items)
+
+
+def is_table(source) -> bool:
+    """Whether histories or a filter come as a table: a path to one, a frame or a Dataset."""
+    return isinstance(source, str | Path | pd.DataFrame | Dataset) or is_polars(source)
 
 
 def regrouped(pieces: Iterator[pa.Table], num_rows: int) -> Iterator[pa.Table]:
@@ -286,4 +290,4 @@ def _list_table(users: pa.Array, items: np.ndarray, lengths: np.ndarray) -> pa.T
     return pa.table({"user_id": users, "history": lists})
 
 
-__all__ = ["TABLES", "UNKNOWN_ITEMS", "HistoryTable", "history_table", "item_ids_of", "raise_unknown", "regrouped"]
+__all__ = ["UNKNOWN_ITEMS", "HistoryTable", "history_table", "is_table", "item_ids_of", "raise_unknown", "regrouped"]

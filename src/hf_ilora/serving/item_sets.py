@@ -14,7 +14,7 @@ import torch
 from hf_ilora.data.tables import clean_ids, describe, read_columns
 from hf_ilora.models.next_item.catalogue import Catalogue
 
-from .history_tables import TABLES, item_ids_of
+from .history_tables import is_table, item_ids_of
 from .user_items import UserItems
 
 
@@ -91,7 +91,7 @@ def item_sets(
     """
     if given is None:
         return None
-    if isinstance(given, TABLES):
+    if is_table(given):
         if catalogue is None:
             raise ValueError(f"{name} are a table, and the histories rows of item ids: expected ids, or a row per user")
         return _of_table(name, given, catalogue, user_column, item_column)
