@@ -136,7 +136,8 @@ class TestReadItems:
         columns = {**GOOD_ITEMS, "year": pa.array([1999, 2000, 2001], pa.int16()), "extra": [1, 2, 3]}
         columns["genres"] = pa.array([[], [], []], pa.list_(pa.null()))
         table = read_items(arrow_dataset(columns), ITEM_IDS)
-        assert table.schema.types == [pa.string(), pa.string(), pa.int32(), pa.list_(pa.string())]
+        assert table.schema.types == [pa.string(), pa.string(), pa.int32(), pa.list_(pa.string()), pa.int64()]
+        assert table["extra"].to_pylist() == [1, 2, 3]
         assert read_items(arrow_dataset(GOOD_ITEMS | {"year": pa.nulls(3)}), ITEM_IDS)["year"].null_count == 3
 
     @pytest.mark.parametrize("column", list(GOOD_ITEMS))

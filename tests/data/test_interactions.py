@@ -356,7 +356,7 @@ def test_a_file_of_no_bytes_is_refused(tmp_path, suffix):
 
 
 def test_an_unknown_file_type_lists_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"the file type '.xlsx'; expected one of .csv, .tsv, .parquet, .jsonl"):
+    with pytest.raises(ValueError, match=r"file type '.xlsx'; expected one of .csv, .tsv, .inter, .* .parquet, .jsonl"):
         load(tmp_path / "t.xlsx")
 
 
