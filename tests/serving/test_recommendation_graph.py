@@ -97,3 +97,38 @@ def test_teacher_embeddings_are_folded_first():
 def test_a_wrong_number_of_items_is_refused(top_k):
     with pytest.raises(ValueError, match=f"top_k is {top_k}: expected 1 to 40"):
         RecommendationGraph(next_item_model("sasrec"), top_k)
+
+
+SMALLER = (HISTORIES, HISTORIES[:3, :6], HISTORIES[1:3, 4:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sasrec_with_everything", "gru4rec"])
+@torch.no_grad()
+def test_two_compiled_graphs_serve_batches_of_any_shape(kind):
+    graph, graphs = RecommendationGraph(next_item_model(kind), 5), []
+
+    def counting(captured, inputs):
+        graphs.append(captured)
+        return captured.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(graph, fullgraph=True, dynamic=True, backend=counting)
+    for histories in SMALLER:
+        for found, expected in zip(compiled(histories), graph(histories), strict=True):
+            torch.testing.assert_close(found, expected)
+    assert len(graphs) == 2  # of histories longer than the model reads, and of others
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_an_exported_program_serves_batches_of_any_shape():
+    graph = RecommendationGraph(next_item_model("sasrec_with_everything"), 5)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    # torch cannot tell that min(length, max_length) is not its own square.
+    settings = {"dynamic_shapes": (sizes,), "prefer_deferred_runtime_asserts_over_guards": True}
+    exported = torch.export.export(graph, (HISTORIES,), **settings).module()
+    for histories in SMALLER:
+        for found, expected in zip(exported(histories), graph(histories), strict=True):
+            torch.testing.assert_close(found, expected)
