@@ -28,6 +28,7 @@ from experiments.recipe_runs import (
 from hf_ilora import SequenceDatasets
 from hf_ilora.distillation.acquisition import ACQUISITION_POLICIES
 from hf_ilora.distillation.teachers import load_teacher, model_fingerprint
+from hf_ilora.evaluation.plots import GREY, label_points, logarithmic, new_figure, save_figure, style
 from hf_ilora.files import written_whole
 from hf_ilora.models.loading import load_recommender
 from hf_ilora.runs import is_finished, parse_arguments, read_record, run_main, set_up_logging, sole_writer
@@ -210,24 +211,34 @@ def summary(numbers: list[float]) -> str:
 
 
 def plot(arguments: AcquisitionArguments, records: dict[Run, dict], path: Path) -> None:
-    """Plot validation NDCG@10 against the budget, with a line per policy."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    """Plot validation NDCG@10 against the budget, a line per policy with all its seeds."""
+    figure, (axes,) = new_figure(8, 4.5)
     budgets = sorted(arguments.budgets)
-    for policy in arguments.policies:
-        means = [statistics.mean(values(records, "validation", policy, budget)) for budget in budgets]
-        axes.plot(budgets, means, marker="o", label=policy, color="black" if policy == CONTROL else None)
-    axes.axhline(
-        statistics.mean(values(records, "validation", None, 0)), linestyle="--", color="gray", label="no teacher"
+    logarithmic(axes.xaxis, budgets[0], budgets[-1])
+    labels, points, colours = [], [], []
+    for number, policy in enumerate(arguments.policies):
+        colour, marker = style(number)
+        seeds = [values(records, "validation", policy, budget) for budget in budgets]
+        means = [statistics.mean(each) for each in seeds]
+        axes.plot(budgets, means, marker=marker, color=colour)
+        for budget, each in zip(budgets, seeds, strict=True):
+            axes.plot([budget] * len(each), each, "_", color=colour, alpha=0.6)
+        labels.append(policy)
+        points.append((budgets[-1], means[-1]))
+        colours.append(colour)
+    alone = values(records, "validation", None, 0)
+    axes.axhline(statistics.mean(alone), linestyle="--", color=GREY)
+    axes.axhspan(min(alone), max(alone), color=GREY, alpha=0.15, linewidth=0)
+    axes.set_ylim(axes.get_ylim())
+    label_points(
+        axes,
+        [*labels, "no teacher"],
+        [*points, (axes.get_xlim()[1], statistics.mean(alone))],
+        [*colours, GREY],
     )
-    axes.set_xscale("log")
     axes.set_xlabel("histories that the teacher labels")
-    axes.set_ylabel("NDCG@10 of the student, validation")
-    axes.legend()
-    with written_whole(path) as whole:
-        figure.savefig(whole, format="png", dpi=150)
+    axes.set_ylabel("NDCG@10 of the student, validation\ndashes and grey band: seeds")
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

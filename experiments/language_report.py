@@ -19,11 +19,12 @@ from experiments.study import Row, Study
 from hf_ilora import ILoraForRecommendation, SequenceDatasets, compare_runs
 from hf_ilora.data.columns import read_column
 from hf_ilora.evaluation.latency import Latency, ModelSize, measure_latency, model_size
+from hf_ilora.evaluation.plots import CostPoint, plot_quality_against_cost
 from hf_ilora.evaluation.rank_metrics import metric_per_user
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.results import comparison_text, markdown_rows, short_number
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks
-from hf_ilora.evaluation.statistics import RunComparison, rows_by_count
+from hf_ilora.evaluation.statistics import COUNT_GROUPS, RunComparison, rows_by_group
 from hf_ilora.files import written_whole
 from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.runs import read_record
@@ -42,14 +43,6 @@ METRICS = {
 COMPARED = ("masked", "ndcg@10")
 # Titles whose encoding is timed.
 TITLES_OF_A_SAMPLE = 2000
-# Colours that are told apart with any kind of colour blindness (Okabe and Ito), with a shape of their own each.
-KINDS = {
-    "baseline": ("baselines that count", "#000000", "s"),
-    "ids": ("SASRec, ids only", "#0072B2", "o"),
-    "student": ("SASRec that learnt from titles", "#D55E00", "D"),
-    "control": ("controls", "#999999", "v"),
-    "language model": ("language models", "#009E73", "^"),
-}
 
 
 @dataclass(frozen=True)
@@ -209,7 +202,7 @@ def measured_split(
         metrics={name: values.mean(axis=1).tolist() for name, values in users.items()},
         groups={
             group: (int(rows.sum()), float(users["/".join(COMPARED)][:, rows].mean()))
-            for group, rows in rows_by_count(target_counts).items()
+            for group, rows in rows_by_group(target_counts, COUNT_GROUPS).items()
         },
         to_reference=others[0],
         to_twin=others[1],
@@ -403,59 +396,19 @@ def plot(reports: Sequence[RowReport], path: Path) -> None:
 
     On the test split where every row has it, else on validation.
     """
-    from matplotlib.figure import Figure
-
     split = "test" if all("test" in report.splits for report in reports) else "validation"
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xscale("log")
-    points = [
-        (report, report.latency.p50_ms, statistics.mean(report.splits[split].metrics["/".join(COMPARED)]))
-        for report in reports
-    ]
-    for kind, (label, colour, marker) in KINDS.items():
-        own = [(x, y) for report, x, y in points if report.kind == kind]
-        if own:
-            axes.plot(*zip(*own, strict=True), marker, color=colour, markersize=8, label=label)
-    heights = [y for _, _, y in points]
-    low, high = min(heights), max(heights)
-    margin = 0.08 * (high - low) or 0.1 * high or 0.1
-    axes.set_ylim(low - margin, high + margin)
-    right = max(x for _, x, _ in points)
-    axes.set_xlim(min(x for _, x, _ in points) / 2, right * 40)  # names are written to the right of the last point
-    places = spread(heights, 0.055 * (high - low + 2 * margin))
-    for (report, x, y), place in zip(points, places, strict=True):
-        axes.annotate(
-            report.title,
-            (x, y),
-            (right * 1.8, place),
-            va="center",
-            fontsize=9,
-            color=KINDS[report.kind][1],
-            arrowprops={"arrowstyle": "-", "color": KINDS[report.kind][1], "linewidth": 0.6, "alpha": 0.6},
-        )
     first = reports[0].latency
-    axes.set_xlabel(f"median time of one recommendation (ms), {first.threads} thread(s), {first.device}")
-    axes.set_ylabel(f"NDCG@10 without seen items, {split}")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=len(KINDS), fontsize=9)
-    with written_whole(path) as whole:
-        figure.savefig(whole, format="png", dpi=150)
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights of labels near those of their points, at least `gap` apart."""
-    order = np.argsort(heights)
-    places = np.asarray(heights, dtype=float)[order]
-    for _ in range(200):  # neighbours that are too close move apart by the same distance
-        overlap = np.clip(gap - np.diff(places), 0, None)
-        if overlap.max(initial=0.0) < 1e-3 * gap:
-            break
-        places[:-1] -= overlap / 2
-        places[1:] += overlap / 2
-    result = np.empty(len(places))
-    result[order] = places
-    return result.tolist()
+    plot_quality_against_cost(
+        [
+            CostPoint(
+                report.title, report.kind, report.latency.p50_ms, report.splits[split].metrics["/".join(COMPARED)]
+            )
+            for report in reports
+        ],
+        path,
+        cost=f"median time of one recommendation (ms), {first.threads} thread(s), {first.device}",
+        quality=f"NDCG@10 without seen items, {split}",
+    )
 
 
 def _sample(split, num_users: int):

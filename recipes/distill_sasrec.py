@@ -78,6 +78,7 @@ def distill(arguments: tuple) -> None:
             trainer.train(resume_from_checkpoint=checkpoint)
         fill_after_training(trainer, sequences["train"], new_items)
         trainer.save_model()
+        trainer.save_state()  # the log of the whole run, for learning curves: kept checkpoints may end earlier
         evaluate_splits(trainer, sequences, record)
 
 

@@ -6,8 +6,12 @@
 Models are folders that `save_pretrained` wrote, or names on the Hub. The recipe writes results.md, results.csv,
 results.json, results.png, run.json, and the ranks of every user under ranks/ (for `compare_runs`) to the output folder.
 Every model is compared with the first one, user by user. All models are loaded and checked before any is measured.
-A second table shows the quality by how often the target occurs in training; targets that never do, as under the
-protocol cold_items, are also ranked among the new items alone.
+Models with the same name are runs with different seeds: the table adds their mean and standard deviation, and the plot
+of quality against the time of a recommendation shows all of them in one place.
+Further tables show what the recommended lists are like beside hitting targets (coverage, Gini, novelty, popularity,
+serendipity, and with --title_encoder their diversity by titles), and the quality by the length of the history and by
+how often the target occurs in training; targets that never do, as under the protocol cold_items, are also ranked among
+the new items alone. Where users have several relevant items, they are judged by all of them.
 
 A language model takes seconds for what a small model does in milliseconds: with `--ilora_users 200`, an iLoRA ranks a
 random sample of the users, and is compared with the first model on these.
@@ -22,8 +26,17 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from hf_ilora import ILoraForRecommendation, SequenceDatasets, compare_runs
-from hf_ilora.data.columns import read_column
+from hf_ilora import (
+    ILoraForRecommendation,
+    PopularityForNextItem,
+    SequenceDatasets,
+    TrainingFacts,
+    TransitionCountsForNextItem,
+    beyond_accuracy,
+    compare_runs,
+    item_title_embeddings,
+)
+from hf_ilora.data.columns import flatten_lists, padded_lists, read_column
 from hf_ilora.data.row_fractions import sampled_rows
 from hf_ilora.data.seeds import check_seed
 from hf_ilora.devices import uses_accelerator
@@ -32,9 +45,17 @@ from hf_ilora.evaluation.rank_metrics import metric_per_user
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.report import ModelReport, ReportContext, markdown_table, plot_quality, write_table
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks, parquet_name
-from hf_ilora.evaluation.statistics import summarize_by_count, summarize_ranks, users_by_count
+from hf_ilora.evaluation.statistics import (
+    COUNT_GROUPS,
+    LENGTH_GROUPS,
+    rows_by_group,
+    summarize_by_count,
+    summarize_by_length,
+    summarize_ranks,
+    users_by_group,
+)
 from hf_ilora.models.loading import check_catalogue, load_recommender, model_folder
-from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
+from hf_ilora.runs import RunRecord, parse_arguments, read_record, run_main, set_up_logging, sole_writer
 from hf_ilora.runs.checks import (
     check_at_least_one,
     check_device,
@@ -58,10 +79,21 @@ class EvaluationArguments:
     data_dir: str = field(metadata={"help": "folder of the prepared data set"})
     output_dir: str = field(metadata={"help": "folder to write the table, the plot and the ranks to"})
     names: list[str] | None = field(
-        default=None, metadata={"help": "names of the models in the table; by default their folders"}
+        default=None,
+        metadata={
+            "help": "names of the models in the table, by default their folders; models with the same name are runs of "
+            "one model with different seeds"
+        },
     )
     split: str = field(default="test", metadata={"help": "split to evaluate on", "choices": ("validation", "test")})
-    k: int = field(default=10, metadata={"help": "cut-off of NDCG, hit ratio and recall"})
+    k: int = field(default=10, metadata={"help": "cut-off of the metrics, and length of the recommended lists"})
+    title_encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "encoder of titles that measures the diversity within a list: folder or Hub name, such as "
+            "sentence-transformers/all-MiniLM-L6-v2, or tf-idf; by default diversity is not measured"
+        },
+    )
     batch_size: int = field(default=256, metadata={"help": "users scored per step, per process"})
     ilora_users: int | None = field(
         default=None, metadata={"help": "number of users that an iLoRA ranks, drawn at random; by default all"}
@@ -82,7 +114,7 @@ class EvaluationArguments:
         metadata={"help": "draw results.png; by default if matplotlib is installed (extra hf_ilora[plot])"},
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "run code that comes with the language model of an iLoRA"}
+        default=False, metadata={"help": "run code that comes with the language model of an iLoRA or title_encoder"}
     )
     device: str | None = field(
         default=None, metadata={"help": "device to evaluate on; by default a GPU if there is one"}
@@ -90,8 +122,9 @@ class EvaluationArguments:
 
     def __post_init__(self):
         self.names = names_of_models(self.models, self.names)
-        if len(set(self.names)) < len(self.names):
-            raise ValueError(f"names are {self.names}: expected different names; pass --names")
+        runs = list(zip(self.names, self.models, strict=True))
+        if len(set(runs)) < len(runs):
+            raise ValueError(f"models are {self.models}: expected different ones among those of a name; pass --names")
         check_at_least_one(self, "k", "batch_size", "num_resamples", "latency_calls", "latency_threads")
         if self.ilora_users is not None:
             check_at_least_one(self, "ilora_users")
@@ -117,13 +150,16 @@ def main() -> None:
 def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
     """Measure the models and write the table."""
     sequences, split, models, folders, histories = load_and_check(arguments)
+    kinds = [kind_of(model, folder) for model, folder in zip(models, folders, strict=True)]
     ilora_rows = sampled_rows("ilora_users", arguments.ilora_users, len(split), arguments.seed)
     device = torch.device(arguments.device) if arguments.device else state.device
     output = Path(arguments.output_dir)
     set_up_logging(output)
-    compared = f"ndcg@{arguments.k}"
     counts = sequences.catalogue.counts  # (num_items + 1,)
-    target_counts = counts[read_column(split, "target").to_numpy()]  # (users,)
+    relevant, main = relevant_items(split)
+    compared = f"{main}/ndcg@{arguments.k}"
+    item_counts = np.where(relevant > 0, counts[relevant], -1)  # of the shape of `relevant`; -1: padding, in no group
+    lengths = np.diff(flatten_lists(split, "history")[1])  # (users,)
     is_new = counts == 0
     is_new[0] = False  # padding
     context = ReportContext(
@@ -134,33 +170,52 @@ def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
         num_items=sequences.num_items,
         num_candidates=sequences.protocol["num_candidates"],
         k=arguments.k,
-        compared=f"masked/{compared}",
+        compared=compared,
         num_resamples=arguments.num_resamples,
         seed=arguments.seed,
-        users_by_count=users_by_count(target_counts),
+        users_by_count=users_by_group(item_counts, COUNT_GROUPS),
         num_new_items=int(is_new.sum()),
+        users_by_length=users_by_group(lengths, LENGTH_GROUPS),
+        title_encoder=arguments.title_encoder,
     )
     with RunRecord(output, [arguments], seed=arguments.seed) as record:
         record.add_data(context.data_fingerprint)
+        with record.stage("titles"):
+            facts = TrainingFacts.of(sequences, title_vectors(arguments, sequences))
         reports, per_user = [], []  # per_user: (users,), NaN for those that the model did not rank
-        for name, model, folder in zip(arguments.names, models, folders, strict=True):
+        for name, given, kind, model, folder in zip(
+            arguments.names, arguments.models, kinds, models, folders, strict=True
+        ):
+            label = name if arguments.names.count(name) == 1 else f"{name} ({given})"
             model.to(device)
             is_ilora = isinstance(model, ILoraForRecommendation)
             rows = ilora_rows if is_ilora else np.arange(len(split))
             ranked = split if len(rows) == len(split) else split.select(rows)
-            with record.stage(f"rank {name}"):
+            with record.stage(f"rank {label}"):
                 scorer = model.item_scores if is_ilora else None
-                ranks = rank_split(model, ranked, batch_size=arguments.batch_size, scorer=scorer, is_new=is_new)
+                ranks = rank_split(
+                    model, ranked, batch_size=arguments.batch_size, scorer=scorer, is_new=is_new, top_k=arguments.k
+                )
             if not state.is_main_process:
                 continue
-            source = RanksSource(name, context.data_fingerprint, arguments.split)
+            source = RanksSource(label, context.data_fingerprint, arguments.split)
             saved = SavedRanks.from_ranks(read_column(ranked, "user_id"), ranks, source)
-            saved.save(output / "ranks" / parquet_name(name))
+            saved.save(output / "ranks" / parquet_name(label))
             per_user.append(np.full(len(split), np.nan))
-            per_user[-1][rows] = metric_per_user(compared, torch.from_numpy(ranks.masked)).numpy()
+            per_user[-1][rows] = metric_per_user(f"ndcg@{arguments.k}", torch.from_numpy(vars(ranks)[main])).numpy()
             both = ~np.isnan(per_user[0] + per_user[-1])  # (users,) ranked by the first model and by this one
-            with record.stage(f"time {name}"):
+            with record.stage(f"time {label}"):
                 latency = measure_latency(model, histories, top_k=arguments.k, threads=arguments.latency_threads)
+            by_count, by_length = {}, {}
+            with record.stage(f"intervals of {label}"):
+                lists = beyond_accuracy(ranks.recommended, facts, relevant[rows], **context.bootstrap)
+                if len(rows) == len(split):
+                    by_count = summarize_by_count(ranks, item_counts, arguments.k, **context.bootstrap)
+                    by_length = summarize_by_length(ranks, lengths, arguments.k, **context.bootstrap)
+                    for group, users in rows_by_group(lengths, LENGTH_GROUPS).items():
+                        by_length[group] |= beyond_accuracy(
+                            ranks.recommended[users], facts, relevant[users], **context.bootstrap
+                        )
             reports.append(
                 ModelReport(
                     name=name,
@@ -171,13 +226,15 @@ def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
                     comparison=compare_runs(per_user[0][both], per_user[-1][both], **context.bootstrap)
                     if len(per_user) > 1
                     else None,
-                    by_count=summarize_by_count(ranks, target_counts, arguments.k, **context.bootstrap)
-                    if len(rows) == len(split)
-                    else {},
+                    by_count=by_count,
                     num_users=len(rows),
+                    source=given,
+                    kind=kind,
+                    lists=lists,
+                    by_length=by_length,
                 )
             )
-            record.add_metrics(name, reports[-1].quality)
+            record.add_metrics(label, reports[-1].quality | reports[-1].lists)
         if state.is_main_process:
             write_table(reports, context, output)
             if arguments.plot:
@@ -198,6 +255,41 @@ def load_and_check(arguments: EvaluationArguments):
         if not check_catalogue(model, name, sequences.num_items, raw_ids):
             logger.warning("%s has no catalogue, so its item ids could not be checked against those of the data", name)
     return sequences, split, models, folders, histories
+
+
+def kind_of(model: torch.nn.Module, folder: Path) -> str:
+    """What a model is, one of `plots.KINDS`: by its type, and by the run that trained it, where its folder says so."""
+    if isinstance(model, ILoraForRecommendation):
+        return "language model"
+    if isinstance(model, PopularityForNextItem | TransitionCountsForNextItem):
+        return "baseline"
+    run = Path(folder) / "run.json"
+    if not run.is_file():
+        return "ids"
+    record = read_record(run)
+    start = record["metrics"].get("start", {}).get("initial_items", "")
+    return "student" if "DistillationArguments" in record["configuration"] or start.startswith("titles") else "ids"
+
+
+def relevant_items(split) -> tuple[np.ndarray, str]:
+    """The items that users are judged by, and the name of their ranking.
+
+    Returns:
+        (users, most) item ids, padded with 0, and "relevant"; or (users,) targets and "masked", for a split with one
+        relevant item per user.
+    """
+    if "relevant_items" not in split.column_names:
+        return read_column(split, "target").to_numpy(), "masked"
+    return padded_lists(split, "relevant_items"), "relevant"
+
+
+def title_vectors(arguments: EvaluationArguments, sequences: SequenceDatasets) -> torch.Tensor | None:
+    """(num_items + 1, size) of `title_encoder`; None without one."""
+    if arguments.title_encoder is None:
+        return None
+    return item_title_embeddings(
+        sequences.catalogue, arguments.title_encoder, trust_remote_code=arguments.trust_remote_code
+    )
 
 
 def sampled_histories(split, num_users: int, seed: int) -> list[np.ndarray]:

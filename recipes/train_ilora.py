@@ -123,6 +123,7 @@ def train(arguments: tuple) -> None:
         with record.stage("train"):
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
+        trainer.save_state()  # the log of the whole run, for learning curves: kept checkpoints may end earlier
         with record.stage("evaluate_validation"):
             record.add_metrics("validation", trainer.evaluate())
 

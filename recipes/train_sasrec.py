@@ -91,6 +91,7 @@ def train(arguments: tuple) -> None:
             trainer.train(resume_from_checkpoint=checkpoint)
         fill_after_training(trainer, rows, new_items)
         trainer.save_model()
+        trainer.save_state()  # the log of the whole run, for learning curves: kept checkpoints may end earlier
         evaluate_splits(trainer, sequences, record)
 
 

@@ -106,6 +106,12 @@ COMMANDS = {
             "--output_dir outputs/ml-100k/ilora_evaluation",
         ),
         Command(
+            "plot",
+            "plot_results",
+            "Draw an evaluation, or the learning curves of training runs.",
+            "hf-ilora plot --results outputs/ml-100k/evaluation --output outputs/ml-100k/evaluation.png",
+        ),
+        Command(
             "recommend",
             "recommend",
             "Recommend items to one user, a table of users or all of a data set.",

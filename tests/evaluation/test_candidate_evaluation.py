@@ -16,11 +16,11 @@ from hf_ilora.evaluation.candidate_report import (
     CandidateContext,
     candidate_table,
     plot_candidate_hits,
-    seed_summary,
     write_candidate_table,
 )
 from hf_ilora.evaluation.expert_usage import expert_usage
 from hf_ilora.evaluation.ranking import rank_split
+from hf_ilora.evaluation.results import seed_summary
 from hf_ilora.evaluation.saved_ranks import SavedRanks
 from tests.synthetic import cyclic_sequences
 from tests.tiny_tokenizers import byte_level_bpe
@@ -108,7 +108,9 @@ def test_rows_are_what_their_functions_give(sequences, tmp_path):
     assert all(row.seconds_per_user > 0 for row in rows)
     assert list(evaluation.usages) == ["iLoRA (here)"]  # plain LoRA has no router
     gates = torch.cat([model.expert_gates(torch.tensor([history])) for history in split["history"]])
-    assert evaluation.usages["iLoRA (here)"].mean_gate == pytest.approx(expert_usage(gates).mean_gate, abs=1e-6)
+    usage = evaluation.usages["iLoRA (here)"]
+    assert usage["all users"].mean_gate == pytest.approx(expert_usage(gates).mean_gate, abs=1e-6)
+    assert sum(group.num_users for group in usage.values()) == 2 * len(gates)
 
     evaluation.write_rows(tmp_path)
     saved = pq.read_table(tmp_path / "candidate_ranks.parquet")

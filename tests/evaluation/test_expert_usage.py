@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,8 +10,10 @@ from hf_ilora.evaluation.expert_usage import (
     expert_usage,
     gates_of_histories,
     plot_expert_usage,
+    usage_by_length,
     usage_table,
 )
+from tests.evaluation.drawn_texts import texts_of
 from tests.evaluation.ranking_model import ChoosingModel
 
 
@@ -56,13 +59,51 @@ def test_gates_are_those_of_evaluation_in_the_order_of_users():
     assert model.training
 
 
-def test_table_and_plot_show_every_model(tmp_path):
-    usages = {"linear": expert_usage(torch.eye(4)), "a|b": expert_usage(torch.full((2, 2), 0.5))}
-    rows = usage_table(usages).splitlines()
-    assert len(rows) == 4 and rows[2].endswith("| no |") and rows[3].endswith("| yes |")
-    assert rows[3].startswith(r"| a\|b | 2 | 0.500 ± 0.000, 0.500 ± 0.000 | 100%, 0% | 1.000 | 1.000")
-    plot_expert_usage(usages, tmp_path / "experts.png")
+def test_usage_is_summarised_for_all_users_and_by_the_length_of_their_history():
+    gates = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+    usage = usage_by_length(gates, np.array([3, 5, 30]))
+    assert {group: each.num_users for group, each in usage.items()} == {
+        "all users": 3,
+        "1-5 items": 2,
+        "21-50 items": 1,
+    }
+    assert usage["all users"] == expert_usage(gates)
+    assert usage["1-5 items"].mean_gate == (0.75, 0.25) and usage["21-50 items"].mean_gate == (0, 1)
+
+
+def usages():
+    lengths = np.array([2, 8, 8, 200])
+    return {
+        "linear (outputs/a)": usage_by_length(torch.eye(4), lengths),
+        "a|b": usage_by_length(torch.full((4, 2), 0.5), lengths),
+    }
+
+
+def test_the_table_shows_every_model_and_group():
+    rows = usage_table(usages()).splitlines()
+    assert len(rows) == 10 and rows[2].endswith("| no |") and rows[6].endswith("| yes |")
+    assert rows[6].startswith(r"| a\|b | all users | 4 | 0.500 ± 0.000, 0.500 ± 0.000 | 100%, 0% | 1.000 | 1.000")
+    assert rows[4].startswith(r"| linear (outputs/a) | 6-10 items | 2 |")
+
+
+def test_the_plot_names_models_experts_and_groups_and_no_folders(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot needs the extra 'plot'")
+    texts = texts_of(lambda: plot_expert_usage(usages(), tmp_path / "experts.png"))
     assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+    assert {
+        "linear",
+        "a|b (collapsed)",
+        "expert 1",
+        "expert 4",
+        "even",
+        "6-10\n2 users",
+        "all users\n4 users",
+        "items in the history",
+    } <= texts
+    assert not any("outputs" in text for text in texts)
+
+
+def test_no_models_are_refused(tmp_path):
     for draw in (lambda: usage_table({}), lambda: plot_expert_usage({}, tmp_path / "none.png")):
         with pytest.raises(ValueError, match="expected at least one model"):
             draw()

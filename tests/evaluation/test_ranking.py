@@ -12,7 +12,14 @@ from torch import nn
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from hf_ilora import NextItemOutput, SASRecConfig, SASRecForNextItem
-from hf_ilora.evaluation.ranking import RankingMetrics, candidate_ranks, rank_split, ranks_from_logits, target_ranks
+from hf_ilora.evaluation.ranking import (
+    RankingMetrics,
+    candidate_ranks,
+    rank_split,
+    ranks_from_logits,
+    relevant_ranks,
+    target_ranks,
+)
 from hf_ilora.evaluation.statistics import summarize_ranks
 
 INFINITY = float("inf")
@@ -160,6 +167,54 @@ def test_new_targets_are_ranked_among_the_new_items_without_the_seen_ones(split,
     assert 0 < (ranks.new_items > 0).sum() < len(split)
     without = rank_split(counts, split.remove_columns("candidates"), is_new=is_new)
     assert without.candidates is None and (without.new_items > 0).any()
+
+
+def test_relevant_items_are_ranked_behind_others_of_their_score_and_in_their_order():
+    scores = torch.tensor([[9.0, 1, 5, 5, 5, 2, 7]] * 2)  # of padding and the items 1 to 6
+    relevant = torch.tensor([[3, 2, 1], [6, 0, 0]])
+    assert relevant_ranks(scores, relevant).tolist() == [[3, 4, 6], [1, 0, 0]]  # behind 6 and 4
+    seen = torch.tensor([[6, 5, 3, 0], [6, 0, 0, 0]])  # relevant items stay in the ranking
+    assert relevant_ranks(scores, relevant, seen).tolist() == [[2, 3, 4], [1, 0, 0]]
+    one = torch.tensor([4, 1])
+    assert relevant_ranks(scores, one[:, None], seen)[:, 0].tolist() == target_ranks(scores, one, seen).tolist()
+    for wrong, message in (
+        ([[1, 1], [2, 0]], "an item twice"),
+        ([[1, 2], [0, 0]], "target contains item 0"),
+        ([[1, 7], [2, 0]], "target contains item 7"),
+        ([[1, -1], [2, 0]], "relevant_items"),
+        ([[1, 2]], r"relevant_items have shape \(1, 2\): expected \(batch, most\) with batch 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            relevant_ranks(scores, torch.tensor(wrong))
+
+
+def test_lists_and_ranks_of_several_relevant_items_equal_one_row_at_a_time(split):
+    split, generator = split.select(range(20)), np.random.default_rng(2)
+    relevant = [
+        [row["target"], *generator.permutation(np.setdiff1d(np.arange(1, 41), [row["target"]]))[: number % 4].tolist()]
+        for number, row in enumerate(split)
+    ]
+    with_several = split.add_column("relevant_items", relevant)
+    model = sasrec()
+    ranks = rank_split(model, with_several, batch_size=7, top_k=38)
+    assert ranks.main == "relevant" and ranks.relevant.shape == (20, 4)
+    plain = rank_split(model, split, batch_size=7)
+    assert plain.main == "masked" and plain.relevant is None and plain.recommended is None
+    assert all(np.array_equal(vars(ranks)[name], vars(plain)[name]) for name in ("masked", "unmasked", "candidates"))
+    for number, row in enumerate(split):
+        with torch.no_grad():
+            scores = model.eval()(torch.tensor([row["history"][-6:]])).logits[0]
+        unseen = [item for item in range(1, 41) if item not in row["history"]]
+        best = sorted(unseen, key=lambda item: -scores[item])[:38]
+        assert ranks.recommended[number].tolist() == best + [0] * (38 - len(best))
+        eligible = sorted({*unseen, *relevant[number]}, key=lambda item: -scores[item])
+        places = [1 + eligible.index(item) for item in relevant[number]]
+        assert ranks.relevant[number].tolist() == places + [0] * (4 - len(places))
+    with pytest.raises(ValueError, match="top_k is 41: expected 1 to 40"):
+        rank_split(model, split, top_k=41)
+    broken = split.add_column("relevant_items", [[], *relevant[1:]])
+    with pytest.raises(ValueError, match="relevant_items of row 0 are empty"):
+        rank_split(model, broken)
 
 
 def test_the_whole_history_is_masked_though_the_model_reads_its_end(split):

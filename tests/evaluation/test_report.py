@@ -12,6 +12,7 @@ from hf_ilora.evaluation.latency import Latency, ModelSize, measure_latency, mod
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.report import ModelReport, ReportContext, markdown_table, plot_quality, write_table
 from hf_ilora.evaluation.statistics import Interval, RunComparison, summarize_ranks
+from tests.evaluation.drawn_texts import texts_of
 
 CONTEXT = ReportContext("data", "0123456789abcdef0123", "test", 50, 40, 6, 10, 500, 0, compared="masked/ndcg@10")
 
@@ -107,6 +108,52 @@ def test_a_second_table_groups_targets_by_their_counts(reports, tmp_path):
         assert next(csv.DictReader(file))["count 0: new_items/ndcg@10 low"] == "0.125"
 
 
+def test_lists_are_described_in_tables_of_their_own(reports, tmp_path):
+    write_table(reports, CONTEXT, tmp_path)
+    assert "##" not in (tmp_path / "results.md").read_text()
+    names = ("coverage", "gini", "novelty", "serendipity", *(f"decile_{decile}" for decile in range(1, 11)))
+    lists = {f"{name}@10": Interval(number + 0.25, number, number + 0.5) for number, name in enumerate(names)}
+    group = {"masked/ndcg@10": Interval(0.25, 0.125, 0.5), "novelty@10": Interval(3.5, 3, 4)}
+    context = dataclasses.replace(CONTEXT, users_by_length={"1-5": 20, "more": 30})
+    reports = [reports[0], dataclasses.replace(reports[1], lists=lists, by_length={"1-5": group})]
+    write_table(reports, context, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    about, shares, lengths = (part.splitlines() for part in text.split("\n## ")[1:])
+    rows = [line for line in about if line.startswith("|")]
+    assert rows[0] == (
+        "| model | users | MAP@10 | precision@10 | coverage | Gini | novelty, bits | most popular tenth | serendipity |"
+    )
+    precision = reports[1].quality["masked/precision@10"]
+    assert rows[3].startswith("| counts | 50 | ") and f"{precision.mean:.4f}".removeprefix("0") in rows[3]
+    assert rows[3].endswith("| 1.2500 [1.0000, 1.5000] | 2.2500 [2.0000, 2.5000] | 4.2500 [4.0000, 4.5000] | 3.2500 [3.0000, 3.5000] |")  # fmt: skip  # noqa: E501
+    rows = [line for line in shares if line.startswith("|")]
+    assert rows[0] == "| tenth of the items | counts |" and len(rows) == 12
+    assert rows[2] == "| 1 (most popular) | 4.2500 [4.0000, 4.5000] |"
+    rows = [line for line in lengths if line.startswith("|")]
+    assert rows[0] == "| items | users | model | NDCG@10 | novelty, bits |"
+    assert rows[3] == "| 1-5 | 20 | counts | .2500 [.1250, .5000] | 3.5000 [3.0000, 4.0000] |"
+    assert rows[5] == "| more | 30 | counts |  |  |"
+    content = json.loads((tmp_path / "results.json").read_text())["models"][1]
+    assert content["lists"]["gini@10"]["low"] == 1 and content["by_length"]["1-5"]["novelty@10"]["high"] == 4
+    with (tmp_path / "results.csv").open(newline="") as file:
+        row = list(csv.DictReader(file))[1]
+    assert (row["coverage@10"], row["length 1-5: novelty@10 high"]) == ("0.25", "4")
+
+
+def test_users_with_several_relevant_items_are_judged_by_all_in_the_tables(reports, tmp_path):
+    of_all = {f"relevant/{name}@10": Interval(0.5, 0.25, 0.75) for name in ("ndcg", "recall", "map", "precision")}
+    reports = [dataclasses.replace(report, quality=report.quality | of_all) for report in reports]
+    context = dataclasses.replace(CONTEXT, compared="relevant/ndcg@10", users_by_count={"1-5": 50})
+    by_count = {"1-5": {f"relevant/{name}@10": Interval(0.5, 0.25, 0.75) for name in ("ndcg", "hit_ratio", "recall")}}
+    reports[0] = dataclasses.replace(reports[0], by_count=by_count)
+    write_table(reports, context, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "| model | NDCG@10 of all | recall@10 of all | NDCG@10 masked |" in text
+    assert "Users have several relevant items" in text and "relevant/ndcg@10 minus that of" in text
+    assert "| count | users | model | NDCG@10 | HR@10 | recall@10 |" in text
+    assert "judged by those of their relevant items that have the count" in text
+
+
 def test_names_change_neither_the_page_nor_the_terminal_nor_the_plot(reports, tmp_path):
     name = "\x1b[2J\u202e<script>\n| row | [x](y) $a_ $b"
     reports = [dataclasses.replace(reports[0], name=name), reports[1]]
@@ -150,8 +197,31 @@ def test_a_table_that_fails_leaves_the_earlier_one_whole(reports, tmp_path, monk
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_plot_is_an_image(reports, tmp_path):
+def test_the_plot_has_a_labelled_point_for_each_model_and_no_folders(reports, tmp_path):
     pytest.importorskip("matplotlib", reason="the plot needs the extra 'plot'")
-    plot_quality(reports, CONTEXT, tmp_path / "results.png")
+    names = ["outputs/ml/counts/popularity", "outputs/ml/sasrec-1"]
+    reports = [dataclasses.replace(report, name=name) for report, name in zip(reports, names, strict=True)]
+    reports[0] = dataclasses.replace(reports[0], kind="baseline", num_users=20)
+    context = dataclasses.replace(CONTEXT, data="outputs/ml/data")
+    texts = texts_of(lambda: plot_quality(reports, context, tmp_path / "results.png"))
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 1
+    assert {"popularity (20 users)", "sasrec-1", "ml, test split, 50 users", "baselines that count"} <= texts
+    assert "NDCG@10 without seen items\nthin lines: 95% interval over users" in texts
+    assert not any("outputs" in text or "/data" in text for text in texts)
+
+
+def test_runs_of_one_name_are_one_point_with_their_spread_and_a_mean_in_the_table(reports, tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot needs the extra 'plot'")
+    ndcg = [Interval(0.125, 0, 1), Interval(0.375, 0, 1)]
+    reports = [
+        dataclasses.replace(report, name="SASRec", source=f"seed-{seed}", quality={"masked/ndcg@10": ndcg[seed]})
+        for seed, report in enumerate(reports)
+    ]
+    texts = texts_of(lambda: plot_quality(reports, CONTEXT, tmp_path / "results.png"))
+    assert "NDCG@10 without seen items\nthick lines and dashes: seeds" in texts
+    write_table(reports, CONTEXT, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "| SASRec | 2 | .2500 ± .1768 |" in text
+    seeds = json.loads((tmp_path / "results.json").read_text())["seeds"]
+    assert seeds["SASRec"]["masked/ndcg@10"]["mean"] == 0.25

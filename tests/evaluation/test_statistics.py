@@ -12,11 +12,14 @@ from hf_ilora import compare_runs
 from hf_ilora.evaluation.ranking import SplitRanks
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks
 from hf_ilora.evaluation.statistics import (
+    COUNT_GROUPS,
+    LENGTH_GROUPS,
     bootstrap_interval,
     sign_flip_p_value,
     summarize_by_count,
+    summarize_by_length,
     summarize_ranks,
-    users_by_count,
+    users_by_group,
 )
 
 
@@ -218,13 +221,13 @@ def test_targets_are_grouped_by_their_counts():
     ranks = SplitRanks(np.array([1, 20, 3, 1, 9]), np.full(5, 50), new_items=np.array([1, 0, 0, 2, 0]))
     counts = np.array([0, 5, 20, 0, 1000])
     groups = summarize_by_count(ranks, counts, 10, num_resamples=20)
-    assert users_by_count(counts) == {"0": 2, "1-5": 1, "11-20": 1, "more": 1}
-    assert list(groups) == list(users_by_count(counts))
+    assert users_by_group(counts, COUNT_GROUPS) == {"0": 2, "1-5": 1, "11-20": 1, "more": 1}
+    assert list(groups) == list(users_by_group(counts, COUNT_GROUPS))
     assert groups["1-5"]["masked/hit_ratio@10"].mean == 0 and groups["11-20"]["masked/ndcg@10"].mean == 0.5
     assert groups["0"]["masked/ndcg@10"].mean == 1
     assert groups["0"]["new_items/ndcg@10"].mean == pytest.approx((1 + 1 / math.log2(3)) / 2)
     assert not any(name.startswith("new_items/") for group in list(groups)[1:] for name in groups[group])
-    with pytest.raises(ValueError, match=r"target_counts have shape \(2,\): expected \(5,\)"):
+    with pytest.raises(ValueError, match=r"counts have shape \(2,\): expected \(5,\)"):
         summarize_by_count(ranks, counts[:2])
 
 
@@ -235,15 +238,62 @@ def test_summary_names_every_ranking_and_metric():
             "masked/ndcg@3": (1 + 1 / np.log2(3)) / 3,
             "masked/hit_ratio@3": 2 / 3,
             "masked/recall@3": 2 / 3,
+            "masked/precision@3": 2 / 9,
+            "masked/map@3": (1 + 1 / 2) / 3,
             "masked/mrr": (1 + 1 / 2 + 1 / 30) / 3,
             "unmasked/ndcg@3": (1 / np.log2(3)) / 3,
             "unmasked/hit_ratio@3": 1 / 3,
             "unmasked/recall@3": 1 / 3,
+            "unmasked/precision@3": 1 / 9,
+            "unmasked/map@3": 1 / 2 / 3,
             "unmasked/mrr": (1 / 2 + 1 / 4 + 1 / 40) / 3,
             "candidates/hit_ratio@1": 2 / 3,
         }
     )
     assert all(interval.low <= interval.mean <= interval.high for interval in summary.values())
+
+
+SEVERAL = dataclasses.replace(RANKS, relevant=np.array([[1, 4, 0], [2, 0, 0], [30, 3, 9]]))
+
+
+def test_users_with_several_relevant_items_are_judged_by_all_of_them(tmp_path):
+    summary = summarize_ranks(SEVERAL, k=3, num_resamples=20)
+    assert summary["relevant/recall@3"].mean == pytest.approx((1 / 2 + 1 + 1 / 3) / 3)
+    assert summary["relevant/map@3"].mean == pytest.approx((1 / 2 + 1 / 2 + 1 / 3 / 3) / 3)
+    assert {name: each for name, each in summary.items() if not name.startswith("relevant/")} == summarize_ranks(
+        RANKS, k=3, num_resamples=20
+    )
+    other = dataclasses.replace(SEVERAL, relevant=np.array([[1, 2, 0], [1, 0, 0], [4, 5, 6]]))
+    a, b = saved(tmp_path / "a.parquet", SEVERAL), saved(tmp_path / "b.parquet", other)
+    assert SavedRanks.load(a).ranks("relevant").tolist() == SEVERAL.relevant.tolist()
+    comparison = compare_runs(a, b, metric="precision@3", ranking="relevant", num_resamples=20)
+    assert comparison.mean_a == pytest.approx((1 + 1 + 1) / 9) and comparison.mean_b == pytest.approx((2 + 1 + 0) / 9)
+    with pytest.raises(ValueError, match="of data without several relevant items per user"):
+        SavedRanks.load(saved(tmp_path / "c.parquet")).ranks("relevant")
+
+
+def test_items_of_a_count_judge_the_users_who_have_them_and_no_others():
+    counts = np.array([[0, 7, -1], [7, -1, -1], [0, 0, 9]])  # -1: padding
+    groups = summarize_by_count(SEVERAL, counts, 10, num_resamples=20)
+    assert users_by_group(counts, COUNT_GROUPS) == {"0": 2, "6-10": 3}
+    assert list(groups) == ["0", "6-10"]
+    assert groups["0"]["relevant/recall@10"].mean == pytest.approx((1 + 1 / 2) / 2)
+    assert groups["6-10"]["relevant/recall@10"].mean == pytest.approx(1)
+    discount = lambda rank: 1 / math.log2(rank + 1)  # noqa: E731
+    assert groups["6-10"]["relevant/ndcg@10"].mean == pytest.approx((discount(4) + discount(2) + discount(9)) / 3)
+
+
+def test_users_are_grouped_by_the_lengths_of_their_histories():
+    lengths = np.array([5, 6, 101])
+    assert users_by_group(lengths, LENGTH_GROUPS) == {"1-5": 1, "6-10": 1, "more": 1}
+    groups = summarize_by_length(RANKS, lengths, 10, num_resamples=20)
+    assert {group: found["masked/ndcg@10"].mean for group, found in groups.items()} == pytest.approx(
+        {"1-5": 1, "6-10": 1 / math.log2(3), "more": 0}
+    )
+    of_several = summarize_by_length(SEVERAL, lengths, 10, num_resamples=20)
+    assert of_several["more"]["relevant/recall@10"].mean == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match=r"lengths have shape \(2,\): expected \(3,\)"):
+        summarize_by_length(RANKS, lengths[:2])
 
 
 def test_several_runs_of_a_model_are_averaged_for_each_user_first(tmp_path):

@@ -1,4 +1,4 @@
-"""The tables of the study on language: means, differences, groups and costs by hand, and labels that do not overlap."""
+"""The tables of the study on language: means, differences, groups and costs by hand."""
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +10,6 @@ from experiments.language_report import (
     measured_split,
     plot,
     settings_text,
-    spread,
     table_lines,
     title_encoder,
 )
@@ -77,14 +76,6 @@ def test_settings_are_shown_as_options():
 def test_a_run_pays_for_the_encoding_of_titles_if_it_reads_them(settings, encoder):
     record = {"configuration": {"TrainingArguments": {"title_encoder": "mini", **settings}}}
     assert title_encoder(record) == encoder
-
-
-def test_labels_keep_their_distance_and_their_order():
-    heights = [0.05, 0.0501, 0.06, 0.0502, 0.0]
-    places = spread(heights, 0.004)
-    assert np.diff(np.sort(places)).min() > 0.99 * 0.004
-    assert np.argsort(places).tolist() == np.argsort(heights).tolist()
-    assert places[4] == pytest.approx(0.0)
 
 
 def test_the_plot_is_drawn(tmp_path):

@@ -17,10 +17,12 @@ from hf_ilora import (
     TransitionCountsConfig,
     TransitionCountsForNextItem,
     compare_runs,
+    item_title_embeddings,
 )
 from hf_ilora.data.columns import training_sequences
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.models.loading import load_recommender
+from hf_ilora.runs.recipe_files import load_recipe
 from tests.paths import RECIPES
 from tests.recipe_runs import RecipeRun, recipe_words
 from tests.synthetic import cyclic_sequences
@@ -93,8 +95,79 @@ def test_three_models_end_up_in_one_table_with_their_ranks(evaluate, models, seq
     comparison = compare_runs(saved["popularity"], saved["counts"], num_resamples=200)
     assert float(rows["counts"]["difference"]) == comparison.difference.mean > 0
     assert float(rows["counts"]["p_value"]) == comparison.p_value
+    content = json.loads((output / "results.json").read_text())
+    lengths = np.array([len(history) for history in sequences["test"]["history"]])
+    for folder, found in zip(models, content["models"], strict=True):
+        items, _ = load_recommender(folder).recommend(sequences["test"]["history"][:], top_k=10)
+        assert found["lists"]["coverage@10"]["mean"] == pytest.approx(len(np.unique(items)) / 30)
+        assert found["lists"]["decile_10@10"]["low"] <= found["lists"]["decile_10@10"]["high"]
+        of_length = found["by_length"]["11-20"]
+        assert content["context"]["users_by_length"] == {"11-20": len(lengths)} and lengths.min() > 10
+        assert of_length["masked/ndcg@10"] == found["quality"]["masked/ndcg@10"]
+        assert of_length["novelty@10"] == found["lists"]["novelty@10"]
+    text = (output / "results.md").read_text()
+    for title in ("## Beyond accuracy", "## Share of the recommendations by popularity", "## By the length of the"):
+        assert title in text
     assert run.record["status"] == "finished"
     assert run.record["metrics"]["counts"]["masked/mrr"]["mean"] == pytest.approx(float(rows["counts"]["masked/mrr"]))
+
+
+def test_an_encoder_of_titles_measures_diversity(evaluate, sequences, models):
+    pytest.importorskip("sklearn", reason="TF-IDF needs the extra 'titles'")
+    run = evaluate(models=models[0], names="popularity", title_encoder="tf-idf", plot=False)
+    found = json.loads((run.output_dir / "results.json").read_text())["models"][0]["lists"]["diversity@10"]
+    items, _ = load_recommender(models[0]).recommend(sequences["test"]["history"][:], top_k=10)
+    vectors = item_title_embeddings(sequences.catalogue, "tf-idf").numpy()[items]  # (users, 10, size)
+    cosines = vectors @ vectors.transpose(0, 2, 1)
+    assert found["mean"] == pytest.approx(1 - (cosines.sum(axis=(1, 2)) - 10).mean() / 90)
+    text = (run.output_dir / "results.md").read_text()
+    assert "| diversity |" in text and "as vectors of\ntf-idf." in text
+
+
+def test_models_of_one_name_are_runs_of_one_model(evaluate, models):
+    run = evaluate(models=[models[0], models[1], models[1].parent / "sasrec"], names=["popularity", "two", "two"])
+    assert sorted(path.name.partition("-")[0] for path in (run.output_dir / "ranks").iterdir()) == [
+        *("popularity", "two", "two")
+    ]
+    content = json.loads((run.output_dir / "results.json").read_text())
+    assert content["seeds"]["two"]["masked/ndcg@10"]["runs"] == 2
+    assert [model["kind"] for model in content["models"]] == ["baseline", "baseline", "ids"]
+    assert "| two | 2 |" in (run.output_dir / "results.md").read_text()
+    assert len(run.record["metrics"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("configuration", "start", "kind"),
+    [
+        ({"DistillationArguments": {}}, "cooccurrence", "student"),
+        ({"NextItemTrainingArguments": {}}, "titles_and_cooccurrence", "student"),
+        ({"NextItemTrainingArguments": {}}, "cooccurrence", "ids"),
+    ],
+)
+def test_the_run_of_a_model_says_what_it_learnt_from(models, tmp_path, configuration, start, kind):
+    record = dict.fromkeys(("status", "started", "seed", "data_fingerprint", "git", "durations_seconds"))
+    record |= {"configuration": configuration, "metrics": {"start": {"initial_items": start}}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert load_recipe(RECIPES / "evaluate_models.py").kind_of(load_recommender(models[2]), tmp_path) == kind
+
+
+def test_users_with_several_relevant_items_are_judged_by_all_of_them(evaluate, models, tmp_path):
+    sequences = cyclic_sequences(num_users=40, protocol="last_n")
+    sequences.save(tmp_path / "data")
+    run = evaluate(data_dir=tmp_path / "data", models=models[:2], names=["popularity", "counts"], plot=False)
+    content = json.loads((run.output_dir / "results.json").read_text())
+    assert content["context"]["compared"] == "relevant/ndcg@10"
+    for folder, found in zip(models, content["models"], strict=False):
+        ranks = rank_split(load_recommender(folder), sequences["test"]).relevant  # (users, most)
+        recall = ((ranks > 0) & (ranks <= 10)).sum(axis=1) / (ranks > 0).sum(axis=1)
+        assert found["quality"]["relevant/recall@10"]["mean"] == pytest.approx(recall.mean())
+        assert "relevant/recall@10" in found["by_length"]["6-10"]
+    difference = content["models"][1]["comparison"]["difference"]["mean"]
+    means = [model["quality"]["relevant/ndcg@10"]["mean"] for model in content["models"]]
+    assert difference == pytest.approx(means[1] - means[0])
+    assert "| recall@10 of all |" in (run.output_dir / "results.md").read_text()
+    runs = sorted((run.output_dir / "ranks").iterdir())
+    assert compare_runs(*runs, metric="map@10", ranking="relevant", num_resamples=50).num_users == 40
 
 
 def test_targets_outside_training_are_ranked_among_the_new_items(evaluate, models, tmp_path):
@@ -175,7 +248,7 @@ def test_data_without_candidates_is_measured_in_the_catalogue_alone(evaluate, se
     [
         ({"split": "train"}, "invalid choice: 'train' .*validation.*test"),
         ({"names": "one"}, "for 2 models: expected one name for each"),
-        ({"names": ["same", "same"]}, "expected different names"),
+        ({"models": ["a", "a"], "names": ["same", "same"]}, "expected different ones among those of a name"),
         ({"k": 0}, "k is 0: expected at least 1"),
         ({"ilora_users": 0}, "ilora_users is 0: expected at least 1"),
         ({"latency_threads": 0}, "latency_threads is 0"),
@@ -184,7 +257,7 @@ def test_data_without_candidates_is_measured_in_the_catalogue_alone(evaluate, se
 )
 def test_bad_options_are_refused(evaluate, settings, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(models=["a", "b"], **settings)
+        evaluate(**{"models": ["a", "b"]} | settings)
 
 
 def test_a_plot_is_left_out_without_matplotlib_or_refused_where_it_is_asked_for(evaluate, models, monkeypatch):

@@ -18,6 +18,15 @@ def flatten_lists(split: Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
     return lists.flatten().to_numpy(), np.concatenate([[0], lengths.cumsum()])
 
 
+def padded_lists(split: Dataset, column: str) -> np.ndarray:
+    """A list column of item ids as one matrix: (rows, longest) int64, padded with 0."""
+    items, boundaries = flatten_lists(split, column)
+    lengths = np.diff(boundaries)
+    padded = np.zeros((len(lengths), lengths.max(initial=0)), dtype=np.int64)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = items
+    return padded
+
+
 def training_sequences(split: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Each training row as one sequence: its history, followed by its target.
 

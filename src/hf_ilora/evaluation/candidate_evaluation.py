@@ -12,7 +12,7 @@ import torch
 from hf_ilora.data.columns import read_column
 from hf_ilora.evaluation.candidate_ranking import GeneratedAnswers, generate_answers, rank_candidates
 from hf_ilora.evaluation.candidate_report import CandidateContext, CandidateReport
-from hf_ilora.evaluation.expert_usage import ExpertUsage, expert_usage, gates_of_histories
+from hf_ilora.evaluation.expert_usage import ExpertUsage, gates_of_histories, usage_by_length
 from hf_ilora.evaluation.rank_metrics import metric_per_user
 from hf_ilora.evaluation.ranking import EvaluationRows, SplitRanks, rank_split
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks, parquet_name
@@ -45,7 +45,7 @@ class CandidateEvaluation:
             raise ValueError(f"generate is {context.generate!r}: expected one of {', '.join(GENERATE)}")
         self.context, self.split = context, split
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.usages: dict[str, ExpertUsage] = {}
+        self.usages: dict[str, dict[str, ExpertUsage]] = {}
         self._language_models: list[CandidateReport] = []
         self._models: list[CandidateReport] = []
         self._item_heads: list[CandidateReport] = []
@@ -80,7 +80,7 @@ class CandidateEvaluation:
         if model.config.num_experts > 1:
             rows = EvaluationRows(self.split, model.config.num_items)
             histories = rows.histories(np.arange(len(rows)))  # (users, longest)
-            self.usages[label] = expert_usage(gates_of_histories(model, histories))
+            self.usages[label] = usage_by_length(gates_of_histories(model, histories), rows.lengths)
 
     def add_language_model(self, model: ILoraForRecommendation, name: str, source: str) -> None:
         """Evaluate the candidate ranking of a model without a trained adapter."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_ilora.evaluation.plots import GREY, data_name, new_figure, save_figure, short_names, style
 from hf_ilora.evaluation.results import (
     EvaluationContext,
     comparison_text,
@@ -12,11 +13,11 @@ from hf_ilora.evaluation.results import (
     flat_quality,
     interval_text,
     markdown_rows,
-    short_number,
+    seed_rows,
+    seed_summary,
     write_results,
 )
 from hf_ilora.evaluation.statistics import Interval, RunComparison
-from hf_ilora.files import written_whole
 from hf_ilora_cli.shown_text import code_in_markdown, in_figure, in_markdown
 
 # Explains the columns of generated answers below a table.
@@ -80,29 +81,6 @@ def metric_titles(context: CandidateContext) -> dict[str, str]:
     }
 
 
-def seed_summary(reports: Sequence[CandidateReport]) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean and standard deviation over the runs of each name that has several runs.
-
-    Returns:
-        name -> metric -> {"runs", "mean", "standard_deviation"}, for the metrics that all runs of the name have.
-    """
-    summary = {}
-    for name in dict.fromkeys(report.name for report in reports):
-        runs = [report.quality for report in reports if report.name == name]
-        if len(runs) > 1:
-            shared = [metric for metric in runs[0] if all(metric in run for run in runs)]
-            values = {metric: [run[metric].mean for run in runs] for metric in shared}
-            summary[name] = {
-                metric: {
-                    "runs": len(runs),
-                    "mean": statistics.mean(each),
-                    "standard_deviation": statistics.stdev(each),
-                }
-                for metric, each in values.items()
-            }
-    return summary
-
-
 def write_candidate_table(
     reports: Sequence[CandidateReport], context: CandidateContext, folder: Path, appendix: str = ""
 ) -> None:
@@ -154,49 +132,43 @@ def candidate_table(reports: Sequence[CandidateReport], context: CandidateContex
         "",
         *markdown_rows(header + ["s / answer"] * generated, rows),
     ]
-    summary = seed_summary(reports)
-    if summary:
-        rows = []
-        for name, metrics in summary.items():
-            cells = [in_markdown(name), str(sum(report.name == name for report in reports))]
-            for metric in titles:
-                value = metrics.get(metric)
-                text = value and f"{short_number(value['mean'])} ± {short_number(value['standard_deviation'])}"
-                cells.append(text or "")
-            rows.append(cells)
-        lines += ["", "Mean ± standard deviation over runs with different seeds:", ""]
-        lines += markdown_rows(["model", "runs", *titles.values()], rows)
+    lines += seed_rows(reports, titles)
     return "\n".join([*lines, ""])
 
 
 def plot_candidate_hits(reports: Sequence[CandidateReport], context: CandidateContext, path: Path) -> None:
-    """Plot HR@1 among the candidates with its interval, one line per row of the table.
+    """Plot HR@1 among the candidates, one line per name, with its seeds or the interval of its only run.
 
     Args:
         reports: in the order of the rows.
         context: of all reports.
         path: image file; the suffix determines the format.
     """
-    # Importing matplotlib takes most of a second, and only this function needs it.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 1.5 + 0.4 * len(reports)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for place, report in enumerate(reports):
-        hits = report.quality["candidates/hit_ratio@1"]
-        whiskers = [[hits.mean - hits.low], [hits.high - hits.mean]]
-        axes.errorbar(hits.mean, place, xerr=whiskers, fmt="o", capsize=3, color="C0")
-    axes.axvline(1 / context.num_candidates, color="grey", linestyle="--", linewidth=1, label="chance")
-    axes.set_yticks(range(len(reports)), [in_figure(report.name) for report in reports])
+    runs: dict[str, list[Interval]] = {}
+    for report in reports:
+        runs.setdefault(report.name, []).append(report.quality["candidates/hit_ratio@1"])
+    figure, (axes,) = new_figure(8, 1.5 + 0.4 * len(runs))
+    colour, marker = style(0)
+    for place, hits in enumerate(runs.values()):
+        means = [each.mean for each in hits]
+        axes.plot(statistics.mean(means), place, marker, color=colour, markersize=8)
+        if len(hits) == 1:
+            axes.hlines(place, hits[0].low, hits[0].high, color=colour, linewidth=1)
+        else:
+            axes.plot(means, [place] * len(means), "|", color=colour, markersize=12)
+    chance = 1 / context.num_candidates
+    axes.axvline(chance, color=GREY, linestyle="--", linewidth=1)
+    axes.annotate("chance", (chance, 1.01), xycoords=axes.get_xaxis_transform(), color=GREY, fontsize=9, ha="center")
+    axes.set_yticks(range(len(runs)), [in_figure(name) for name in short_names(list(runs))])
     axes.invert_yaxis()
-    axes.set_xlabel(f"HR@1 of {context.num_candidates} candidates, 95% interval over users")
-    axes.set_title(f"{in_figure(context.data)}, {context.split} split, {context.num_users:,} users")
-    axes.grid(alpha=0.3, axis="x")
-    axes.legend()
-    with written_whole(path) as unfinished:
-        figure.savefig(unfinished, dpi=150)
+    spreads = ["lines: 95% interval over users"] * any(len(hits) == 1 for hits in runs.values())
+    spreads += ["dashes: seeds"] * any(len(hits) > 1 for hits in runs.values())
+    axes.set_xlabel(
+        f"share of users whose item is ranked first of {context.num_candidates} candidates\n{'; '.join(spreads)}"
+    )
+    axes.set_title(f"{in_figure(data_name(context.data))}, {context.split} split, {context.num_users:,} users", pad=18)
+    axes.grid(False, axis="y")
+    save_figure(figure, path)
 
 
 def _flat(report: CandidateReport) -> dict[str, str | int | float | None]:

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from hf_ilora.files import written_whole
+from hf_ilora.evaluation.plots import GREY, label_points, new_figure, save_figure, style, without_sources
+from hf_ilora.evaluation.statistics import LENGTH_GROUPS, rows_by_group
 from hf_ilora.models.next_item.next_item_model import evaluation_mode
 from hf_ilora_cli.shown_text import in_figure, in_markdown
 
@@ -103,8 +105,33 @@ def gates_of_histories(model: torch.nn.Module, histories: torch.Tensor, batch_si
     return torch.cat(gates)  # (users, experts)
 
 
-def usage_table(usages: Mapping[str, ExpertUsage]) -> str:
-    """A Markdown table with the expert usage of each model, one row per model.
+ALL_USERS = "all users"
+
+
+def usage_by_length(gates: torch.Tensor, lengths: np.ndarray) -> dict[str, ExpertUsage]:
+    """The usage by all users, and by each group of users with histories of a similar length.
+
+    Args:
+        gates: (users, experts), each row a distribution.
+        lengths: (users,) items in each history.
+
+    Returns:
+        "all users" first, then each of `LENGTH_GROUPS` that has users.
+
+    Raises:
+        ValueError: as `expert_usage`.
+    """
+    groups = rows_by_group(lengths, LENGTH_GROUPS)
+    return {ALL_USERS: expert_usage(gates)} | {
+        f"{group} items": expert_usage(gates[torch.from_numpy(rows)]) for group, rows in groups.items()
+    }
+
+
+def usage_table(usages: Mapping[str, Mapping[str, ExpertUsage]]) -> str:
+    """A Markdown table with the expert usage of each model, one row per model and group of users.
+
+    Args:
+        usages: by model and group.
 
     Raises:
         ValueError: for no models.
@@ -112,27 +139,29 @@ def usage_table(usages: Mapping[str, ExpertUsage]) -> str:
     if not usages:
         raise ValueError("there is no usage to show: expected at least one model")
     lines = [
-        "| model | users | mean gate ± deviation between users | users by top expert | entropy of the mean gate "
-        "| mean entropy | collapsed |",
-        "|---|---:|---|---|---:|---:|---|",
+        "| model | history | users | mean gate ± deviation between users | users by top expert "
+        "| entropy of the mean gate | mean entropy | collapsed |",
+        "|---|---|---:|---|---|---:|---:|---|",
     ]
-    for name, usage in usages.items():
-        gates = ", ".join(
-            f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in zip(usage.mean_gate, usage.deviation, strict=True)
-        )
-        top = ", ".join(f"{fraction:.0%}" for fraction in usage.top_fraction)
-        lines.append(
-            f"| {in_markdown(name)} | {usage.num_users:,} | {gates} | {top} | {usage.entropy_of_mean:.3f} "
-            f"| {usage.mean_entropy:.3f} | {'yes' if usage.is_collapsed else 'no'} |"
-        )
+    for name, groups in usages.items():
+        for group, usage in groups.items():
+            gates = ", ".join(
+                f"{mean:.3f} ± {deviation:.3f}"
+                for mean, deviation in zip(usage.mean_gate, usage.deviation, strict=True)
+            )
+            top = ", ".join(f"{fraction:.0%}" for fraction in usage.top_fraction)
+            lines.append(
+                f"| {in_markdown(name)} | {group} | {usage.num_users:,} | {gates} | {top} "
+                f"| {usage.entropy_of_mean:.3f} | {usage.mean_entropy:.3f} | {'yes' if usage.is_collapsed else 'no'} |"
+            )
     return "\n".join(lines) + "\n"
 
 
-def plot_expert_usage(usages: Mapping[str, ExpertUsage], path: Path) -> None:
-    """Plot the mean gate of each expert with its deviation between users, one group of bars per model.
+def plot_expert_usage(usages: Mapping[str, Mapping[str, ExpertUsage]], path: Path) -> None:
+    """Plot the mean gate of each expert by group of users, with its deviation between users; a panel for each model.
 
     Args:
-        usages: by name of the model.
+        usages: by model and group; models by name, or by name and source in brackets, which is left out.
         path: image file; the suffix determines the format.
 
     Raises:
@@ -140,23 +169,38 @@ def plot_expert_usage(usages: Mapping[str, ExpertUsage], path: Path) -> None:
     """
     if not usages:
         raise ValueError("there is no usage to plot: expected at least one model")
-    # Importing matplotlib takes most of a second, and only this function needs it.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    width = 0.8 / len(usages)
-    for number, (name, usage) in enumerate(usages.items()):
-        places = [expert + (number - (len(usages) - 1) / 2) * width for expert in range(len(usage.mean_gate))]
-        label = in_figure(f"{name} (collapsed)" if usage.is_collapsed else name)
-        axes.bar(places, usage.mean_gate, width, yerr=usage.deviation, capsize=3, color=f"C{number}", label=label)
-    most = max(len(usage.mean_gate) for usage in usages.values())
-    axes.axhline(1 / most, color="grey", linestyle="--", linewidth=1, label=f"even: 1/{most}")
-    axes.set_xticks(range(most), [f"expert {expert}" for expert in range(most)])
-    axes.set_ylabel("mean gate, standard deviation between users")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    with written_whole(path) as unfinished:
-        figure.savefig(unfinished, dpi=150)
+    figure, panels = new_figure(2.5 + 5.5 * len(usages), 4.5, len(usages))
+    highest = max(
+        mean + deviation
+        for groups in usages.values()
+        for usage in groups.values()
+        for mean, deviation in zip(usage.mean_gate, usage.deviation, strict=True)
+    )
+    for axes, groups, name in zip(panels, usages.values(), without_sources(list(usages)), strict=True):
+        first, *_ = groups.values()
+        num_experts = len(first.mean_gate)
+        axes.set_ylim(0, 1.05 * highest)
+        axes.set_xlim(-0.5, len(groups) - 0.5)
+        labels, points, colours = [], [], []
+        for expert in range(num_experts):
+            colour, marker = style(expert)
+            shift = 0.4 * ((expert + 0.5) / num_experts - 0.5)  # so that deviations do not hide each other
+            places = [place + shift for place in range(len(groups))]
+            means = [usage.mean_gate[expert] for usage in groups.values()]
+            deviations = [usage.deviation[expert] for usage in groups.values()]
+            axes.errorbar(places, means, yerr=deviations, fmt=marker, color=colour, markersize=6, capsize=2)
+            axes.plot(places[1:], means[1:], color=colour, linewidth=0.8, alpha=0.6)
+            labels.append(f"expert {expert + 1}")
+            points.append((places[-1], means[-1]))
+            colours.append(colour)
+        even = 1 / num_experts
+        axes.axhline(even, color=GREY, linestyle="--", linewidth=1)
+        label_points(axes, [*labels, "even"], [*points, (len(groups) - 0.5, even)], [*colours, GREY])
+        ticks = [f"{group.removesuffix(' items')}\n{usage.num_users:,} users" for group, usage in groups.items()]
+        axes.set_xticks(range(len(groups)), ticks)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(False, axis="x")
+        axes.set_xlabel("items in the history")
+        axes.set_title(in_figure(f"{name} (collapsed)" if groups[ALL_USERS].is_collapsed else name))
+    panels[0].set_ylabel("mean gate of each expert\nlines: standard deviation between users")
+    save_figure(figure, path)

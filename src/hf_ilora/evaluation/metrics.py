@@ -1,20 +1,24 @@
 """Ranking metrics as `evaluate.Metric`: built directly, `NDCG(k=10)`, without the Hub and without a network.
 
 All but `ValidRatio` take ranks: `compute(predictions=ranks)`, or `add_batch(predictions=ranks)` and then `compute()`.
-A rank is the 1-based position of the user's only relevant item (`evaluation.ranking` computes ranks from scores). With
-one relevant item, Recall@k equals HitRatio@k. `ValidRatio` takes generated texts and the titles of the candidates.
+A rank is the 1-based position of a relevant item (`evaluation.ranking` computes ranks from scores). Predictions are one
+rank per user, or the list of the ranks of all relevant items of each user: `[3, 1]` or `[[3, 7], [1]]`. With one
+relevant item, Recall@k equals HitRatio@k, and MAP@k equals MRR@k. `ValidRatio` takes generated texts and the titles of
+the candidates.
 """
 
 import datasets
 import evaluate
+import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from hf_ilora.evaluation.rank_metrics import metric_per_user
 from hf_ilora.evaluation.valid_answers import is_valid
 
 
 class RankMetric(evaluate.Metric):
-    """Mean over users of a function of the target's rank.
+    """Mean over users of a function of the ranks of their relevant items.
 
     Args:
         k: cut-off, at least 1; None for no cut-off, if the metric allows it.
@@ -37,34 +41,55 @@ class RankMetric(evaluate.Metric):
         return evaluate.MetricInfo(
             description=self.description,
             citation="",
-            inputs_description="predictions: integers, the 1-based rank of each user's target.",
+            inputs_description="predictions: integers, the 1-based rank of each user's target, or lists of them.",
             # As integers, Arrow would silently truncate 1.5 to 1; as a float it is kept, and refused below.
-            features=datasets.Features({"predictions": datasets.Value("float64")}),
+            features=datasets.Features({"predictions": datasets.List(datasets.Value("float64"))}),
         )
+
+    def add(self, *, prediction=None, **kwargs) -> None:
+        """Add a user: the rank of the target, or the ranks of all relevant items."""
+        super().add(prediction=_as_list(prediction), **kwargs)
+
+    def add_batch(self, *, predictions=None, **kwargs) -> None:
+        """Add users: for each of them as `add`."""
+        super().add_batch(predictions=[_as_list(prediction) for prediction in predictions], **kwargs)
 
     def _compute(self, predictions) -> dict[str, float]:
         """Mean of the metric over all users, as {"ndcg@10": 0.1}.
 
         Args:
-            predictions: (users,) integers >= 1.
+            predictions: (users,) integers >= 1, or as many lists of them.
 
         Raises:
-            ValueError: for no predictions, ranks < 1 or ranks that are not whole numbers.
+            ValueError: for no predictions, users without ranks, ranks < 1, ranks that are not whole numbers, and equal
+                ranks of a user.
         """
-        predictions = torch.as_tensor(predictions, dtype=torch.float64)
-        if not predictions.numel():
+        if not len(predictions):
             raise ValueError(f"{self.key} of no users: expected predictions, the rank of at least one user's target")
-        ranks = predictions.long()
-        if (ranks != predictions).any():
-            wrong = predictions[ranks != predictions][0].item()
+        ranks = torch.as_tensor(np.concatenate(predictions), dtype=torch.float64)
+        whole = ranks.long()
+        if (whole != ranks).any():
+            wrong = ranks[whole != ranks][0].item()
             raise ValueError(f"rank {wrong} is not a whole number: expected the 1-based position of the target")
-        return {self.key: metric_per_user(self.key, ranks).mean().item()}
+        if len(whole) and int(whole.min()) < 1:  # 0 would pass as padding
+            raise ValueError(
+                f"lowest rank is {int(whole.min())}: expected at least 1, the 1-based position of the target"
+            )
+        of_users = pad_sequence(whole.split([len(each) for each in predictions]), batch_first=True)  # (users, relevant)
+        return {self.key: metric_per_user(self.key, of_users).mean().item()}
+
+
+def _as_list(prediction) -> list[float]:
+    return np.atleast_1d(prediction).tolist()
 
 
 class HitRatio(RankMetric):
-    """Fraction of users whose target is among the first `k`: `HitRatio(k=10).compute(predictions=[1, 11])` is 0.5."""
+    """Fraction of users with a relevant item among the first `k`.
 
-    description = "Fraction of users whose target is among the first k items."
+    `HitRatio(k=10).compute(predictions=[1, 11])` is 0.5.
+    """
+
+    description = "Fraction of users with a relevant item among the first k items."
     short_name = "hit_ratio"
 
 
@@ -75,17 +100,43 @@ class Recall(RankMetric):
     short_name = "recall"
 
 
-class NDCG(RankMetric):
-    """Mean of 1 / log2(rank + 1) within the first `k`: `NDCG(k=10).compute(predictions=[1, 3])` is 0.75."""
+class Precision(RankMetric):
+    """Share of the first `k` places that relevant items have, averaged over users.
 
-    description = "Normalised discounted cumulative gain within the first k items, one relevant item per user."
+    `Precision(k=2).compute(predictions=[[1, 2], [1]])` is 0.75.
+    """
+
+    description = "Relevant items among the first k, divided by k, averaged over users."
+    short_name = "precision"
+
+
+class MAP(RankMetric):
+    """Mean over users of the precision at the place of each relevant item among the first `k`, divided by their number.
+
+    `MAP(k=10).compute(predictions=[[1, 4]])` is (1/1 + 2/4) / 2 = 0.75.
+    """
+
+    description = "Mean average precision within the first k items."
+    short_name = "map"
+
+
+class NDCG(RankMetric):
+    """Sum of 1 / log2(rank + 1) within the first `k` by its best possible value, averaged over users.
+
+    `NDCG(k=10).compute(predictions=[1, 3])` is 0.75.
+    """
+
+    description = "Normalised discounted cumulative gain within the first k items."
     short_name = "ndcg"
 
 
 class MRR(RankMetric):
-    """Mean of 1 / rank, over all ranks unless `k` is given: `MRR().compute(predictions=[1, 4])` is 0.625."""
+    """Mean of 1 / rank of the first relevant item, over all ranks unless `k` is given.
 
-    description = "Mean reciprocal rank of the target."
+    `MRR().compute(predictions=[1, 4])` is 0.625.
+    """
+
+    description = "Mean reciprocal rank of the first relevant item."
     short_name = "mrr"
 
     def __init__(self, k: int | None = None, **kwargs):

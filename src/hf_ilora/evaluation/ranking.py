@@ -13,10 +13,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, reduce
 
-from hf_ilora.data.columns import flatten_lists, read_column
+from hf_ilora.data.columns import flatten_lists, padded_lists, read_column
 from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at, reciprocal_rank
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID
 from hf_ilora.models.next_item.next_item_model import evaluation_mode
+from hf_ilora.models.next_item.top_k import ordered_top_k
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,23 @@ class SplitRanks:
         candidates: (users,) int64, among the row's candidates; None for a split without candidates.
         new_items: (users,) int64, as masked, but among the new items only; 0 for targets that are none of them. None
             where nobody said which items are new.
+        relevant: (users, most) int64, as masked, of each of the relevant items; padded with 0. None for a split with
+            one target per row.
+        recommended: (users, top_k) int64, the best items outside the history, best first, padded with 0 where fewer
+            are left. None unless they were asked for.
     """
 
     masked: np.ndarray
     unmasked: np.ndarray
     candidates: np.ndarray | None = None
     new_items: np.ndarray | None = None
+    relevant: np.ndarray | None = None
+    recommended: np.ndarray | None = None
+
+    @property
+    def main(self) -> str:
+        """The ranking that a user is judged by: "relevant" where there are several relevant items, else "masked"."""
+        return "masked" if self.relevant is None else "relevant"
 
 
 def target_ranks(scores: torch.Tensor, target: torch.Tensor, seen_items: torch.Tensor | None = None) -> torch.Tensor:
@@ -59,6 +71,67 @@ def target_ranks(scores: torch.Tensor, target: torch.Tensor, seen_items: torch.T
     if seen_items is None:
         return ranks
     return ranks - _seen_before_target(scores, target, seen_items)
+
+
+def relevant_ranks(
+    scores: torch.Tensor, relevant_items: torch.Tensor, seen_items: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The rank of each relevant item; where scores are equal, those of other items come first.
+
+    Args:
+        scores: (batch, num_items + 1); column 0 is padding and is ignored.
+        relevant_items: (batch, most) item ids, different ones in a row, padded with 0.
+        seen_items: (batch, any) item ids, padded with 0, to exclude from the ranking; the relevant ones stay in it.
+
+    Returns:
+        (batch, most) int64, different ranks in a row; 0 for padding.
+
+    Raises:
+        ValueError: for shapes that do not fit, a row without relevant items or with an item twice, ids outside the
+            catalogue, and NaN among the scores.
+    """
+    if relevant_items.dim() != 2 or len(relevant_items) != len(scores):
+        raise ValueError(
+            f"relevant_items have shape {tuple(relevant_items.shape)}: expected (batch, most) with batch {len(scores)}"
+        )
+    _check_scores(scores, relevant_items.amax(dim=1))  # of a row of padding alone, 0
+    if int(relevant_items.min()) < 0:
+        raise ValueError(f"relevant_items contain {int(relevant_items.min())}: expected item ids, or 0 for padding")
+    ordered = relevant_items.sort(dim=1).values
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > 0)).any():
+        raise ValueError("relevant_items contain an item twice in a row: expected different items")
+    is_item = relevant_items != PADDING_ITEM_ID  # (batch, most)
+    eligible = torch.ones_like(scores, dtype=torch.bool)
+    if seen_items is not None:
+        eligible.scatter_(1, seen_items, False)
+    eligible.scatter_(1, relevant_items, True)
+    eligible[:, PADDING_ITEM_ID] = False
+    relevant_scores = scores.gather(1, relevant_items)  # (batch, most)
+    ranks = torch.zeros_like(relevant_items, dtype=torch.int64)
+    for place in range(relevant_items.shape[1]):  # one at a time: (batch, most, items) would not fit
+        score = relevant_scores[:, place, None]  # (batch, 1)
+        not_below = ((scores >= score) & eligible).sum(dim=1)  # (batch,), the item itself among them
+        # Of relevant items with one score, the first in the row is ranked first.
+        later = is_item[:, place + 1 :] & (relevant_scores[:, place + 1 :] == score)
+        ranks[:, place] = not_below - later.sum(dim=1)
+    return ranks * is_item
+
+
+def recommended_items(scores: torch.Tensor, seen_items: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The best items of each user outside the history, as `recommend` orders them, and 0 where none is left.
+
+    Args:
+        scores: (batch, num_items + 1); column 0 is padding.
+        seen_items: (batch, any) item ids, padded with 0.
+        top_k: number of items, 1 to num_items.
+
+    Returns:
+        (batch, top_k) int64.
+    """
+    excluded = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, seen_items, True)
+    excluded[:, PADDING_ITEM_ID] = True
+    _, items = ordered_top_k(scores.masked_fill(excluded, float("-inf")), top_k)  # (batch, top_k)
+    return items.masked_fill(excluded.gather(1, items), PADDING_ITEM_ID)
 
 
 def candidate_ranks(scores: torch.Tensor, candidates: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -171,6 +244,7 @@ def rank_split(
     device: torch.device | str | None = None,
     scorer: Callable[[torch.Tensor], torch.Tensor] | None = None,
     is_new: np.ndarray | None = None,
+    top_k: int | None = None,
 ) -> SplitRanks:
     """Rank the target of every row of an evaluation split, in the catalogue and among the row's candidates.
 
@@ -183,19 +257,20 @@ def rank_split(
             `num_items` and `max_length`, the number of newest items to pass to the model. It may be wrapped for
             distributed evaluation.
         split: `datasets.Dataset` with the columns history (list of item ids, oldest first), target and, unless it was
-            prepared without them, candidates.
+            prepared without them, candidates. Where users are judged by several items, it has relevant_items too.
         batch_size: rows per step and process.
         device: where to score; None means the device of the model.
         scorer: maps whole histories, (batch, length), padded with 0 on the right, to scores, (batch, num_items + 1).
             For models whose forward does not score the catalogue, such as `ilora.item_scores`; None uses the logits.
         is_new: (num_items + 1,) bool, items among which new targets are ranked too; None ranks in the catalogue alone.
+        top_k: length of the lists of recommended items to return with the ranks; None: none.
 
     Returns:
         Ranks of all rows, in the split's order. Without candidates in the split, `candidates` is None.
 
     Raises:
         ValueError: for missing columns, no rows, empty histories, ids outside the catalogue, candidates without the
-            target, and NaN among the scores.
+            target, a `top_k` that the catalogue does not have, and NaN among the scores.
     """
     config = extract_model_from_parallel(model).config
     rows = EvaluationRows(split, config.num_items)
@@ -203,20 +278,30 @@ def rank_split(
         device = extract_model_from_parallel(model).device
     if scorer is None:
         scorer = partial(_logits, model, config.max_length)
-    rankings = ["masked", "unmasked"]
-    rankings += [] if rows.candidates is None else ["candidates"]
-    rankings += [] if is_new is None else ["new_items"]
+    if top_k is not None and not 1 <= top_k <= config.num_items:
+        raise ValueError(f"top_k is {top_k}: expected 1 to {config.num_items}, the items of the catalogue")
+    widths = {"masked": 1, "unmasked": 1}  # columns of each ranking
+    widths |= {} if rows.candidates is None else {"candidates": 1}
+    widths |= {} if is_new is None else {"new_items": 1}
+    widths |= {} if rows.relevant_items is None else {"relevant": rows.relevant_items.shape[1]}
+    widths |= {} if top_k is None else {"recommended": top_k}
     if is_new is not None:
         is_new = torch.from_numpy(is_new).to(device)
-    ranks = torch.zeros(len(rows), len(rankings), dtype=torch.int64, device=device)
+    ranks = torch.zeros(len(rows), sum(widths.values()), dtype=torch.int64, device=device)
     with evaluation_mode(model), torch.inference_mode():
         for batch_rows, is_own in rows.batches_of_process(batch_size):
-            batch_ranks = _rank_batch(scorer, rows, batch_rows, device, is_new)
+            batch_ranks = _rank_batch(scorer, rows, batch_rows, device, is_new, top_k)
             if is_own:
                 ranks[torch.from_numpy(batch_rows).to(device)] = batch_ranks
     # Every row was ranked by one process and is zero in the others.
     ranks = reduce(ranks, reduction="sum").cpu().numpy()
-    return SplitRanks(**dict(zip(rankings, np.ascontiguousarray(ranks.T), strict=True)))
+    found = dict(zip(widths, np.split(ranks, np.cumsum([*widths.values()])[:-1], axis=1), strict=True))
+    return SplitRanks(
+        **{
+            name: np.ascontiguousarray(values if name in ("relevant", "recommended") else values[:, 0])
+            for name, values in found.items()
+        }
+    )
 
 
 def _logits(model, max_length: int, histories: torch.Tensor) -> torch.Tensor:
@@ -228,8 +313,9 @@ def _logits(model, max_length: int, histories: torch.Tensor) -> torch.Tensor:
     return model(input_ids=input_ids, attention_mask=(input_ids != PADDING_ITEM_ID).long()).logits
 
 
-def _rank_batch(scorer, rows: "EvaluationRows", batch_rows: np.ndarray, device, is_new) -> torch.Tensor:
-    """(batch, 2 to 4) ranks: masked, unmasked and, if the rows have candidates, among these; then among new items."""
+def _rank_batch(scorer, rows: "EvaluationRows", batch_rows: np.ndarray, device, is_new, top_k) -> torch.Tensor:
+    """(batch, columns): the ranks masked, unmasked and, where they are asked for, among the row's candidates, among the
+    new items and of all relevant items, then the recommended items."""
     histories = rows.histories(batch_rows).to(device)  # (batch, longest)
     target = torch.from_numpy(rows.target[batch_rows]).to(device)  # (batch,)
     scores = scorer(histories)  # (batch, num_items + 1)
@@ -245,19 +331,26 @@ def _rank_batch(scorer, rows: "EvaluationRows", batch_rows: np.ndarray, device, 
             new_scores = scores[new].masked_fill(~is_new, float("-inf"))
             new_ranks[new] = target_ranks(new_scores, target[new], histories[new])
         ranks.append(new_ranks)
-    return torch.stack(ranks, dim=1)
+    ranks = [torch.stack(ranks, dim=1)]
+    if rows.relevant_items is not None:
+        relevant_items = torch.from_numpy(rows.relevant_items[batch_rows]).to(device)  # (batch, most)
+        ranks.append(relevant_ranks(scores, relevant_items, histories))
+    if top_k is not None:
+        ranks.append(recommended_items(scores, histories, top_k))
+    return torch.cat(ranks, dim=1)
 
 
 class EvaluationRows:
     """An evaluation split as flat arrays: reading rows one by one from a `datasets.Dataset` takes longer than scoring.
 
     Args:
-        split: `datasets.Dataset` with the columns history and target, and optionally candidates.
+        split: `datasets.Dataset` with the columns history and target, and optionally candidates and relevant_items.
         num_items: size of the catalogue.
 
     Attributes:
         target: (users,) int64 item ids.
         candidates: (users, candidates) int64 item ids; None for a split without candidates.
+        relevant_items: (users, most) int64 item ids, padded with 0; None for a split with one target per row.
 
     Raises:
         ValueError: for missing columns, no rows, empty histories, rows with different numbers of candidates, and ids
@@ -276,6 +369,7 @@ class EvaluationRows:
         self.items, self.starts = flatten_lists(split, "history")  # (total,), (users + 1,)
         self.target = read_column(split, "target").to_numpy().astype(np.int64)  # (users,)
         self.candidates = _read_candidates(split) if "candidates" in split.column_names else None
+        self.relevant_items = _read_relevant(split) if "relevant_items" in split.column_names else None
         self.lengths = np.diff(self.starts)  # (users,)
         if not self.lengths.min():
             row = int(self.lengths.argmin())
@@ -285,6 +379,8 @@ class EvaluationRows:
         for name, ids in (("history", self.items), ("target", self.target), ("candidates", self.candidates)):
             if ids is not None:
                 _check_ids(name, ids, num_items)
+        if self.relevant_items is not None:
+            _check_ids("relevant_items", self.relevant_items[self.relevant_items != PADDING_ITEM_ID], num_items)
 
     def __len__(self) -> int:
         return len(self.target)
@@ -330,6 +426,18 @@ def _read_candidates(split) -> np.ndarray:
             f"rows have {lengths.min()} to {lengths.max()} candidates: expected the same number, at least 1, in all"
         )
     return candidates.reshape(len(lengths), -1).astype(np.int64)
+
+
+def _read_relevant(split) -> np.ndarray:
+    """(users, most) int64, padded with 0."""
+    relevant = padded_lists(split, "relevant_items")
+    is_empty = ~relevant.any(axis=1)
+    if is_empty.any():
+        raise ValueError(
+            f"relevant_items of row {int(is_empty.argmax())} are empty: expected at least the target; prepare the data "
+            "again"
+        )
+    return relevant
 
 
 def ranks_from_logits(logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hf_ilora.evaluation.statistics import Interval, RunComparison
 from hf_ilora.files import written_whole
-from hf_ilora_cli.shown_text import shown
+from hf_ilora_cli.shown_text import in_markdown, shown
 
 RESULTS_STEM = "results"
 
@@ -74,6 +75,54 @@ def write_results(
         )
     with written_whole(folder / f"{RESULTS_STEM}.md") as path:
         path.write_text(text, encoding="utf-8")
+
+
+def seed_summary(reports: Sequence) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean and standard deviation over the runs of each name that has several runs.
+
+    Args:
+        reports: with a name and, for each metric, an interval in `quality`.
+
+    Returns:
+        name -> metric -> {"runs", "mean", "standard_deviation"}, for the metrics that all runs of the name have.
+    """
+    summary = {}
+    for name in dict.fromkeys(report.name for report in reports):
+        runs = [report.quality for report in reports if report.name == name]
+        if len(runs) > 1:
+            shared = [metric for metric in runs[0] if all(metric in run for run in runs)]
+            values = {metric: [run[metric].mean for run in runs] for metric in shared}
+            summary[name] = {
+                metric: {
+                    "runs": len(runs),
+                    "mean": statistics.mean(each),
+                    "standard_deviation": statistics.stdev(each),
+                }
+                for metric, each in values.items()
+            }
+    return summary
+
+
+def seed_rows(reports: Sequence, titles: Mapping[str, str]) -> list[str]:
+    """The lines below a table about runs with the same name; none if all names differ.
+
+    Args:
+        reports: as in `seed_summary`.
+        titles: of the columns, by metric.
+    """
+    summary = seed_summary(reports)
+    if not summary:
+        return []
+    rows = []
+    for name, metrics in summary.items():
+        cells = [in_markdown(name), str(sum(report.name == name for report in reports))]
+        for metric in titles:
+            value = metrics.get(metric)
+            text = value and f"{short_number(value['mean'])} ± {short_number(value['standard_deviation'])}"
+            cells.append(text or "")
+        rows.append(cells)
+    about = ["", "Mean ± standard deviation over runs with different seeds:", ""]
+    return about + markdown_rows(["model", "runs", *titles.values()], rows)
 
 
 def flat_quality(quality: Mapping[str, Interval]) -> dict[str, float]:

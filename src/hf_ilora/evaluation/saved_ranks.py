@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from hf_ilora.evaluation.ranking import SplitRanks
 from hf_ilora.files import written_whole
 from hf_ilora.models.next_item.catalogue import open_parquet
 
-RANKINGS = tuple(field.name for field in fields(SplitRanks))
+RANKINGS = ("masked", "unmasked", "candidates", "new_items", "relevant")
 _METADATA_KEY = b"hf_ilora"
 
 
@@ -46,7 +46,8 @@ class SavedRanks:
 
     Args:
         table: user_id and the int64 columns rank_masked, rank_unmasked, rank_candidates if the split has candidates,
-            and rank_new_items if new items were ranked, 0 for users whose target is none.
+            rank_new_items if new items were ranked, 0 for users whose target is none, and rank_relevant, lists of equal
+            length that are padded with 0, if the split has several relevant items per user.
         source: the model and the data.
     """
 
@@ -56,11 +57,14 @@ class SavedRanks:
     @classmethod
     def from_ranks(cls, user_ids: pa.Array, ranks: SplitRanks, source: RanksSource) -> "SavedRanks":
         """Combine the ranks of a split with its user ids, (users,)."""
-        columns = {f"rank_{ranking}": values for ranking, values in vars(ranks).items() if values is not None}
+        columns = {f"rank_{name}": vars(ranks)[name] for name in RANKINGS if vars(ranks)[name] is not None}
+        if ranks.relevant is not None:
+            width = ranks.relevant.shape[1]
+            columns["rank_relevant"] = pa.FixedSizeListArray.from_arrays(pa.array(ranks.relevant.ravel()), width)
         return cls(pa.table({"user_id": user_ids, **columns}), source)
 
     def ranks(self, ranking: str) -> np.ndarray:
-        """(users,) int64 ranks, "masked", "unmasked", "candidates" or "new_items".
+        """(users,) int64 ranks, "masked", "unmasked", "candidates" or "new_items"; (users, most) for "relevant".
 
         Raises:
             ValueError: for another name, and for ranks that were not computed.
@@ -68,11 +72,20 @@ class SavedRanks:
         if ranking not in RANKINGS:
             raise ValueError(f"ranking is {ranking!r}: expected one of {', '.join(RANKINGS)}")
         if f"rank_{ranking}" not in self.table.column_names:
-            kind = "candidates" if ranking == "candidates" else "new items"
+            kinds = {"new_items": "new items", "relevant": "several relevant items per user"}
+            kind = kinds.get(ranking, ranking)
             raise ValueError(
                 f"the ranks of {self.source.model} are of data without {kind}: expected ranking masked or unmasked"
             )
-        return self.table[f"rank_{ranking}"].to_numpy()
+        column = self.table[f"rank_{ranking}"].combine_chunks()
+        if ranking == "relevant":
+            return column.flatten().to_numpy().reshape(len(column), -1)
+        return column.to_numpy()
+
+    def ranked_users(self, ranking: str) -> np.ndarray:
+        """As `ranks`, without the users whose target is not ranked."""
+        ranks = self.ranks(ranking)
+        return ranks if ranks.ndim == 2 else ranks[ranks > 0]
 
     def check_same_users(self, other: "SavedRanks") -> None:
         """Raise a ValueError unless both have the same users of the same split of the same data."""

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -124,81 +124,126 @@ def summarize_ranks(
         seed: random seed of each interval.
 
     Returns:
-        An interval for each name "ranking/metric": ndcg@k, hit_ratio@k, recall@k (equal to hit_ratio@k, as every user
-        has one relevant item) and mrr for the rankings "masked" and "unmasked", and "candidates/hit_ratio@1" if there
-        are ranks among candidates.
+        An interval for each name "ranking/metric": ndcg@k, hit_ratio@k, recall@k, precision@k, map@k and mrr for the
+        rankings "masked" and "unmasked" of the target, and for "relevant" where users have several relevant items; and
+        "candidates/hit_ratio@1" if there are ranks among candidates. With one relevant item per user, recall@k equals
+        hit_ratio@k.
 
     Raises:
         ValueError: for `k` < 1.
     """
-    full = [(ranking, name) for ranking in ("masked", "unmasked") for name in _full_ranking_metrics(k)]
-    ranks_of = vars(ranks)
-    among_candidates = [] if ranks.candidates is None else [("candidates", "hit_ratio@1")]
+    metrics = (*(f"{name}@{k}" for name in ("ndcg", "hit_ratio", "recall", "precision", "map")), "mrr")
+    names = dict.fromkeys(("masked", "unmasked", "relevant"), metrics) | {"candidates": ("hit_ratio@1",)}
     return {
         f"{ranking}/{name}": bootstrap_interval(
-            metric_per_user(name, torch.from_numpy(ranks_of[ranking])).numpy(), num_resamples=num_resamples, seed=seed
+            metric_per_user(name, torch.from_numpy(vars(ranks)[ranking])).numpy(),
+            num_resamples=num_resamples,
+            seed=seed,
         )
-        for ranking, name in full + among_candidates
+        for ranking in names
+        if vars(ranks)[ranking] is not None
+        for name in names[ranking]
     }
 
 
 COUNT_GROUPS = {"0": (0, 0), "1-5": (1, 5), "6-10": (6, 10), "11-20": (11, 20), "more": (21, math.inf)}
+LENGTH_GROUPS = {"1-5": (1, 5), "6-10": (6, 10), "11-20": (11, 20), "21-50": (21, 50), "51-100": (51, 100)}
+LENGTH_GROUPS |= {"more": (101, math.inf)}
 
 
 def summarize_by_count(
-    ranks: SplitRanks, target_counts: np.ndarray, k: int = 10, *, num_resamples: int = 2_000, seed: int = 0
+    ranks: SplitRanks, counts: np.ndarray, k: int = 10, *, num_resamples: int = 2_000, seed: int = 0
 ) -> dict[str, dict[str, Interval]]:
     """The metrics by how often the target occurs in training, each with its 95% interval over users.
 
+    Where users have several relevant items, a group judges the users that have relevant items of it by these alone; the
+    others stay in the ranking as any item does.
+
     Args:
         ranks: ranks of all users.
-        target_counts: (users,) occurrences of each user's target in training.
+        counts: (users,) occurrences of each user's target in training; with several relevant items, (users, most) those
+            of each of them.
         k: cut-off, at least 1.
         num_resamples: bootstrap resamples of each interval.
         seed: random seed of each interval.
 
     Returns:
-        For each of `COUNT_GROUPS` that has users, intervals of "masked/ndcg@k" and "masked/hit_ratio@k", and for the
-        group "0" of "new_items/ndcg@k" and "new_items/hit_ratio@k", if there are ranks among the new items.
+        For each of `COUNT_GROUPS` that has users, intervals of ndcg@k and hit_ratio@k of the ranking `ranks.main`, of
+        "relevant/recall@k" if that is it, and for the group "0" of "new_items/ndcg@k" and "new_items/hit_ratio@k", if
+        there are ranks among the new items.
 
     Raises:
-        ValueError: for `k` < 1, and counts of other users.
+        ValueError: for `k` < 1, and counts of other users or items.
     """
-    if target_counts.shape != ranks.masked.shape:
-        raise ValueError(
-            f"target_counts have shape {target_counts.shape}: expected {ranks.masked.shape}, one for each rank"
-        )
+    main = vars(ranks)[ranks.main]
+    if counts.shape != main.shape:
+        raise ValueError(f"counts have shape {counts.shape}: expected {main.shape}, one for each rank")
     groups = {}
-    for group, rows in rows_by_count(target_counts).items():
-        rankings = {"masked": ranks.masked[rows]}
-        if group == "0" and ranks.new_items is not None:
-            rankings["new_items"] = ranks.new_items[rows]
-        groups[group] = {
-            f"{ranking}/{name}": bootstrap_interval(
-                metric_per_user(name, torch.from_numpy(values)).numpy(), num_resamples=num_resamples, seed=seed
-            )
-            for ranking, values in rankings.items()
-            for name in (f"ndcg@{k}", f"hit_ratio@{k}")
-        }
+    for group, (lowest, highest) in COUNT_GROUPS.items():
+        of_group = np.where((counts >= lowest) & (counts <= highest), main, 0)
+        rankings = {ranks.main: of_group[of_group.reshape(len(main), -1).any(axis=1)]}
+        if not len(rankings[ranks.main]):
+            continue
+        if group == "0" and ranks.new_items is not None and ranks.main == "masked":
+            rankings["new_items"] = ranks.new_items[counts == 0]
+        groups[group] = _group_metrics(rankings, k, num_resamples, seed)
     return groups
 
 
-def users_by_count(target_counts: np.ndarray) -> dict[str, int]:
-    """The number of users in each group of `summarize_by_count`, whose targets have these counts, (users,)."""
-    return {group: int(rows.sum()) for group, rows in rows_by_count(target_counts).items()}
+def summarize_by_length(
+    ranks: SplitRanks, lengths: np.ndarray, k: int = 10, *, num_resamples: int = 2_000, seed: int = 0
+) -> dict[str, dict[str, Interval]]:
+    """The metrics by the length of the user's history, each with its 95% interval over users.
+
+    Args:
+        ranks: ranks of all users.
+        lengths: (users,) items in each history.
+        k, num_resamples, seed: as in `summarize_by_count`.
+
+    Returns:
+        For each of `LENGTH_GROUPS` that has users, intervals of ndcg@k and hit_ratio@k of the ranking `ranks.main`, and
+        of "relevant/recall@k" if that is it.
+
+    Raises:
+        ValueError: for `k` < 1, and lengths of other users.
+    """
+    main = vars(ranks)[ranks.main]
+    if lengths.shape != main.shape[:1]:
+        raise ValueError(f"lengths have shape {lengths.shape}: expected {main.shape[:1]}, one for each user")
+    return {
+        group: _group_metrics({ranks.main: main[rows]}, k, num_resamples, seed)
+        for group, rows in rows_by_group(lengths, LENGTH_GROUPS).items()
+    }
 
 
-def rows_by_count(target_counts: np.ndarray) -> dict[str, np.ndarray]:
-    """(users,) bool for each of `COUNT_GROUPS` that has users, whose targets have these counts, (users,)."""
+def _group_metrics(rankings: dict[str, np.ndarray], k: int, num_resamples: int, seed: int) -> dict[str, Interval]:
+    """The metrics of a group of users by the ranking, whose ranks are (users,) or (users, most)."""
+    return {
+        f"{ranking}/{name}": bootstrap_interval(
+            metric_per_user(name, torch.from_numpy(values)).numpy(), num_resamples=num_resamples, seed=seed
+        )
+        for ranking, values in rankings.items()
+        for name in (f"ndcg@{k}", f"hit_ratio@{k}", *([f"recall@{k}"] if ranking == "relevant" else []))
+    }
+
+
+def users_by_group(values: np.ndarray, groups: Mapping[str, tuple[float, float]]) -> dict[str, int]:
+    """The number of users in each group that has any; `values` and groups as in `rows_by_group`."""
+    return {group: int(rows.sum()) for group, rows in rows_by_group(values, groups).items()}
+
+
+def rows_by_group(values: np.ndarray, groups: Mapping[str, tuple[float, float]]) -> dict[str, np.ndarray]:
+    """(users,) bool for each group that has users.
+
+    Args:
+        values: (users,), such as counts of targets or lengths of histories; or (users, any), of which one is enough.
+        groups: the lowest and the highest value of each group, such as `COUNT_GROUPS` and `LENGTH_GROUPS`.
+    """
+    values = values.reshape(len(values), -1)
     rows_of = {
-        group: (target_counts >= lowest) & (target_counts <= highest)
-        for group, (lowest, highest) in COUNT_GROUPS.items()
+        group: ((values >= lowest) & (values <= highest)).any(axis=1) for group, (lowest, highest) in groups.items()
     }
     return {group: rows for group, rows in rows_of.items() if rows.any()}
-
-
-def _full_ranking_metrics(k: int) -> tuple[str, ...]:
-    return f"ndcg@{k}", f"hit_ratio@{k}", f"recall@{k}", "mrr"
 
 
 def sign_flip_p_value(differences: np.ndarray, *, num_resamples: int = 10_000, seed: int = 0) -> float:
@@ -260,8 +305,8 @@ def compare_runs(
             one model, such as those of several seeds, (runs, users), or a list of paths.
         b: the same for the other model, with the users in the same order.
         metric: for saved ranks, the metric to compare, such as "ndcg@10", "hit_ratio@10" or "mrr".
-        ranking: for saved ranks, "masked", "unmasked", "candidates", or "new_items", which compares the users whose
-            target is a new item.
+        ranking: for saved ranks, "masked", "unmasked", "candidates", "relevant", which judges users by all of their
+            relevant items, or "new_items", which compares the users whose target is a new item.
         confidence: confidence level of the interval of the difference.
         num_resamples: resamples of the bootstrap and of the p-value.
         seed: random seed of both.
@@ -281,8 +326,8 @@ def compare_runs(
         for run in (*loaded[0], *loaded[1]):
             loaded[0][0].check_same_users(run)
         a, b = (
-            np.stack([metric_per_user(metric, torch.tensor(ranks[ranks > 0])).numpy() for ranks in each])
-            for each in ([run.ranks(ranking) for run in runs] for runs in loaded)  # 0: the user's target is not ranked
+            np.stack([metric_per_user(metric, torch.tensor(ranks)).numpy() for ranks in each])
+            for each in ([run.ranked_users(ranking) for run in runs] for runs in loaded)
         )
     a, b = _mean_of_runs("a", a), _mean_of_runs("b", b)
     if len(a) != len(b):

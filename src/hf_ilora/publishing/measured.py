@@ -42,19 +42,34 @@ def read_measured(path: Path, row: str | None, dataset_name: str) -> MeasuredTab
         FileNotFoundError: when there is no such file.
         ValueError: when it is not a table of this package, and when `row` matches none or several of its rows.
     """
+    reports, context = read_reports(path)
+    context = replace(context, data=dataset_name)
+    table = candidate_table if isinstance(context, CandidateContext) else markdown_table
+    sources = [report.source for report in reports]
+    report = reports[_row_number(path, row, [report.name for report in reports], sources)]
+    return MeasuredTable(
+        table(reports, context), report.quality, context.split, context.num_candidates, context.data_fingerprint
+    )
+
+
+def read_reports(path: Path) -> tuple[list[ModelReport] | list[CandidateReport], ReportContext | CandidateContext]:
+    """Read the rows of a table that `hf-ilora evaluate` or `hf-ilora evaluate-ilora` wrote, and what they share.
+
+    Args:
+        path: results.json, or its folder.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is not a table of this package.
+    """
     if path.is_dir():
         path = path / f"{RESULTS_STEM}.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if "compared" in content["context"]:
             reports = [_model_report(report) for report in content["models"]]
-            context = replace(ReportContext(**content["context"]), data=dataset_name)
-            text = markdown_table(reports, context)
-        else:
-            reports = [_candidate_report(report) for report in content["models"]]
-            context = replace(CandidateContext(**content["context"]), data=dataset_name)
-            text = candidate_table(reports, context)
-        sources = [report.get("source") for report in content["models"]]
+            return reports, ReportContext(**content["context"])
+        return [_candidate_report(report) for report in content["models"]], CandidateContext(**content["context"])
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"no results at {path}: expected the results.json of `hf-ilora evaluate` or `hf-ilora evaluate-ilora`"
@@ -64,8 +79,6 @@ def read_measured(path: Path, row: str | None, dataset_name: str) -> MeasuredTab
             f"{path} is not a table of an evaluation ({error!r}): expected the results.json of "
             "`hf-ilora evaluate` or `hf-ilora evaluate-ilora`; evaluate again"
         ) from error
-    report = reports[_row_number(path, row, [report.name for report in reports], sources)]
-    return MeasuredTable(text, report.quality, context.split, context.num_candidates, context.data_fingerprint)
 
 
 def _row_number(path: Path, row: str | None, names: list[str], sources: list[str | None]) -> int:
@@ -82,7 +95,12 @@ def _row_number(path: Path, row: str | None, names: list[str], sources: list[str
 
 def _model_report(report: dict) -> ModelReport:
     parts = {"latency": Latency(**report["latency"]), "size": ModelSize(**report["size"])}
-    parts["by_count"] = {group: _intervals(quality) for group, quality in report.get("by_count", {}).items()}
+    for groups in ("by_count", "by_length"):
+        parts[groups] = {group: _intervals(quality) for group, quality in report.get(groups, {}).items()}
+    parts["lists"] = _intervals(report.get("lists", {}))
+    if "kind" not in report:  # results that were written before pictures told kinds apart
+        kinds = {"popularity": "baseline", "transition_counts": "baseline", "ilora": "language model"}
+        parts["kind"] = kinds.get(report["model_type"], "ids")
     return ModelReport(**report | parts | _measured_parts(report))
 
 

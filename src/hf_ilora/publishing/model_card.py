@@ -22,6 +22,7 @@ _METRIC_NAMES = {
     "ndcg": "NDCG",
     "hit_ratio": "HR",
     "mrr": "MRR",
+    "map": "MAP",
     "valid_ratio": "ValidRatio",
 }
 
@@ -207,6 +208,7 @@ def _metric_name(name: str, num_candidates: int | None = None) -> str:
     kind, at, rest = metric.partition("@")
     among = {
         "masked": "whole catalogue, seen items excluded",
+        "relevant": "all relevant items, whole catalogue, seen items excluded",
         "unmasked": "whole catalogue",
         "candidates": f"among {num_candidates or 'the'} candidates",
         "answers": "generated answers",
