@@ -157,7 +157,7 @@ def language_rows(settings: Settings) -> list[Row]:
         ),
         student(
             "ensemble",
-            "+ taught by such a student and title similarity",
+            "start from titles, taught by such a student and title similarity",
             ["{start}", "titles"],
             {**joint, "teacher_weights": [1.0, title_weight], "kl_weight": 1.0},
             settings_from="start",
@@ -165,7 +165,7 @@ def language_rows(settings: Settings) -> list[Row]:
         ),
         student(
             "ensemble_counts",
-            "+ and by transition counts",
+            "start from titles, taught by an ensemble",
             ["{start}", "titles", counts],
             joint,
             settings_from="start",
@@ -179,7 +179,7 @@ def language_rows(settings: Settings) -> list[Row]:
     tf_idf = [
         trained(
             "tf_idf_start",
-            "start from titles (TF-IDF) and co-occurrence",
+            "start from TF-IDF titles and co-occurrence",
             options=tf_idf_joint,
             trials=settings.start,
             seeds=3,
@@ -187,7 +187,7 @@ def language_rows(settings: Settings) -> list[Row]:
         ),
         student(
             "tf_idf_ensemble",
-            "+ taught by such a student and title similarity (TF-IDF)",
+            "start from TF-IDF titles, taught by such a student and title similarity",
             ["{tf_idf_start}", "titles"],
             {**tf_idf_joint, "teacher_weights": [1.0, title_weight], "kl_weight": 1.0},
             settings_from="tf_idf_start",
@@ -195,7 +195,7 @@ def language_rows(settings: Settings) -> list[Row]:
         ),
         student(
             "tf_idf_ensemble_counts",
-            "+ and by transition counts (TF-IDF)",
+            "start from TF-IDF titles, taught by an ensemble",
             ["{tf_idf_start}", "titles", counts],
             tf_idf_joint,
             settings_from="tf_idf_start",
@@ -216,7 +216,7 @@ def language_rows(settings: Settings) -> list[Row]:
         ),
         student(
             "shuffled_ensemble_counts",
-            "all of it with shuffled titles",
+            "start from shuffled titles, taught by an ensemble",
             ["{shuffled_start}", "titles", counts],
             joint,
             settings_from="ensemble_counts",
@@ -263,7 +263,7 @@ def language_rows(settings: Settings) -> list[Row]:
         ),
         Row(
             "ensemble_counts_mixed",
-            "all of it, with the weights of tune_ensemble.py",
+            "the same, with the weights of tune_ensemble.py",
             "distill_sasrec",
             settings.config,
             {**joint, **everywhere, "kl_weight": 1.0, "ensemble": "{mixture}"},

@@ -103,7 +103,7 @@ def test_the_study_trains_what_is_missing_and_tabulates_it(study, tmp_path):
     ran = study(table="all", test=True)
     assert ran.count("fit_counts") == ran.count("tune_ensemble") == 1
     assert ran.count("train_sasrec") == 2 + 1 + 1  # trials of ids only, the start and the shuffled one
-    assert ran.count("distill_sasrec") == 2 + 1 + 2  # trials of the ensemble, counts, and two parts
+    assert ran.count("distill_sasrec") == 1 + 2  # the student of the ensemble, and two parts
     content = json.loads((tmp_path / "report.json").read_text())
     rows = content["rows"]
     assert {name for names in content["tables"].values() for name in names} == set(rows)
