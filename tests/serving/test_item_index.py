@@ -4,10 +4,6 @@ import pytest
 import torch
 
 from hf_ilora import (
-    CaserConfig,
-    CaserForNextItem,
-    GRU4RecConfig,
-    GRU4RecForNextItem,
     ItemIndex,
     PopularityConfig,
     PopularityForNextItem,
@@ -16,41 +12,15 @@ from hf_ilora import (
 )
 from hf_ilora.serving import item_index
 from hf_ilora.serving.item_index import INDEX_FILE
+from tests.scoring_models import MODELS, SIZES, sasrec
 
 NUM_ITEMS = 400
-SIZES = {"num_items": NUM_ITEMS, "hidden_size": 8, "max_length": 6}
 HISTORIES = torch.randint(1, NUM_ITEMS + 1, (20, 6), generator=torch.Generator().manual_seed(3))
-
-
-def sasrec(seed: int = 0, **settings) -> SASRecForNextItem:
-    torch.manual_seed(seed)
-    model = SASRecForNextItem(SASRecConfig(**SIZES, **settings)).eval()
-    for name, parameter in model.named_parameters():
-        if name in ("head.bias", "head.repeat_bias"):
-            torch.nn.init.normal_(parameter)
-    return model
-
-
-def with_teacher_embeddings() -> SASRecForNextItem:
-    model = sasrec(teacher_embedding_size=4, teacher_embedding_use="input_and_head")
-    model.set_teacher_embeddings(torch.cat([torch.zeros(1, 4), torch.randn(NUM_ITEMS, 4)]))
-    return model
-
-
-MODELS = {
-    "plain": sasrec,
-    "biases": lambda: sasrec(head_bias=True, repeat_bias=True),
-    "temperature": lambda: sasrec(score_temperature=0.1),
-    "teacher embeddings": with_teacher_embeddings,
-    "bfloat16": lambda: sasrec().bfloat16(),
-    "gru4rec": lambda: GRU4RecForNextItem(GRU4RecConfig(**SIZES)).eval(),
-    "caser": lambda: CaserForNextItem(CaserConfig(**SIZES)).eval(),
-}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return sasrec()
+    return sasrec(NUM_ITEMS)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +31,7 @@ def index(model):
 @pytest.mark.parametrize("exclude_seen", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_all_lists_give_the_answers_of_the_model(name, exclude_seen):
-    model = MODELS[name]()
+    model = MODELS[name](NUM_ITEMS)
     index = ItemIndex.build(model, num_lists=8, probes=8)
     item_ids, scores = index.recommend(HISTORIES, 7, exclude_seen)
     with torch.no_grad():
@@ -118,8 +88,8 @@ def test_a_saved_index_answers_alike_and_names_its_model(index, model, tmp_path)
     for ours, theirs in zip(index.recommend(HISTORIES, probes=3), loaded.recommend(HISTORIES, probes=3), strict=True):
         assert torch.equal(ours, theirs)
     with pytest.raises(ValueError, match="index of another model, or of this one before its item table changed"):
-        ItemIndex.load(tmp_path, sasrec(seed=1))
-    other = SASRecForNextItem(SASRecConfig(**SIZES | {"num_items": 9}))
+        ItemIndex.load(tmp_path, sasrec(NUM_ITEMS, seed=1))
+    other = SASRecForNextItem(SASRecConfig(num_items=9, **SIZES))
     with pytest.raises(ValueError, match="it has 400 items, 8 wide, and the model 9, 8 wide"):
         ItemIndex.load(tmp_path, other)
     (tmp_path / INDEX_FILE).write_bytes(b"no index")

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from hf_ilora import CaserConfig, CaserForNextItem, SASRecConfig, SASRecForNextItem
 from hf_ilora.models.next_item import next_item_head
 from hf_ilora.models.next_item import top_k as module
 from hf_ilora.models.next_item.top_k import ItemMasks, masked_top_k, ordered_top_k, top_k_in_chunks
+from tests.scoring_models import MODELS, sasrec
 
 NUM_ITEMS = 200
 
@@ -98,36 +98,11 @@ def test_scores_that_are_not_finite_and_too_few_items_are_refused(small_chunks):
         in_chunks(scores, 201, ItemMasks())
 
 
-def sasrec(**settings) -> SASRecForNextItem:
-    torch.manual_seed(0)
-    model = SASRecForNextItem(SASRecConfig(num_items=NUM_ITEMS, hidden_size=8, max_length=6, **settings)).eval()
-    for name, parameter in model.named_parameters():
-        if name in ("head.bias", "head.repeat_bias"):
-            torch.nn.init.normal_(parameter)
-    return model
-
-
-def with_teacher_embeddings() -> SASRecForNextItem:
-    model = sasrec(teacher_embedding_size=4, teacher_embedding_use="input_and_head")
-    model.set_teacher_embeddings(torch.cat([torch.zeros(1, 4), torch.randn(NUM_ITEMS, 4)]))
-    return model
-
-
-MODELS = {
-    "plain": sasrec,
-    "biases": lambda: sasrec(head_bias=True, repeat_bias=True),
-    "temperature": lambda: sasrec(score_temperature=0.1),
-    "teacher embeddings": with_teacher_embeddings,
-    "bfloat16": lambda: sasrec().bfloat16(),
-    "caser": lambda: CaserForNextItem(CaserConfig(num_items=NUM_ITEMS, hidden_size=8, max_length=6)).eval(),
-}
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("num_users", "by_numpy"), [(1, False), (1, True), (7, False)])
 def test_recommend_gives_the_best_of_the_logits(small_chunks, monkeypatch, name, num_users, by_numpy):
     monkeypatch.setattr(next_item_head, "_numpy_is_faster", lambda weight: by_numpy)
-    model = MODELS[name]()
+    model = MODELS[name](NUM_ITEMS)
     histories = torch.randint(1, NUM_ITEMS + 1, (num_users, 6), generator=torch.Generator().manual_seed(2))
     histories[:, 0] = 0
     item_ids, log_probabilities = model.recommend(histories, top_k=9)
@@ -143,7 +118,7 @@ def test_recommend_gives_the_best_of_the_logits(small_chunks, monkeypatch, name,
 
 
 def test_users_without_history_get_popular_items_in_chunks(small_chunks):
-    model, ids = sasrec(), torch.arange(1, NUM_ITEMS + 1)
+    model, ids = sasrec(NUM_ITEMS), torch.arange(1, NUM_ITEMS + 1)
     counts = torch.cat([torch.zeros(1), (ids % 50 + 1).float()])
     model.popular_scores = lambda: counts.log()
     masks = ItemMasks(hidden=torch.tensor([[49, 0], [0, 0], [99, 149]]))
