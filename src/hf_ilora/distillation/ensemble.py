@@ -17,11 +17,11 @@ from hf_ilora.distillation.losses import check_temperature
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.histories import padded_histories
-from hf_ilora.models.next_item.item_filters import item_filter
+from hf_ilora.models.next_item.item_filters import item_masks
 from hf_ilora.models.next_item.modeling_counting import PopularityForNextItem, TransitionCountsForNextItem
 from hf_ilora.models.next_item.next_item_losses import Columns, SoftTarget
 from hf_ilora.models.next_item.next_item_model import newest_items
-from hf_ilora.models.next_item.next_item_output import top_k_items
+from hf_ilora.models.next_item.top_k import masked_top_k
 
 Member = RecommenderScores | TitleSimilarity | LogCounts | LabelScores
 
@@ -131,12 +131,11 @@ class EnsembleTeacher(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `recommend` of every recommender: item_ids and log-probabilities, (batch, top_k) each."""
         histories = padded_histories(histories, self.num_items, self.device)
-        sizes = (len(histories), self.num_items, self.device)
-        allowed_items = item_filter("allowed_items", allowed_items, *sizes)
-        excluded_items = item_filter("excluded_items", excluded_items, *sizes)
+        seen = histories if exclude_seen else None
+        masks = item_masks(len(histories), self.num_items, self.device, seen, allowed_items, excluded_items)
         read = histories if self.max_length is None else newest_items(histories, self.max_length)
         scores = self.next_item_scores(read)
-        item_ids, best = top_k_items(scores, histories, top_k, exclude_seen, allowed_items, excluded_items)
+        item_ids, best = masked_top_k(scores, top_k, masks)
         return item_ids, (best - scores.logsumexp(1, keepdim=True)).clamp(max=0)
 
     def rank_items(

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from hf_ilora.files import check_replaceable
 from hf_ilora.models.next_item.histories import padded_histories
-from hf_ilora.models.next_item.item_filters import item_filter
+from hf_ilora.models.next_item.item_filters import item_masks
 from hf_ilora.models.next_item.next_item_model import evaluation_mode, newest_items
-from hf_ilora.models.next_item.next_item_output import popular_scores, scores_or_popular, top_k_items
+from hf_ilora.models.next_item.next_item_output import popular_scores, scores_or_popular
+from hf_ilora.models.next_item.top_k import masked_top_k
 
 from .candidate_order import preferred_order
 from .candidate_scoring import candidate_log_likelihoods, check_context, token_positions
@@ -67,12 +68,12 @@ class ILoraAnswers:
                 popular ones instead of an error, if the catalogue has their counts.
         """
         histories = padded_histories(histories, self.config.num_items, self.device, self.knows_popular_items)
+        seen = histories if exclude_seen else None
         sizes = (len(histories), self.config.num_items, self.device)
-        allowed_items = item_filter("allowed_items", allowed_items, *sizes)
-        excluded_items = item_filter("excluded_items", excluded_items, *sizes)
+        masks = item_masks(*sizes, seen, allowed_items, excluded_items)
         scores = scores_or_popular(self._item_scores, self.popular_scores, histories)
         log_probabilities = scores.log_softmax(-1)  # (batch, num_items + 1)
-        return top_k_items(log_probabilities, histories, top_k, exclude_seen, allowed_items, excluded_items)
+        return masked_top_k(log_probabilities, top_k, masks)
 
     @property
     def knows_popular_items(self) -> bool:

@@ -7,8 +7,34 @@ import torch
 
 from .configuration_next_item import PADDING_ITEM_ID
 from .histories import is_integer, padded_rows
+from .top_k import ItemMasks
 
 _FORMS = "such as [3, 1, 2] for all users, or a row per history such as [[3, 1], [2]]"
+
+
+def item_masks(
+    num_rows: int,
+    num_items: int,
+    device: torch.device,
+    seen: torch.Tensor | None = None,
+    allowed_items=None,
+    excluded_items=None,
+) -> ItemMasks:
+    """The masks of filters as users of `recommend` give them.
+
+    Args:
+        num_rows: number of users.
+        num_items: size of the catalogue.
+        device: of the scores.
+        seen: (users, any) ids to leave out, padded with 0, or None.
+        allowed_items, excluded_items: as in `item_filter`.
+
+    Raises:
+        ValueError: as `item_filter`.
+    """
+    allowed = item_filter("allowed_items", allowed_items, num_rows, num_items, device)
+    excluded = item_filter("excluded_items", excluded_items, num_rows, num_items, device)
+    return ItemMasks.from_filters(num_items, seen, allowed, excluded)
 
 
 def item_filter(
@@ -83,4 +109,4 @@ def _as_tensor(name: str, given) -> torch.Tensor:
     return padded_rows(rows, True, lambda number: f"row {number} of {name}")
 
 
-__all__ = ["item_filter"]
+__all__ = ["item_filter", "item_masks"]

@@ -17,8 +17,8 @@ from .catalogue import CATALOGUE_FILE, Catalogue, open_parquet
 from .configuration_next_item import NextItemConfig
 from .histories import padded_histories, single_items
 from .hub_upload import HubUploads, UploadOfSaved
-from .item_filters import item_filter
-from .next_item_output import popular_scores, scores_or_popular, top_k_items
+from .item_filters import item_masks
+from .next_item_output import popular_scores, scores_or_popular
 from .padding import lowest_and_highest, padding_to_the_front
 from .reference_initialization import initialize_as_reference
 from .saved_model import check_sizes, read_config, saved_file, saved_shapes
@@ -159,11 +159,9 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         """
         with evaluation_mode(self), torch.inference_mode():
             histories = padded_histories(histories, self.config.num_items, self.device, self.knows_popular_items)
-            sizes = (len(histories), self.config.num_items, self.device)
-            allowed_items = item_filter("allowed_items", allowed_items, *sizes)
-            excluded_items = item_filter("excluded_items", excluded_items, *sizes)
             seen = histories if exclude_seen else None
-            masks = ItemMasks.from_filters(self.config.num_items, seen, allowed_items, excluded_items)
+            sizes = (len(histories), self.config.num_items, self.device)
+            masks = item_masks(*sizes, seen, allowed_items, excluded_items)
             item_ids, log_probabilities = self.best_items(histories, top_k, masks)
         return item_ids.clone(), log_probabilities.clone()  # tensors that may be used where gradients flow
 
@@ -211,16 +209,11 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         with evaluation_mode(self), torch.inference_mode():
             items = single_items(items, self.config.num_items, self.device).unsqueeze(1)  # (items, 1)
             sizes = (len(items), self.config.num_items, self.device)
-            allowed_items = item_filter("allowed_items", allowed_items, *sizes)
-            excluded_items = item_filter("excluded_items", excluded_items, *sizes)
+            masks = item_masks(*sizes, items, allowed_items, excluded_items)
             similarities, parts = self._similarities(), []
             for rows in torch.arange(len(items)).split(max(1, _SCORES_AT_ONCE // (self.config.num_items + 1))):
-                filters = [
-                    given if given is None or given.dim() == 1 else given[rows]
-                    for given in (allowed_items, excluded_items)
-                ]
                 scores = similarities(items[rows].squeeze(1))  # (rows, num_items + 1)
-                parts.append(top_k_items(scores, items[rows], top_k, True, *filters))
+                parts.append(masked_top_k(scores, top_k, masks.of(rows)))
             item_ids, scores = (torch.cat(each) for each in zip(*parts, strict=True))
         return item_ids.clone(), scores.clone()
 

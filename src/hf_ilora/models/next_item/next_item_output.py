@@ -64,8 +64,6 @@ def top_k_items(
     histories: torch.Tensor,
     top_k: int,
     exclude_seen: bool,
-    allowed_items: torch.Tensor | None = None,
-    excluded_items: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `top_k` best items of each user, best first, the lower id first among equal scores; never padding.
 
@@ -74,9 +72,6 @@ def top_k_items(
         histories: (batch, length) item ids, 0 for padding on either side.
         top_k: number of items per user.
         exclude_seen: leave out the items of the history.
-        allowed_items: the only items to choose from, (items,) for all users or (batch, any), as `item_filter` returns
-            them; None allows all.
-        excluded_items: items to leave out, of the same shapes.
 
     Returns:
         item_ids (batch, top_k) int64 in 1..num_items, scores (batch, top_k).
@@ -84,5 +79,4 @@ def top_k_items(
     Raises:
         ValueError: when a user has fewer than `top_k` items to recommend, or a score that is not finite among the best.
     """
-    seen = histories if exclude_seen else None
-    return masked_top_k(logits, top_k, ItemMasks.from_filters(logits.shape[1] - 1, seen, allowed_items, excluded_items))
+    return masked_top_k(logits, top_k, ItemMasks(hidden=histories if exclude_seen else None))
