@@ -38,7 +38,7 @@ def test_names_are_as_short_as_tells_them_apart():
         "LoRA",
         "iLoRA, run 2",
     ]
-    assert data_name("outputs/ml-100k/data") == "ml-100k" and data_name("/tmp/beauty/") == "beauty"
+    assert data_name("outputs/ml-100k/data") == "ml-100k" and data_name("/data/beauty/") == "beauty"
     assert data_name("data") == "data"
 
 

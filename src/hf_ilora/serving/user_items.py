@@ -36,7 +36,7 @@ class UserItems:
         return self.items[self.starts[number] : self.starts[number + 1]]
 
     def take(self, rows: np.ndarray) -> "UserItems":
-        """Some rows, in the order of their numbers in `rows`; -1 stands for a row without items and without a user."""
+        """The rows with these numbers, in their order; -1 gives a row without items and without a user."""
         found = rows >= 0
         starts, ends = (np.where(found, bounds[rows], 0) for bounds in (self.starts[:-1], self.starts[1:]))
         users = self.users.take(pa.array(rows, mask=~found))

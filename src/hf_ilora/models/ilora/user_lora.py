@@ -87,8 +87,8 @@ def user_lora(
         State dict in PEFT's format, on the CPU, which fits the stack's adapter_config.json.
 
     Raises:
-        ValueError: if a file of the stack is missing or broken or holds the LoRA of one user, for gates of another
-            number or that are none, and if `output_dir` contains other files.
+        ValueError: if a file of the stack is missing, broken, or the LoRA of one user; if `expert_gates` are no gates
+            of its experts; and if `output_dir` contains other files.
     """
     if output_dir is not None:
         check_replaceable(output_dir, LORA_FILES)

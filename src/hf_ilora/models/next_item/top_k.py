@@ -278,7 +278,7 @@ class _Best:
     def _rank(self, users: slice | torch.Tensor, scores: torch.Tensor, items: slice) -> None:
         masked = self.masks.of(users).apply_(scores, items)
         best, columns = ordered_top_k(masked, min(self.top_k, masked.shape[1]))
-        # The best so far stand in front, since their ids are lower.
+        # The best so far come first, since their ids are lower and the sort is stable.
         both = torch.cat([self.scores[users], best], dim=1)
         ids = torch.cat([self.item_ids[users], columns + items.start], dim=1)
         both, order = both.sort(dim=1, descending=True, stable=True)
