@@ -133,6 +133,7 @@ def test_bad_input_names_what_is_wrong(folder, run_recipe, settings, message, mo
 )
 def test_the_command_uses_the_launcher_where_that_is_asked_for(words, launched, monkeypatch):
     calls = []
+    monkeypatch.setenv(command.PROGRAM_VARIABLE, "")  # set by start for the recipe, and unset again after this test
     monkeypatch.setattr(launching, "launch_words", lambda recipe, options: calls.append("launched") or 0)
     monkeypatch.setattr(command, "run_recipe", lambda recipe, options: calls.append("run"))
     command.start(command.COMMANDS["recommend"], ["--model", "m", *words])
