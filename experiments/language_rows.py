@@ -115,7 +115,7 @@ SETTINGS = {
             {"num_train_epochs": 30.0},
         ),
         joint_start={"initial_items": "titles_and_log_cooccurrence"},
-        start=({"title_prior": 3.0}, {}),
+        start=({"title_prior": 3.0}, {"title_prior": 10.0}),
         title_weight=1.0,
         count_weight=0.5,
         taught=(
