@@ -127,6 +127,8 @@ def test_policy_without_what_it_looks_at_is_refused(train):
         acquire_requests(requests, "k_center", 3, popularity)
     with pytest.raises(ValueError, match="budget is 21: expected"):
         acquire_requests(requests, "random", 21)
+    with pytest.raises(ValueError, match="batch_size is -1: expected at least 1"):
+        acquire_requests(requests, "entropy", 3, popularity, batch_size=-1)
 
 
 # --- shards ---

@@ -57,6 +57,8 @@ def test_gates_are_those_of_evaluation_in_the_order_of_users():
     gates = gates_of_histories(model, histories, batch_size=5)
     assert gates.argmax(1).tolist() == (histories[:, 0] % 4).tolist()
     assert model.training
+    with pytest.raises(ValueError, match="batch_size is 0: expected at least 1"):
+        gates_of_histories(model, histories, batch_size=0)
 
 
 def test_usage_is_summarised_for_all_users_and_by_the_length_of_their_history():

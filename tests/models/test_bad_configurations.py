@@ -267,6 +267,8 @@ def test_a_tiny_file_of_many_rows_is_refused_by_its_footer(tmp_path, monkeypatch
         (lambda: setattr(SASRecConfig(num_items=3), "hidden_size", "wide"), "hidden_size"),
         (lambda: CaserConfig(num_items=3, num_horizontal_filters=0), "num_horizontal_filters is 0"),
         (lambda: GRU4RecConfig(num_items=3, hidden_dropout=2), "hidden_dropout is 2"),
+        (lambda: SASRecConfig(num_items=3, ed_weight=-0.1), "ed_weight is -0.1: expected at least 0"),
+        (lambda: SASRecConfig(num_items=3, score_temperature=0), "score_temperature is 0: expected a positive number"),
         (lambda: PopularityConfig(num_items=0), "num_items is 0"),
         (lambda: ILoraConfig(rank=3), "rank 3 is not divisible"),
         (lambda: ILoraConfig(recommender_config={"model_type": "sasrec", "hidden_size": None}), "hidden_size"),

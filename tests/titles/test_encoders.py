@@ -238,6 +238,7 @@ def test_a_table_has_a_row_for_padding(bert):
         (["Heat", " \n"], r"title 2 of 2 is ' \\n': expected text"),
         (["Heat", 7], "title 2 of 2 is 7"),
         ("Heat", "titles is the string 'Heat': expected a list"),
+        (7, "titles is 7: expected a list of titles"),
         (["Heat"] * 3, "all 3 titles are 'Heat': expected titles that tell items apart"),
     ],
 )
@@ -271,6 +272,7 @@ def test_unknown_encoders_are_named(bert, tmp_path):
         ({"layer": 3}, r"layer is 3 for .*, which has 2 blocks: expected 0 \(the embeddings\) to 2"),
         ({"layer": -4}, "layer is -4"),
         ({"batch_size": 0}, "batch_size is 0: expected at least 1"),
+        ({"batch_size": 2.5}, "batch_size is 2.5: expected at least 1, a whole number"),
         ({"encoder": "tf-idf", "layer": 1}, "layer is 1 for an encoder without a choice of layers"),
     ],
 )

@@ -270,7 +270,8 @@ def test_new_items_without_year_and_genres_join_a_catalogue_that_has_them():
         ([("a", 7), ("b", 8)], "the title of item 'a' is 7: expected text"),
         (["new"], r"an item is 'new': expected \(raw id, title\)"),
         ([("a", "b", "c")], r"expected \(raw id, title\)"),
-        ("new", r"an item is \('new',\)"),
+        ("new", r"items is 'new': expected \(raw id, title\) pairs"),
+        (7, r"items is 7: expected \(raw id, title\) pairs"),
         (pa.table({"raw_id": ["a"]}), r"the items have no column title \(found: raw_id\)"),
         (pa.table({"raw_id": ["a"], "title": [1.5]}), "the title of item 'a' is 1.5"),
     ],
@@ -435,6 +436,12 @@ def test_bad_descriptions_are_refused(described):
         described.recommend(["group 1"])
     with pytest.raises(ValueError, match=r"liked\[0\] is the string 'g'"):
         described.recommend("group 1")
+    with pytest.raises(ValueError, match="liked is 7: expected a list of titles per user"):
+        described.recommend(7)
+    with pytest.raises(ValueError, match=r"liked\[0\] is 7: expected a list of titles per user"):
+        described.recommend([7])
+    with pytest.raises(ValueError, match=r"titles is the string 'group 1': expected a list of titles"):
+        described.nearest_items("group 1")
     with pytest.raises(ValueError, match="top_k is 40, but row 0 has 39 of 40 items left to recommend"):
         described.recommend([["Group 1, mint, item 2"]], top_k=40)
     with pytest.raises(ValueError, match="top_k is 41: expected 1 to 40, the items of the catalogue"):

@@ -40,6 +40,7 @@ from hf_ilora.distillation.teacher_labels import (
 from hf_ilora.distillation.teachers import Teacher
 from hf_ilora.files import remove_unfinished, written_whole
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
+from hf_ilora.models.next_item.histories import check_batch_size
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel, evaluation_mode
 
 logger = logging.getLogger(__name__)
@@ -144,8 +145,10 @@ def acquire_requests(
         batch_size: requests that the recommender scores at a time.
 
     Raises:
-        ValueError: as `acquire`, and when the policy needs a recommender or user embeddings and there are none.
+        ValueError: as `acquire`, when the policy needs a recommender or user embeddings and there are none, and for a
+            `batch_size` below 1.
     """
+    check_batch_size(batch_size)
     if policy == "random":
         return requests.select(acquire(policy, budget, num_rows=len(requests), seed=seed))
     if recommender is None:
@@ -391,7 +394,11 @@ def label_shards(
         batch_size: histories per call of the teacher.
         process: index of this process. Shard n belongs to process n % num_processes.
         num_processes: number of processes.
+
+    Raises:
+        ValueError: for a `batch_size` below 1.
     """
+    check_batch_size(batch_size)
     shards = folder.open_shards(requests, process, num_processes)
     costs = requests.costs(teacher)  # (requests,) tokens
     parts = [folder.shard(requests, shard) for shard in shards]

@@ -19,6 +19,7 @@ from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks, parquet_nam
 from hf_ilora.evaluation.statistics import Interval, bootstrap_interval, compare_runs, summarize_ranks
 from hf_ilora.files import written_whole
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.next_item.histories import check_batch_size
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 
 GENERATE = ("none", "free", "constrained")
@@ -37,12 +38,13 @@ class CandidateEvaluation:
         usages: expert usage by label of the model, which is its name and source.
 
     Raises:
-        ValueError: for an unknown `generate`.
+        ValueError: for an unknown `generate`, and a `batch_size` below 1.
     """
 
     def __init__(self, context: CandidateContext, split, batch_size: int = 8, max_new_tokens: int = 40):
         if context.generate not in GENERATE:
             raise ValueError(f"generate is {context.generate!r}: expected one of {', '.join(GENERATE)}")
+        check_batch_size(batch_size)
         self.context, self.split = context, split
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.usages: dict[str, dict[str, ExpertUsage]] = {}

@@ -11,6 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 
 from hf_ilora.evaluation.plots import GREY, label_points, new_figure, save_figure, style, without_sources
 from hf_ilora.evaluation.statistics import LENGTH_GROUPS, rows_by_group
+from hf_ilora.models.next_item.histories import check_batch_size
 from hf_ilora.models.next_item.next_item_model import evaluation_mode
 from hf_ilora_cli.shown_text import in_figure, in_markdown
 
@@ -98,7 +99,11 @@ def gates_of_histories(model: torch.nn.Module, histories: torch.Tensor, batch_si
         model: `expert_gates(histories)` returns (batch, experts). It may be wrapped for distributed training.
         histories: (users, length) item ids, padded with 0.
         batch_size: users per step.
+
+    Raises:
+        ValueError: for a `batch_size` below 1.
     """
+    check_batch_size(batch_size)
     model = extract_model_from_parallel(model)
     with evaluation_mode(model), torch.no_grad():
         gates = [model.expert_gates(batch.to(model.device)).float().cpu() for batch in histories.split(batch_size)]

@@ -16,6 +16,7 @@ from accelerate.utils import extract_model_from_parallel, reduce
 from hf_ilora.data.columns import flatten_lists, padded_lists, read_column
 from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at, reciprocal_rank
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID
+from hf_ilora.models.next_item.histories import check_batch_size
 from hf_ilora.models.next_item.next_item_model import evaluation_mode
 from hf_ilora.models.next_item.top_k import ordered_top_k
 
@@ -398,8 +399,7 @@ class EvaluationRows:
         Raises:
             ValueError: for `batch_size` < 1.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: expected at least 1")
+        check_batch_size(batch_size)
         state = PartialState()
         # Longest first: if memory is too small, the first batch fails.
         batches = np.split(self.by_length(), range(batch_size, len(self), batch_size))

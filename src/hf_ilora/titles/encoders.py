@@ -12,7 +12,9 @@ import torch
 from hf_ilora.devices import uses_accelerator
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.ilora.title_tokens import check_titles
 from hf_ilora.models.next_item.catalogue import Catalogue
+from hf_ilora.models.next_item.histories import check_batch_size
 
 from .embedded_encoder import EMBEDDED_ENCODER
 from .embedding_cache import kept_embeddings
@@ -118,9 +120,8 @@ def _encoded(
     trust_remote_code: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors of the different titles, and the row of each title among them, (titles,) int64."""
-    _check_titles(titles)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: expected at least 1")
+    check_titles(titles)
+    check_batch_size(batch_size)
     has_layers = not isinstance(encoder, ILoraForRecommendation) and encoder != TF_IDF
     if layer is not None and not has_layers:
         raise ValueError(f"layer is {layer} for an encoder without a choice of layers: expected layer=None")
@@ -180,26 +181,13 @@ def distinct_titles(catalogue_or_titles: Catalogue | Sequence[str]) -> Sequence[
                 f"the titles of the catalogue are its raw ids (the first is {titles[0]!r}), as of data without titles: "
                 "expected titles; prepare the data with a column of titles, or leave titles out"
             )
-    _check_titles(titles)
+    check_titles(titles)
     if len(titles) > 1 and len(set(titles)) == 1:
         raise ValueError(
             f"all {len(titles)} titles are {titles[0]!r}: expected titles that tell items apart; check the column that "
             "they were read from"
         )
     return titles
-
-
-def _check_titles(titles: Sequence[str]) -> None:
-    if isinstance(titles, str):
-        raise ValueError(f"titles is the string {titles!r}: expected a list of titles, such as [{titles!r}]")
-    if not len(titles):
-        raise ValueError("titles are empty: expected at least one")
-    for number, title in enumerate(titles, start=1):
-        if not isinstance(title, str) or not title.strip():
-            raise ValueError(
-                f"title {number} of {len(titles)} is {title!r}: expected text; give the item a title, such as "
-                f"'Item {number}', or leave it out"
-            )
 
 
 def _unit_rows(vectors: torch.Tensor, titles: Sequence[str]) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """What titles say of items that nobody has met: rows for new items, and histories for users who describe themselves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.ilora.title_tokens import check_titles
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.item_filters import item_filter
@@ -209,6 +210,7 @@ class ItemTitles:
         if not 1 <= top_k <= len(self.catalogue):
             raise ValueError(f"top_k is {top_k}: expected 1 to {len(self.catalogue)}, the items of the catalogue")
         self._check_catalogue()
+        check_titles(titles)
         is_item = torch.arange(len(self.catalogue) + 1) > 0
         return self._nearest(self._vectors(titles, title_embeddings), top_k, is_item)
 
@@ -433,7 +435,11 @@ def _rows_of(table: torch.Tensor, item_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _checked_liked(liked: Sequence[Sequence[str]]) -> list[list[str]]:
+    if not isinstance(liked, Iterable):
+        raise ValueError(f"liked is {liked!r}: expected a list of titles per user, such as [['Toy Story (1995)']]")
     for number, titles in enumerate(liked):
+        if not isinstance(titles, Iterable):
+            raise ValueError(f"liked[{number}] is {titles!r}: expected a list of titles per user")
         if isinstance(titles, str):
             shown = liked if isinstance(liked, str) else titles
             raise ValueError(

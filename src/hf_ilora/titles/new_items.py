@@ -79,7 +79,9 @@ def _as_table(items: Items) -> pa.Table:
     elif isinstance(items, Mapping):
         items = items.items()
     if not isinstance(items, pa.Table):
-        pairs = [(items,)] if isinstance(items, str) else list(items)
+        if isinstance(items, str) or not isinstance(items, Iterable):
+            raise ValueError(f"items is {items!r}: expected (raw id, title) pairs, or a table with these columns")
+        pairs = list(items)
         wrong = next((pair for pair in pairs if not isinstance(pair, tuple | list) or len(pair) != 2), None)
         if wrong is not None:
             raise ValueError(f"an item is {wrong!r}: expected (raw id, title), or a table with these columns")

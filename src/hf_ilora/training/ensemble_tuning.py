@@ -13,6 +13,7 @@ from hf_ilora.distillation.ensemble_members import LabelScores, Positions
 from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at
 from hf_ilora.evaluation.ranking import EvaluationRows, SplitRanks, target_ranks
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
+from hf_ilora.models.next_item.histories import check_batch_size
 from hf_ilora.models.next_item.next_item_losses import Columns
 from hf_ilora.models.next_item.next_item_model import newest_items
 
@@ -57,6 +58,7 @@ class MixtureRanking:
         batch_size: int = 256,
         device: torch.device | str = "cpu",
     ):
+        check_batch_size(batch_size)
         self.members, self.row_ids, self.device = members, row_ids, torch.device(device)
         self.num_items = members[0].num_items
         self.rows = EvaluationRows(split.select(row_ids), self.num_items)

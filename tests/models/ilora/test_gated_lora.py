@@ -216,6 +216,20 @@ def test_adapter_stays_float32_on_a_bfloat16_base_layer():
     assert layer.lora_A.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("lora_alpha", "lora_dropout", "message"),
+    [
+        (0.0, 0.0, "lora_alpha is 0.0: expected a positive, finite number"),
+        (float("nan"), 0.0, "lora_alpha is nan"),
+        (8.0, 1.0, r"lora_dropout is 1.0: expected a probability in \[0, 1\)"),
+        (8.0, float("nan"), "lora_dropout is nan"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(lora_alpha, lora_dropout, message):
+    with pytest.raises(ValueError, match=message):
+        GatedLoraLinear(nn.Linear(4, 4), 4, 2, lora_alpha, lora_dropout)
+
+
 @pytest.mark.parametrize(("rank", "experts"), [(8, 3), (4, 8), (0, 1), (8, 0)])
 def test_rank_that_experts_cannot_share_is_refused(rank, experts):
     with pytest.raises(ValueError, match=f"rank {rank} cannot be divided among {experts} experts"):

@@ -222,6 +222,27 @@ def test_histories_that_are_none_are_refused(model, method, histories, message):
         method(model, torch.tensor(histories))
 
 
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda model: model.encode_titles("Heat"), r"titles is the string 'Heat': expected a list .*\['Heat'\]"),
+        (lambda model: model.encode_titles(7), "titles is 7: expected a list of titles"),
+        (lambda model: model.encode_titles(["Heat", " "]), "title 2 of 2 is ' ': expected text"),
+        (lambda model: model.encode_titles(["Heat"], batch_size=0), "batch_size is 0: expected at least 1"),
+        (lambda model: model.encode_items(batch_size=-2), "batch_size is -2: expected at least 1"),
+        (lambda model: model.recommend("B07"), "histories are the string 'B07': expected a row of item ids"),
+        (lambda model: model.recommend(7), "histories are of type int: expected a row of item ids"),
+        (lambda model: model.score_candidates([[1]], "B07"), "candidates are no table of item ids"),
+        (lambda model: model.score_candidates([[1]], 7), r"candidates have shape \(\)"),
+        (lambda model: model.materialize_lora("B07"), "history is no row of item ids"),
+        (lambda model: model.materialize_lora(7), r"history has shape \(\): expected one"),
+    ],
+)
+def test_a_bare_string_or_number_is_told_what_to_pass(model, ask, message):
+    with pytest.raises(ValueError, match=message):
+        ask(model)
+
+
 @pytest.mark.parametrize("shown", [True, False])
 @pytest.mark.parametrize(
     ("candidates", "message"),

@@ -81,6 +81,10 @@ def test_a_raw_id_of_the_wrong_type_is_told_apart_from_an_unknown_one():
         Catalogue(table()).item_ids([7])
     with pytest.raises(ValueError, match=r"expected a list of raw ids, such as \['A11'\]"):
         Catalogue(table()).item_ids("A11")
+    with pytest.raises(ValueError, match=r"raw_ids is 10: expected a list of raw ids, such as \[10\]"):
+        integer_catalogue().item_ids(10)
+    with pytest.raises(ValueError, match="columns is the string 'title': expected a list of names, such as"):
+        Catalogue(table()).take([1], "title")
 
 
 def test_a_saved_catalogue_comes_back_equal(tmp_path):

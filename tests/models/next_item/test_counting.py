@@ -174,7 +174,15 @@ def test_ids_outside_the_catalogue_are_refused(model, ids):
 
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [([], "no training rows"), ([[1], []], "row 1 is empty"), ([[0, 1]], "item 0"), ([[10]], "item 10")],
+    [
+        ([], "no training rows"),
+        ([[1], []], "row 1 is empty"),
+        ([[0, 1]], "item 0"),
+        ([[10]], "item 10"),
+        ([3, 1], r"row 0 has shape \(\): expected the item ids of a history"),
+        (7, "no rows of item ids .* expected one per history"),
+        ("B07", "no rows of item ids"),
+    ],
 )
 def test_bad_training_rows_are_refused(rows, message):
     with pytest.raises(ValueError, match=message):

@@ -104,7 +104,7 @@ def test_every_model_reads_ragged_rows_as_it_reads_them_alone(model):
         ([1, 2], r"history 0 is 1, of shape \(\): expected a row of item ids per user"),
         ([[1], [[1, 2]]], r"history 1 is \[\[1, 2\]\], of shape \(1, 2\)"),
         ([[1], ["B07"]], r"history 1 is \['B07'\], which is no row of item ids .*map raw ids with model.catalogue"),
-        ("B07", "history 0 is 'B', which is no row of item ids"),
+        ("B07", "histories are the string 'B07': expected a row of item ids per user.*map raw ids"),
         ([[1], [None]], r"history 1 is \[None\], which is no row of item ids"),
         (7, "histories are of type int: expected a row of item ids per user"),
         (None, "histories are of type NoneType"),

@@ -131,7 +131,7 @@ def test_users_without_history_are_filtered_too():
         ([[1], [2]], "X have 2 rows for 3 histories: expected a row of item ids per history, or ids"),
         (torch.ones(2, 4, dtype=torch.long), "X have 2 rows for 3 histories"),
         (["B07", "B08"], "X contain 'B07': expected item ids; map raw ids with model.catalogue.item_ids"),
-        ("B07", "X contain 'B': expected item ids"),
+        ("B07", "X are the string 'B07': expected item ids, such as .*map raw ids"),
         ([["B07"], [1], [2]], r"row 0 of X is \['B07'\], which is no row of item ids"),
         ([1.5, 2.5], r"row 0 of X is 1.5, of shape \(\)"),
         (np.array([1.5]), r"X have shape \(1,\) and type torch.float64: expected item ids as integers"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_ilora.files import check_replaceable
-from hf_ilora.models.next_item.histories import padded_histories
+from hf_ilora.models.next_item.histories import check_batch_size, padded_histories
 from hf_ilora.models.next_item.item_filters import item_masks
 from hf_ilora.models.next_item.next_item_model import evaluation_mode, newest_items
 from hf_ilora.models.next_item.next_item_output import popular_scores, scores_or_popular
@@ -19,7 +19,7 @@ from .candidate_order import preferred_order
 from .candidate_scoring import candidate_log_likelihoods, check_context, token_positions
 from .prompts import Prompts
 from .title_generation import GeneratedRecommendation, generate_freely, generate_titles
-from .title_tokens import continuation_ids
+from .title_tokens import check_titles, continuation_ids
 from .title_trie import TitleTrie
 from .user_lora import LORA_FILES, gated_stack, lora_config, stacked_lora, write_lora
 
@@ -184,7 +184,11 @@ class ILoraAnswers:
 
         Returns:
             (num_items + 1, llm hidden) float32 on the CPU, zero for padding.
+
+        Raises:
+            ValueError: for a `batch_size` below 1.
         """
+        check_batch_size(batch_size)
         titles = np.split(self.title_tokens.token_ids, self.title_tokens.starts[2:-1])
         return F.pad(self._encode(titles, batch_size), (0, 0, 1, 0))
 
@@ -200,8 +204,10 @@ class ILoraAnswers:
             (titles, llm hidden) float32 on the CPU.
 
         Raises:
-            ValueError: for a title without a token.
+            ValueError: for no titles, one that is blank, no string or without a token, and a `batch_size` below 1.
         """
+        check_titles(titles)
+        check_batch_size(batch_size)
         texts = [f" {title.strip()}" for title in titles]
         token_ids = continuation_ids(self.tokenizer, texts, split_special_tokens=True)
         for title, ids in zip(titles, token_ids, strict=True):
@@ -261,7 +267,10 @@ class ILoraAnswers:
         """
         if output_dir is not None:
             check_replaceable(output_dir, LORA_FILES)
-        history = torch.as_tensor(history)
+        try:
+            history = torch.as_tensor(history)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"history is no row of item ids ({error}): expected one, such as [3, 1, 2]") from error
         if history.dim() == 1:
             history = history.unsqueeze(0)
         if history.dim() != 2 or len(history) != 1:

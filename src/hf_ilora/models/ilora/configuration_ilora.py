@@ -145,6 +145,8 @@ class ILoraConfig(PreTrainedConfig):
             raise ValueError(f"lora_dropout is {self.lora_dropout}: expected a probability in [0, 1)")
         if not 0 <= self.recommender_weight < 1:
             raise ValueError(f"recommender_weight is {self.recommender_weight}: expected a weight in [0, 1)")
+        if self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}: expected a positive number")
         if self.router_noise < 0:
             raise ValueError(f"router_noise is {self.router_noise}: expected a standard deviation, at least 0")
         if not self.target_modules:

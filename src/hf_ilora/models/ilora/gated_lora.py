@@ -48,6 +48,9 @@ class GatedLoraLinear(nn.Module):
 
     The adapter is float32, whatever the dtype of the base layer.
 
+    Raises:
+        ValueError: for a rank that the experts cannot share, and numbers out of range.
+
     Source: iLoRA (arXiv 2408.10159), section 3.
     """
 
@@ -59,6 +62,10 @@ class GatedLoraLinear(nn.Module):
             raise ValueError(
                 f"rank {rank} cannot be divided among {num_experts} experts: expected a multiple of num_experts"
             )
+        if not 0 < lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha is {lora_alpha}: expected a positive, finite number")
+        if not 0 <= lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {lora_dropout}: expected a probability in [0, 1)")
         self.base_layer = base_layer
         self.rank = rank  # under ZeRO-3 parameters have shape (0,) outside of forward
         self.num_experts = num_experts

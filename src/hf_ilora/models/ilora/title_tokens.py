@@ -1,6 +1,6 @@
 """The titles of a catalogue, tokenised once, so that prompts are assembled without a tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -10,6 +10,22 @@ from .configuration_ilora import DUPLICATE_TITLES
 _ANCHORS = ("a", ":")
 # A tokenizer may drop the number of a numbered title, so that it clashes again, however many rounds follow.
 _MAX_ROUNDS_OF_NUMBERS = 5
+
+
+def check_titles(titles: Sequence[str]) -> None:
+    """Raise a ValueError unless `titles` are several strings, none of them blank."""
+    if isinstance(titles, str):
+        raise ValueError(f"titles is the string {titles!r}: expected a list of titles, such as [{titles!r}]")
+    if not isinstance(titles, Iterable):
+        raise ValueError(f"titles is {titles!r}: expected a list of titles, such as ['Toy Story (1995)']")
+    if not len(titles):
+        raise ValueError("titles are empty: expected at least one")
+    for number, title in enumerate(titles, start=1):
+        if not isinstance(title, str) or not title.strip():
+            raise ValueError(
+                f"title {number} of {len(titles)} is {title!r}: expected text; give the item a title, such as "
+                f"'Item {number}', or leave it out"
+            )
 
 
 def continuation_ids(tokenizer, texts: Sequence[str], split_special_tokens: bool = False) -> list[list[int]]:

@@ -197,6 +197,8 @@ class Catalogue:
 
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raise a ValueError for a column that the catalogue lacks."""
+        if isinstance(columns, str):
+            raise ValueError(f"columns is the string {columns!r}: expected a list of names, such as [{columns!r}]")
         missing = [name for name in columns if name not in self.table.column_names]
         if missing:
             raise ValueError(
@@ -212,6 +214,8 @@ class Catalogue:
         """
         if isinstance(raw_ids, str):
             raise ValueError(f"raw_ids is the string {raw_ids!r}: expected a list of raw ids, such as [{raw_ids!r}]")
+        if not isinstance(raw_ids, Iterable):
+            raise ValueError(f"raw_ids is {raw_ids!r}: expected a list of raw ids, such as [{raw_ids!r}]")
         item_ids = []
         for raw_id in raw_ids:
             item_id = self._item_id_of.get(raw_id)

@@ -147,7 +147,7 @@ class NextItemConfig(PreTrainedConfig):
             raise ValueError(f"num_items is {self.num_items}: expected the size of the catalogue, at least 1")
         self.check_at_least_one("hidden_size", "max_length", "num_negatives")
         self.check_probabilities("hidden_dropout")
-        for name in ("initializer_range", "popularity_power"):
+        for name in ("initializer_range", "popularity_power", "ed_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 0")
         if not 0 <= self.gbce_calibration <= 1:

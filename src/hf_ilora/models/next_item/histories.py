@@ -1,6 +1,7 @@
 """Converts histories in any usual form to one padded tensor, and checks them once."""
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -29,6 +30,11 @@ def padded_histories(
     Raises:
         ValueError: for anything else, an empty history, and item ids outside the catalogue, naming the row.
     """
+    if isinstance(histories, str):
+        raise ValueError(
+            f"histories are the string {_shown(histories)}: expected a row of item ids per user, {_EXAMPLE}; map raw "
+            "ids with model.catalogue.item_ids"
+        )
     if isinstance(histories, np.ndarray) and histories.dtype != object:
         histories = torch.tensor(histories)
     elif not isinstance(histories, torch.Tensor):
@@ -132,6 +138,12 @@ def padded_rows(rows: Sequence, may_be_empty: bool, called: Callable[[int], str]
     return pad_sequence(padded, batch_first=True, padding_value=PADDING_ITEM_ID)
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Raise a ValueError unless `batch_size` is a whole number, at least 1."""
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}: expected at least 1, a whole number of rows per step")
+
+
 def is_integer(dtype: torch.dtype) -> bool:
     """Whether a type holds item ids."""
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
@@ -149,4 +161,4 @@ def _shown(row) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-__all__ = ["is_integer", "padded_histories", "padded_rows", "single_items"]
+__all__ = ["check_batch_size", "is_integer", "padded_histories", "padded_rows", "single_items"]

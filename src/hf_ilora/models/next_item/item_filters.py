@@ -93,6 +93,10 @@ def _as_tensor(name: str, given) -> torch.Tensor:
         return given
     if isinstance(given, np.ndarray) and given.dtype.kind in "iufb":
         return torch.tensor(given)
+    if isinstance(given, str):
+        raise ValueError(
+            f"{name} are the string {given!r}: expected item ids, {_FORMS}; map raw ids with model.catalogue.item_ids"
+        )
     try:
         rows = list(given)
     except TypeError as error:

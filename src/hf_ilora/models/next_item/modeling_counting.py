@@ -249,9 +249,19 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
 
 def _flatten(sequences: Iterable[Sequence[int]], num_items: int) -> tuple[np.ndarray, np.ndarray]:
     """All rows one after the other, (total,), and the position after each row's end, (rows,)."""
-    rows = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+    try:
+        rows = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the training rows are no rows of item ids ({error}): expected one per history, such as [[3, 1], [7, 4]]"
+        ) from error
     if not rows:
         raise ValueError("there are no training rows: expected at least one history with its target")
+    wrong = next((number for number, row in enumerate(rows) if row.ndim != 1), None)
+    if wrong is not None:
+        raise ValueError(
+            f"training row {wrong} has shape {rows[wrong].shape}: expected the item ids of a history, such as [3, 1]"
+        )
     lengths = np.array([len(row) for row in rows])
     if (lengths == 0).any():
         raise ValueError(f"training row {int(lengths.argmin())} is empty: expected at least one item; drop such rows")
