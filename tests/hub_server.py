@@ -17,6 +17,8 @@ import yaml
 
 WRITER, READER, STRANGER = "hf_writer", "hf_reader", "hf_stranger"
 LARGE_SUFFIXES = (".parquet", ".safetensors")
+# "user/name" of a model, "datasets/user/name" and "spaces/user/name" of the others, as the Hub's addresses have them.
+REPO = r"(?P<repo>(?:datasets/|spaces/)?[^/]+/[^/]+)"
 DATE = "2026-01-01T00:00:00.000Z"
 
 
@@ -129,18 +131,19 @@ class _Handler(BaseHTTPRequestHandler):
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "add_commit"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<branch>[^/]+)", "add_branch"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/tag/(?P<revision>[^/]+)", "add_tag"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/refs", "refs"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?P<folder>/.*)?", "tree"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?", "info"),
-        ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
+        ("POST", rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", "preupload"),
+        ("POST", rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)", "add_commit"),
+        ("POST", rf"/api/models/{REPO}/branch/(?P<branch>[^/]+)", "add_branch"),
+        ("POST", rf"/api/models/{REPO}/tag/(?P<revision>[^/]+)", "add_tag"),
+        ("GET", rf"/api/models/{REPO}/refs", "refs"),
+        ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)(?P<folder>/.*)?", "tree"),
+        ("POST", rf"/api/models/{REPO}/paths-info/(?P<revision>[^/]+)", "paths_info"),
+        ("GET", rf"/api/models/{REPO}(/revision/(?P<revision>[^/]+))?", "info"),
+        ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/large_files/(?P<oid>\w+)", "put_large"),
         ("POST", r"/large_files/verify", "verify_large"),
         ("GET", r"/large_files/(?P<oid>\w+)", "get_large"),
-        ("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+        ("GET", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     )
 
     def do_GET(self):
@@ -158,6 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_request(self, method: str) -> None:
         self.body = self.read_body()
         split = urlsplit(self.path)
+        path = re.sub("^/api/(datasets|spaces)/", r"/api/models/\1/", split.path)
         self.query = parse_qs(split.query)
         self.fault = self.server.take_fault(method, split.path)
         if self.fault == "drop":
@@ -170,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
             if isinstance(self.fault, int):
                 raise _Refused(self.fault, "the server has a bad day")
             for route_method, pattern, name in self.ROUTES:
-                match = re.fullmatch(pattern, split.path)
+                match = re.fullmatch(pattern, path)
                 if match and route_method == ("GET" if method == "HEAD" else method):
                     with self.server.lock:
                         status, headers, body = vars(_Handler)[name](
@@ -217,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
     def repository(self, repo: str, write: bool = False) -> Repository:
         name, role = self.user()
         found = self.server.repositories.get(repo)
-        owns = name == repo.split("/")[0]
+        owns = name == repo.split("/")[-2]
         if found is None or (found.private and not owns):
             raise _Refused(401 if name is None else 404, "Repository not found", "RepoNotFound")
         if write and not (owns and role == "write"):
@@ -251,7 +255,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(401, "Invalid username or password.")
         if role != "write" or owner != name:
             raise _Refused(403, f"You don't have the rights to create a model under the namespace {owner}")
-        repo = f"{owner}/{asked['name']}"
+        kind = asked.get("type") or "model"
+        repo = f"{'' if kind == 'model' else f'{kind}s/'}{owner}/{asked['name']}"
         if repo in self.server.repositories:
             raise _Refused(409, "You already created this model repo", url=f"{self.server.url}/{repo}")
         repository = self.server.repositories[repo] = Repository(private=asked.get("visibility") == "private")
@@ -273,7 +278,13 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, repo, revision):
         repository, commit = self.state(repo, revision or "main")
         siblings = [{"rfilename": path} for path in commit.files]
-        content = {"id": repo, "sha": commit.oid, "private": repository.private, "siblings": siblings, "tags": []}
+        content = {
+            "id": "/".join(repo.split("/")[-2:]),
+            "sha": commit.oid,
+            "private": repository.private,
+            "siblings": siblings,
+            "tags": [],
+        }
         return self.as_json(content | {"lastModified": DATE, "downloads": 0, "likes": 0})
 
     def refs(self, repo):
@@ -300,16 +311,23 @@ class _Handler(BaseHTTPRequestHandler):
     def tree(self, repo, revision, folder):
         _, commit = self.state(repo, revision)
         prefix = (folder or "").strip("/")
-        entries = []
-        for path, content in commit.files.items():
-            if path.startswith(f"{prefix}/" if prefix else ""):
-                entry = {"type": "file", "path": path, "size": len(content), "oid": blob_oid(content)}
-                if path.endswith(LARGE_SUFFIXES):
-                    entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
-                entries.append(entry)
-        if prefix and not entries:
+        paths = [path for path in commit.files if path.startswith(f"{prefix}/" if prefix else "")]
+        if prefix and not paths:
             raise _Refused(404, f"{prefix} does not exist", "EntryNotFound")
-        return self.as_json(entries)
+        return self.as_json([self.entry(commit, path) for path in paths])
+
+    def paths_info(self, repo, revision):
+        _, commit = self.state(repo, revision)
+        asked = json.loads(self.body) if self.body.startswith(b"{") else parse_qs(self.body.decode())
+        return self.as_json([self.entry(commit, path) for path in asked["paths"] if path in commit.files])
+
+    @staticmethod
+    def entry(commit: Commit, path: str) -> dict:
+        content = commit.files[path]
+        entry = {"type": "file", "path": path, "size": len(content), "oid": blob_oid(content)}
+        if path.endswith(LARGE_SUFFIXES):
+            entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
+        return entry
 
     # --- upload ---
 

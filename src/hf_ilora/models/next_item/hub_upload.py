@@ -1,7 +1,5 @@
-"""Uploads models to the Hub: all files in one commit, with retries that never commit twice."""
+"""Uploads to the Hub: all files in one commit, with retries that never commit twice."""
 
-import hashlib
-import io
 import json
 import logging
 import os
@@ -15,9 +13,7 @@ from typing import TypeVar
 import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
-from huggingface_hub.utils.sha import git_hash
 from transformers import PreTrainedConfig
 
 from .catalogue import Catalogue
@@ -144,6 +140,7 @@ def upload(
     files: Mapping[str, Path | bytes],
     repo_id: str,
     *,
+    repo_type: str = "model",
     missing_card: Callable[[str, str | None], str] | None = None,
     commit_message: str | None = None,
     commit_description: str | None = None,
@@ -153,13 +150,14 @@ def upload(
     create_pr: bool = False,
     parent_commit: str | None = None,
 ) -> CommitInfo:
-    """Upload files to a model repository in one commit; calling it again is safe.
+    """Upload files to a repository in one commit; calling it again is safe.
 
-    A commit may have succeeded although the connection was lost, so each retry looks at the branch first.
+    Files that have arrived are neither sent nor committed a second time.
 
     Args:
         files: path in the repository -> local path or content.
         repo_id: "user/name", or "name" of the token's user; made when it does not exist.
+        repo_type: "model" or "dataset".
         missing_card: makes README.md when `files` lack it, from the full repo_id and the existing card (or None).
         commit_message, commit_description, private, token, revision, create_pr, parent_commit: as in
             `HubUploads.push_to_hub`.
@@ -171,17 +169,17 @@ def upload(
         PermissionError, ValueError, OSError: as in `HubUploads.push_to_hub`.
     """
     check_repo_id(repo_id)
-    api = HfApi(token=token)
+    api, repository = HfApi(token=token), {"repo_type": repo_type}
     try:
-        repo_id = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-        if private and not retried(lambda: api.repo_info(repo_id)).private:
+        repo_id = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True, **repository)).repo_id
+        if private and not api.repo_info(repo_id, **repository).private:
             raise ValueError(
                 f"{repo_id} exists and is public: expected a private repository; choose another name, or change its "
                 "visibility on the Hub first"
             )
         if revision is not None and not revision.startswith("refs/pr/"):
-            retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-        head = retried(lambda: api.repo_info(repo_id, revision=revision)).sha
+            api.create_branch(repo_id, branch=revision, exist_ok=True, **repository)
+        head = api.repo_info(repo_id, revision=revision, **repository).sha
         if parent_commit is not None and head != parent_commit:
             raise ValueError(
                 f"{revision or 'main'} of {repo_id} is at commit {head}: expected {parent_commit}, the parent_commit; "
@@ -189,31 +187,35 @@ def upload(
             )
         files = dict(files)
         if missing_card is not None and CARD_FILE not in files:
-            existing = retried(lambda: _existing_card(api, repo_id, head))
-            files[CARD_FILE] = missing_card(repo_id, existing).encode()
-        message = commit_message or "Upload model"
+            files[CARD_FILE] = missing_card(repo_id, _existing_card(api, repo_id, head, repo_type)).encode()
 
         def commit() -> CommitInfo:
-            now = api.repo_info(repo_id, revision=revision).sha
-            if now != head:
-                return _landed(api, repo_id, now, files, message, commit_description or "")
+            # A commit may have landed although its answer was lost: the client leaves out files that the branch has,
+            # and returns the latest commit when none is left.
             operations = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")  # the catalogue
                 return api.create_commit(
                     repo_id,
                     operations,
-                    commit_message=message,
+                    commit_message=commit_message or f"Upload {repo_type}",
                     commit_description=commit_description,
                     revision=revision,
                     create_pr=create_pr,
                     parent_commit=head,
+                    **repository,
                 )
 
         # A pull request leaves its branch where it is: whether it has landed cannot be seen there.
         return commit() if create_pr else retried(commit)
     except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
+        status = error.response.status_code
+        if status == 412:
+            raise ValueError(
+                f"somebody else has committed to {repo_id} during the upload: expected no other commit; check it and "
+                "push again"
+            ) from error
+        if status in (401, 403):
             raise PermissionError(
                 f"the Hub does not let this token write to {repo_id} ({_told(error)}): expected a token with write "
                 "access; log in with `hf auth login`, set HF_TOKEN, or pass token="
@@ -227,47 +229,28 @@ _AGAIN = "check the connection and push again; files that have arrived are not s
 
 
 def retried(call: Callable[[], _Result]) -> _Result:
-    """Call `call`, retrying when the Hub or the connection fails temporarily, and return its result."""
+    """Call `call`, retrying when the Hub or the connection fails temporarily, and return its result.
+
+    For `create_repo` and `create_commit`, which the client does not repeat by itself.
+    """
     for wait in WAITS_SECONDS:
         try:
             return call()
         except (httpx2.TransportError, HfHubHTTPError, json.JSONDecodeError) as error:
-            # 412: the branch has moved, which a commit whose answer was lost may have done itself. The client reads
-            # some answers as JSON before it looks at their status.
-            if isinstance(error, HfHubHTTPError) and error.response.status_code not in (412, 429, 500, 502, 503, 504):
+            # The client reads some answers as JSON before it looks at their status.
+            if isinstance(error, HfHubHTTPError) and error.response.status_code not in (429, 500, 502, 503, 504):
                 raise
             logger.warning("the request to the Hub failed (%s): retrying in %g s", _told(error), wait)
         time.sleep(wait)
     return call()
 
 
-def _existing_card(api: HfApi, repo_id: str, commit: str) -> str | None:
+def _existing_card(api: HfApi, repo_id: str, commit: str, repo_type: str) -> str | None:
     try:
-        return Path(api.hf_hub_download(repo_id, CARD_FILE, revision=commit)).read_text(encoding="utf-8")
+        path = api.hf_hub_download(repo_id, CARD_FILE, revision=commit, repo_type=repo_type)
+        return Path(path).read_text(encoding="utf-8")
     except EntryNotFoundError:
         return None
-
-
-def _landed(
-    api: HfApi, repo_id: str, head: str, files: Mapping[str, Path | bytes], message: str, description: str
-) -> CommitInfo:
-    """Return the commit `head` if it contains the files; raise a ValueError if it is somebody else's."""
-    entries = api.list_repo_tree(repo_id, revision=head, recursive=True)
-    found = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-    for path, file in files.items():
-        if path not in found or not _is_same(found[path], file):
-            raise ValueError(
-                f"somebody else has committed {head} to {repo_id} during the upload: expected no other commit; "
-                "check it and push again"
-            )
-    return CommitInfo(f"{api.endpoint}/{repo_id}/commit/{head}", message, description, head, _endpoint=api.endpoint)
-
-
-def _is_same(entry: RepoFile, file: Path | bytes) -> bool:
-    if entry.lfs is None:
-        return entry.blob_id == git_hash(file if isinstance(file, bytes) else file.read_bytes())
-    with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as content:
-        return entry.lfs.sha256 == hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _told(error: Exception) -> str:
