@@ -12,6 +12,7 @@ from hf_ilora.models.next_item.hub_upload import UploadOfSaved
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 from hf_ilora.models.next_item.next_item_model import apply_umask
 from hf_ilora.models.next_item.saved_model import check_sizes, read_config, saved_file, saved_shapes
+from hf_ilora.models.next_item.whole_saves import saved_whole
 
 from .configuration_ilora import ILoraConfig, check_public_llm
 from .language_models import load_language_model, load_tokenizer, without_adapter
@@ -41,6 +42,8 @@ class ILoraCheckpoint:
     ):
         """Save the adapter, the frozen SASRec, the configuration, the tokenizer and the catalogue.
 
+        An earlier model in the folder stays whole until all files are written, see `saved_whole`.
+
         Args:
             save_directory: created if it does not exist.
             state_dict: state dict of the whole model, for weights that are partitioned over processes (ZeRO-3); None
@@ -62,18 +65,21 @@ class ILoraCheckpoint:
         self.config.text_config._name_or_path = self.config.llm_name_or_path or ""
         state_dict = self.state_dict() if state_dict is None else state_dict
         adapter = {name: state_dict[name] for name in self.adapter_names()}
-        super().save_pretrained(save_directory, state_dict=adapter, **kwargs)
         if kwargs.get("is_main_process", True):
-            apply_umask(save_directory)
-            self.tokenizer.save_pretrained(save_directory)
-            self.catalogue.to_parquet(os.path.join(save_directory, CATALOGUE_FILE))
+            with saved_whole(save_directory, kwargs.get("variant")) as unfinished:
+                super().save_pretrained(unfinished, state_dict=adapter, **kwargs)
+                apply_umask(unfinished)
+                self.tokenizer.save_pretrained(unfinished)
+                self.catalogue.save_pretrained(unfinished)
+        else:
+            super().save_pretrained(save_directory, state_dict=adapter, **kwargs)  # takes part in gathering weights
         return None if upload is None else upload.send(self)
 
     def save_language_model(self, save_directory: str | os.PathLike) -> None:
         """Save the language model and its tokenizer, without the adapter: the base model of `materialize_lora`.
 
         Needed where the language model has no name that others can load it by, or is used in part
-        (`config.num_llm_layers`).
+        (`config.num_llm_layers`). An earlier model in the folder stays whole until all files are written.
 
         Args:
             save_directory: created if it does not exist.
@@ -81,9 +87,10 @@ class ILoraCheckpoint:
         Raises:
             ValueError: for a quantised language model.
         """
-        without_adapter(self.llm).save_pretrained(save_directory)
-        apply_umask(save_directory)
-        self.tokenizer.save_pretrained(save_directory)
+        with saved_whole(save_directory) as unfinished:
+            without_adapter(self.llm).save_pretrained(unfinished)
+            apply_umask(unfinished)
+            self.tokenizer.save_pretrained(unfinished)
 
     @classmethod
     def from_pretrained(

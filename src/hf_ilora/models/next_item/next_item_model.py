@@ -23,6 +23,7 @@ from .padding import lowest_and_highest, padding_to_the_front
 from .reference_initialization import initialize_as_reference
 from .saved_model import check_sizes, read_config, saved_file, saved_shapes
 from .top_k import ItemMasks, masked_top_k
+from .whole_saves import saved_whole
 
 logger = logging.getLogger(__name__)
 
@@ -288,6 +289,8 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """As in transformers; also writes the catalogue and the code of the model.
 
+        An earlier model in the folder stays whole until all files are written, see `saved_whole`.
+
         Args:
             save_directory: created if it does not exist.
             push_to_hub: upload the files in one commit, to `repo_id` or else a repository named like the folder;
@@ -298,11 +301,14 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             The commit of `push_to_hub`, else None.
         """
         upload = UploadOfSaved(save_directory, kwargs) if push_to_hub else None
-        super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
-            apply_umask(save_directory)
-            if self.catalogue is not None:
-                self.catalogue.save_pretrained(save_directory)
+            with saved_whole(save_directory, kwargs.get("variant")) as unfinished:
+                super().save_pretrained(unfinished, **kwargs)
+                apply_umask(unfinished)
+                if self.catalogue is not None:
+                    self.catalogue.save_pretrained(unfinished)
+        else:
+            super().save_pretrained(save_directory, **kwargs)  # takes part where weights are gathered
         return None if upload is None else upload.send(self)
 
     @classmethod
