@@ -156,6 +156,12 @@ def test_what_a_killed_process_left_is_deleted_and_what_a_living_one_writes_stay
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_an_error_leaves_no_new_folder(tmp_path):
+    with pytest.raises(OSError, match="disk full"), saved_whole(tmp_path / "new"):
+        raise OSError("disk full")
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_unfinished_folder_is_gone_after_the_block(tmp_path):
     with saved_whole(tmp_path / "new") as unfinished:
         (unfinished / "config.json").write_text("{}")

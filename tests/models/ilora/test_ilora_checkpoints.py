@@ -363,8 +363,40 @@ def test_a_checkpoint_that_names_no_language_model_needs_one(saved):
 
 def test_a_language_model_that_moved_is_an_error(tmp_path):
     tiny_model(llm_name_or_path=str(tmp_path / "gone")).save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="gone is neither an existing folder nor a valid name on the Hub"):
+    message = "gone, which is neither an existing folder nor a valid name on the Hub: .*pass its folder as llm="
+    with pytest.raises(ValueError, match=message):
         ILoraForRecommendation.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("set_later", [False, True])
+def test_a_relative_folder_is_found_from_any_working_directory(llm_folder, tmp_path, monkeypatch, set_later):
+    shutil.copytree(llm_folder, tmp_path / "models" / "llm")  # "models/llm" might be a repository on the Hub, too
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model(llm_name_or_path=None if set_later else "models/llm", **EVERYTHING)
+    if set_later:
+        model.config.llm_name_or_path = "models/llm"
+    else:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    model.save_pretrained(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = ILoraForRecommendation.from_pretrained(tmp_path / "saved")
+    assert torch.equal(answers(loaded), answers(model))
+    assert loaded.config.llm_name_or_path == str(tmp_path / "models" / "llm")
+
+
+def test_a_relative_folder_in_a_checkpoint_counts_from_the_checkpoint(llm_folder, tmp_path, monkeypatch):
+    """So that a checkpoint and its language model can be moved together."""
+    model = tiny_model(**EVERYTHING)
+    model.save_pretrained(tmp_path / "before" / "saved")
+    shutil.copytree(llm_folder, tmp_path / "before" / "llm")
+    path = tmp_path / "before" / "saved" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"llm_name_or_path": "../llm"}))
+    (tmp_path / "before").rename(tmp_path / "after")
+    monkeypatch.chdir(tmp_path)
+    loaded = ILoraForRecommendation.from_pretrained("after/saved")
+    assert torch.equal(answers(loaded), answers(model))
+    assert loaded.config.llm_name_or_path == str(tmp_path / "after" / "llm")
 
 
 # --- the stock Trainer ---

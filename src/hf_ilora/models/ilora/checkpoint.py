@@ -1,5 +1,6 @@
 """Saving and loading iLoRA: a checkpoint contains the adapter and the name of its language model."""
 
+import copy
 import os
 
 import torch
@@ -61,6 +62,7 @@ class ILoraCheckpoint:
         if push_to_hub:
             check_public_llm(self.config)
         upload = UploadOfSaved(save_directory, kwargs) if push_to_hub else None
+        self.config.make_llm_path_absolute()
         # transformers records where this machine cached the language model, which means nothing on another one.
         self.config.text_config._name_or_path = self.config.llm_name_or_path or ""
         state_dict = self.state_dict() if state_dict is None else state_dict
@@ -87,8 +89,9 @@ class ILoraCheckpoint:
         Raises:
             ValueError: for a quantised language model.
         """
+        plain = without_adapter(self.llm)
         with saved_whole(save_directory) as unfinished:
-            without_adapter(self.llm).save_pretrained(unfinished)
+            plain.save_pretrained(unfinished)
             apply_umask(unfinished)
             self.tokenizer.save_pretrained(unfinished)
 
@@ -122,11 +125,14 @@ class ILoraCheckpoint:
             The `ILoraForRecommendation`, in evaluation mode.
 
         Raises:
-            ValueError: if a file is missing or broken, or a weight is missing, unexpected or of another shape.
+            ValueError: if a file is missing or broken, a weight is missing, unexpected or of another shape, or the
+                language model is not where the checkpoint says.
         """
         path = pretrained_model_name_or_path
         if config is None:
             config = read_config(ILoraConfig, path, hub_arguments)
+        config = copy.deepcopy(config)
+        config.make_llm_path_absolute(path)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, **hub_arguments)
         catalogue = Catalogue.from_parquet(_saved_file(path, CATALOGUE_FILE, hub_arguments))
         shapes = saved_shapes(path, hub_arguments)
@@ -138,6 +144,11 @@ class ILoraCheckpoint:
             if llm is None and config.llm_name_or_path is None:
                 raise ValueError(f"{path} does not name the language model that it was trained on: pass it as llm=")
             is_recorded = llm is None
+            if is_recorded and config.public_llm_name is None and not os.path.isdir(config.llm_name_or_path):
+                raise ValueError(
+                    f"{path} was trained on the language model in {config.llm_name_or_path}, which is neither an "
+                    "existing folder nor a valid name on the Hub: restore it there, or pass its folder as llm="
+                )
             llm, _, _ = load_language_model(
                 config.llm_name_or_path if is_recorded else llm,
                 revision=config.llm_revision if is_recorded else None,

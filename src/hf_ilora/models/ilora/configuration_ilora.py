@@ -1,5 +1,6 @@
 """Configuration of iLoRA."""
 
+import os
 from dataclasses import field
 from pathlib import Path
 
@@ -32,7 +33,9 @@ class ILoraConfig(PreTrainedConfig):
     Args:
         recommender_config: configuration of the frozen SASRec. Its hidden size is the size of the router's input.
         text_config: configuration of the frozen language model, after `num_llm_layers` has been applied.
-        llm_name_or_path: where the language model was loaded from. A checkpoint stores this name, not the weights.
+        llm_name_or_path: where the language model was loaded from. A checkpoint stores this name, not the weights: of a
+            folder its absolute path. A relative path in a checkpoint counts from its folder, else from the working
+            directory.
         llm_revision: commit of the language model on the Hub, or None.
         llm_gguf_file: GGUF file in that repository or folder, if the language model was read from one.
         num_llm_layers: number of decoder layers to keep, counted from the input; None keeps all.
@@ -112,6 +115,20 @@ class ILoraConfig(PreTrainedConfig):
     def num_items(self) -> int:
         """Size of the catalogue."""
         return self.recommender_config.num_items
+
+    def make_llm_path_absolute(self, folder: str | os.PathLike = "") -> None:
+        """Replace a relative path to the language model's folder, which another working directory would hide.
+
+        Args:
+            folder: that a relative path counts from; where it leads to no folder, the working directory.
+        """
+        if self.llm_name_or_path is None:
+            return
+        for start in (folder, ""):
+            path = os.path.join(start, self.llm_name_or_path)
+            if os.path.isdir(path):
+                self.llm_name_or_path = os.path.abspath(path)
+                return
 
     @property
     def public_llm_name(self) -> str | None:

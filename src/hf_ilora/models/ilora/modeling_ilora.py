@@ -96,6 +96,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         check_recommender(recommender, catalogue)
         # Copies, since a composite configuration resets the attention of a live model whose configuration it contains.
         config = copy.deepcopy(config)
+        config.make_llm_path_absolute()
         config.recommender_config = copy.deepcopy(recommender.config)
         if config.num_llm_layers is not None:
             truncate_layers(llm, config.num_llm_layers)

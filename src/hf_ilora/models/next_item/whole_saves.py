@@ -33,6 +33,7 @@ def saved_whole(save_directory: str | os.PathLike, variant: str | None = None) -
     folder = Path(save_directory)
     if folder.is_file():
         raise ValueError(f"{folder} is a file: expected a folder; choose another name")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     unfinished = folder / f".model.{os.getpid()}-{secrets.token_hex(4)}.unfinished"
@@ -45,6 +46,9 @@ def saved_whole(save_directory: str | os.PathLike, variant: str | None = None) -
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
             Path(lock.lock_file).unlink(missing_ok=True)
+            if is_new:
+                with suppress(OSError):  # it has files, as it should
+                    folder.rmdir()
 
 
 def _remove_leftovers(folder: Path) -> None:
