@@ -340,7 +340,7 @@ def save_with_shuffled_titles(data_dir: str, folder: str, seed: int) -> None:
     order = np.random.default_rng(seed).permutation(len(table))
     for name in {"title", "year", "genres"} & set(table.column_names):
         table = table.set_column(table.column_names.index(name), name, table[name].take(pa.array(order)))
-    shuffled = SequenceDatasets(dict(sequences), Catalogue(table), sequences.protocol)
+    shuffled = SequenceDatasets(dict(sequences), Catalogue(table), sequences.protocol, sequences.source)
     if not Path(folder).exists():
         shuffled.save(folder)
     elif read_description(Path(folder))["fingerprint"] != shuffled.fingerprint:

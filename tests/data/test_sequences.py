@@ -622,9 +622,9 @@ class TestSaveAndLoad:
         sequences.save(tmp_path / "data")
         assert hashlib.sha256((tmp_path / "data" / "items.parquet").read_bytes()).hexdigest() == items_digest
 
-    def test_the_folder_holds_parquet_and_one_description(self, sequences, tmp_path):
+    def test_the_folder_holds_parquet_a_card_and_one_description(self, sequences, tmp_path):
         sequences.save(tmp_path / "data")
-        names = {"train.parquet", "validation.parquet", "test.parquet", "items.parquet", "sequences.json"}
+        names = {"train.parquet", "validation.parquet", "test.parquet", "items.parquet", "sequences.json", "README.md"}
         assert set(os.listdir(tmp_path / "data")) == names
         assert json.loads((tmp_path / "data" / "sequences.json").read_text()) == {
             "format_version": 1,
@@ -632,6 +632,7 @@ class TestSaveAndLoad:
             "num_items": sequences.num_items,
             "counts": {name: len(split) for name, split in sequences.items()},
             "fingerprint": sequences.fingerprint,
+            "source": {},
         }
         assert sequences.protocol["candidate_seed"] == 4
 

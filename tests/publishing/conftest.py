@@ -27,6 +27,7 @@ class HubClient:
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",

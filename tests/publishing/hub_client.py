@@ -8,6 +8,8 @@ import os
 import sys
 import traceback
 
+import hf_ilora.data.sequences
+import hf_ilora.distillation.teacher_labels
 import hf_ilora.models.ilora.modeling_ilora
 import hf_ilora.models.next_item.hub_upload
 import hf_ilora.publishing

@@ -17,6 +17,7 @@ from datasets import Dataset
 
 from hf_ilora.data.archives import open_archive
 from hf_ilora.data.interactions import check_different_items, check_known_items, interactions_dataset, items_dataset
+from hf_ilora.data.sources import with_source
 from hf_ilora.data.table_files import blocks_of_lines, quoting_problem
 from hf_ilora.data.tables import check_row_limit, clean_ids, clean_seconds, clean_text
 from hf_ilora.downloads import ChecksumError, DownloadError, default_cache_dir, download_file, download_wheel
@@ -119,7 +120,7 @@ def load_movielens(
         raise ValueError(f"{where} has items without a title, first {untitled}: download the file again")
     check_different_items(item_ids, where)
     check_known_items(ratings["item_id"], item_ids, where)
-    return interactions_dataset(**ratings), items_dataset(item_ids, titles, genres)
+    return with_source(name, interactions_dataset(**ratings), items_dataset(item_ids, titles, genres))
 
 
 def _obtain(name: str, cache_dir: Path, base_url: str) -> Path:

@@ -17,6 +17,7 @@ import pyarrow.csv
 from datasets import Dataset
 
 from .interactions import interactions_dataset, items_dataset
+from .sources import with_source
 from .table_files import open_bytes, open_text
 from .tables import check_row_limit, clean_ids, clean_ratings, clean_seconds, clean_text, read_columns
 
@@ -126,7 +127,9 @@ def load_public_dataset(
                 f"{untitled[:5].to_pylist()}; expected one for each: pass missing_titles='item_id' to use the ids as "
                 "titles"
             )
-    return interactions_dataset(**interactions), items_dataset(item_ids, titles, normalize_titles=False)
+    return with_source(
+        name, interactions_dataset(**interactions), items_dataset(item_ids, titles, normalize_titles=False)
+    )
 
 
 def _clean(published: _Published) -> dict[str, pa.ChunkedArray]:

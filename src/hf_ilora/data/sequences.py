@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, DatasetInfo, Features, List, NamedSplit, Value
 from datasets.table import InMemoryTable
+from huggingface_hub import CommitInfo
 
-from hf_ilora.files import folder_written_whole
+from hf_ilora.files import folder_written_whole, previous_folder
 from hf_ilora.models.next_item.catalogue import Catalogue
+from hf_ilora.models.next_item.hub_upload import upload
 
 from .candidates import sample_candidates
+from .cards import card_to_publish, sequences_card
 from .columns import training_counts
 from .filters import Histories, build_histories, read_interactions, read_items, slice_indices
+from .hub import downloaded, hub_remedy, is_hub_name
 from .protocol_settings import LEAKS, SEVERAL_TARGETS, Moment, checked_protocol
 from .protocols import Rows, check_splits, limit_histories, split_histories
+from .sources import DataSource, source_to_publish
 from .storage import (
+    CARD_FILE,
     CATALOGUE_FILE,
+    DATA_FILES,
     DESCRIPTION_FILE,
     FILES,
     REMEDY,
@@ -35,6 +43,8 @@ from .storage import (
 
 logger = logging.getLogger(__name__)
 
+# The columns of splits, in their order; `map` may add further ones.
+OWN_COLUMNS = ("user_id", "history", "target", "relevant_items", "candidates")
 # Bounds the memory for gathering histories, in addition to that of the result.
 _ELEMENTS_PER_CHUNK = 1 << 22
 
@@ -48,16 +58,25 @@ class SequenceDatasets(DatasetDict):
     after the history, so that the first is the target. Rows are in the order of the raw user ids, and in time within a
     user. Item ids run 1..num_items; 0 is padding and never occurs.
 
-    Methods that `DatasetDict` brings, such as `map` and `filter`, return a plain `DatasetDict`.
+    `map` and `filter` return `SequenceDatasets`, with columns that `map` adds; other methods that `DatasetDict` brings,
+    such as `select_columns`, return a plain `DatasetDict`.
 
     Args:
         splits: a Dataset for each of "train", "validation" and "test".
         catalogue: titles and raw ids of the items, with `year` (may be null) and `genres`. The data set has it with
             `count`, the occurrences of each item in the train split, 0 for items that training never sees.
         protocol: the settings that made the splits, JSON types only; `protocol["name"]` is the name.
+        source: where the interactions come from, which decides whether the data set may be published; None if nobody
+            knows.
     """
 
-    def __init__(self, splits: dict[str, Dataset], catalogue: Catalogue, protocol: dict):
+    def __init__(
+        self,
+        splits: dict[str, Dataset],
+        catalogue: Catalogue,
+        protocol: dict,
+        source: DataSource | None = None,
+    ):
         if not isinstance(catalogue, Catalogue):
             raise TypeError(
                 f"catalogue is a {type(catalogue).__name__}: expected a Catalogue, made of a pyarrow.Table of the items"
@@ -69,7 +88,28 @@ class SequenceDatasets(DatasetDict):
             raise ValueError(f"splits are {', '.join(sorted(splits)) or 'none'}: expected {', '.join(SPLITS)}")
         super().__init__({name: splits[name] for name in SPLITS})
         self.catalogue = catalogue.with_counts(training_counts(splits["train"], len(catalogue)))
-        self.protocol = protocol
+        self.protocol, self.source = protocol, source
+
+    def map(self, *arguments, **options) -> DatasetDict:
+        """As `DatasetDict.map`; the result keeps the catalogue, with the counts of its train split.
+
+        Returns:
+            SequenceDatasets; a plain DatasetDict when a column of sequences was removed or has another type now.
+        """
+        return self._with_splits(super().map(*arguments, **options))
+
+    def filter(self, *arguments, **options) -> DatasetDict:
+        """As `DatasetDict.filter`; the result keeps the catalogue, with the counts of its train split."""
+        return self._with_splits(super().filter(*arguments, **options))
+
+    def _with_splits(self, splits: DatasetDict) -> DatasetDict:
+        for name, dataset in self.items():
+            own = own_columns(dataset)
+            if {column: splits[name].features.get(column) for column in own} != {
+                column: dataset.features[column] for column in own
+            }:
+                return splits
+        return SequenceDatasets(splits, self.catalogue, self.protocol, self.source)
 
     @property
     def num_items(self) -> int:
@@ -86,28 +126,128 @@ class SequenceDatasets(DatasetDict):
         """sha256, in hex, of the protocol, the catalogue and all rows in order.
 
         It depends on values alone: every machine and every chunking gives the same. Further columns of the catalogue,
-        such as a price, do not count: no model reads them. Each access reads the present content, about a second for 20
-        million interactions.
+        such as a price, and of the splits do not count: no model reads them. Each access reads the present content,
+        about a second for 20 million interactions.
         """
-        digests = {name: content_digest(dataset) for name, dataset in self.items()}
+        digests = {name: content_digest(split.select_columns(own_columns(split))) for name, split in self.items()}
         catalogue_digest = content_digest(self.catalogue.table.select(list(catalogue_features("int64"))))
         return json_digest({"protocol": self.protocol, "catalogue": catalogue_digest, "splits": digests})
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write train, validation, test and items as parquet, and sequences.json, to `directory`.
+        """Write train, validation, test and items as parquet, sequences.json, and README.md, to `directory`.
 
         The folder is written whole or not at all: if the save fails or is killed, an earlier output stays as it is.
+        `datasets.load_dataset(directory, "sequences")` and `load_dataset(directory, "catalogue")` read it too: all
+        files of the splits have the same columns, with empty lists where a split has none.
 
         Raises:
             ValueError: when `directory` is a file or contains files that no earlier save wrote, because they would be
-                deleted.
+                deleted, and for further columns that the splits do not share.
         """
+        features = self._stored_features()
         with folder_written_whole(directory, replaceable_files=FILES) as folder:
             for name, dataset in self.items():
-                write_parquet(dataset, folder / f"{name}.parquet")
-            write_parquet(self._stored_items(), folder / CATALOGUE_FILE)
+                write_parquet(dataset, folder / f"{name}.parquet", features)
+            items = self._stored_items()
+            write_parquet(items, folder / CATALOGUE_FILE, items.features)
+            fingerprint = self.fingerprint
+            card = self._card(Path(directory).resolve().name, fingerprint)
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
             counts = {name: len(dataset) for name, dataset in self.items()}
-            write_description(folder, self.protocol, self.num_items, counts, self.fingerprint)
+            description = {
+                "protocol": self.protocol,
+                "num_items": self.num_items,
+                "counts": counts,
+                "fingerprint": fingerprint,
+            }
+            if self.source is not None:
+                description["source"] = self.source.to_json()
+            write_description(folder, description)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        allow_restricted_license: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        parent_commit: str | None = None,
+    ) -> CommitInfo:
+        """Publish what `save` writes as a data set on the Hub, in one commit; it is safe to repeat.
+
+        A card that was edited on the Hub stays, with the metadata by which `load_dataset` finds the files.
+
+        Args:
+            repo_id: "user/name", or "name" of the token's user; made when it does not exist.
+            license: of the published data set, by its name on the Hub, such as "cc-by-4.0"; None for that of `source`.
+            allow_restricted_license: publish data whose licence forbids that or sets conditions, such as MovieLens.
+            commit_message, commit_description: of the commit.
+            private: make a new repository private; None leaves it to the Hub's setting.
+            token: None uses HF_TOKEN or the token of `hf auth login`.
+            revision: branch; made from main when it does not exist.
+            create_pr: propose the commit as a pull request.
+            parent_commit: fail unless this is the latest commit of the branch.
+
+        Returns:
+            The commit, or the latest one when nothing has changed.
+
+        Raises:
+            PermissionError: when the token is missing, wrong, or may not write there.
+            ValueError: for data whose licence restricts their publication, or whose source nobody knows; as `save`;
+                when a private repository was requested and a public one exists; and when another commit is pushed
+                during the upload.
+            OSError: when the Hub cannot be reached.
+        """
+        source = source_to_publish(self.source, license, allow_restricted_license)
+        published = SequenceDatasets(self, self.catalogue, self.protocol, source)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "data"
+            published.save(folder)
+            fingerprint = read_description(folder)["fingerprint"]
+            return upload(
+                {name: folder / name for name in DATA_FILES},
+                repo_id,
+                repo_type="dataset",
+                missing_card=lambda name, existing: card_to_publish(published._card(name, fingerprint), existing),
+                commit_message=commit_message,
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=parent_commit,
+            )
+
+    def _card(self, name: str, fingerprint: str) -> str:
+        """The card, for a data set of this name on the Hub or in the working directory."""
+        counts = {split: len(dataset) for split, dataset in self.items()}
+        columns = list(self._stored_features())
+        return sequences_card(name, self.protocol, self.num_items, counts, columns, self.source, fingerprint)
+
+    def _stored_features(self) -> Features:
+        """The columns of every split in its file: its own ones, those that another split has, and further ones.
+
+        Raises:
+            ValueError: for further columns that are not the same in all splits.
+        """
+        own, further = {}, {}
+        for name, dataset in self.items():
+            own |= {column: dataset.features[column] for column in own_columns(dataset)}
+            further[name] = {
+                column: feature for column, feature in dataset.features.items() if column not in OWN_COLUMNS
+            }
+            if further[name] != further["train"]:
+                raise ValueError(
+                    f"train has the further columns {sorted(further['train']) or 'none'} and {name} has "
+                    f"{sorted(further[name]) or 'none'}: expected the same in all splits, with the same types; add "
+                    "them with sequences.map, or remove them"
+                )
+        return Features({column: own[column] for column in OWN_COLUMNS if column in own} | further["train"])
 
     def _stored_items(self) -> Dataset:
         """The catalogue without what the splits say."""
@@ -117,19 +257,54 @@ class SequenceDatasets(DatasetDict):
         return Dataset(InMemoryTable(table), info=DatasetInfo(features=features), fingerprint=CATALOGUE_FILE)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike) -> "SequenceDatasets":
-        """Read what `save` wrote, and check that it is complete.
+    def load(
+        cls,
+        source: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> "SequenceDatasets":
+        """Read what `save` or `push_to_hub` wrote, and check that it is complete and unchanged.
 
         The tables are read into memory: ML-20M takes about 0.3 GB under leave_one_out and 1.1 GB under temporal_users.
         (Memory-mapping would need an Arrow copy of every parquet file in a cache folder that is never emptied.)
 
+        Args:
+            source: a folder, or the name of a data set on the Hub, "user/name".
+            revision: of a data set on the Hub: branch, tag or commit; None for main.
+            token: None uses HF_TOKEN or the token of `hf auth login`.
+            cache_dir: where files of the Hub are kept; None uses its cache.
+            local_files_only: read that cache without asking the Hub, as with HF_HUB_OFFLINE=1.
+
         Raises:
-            FileNotFoundError: when `directory`, or a file in it, is missing.
-            ValueError: for files that are damaged, of another version, or do not belong together.
+            FileNotFoundError: when the folder or the data set, or a file of it, is missing.
+            PermissionError: when the Hub does not accept the token.
+            ValueError: for files that are damaged or changed, of another version, or do not belong together, and for a
+                revision that does not exist or is given for a folder.
+            OSError: when the Hub cannot be reached.
         """
-        directory = Path(directory)
+        if not is_hub_name(source) or previous_folder(Path(source).resolve()).exists():
+            if revision is not None:
+                raise ValueError(
+                    f"revision is {revision!r} and {source} is a folder: expected a data set on the Hub with it; leave "
+                    "it out"
+                )
+            return cls._read(Path(source))
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        folder = downloaded(source, DATA_FILES, **hub)
+        try:
+            return cls._read(folder)
+        except (FileNotFoundError, ValueError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{source} on the Hub: {error}; {hub_remedy(folder)}") from error
+
+    @classmethod
+    def _read(cls, directory: Path) -> "SequenceDatasets":
         description = read_description(directory)
         protocol, num_items = description["protocol"], description["num_items"]
+        source = description.get("source")
 
         path = directory / CATALOGUE_FILE
         table = read_parquet(path, num_items)
@@ -147,14 +322,8 @@ class SequenceDatasets(DatasetDict):
         splits = {}
         for name in SPLITS:
             path, rows = directory / f"{name}.parquet", description["counts"][name]
-            table = read_parquet(path, rows)
-            with_candidates = name != "train" and protocol["num_candidates"] > 0
-            with_relevant = name != "train" and protocol["name"] in SEVERAL_TARGETS
-            features = split_features(_raw_id_type(table, "user_id"), with_candidates, with_relevant)
-            _check_columns(table, features, path)
-            _check_item_ids(table, num_items, path)
-            splits[name] = dataset_of(table, features, name)
-        loaded = cls(splits, catalogue, protocol)
+            splits[name] = _read_split(path, rows, name, protocol, num_items)
+        loaded = cls(splits, catalogue, protocol, None if source is None else DataSource.from_json(source))
         fingerprint = loaded.fingerprint
         if fingerprint != description["fingerprint"]:
             raise ValueError(
@@ -326,7 +495,8 @@ def build_sequences(
         if name != "train" and num_candidates > 0:
             candidates = sample_candidates(histories_of[name], rows, num_candidates, candidate_seed, name)
         datasets[name] = _split_dataset(histories_of[name], rows, candidates, name)
-    return SequenceDatasets(datasets, _catalogue(known_items, histories.item_ids), settings)
+    catalogue = _catalogue(known_items, histories.item_ids)
+    return SequenceDatasets(datasets, catalogue, settings, DataSource.of(interactions, items))
 
 
 def _split_dataset(histories: Histories, rows: Rows, candidates: np.ndarray | None, name: str) -> Dataset:
@@ -393,6 +563,33 @@ def catalogue_features(raw_id_type: str) -> Features:
             "genres": List(Value("string")),
         }
     )
+
+
+def own_columns(dataset: Dataset) -> list[str]:
+    """The columns of sequences, without further ones."""
+    return [name for name in OWN_COLUMNS if name in dataset.column_names]
+
+
+def _read_split(path: Path, rows: int, name: str, protocol: dict, num_items: int) -> Dataset:
+    """Read the file of a split and check it."""
+    table = read_parquet(path, rows)
+    judges_lists, has_candidates = protocol["name"] in SEVERAL_TARGETS, protocol["num_candidates"] > 0
+    further = [column for column in table.column_names if column not in OWN_COLUMNS]
+    id_type = _raw_id_type(table, "user_id")
+    if name == "train":
+        features = split_features(id_type, False)
+        for column in set(split_features(id_type, has_candidates, judges_lists)) - set(features):
+            # Columns of the other splits, empty here; folders that were saved before they were all equal lack them.
+            is_list = column in table.column_names and pa.types.is_list(table.schema.field(column).type)
+            if is_list and pc.list_flatten(table[column]).length() == 0:
+                table = table.drop_columns(column)
+    else:
+        features = split_features(id_type, has_candidates, judges_lists)
+    own = table.drop_columns(further)
+    _check_columns(own, features, path)
+    _check_item_ids(own, num_items, path)
+    more = Features.from_arrow_schema(table.select(further).schema)
+    return dataset_of(table.select([*features, *further]), Features({**features, **more}), name)
 
 
 def dataset_of(table: pa.Table, features: Features, name: str) -> Dataset:

@@ -9,10 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset
+from datasets import Dataset, Features
 
 from hf_ilora.files import previous_folder
 from hf_ilora.models.next_item.catalogue import open_parquet
+
+from .sources import DataSource
 
 SPLITS = ("train", "validation", "test")
 CATALOGUE_FILE = "items.parquet"
@@ -20,7 +22,10 @@ DESCRIPTION_FILE = "sequences.json"
 FORMAT_VERSION = 1
 REMEDY = "prepare the data again, or restore the file"
 
-FILES = {*(f"{split}.parquet" for split in SPLITS), CATALOGUE_FILE, DESCRIPTION_FILE}
+CARD_FILE = "README.md"
+DATA_FILES = {*(f"{split}.parquet" for split in SPLITS), CATALOGUE_FILE, DESCRIPTION_FILE}
+# What a save writes. Folders that were saved before there were cards have none.
+FILES = {*DATA_FILES, CARD_FILE}
 # Rows per parquet row group, and rows hashed at a time.
 _ROWS_PER_BATCH = 1 << 17
 
@@ -56,11 +61,17 @@ def files_digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def write_parquet(dataset: Dataset, path: Path) -> None:
-    """Write `dataset`, batch by batch, with its features in the metadata."""
-    with pq.ParquetWriter(path, dataset.features.arrow_schema) as writer:
+def write_parquet(dataset: Dataset, path: Path, features: Features) -> None:
+    """Write `dataset`, batch by batch, with `features` in the metadata; list columns that it lacks are empty lists."""
+    schema = features.arrow_schema
+    with pq.ParquetWriter(path, schema) as writer:
         for batch in dataset.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH):
-            writer.write_table(batch)
+            for field in schema:
+                if field.name not in batch.column_names:
+                    values = pa.array([], field.type.value_type)
+                    offsets = np.zeros(len(batch) + 1, np.int32)
+                    batch = batch.append_column(field, pa.ListArray.from_arrays(offsets, values))
+            writer.write_table(batch.select(schema.names).cast(schema))
 
 
 def read_parquet(path: Path, rows: int | None = None) -> pa.Table:
@@ -87,14 +98,14 @@ def read_parquet(path: Path, rows: int | None = None) -> pa.Table:
         raise ValueError(f"{path} is not a whole parquet file ({error}): {REMEDY}") from error
 
 
-def write_description(folder: Path, protocol: dict, num_items: int, counts: dict[str, int], fingerprint: str) -> None:
-    description = {
-        "format_version": FORMAT_VERSION,
-        "protocol": protocol,
-        "num_items": num_items,
-        "counts": counts,
-        "fingerprint": fingerprint,
-    }
+def write_description(folder: Path, description: dict) -> None:
+    """Write sequences.json.
+
+    Args:
+        folder: of the data set.
+        description: `protocol`, `num_items`, `counts`, `fingerprint` and, if it is known, `source`.
+    """
+    description = {"format_version": FORMAT_VERSION, **description}
     (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
@@ -110,9 +121,9 @@ def read_description(directory: Path) -> dict:
         remedy = f"a save was interrupted: rename {previous} to it" if previous.exists() else "prepare the data first"
         raise FileNotFoundError(f"{directory} is not a folder: expected one that SequenceDatasets.save wrote; {remedy}")
     found = {path.name for path in directory.iterdir()}
-    if not found >= FILES:
+    if not found >= DATA_FILES:
         raise FileNotFoundError(
-            f"{directory} has no {', '.join(sorted(FILES - found))}: expected {', '.join(sorted(FILES))}, as "
+            f"{directory} has no {', '.join(sorted(DATA_FILES - found))}: expected {', '.join(sorted(DATA_FILES))}, as "
             "SequenceDatasets.save writes them; prepare the data again, or pass another folder"
         )
     path = directory / DESCRIPTION_FILE
@@ -137,6 +148,11 @@ def read_description(directory: Path) -> dict:
         raise ValueError(f"{path} has a protocol without num_candidates: expected an integer; {REMEDY}")
     if not isinstance(protocol.get("name"), str):
         raise ValueError(f"{path} has a protocol without name: expected a string; {REMEDY}")
+    if "source" in description:
+        try:
+            DataSource.from_json(description["source"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; {REMEDY}") from error
     return description
 
 
@@ -161,5 +177,6 @@ def _number_streams(part: str, array: pa.Array) -> Iterator[tuple[str, np.ndarra
         yield part, array.to_numpy()
 
 
-__all__ = ["CATALOGUE_FILE", "DESCRIPTION_FILE", "FILES", "REMEDY", "SPLITS", "content_digest", "files_digest"]
-__all__ += ["is_count", "json_digest", "read_description", "read_parquet", "write_description", "write_parquet"]
+__all__ = ["CARD_FILE", "CATALOGUE_FILE", "DATA_FILES", "DESCRIPTION_FILE", "FILES", "REMEDY", "SPLITS"]
+__all__ += ["content_digest", "files_digest", "is_count", "json_digest", "read_description", "read_parquet"]
+__all__ += ["write_description", "write_parquet"]

@@ -70,7 +70,7 @@ def load_published_sequences(
         "num_candidates": num_candidates,
         "rebuilt": None if rebuilt is None else rebuilt.protocol,
     }
-    return SequenceDatasets(splits, catalogue, protocol)
+    return SequenceDatasets(splits, catalogue, protocol, None if rebuilt is None else rebuilt.source)
 
 
 def load_reference_interactions(path: str | os.PathLike) -> pa.Table:

@@ -1,0 +1,143 @@
+"""Cards of data sets: README.md says what they are, and by which files `datasets.load_dataset` reads them."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from hf_ilora_cli.shown_text import code_in_markdown, in_markdown
+
+from .protocol_settings import LEAKS
+from .sources import DataSource
+
+TAGS = ["hf_ilora", "recommender-system", "sequential-recommendation"]
+_SIGNATURE = re.compile(r"<!-- card of hf_ilora, (\w{16}) -->\n?\Z")
+
+
+def sequences_card(
+    name: str,
+    protocol: Mapping[str, object],
+    num_items: int,
+    counts: Mapping[str, int],
+    columns: Sequence[str],
+    source: DataSource | None,
+    fingerprint: str,
+) -> str:
+    """The card of a data set of sequences.
+
+    Args:
+        name: "user/name" on the Hub, or the name of the folder.
+        protocol: settings of the data set.
+        num_items: size of the catalogue.
+        counts: rows of each split.
+        columns: of the splits.
+        source: of the interactions; None if nobody knows it.
+        fingerprint: of the content.
+    """
+    files = [{"split": split, "path": f"{split}.parquet"} for split in counts]
+    configs = [
+        {"config_name": "sequences", "default": True, "data_files": files},
+        {"config_name": "catalogue", "data_files": "items.parquet"},
+    ]
+    settings = {key: value for key, value in protocol.items() if key != "name" and value is not None}
+    leak = LEAKS.get(str(protocol["name"]))
+    named = json.dumps(name)
+    described = {
+        "user_id": "the raw id of the user",
+        "history": "item ids, oldest first",
+        "target": "the item that comes next",
+        "relevant_items": "all items that count as hits, the first of them the target; empty in train",
+        "candidates": "the target among items that the user never interacted with, to rank; empty in train",
+    }
+    sections = [
+        "Chronological histories of items for next-item recommendation, with the catalogue of the "
+        f"{num_items:,} items, made with the Python package hf_ilora.",
+        markdown_table(("split", "rows"), {split: f"{count:,}" for split, count in counts.items()}),
+        "## How to use it",
+        "```python\nfrom hf_ilora import SequenceDatasets\n"
+        f"sequences = SequenceDatasets.load({named})\n"
+        'print(sequences["train"][0], sequences.catalogue.titles([1]))\n```',
+        "Without hf_ilora:",
+        "```python\nfrom datasets import load_dataset\n"
+        f'sequences = load_dataset({named}, "sequences")\n'
+        f'items = load_dataset({named}, "catalogue", split="train")\n```',
+        "Columns of the splits:",
+        "\n".join(f"- {code_in_markdown(key)}: {described.get(key, 'a further column')}" for key in columns),
+        f"The catalogue maps `item_id`, 1 to {num_items}, to `raw_id`, `title` and more.",
+        "## Protocol",
+        markdown_table(("setting", "value"), {"protocol": protocol["name"], **settings}),
+        *([] if leak is None else [f"What training knows of the future or of other users: {leak}."]),
+        "## Source and licence",
+        _origin(source),
+        f"Fingerprint of the content (sha256): {code_in_markdown(fingerprint)}",
+    ]
+    return card(name, sections, configs, source or DataSource())
+
+
+def card(name: str, sections: Sequence[str], configs: Sequence[dict], source: DataSource, **metadata: object) -> str:
+    """A card, with a last line by which `card_to_publish` knows that nobody has edited it.
+
+    Args:
+        name: of the data set; its last part is the title.
+        sections: in Markdown; names and titles of others must be escaped before.
+        configs: of `datasets.load_dataset`.
+        source: states the licence.
+        metadata: further ones, as `DatasetCardData` takes them.
+    """
+    data = DatasetCardData(
+        license=source.license or "unknown",
+        license_name=source.name if source.license == "other" else None,
+        license_link=source.homepage if source.license == "other" else None,
+        tags=TAGS,
+        configs=list(configs),
+        **metadata,
+    )
+    title = in_markdown(name.rpartition("/")[2])
+    text = "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {title}", *sections]) + "\n\n"
+    return f"{text}<!-- card of hf_ilora, {_digest(text)} -->\n"
+
+
+def card_to_publish(new: str, existing: str | None) -> str:
+    """The new card; where the existing one was written or edited by hand, that one, with the new `configs`.
+
+    Raises:
+        ValueError: for an existing card whose metadata are no YAML.
+    """
+    if existing is None or _is_untouched(existing):
+        return new
+    kept = DatasetCard(existing)
+    kept.data["configs"] = DatasetCard(new).data["configs"]
+    return str(kept)
+
+
+def markdown_table(header: tuple[str, str], rows: Mapping[str, object]) -> str:
+    lines = [f"| {header[0]} | {header[1]} |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {in_markdown(name)} | {in_markdown(value)} |" for name, value in rows.items())])
+
+
+def _origin(source: DataSource | None) -> str:
+    if source is None:
+        return "The data set does not say where its interactions come from."
+    parts = []
+    if source.name is not None:
+        parts.append(
+            f"Made of {in_markdown(source.name)}" + (f"; {in_markdown(source.terms)}." if source.terms else ".")
+        )
+    if source.homepage is not None:
+        parts.append(f"Source: {in_markdown(source.homepage)}.")
+    licence = "Its licence is not stated." if source.license is None else f"Licence: {in_markdown(source.license)}."
+    return " ".join([*parts, licence])
+
+
+def _is_untouched(text: str) -> bool:
+    signature = _SIGNATURE.search(text)
+    return signature is not None and signature[1] == _digest(text[: signature.start()])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+__all__ = ["card", "card_to_publish", "markdown_table", "sequences_card"]
