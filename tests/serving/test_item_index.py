@@ -1,9 +1,11 @@
 """The approximate index of items against the model whose items they are."""
 
+import pyarrow as pa
 import pytest
 import torch
 
 from hf_ilora import (
+    Catalogue,
     ItemIndex,
     PopularityConfig,
     PopularityForNextItem,
@@ -71,6 +73,48 @@ def test_excluded_items_are_left_out_for_all_or_for_each(index, model):
     shared = exact[0].tolist()
     found, _ = index.recommend(HISTORIES[:1], 3, excluded_items=shared, probes=16)
     torch.testing.assert_close(found, model.recommend(HISTORIES[:1], 3, excluded_items=shared)[0])
+
+
+@pytest.mark.parametrize("name", ["plain", "biases"])
+@pytest.mark.parametrize("at_once", [1, 2**26])  # one user, or all
+def test_filters_are_those_of_the_model(name, at_once, monkeypatch):
+    monkeypatch.setattr(item_index, "_NUMBERS_AT_ONCE", at_once)
+    model = MODELS[name](NUM_ITEMS)
+    index = ItemIndex.build(model, num_lists=16, probes=16)
+    rows = [list(range(1 + row, 60 + 3 * row)) for row in range(len(HISTORIES))]
+    for filters in (
+        {"allowed_items": range(1, NUM_ITEMS, 5)},
+        {"allowed_items": rows},
+        {"allowed_items": rows, "excluded_items": range(1, NUM_ITEMS, 2)},
+        {"allowed_items": range(1, NUM_ITEMS, 5), "excluded_items": rows},
+    ):
+        exact, _ = model.recommend(HISTORIES, 5, **filters)
+        assert torch.equal(index.recommend(HISTORIES, 5, **filters)[0], exact)
+
+
+def test_few_allowed_items_are_found_with_few_probes(index, model):
+    """As many items are compared as without a filter, in more lists."""
+    allowed = torch.arange(1, NUM_ITEMS, 16)
+    exact, _ = model.recommend(HISTORIES, 5, allowed_items=allowed)
+    found, _ = index.recommend(HISTORIES, 5, allowed_items=allowed, probes=1)
+    assert torch.equal(found, exact)
+    with pytest.raises(ValueError, match="top_k is 5, but row 0 has 3 of 400 items left to recommend"):
+        index.recommend(HISTORIES, 5, exclude_seen=False, allowed_items=[3, 7, 9])
+    with pytest.raises(ValueError, match="top_k is 5, but row 1 has 2 of 400 items left to recommend"):
+        index.recommend([[1], [2]], 5, allowed_items=[[10, 20, 30, 40, 50], [10, 2, 30]])
+    with pytest.raises(ValueError, match="allowed_items contain item 401"):
+        index.recommend(HISTORIES, 5, allowed_items=[401])
+
+
+def test_users_without_history_get_popular_items():
+    model = sasrec(NUM_ITEMS)
+    ids = list(range(1, NUM_ITEMS + 1))
+    table = {"item_id": ids, "raw_id": ids, "title": [f"title {item}" for item in ids], "count": ids[::-1]}
+    model.catalogue = Catalogue(pa.table(table))
+    index = ItemIndex.build(model, num_lists=16, probes=16)
+    found, scores = index.recommend([[5, 9], [], [1]], 3, excluded_items=[2])
+    assert torch.equal(found, model.recommend([[5, 9], [], [1]], 3, excluded_items=[2])[0])
+    assert found[1].tolist() == [1, 3, 4] and scores.isfinite().all() and index.catalogue == model.catalogue
 
 
 def test_lists_that_have_too_few_items_are_followed_by_all(index, model):

@@ -14,6 +14,8 @@ from datasets import Dataset
 
 from hf_ilora import (
     Catalogue,
+    EnsembleTeacher,
+    ItemIndex,
     PopularityConfig,
     PopularityForNextItem,
     SASRecConfig,
@@ -156,6 +158,83 @@ def test_an_ilora_recommends_to_many_users(tmp_path):
     frame = pq.read_table(path).to_pandas()
     assert frame.item_id.tolist() == model.catalogue.raw_ids(item_ids.flatten().tolist())
     assert frame.score.tolist() == pytest.approx(scores.flatten().tolist(), abs=1e-4)
+
+
+class Rule:
+    """Recommends the items after the newest one, as a program of somebody else might."""
+
+    num_items, fingerprint = NUM_ITEMS, "rule 1"
+
+    def __init__(self, catalogue=None, shift=1):
+        self.catalogue, self.shift = catalogue, shift
+
+    def recommend(self, histories, top_k, exclude_seen, allowed_items, excluded_items):
+        assert not exclude_seen and allowed_items is None and excluded_items.tolist() == [NUM_ITEMS]
+        newest = [row[row > 0][-1] for row in histories]
+        item_ids = [[int(item + self.shift + rank - 1) % NUM_ITEMS + 1 for rank in range(top_k)] for item in newest]
+        return item_ids, [[-float(rank) for rank in range(top_k)] for _ in newest]
+
+
+def test_whoever_has_the_same_recommend_recommends_to_many_users(users, tmp_path):
+    settings = {"exclude_seen": False, "excluded_items": [RAW_IDS[-1]]}
+    table = [("a", [3, 1]), ("b", [7])]
+    frame = pq.read_table(recommend_all(Rule(catalogue()), frame_of(table), tmp_path / "rule.parquet", 3, **settings))
+    assert frame["item_id"].to_pylist() == [*RAW_IDS[1:4], *RAW_IDS[7:10]]
+    assert frame["score"].to_pylist() == [0, -1, -2] * 2
+    ensemble = EnsembleTeacher([sasrec(), PopularityForNextItem.fit([[1, 2]], PopularityConfig(num_items=30))], [2, 1])
+    known = users[1:]
+    check(recommend_all(ensemble, frame_of(known), tmp_path / "ensemble.parquet", TOP_K), expected(ensemble, known))
+    other = EnsembleTeacher(ensemble.members, [1, 1])
+    check(recommend_all(other, frame_of(known), tmp_path / "ensemble.parquet", TOP_K), expected(other, known))
+    with pytest.raises(ValueError, match="user 'user-0' has no items, and it is unknown what is popular: leave the us"):
+        recommend_all(ensemble, frame_of(users), tmp_path / "all.parquet", TOP_K)
+
+
+@pytest.mark.parametrize("filters", [{}, {"allowed_items": RAW_IDS[:20], "excluded_items": RAW_IDS[3:6]}])
+def test_an_index_recommends_to_many_users(users, tmp_path, filters):
+    pytest.importorskip("faiss")
+    model = sasrec()
+    index = ItemIndex.build(model, num_lists=4, probes=4)
+    path = recommend_all(index, frame_of(users), tmp_path / "out.parquet", TOP_K, batch_size=5, **filters)
+    by_id = {name: model.catalogue.item_ids(raw_ids) for name, raw_ids in filters.items()}
+    check(path, expected(index, users, **by_id))
+    exact = expected(model, users, **by_id)
+    assert {user: items for user, (items, _) in expected(index, users, **by_id).items()} == {
+        user: items for user, (items, _) in exact.items()
+    }
+    finished = path.stat().st_mtime_ns
+    recommend_all(index, frame_of(users), path, TOP_K, batch_size=5, **filters)
+    assert path.stat().st_mtime_ns == finished
+    index.probes = 1
+    recommend_all(index, frame_of(users), path, TOP_K, batch_size=5, **filters)
+    assert path.stat().st_mtime_ns != finished
+
+
+def test_what_cannot_be_asked_is_told_what_is_missing(tmp_path):
+    class Other(Rule):
+        def recommend(self, histories, top_k):
+            return [], []
+
+    class Wrong(Rule):
+        def __init__(self, *answer):
+            super().__init__()
+            self.answer = answer
+
+        def recommend(self, histories, top_k, **filters):
+            return self.answer
+
+    path = tmp_path / "out.parquet"
+    message = (
+        r"Other\.recommend does not take exclude_seen, allowed_items, excluded_items: expected recommend\(histories"
+    )
+    with pytest.raises(TypeError, match=message):
+        recommend_all(Other(), [[1]], path)
+    with pytest.raises(TypeError, match=r"model is a str: expected .* an ItemIndex, an EnsembleTeacher, or"):
+        recommend_all("model", [[1]], path)
+    with pytest.raises(ValueError, match=r"Wrong\.recommend returned item 31: expected ids 1\.\.30"):
+        recommend_all(Wrong([[3, 31]], [[0.0, 0.0]]), [[1]], path, 2)
+    with pytest.raises(ValueError, match=r"item ids of shape \(1, 1\) .*: expected integers \(1, 2\)"):
+        recommend_all(Wrong([[3]], [[0.0]]), [[1]], path, 2)
 
 
 def test_filters_and_columns_of_the_catalogue(users, tmp_path):
@@ -320,6 +399,7 @@ def pairs(user: str, items) -> pd.DataFrame:
         ({"top_k": 0}, "top_k is 0: expected 1 to 30"),
         ({"top_k": 31}, "top_k is 31: expected 1 to 30"),
         ({"batch_size": 0}, "batch_size is 0: expected at least 1"),
+        ({"columns": "price"}, r"columns is the string 'price': expected a list of names, such as \['price'\]"),
         ({"columns": ["prize"]}, "the catalogue has no column 'prize'"),
         ({"unknown_items": "ignore"}, "unknown_items is 'ignore': expected one of raise, skip"),
         ({"allowed_items": ["B99"]}, "allowed_items: raw id 'B99' is not among the 30 items"),

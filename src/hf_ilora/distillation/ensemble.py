@@ -1,5 +1,6 @@
 """Several teachers as one: the weighted sum of their scores, asked online at every position."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ from hf_ilora.distillation.ensemble_members import (
 )
 from hf_ilora.distillation.losses import check_temperature
 from hf_ilora.distillation.teacher_labels import TeacherLabels
+from hf_ilora.distillation.teachers import model_fingerprint
+from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.histories import padded_histories
 from hf_ilora.models.next_item.item_filters import item_masks
@@ -75,6 +78,28 @@ class EnsembleTeacher(nn.Module):
     def labels(self) -> list[TeacherLabels]:
         """The stored labels among the members."""
         return [member.labels for member in self.members if isinstance(member, LabelScores)]
+
+    @property
+    def catalogue(self) -> Catalogue | None:
+        """That of the first member that has one."""
+        models = [member.model for member in self.members if isinstance(member, RecommenderScores | LogCounts)]
+        return next((model.catalogue for model in models if model.catalogue is not None), None)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256, in hex, of everything that determines the answers; the same for every copy."""
+        digest = hashlib.sha256(repr((self.weights, self.temperature)).encode())
+        for member in self.members:
+            if isinstance(member, TitleSimilarity):
+                digest.update(f"titles {member.decay}".encode())
+                digest.update(member.table.detach().cpu().contiguous().numpy())
+            elif isinstance(member, LabelScores):
+                digest.update(repr(sorted(member.labels.origin().items())).encode())
+            else:
+                digest.update(model_fingerprint(member.model).encode())
+                if isinstance(member, LogCounts):
+                    digest.update(f"floor {member.floor}".encode())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def soft_target(

@@ -12,6 +12,7 @@ from transformers.utils import CONFIG_NAME
 
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.models.next_item.saved_model import WRONG_TYPES
 
@@ -110,14 +111,21 @@ def check_catalogue(
     Raises:
         ValueError: for another number of items, or other raw ids.
     """
-    if model.config.num_items != num_items:
+    return check_same_items(model.config.num_items, model.catalogue, name, num_items, raw_ids)
+
+
+def check_same_items(
+    known_items: int, catalogue: Catalogue | None, name: str, num_items: int, raw_ids: np.ndarray
+) -> bool:
+    """As `check_catalogue`, of a recommender with `known_items` items and a catalogue, or None."""
+    if known_items != num_items:
         raise ValueError(
-            f"{name} knows {model.config.num_items} items and the data set has {num_items}: expected the data set that "
-            "the model was made for"
+            f"{name} knows {known_items} items and the data set has {num_items}: expected the data set that the model "
+            "was made for"
         )
-    if model.catalogue is None:
+    if catalogue is None:
         return False
-    known = model.catalogue.table["raw_id"].to_numpy()
+    known = catalogue.table["raw_id"].to_numpy()
     if known.dtype.kind != raw_ids.dtype.kind:
         raise ValueError(
             f"{name} has raw ids of type {known.dtype} and the data set of type {raw_ids.dtype}: expected the data "

@@ -8,20 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from hf_ilora.files import written_whole
+from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.histories import padded_histories
-from hf_ilora.models.next_item.item_filters import item_filter
+from hf_ilora.models.next_item.item_filters import item_masks
 from hf_ilora.models.next_item.next_item_model import evaluation_mode
-from hf_ilora.models.next_item.top_k import check_best_scores, check_top_k, ordered_top_k
+from hf_ilora.models.next_item.top_k import ItemMasks, check_best_scores, check_top_k, ordered_top_k
 
 INDEX_FILE = "item_index.safetensors"
 
 _ITEMS_AT_ONCE = 2**16
+_NUMBERS_AT_ONCE = 2**26
 # Of k-means, which divides the catalogue into lists.
 _POINTS_PER_LIST, _ROUNDS = 64, 10
 
@@ -150,13 +153,21 @@ class ItemIndex:
         return index
 
     def recommend(
-        self, histories, top_k: int = 10, exclude_seen: bool = True, excluded_items=None, probes: int | None = None
+        self,
+        histories,
+        top_k: int = 10,
+        exclude_seen: bool = True,
+        allowed_items=None,
+        excluded_items=None,
+        *,
+        probes: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Recommend items as the model does, with few of them left out by mistake.
 
         Args:
-            histories, top_k, exclude_seen, excluded_items: as in the model's `recommend`. No history may be empty. For
-                `allowed_items`, ask the model.
+            histories, top_k, exclude_seen, allowed_items, excluded_items: as in the model's `recommend`. Under a filter
+                for all users, more lists are looked at, so that about as many items are compared as without. If each
+                user has a row of `allowed_items`, all of them are compared.
             probes: lists to look at for each user; None means those of the index.
 
         Returns:
@@ -164,27 +175,32 @@ class ItemIndex:
             log p would need the scores of the whole catalogue.
 
         Raises:
-            ValueError: for an empty history, ids outside the catalogue, and `top_k` larger than what is left.
+            ValueError: as the model's `recommend`, and for `probes` out of range.
         """
         model, num_items = self.model, self.model.config.num_items
         check_top_k(top_k, num_items)
         probes = _checked_probes(self.probes if probes is None else probes, len(self.centroids))
         with evaluation_mode(model), torch.inference_mode():
-            histories = padded_histories(histories, num_items, model.device)
-            excluded = item_filter("excluded_items", excluded_items, len(histories), num_items, model.device)
-            hidden = [histories] if exclude_seen else []
-            if excluded is not None:
-                hidden.append(excluded.expand(len(histories), -1))
-            hidden = torch.cat(hidden, dim=1) if hidden else histories.new_empty(len(histories), 0)
-            newest = model.newest_items(histories)
-            states = model.head.scaled(model.user_embeddings(newest)).float()
-            item_ids, scores = self._best(states, newest, hidden, top_k, probes)
-            lacking = ~scores.isfinite().all(1)
-            if lacking.any():  # too few of the items in the lists are left
-                rows = (states[lacking], newest[lacking], hidden[lacking])
-                item_ids[lacking], scores[lacking] = self._best(*rows, top_k, len(self.centroids))
+            histories = padded_histories(histories, num_items, model.device, model.knows_popular_items)
+            seen = histories if exclude_seen else None
+            masks = item_masks(len(histories), num_items, model.device, seen, allowed_items, excluded_items)
+            item_ids = histories.new_empty(len(histories), top_k)
+            scores = torch.empty(item_ids.shape, device=model.device)
+            has_items = histories.any(1)  # (batch,)
+            if not has_items.all():
+                popular = model.popular_scores().float().repeat(int((~has_items).sum()), 1)
+                best = ordered_top_k(masks.of(~has_items).apply_(popular), top_k)
+                scores[~has_items], item_ids[~has_items] = best
+            asked = has_items.nonzero().squeeze(1)
+            for users in asked.split(self._users_at_once(masks, top_k)) if len(asked) else ():
+                item_ids[users], scores[users] = self._best(histories[users], masks.of(users), top_k, probes)
             check_best_scores(scores, num_items)
         return item_ids.clone(), scores.clone()
+
+    @property
+    def catalogue(self) -> Catalogue | None:
+        """That of the model."""
+        return self.model.catalogue
 
     def recall(self, histories, top_k: int = 10, exclude_seen: bool = True, probes: int | None = None) -> float:
         """Share of the items of the model's `recommend` that the index finds, averaged over histories."""
@@ -215,16 +231,41 @@ class ItemIndex:
         found, _ = self.recommend(histories, exact.shape[1], exclude_seen, probes=probes)
         return exact.unsqueeze(2).eq(found.unsqueeze(1)).any(2).float().mean().item()
 
-    def _best(self, states, newest, hidden, top_k: int, probes: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Item ids and scores (users, top_k) among some lists; -inf where there are too few.
+    def _users_at_once(self, masks: ItemMasks, top_k: int) -> int:
+        """How many users' candidates, with their rows of the table, are in memory."""
+        candidates = top_k + sum(ids.shape[1] for ids in (masks.hidden, masks.allowed) if ids is not None)
+        return max(1, _NUMBERS_AT_ONCE // (candidates * self.centroids.shape[1]))
+
+    def _best(
+        self, histories: torch.Tensor, masks: ItemMasks, top_k: int, probes: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Item ids and scores (users, top_k) of histories with items; -inf where a user may get fewer."""
+        newest = self.model.newest_items(histories)
+        states = self.model.head.scaled(self.model.user_embeddings(newest)).float()
+        if masks.allowed is not None:
+            return self._best_of(masks.allowed, states, newest, masks, top_k)
+        num_candidates = top_k + (0 if masks.hidden is None else masks.hidden.shape[1])
+        candidates = self._search(states, num_candidates, probes, masks.available)
+        item_ids, scores = self._best_of(candidates, states, newest, masks, top_k)
+        lacking = ~scores.isfinite().all(1)
+        if lacking.any():  # too few of the items in the lists are left
+            rows = states[lacking], newest[lacking], masks.of(lacking)
+            candidates = self._search(rows[0], num_candidates, len(self.centroids), masks.available)
+            item_ids[lacking], scores[lacking] = self._best_of(candidates, *rows, top_k)
+        return item_ids, scores
+
+    def _best_of(
+        self, candidates: torch.Tensor, states: torch.Tensor, newest: torch.Tensor, masks: ItemMasks, top_k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best of the candidates of each user, (users, any) ids of which 0 is none, that the masks leave.
 
         `states` (users, hidden size) are those that are multiplied with the table, `newest` (users, length) what the
-        model reads, `hidden` (users, any) the ids that a user does not get.
+        model reads.
         """
         head = self.model.head
-        candidates = self._search(states, top_k + hidden.shape[1], probes)  # (users, candidates)
-        if head.repeat_bias is not None:  # the lists do not know of it
+        if head.repeat_bias is not None and masks.allowed is None:  # the lists do not know of it
             candidates = torch.cat([candidates, newest], dim=1)
+        candidates = F.pad(candidates, (0, max(0, top_k - candidates.shape[1])), value=PADDING_ITEM_ID)
         candidates = candidates.sort(1).values  # equal scores come in the order of ids
         rows = head.item_rows(candidates.flatten(), self.model._item_offsets()).float().view(*candidates.shape, -1)
         scores = torch.einsum("uh,uch->uc", states, rows)
@@ -232,23 +273,33 @@ class ItemIndex:
             scores = scores + head.bias[candidates].float()
         if head.repeat_bias is not None:
             scores = scores + head.repeat_bias.float() * _isin(candidates, newest)
-        repeated = torch.zeros_like(candidates, dtype=torch.bool)
-        repeated[:, 1:] = candidates[:, 1:] == candidates[:, :-1]
-        masked = repeated | (candidates == PADDING_ITEM_ID) | _isin(candidates, hidden)
+        masked = candidates == PADDING_ITEM_ID
+        masked[:, 1:] |= candidates[:, 1:] == candidates[:, :-1]
+        if masks.hidden is not None:
+            masked |= _isin(candidates, masks.hidden)
+        if masks.available is not None:
+            masked |= ~masks.available[candidates]
         best, places = ordered_top_k(scores.masked_fill(masked, float("-inf")), top_k)
         return candidates.gather(1, places), best
 
-    def _search(self, states: torch.Tensor, num_candidates: int, probes: int) -> torch.Tensor:
-        """(users, num_candidates) item ids, 0 where the lists have no more."""
+    def _search(
+        self, states: torch.Tensor, num_candidates: int, probes: int, available: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(users, num_candidates) ids of available items, 0 where the lists have no more."""
         import faiss
 
         if self.model.head.bias is not None:
             states = torch.cat([states, states.new_ones(len(states), 1)], dim=1)
         _use_torch_threads()
-        num_candidates = min(num_candidates, self.model.config.num_items)
-        parameters = faiss.SearchParametersIVF(nprobe=probes)
+        num_items = self.model.config.num_items
+        selector = None
+        if available is not None:
+            probes = min(len(self.centroids), -(-probes * num_items // max(1, int(available.sum()))))
+            bits = np.packbits(available.cpu().numpy(), bitorder="little")
+            selector = faiss.IDSelectorBitmap(bits)
+        parameters = faiss.SearchParametersIVF(nprobe=probes, sel=selector)
         queries = np.ascontiguousarray(states.cpu().numpy())
-        _, found = self._index.search(queries, num_candidates, params=parameters)
+        _, found = self._index.search(queries, min(num_candidates, num_items), params=parameters)
         return torch.from_numpy(found).clamp(min=PADDING_ITEM_ID).to(states.device)
 
 

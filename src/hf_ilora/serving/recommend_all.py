@@ -24,16 +24,18 @@ from tqdm.auto import tqdm
 
 from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.data.storage import content_digest
-from hf_ilora.distillation.teachers import model_fingerprint
+from hf_ilora.distillation.ensemble import EnsembleTeacher
 from hf_ilora.files import remove_unfinished, written_whole
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
-from hf_ilora.models.loading import check_catalogue
+from hf_ilora.models.loading import check_same_items
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.runs.processes import sole_writer
 
 from .history_tables import HistoryTable, history_table
+from .item_index import ItemIndex
 from .item_sets import ItemSets, item_sets
+from .recommenders import AskedRecommender, Recommender
 from .user_items import UserItems
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ _SECONDS_BETWEEN_REPORTS = 10
 
 
 def recommend_all(
-    model: NextItemPreTrainedModel | ILoraForRecommendation,
+    model: NextItemPreTrainedModel | ILoraForRecommendation | ItemIndex | EnsembleTeacher | Recommender,
     histories,
     output: str | os.PathLike = "recommendations.parquet",
     top_k: int = 10,
@@ -75,7 +77,8 @@ def recommend_all(
     makes the same call and takes its share of the users.
 
     Args:
-        model: a recommender, on the device that it is to run on.
+        model: a recommender, on the device that it is to run on; an `ItemIndex` of one, an `EnsembleTeacher`, or any
+            object with their `recommend`, see `Recommender`.
         histories: a path to a table (parquet, CSV, TSV, JSON lines), a frame or a `datasets.Dataset` with raw ids, with
             a row per user or, with `item_column`, per interaction; `SequenceDatasets`, whose users have all items that
             it knows of them, targets included; or rows of item ids, as `recommend` takes them. A user without items
@@ -98,25 +101,21 @@ def recommend_all(
 
     Returns:
         The path of the output. Its columns are `user_id`, `rank` (1 for the best), `item_id` (the raw id, or the item
-        id of a model without catalogue), `score` (log p over the whole catalogue) and `columns`; a row for each user
-        and rank, in the order of the users.
+        id of a model without catalogue), `score` (log p over the whole catalogue; of an index, the model's logits) and
+        `columns`; a row for each user and rank, in the order of the users.
 
     Raises:
-        TypeError: for a model that is none of this package.
+        TypeError: for an object that cannot be asked.
         ValueError: before anything is computed, for tables that cannot be read, unknown ids, users with fewer than
             `top_k` items to recommend, users without items while it is unknown what is popular, and an output that
             another process is writing, or that something else wrote.
         TimeoutError: when no process has written a part for two hours.
     """
-    if not isinstance(model, NextItemPreTrainedModel | ILoraForRecommendation):
-        raise TypeError(
-            f"model is a {type(model).__name__}: expected a recommender of hf_ilora, such as a SASRecForNextItem; load "
-            "a saved one with AutoModel.from_pretrained"
-        )
-    batch_size, shard_users = _sizes(model, batch_size, shard_users)
-    catalogue, num_items = model.catalogue, model.config.num_items
+    asked = AskedRecommender.of(model)
+    batch_size, shard_users = _sizes(asked, batch_size, shard_users)
+    catalogue, num_items = asked.catalogue, asked.num_items
     if isinstance(histories, SequenceDatasets):
-        check_catalogue(model, "the model", histories.num_items, histories.raw_ids)
+        check_same_items(num_items, catalogue, "the model", histories.num_items, histories.raw_ids)
         catalogue = histories.catalogue if catalogue is None else catalogue
     table = history_table(
         histories,
@@ -131,8 +130,10 @@ def recommend_all(
     )
     names = {"user_column": user_column, "item_column": item_column or "item_id"}
     id_catalogue = catalogue if table.has_raw_ids else None
+    if isinstance(columns, str):
+        raise ValueError(f"columns is the string {columns!r}: expected a list of names, such as [{columns!r}]")
     request = Request(
-        model=model,
+        asked=asked,
         catalogue=catalogue,
         top_k=top_k,
         exclude_seen=exclude_seen,
@@ -163,7 +164,7 @@ class Request:
     """What every user is to get.
 
     Args:
-        model: to ask.
+        asked: the recommender.
         catalogue: of its items; None if it has none.
         top_k: items per user.
         exclude_seen: leave out the items of the history.
@@ -171,7 +172,7 @@ class Request:
         columns: of the catalogue that come back.
     """
 
-    model: NextItemPreTrainedModel | ILoraForRecommendation
+    asked: AskedRecommender
     catalogue: Catalogue | None
     top_k: int
     exclude_seen: bool
@@ -184,7 +185,7 @@ class Request:
         filters = {"allowed_items": self.allowed_items, "excluded_items": self.excluded_items}
         return {
             "format_version": FORMAT_VERSION,
-            "model": model_fingerprint(self.model),
+            "model": self.asked.fingerprint(),
             "catalogue": None if self.catalogue is None else self.catalogue.fingerprint,
             "top_k": self.top_k,
             "exclude_seen": self.exclude_seen,
@@ -198,7 +199,7 @@ class Request:
         Raises:
             ValueError: for whatever would fail later, and for no or repeated users.
         """
-        num_items = self.model.config.num_items
+        num_items = self.asked.num_items
         if not isinstance(self.top_k, int) or not 1 <= self.top_k <= num_items:
             raise ValueError(f"top_k is {self.top_k}: expected 1 to {num_items}, the number of items in the catalogue")
         if self.columns and self.catalogue is None:
@@ -230,13 +231,13 @@ class Request:
         return digest.hexdigest(), num_users
 
     def _check_shard(self, shard: UserItems, first: int) -> None:
-        if not shard.lengths.all() and not self.model.knows_popular_items:
+        if not shard.lengths.all() and not self.asked.knows_popular_items:
             user = shard.users[int(shard.lengths.argmin())].as_py()
             raise ValueError(
-                f"user {user!r} has no items, and it is unknown what is popular: leave the user out, or give the "
-                "model a catalogue with the column count (model.catalogue.with_counts)"
+                f"user {user!r} has no items, and it is unknown what is popular: leave the user out, or ask a model "
+                "that has a catalogue with the column count (model.catalogue.with_counts)"
             )
-        num_items = self.model.config.num_items
+        num_items = self.asked.num_items
         allowed, excluded = (
             None if sets is None else sets.of(shard.users, first) for sets in (self.allowed_items, self.excluded_items)
         )
@@ -279,8 +280,8 @@ class Request:
                 name: None if each is None else each.shared if rows_of[name] is None else rows_of[name].padded(rows)
                 for name, each in sets.items()
             }
-            best, log_p = self.model.recommend(shard.padded(rows), self.top_k, self.exclude_seen, **filters)
-            item_ids[rows], scores[rows] = best.cpu().numpy(), log_p.float().cpu().numpy()
+            answer = self.asked.recommend(shard.padded(rows), self.top_k, self.exclude_seen, **filters)
+            item_ids[rows], scores[rows] = answer
             progress.update(len(rows))
         return recommendations_table(self.catalogue, shard.users, item_ids, scores, self.columns)
 
@@ -463,10 +464,8 @@ def _write_parts(
     logger.info("recommended to %d users in %.1f s: %.4g users per second", total, seconds, total / seconds)
 
 
-def _sizes(model, batch_size: int | None, shard_users: int | None) -> tuple[int, int]:
-    if batch_size is None:
-        is_ilora, on_cpu = isinstance(model, ILoraForRecommendation), model.device.type == "cpu"
-        batch_size = 8 if is_ilora else 256 if on_cpu else 2048
+def _sizes(asked: AskedRecommender, batch_size: int | None, shard_users: int | None) -> tuple[int, int]:
+    batch_size = asked.batch_size if batch_size is None else batch_size
     shard_users = _BATCHES_PER_SHARD * batch_size if shard_users is None else shard_users
     for name, value in (("batch_size", batch_size), ("shard_users", shard_users)):
         if not isinstance(value, int) or value < 1:

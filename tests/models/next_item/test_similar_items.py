@@ -16,7 +16,7 @@ from hf_ilora import (
     TransitionCountsConfig,
     TransitionCountsForNextItem,
 )
-from hf_ilora.models.next_item import next_item_model
+from hf_ilora.models.next_item import top_k
 
 NUM_ITEMS = 12
 SIZES = {"num_items": NUM_ITEMS, "hidden_size": 8, "max_length": 6, "initializer_range": 0.5}
@@ -24,6 +24,11 @@ SIZES = {"num_items": NUM_ITEMS, "hidden_size": 8, "max_length": 6, "initializer
 
 def cosines(table: np.ndarray, item: int) -> np.ndarray:
     return np.array([row @ table[item] / np.linalg.norm(row) / np.linalg.norm(table[item]) for row in table])
+
+
+def in_chunks_of(at_once: int, monkeypatch) -> None:
+    for name in ("_SCORES_AT_ONCE", "_USERS_AT_ONCE"):
+        monkeypatch.setattr(top_k, name, {"cpu": at_once})
 
 
 @pytest.mark.parametrize(
@@ -36,9 +41,9 @@ def cosines(table: np.ndarray, item: int) -> np.ndarray:
     ],
     ids=["sasrec", "untied", "gru4rec", "caser"],
 )
-@pytest.mark.parametrize("at_once", [1, 1 << 24])  # one row, or all
+@pytest.mark.parametrize("at_once", [1, 1 << 20])  # one item that is asked about and a few columns, or all
 def test_similar_items_have_the_largest_cosine_in_the_table_that_scores(model, at_once, monkeypatch):
-    monkeypatch.setattr(next_item_model, "_SCORES_AT_ONCE", at_once)
+    in_chunks_of(at_once, monkeypatch)
     table = model.head.weight.detach().numpy()
     item_ids, scores = model.similar_items([3, 12, 3], top_k=4)
     assert item_ids.shape == scores.shape == (3, 4) and torch.equal(item_ids[0], item_ids[2])
@@ -58,6 +63,15 @@ def test_models_that_count_say_what_followed_and_then_what_is_popular():
     item_ids, scores = model.similar_items(torch.tensor([1, 3]), top_k=4)
     assert item_ids.tolist() == [[2, 3, 4, 5], [4, 1, 2, 5]]  # 4 occurs 3 times, 1 three times, 2 twice, 5 never
     torch.testing.assert_close(scores, torch.tensor([[2.0, 1, 0, 0], [1, 0, 0, 0]]))
+
+
+def test_chunks_change_nothing_for_models_that_count(monkeypatch):
+    rows = np.random.default_rng(0).integers(1, 41, (60, 5)).tolist()
+    model = TransitionCountsForNextItem.fit(rows, TransitionCountsConfig(num_items=40))
+    expected = model.similar_items(range(1, 41), 3, excluded_items=[7])
+    in_chunks_of(1, monkeypatch)
+    for found, whole in zip(model.similar_items(range(1, 41), 3, excluded_items=[7]), expected, strict=True):
+        assert torch.equal(found, whole)
 
 
 def test_popularity_knows_no_similar_items():

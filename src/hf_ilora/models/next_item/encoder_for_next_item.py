@@ -235,10 +235,15 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         """(batch, num_items + 1) scores of user embeddings (batch, hidden) whose histories are `input_ids`."""
         return self.head(user_embeddings, self._repeated_items(input_ids), item_offsets=self._item_offsets())
 
-    def _similarities(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        rows, offsets = self.head.weight, self._item_offsets()
-        directions = F.normalize((rows if offsets is None else rows + offsets).float(), dim=-1)
-        return lambda item_ids: directions[item_ids] @ directions.T
+    def _similarities(self, asked: torch.Tensor) -> Callable[[slice, slice, torch.Tensor], None]:
+        table, offsets = self.head.weight, self._item_offsets()
+
+        def directions(items: slice | torch.Tensor) -> torch.Tensor:
+            rows = table[items] if offsets is None else table[items] + offsets[items]
+            return F.normalize(rows.float(), dim=-1)  # (items, hidden)
+
+        of_asked = directions(asked)
+        return lambda rows, items, scores: torch.mm(of_asked[rows], directions(items).t(), out=scores)
 
     def best_items(self, histories: torch.Tensor, top_k: int, masks: ItemMasks) -> tuple[torch.Tensor, torch.Tensor]:
         """As in `NextItemPreTrainedModel`; memory does not grow with histories x items."""

@@ -10,6 +10,7 @@ from .configuration_counting import PopularityConfig, TransitionCountsConfig
 from .configuration_next_item import PADDING_ITEM_ID, check_config
 from .next_item_model import NextItemPreTrainedModel
 from .next_item_output import NextItemOutput
+from .top_k import columns_in_chunk
 
 
 class CountingPreTrainedModel(NextItemPreTrainedModel):
@@ -195,31 +196,36 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         scores[:, PADDING_ITEM_ID] = float("-inf")
         return scores
 
-    def _similarities(self) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _similarities(self, asked: torch.Tensor) -> Callable[[slice, slice, torch.Tensor], None]:
         # Items that never followed have no weight. Far below any, their popularity orders them.
-        smallest = self.item_counts * (1e-30 / self.item_counts.max().clamp(min=1))
+        smallest = (self.item_counts * (1e-30 / self.item_counts.max().clamp(min=1))).float()
 
-        def similarities(item_ids: torch.Tensor) -> torch.Tensor:
-            scores = smallest.float().repeat(len(item_ids), 1)  # (items, num_items + 1)
-            rows = torch.arange(len(item_ids), device=item_ids.device)
-            self._add_transitions(scores, rows, item_ids, scores.new_ones(len(item_ids)))
-            return scores
+        def score_items(rows: slice, items: slice, scores: torch.Tensor) -> None:
+            scores.copy_(smallest[items].expand_as(scores))
+            source, stored = self._stored_transitions(asked[rows])  # (pairs,) each
+            columns, inside = columns_in_chunk(self.transition_targets[stored], items)
+            weights = self.transition_weights[stored].to(scores) * inside
+            scores.index_put_((source, columns), weights, accumulate=True)
 
-        return similarities
+        return score_items
 
     def _add_transitions(
         self, scores: torch.Tensor, rows: torch.Tensor, items: torch.Tensor, item_weights: torch.Tensor
     ) -> None:
         """Add the transitions of `items` (sources,), times their weights, to the given rows of scores, in place."""
+        source, stored = self._stored_transitions(items)  # (pairs,) each
+        columns = self.transition_targets[stored] + (rows * scores.shape[1])[source]
+        weights = self.transition_weights[stored] * item_weights[source]
+        scores.view(-1).index_add_(0, columns, weights.to(scores))
+
+    def _stored_transitions(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The transitions of `items` (sources,): the index of each in `items`, and its place in the store; (pairs,)."""
         starts = self.transition_starts[items]
         lengths = self.transition_starts[items + 1] - starts  # (sources,)
         source = torch.arange(len(items), device=items.device).repeat_interleave(lengths)  # (pairs,)
         # The pairs of all sources are concatenated: those of source s begin at `begins[s]`.
         begins = lengths.cumsum(0) - lengths
-        stored = torch.arange(len(source), device=items.device) + (starts - begins)[source]  # (pairs,)
-        columns = self.transition_targets[stored] + (rows * scores.shape[1])[source]
-        weights = self.transition_weights[stored] * item_weights[source]
-        scores.view(-1).index_add_(0, columns, weights.to(scores))
+        return source, torch.arange(len(source), device=items.device) + (starts - begins)[source]
 
     def _dense_transition_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(batch, num_items + 1) by all stored transitions: more work, but of shapes that a graph knows beforehand."""

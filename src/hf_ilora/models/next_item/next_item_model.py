@@ -22,15 +22,13 @@ from .next_item_output import popular_scores, scores_or_popular
 from .padding import lowest_and_highest, padding_to_the_front
 from .reference_initialization import initialize_as_reference
 from .saved_model import check_sizes, read_config, saved_file, saved_shapes
-from .top_k import ItemMasks, masked_top_k
+from .top_k import ItemMasks, masked_top_k, top_k_in_chunks
 from .whole_saves import saved_whole
 
 logger = logging.getLogger(__name__)
 
 # Where the weights come from also says where the catalogue comes from.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# Bounds the memory of similarities, whatever the number of items that are asked about.
-_SCORES_AT_ONCE = 1 << 24
 
 
 def newest_items(input_ids: torch.Tensor, max_length: int) -> torch.Tensor:
@@ -208,18 +206,15 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             ValueError: for no items, ids outside the catalogue, and `top_k` larger than what is left.
         """
         with evaluation_mode(self), torch.inference_mode():
-            items = single_items(items, self.config.num_items, self.device).unsqueeze(1)  # (items, 1)
-            sizes = (len(items), self.config.num_items, self.device)
-            masks = item_masks(*sizes, items, allowed_items, excluded_items)
-            similarities, parts = self._similarities(), []
-            for rows in torch.arange(len(items)).split(max(1, _SCORES_AT_ONCE // (self.config.num_items + 1))):
-                scores = similarities(items[rows].squeeze(1))  # (rows, num_items + 1)
-                parts.append(masked_top_k(scores, top_k, masks.of(rows)))
-            item_ids, scores = (torch.cat(each) for each in zip(*parts, strict=True))
+            items = single_items(items, self.config.num_items, self.device)  # (items,)
+            num_items = self.config.num_items
+            masks = item_masks(len(items), num_items, self.device, items.unsqueeze(1), allowed_items, excluded_items)
+            similarities = self._similarities(items)
+            item_ids, scores, _ = top_k_in_chunks(similarities, len(items), num_items, top_k, masks, self.device)
         return item_ids.clone(), scores.clone()
 
-    def _similarities(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function of item ids (items,) to their similarity with every item, (items, num_items + 1) float32."""
+    def _similarities(self, asked: torch.Tensor) -> Callable[[slice, slice, torch.Tensor], None]:
+        """A `score_items` of `top_k_in_chunks`: how similar the items (asked,) are with those of the catalogue."""
         raise ValueError(
             f"{type(self).__name__} does not know which items are alike: expected a SASRec, GRU4Rec, Caser or "
             "transition counts"
