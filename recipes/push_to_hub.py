@@ -21,8 +21,7 @@ from pathlib import Path
 
 from hf_ilora.data.storage import read_description
 from hf_ilora.files import written_whole
-from hf_ilora.models.next_item.hub_upload import CARD_FILE
-from hf_ilora.publishing import check_folder, push_folder, write_card
+from hf_ilora.publishing import card_files, check_folder, push_folder, write_card
 from hf_ilora.runs import parse_arguments, run_main
 
 logger = logging.getLogger(__name__)
@@ -36,6 +35,9 @@ class PublishArguments:
     repo_id: str = field(metadata={"help": "user/name on the Hub"})
     dataset_name: str = field(metadata={"help": "name of the data set on the card, such as MovieLens-100K"})
     license: str = field(metadata={"help": "licence of the weights by its name on the Hub, such as apache-2.0"})
+    dataset_ids: list[str] = field(
+        default_factory=list, metadata={"help": "names of the data sets on the Hub, user/name, if they are there"}
+    )
     results: list[str] = field(
         default_factory=list,
         metadata={
@@ -77,7 +79,7 @@ class PublishArguments:
             raise ValueError("llm_revision is given without llm_name: expected both, or neither")
         if self.output_dir is not None and Path(self.output_dir).is_file():
             raise ValueError(f"output_dir {self.output_dir} is a file: expected a folder; choose another")
-        ignored = [name for name in ("results", "row", "seeds_table", "data_dir") if vars(self)[name]]
+        ignored = [name for name in ("dataset_ids", "results", "row", "seeds_table", "data_dir") if vars(self)[name]]
         if self.keep_card and ignored:
             raise ValueError(
                 f"keep_card is true and {', '.join(ignored)} given: expected no settings of a new card with it; leave "
@@ -108,6 +110,7 @@ def main() -> None:
             arguments.repo_id,
             dataset_name=arguments.dataset_name,
             license=arguments.license,
+            dataset_ids=arguments.dataset_ids,
             results=arguments.results,
             row=arguments.row,
             protocol=protocol,
@@ -117,7 +120,7 @@ def main() -> None:
             output_dir=arguments.output_dir,
         )
         logger.info("wrote %s", card)
-        checked.files[CARD_FILE] = card
+        checked.files.update(card_files(card))
     if arguments.output_dir is not None:
         output = Path(arguments.output_dir)
         for name, content in checked.files.items():

@@ -44,7 +44,10 @@ ALLOWED_IMPORTS = {
     "runs": {"data", "evaluation", "devices", "downloads", "files", "hf_ilora_cli"},
     "evaluation": {"data", "models", "files", SHOWN_TEXT},
     "distillation": {"data", "models", "reference", "files"},
-    "training": {"data", "models", "titles", "evaluation", "distillation", "devices", "downloads", "files"},
+    "training": {
+        *("data", "models", "titles", "evaluation", "distillation", "devices", "downloads", "files"),
+        SHOWN_TEXT,
+    },
     "serving": {"data", "models", "titles", "distillation", "evaluation", "runs", "devices", "files", SHOWN_TEXT},
     "publishing": {"data", "models", "evaluation", "files", SHOWN_TEXT},
 }

@@ -4,7 +4,9 @@ A model of the Hub brings its catalogue: what is printed, logged or written to M
 """
 
 import re
+import shlex
 import unicodedata
+from collections.abc import Sequence
 
 # Control characters, those that reorder or hide text, halves of characters, and separators of lines. The two joiners
 # belong to the spelling of Persian, of Indian languages and of emoji.
@@ -12,6 +14,11 @@ _HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _JOINERS = "\u200c\u200d"
 _MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*[]|$~"} | {"<": "&lt;", ">": "&gt;"})
 _ENTITY = re.compile(r"&(?=#?\w+;)")
+# How an absolute path begins. Inside of a text it does not follow what makes it part of a relative path or an address.
+_ROOT = r"(?:file:/+|~[\w.-]*[/\\]|[A-Za-z]:[\\/]|\\\\|/)"
+_WHOLE_PATH = re.compile(rf"(-{{1,2}}[\w-]+=)?({_ROOT}.*)", re.DOTALL)
+_PATH_INSIDE = re.compile(rf"(?<![\w.:/\\~-]){_ROOT}[^\s\"',;]+")
+_ADDRESS = re.compile(r"(\w+://)(?:[^\s/@]*@)?([^\s?#\"']*)(?:[?#][^\s\"']*)?")
 _EMPHASIS = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # not inside of a word
 
 
@@ -44,6 +51,24 @@ def code_in_markdown(text: object) -> str:
 def in_figure(text: object) -> str:
     """The text in one line that matplotlib draws as it is: it reads a formula between two dollar signs."""
     return shown(text).replace("$", r"\$")
+
+
+def shareable(word: str) -> str:
+    """A name, or a word of a command, for others: an absolute path becomes its last part, and an address loses its user
+    and its query, which may be a signature."""
+    whole = _WHOLE_PATH.fullmatch(word)
+    if whole:
+        return (whole[1] or "") + _last_part(whole[2])
+    return _PATH_INSIDE.sub(lambda path: _last_part(path[0]), _ADDRESS.sub(r"\1\2", word))
+
+
+def shareable_command(words: Sequence[str]) -> str:
+    """The words of a command as one line of a shell, each as `shareable` makes it."""
+    return shown(shlex.join(map(shareable, words)))
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or "PATH"
 
 
 def _is_hidden(character: str) -> bool:

@@ -4,7 +4,15 @@ import unicodedata
 
 import pytest
 
-from hf_ilora_cli.shown_text import code_in_markdown, in_figure, in_markdown, shown, shown_lines
+from hf_ilora_cli.shown_text import (
+    code_in_markdown,
+    in_figure,
+    in_markdown,
+    shareable,
+    shareable_command,
+    shown,
+    shown_lines,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +69,29 @@ def test_code_in_markdown_cannot_be_left():
 
 def test_a_figure_draws_dollars():
     assert in_figure("$x$\n") == r"\$x\$\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("/home/alice/my models/sasrec/", "sasrec"),
+        ("--data_dir=/home/alice/data", "--data_dir=data"),
+        ("~/data", "data"),
+        (r"C:\Users\alice\data", "data"),
+        ("file:///home/alice/data", "data"),
+        ('{"fsdp": "/home/alice/fsdp.json", "stage": 2}', '{"fsdp": "fsdp.json", "stage": 2}'),
+        ("https://alice:secret@example.org/a/b.csv?X-Amz-Signature=1f#2", "https://example.org/a/b.csv"),
+        ("/", "PATH"),
+        ("outputs/ml-100k/data", "outputs/ml-100k/data"),
+        ("ml-100k/sasrec", "ml-100k/sasrec"),
+        ("SASRec, p50 / p95, and/or", "SASRec, p50 / p95, and/or"),
+        ("--seed", "--seed"),
+    ],
+)
+def test_what_is_shared_names_no_place_of_this_machine(word, expected):
+    assert shareable(word) == expected
+
+
+def test_a_shared_command_is_one_line_of_a_shell():
+    words = ["hf-ilora", "train-sasrec", "--data_dir", "/home/alice/my data", "--run_name", "a\n```\nb"]
+    assert shareable_command(words) == r"hf-ilora train-sasrec --data_dir 'my data' --run_name 'a\n```\nb'"

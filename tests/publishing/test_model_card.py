@@ -3,13 +3,16 @@
 import json
 import re
 
+import pyarrow as pa
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_ilora.publishing import write_card
+from hf_ilora import Catalogue, ILoraConfig, SASRecConfig
+from hf_ilora.models.next_item.card import model_card
+from hf_ilora.publishing import check_folder, write_card
 from hf_ilora_cli.shown_text import shown as shown_text
 from tests.models.ilora.ilora_fixtures import recommender
-from tests.publishing.published_folders import FINGERPRINT, write_results, write_run
+from tests.publishing.published_folders import FINGERPRINT, catalogue, sasrec, write_results, write_run
 
 NAMES = {"dataset_name": "MovieLens-100K", "license": "apache-2.0"}
 
@@ -45,6 +48,91 @@ def test_card_holds_the_measured_table_and_the_metadata_of_this_row(sasrec_run, 
     result = card.data.eval_results[0]
     assert (result.dataset_type, result.dataset_name) == ("movielens-100k", "MovieLens-100K")
     assert (result.dataset_split, result.dataset_revision) == ("test", FINGERPRINT)
+
+
+def test_measurements_are_told_in_words_with_protocol_seed_and_intervals(sasrec_run, tmp_path):
+    results = write_results(tmp_path / "evaluation")
+    protocol = {"name": "leave_one_out", "num_candidates": 20}
+    path = write_card(sasrec_run, "user/sasrec", results=[results], row="SASRec", protocol=protocol, **NAMES)
+    told = path.read_text().split("## Measurements\n\n")[1].split("### MovieLens-100K, test split")[0]
+    assert "Protocol leave_one_out. What training knows of the future and of others: training has" in told
+    assert "One training run, with seed 7. In brackets: 95% intervals over users." in told
+    assert "MovieLens-100K, test split, 943 users:" in told
+    assert "the held-out item is among the first 10 for 21.2% [19.0%, 24.0%] of the users" in told
+
+
+def test_a_card_without_metrics_says_that_nothing_was_measured(sasrec_run):
+    card = ModelCard.load(write_card(sasrec_run, "user/sasrec", **NAMES))
+    assert card.text.split("## Measurements\n\n")[1].startswith("Nothing was measured: there is no evaluation")
+    assert card.data.eval_results is None and "model-index" not in card.content
+
+
+def test_metadata_name_the_task_the_data_and_what_an_adapter_adapts(sasrec_run):
+    path = write_card(sasrec_run, "user/sasrec", dataset_ids=["user/films"], **NAMES)
+    data = ModelCard.load(path).data.to_dict()
+    assert (data["pipeline_tag"], data["datasets"]) == ("sequential-recommendation", ["user/films"])
+    assert {"hf_ilora", "sasrec", "sequential-recommendation"} <= set(data["tags"])
+    assert "base_model" not in data and "base_model_relation" not in data
+    with pytest.raises(ValueError, match="dataset_ids have 'my films', which is no name on the Hub"):
+        write_card(sasrec_run, "user/sasrec", dataset_ids=["my films"], **NAMES)
+    config = ILoraConfig(
+        recommender_config=SASRecConfig(num_items=30), llm_name_or_path="user/llm", llm_revision="v1", num_llm_layers=4
+    )
+    config.architectures = ["ILoraForRecommendation"]
+    card = model_card(config, None, "user/ilora")
+    assert (card.data.base_model, card.data.base_model_relation) == ("user/llm", "adapter")
+    assert "the language model `user/llm` (its first 4 layers) at commit `v1`" in card.text
+
+
+def test_the_card_holds_limits_and_the_papers(sasrec_run):
+    text = write_card(sasrec_run, "user/sasrec", **NAMES).read_text()
+    for shown in ("**Popularity.**", "**Cold items.**", "**Language of titles.**", "The model reads ids"):
+        assert shown in text
+    for key in ("kang2018sasrec", "kong2024ilora", "cui2024dllm2rec"):
+        assert f"@inproceedings{{{key}," in text
+
+
+def test_the_card_tells_what_was_measured_of_popularity_and_what_training_never_saw(tmp_path):
+    model = sasrec()
+    table = catalogue().table
+    model.catalogue = Catalogue(table.append_column("count", pa.array([0, 0, *range(1, 29)])))
+    model.save_pretrained(tmp_path / "run")
+    write_run(tmp_path / "run")
+    results = write_results(tmp_path / "evaluation")
+    content = json.loads(results.read_text())
+    shares = {"decile_1@10": 0.553, "coverage@10": 0.4}
+    content["models"][1]["lists"] = {name: {"mean": mean, "low": 0, "high": 1} for name, mean in shares.items()}
+    groups = {"1-5": 0.02, "more": 0.2}
+    content["models"][1]["by_count"] = {
+        group: {"masked/ndcg@10": {"mean": mean, "low": 0, "high": 1}} for group, mean in groups.items()
+    }
+    results.write_text(json.dumps(content))
+    text = write_card(tmp_path / "run", "user/sasrec", results=[results], row="SASRec", **NAMES).read_text()
+    assert "most popular tenth of the items makes up 55.3% of the recommendations, and 40.0% of the items" in text
+    assert "NDCG@10 by how often training has the held-out item: .0200 (1-5), .2000 (more often)." in text
+    assert "Training has never seen 2 of the items." in text
+
+
+def test_the_plot_of_the_results_goes_with_the_card(sasrec_run, tmp_path):
+    results = write_results(tmp_path / "evaluation")
+    results.with_suffix(".png").write_bytes(b"a plot")
+    text = write_card(sasrec_run, "user/sasrec", results=[results], row="SASRec", **NAMES).read_text()
+    assert "![Plot of the results: MovieLens-100K, test split](results-1.png)" in text
+    files = check_folder(sasrec_run).files
+    assert files["results-1.png"].read_bytes() == b"a plot"
+
+
+def test_the_card_shows_the_command_and_no_place_of_the_machine_that_ran_it(sasrec_run, tmp_path):
+    command = ["hf-ilora", "train-sasrec", "ml-100k/sasrec", "--seed", "1", "--data_dir", "/home/alice/my data"]
+    write_run(sasrec_run, command=[*command, "--report_url=https://example.org/?signature=secret"])
+    results = write_results(tmp_path / "evaluation")
+    results.write_text(results.read_text().replace('"SASRec"', '"/home/alice/models/a|b<i>{{ x }}"'))
+    row = "/home/alice/models/a|b<i>{{ x }}"
+    text = write_card(sasrec_run, "user/sasrec", results=[results], row=row, **NAMES).read_text()
+    shown = "hf-ilora train-sasrec ml-100k/sasrec --seed 1 --data_dir 'my data' --report_url=https://example.org/"
+    assert f"```bash\n{shown}\n```" in text
+    assert r"| a\|b&lt;i&gt;{{ x }} | .1155" in text
+    assert "alice" not in text and "secret" not in text and str(tmp_path) not in text
 
 
 def test_the_name_of_a_data_set_is_text_on_the_page(sasrec_run):

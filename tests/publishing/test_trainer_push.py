@@ -31,6 +31,11 @@ import hf_ilora
 model = AutoModel.from_pretrained(sys.argv[1])
 print(model.catalogue.titles(model.recommend([[1, 2, 3]], top_k=3)[0][0]))
 """
+USE_CARD = """
+import sys
+from huggingface_hub import ModelCard
+exec(ModelCard.load(sys.argv[1]).text.split("```python")[1].split("```")[0])
+"""
 MODEL_FILES = {"README.md", "config.json", "items.parquet", "model.safetensors", "modeling_sasrec.py"}
 
 
@@ -46,9 +51,11 @@ def test_a_finished_model_arrives_with_catalogue_code_and_card_and_nothing_else(
     assert files_of(newest) >= MODEL_FILES
     assert not [name for name in files_of(newest) if name.startswith("checkpoint") or name.endswith((".bin", ".pt"))]
     card = newest.files["README.md"].decode()
-    assert "license: mit" in card and 'from_pretrained("user/cycle"' in card
-    titles = client.succeed(USE, "user/cycle", token=None).strip().splitlines()[-1]
+    assert "license: mit" in card and "Validation split, 64 users:" in card
     model = SASRecForNextItem.from_pretrained(folder)
+    shown = model.catalogue.titles(model.recommend([[1, 2]], top_k=10)[0][0])
+    assert client.succeed(USE_CARD, "user/cycle", token=None).strip().splitlines()[-1] == str(shown)
+    titles = client.succeed(USE, "user/cycle", token=None).strip().splitlines()[-1]
     assert titles == str(model.catalogue.titles(model.recommend(torch.tensor([[1, 2, 3]]), top_k=3)[0][0]))
 
 

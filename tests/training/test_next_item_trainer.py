@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, TrainerCallback, TrainingArguments, set_seed
 
@@ -308,13 +309,41 @@ def test_caser_has_one_label_per_window_and_refuses_others(sequences, tmp_path):
 
 def test_the_card_says_how_to_use_the_model_and_keeps_a_text_that_is_there(sequences, tmp_path):
     trainer = trainer_of(tmp_path / "sasrec-cycle", sequences, sasrec(), processing_class=sequences.catalogue)
+    path = tmp_path / "sasrec-cycle" / "README.md"
     trainer.create_model_card(license="apache-2.0", tags="cycle")
-    card = (tmp_path / "sasrec-cycle" / "README.md").read_text()
+    trainer.create_model_card()  # of an untouched card, the text is made anew and the metadata stay
+    card = path.read_text()
     assert "from_pretrained(" in card and "license: apache-2.0" in card and "- cycle" in card
-    (tmp_path / "sasrec-cycle" / "README.md").write_text("---\ntags:\n- mine\n---\n\nMy own words.\n")
-    trainer.create_model_card()
-    card = (tmp_path / "sasrec-cycle" / "README.md").read_text()
-    assert "My own words." in card and "- mine" in card and "from_pretrained(" not in card
+    assert "Nothing was measured" in card
+    path.write_text("---\ntags:\n- mine\n---\n\nMy own words.\n")
+    trainer.create_model_card(license="mit")
+    card = path.read_text()
+    assert "My own words." in card and "- mine" in card and "license: mit" in card and "from_pretrained(" not in card
+
+
+def test_the_card_tells_the_evaluation_of_the_model_that_is_saved(sequences, tmp_path):
+    settings = {"processing_class": sequences.catalogue, "max_steps": 8}
+    trainer = trainer_of(tmp_path / "run", sequences, sasrec(), **settings)
+
+    def card():
+        trainer.create_model_card(dataset="Cy|cle", dataset_args="leave_one_out", dataset_tags="user/cycle")
+        return ModelCard.load(tmp_path / "run" / "README.md")
+
+    trainer.train()
+    best, last = [logs for logs in trainer.state.log_history if "eval_mrr" in logs]
+    assert best["eval_mrr"] != last["eval_mrr"]
+    trainer.state.best_global_step = best["step"]
+    told = {result.metric_name: result for result in card().data.eval_results}
+    of_masked = told["MRR, whole catalogue, seen items excluded"]
+    assert of_masked.metric_value == pytest.approx(best["eval_mrr"], abs=1e-6)
+    assert (of_masked.dataset_split, of_masked.dataset_type) == ("validation", "user/cycle")
+    measured = trainer.evaluate(sequences["test"])
+    trainer.evaluate(sequences["validation"].select(range(5)), metric_key_prefix="eval_few")
+    text = card().text
+    assert f"Test split, {len(sequences['test'])} users:" in text and "Validation split, 5 users:" in text
+    assert f"for {measured['eval_hit_ratio@10']:.1%} of the users" in text
+    assert "Protocol leave_one_out. One training run, with seed 42" in text and r"items of Cy\|cle" in text
+    assert "`NextItemTrainingArguments(" in text and str(tmp_path) not in text
 
 
 def test_a_model_without_a_catalogue_is_warned_about(sequences, tmp_path, caplog):

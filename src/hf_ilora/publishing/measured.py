@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_ilora.evaluation.candidate_report import CandidateContext, CandidateReport, candidate_table
+from hf_ilora.evaluation.card_metrics import quality_in_words
 from hf_ilora.evaluation.latency import Latency, ModelSize
 from hf_ilora.evaluation.report import ModelReport, ReportContext, markdown_table
-from hf_ilora.evaluation.results import RESULTS_STEM
+from hf_ilora.evaluation.results import RESULTS_STEM, short_number
 from hf_ilora.evaluation.statistics import Interval, RunComparison
+from hf_ilora_cli.shown_text import in_markdown, shareable
 
 
 @dataclass(frozen=True)
@@ -16,18 +18,45 @@ class MeasuredTable:
     """One evaluation, as it appears on a card.
 
     Args:
-        text: the table in Markdown, with the paragraph on how it was measured.
-        quality: metrics of the published model: "ranking/metric" -> interval.
-        split: evaluated split.
-        num_candidates: size of the candidate sets; 0 without candidates.
-        data_fingerprint: content hash of the data set.
+        report: measurements of the published model.
+        context: of all models of the table.
+        table: the table of all models in Markdown, with the paragraph on how it was measured.
+        picture: plot of the table; None if there is none beside it.
     """
 
-    text: str
-    quality: dict[str, Interval]
-    split: str
-    num_candidates: int
-    data_fingerprint: str
+    report: ModelReport | CandidateReport
+    context: ReportContext | CandidateContext
+    table: str
+    picture: Path | None
+
+    @property
+    def words(self) -> str:
+        """The measurements of the published model in words, in Markdown."""
+        context = self.context
+        num_users = getattr(self.report, "num_users", None) or context.num_users
+        words = quality_in_words(self.report.quality, context.num_items, context.num_candidates)
+        return f"{in_markdown(context.data)}, {in_markdown(context.split)} split, {num_users:,} users:\n\n{words}"
+
+    @property
+    def popularity(self) -> str:
+        """What was measured of the model's bias towards popular items, in sentences; nothing if that was not."""
+        if not isinstance(self.report, ModelReport):
+            return ""
+        k, lists, by_count, sentences = self.context.k, self.report.lists, self.report.by_count, []
+        if lists:
+            sentences.append(
+                f"In the evaluation above, the most popular tenth of the items makes up "
+                f"{lists[f'decile_1@{k}'].mean:.1%} of the recommendations, and {lists[f'coverage@{k}'].mean:.1%} of "
+                "the items are recommended to somebody."
+            )
+        if len(by_count) > 1:
+            metric = f"{self.context.main}/ndcg@{k}"
+            values = [
+                f"{short_number(quality[metric].mean)} ({'more often' if group == 'more' else group})"
+                for group, quality in by_count.items()
+            ]
+            sentences.append(f"NDCG@{k} by how often training has the held-out item: {', '.join(values)}.")
+        return " ".join(sentences)
 
 
 def read_measured(path: Path, row: str | None, dataset_name: str) -> MeasuredTable:
@@ -43,13 +72,13 @@ def read_measured(path: Path, row: str | None, dataset_name: str) -> MeasuredTab
         ValueError: when it is not a table of this package, and when `row` matches none or several of its rows.
     """
     reports, context = read_reports(path)
+    number = _row_number(path, row, [report.name for report in reports], [report.source for report in reports])
+    # Names of models are by default their folders.
+    reports = [replace(report, name=shareable(report.name)) for report in reports]
     context = replace(context, data=dataset_name)
     table = candidate_table if isinstance(context, CandidateContext) else markdown_table
-    sources = [report.source for report in reports]
-    report = reports[_row_number(path, row, [report.name for report in reports], sources)]
-    return MeasuredTable(
-        table(reports, context), report.quality, context.split, context.num_candidates, context.data_fingerprint
-    )
+    plot = (path / f"{RESULTS_STEM}.json" if path.is_dir() else path).with_suffix(".png")
+    return MeasuredTable(reports[number], context, table(reports, context), plot if plot.is_file() else None)
 
 
 def read_reports(path: Path) -> tuple[list[ModelReport] | list[CandidateReport], ReportContext | CandidateContext]:

@@ -1,30 +1,24 @@
 """Writes the card of a published model: how to use it, its measurements, its data and training."""
 
-import hashlib
 import json
 import re
-import unicodedata
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import EvalResult
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
+from hf_ilora.data.protocol_settings import LEAKS
+from hf_ilora.evaluation.card_metrics import ABOUT_NDCG, eval_results, metric_name
 from hf_ilora.files import written_whole
-from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
-from hf_ilora.models.next_item.hub_upload import CARD_FILE, card_data, check_repo_id, usage_example
+from hf_ilora.models.next_item.card import is_untouched, model_card
+from hf_ilora.models.next_item.hub_upload import CARD_FILE, check_repo_id
 from hf_ilora.publishing.measured import MeasuredTable, read_measured
 from hf_ilora.publishing.publish import ModelFolder, check_folder
-from hf_ilora_cli.shown_text import code_in_markdown, in_markdown, shown
+from hf_ilora_cli.shown_text import code_in_markdown, in_markdown, shareable_command
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-_SIGNATURE = re.compile(r"<!-- card of hf_ilora, (\w{16}) -->\n\Z")
-_METRIC_NAMES = {
-    "ndcg": "NDCG",
-    "hit_ratio": "HR",
-    "mrr": "MRR",
-    "map": "MAP",
-    "valid_ratio": "ValidRatio",
-}
 
 
 def write_card(
@@ -33,6 +27,7 @@ def write_card(
     *,
     dataset_name: str,
     license: str,
+    dataset_ids: Sequence[str] = (),
     results: Sequence[str | Path] = (),
     row: str | None = None,
     protocol: dict | None = None,
@@ -41,13 +36,14 @@ def write_card(
     checked: ModelFolder | None = None,
     output_dir: str | Path | None = None,
 ) -> Path:
-    """Write README.md into a model's folder, or into another one.
+    """Write README.md into a model's folder, or into another one, with the plots that lie beside the results.
 
     Args:
         folder: a folder that `check_folder` accepts.
         repo_id: "user/name" of the model on the Hub.
         dataset_name: name of the data set on the card, such as "MovieLens-100K".
         license: licence of the weights by its name on the Hub, such as "apache-2.0".
+        dataset_ids: names of the data sets on the Hub, "user/name", where they are there.
         results: results.json of `hf-ilora evaluate` and `hf-ilora evaluate-ilora`, or their folders.
         row: name or source of this model in them; None if they have only one row.
         protocol: the `protocol` of the data set.
@@ -65,6 +61,7 @@ def write_card(
             because it is not overwritten.
     """
     check_repo_id(repo_id)
+    _check_dataset_ids(dataset_ids)
     if not dataset_name.strip():
         raise ValueError(f"dataset_name is {dataset_name!r}: expected the name of the data, such as MovieLens-100K")
     if not _LICENSE.fullmatch(license):
@@ -75,44 +72,44 @@ def write_card(
     checked = checked or check_folder(folder)
     path = Path(output_dir or folder) / CARD_FILE
     for card in (folder / CARD_FILE, path):
-        if card.is_file() and not _is_untouched(card.read_text(encoding="utf-8")):
+        if card.is_file() and not is_untouched(card.read_text(encoding="utf-8")):
             raise ValueError(
                 f"{card} was written or edited by hand: expected no card, or an unchanged one of hf_ilora; publish the "
                 "card in the model's folder as it is (hf-ilora push --keep_card true), or move it away"
             )
     tables = [read_measured(Path(source), row, dataset_name) for source in results]
     for source, table in zip(results, tables, strict=True):
-        _check_data(checked.run, str(source), table.data_fingerprint)
-    title = repo_id.rpartition("/")[2]
-    metadata = card_data(
+        _check_data(checked.run, str(source), table.context.data_fingerprint)
+    measurements = _measurements(tables, checked.run, protocol, seeds_table)  # before a picture is copied
+    card = model_card(
         checked.config,
-        license=license,
-        model_name=title,
-        eval_results=_eval_results(tables, dataset_name) or None,
-    )
-    sections = [
-        f"---\n{metadata.to_yaml()}\n---\n\n# {title}",
-        _description(checked, dataset_name),
-        f"## How to use it\n\n```python\n{usage_example(checked.config, checked.catalogue, repo_id, revision)}\n```",
-        _measured_section(tables),
-        *([] if seeds_table is None else [_seeds_section(Path(seeds_table))]),
-        _training_section(checked, dataset_name, protocol),
-        f"## Licence\n\nWeights: {in_markdown(license)}. `items.parquet` contains titles and ids of "
+        checked.catalogue,
+        repo_id,
+        revision,
+        dataset_name=in_markdown(dataset_name),
+        metadata={"license": license, "datasets": list(dataset_ids) or None}
+        | _measured_metadata(tables, repo_id, dataset_name, dataset_ids),
+        measurements=measurements,
+        pictures=_copied_pictures(tables, path.parent),
+        popularity=" ".join(filter(None, (table.popularity for table in tables))),
+        command=shareable_command(checked.run["command"]) if checked.run.get("command") else None,
+        training=_training(checked.run, dataset_name, protocol),
+        licence=f"Weights: {in_markdown(license)}. `items.parquet` contains titles and ids of "
         f"{in_markdown(dataset_name)}, whose terms apply to them.",
-    ]
-    text = "\n\n".join(sections) + "\n\n"
+    )
     with written_whole(path) as unfinished:
-        unfinished.write_text(f"{text}<!-- card of hf_ilora, {_digest(text)} -->\n", encoding="utf-8")
+        unfinished.write_text(str(card), encoding="utf-8")
     return path
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _is_untouched(text: str) -> bool:
-    signature = _SIGNATURE.search(text)
-    return signature is not None and signature[1] == _digest(text[: signature.start()])
+def _check_dataset_ids(dataset_ids: Sequence[str]) -> None:
+    for name in dataset_ids:
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(
+                f"dataset_ids have {name!r}, which is no name on the Hub ({error}): expected user/name"
+            ) from error
 
 
 def _check_data(run: dict, source: str, fingerprint: str) -> None:
@@ -123,25 +120,51 @@ def _check_data(run: dict, source: str, fingerprint: str) -> None:
         )
 
 
-def _description(checked: ModelFolder, dataset_name: str) -> str:
-    config = checked.config
-    items = f"{len(checked.catalogue):,} items of {in_markdown(dataset_name)}"
-    if not isinstance(config, ILoraConfig):
-        return f"A {config.architectures[0]} that recommends the next of {items}, for the Python package hf_ilora."
-    layers = "" if config.num_llm_layers is None else f" (its first {config.num_llm_layers} layers)"
-    revision = "" if config.llm_revision is None else f" at commit {code_in_markdown(config.llm_revision)}"
-    return (
-        "An adapter (iLoRA, arXiv 2408.10159) with which the language model "
-        f"{code_in_markdown(config.llm_name_or_path)}{layers}{revision} recommends the next of {items}, for the Python "
-        "package hf_ilora. It contains the adapter, the router and the frozen SASRec; the language model is loaded by "
-        "its name."
-    )
+def _measurements(
+    tables: Sequence[MeasuredTable], run: dict, protocol: dict | None, seeds_table: str | Path | None
+) -> str:
+    """All that was measured, in words and as tables; nothing if that is nothing."""
+    parts = [] if seeds_table is None else [_seeds_section(Path(seeds_table))]
+    if tables:
+        of_protocol = ""
+        if protocol is not None:
+            leak = LEAKS.get(protocol.get("name"))
+            of_protocol = f"Protocol {in_markdown(protocol.get('name'))}."
+            of_protocol += f" What training knows of the future and of others: {leak}. " if leak else " "
+        about = f"{of_protocol}One training run, with seed {in_markdown(run['seed'])}. "
+        parts[:0] = [f"{about}In brackets: 95% intervals over users. {ABOUT_NDCG}", *(table.words for table in tables)]
+        parts += [table.table.replace("# ", "### ", 1).strip() for table in tables]
+    return "\n\n".join(parts)
 
 
-def _measured_section(tables: Sequence[MeasuredTable]) -> str:
-    if not tables:
-        return "## Measurements\n\nThere are no measurements of this model."
-    return "## Measurements\n\n" + "\n\n".join(table.text.replace("# ", "### ", 1).strip() for table in tables)
+def _measured_metadata(
+    tables: Sequence[MeasuredTable], repo_id: str, dataset_name: str, dataset_ids: Sequence[str]
+) -> dict[str, object]:
+    results = {}
+    for table in tables:
+        of_table = eval_results(
+            table.report.quality,
+            dataset_name=dataset_name,
+            dataset_id=dataset_ids[0] if dataset_ids else None,
+            split=table.context.split,
+            revision=table.context.data_fingerprint,
+            num_candidates=table.context.num_candidates,
+        )
+        results |= {(result.dataset_split, result.metric_name): result for result in of_table}
+    return {"model_name": repo_id.rpartition("/")[2], "eval_results": list(results.values())} if results else {}
+
+
+def _copied_pictures(tables: Sequence[MeasuredTable], folder: Path) -> list[dict[str, str]]:
+    """Copies the plots of the tables into the folder of the card, and says what they show."""
+    pictures = []
+    for table in tables:
+        if table.picture is not None:
+            name = f"results-{len(pictures) + 1}.png"
+            with written_whole(folder / name) as unfinished:
+                shutil.copyfile(table.picture, unfinished)
+            text = f"Plot of the results: {table.context.data}, {table.context.split} split"
+            pictures.append({"text": in_markdown(text), "file": name})
+    return pictures
 
 
 def _seeds_section(path: Path) -> str:
@@ -150,7 +173,7 @@ def _seeds_section(path: Path) -> str:
         content = json.loads(path.read_text(encoding="utf-8"))
         seeds, test = content["seeds"], content["test"]
         lines = [
-            f"| {in_markdown(_metric_name(name))} | {mean:.4f} ± {test['standard_deviation'][name]:.4f} |"
+            f"| {in_markdown(metric_name(name))} | {mean:.4f} ± {test['standard_deviation'][name]:.4f} |"
             for name, mean in test["mean"].items()
         ]
     except (ValueError, KeyError, TypeError) as error:
@@ -158,11 +181,10 @@ def _seeds_section(path: Path) -> str:
             f"{path} is not a table of seeds ({error!r}): expected the JSON of experiments/seeds.py"
         ) from error
     header = f"Mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(in_markdown, seeds))}), test split:"
-    return "\n".join([f"## Over seeds\n\n{header}\n", "| metric | value |", "|---|---:|", *lines])
+    return "\n".join([f"### Over seeds\n\n{header}\n", "| metric | value |", "|---|---:|", *lines])
 
 
-def _training_section(checked: ModelFolder, dataset_name: str, protocol: dict | None) -> str:
-    run = checked.run
+def _training(run: dict, dataset_name: str, protocol: dict | None) -> str:
     versions = ", ".join(f"{name} {run['versions'].get(name)}" for name in ("hf_ilora", "torch", "transformers"))
     facts = {"data": in_markdown(dataset_name)}
     facts |= {in_markdown(f"protocol: {name}"): in_markdown(value) for name, value in (protocol or {}).items()}
@@ -172,45 +194,4 @@ def _training_section(checked: ModelFolder, dataset_name: str, protocol: dict | 
         "versions": in_markdown(versions),
     }
     lines = [f"| {name} | {value} |" for name, value in facts.items()]
-    return "\n".join(["## Data and training", "", "All settings are in `run.json`.", "", "| | |", "|---|---|", *lines])
-
-
-def _eval_results(tables: Sequence[MeasuredTable], dataset_name: str) -> list[EvalResult]:
-    results = {}
-    for table in tables:
-        for name, interval in table.quality.items():
-            if "/recall@" in name:  # one relevant item per user: equal to the hit ratio
-                continue
-            results[table.split, name] = EvalResult(
-                task_type="other",
-                task_name="Sequential recommendation",
-                dataset_type=_dataset_type(dataset_name),
-                dataset_name=shown(dataset_name),
-                dataset_split=table.split,
-                dataset_revision=table.data_fingerprint,
-                metric_type=name.rpartition("/")[2],
-                metric_name=_metric_name(name, table.num_candidates),
-                metric_value=round(interval.mean, 6),
-            )
-    return list(results.values())
-
-
-def _dataset_type(dataset_name: str) -> str:
-    """An identifier as the Hub accepts it: of the ASCII letters and digits of a name, or a digest if it has none."""
-    ascii_name = unicodedata.normalize("NFKD", dataset_name).encode("ascii", "ignore").decode().lower()
-    name = re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-")
-    return name or f"dataset-{hashlib.sha256(dataset_name.encode()).hexdigest()[:8]}"
-
-
-def _metric_name(name: str, num_candidates: int | None = None) -> str:
-    """`masked/ndcg@10` as "NDCG@10, whole catalogue, seen items excluded"."""
-    ranking, _, metric = name.partition("/")
-    kind, at, rest = metric.partition("@")
-    among = {
-        "masked": "whole catalogue, seen items excluded",
-        "relevant": "all relevant items, whole catalogue, seen items excluded",
-        "unmasked": "whole catalogue",
-        "candidates": f"among {num_candidates or 'the'} candidates",
-        "answers": "generated answers",
-    }
-    return f"{_METRIC_NAMES.get(kind, kind)}{at}{rest.replace('_', ' ')}, {among.get(ranking, ranking)}"
+    return "\n".join(["All settings are in `run.json`.", "", "| | |", "|---|---|", *lines])

@@ -1,6 +1,7 @@
 """Publishes the folder of a finished run on the Hub, after checking that others can use it."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def check_folder(
     for pattern in _OPTIONAL_FILES:
         files |= {path.name: path for path in folder.glob(pattern) if path.is_file()}
     if (folder / CARD_FILE).is_file():
-        files[CARD_FILE] = folder / CARD_FILE
+        files |= card_files(folder / CARD_FILE)
     config = saved_config(folder)
     catalogue = Catalogue.from_parquet(folder / CATALOGUE_FILE)
     if isinstance(config, ILoraConfig):
@@ -93,6 +94,12 @@ def check_folder(
     else:
         load_recommender(folder)  # raises if the files do not fit each other
     return ModelFolder(files, config, catalogue, _finished_run(Path(run_file or folder / RUN_FILE)))
+
+
+def card_files(card: Path) -> dict[str, Path]:
+    """A card and the pictures in its folder that it shows, by name."""
+    shown = re.findall(r"!\[[^\n]*?\]\(([\w.-]+\.(?:png|svg|jpg))\)", card.read_text(encoding="utf-8"))
+    return {card.name: card} | {name: card.parent / name for name in shown if (card.parent / name).is_file()}
 
 
 def push_folder(

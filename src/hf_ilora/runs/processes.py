@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from hf_ilora.downloads import DownloadError, default_cache_dir
 from hf_ilora.files import failed_write, held_folder
-from hf_ilora_cli.commands import PROGRAM_VARIABLE
+from hf_ilora_cli.commands import COMMANDS, PROGRAM, PROGRAM_VARIABLE
 from hf_ilora_cli.shown_text import shown, shown_lines
 from hf_ilora_cli.signals import end_with_launcher, interrupted_code, termination_raises
 
@@ -65,6 +65,22 @@ class ProgramFailed(RuntimeError):
 def program_name() -> str:
     """What messages call this program: `hf-ilora prepare`, or the file name of the recipe."""
     return os.environ.get(PROGRAM_VARIABLE) or Path(sys.argv[0]).name
+
+
+def command_words() -> list[str] | None:
+    """The words of the `hf-ilora` command that this process runs, without tokens; None where it runs no recipe."""
+    names = {command.recipe: command.name for command in COMMANDS.values()}
+    name = names.get(Path(sys.argv[0]).stem)
+    if name is None:
+        return None
+    words, options = [PROGRAM, name], iter(sys.argv[1:])
+    for word in options:
+        option, equals, _ = word.partition("=")
+        if not (option.startswith("--") and option.endswith("_token")):
+            words.append(word)
+        elif not equals:
+            next(options, None)  # its value
+    return words
 
 
 def run_main(main: Callable[[], None]) -> None:

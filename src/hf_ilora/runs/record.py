@@ -20,6 +20,7 @@ from accelerate import PartialState
 
 from hf_ilora.files import written_whole
 from hf_ilora.runs.launch_settings import launch_settings
+from hf_ilora.runs.processes import command_words
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class RunRecord:
         self.content = {
             "status": "running",
             "started": _now(),
+            "command": command_words(),
             "configuration": plain_configuration(arguments),
             "seed": seed,
             "data_fingerprint": None,

@@ -17,10 +17,13 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy, rotate_checkpo
 from transformers.utils import PushInProgress
 
 from hf_ilora.files import write_errors_named
-from hf_ilora.models.next_item.hub_upload import CARD_FILE, UploadOfSaved, checked_tags, upload, usage_card
+from hf_ilora.models.next_item.card import is_untouched, model_card
+from hf_ilora.models.next_item.hub_upload import CARD_FILE, UploadOfSaved, checked_tags, upload
+from hf_ilora_cli.shown_text import in_markdown
 
 from .argument_checks import check_optimizer
 from .finite_losses import FiniteLosses, check_weights
+from .trainer_card import Evaluation, card_sections, evaluations_in_training, measured_metadata, metrics_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,9 @@ class RecommenderTrainer(Trainer):
             )
         self._hub = HfApi()  # sends one push after the other
         self._begun: dict[str, float] = {}  # when training and the evaluation of each prefix began, monotonic
+        # By prefix, of the present model: the evaluations since the training, for the model card.
+        self._evaluations: dict[str, Evaluation] = {}
+        self._train_rows_of_card = kwargs.get("train_dataset")
         super().__init__(model, args, **kwargs)
         if self.optimizer is None:
             check_optimizer(args, self.model)
@@ -121,6 +127,7 @@ class RecommenderTrainer(Trainer):
             ValueError: at the first loss that is not finite, before anything of that step is logged or saved.
         """
         self._losses, self._checked_step = FiniteLosses(self.accelerator), -1
+        self._evaluations = {}
         self._begun["train"] = time.monotonic()
         return super().train(*args, **kwargs)
 
@@ -142,6 +149,11 @@ class RecommenderTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
         self._begun[metric_key_prefix] = time.monotonic()
+        if not self.is_in_train:
+            rows = self.eval_dataset if eval_dataset is None else eval_dataset
+            rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+            if not isinstance(rows, dict):  # whose data sets come here one by one
+                self._evaluations[metric_key_prefix] = Evaluation(rows)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -158,6 +170,11 @@ class RecommenderTrainer(Trainer):
                 if name.startswith(f"{prefix}_") and name.endswith("_per_second"):
                     logs[name] = round(logs[name] * runtime / seconds, 3)
             logs[f"{prefix}_runtime"] = seconds
+        for prefix in sorted(self._evaluations, key=len, reverse=True):  # "eval_films" before "eval"
+            found = metrics_of(logs, prefix)
+            if found:
+                self._evaluations[prefix].metrics |= found
+                break
         super().log(logs, start_time)
 
     def create_model_card(
@@ -172,30 +189,70 @@ class RecommenderTrainer(Trainer):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Write README.md into `output_dir`: what the model is and how to use it, with the given metadata.
+        """Write README.md into `output_dir`: the card of `hf_ilora.publishing`, with what the trainer has measured.
 
-        The text of a README.md that is already there stays.
+        A README.md that was written or edited by hand keeps its text, and gets the given metadata.
 
         Args:
-            language, license, tags, model_name, dataset_tags: metadata of the card.
-            finetuned_from, tasks, dataset, dataset_args: as in `Trainer`, for its callers; not used.
+            language, license, tags, model_name: metadata of the card.
+            dataset_tags: names of the data sets on the Hub.
+            dataset: name of the data on the card, such as "MovieLens-100K".
+            dataset_args: protocol that split the data, such as "leave_one_out".
+            finetuned_from, tasks: as in `Trainer`, for its callers; not used.
         """
         if not self.is_world_process_zero():
             return
         path = Path(self.args.output_dir) / CARD_FILE
         model = self.accelerator.unwrap_model(self.model)
         model.config.architectures = [type(model).__name__]  # as saving does
+        existing = path.read_text(encoding="utf-8") if path.is_file() else None
+        metadata = {"language": language, "license": license, "datasets": _listed(dataset_tags) or None}
+        tags = [*(model.model_tags or []), *checked_tags(tags)]
+        if existing is not None:
+            of_existing = ModelCard(existing).data
+            tags = [*(of_existing.tags or []), *tags]
+            metadata = {name: of_existing.get(name) if value is None else value for name, value in metadata.items()}
+            if not is_untouched(existing):
+                card = ModelCard(existing)
+                for name, value in (metadata | {"model_name": model_name}).items():
+                    if value is not None:
+                        setattr(card.data, name, value)
+                card.data.tags = list(dict.fromkeys(tags))
+                card.save(path)
+                return
         repo_id = self.hub_model_id or model_name or Path(self.args.output_dir).resolve().name
-        if path.is_file():
-            card = ModelCard.load(path)
-        else:
-            card = ModelCard(usage_card(model.config, model.catalogue, repo_id, self.args.hub_revision))
-        given = {"language": language, "license": license, "model_name": model_name, "datasets": dataset_tags}
-        for name, value in given.items():
-            if value is not None:
-                setattr(card.data, name, value)
-        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(model.model_tags or []), *checked_tags(tags)]))
+        names, dataset_ids = _listed(dataset), _listed(metadata["datasets"])
+        dataset_name = ", ".join(names or dataset_ids) or None
+        evaluations = self._evaluations_of_model()
+        title = model_name or repo_id.rpartition("/")[2]
+        card = model_card(
+            model.config,
+            model.catalogue,
+            repo_id,
+            self.args.hub_revision,
+            title=in_markdown(title),
+            dataset_name=dataset_name and in_markdown(dataset_name),
+            metadata=metadata | {"tags": tags} | measured_metadata(evaluations, title, dataset_name, dataset_ids),
+            licence=metadata["license"] and f"Weights: {in_markdown(metadata['license'])}.",
+            **card_sections(
+                self.args,
+                self.state,
+                evaluations,
+                self._train_rows_of_card,
+                model.config.num_items,
+                dataset_name,
+                ", ".join(_listed(dataset_args)) or None,
+            ),
+        )
         card.save(path)
+
+    def _evaluations_of_model(self) -> list[Evaluation]:
+        """Those since the training, or else of the training, that are of the present model."""
+        found = [evaluation for evaluation in self._evaluations.values() if evaluation.metrics]
+        of_best = self.args.load_best_model_at_end and not self.is_in_train
+        return found or evaluations_in_training(
+            self.state, self.eval_dataset, of_best and self.state.best_global_step is not None
+        )
 
     def push_to_hub(
         self,
@@ -308,6 +365,10 @@ class CompletedBatches:
 
     def __call__(self, rows: list) -> dict:
         return self.complete(self.collator(rows))
+
+
+def _listed(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
 
 
 def _upload_and_remove(folder: Path, repo_id: str, **settings) -> CommitInfo:

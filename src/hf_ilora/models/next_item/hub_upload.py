@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PreTrainedConfig
 
-from .catalogue import Catalogue
+from .card import is_untouched, model_card, signed
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +46,8 @@ class HubUploads:
     ) -> CommitInfo:
         """Upload the model to the Hub in one commit, with its catalogue, its code and, if it has one, its tokenizer.
 
-        An existing card is kept; otherwise a short one that shows how to use the model is added. For a card with
-        measured results, see `hf_ilora.publishing`.
+        An existing card is kept; otherwise one without measurements is added. For a card with measured results, see
+        `hf_ilora.publishing`.
 
         Args:
             repo_id: "user/name"; made when it does not exist.
@@ -122,11 +121,13 @@ class UploadOfSaved:
         tags = [*(model.model_tags or []), *self.tags]
 
         def card(repo_id: str, existing: str | None) -> str:
-            revision = self.arguments.get("revision")
-            found = ModelCard(existing or usage_card(model.config, model.catalogue, repo_id, revision))
+            if existing is None:
+                revision = self.arguments.get("revision")
+                return str(model_card(model.config, model.catalogue, repo_id, revision, metadata={"tags": tags}))
+            found = ModelCard(existing)
             if tags:
                 found.data.tags = list(dict.fromkeys([*(found.data.tags or []), *tags]))
-            return str(found)
+            return str(signed(found) if is_untouched(existing) else found)
 
         return upload(files, self.repo_id, missing_card=card, token=self.token, **self.arguments)
 
@@ -258,7 +259,7 @@ def _told(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-# --- the parts of a card that every model has ---
+# --- what the Hub accepts ---
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -285,55 +286,4 @@ def checked_tags(tags: list[str] | str | None) -> list[str]:
     return tags
 
 
-def usage_example(
-    config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: str, revision: str | None = None
-) -> str:
-    """Python that loads a model from the Hub and prints recommended titles: at most five lines, imports included.
-
-    A next-item model loads by the code in its repository, so that the lines work without hf_ilora too.
-
-    Args:
-        config: of the saved model; `architectures` names its class.
-        catalogue: gives raw ids for the example; None shows item ids.
-        repo_id: where the model is.
-        revision: branch or tag; None means main.
-    """
-    source = f'"{repo_id}"' if revision is None else f'"{repo_id}", revision="{revision}"'
-    is_ilora = config.model_type == "ilora"
-    if is_ilora:
-        lines = ["import hf_ilora", "", f"model = hf_ilora.{config.architectures[0]}.from_pretrained({source})"]
-    else:
-        lines = ["from transformers import AutoModel", ""]
-        lines.append(f"model = AutoModel.from_pretrained({source}, trust_remote_code=True)")
-    if catalogue is None:
-        return "\n".join([*lines, "item_ids, scores = model.recommend([[1, 2]], top_k=10)"])
-    shown = catalogue.raw_ids(range(1, min(len(catalogue), 2) + 1))
-    lines.append(f"histories = [model.catalogue.item_ids({shown})]  # raw ids, oldest first")
-    if is_ilora and config.item_head == "none":
-        return "\n".join([*lines, "print(model.generate_recommendation(histories, top_k=3).texts)"])
-    lines.append("item_ids, scores = model.recommend(histories, top_k=10)")
-    return "\n".join([*lines, "print(model.catalogue.titles(item_ids[0]))"])
-
-
-def card_data(config: PreTrainedConfig, **metadata) -> ModelCardData:
-    """The card's metadata that follow from a configuration, and further ones as `ModelCardData` takes them."""
-    base_model = config.public_llm_name if config.model_type == "ilora" else None
-    tags = ["hf_ilora", config.model_type, "recommender-system", "sequential-recommendation"]
-    return ModelCardData(library_name="hf_ilora", tags=tags, base_model=base_model, **metadata)
-
-
-def usage_card(config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: str, revision: str | None = None) -> str:
-    """A short card: the kind of model and how to use it."""
-    code = usage_example(config, catalogue, repo_id, revision)
-    items = "" if catalogue is None else f" of {len(catalogue):,} items"
-    text = (
-        f"---\n{card_data(config).to_yaml()}\n---\n\n# {repo_id}\n\n"
-        f"A recommender{items} ({config.architectures[0]}), made with the package hf_ilora.\n\n```python\n{code}\n```\n"
-    )
-    if config.model_type == "ilora":
-        return text
-    return f"{text}\nAfter `import hf_ilora` the model loads without `trust_remote_code`.\n"
-
-
-__all__ = ["CARD_FILE", "RUN_FILE", "HubUploads", "UploadOfSaved", "card_data", "retried", "upload"]
-__all__ += ["check_repo_id", "checked_tags", "usage_card", "usage_example"]
+__all__ = ["CARD_FILE", "RUN_FILE", "HubUploads", "UploadOfSaved", "check_repo_id", "checked_tags", "retried", "upload"]

@@ -1,0 +1,125 @@
+"""The card of a model: metadata that the Hub reads, and the one template with what is known about the model."""
+
+import hashlib
+import json
+import re
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedConfig
+
+from .card_template import CARD_TEMPLATE
+from .catalogue import Catalogue
+
+TASK = "sequential-recommendation"
+_SIGNATURE = re.compile(r"<!-- card of hf_ilora, (\w{16}) -->\n?\Z")
+_COUNTING = ("popularity", "transition_counts")
+
+
+def model_card(
+    config: PreTrainedConfig,
+    catalogue: Catalogue | None,
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    title: str | None = None,
+    dataset_name: str | None = None,
+    metadata: dict[str, object] | None = None,
+    **sections: object,
+) -> ModelCard:
+    """Fill in the template.
+
+    Texts are Markdown: names and titles of others must be escaped before.
+
+    Args:
+        config: of the saved model; `architectures` names its class.
+        catalogue: gives raw ids for the example, and the number of items that training has never seen.
+        repo_id: where the model is, or will be.
+        revision: branch or tag; None means main.
+        title: of the page; None takes the name in `repo_id`.
+        dataset_name: name of the data; None leaves it out.
+        metadata: of `ModelCardData`, beside those that follow from the configuration: license, datasets, language,
+            eval_results with model_name, and further tags.
+        sections: `measurements`, `pictures` (with `text` and `file`), `popularity`, `command`, `training` and
+            `licence`. Without `measurements`, the card says that nothing was measured.
+
+    Returns:
+        A card that `is_untouched` accepts.
+    """
+    metadata = dict(metadata or {})
+    tags = ["hf_ilora", config.model_type, "recommender-system", TASK, *(metadata.pop("tags", None) or [])]
+    is_ilora = config.model_type == "ilora"
+    if is_ilora and config.public_llm_name is not None:
+        metadata |= {"base_model": config.public_llm_name, "base_model_relation": "adapter"}
+    counts = None if catalogue is None else catalogue.counts
+    card = ModelCard.from_template(
+        ModelCardData(library_name="hf_ilora", pipeline_tag=TASK, tags=list(dict.fromkeys(tags)), **metadata),
+        template_str=CARD_TEMPLATE,
+        title=title or repo_id.rpartition("/")[2],
+        is_ilora=is_ilora,
+        counts=config.model_type in _COUNTING,
+        language_model=_language_model(config) if is_ilora else None,
+        architecture=config.architectures[0],
+        items=f"{config.num_items:,} items" + ("" if dataset_name is None else f" of {dataset_name}"),
+        usage=usage_example(config, catalogue, repo_id, revision),
+        cold_items=None if counts is None else int((counts[1:] == 0).sum()),
+        **sections,
+    )
+    return signed(card)
+
+
+def usage_example(
+    config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: str, revision: str | None = None
+) -> str:
+    """Python that loads a model from the Hub and prints recommended titles: at most five lines, imports included.
+
+    A next-item model loads by the code in its repository, so that the lines work without hf_ilora too.
+
+    Args:
+        config: of the saved model; `architectures` names its class.
+        catalogue: gives raw ids for the example; None shows item ids.
+        repo_id: where the model is.
+        revision: branch or tag; None means main.
+    """
+    source = json.dumps(repo_id) if revision is None else f"{json.dumps(repo_id)}, revision={json.dumps(revision)}"
+    is_ilora = config.model_type == "ilora"
+    if is_ilora:
+        lines = ["import hf_ilora", "", f"model = hf_ilora.{config.architectures[0]}.from_pretrained({source})"]
+    else:
+        lines = ["from transformers import AutoModel", ""]
+        lines.append(f"model = AutoModel.from_pretrained({source}, trust_remote_code=True)")
+    if catalogue is None:
+        return "\n".join([*lines, "item_ids, scores = model.recommend([[1, 2]], top_k=10)", "print(item_ids[0])"])
+    shown = catalogue.raw_ids(range(1, min(len(catalogue), 2) + 1))
+    lines.append(f"histories = [model.catalogue.item_ids({shown})]  # raw ids, oldest first")
+    if is_ilora and config.item_head == "none":
+        return "\n".join([*lines, "print(model.generate_recommendation(histories, top_k=3).texts)"])
+    lines.append("item_ids, scores = model.recommend(histories, top_k=10)")
+    return "\n".join([*lines, "print(model.catalogue.titles(item_ids[0]))"])
+
+
+def signed(card: ModelCard) -> ModelCard:
+    """The card with a last line by which `is_untouched` knows its text."""
+    text = _SIGNATURE.sub("", str(card)).rstrip() + "\n\n"
+    return ModelCard(f"{text}<!-- card of hf_ilora, {_digest(text)} -->\n")
+
+
+def is_untouched(text: str) -> bool:
+    """Whether a card is one of this package that nobody has edited since, so that a new one may replace it."""
+    signature = _SIGNATURE.search(text)
+    return signature is not None and signature[1] == _digest(text[: signature.start()])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _language_model(config: PreTrainedConfig) -> str:
+    name = config.public_llm_name
+    if name is None:
+        return "a language model of its author"
+    layers = "" if config.num_llm_layers is None else f" (its first {config.num_llm_layers} layers)"
+    is_plain = config.llm_revision is not None and re.fullmatch(r"[\w./-]+", config.llm_revision)
+    return f"the language model `{name}`{layers}" + (f" at commit `{config.llm_revision}`" if is_plain else "")
+
+
+__all__ = ["TASK", "is_untouched", "model_card", "signed", "usage_example"]
