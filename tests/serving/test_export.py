@@ -81,6 +81,27 @@ def test_onnxruntime_recommends_what_the_model_does_for_batches_of_any_size(kind
 
 
 @pytest.mark.slow
+def test_equal_scores_come_in_the_order_of_ids_and_unknown_ids_are_padding(tmp_path):
+    model = next_item_model("caser")
+    with torch.no_grad():  # the scores are those of the bias: 2, 1 and 0
+        model.head.weight.zero_()
+        model.head.bias.copy_(torch.arange(41) % 3)
+    export(model, tmp_path / "exported", top_k=20)
+    known = torch.tensor([[2, 8, 5], [40, 0, 0]])
+    item_ids, scores = answers(tmp_path / "exported", known)
+    expected_ids, expected_scores = model.recommend(known, 20)
+    assert item_ids[0, :12].tolist() == [11, 14, 17, 20, 23, 26, 29, 32, 35, 38, 1, 4]
+    np.testing.assert_array_equal(item_ids, expected_ids)
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
+    for wrong in (-1, 41, 10**9):
+        found = answers(tmp_path / "exported", torch.tensor([[2, wrong, 8, 5], [wrong, 40, wrong, 0]]))
+        np.testing.assert_array_equal(found[0], item_ids)
+        np.testing.assert_allclose(found[1], scores, atol=1e-5)
+    readme = (tmp_path / "exported" / "README.md").read_text()
+    assert "Item ids are 1 to 40; other numbers are read as padding" in readme and "the lower id comes first" in readme
+
+
+@pytest.mark.slow
 def test_a_folder_serves_titles_by_the_programs_of_the_readmes_without_torch(export_of, tmp_path):
     model, exported = export_of("sasrec_with_everything", top_k=5)
     folder = tmp_path / "outputs" / "songs" / "onnx"

@@ -106,9 +106,10 @@ def export(
 
     The folder contains model.onnx, the catalogue and the configuration of the model, export.json, and a README with a
     program that recommends. The graph takes `histories` (batch, length) int64, padded with 0 on either side, for any
-    batch and any length. With `top_k` it returns `item_ids` and `scores`, as `recommend` does, but with id 0 and score
-    -inf where nothing is left to recommend; without, `scores` (batch, num_items + 1): log p of all items, and -inf for
-    padding and what is left out. Before the folder is written, onnxruntime scores some histories with the file.
+    batch and any length; ids outside 1..num_items are read as padding. With `top_k` it returns `item_ids` and `scores`,
+    as `recommend` does, but with id 0 and score -inf where nothing is left to recommend; without, `scores` (batch,
+    num_items + 1): log p of all items, and -inf for padding and what is left out. Before the folder is written,
+    onnxruntime scores some histories with the file.
 
     Args:
         model: a SASRec, GRU4Rec or Caser.
@@ -343,7 +344,7 @@ def _readme(described: ExportedModel, has_catalogue: bool) -> str:
         "import onnxruntime",
         "",
         f'session = onnxruntime.InferenceSession("{MODEL_FILE}")',
-        "# item ids, oldest first; 0 is padding, on either side",
+        f"# item ids 1 to {described.num_items}, oldest first; 0 is padding, on either side",
         f"histories = np.array([[1, {described.num_items}], [1, 0]], dtype=np.int64)",
     ]
     if described.top_k is not None:
@@ -375,6 +376,8 @@ def _readme(described: ExportedModel, has_catalogue: bool) -> str:
             f"`{MODEL_FILE}` reads the newest {described.max_length} items of each history and returns {answers},",
             f"{seen}. Scores are log-probabilities over the whole catalogue.",
             left_out,
+            f"Item ids are 1 to {described.num_items}; other numbers are read as padding, so map unknown items to 0.",
+            *(["Among equal scores, the lower id comes first."] if described.top_k is not None else []),
             f"Weights are {numbers}; {DESCRIPTION_FILE} has the settings and what was measured.",
             "",
             "```python",

@@ -16,6 +16,9 @@ from hf_ilora.models.next_item.padding import padding_to_the_end
 class RecommendationGraph(nn.Module):
     """A copy of a model in float32 on the CPU that answers as `recommend` does, but checks nothing.
 
+    Item ids outside 1..num_items are read as padding. Among equal scores, `torch.topk` leaves the order open; in ONNX,
+    whose TopK takes the lower index first, it is that of `recommend`.
+
     Args:
         model: a SASRec, GRU4Rec or Caser. The copy shares weights that are in float32 on the CPU already.
         top_k: items per history; None scores the whole catalogue.
@@ -51,6 +54,8 @@ class RecommendationGraph(nn.Module):
         Returns:
             item_scores (batch, num_items + 1) as `next_item_scores` has them, followed by what `answers` returns.
         """
+        is_item = (histories > PADDING_ITEM_ID) & (histories <= self.num_items)
+        histories = histories.where(is_item, PADDING_ITEM_ID)
         item_scores = self.item_scores(histories)
         return item_scores, *self.answers(item_scores, histories)
 
@@ -85,14 +90,15 @@ class RecommendationGraph(nn.Module):
             catalogue. Where nothing is left to recommend, the id is 0 and the score -inf. Without `top_k`, the scores
             of all items (batch, num_items + 1).
         """
-        scores = (item_scores - item_scores.logsumexp(1, keepdim=True)).clamp(max=0)
+        scores, log_sum_exp = item_scores, item_scores.logsumexp(1, keepdim=True)
         if self.popular_scores is None:
             scores = scores.masked_fill(histories.eq(PADDING_ITEM_ID).all(1, keepdim=True), float("-inf"))
         if self.exclude_seen:
             scores = scores.scatter(1, histories, float("-inf"))
         if self.top_k is None:
-            return (scores,)
-        scores, item_ids = scores.topk(self.top_k, dim=1)  # (batch, top_k) each
+            return ((scores - log_sum_exp).clamp(max=0),)
+        scores, item_ids = scores.topk(self.top_k, dim=1)  # (batch, top_k) each; of scores that no difference rounds
+        scores = (scores - log_sum_exp).clamp(max=0)
         return item_ids.masked_fill(scores.isneginf(), PADDING_ITEM_ID), scores
 
 
