@@ -42,7 +42,7 @@ ALLOWED_IMPORTS = {
     "titles": {"models", "devices", "downloads", "files"},
     "reference": {"data", "models"},
     "runs": {"data", "evaluation", "devices", "downloads", "files", "hf_ilora_cli"},
-    "evaluation": {"data", "models", "files", SHOWN_TEXT},
+    "evaluation": {"data", "models", "downloads", "files", SHOWN_TEXT},
     "distillation": {"data", "models", "reference", "files"},
     "training": {
         *("data", "models", "titles", "evaluation", "distillation", "devices", "downloads", "files"),

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from hf_ilora.evaluation.metrics import ValidRatio
+from hf_ilora.evaluation.answer_metrics import ValidRatio
+from hf_ilora.evaluation.named_candidates import is_valid, named_candidates
 from hf_ilora.evaluation.statistics import bootstrap_interval, wilson_interval
-from hf_ilora.evaluation.valid_answers import is_valid, judge_answers, judge_items, named_candidates
+from hf_ilora.evaluation.valid_answers import judge_answers, judge_items
 
 TITLES = ["Heat", "Alien", "Aliens", "Big"]
 

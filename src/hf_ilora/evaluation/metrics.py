@@ -1,10 +1,9 @@
 """Ranking metrics as `evaluate.Metric`: built directly, `NDCG(k=10)`, without the Hub and without a network.
 
-All but `ValidRatio` take ranks: `compute(predictions=ranks)`, or `add_batch(predictions=ranks)` and then `compute()`.
-A rank is the 1-based position of a relevant item (`evaluation.ranking` computes ranks from scores). Predictions are one
-rank per user, or the list of the ranks of all relevant items of each user: `[3, 1]` or `[[3, 7], [1]]`. With one
-relevant item, Recall@k equals HitRatio@k, and MAP@k equals MRR@k. `ValidRatio` takes generated texts and the titles of
-the candidates.
+They take ranks: `compute(predictions=ranks)`, or `add_batch(predictions=ranks)` and then `compute()`. A rank is the
+1-based position of a relevant item (`evaluation.ranking` computes ranks from scores). Predictions are one rank per
+user, or the list of the ranks of all relevant items of each user: `[3, 1]` or `[[3, 7], [1]]`. With one relevant item,
+Recall@k equals HitRatio@k, and MAP@k equals MRR@k. `metric_folder` makes folders of them that `evaluate.load` takes.
 """
 
 import datasets
@@ -14,7 +13,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_ilora.evaluation.rank_metrics import metric_per_user
-from hf_ilora.evaluation.valid_answers import is_valid
 
 
 class RankMetric(evaluate.Metric):
@@ -22,6 +20,7 @@ class RankMetric(evaluate.Metric):
 
     Args:
         k: cut-off, at least 1; None for no cut-off, if the metric allows it.
+        keep_in_memory, kwargs: as in `evaluate.Metric`.
 
     Raises:
         ValueError: for `k` < 1.
@@ -29,19 +28,24 @@ class RankMetric(evaluate.Metric):
 
     description = ""
     short_name = ""
+    inputs = (
+        "- `predictions`: (users,) whole numbers >= 1, the rank of each user's relevant item, where 1 is the first "
+        "place; or (users, relevant items of the user) such numbers, the different ranks of all relevant items of each "
+        "user, in lists that may differ in length."
+    )
 
-    def __init__(self, k: int | None = 10, **kwargs):
+    def __init__(self, k: int | None = 10, keep_in_memory: bool = True, **kwargs):
         if k is not None and k < 1:
             raise ValueError(f"k is {k}: expected a cut-off of at least 1")
         self.k = k
         self.key = self.short_name if k is None else f"{self.short_name}@{k}"
-        super().__init__(keep_in_memory=True, **kwargs)
+        super().__init__(keep_in_memory=keep_in_memory, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=self.description,
             citation="",
-            inputs_description="predictions: integers, the 1-based rank of each user's target, or lists of them.",
+            inputs_description=self.inputs,
             # As integers, Arrow would silently truncate 1.5 to 1; as a float it is kept, and refused below.
             features=datasets.Features({"predictions": datasets.List(datasets.Value("float64"))}),
         )
@@ -141,46 +145,3 @@ class MRR(RankMetric):
 
     def __init__(self, k: int | None = None, **kwargs):
         super().__init__(k, **kwargs)
-
-
-class ValidRatio(evaluate.Metric):
-    """Fraction of generated answers that name exactly one of their candidates.
-
-    `ValidRatio().compute(predictions=["Heat", "I like films"], references=[["Heat", "Alien"]] * 2)` is 0.5. It takes
-    texts instead of flags, so that the same rule, `valid_answers.is_valid`, applies everywhere.
-
-    Args:
-        first_line_only: ignore what follows the first line of an answer, as the programs of LLaRA and iLoRA do.
-    """
-
-    def __init__(self, first_line_only: bool = False, **kwargs):
-        super().__init__(keep_in_memory=True, **kwargs)
-        self.first_line_only = first_line_only
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Fraction of generated answers that contain exactly one candidate title, ignoring case.",
-            citation="",
-            inputs_description="predictions: generated texts; references: the titles of each one's candidates.",
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
-            ),
-        )
-
-    def _compute(self, predictions, references) -> dict[str, float]:
-        """Fraction of valid answers, as {"valid_ratio": 0.5}.
-
-        Args:
-            predictions: (users,) texts.
-            references: (users, candidates) titles.
-
-        Raises:
-            ValueError: for no predictions, no candidates, and blank titles.
-        """
-        if not len(predictions):
-            raise ValueError("valid_ratio of no answers: expected predictions, the generated text of at least one user")
-        valid = [
-            is_valid(answer, titles, self.first_line_only)
-            for answer, titles in zip(predictions, references, strict=True)
-        ]
-        return {"valid_ratio": sum(valid) / len(valid)}
