@@ -5,9 +5,10 @@
         --zero_shot true --generate free --output_dir outputs/reference/movielens/evaluation
 
 Every model ranks each user's fixed candidates by the likelihood of their titles and, with --generate, generates its
-answer; an item head ranks the whole catalogue. Models with the same name are runs with different seeds: the table adds
-their mean and standard deviation. Select models on the validation split, and run the test split once. If validation and
-test have few users, `--split train --train_fraction 0.95 1` compares models on users that none of them was trained on.
+answer; an item head ranks the whole catalogue (`recipes/evaluate_models.py` also measures the coverage, novelty and
+other qualities of its lists). Models with the same name are runs with different seeds: the table adds their mean and
+standard deviation. Select models on the validation split, and run the test split once. If validation and test have few
+users, `--split train --train_fraction 0.95 1` compares models on users that none of them was trained on.
 
 The recipe writes results.md, results.csv, results.json, results.png, experts.png (expert usage), run.json and run.log
 to the output folder, and for every user the rank among the candidates (candidate_ranks.parquet), the rank in the

@@ -8,25 +8,19 @@ import torch
 from datasets import Dataset
 
 from hf_ilora import (
-    CaserConfig,
-    CaserForNextItem,
     Catalogue,
-    GRU4RecConfig,
-    GRU4RecForNextItem,
     PopularityConfig,
     PopularityForNextItem,
-    SASRecConfig,
-    SASRecForNextItem,
     TransitionCountsConfig,
     TransitionCountsForNextItem,
 )
 from hf_ilora.models.next_item.histories import padded_histories
+from tests.scoring_models import MODELS, sasrec
 
 NUM_ITEMS = 40
 ROWS = [[7, 8, 9], [1, 2, 3, 4, 5], [11]]
 PADDED = [[7, 8, 9, 0, 0], [1, 2, 3, 4, 5], [11, 0, 0, 0, 0]]
 LEFT = [[0, 0, 7, 8, 9], [1, 2, 3, 4, 5], [0, 0, 0, 0, 11]]
-SIZES = {"num_items": NUM_ITEMS, "hidden_size": 8, "max_length": 6, "initializer_range": 0.5}
 
 FORMS = {
     "lists": ROWS,
@@ -65,9 +59,7 @@ def test_what_is_read_stays_as_it_was():
 @pytest.mark.parametrize(
     "model",
     [
-        SASRecForNextItem(SASRecConfig(**SIZES)),
-        GRU4RecForNextItem(GRU4RecConfig(**SIZES)),
-        CaserForNextItem(CaserConfig(**SIZES)),
+        *(MODELS[kind](NUM_ITEMS) for kind in ("plain", "gru4rec", "caser")),
         PopularityForNextItem.fit(ROWS, PopularityConfig(num_items=NUM_ITEMS)),
         TransitionCountsForNextItem.fit(ROWS, TransitionCountsConfig(num_items=NUM_ITEMS)),
     ],
@@ -118,14 +110,13 @@ def test_bad_histories_are_refused_by_row(histories, message):
     with pytest.raises(ValueError, match=message):
         padded_histories(histories, NUM_ITEMS)
     with pytest.raises(ValueError, match=message):
-        SASRecForNextItem(SASRecConfig(**SIZES)).recommend(histories)
+        sasrec(NUM_ITEMS).recommend(histories)
 
 
 @pytest.mark.parametrize("histories", [torch.tensor([[3, 1, 2]]), [[3, 1], [2]]])
 def test_ids_are_checked_once_per_call(histories):
-    model = SASRecForNextItem(SASRecConfig(**SIZES)).eval()
     counting = TransitionCountsForNextItem.fit(ROWS, TransitionCountsConfig(num_items=NUM_ITEMS))
-    for recommender in (model, counting):
+    for recommender in (sasrec(NUM_ITEMS), counting):
         with torch.profiler.profile() as profile:
             recommender.recommend(histories, top_k=3)
         counts = {event.key: event.count for event in profile.key_averages()}
@@ -134,7 +125,7 @@ def test_ids_are_checked_once_per_call(histories):
 
 def test_forward_takes_input_ids_and_no_ragged_rows():
     with pytest.raises(ValueError, match="input_ids have list: expected a tensor"):
-        SASRecForNextItem(SASRecConfig(**SIZES))(ROWS)
+        sasrec(NUM_ITEMS)(ROWS)
 
 
 # --- users without history ---
@@ -150,9 +141,9 @@ def with_counts(model, counts=COUNTS):
     return model
 
 
-@pytest.mark.parametrize("kind", [SASRecForNextItem, GRU4RecForNextItem, CaserForNextItem])
+@pytest.mark.parametrize("kind", ["plain", "gru4rec", "caser"])
 def test_users_without_history_get_popular_items_among_others(kind):
-    model = with_counts(kind(kind.config_class(**SIZES)))
+    model = with_counts(MODELS[kind](NUM_ITEMS))
     for histories in ([[3, 1], [], [7]], [[3, 1], [0, 0], [7, 0]], torch.tensor([[3, 1], [0, 0], [0, 7]])):
         item_ids, scores = model.recommend(histories, top_k=12)
         for row, history in ((0, [3, 1]), (2, [7])):
@@ -179,9 +170,6 @@ def test_models_that_count_know_what_is_popular_without_a_catalogue(popularity_w
 
 
 def test_it_is_an_error_where_nobody_knows_what_is_popular():
-    for model in (
-        SASRecForNextItem(SASRecConfig(**SIZES)),
-        with_counts(SASRecForNextItem(SASRecConfig(**SIZES)), None),
-    ):
+    for model in (sasrec(NUM_ITEMS), with_counts(sasrec(NUM_ITEMS), None)):
         with pytest.raises(ValueError, match=r"history 1 is empty: .*A model whose catalogue has the column count"):
             model.recommend([[1], []])

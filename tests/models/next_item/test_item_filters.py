@@ -6,22 +6,16 @@ import pytest
 import torch
 
 from hf_ilora import (
-    CaserConfig,
-    CaserForNextItem,
     EnsembleTeacher,
-    GRU4RecConfig,
-    GRU4RecForNextItem,
     PopularityConfig,
     PopularityForNextItem,
-    SASRecConfig,
-    SASRecForNextItem,
     TransitionCountsConfig,
     TransitionCountsForNextItem,
 )
+from tests.scoring_models import MODELS
 
 NUM_ITEMS = 40
 ROWS = [[7, 8, 9], [1, 2, 3, 4, 5], [11]]
-SIZES = {"num_items": NUM_ITEMS, "hidden_size": 8, "max_length": 6, "initializer_range": 0.5}
 ALLOWED = [7, 12, 30, 1, 25, 11, 39, 40]
 ALLOWED_PER_USER = [[7, 12, 30, 25, 12, 12], [1, 33, 40, 2, 39, 20, 21], [5, 6, 9, 10]]
 EXCLUDED_PER_USER = [[12], [], [9, 5, 9]]
@@ -34,13 +28,7 @@ def model_of(kind: str):
         return TransitionCountsForNextItem.fit(ROWS, TransitionCountsConfig(num_items=NUM_ITEMS))
     if kind == "ensemble":
         return EnsembleTeacher([model_of("sasrec"), model_of("gru4rec")], [1.0, 2.0])
-    trained = {
-        "sasrec": (SASRecForNextItem, SASRecConfig),
-        "gru4rec": (GRU4RecForNextItem, GRU4RecConfig),
-        "caser": (CaserForNextItem, CaserConfig),
-    }
-    model_class, config_class = trained[kind]
-    return model_class(config_class(**SIZES)).eval()
+    return MODELS["plain" if kind == "sasrec" else kind](NUM_ITEMS)
 
 
 def expected(model, top_k, exclude_seen, allowed, excluded):

@@ -5,21 +5,15 @@ import pytest
 import torch
 
 from hf_ilora import (
-    CaserConfig,
-    CaserForNextItem,
-    GRU4RecConfig,
-    GRU4RecForNextItem,
     PopularityConfig,
     PopularityForNextItem,
-    SASRecConfig,
-    SASRecForNextItem,
     TransitionCountsConfig,
     TransitionCountsForNextItem,
 )
 from hf_ilora.models.next_item import top_k
+from tests.scoring_models import MODELS, sasrec
 
 NUM_ITEMS = 12
-SIZES = {"num_items": NUM_ITEMS, "hidden_size": 8, "max_length": 6, "initializer_range": 0.5}
 
 
 def cosines(table: np.ndarray, item: int) -> np.ndarray:
@@ -34,10 +28,10 @@ def in_chunks_of(at_once: int, monkeypatch) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        SASRecForNextItem(SASRecConfig(**SIZES)),
-        SASRecForNextItem(SASRecConfig(**SIZES, tie_word_embeddings=False)),
-        GRU4RecForNextItem(GRU4RecConfig(**SIZES)),
-        CaserForNextItem(CaserConfig(**SIZES)),
+        sasrec(NUM_ITEMS),
+        sasrec(NUM_ITEMS, tie_word_embeddings=False),
+        MODELS["gru4rec"](NUM_ITEMS),
+        MODELS["caser"](NUM_ITEMS),
     ],
     ids=["sasrec", "untied", "gru4rec", "caser"],
 )
@@ -97,9 +91,9 @@ def test_popularity_knows_no_similar_items():
 )
 def test_what_is_no_item_is_refused(items, message):
     with pytest.raises(ValueError, match=message):
-        SASRecForNextItem(SASRecConfig(**SIZES)).similar_items(items, 2)
+        sasrec(NUM_ITEMS).similar_items(items, 2)
 
 
 def test_more_similar_items_than_there_are_is_refused():
     with pytest.raises(ValueError, match="top_k is 12, but row 0 has 11 of 12 items left"):
-        SASRecForNextItem(SASRecConfig(**SIZES)).similar_items([1], NUM_ITEMS)
+        sasrec(NUM_ITEMS).similar_items([1], NUM_ITEMS)
