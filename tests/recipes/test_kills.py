@@ -29,8 +29,8 @@ RATINGS = "user,item,when,name\n" + "".join(
     for user in range(12)
     for when, item in enumerate(range(user % 4, user % 4 + 8))
 )
-# Measured times, and how much was left to do.
-NOT_REPEATED = ("per_second", "runtime", "labelled_now", "latency")
+# Measured times, how much was left to do, and the loss on that.
+NOT_REPEATED = ("per_second", "runtime", "labelled_now", "latency", "train_loss")
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +96,10 @@ def results(folder: Path) -> dict[str, object]:
             kept[name] = repeated(json.loads(path.read_text())["metrics"])
         elif path.name == "pipeline.json":
             kept[name] = {stage: entry["status"] for stage, entry in json.loads(path.read_text()).items()}
+        elif path.name == "trainer_state.json":
+            state = json.loads(path.read_text())
+            del state["best_model_checkpoint"]  # its path
+            kept[name] = state | {"log_history": [repeated(entry) for entry in state["log_history"]]}
         elif path.name != "results.json":
             kept[name] = path.read_bytes()
     return kept
