@@ -112,7 +112,6 @@ SETTINGS = {
             {"item_learning_rate_factor": 0.3},
             {"item_learning_rate_factor": 1.0},
             {"hidden_dropout": 0.2},
-            {"num_train_epochs": 30.0},
         ),
         joint_start={"initial_items": "titles_and_log_cooccurrence"},
         start=({"title_prior": 3.0}, {"title_prior": 10.0}),
@@ -121,7 +120,6 @@ SETTINGS = {
         taught=(
             {"teacher_weights": [1.0, 1.0, 0.5], "kl_weight": 1.0},
             {"teacher_weights": [1.0, 0.5, 1.0], "kl_weight": 1.0},
-            {"teacher_weights": [1.0, 1.0, 0.5], "kl_weight": 2.0},
         ),
         trial_seeds=3,  # one validation user is a tenth of a percent here
         ilora="ml-100k/ilora",
