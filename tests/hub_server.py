@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import secrets
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,7 +47,7 @@ class Repository:
 
     def add(self, branch: str, title: str, files: dict[str, bytes]) -> Commit:
         parent = self.branches.get(branch)
-        oid = hashlib.sha1(f"{id(self)} {branch} {parent} {len(self.commits)}".encode()).hexdigest()
+        oid = secrets.token_hex(20)  # never one of an earlier repository of the same name, which a client may have kept
         self.commits[oid] = Commit(oid, title, parent, files)
         self.branches[branch] = oid
         return self.commits[oid]

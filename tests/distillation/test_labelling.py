@@ -174,7 +174,7 @@ def test_kill_at_any_write_loses_and_doubles_no_row(train, undisturbed, tmp_path
     assert labels_in(tmp_path).equals(undisturbed)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {f"labels-{shard:06d}.parquet" for shard in range(5)} | {
-        "requests.parquet", "teacher_labels.json", "item_embeddings.safetensors"
+        "README.md", "requests.parquet", "teacher_labels.json", "item_embeddings.safetensors"
     }  # fmt: skip
     if not before:  # what was written is not asked again
         assert sum(map(len, teacher.calls)) == NUM_USERS

@@ -7,9 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import load_dataset
 from safetensors.torch import load_file, save_file
 
 from hf_ilora.distillation import teacher_labels
+from hf_ilora.distillation.labels_card import named_teacher
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from tests.distillation.known_teacher import DATA_FINGERPRINT, KnownTeacher, expected_answer, label_all
 from tests.synthetic import cyclic_sequences
@@ -208,3 +210,35 @@ def test_answers_of_another_form_are_refused(folder, column, change, message):
     pq.write_table(table.set_column(place, table.schema.field(place), changed), path)
     with pytest.raises(ValueError, match=message):
         load(folder)
+
+
+# --- as others read them ---
+
+
+def test_load_dataset_reads_finished_labels_by_their_card(folder, tmp_path):
+    labels = load(folder)
+    rows = load_dataset(str(folder), "labels", split="train", cache_dir=str(tmp_path / "cache"))
+    assert sorted(map(str, rows.to_list())) == sorted(map(str, labels.table.to_pylist()))
+
+
+def test_card_shows_teacher_budget_policy_data_and_fingerprints(train, tmp_path):
+    settings = {"budget": 1200, "acquire": "entropy", "seed": 5, "recommender_fingerprint": "e" * 64}
+    label_all(tmp_path / "l<b>els", train, KnownTeacher(NUM_ITEMS), **settings)
+    card = (tmp_path / "l<b>els" / "README.md").read_text()
+    description = json.loads((tmp_path / "l<b>els" / "teacher_labels.json").read_text())
+    for fact in (
+        "| teacher | known teacher |",
+        "| budget | 1,200 labels |",
+        "| policy that spends the budget | entropy |",
+    ):
+        assert fact in card
+    for name in ("data", "teacher", "labels", "embeddings", "recommender"):
+        assert description[f"{name}_fingerprint"] in card
+    assert "# l&lt;b&gt;els" in card and str(tmp_path) not in card
+
+
+def test_teacher_in_a_folder_is_named_by_the_end_of_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "ilora").mkdir(parents=True)
+    assert named_teacher(f"{tmp_path}/outputs/ilora") == named_teacher("outputs/ilora") == "ilora"
+    assert named_teacher("user/ilora") == "user/ilora" and named_teacher("known teacher") == "known teacher"

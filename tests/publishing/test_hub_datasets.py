@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from hf_ilora import SequenceDatasets
+from hf_ilora import SequenceDatasets, TeacherLabels
 from hf_ilora.data.sources import SOURCES
 from tests.data.test_storage import small_sequences
-from tests.hub_server import READER, STRANGER
+from tests.distillation.known_teacher import KnownTeacher, label_all
+from tests.hub_server import READER, STRANGER, sha256
 
 FILES = {"README.md", "items.parquet", "sequences.json", "test.parquet", "train.parquet", "validation.parquet"}
 
@@ -56,6 +57,15 @@ def repository(client, name: str = "user/data"):
     return client.hub.repositories[f"datasets/{name}"]
 
 
+def replace_file(client, name: str, path: str, content: bytes | None) -> None:
+    """Somebody's commit with another content of a file, or without the file."""
+    files = dict(repository(client, name).commit("main").files)
+    del files[path]
+    if content is not None:
+        files[path] = client.hub.large_files[sha256(content)] = content
+    repository(client, name).add("main", "changed", files)
+
+
 def cache(tmp_path, name: str = "cache") -> dict:
     return {"cache_dir": str(tmp_path / name)}
 
@@ -78,9 +88,8 @@ def test_data_set_is_sent_once_and_a_card_edited_on_the_hub_stays(client, saved)
     first = last_line(client.succeed(PUSH, folder, "user/data", {"license": "cc-by-4.0"}))
     assert "license: cc-by-4.0" in repository(client).commit("main").files["README.md"].decode()
     assert last_line(client.succeed(PUSH, folder, "user/data", {"license": "cc-by-4.0"})) == first
-    files = repository(client).commit("main").files
-    card = files["README.md"].decode().replace("# data", "# Mine")
-    repository(client).add("main", "edited", files | {"README.md": card.encode()})
+    card = repository(client).commit("main").files["README.md"].decode().replace("# data", "# Mine")
+    replace_file(client, "user/data", "README.md", card.encode())
     small_sequences(seed=1).save(folder)
     client.succeed(PUSH, folder, "user/data", {})
     assert "# Mine" in repository(client).commit("main").files["README.md"].decode()
@@ -200,9 +209,7 @@ def test_tampered_file_is_told_and_the_revision_before_loads(client, saved, tmp_
     folder, sequences = saved
     sound = last_line(client.succeed(PUSH, folder, "user/data", {}))
     small_sequences(seed=1).save(tmp_path / "other")
-    files = repository(client).commit("main").files
-    tampered = {"test.parquet": (tmp_path / "other" / "test.parquet").read_bytes()}
-    repository(client).add("main", "tampered", files | tampered)
+    replace_file(client, "user/data", "test.parquet", (tmp_path / "other" / "test.parquet").read_bytes())
     refused = client.fail(LOAD, "user/data", {})
     assert "ValueError: user/data on the Hub: the files in" in refused and "load another revision" in refused
     assert f"expected {sequences.fingerprint}" in refused
@@ -211,9 +218,7 @@ def test_tampered_file_is_told_and_the_revision_before_loads(client, saved, tmp_
 
 def test_data_set_without_its_catalogue_is_told(client, saved):
     client.succeed(PUSH, saved[0], "user/data", {})
-    files = dict(repository(client).commit("main").files)
-    del files["items.parquet"]
-    repository(client).add("main", "no catalogue", files)
+    replace_file(client, "user/data", "items.parquet", None)
     refused = client.fail(LOAD, "user/data", {})
     assert "FileNotFoundError: user/data on the Hub: " in refused and "has no items.parquet" in refused
 
@@ -233,3 +238,65 @@ def test_folder_wins_over_a_name_on_the_hub(client, saved, tmp_path):
     )
     assert last_line(printed).startswith(local.fingerprint)
     assert SequenceDatasets.load(tmp_path / "user" / "data").fingerprint == local.fingerprint
+
+
+# --- labels ---
+
+PUSH_LABELS = """
+import sys
+from hf_ilora import TeacherLabels
+folder, repo_id, arguments = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+print(TeacherLabels.load(folder, sys.argv[4]).push_to_hub(repo_id, **arguments).oid)
+"""
+LOAD_LABELS = """
+import sys
+from hf_ilora import TeacherLabels
+labels = TeacherLabels.load(sys.argv[1], sys.argv[2], **eval(sys.argv[3]))
+print(labels.table.to_pylist(), labels.item_embeddings().tolist())
+"""
+USE_LABELS_CARD = """
+import sys
+from huggingface_hub import DatasetCard
+from datasets import load_dataset
+exec(DatasetCard.load(sys.argv[1]).text.split("```python")[1].split("```")[0])
+print(labels.table.to_pylist() == load_dataset(sys.argv[1], "labels", split="train").to_list())
+"""
+
+
+@pytest.fixture
+def labels(saved, tmp_path):
+    """A folder of labels of the data set, in several shards, of a teacher in a folder of this machine."""
+    _, sequences = saved
+    teacher = KnownTeacher(sequences.num_items)
+    teacher.source = str(tmp_path / "outputs" / "ilora")
+    label_all(tmp_path / "labels", sequences["train"], teacher, shard_rows=3, data_fingerprint=sequences.fingerprint)
+    return tmp_path / "labels", TeacherLabels.load(tmp_path / "labels", sequences.fingerprint)
+
+
+def test_labels_come_back_and_name_no_folder_of_this_machine(client, saved, labels, tmp_path):
+    (data_folder, sequences), (folder, expected) = saved, labels
+    client.succeed(PUSH, data_folder, "user/data", {})
+    settings = {"dataset": "user/data", "license": "mit"}
+    first = last_line(client.succeed(PUSH_LABELS, folder, "user/labels", settings, sequences.fingerprint))
+    files = repository(client, "user/labels").commit("main").files
+    names = {"README.md", "teacher_labels.json", "item_embeddings.safetensors", "labels-000000.parquet"}
+    assert set(files) == names | {".gitattributes"}
+    assert not any(str(tmp_path).encode() in content for content in files.values())
+    assert b"| teacher | ilora |" in files["README.md"] and b"license: mit" in files["README.md"]
+    printed = client.succeed(LOAD_LABELS, "user/labels", sequences.fingerprint, {}, token=None)
+    assert last_line(printed) == f"{expected.table.to_pylist()} {expected.item_embeddings().tolist()}"
+    assert last_line(client.succeed(USE_LABELS_CARD, "user/labels", token=None)) == "True"
+    assert last_line(client.succeed(PUSH_LABELS, folder, "user/labels", settings, sequences.fingerprint)) == first
+
+
+def test_tampered_labels_and_labels_of_other_data_are_told(client, saved, labels):
+    (_, sequences), (folder, _) = saved, labels
+    sound = last_line(client.succeed(PUSH_LABELS, folder, "user/labels", {}, sequences.fingerprint))
+    refused = client.fail(LOAD_LABELS, "user/labels", "0" * 64, {})
+    assert "ValueError: user/labels on the Hub: the data of the labels in" in refused
+    embeddings = (folder / "item_embeddings.safetensors").read_bytes()
+    replace_file(client, "user/labels", "item_embeddings.safetensors", embeddings[:-4] + bytes(4))
+    assert "item_embeddings.safetensors" in client.fail(LOAD_LABELS, "user/labels", sequences.fingerprint, {})
+    client.succeed(LOAD_LABELS, "user/labels", sequences.fingerprint, {"revision": sound})
+    replace_file(client, "user/labels", "teacher_labels.json", None)
+    assert "expected finished labels" in client.fail(LOAD_LABELS, "user/labels", sequences.fingerprint, {})

@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
 
 import httpx2
 from huggingface_hub import snapshot_download
@@ -14,12 +15,58 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hf_ilora.files import previous_folder
+
+_Data = TypeVar("_Data")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
+def read_source(
+    source: str | os.PathLike,
+    patterns: Collection[str],
+    read: Callable[[Path], _Data],
+    *,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> _Data:
+    """Read a folder, or what a data set on the Hub has in its place.
+
+    Args:
+        source: a folder, or "user/name". A folder of that name comes first.
+        patterns: of the files to download, such as "*.parquet".
+        read: reads a folder; raises FileNotFoundError or ValueError.
+        revision, token, cache_dir, local_files_only: as `downloaded` takes them; for the Hub alone.
+
+    Raises:
+        ValueError: for a revision that is given for a folder; as `downloaded` and `read`.
+        FileNotFoundError, PermissionError, OSError: as `downloaded` and `read`.
+    """
+    if not is_hub_name(source):
+        if revision is not None:
+            raise ValueError(
+                f"revision is {revision!r} and {source} is a folder: expected a data set on the Hub with it; leave it "
+                "out"
+            )
+        return read(Path(source))
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    folder = downloaded(source, patterns, **hub)
+    try:
+        return read(folder)
+    except (FileNotFoundError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(
+            f"{source} on the Hub: {error}; ask its owner, or load another revision; if the files were damaged here, "
+            f"delete {folder} and load again"
+        ) from error
+
+
 def is_hub_name(source: str | os.PathLike) -> bool:
-    """Whether `source` is a string like "user/name" and no file or folder."""
-    return isinstance(source, str) and _HUB_NAME.fullmatch(source) is not None and not Path(source).exists()
+    """Whether `source` is a string like "user/name" and no file or folder, nor one whose save was interrupted."""
+    if not isinstance(source, str) or _HUB_NAME.fullmatch(source) is None:
+        return False
+    return not Path(source).exists() and not previous_folder(Path(source).resolve()).exists()
 
 
 def downloaded(
@@ -85,14 +132,9 @@ def downloaded(
     return Path(folder)
 
 
-def hub_remedy(folder: Path) -> str:
-    """What to do about downloaded files that are damaged or do not belong together."""
-    return f"ask its owner, or load another revision; if the files were damaged here, delete {folder} and load again"
-
-
 def _told(error: Exception) -> str:
     """The client's message of an error, in one line."""
     return " ".join(str(error).split())
 
 
-__all__ = ["downloaded", "hub_remedy", "is_hub_name"]
+__all__ = ["downloaded", "is_hub_name", "read_source"]

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, DatasetInfo, Features, List, NamedSpl
 from datasets.table import InMemoryTable
 from huggingface_hub import CommitInfo
 
-from hf_ilora.files import folder_written_whole, previous_folder
+from hf_ilora.files import folder_written_whole
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.hub_upload import upload
 
@@ -21,7 +21,7 @@ from .candidates import sample_candidates
 from .cards import card_to_publish, sequences_card
 from .columns import training_counts
 from .filters import Histories, build_histories, read_interactions, read_items, slice_indices
-from .hub import downloaded, hub_remedy, is_hub_name
+from .hub import read_source
 from .protocol_settings import LEAKS, SEVERAL_TARGETS, Moment, checked_protocol
 from .protocols import Rows, check_splits, limit_histories, split_histories
 from .sources import DataSource, source_to_publish
@@ -285,20 +285,8 @@ class SequenceDatasets(DatasetDict):
                 revision that does not exist or is given for a folder.
             OSError: when the Hub cannot be reached.
         """
-        if not is_hub_name(source) or previous_folder(Path(source).resolve()).exists():
-            if revision is not None:
-                raise ValueError(
-                    f"revision is {revision!r} and {source} is a folder: expected a data set on the Hub with it; leave "
-                    "it out"
-                )
-            return cls._read(Path(source))
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = downloaded(source, DATA_FILES, **hub)
-        try:
-            return cls._read(folder)
-        except (FileNotFoundError, ValueError) as error:
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            raise kind(f"{source} on the Hub: {error}; {hub_remedy(folder)}") from error
+        return read_source(source, DATA_FILES, cls._read, **hub)
 
     @classmethod
     def _read(cls, directory: Path) -> "SequenceDatasets":

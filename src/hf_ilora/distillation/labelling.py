@@ -21,8 +21,9 @@ from datasets import Dataset
 from safetensors.torch import save_file
 
 from hf_ilora.data.columns import training_sequences
-from hf_ilora.data.storage import content_digest, read_parquet
+from hf_ilora.data.storage import CARD_FILE, content_digest, read_parquet
 from hf_ilora.distillation.acquisition import acquire
+from hf_ilora.distillation.labels_card import labels_card
 from hf_ilora.distillation.teacher_labels import (
     DESCRIPTION_FILE,
     EMBEDDINGS_FILE,
@@ -304,7 +305,9 @@ class LabelFolder:
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(dtype).reshape(-1)))
 
     def finish(self, requests: LabelRequests, teacher: Teacher) -> dict:
-        """Write the item embeddings and then the description. Only one process calls it, when all shards exist.
+        """Write the item embeddings, the card and then the description.
+
+        Only one process calls it, when all shards exist.
 
         If the folder has a description already, the files are checked against it and nothing is written.
 
@@ -326,6 +329,8 @@ class LabelFolder:
         }
         if (self.folder / DESCRIPTION_FILE).exists():
             return self._check_described(description)
+        with written_whole(self.folder / CARD_FILE) as unfinished:
+            unfinished.write_text(labels_card(self.folder.resolve().name, description), encoding="utf-8")
         with written_whole(self.folder / DESCRIPTION_FILE) as unfinished:
             unfinished.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         return description

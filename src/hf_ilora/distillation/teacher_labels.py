@@ -3,20 +3,29 @@
 import hashlib
 import json
 import os
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError, safe_open
 
+from hf_ilora.data.cards import card_to_publish
+from hf_ilora.data.hub import read_source
 from hf_ilora.data.storage import content_digest, is_count, read_parquet
+from hf_ilora.distillation.labels_card import labels_card, named_teacher
 from hf_ilora.models.next_item.catalogue import open_parquet
+from hf_ilora.models.next_item.hub_upload import upload
 
 DESCRIPTION_FILE = "teacher_labels.json"
 EMBEDDINGS_FILE = "item_embeddings.safetensors"
 EMBEDDINGS_KEY = "item_embeddings"
+PUBLISHED_FILES = (DESCRIPTION_FILE, EMBEDDINGS_FILE, "labels-*.parquet")
 FORMAT_VERSION = 2
 REMEDY = "label again with `hf-ilora label`, or restore the file"
 DESCRIPTION_REMEDY = (
@@ -66,25 +75,42 @@ class TeacherLabels:
     @classmethod
     def load(
         cls,
-        folder: str | os.PathLike,
+        source: str | os.PathLike,
         data_fingerprint: str,
         teacher_fingerprint: str | None = None,
         split: str = "train",
+        *,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
     ) -> "TeacherLabels":
-        """Read a folder that `hf-ilora label` finished, and check that it is complete.
+        """Read a folder that `hf-ilora label` finished, or labels on the Hub, and check that they are complete.
 
         Args:
-            folder: with teacher_labels.json and its shards.
+            source: folder with teacher_labels.json and its shards, or the name of labels on the Hub, "user/name".
             data_fingerprint: `SequenceDatasets.fingerprint` of the data set that the labels are to be used with.
             teacher_fingerprint: of the teacher that must have answered; None accepts any teacher.
             split: whose rows the labels must be about.
+            revision: of labels on the Hub: branch, tag or commit; None for main.
+            token: None uses HF_TOKEN or the token of `hf auth login`.
+            cache_dir: where files of the Hub are kept; None uses its cache.
+            local_files_only: read that cache without asking the Hub, as with HF_HUB_OFFLINE=1.
 
         Raises:
-            FileNotFoundError: when the folder is missing or its labels are not finished.
+            FileNotFoundError: when the folder is missing or its labels are not finished, and when the Hub has no such
+                labels.
+            PermissionError: when the Hub does not accept the token.
             ValueError: for labels of other data, another split or another teacher, and for files that are damaged or
                 changed.
+            OSError: when the Hub cannot be reached.
         """
-        folder = Path(folder)
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        read = partial(cls._read, data_fingerprint, teacher_fingerprint, split)
+        return read_source(source, PUBLISHED_FILES, read, **hub)
+
+    @classmethod
+    def _read(cls, data_fingerprint: str, teacher_fingerprint: str | None, split: str, folder: Path) -> "TeacherLabels":
         description = read_description(folder)
         labelled = description.get("split", "train")
         if labelled != split:
@@ -110,6 +136,65 @@ class TeacherLabels:
                 f"{REMEDY}"
             )
         return labels
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        dataset: str | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        parent_commit: str | None = None,
+    ) -> CommitInfo:
+        """Publish labels and item embeddings as a data set on the Hub, in one commit; it is safe to repeat.
+
+        Labels contain row numbers and item ids, but no histories, users or titles. A teacher that was loaded from a
+        folder is named by the last part of its path. A card that was edited on the Hub stays.
+
+        Args:
+            repo_id: "user/name", or "name" of the token's user; made when it does not exist.
+            license: of the labels, by its name on the Hub, such as "cc-by-4.0"; None states none.
+            dataset: name on the Hub of the data set that the labels are about, for the card.
+            commit_message, commit_description, private, token, revision, create_pr, parent_commit: as in
+                `SequenceDatasets.push_to_hub`.
+
+        Returns:
+            The commit, or the latest one when nothing has changed.
+
+        Raises:
+            PermissionError: when the token is missing, wrong, or may not write there.
+            ValueError: for damaged item embeddings; when a private repository was requested and a public one exists;
+                and when another commit is pushed during the upload.
+            OSError: when the Hub cannot be reached.
+        """
+        description = self.description | {"teacher": named_teacher(self.description["teacher"]), "num_shards": 1}
+        files: dict[str, Path | bytes] = {DESCRIPTION_FILE: (json.dumps(description, indent=2) + "\n").encode()}
+        if description["embedding_size"] is not None:
+            self.item_embeddings()  # raises for a damaged file
+            files[EMBEDDINGS_FILE] = self.folder / EMBEDDINGS_FILE
+        with tempfile.TemporaryDirectory() as folder:
+            files[shard_name(0)] = Path(folder) / shard_name(0)
+            pq.write_table(self.table, files[shard_name(0)])
+            return upload(
+                files,
+                repo_id,
+                repo_type="dataset",
+                missing_card=lambda name, existing: card_to_publish(
+                    labels_card(name, description, license, dataset), existing
+                ),
+                commit_message=commit_message,
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=parent_commit,
+            )
 
     def __len__(self) -> int:
         return len(self.table)

@@ -32,9 +32,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from hf_ilora.data.hub import read_source
 from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.data.storage import files_digest
-from hf_ilora.distillation.teacher_labels import TeacherLabels, keys, read_description
+from hf_ilora.distillation.teacher_labels import DESCRIPTION_FILE, TeacherLabels, keys, read_description
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.loading import saved_config
@@ -281,7 +282,7 @@ def labels_of_teacher(
     """Labels of a data set, from the teacher that is expected.
 
     Args:
-        folder: written by `hf-ilora label`.
+        folder: written by `hf-ilora label`, or the name of labels on the Hub.
         sequences: the data set that the labels are about.
         teacher: as `load_teacher` takes it; it is loaded in the dtype in which it answered, and its fingerprint
             compared. None takes the labels of any teacher.
@@ -299,7 +300,7 @@ def labels_of_teacher(
                 f"labels_teacher is {teacher} and ZeRO-3 would spread its weights over processes: leave it out, or use "
                 "another accelerate configuration"
             )
-        dtype = read_description(Path(folder)).get("dtype")
+        dtype = read_source(folder, (DESCRIPTION_FILE,), read_description).get("dtype")
         try:
             expected = load_teacher(
                 teacher,
