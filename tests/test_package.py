@@ -31,13 +31,14 @@ RECIPE_CONFIGS = sorted((PROJECT / "recipes" / "configs").rglob("*.yaml"))
 ACCELERATE_CONFIGS = sorted((PROJECT / "accelerate_configs").glob("*.yaml"))
 
 CATALOGUE = "models.next_item.catalogue"
+CARD = "models.next_item.card"
 HUB_UPLOAD = "models.next_item.hub_upload"
 SHOWN_TEXT = "hf_ilora_cli.shown_text"  # imports nothing of ours
 
 # Which rooms and modules of ours a room may import besides itself; recipes may import all of them. The command is a
 # package beside hf_ilora.
 ALLOWED_IMPORTS = {
-    "data": {"downloads", "files", CATALOGUE, HUB_UPLOAD, SHOWN_TEXT},
+    "data": {"downloads", "files", CATALOGUE, CARD, HUB_UPLOAD, SHOWN_TEXT},
     "models": {"downloads", "files"},
     "titles": {"models", "devices", "downloads", "files"},
     "reference": {"data", "models"},

@@ -1,19 +1,17 @@
 """Cards of data sets: README.md says what they are, and by which files `datasets.load_dataset` reads them."""
 
-import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from hf_ilora.models.next_item.card import is_untouched, signed
 from hf_ilora_cli.shown_text import code_in_markdown, in_markdown
 
 from .protocol_settings import LEAKS
 from .sources import DataSource
 
 TAGS = ["hf_ilora", "recommender-system", "sequential-recommendation"]
-_SIGNATURE = re.compile(r"<!-- card of hf_ilora, (\w{16}) -->\n?\Z")
 
 
 def sequences_card(
@@ -77,7 +75,7 @@ def sequences_card(
 
 
 def card(name: str, sections: Sequence[str], configs: Sequence[dict], source: DataSource, **metadata: object) -> str:
-    """A card, with a last line by which `card_to_publish` knows that nobody has edited it.
+    """A card, with a last line by which `is_untouched` knows it.
 
     Args:
         name: of the data set; its last part is the title.
@@ -95,8 +93,7 @@ def card(name: str, sections: Sequence[str], configs: Sequence[dict], source: Da
         **metadata,
     )
     title = in_markdown(name.rpartition("/")[2])
-    text = "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {title}", *sections]) + "\n\n"
-    return f"{text}<!-- card of hf_ilora, {_digest(text)} -->\n"
+    return signed("\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {title}", *sections]))
 
 
 def card_to_publish(new: str, existing: str | None) -> str:
@@ -105,7 +102,7 @@ def card_to_publish(new: str, existing: str | None) -> str:
     Raises:
         ValueError: for an existing card whose metadata are no YAML.
     """
-    if existing is None or _is_untouched(existing):
+    if existing is None or is_untouched(existing):
         return new
     kept = DatasetCard(existing)
     kept.data["configs"] = DatasetCard(new).data["configs"]
@@ -129,15 +126,6 @@ def _origin(source: DataSource | None) -> str:
         parts.append(f"Source: {in_markdown(source.homepage)}.")
     licence = "Its licence is not stated." if source.license is None else f"Licence: {in_markdown(source.license)}."
     return " ".join([*parts, licence])
-
-
-def _is_untouched(text: str) -> bool:
-    signature = _SIGNATURE.search(text)
-    return signature is not None and signature[1] == _digest(text[: signature.start()])
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 __all__ = ["card", "card_to_publish", "markdown_table", "sequences_card"]

@@ -64,7 +64,7 @@ def model_card(
         cold_items=None if counts is None else int((counts[1:] == 0).sum()),
         **sections,
     )
-    return signed(card)
+    return ModelCard(signed(str(card)))
 
 
 def usage_example(
@@ -97,10 +97,10 @@ def usage_example(
     return "\n".join([*lines, "print(model.catalogue.titles(item_ids[0]))"])
 
 
-def signed(card: ModelCard) -> ModelCard:
-    """The card with a last line by which `is_untouched` knows its text."""
-    text = _SIGNATURE.sub("", str(card)).rstrip() + "\n\n"
-    return ModelCard(f"{text}<!-- card of hf_ilora, {_digest(text)} -->\n")
+def signed(text: str) -> str:
+    """The text of a card with a last line by which `is_untouched` knows it."""
+    text = _SIGNATURE.sub("", text).rstrip() + "\n\n"
+    return f"{text}<!-- card of hf_ilora, {_digest(text)} -->\n"
 
 
 def is_untouched(text: str) -> bool:

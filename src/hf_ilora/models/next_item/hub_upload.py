@@ -127,7 +127,7 @@ class UploadOfSaved:
             found = ModelCard(existing)
             if tags:
                 found.data.tags = list(dict.fromkeys([*(found.data.tags or []), *tags]))
-            return str(signed(found) if is_untouched(existing) else found)
+            return signed(str(found)) if is_untouched(existing) else str(found)
 
         return upload(files, self.repo_id, missing_card=card, token=self.token, **self.arguments)
 
