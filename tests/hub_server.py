@@ -70,6 +70,7 @@ class HubServer(ThreadingHTTPServer):
         faults: (method, part of the path, fault) of requests to come; each happens once. Faults: a status such as 503;
             "drop" (no answer, nothing done); "drop_answer" (done, but no answer); "cut" (half of the body);
             "overtaken" (somebody else's commit on every main branch comes first).
+        renamed: the new id of a repository by its old one; requests for the old one are redirected.
         requests: (method, path) of the requests so far.
     """
 
@@ -81,6 +82,7 @@ class HubServer(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.large_files: dict[str, bytes] = {}
         self.faults: list[tuple[str, str, int | str]] = []
+        self.renamed: dict[str, str] = {}
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
 
@@ -91,6 +93,10 @@ class HubServer(ThreadingHTTPServer):
     def start(self) -> "HubServer":
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
+
+    def rename(self, repo: str, new: str) -> None:
+        self.repositories[new] = self.repositories.pop(repo)
+        self.renamed[repo] = new
 
     def count(self, method: str, part: str) -> int:
         """How many requests there were with this method and this part in their path."""
@@ -174,6 +180,11 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if isinstance(self.fault, int):
                 raise _Refused(self.fault, "the server has a bad day")
+            for old, new in self.server.renamed.items():
+                if re.search(rf"/{re.escape(old)}(?=[/.]|$)", path):
+                    moved = _Refused(307, "the repository has another name")
+                    moved.headers["Location"] = self.path.replace(old, new, 1)
+                    raise moved
             for route_method, pattern, name in self.ROUTES:
                 match = re.fullmatch(pattern, path)
                 if match and route_method == ("GET" if method == "HEAD" else method):

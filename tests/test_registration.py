@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from transformers import AutoConfig, AutoModel
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_ilora import (
     CaserConfig,
@@ -17,6 +18,7 @@ from hf_ilora import (
     PopularityForNextItem,
     SASRecConfig,
     SASRecForNextItem,
+    SequentialRecommendationPipeline,
     TransitionCountsConfig,
     TransitionCountsForNextItem,
 )
@@ -49,6 +51,12 @@ def test_auto_classes_know_ilora():
     """tests/models/test_loading.py loads one."""
     assert type(AutoConfig.for_model("ilora")) is ILoraConfig
     assert AutoModel._model_mapping[ILoraConfig] is ILoraForRecommendation
+
+
+def test_the_pipeline_is_registered():
+    """tests/models/next_item/test_recommendation_pipeline.py uses it."""
+    task = PIPELINE_REGISTRY.check_task("sequential-recommendation")[1]
+    assert task["impl"] is SequentialRecommendationPipeline and task["pt"] == (AutoModel,)
 
 
 @pytest.mark.slow

@@ -1,12 +1,13 @@
 """hf_ilora: LLM recommenders, distilled into a SASRec that is cheap to serve.
 
-Importing the package registers its models with `AutoConfig` and `AutoModel`. Every other public name is imported on
-first use, so that ``import hf_ilora`` loads neither datasets nor evaluate.
+Importing the package registers its models with `AutoConfig` and `AutoModel`, and its pipeline with `pipeline`. Every
+other public name is imported on first use, so that ``import hf_ilora`` loads neither datasets nor evaluate.
 """
 
 import importlib
 
 from transformers import AutoConfig, AutoModel
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
@@ -18,6 +19,7 @@ from hf_ilora.models.next_item.modeling_caser import CaserForNextItem
 from hf_ilora.models.next_item.modeling_counting import PopularityForNextItem, TransitionCountsForNextItem
 from hf_ilora.models.next_item.modeling_gru4rec import GRU4RecForNextItem
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
+from hf_ilora.models.next_item.recommendation_pipeline import TASK, SequentialRecommendationPipeline
 
 __version__ = "0.1.0"
 
@@ -34,6 +36,7 @@ _MODELS = {
 for _config_class, _model_class in _MODELS.items():
     AutoConfig.register(_config_class.model_type, _config_class)
     AutoModel.register(_config_class, _model_class)
+PIPELINE_REGISTRY.register_pipeline(TASK, SequentialRecommendationPipeline, pt_model=AutoModel)
 
 _EXPORTS = {
     "AllSamplesPolicy": "hf_ilora.distillation.policies",
@@ -62,6 +65,7 @@ _EXPORTS = {
     "Recall": "hf_ilora.evaluation.metrics",
     "SASRecModel": "hf_ilora.models.next_item.modeling_sasrec",
     "SequenceDatasets": "hf_ilora.data.sequences",
+    "SequentialRecommendationPipeline": "hf_ilora.models.next_item.recommendation_pipeline",
     "TeacherLabels": "hf_ilora.distillation.teacher_labels",
     "TitleSimilarity": "hf_ilora.distillation.ensemble_members",
     "TrainingFacts": "hf_ilora.evaluation.beyond_accuracy",

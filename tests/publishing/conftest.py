@@ -82,7 +82,7 @@ def client_process(tmp_path_factory):
 def client(client_process):
     """The client, with a Hub that is empty and sound."""
     hub = client_process.hub
-    for what in (hub.repositories, hub.large_files, hub.faults, hub.requests):
+    for what in (hub.repositories, hub.renamed, hub.large_files, hub.faults, hub.requests):
         what.clear()
     return client_process
 

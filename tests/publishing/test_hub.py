@@ -291,4 +291,4 @@ def test_adapter_object_takes_tokenizer_and_catalogue_along(client, tmp_path):
     assert {*MODEL_FILES, "tokenizer.json", "tokenizer_config.json"} <= set(files)
     assert not any(str(tmp_path).encode() in content for content in files.values())
     assert "hf_ilora.ILoraForRecommendation" in files["README.md"].decode()
-    assert not [name for name in files if name.endswith(".py")]  # an iLoRA needs the package
+    assert [name for name in files if name.endswith(".py")] == ["handler.py"]  # an iLoRA needs the package

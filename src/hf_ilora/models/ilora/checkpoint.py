@@ -6,9 +6,11 @@ import os
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
+from hf_ilora.models.next_item.handler import EndpointHandler
 from hf_ilora.models.next_item.hub_upload import UploadOfSaved
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 from hf_ilora.models.next_item.next_item_model import apply_umask
@@ -41,7 +43,7 @@ class ILoraCheckpoint:
         push_to_hub: bool = False,
         **kwargs,
     ):
-        """Save the adapter, the frozen SASRec, the configuration, the tokenizer and the catalogue.
+        """Save the adapter, the frozen SASRec, the configuration, the tokenizer, the catalogue and handler.py.
 
         An earlier model in the folder stays whole until all files are written, see `saved_whole`.
 
@@ -71,6 +73,7 @@ class ILoraCheckpoint:
             with saved_whole(save_directory, kwargs.get("variant")) as unfinished:
                 super().save_pretrained(unfinished, state_dict=adapter, **kwargs)
                 apply_umask(unfinished)
+                custom_object_save(EndpointHandler, unfinished)  # a copy of its file
                 self.tokenizer.save_pretrained(unfinished)
                 self.catalogue.save_pretrained(unfinished)
         else:

@@ -218,7 +218,7 @@ class Catalogue:
             raise ValueError(f"raw_ids is {raw_ids!r}: expected a list of raw ids, such as [{raw_ids!r}]")
         item_ids = []
         for raw_id in raw_ids:
-            item_id = self._item_id_of.get(raw_id)
+            item_id = self.item_id_of.get(raw_id)
             if item_id is None:
                 raise ValueError(self._unknown(raw_id))
             item_ids.append(item_id)
@@ -263,7 +263,8 @@ class Catalogue:
         self.to_parquet(os.path.join(save_directory, CATALOGUE_FILE))
 
     @cached_property
-    def _item_id_of(self) -> dict[int, int] | dict[str, int]:
+    def item_id_of(self) -> dict[int, int] | dict[str, int]:
+        """The item id of each raw id."""
         return {raw_id: row + 1 for row, raw_id in enumerate(self.table["raw_id"].to_pylist())}
 
     def _take(self, column: str, item_ids: Sequence[int]) -> list:
@@ -296,7 +297,7 @@ class Catalogue:
         if expected is int and isinstance(raw_id, str):
             return f"{message}: expected integers such as {example}, found a string"
         if expected is str and len(self) <= _MAX_RAW_IDS_TO_COMPARE:
-            close = difflib.get_close_matches(raw_id, self._item_id_of)
+            close = difflib.get_close_matches(raw_id, self.item_id_of)
             if close:
                 return f"{message}: closest are {', '.join(map(repr, close))}"
         return f"{message}: leave it out, or use the catalogue of its data (raw ids such as {example!r})"

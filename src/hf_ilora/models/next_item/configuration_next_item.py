@@ -7,6 +7,7 @@ from collections.abc import Callable
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 PADDING_ITEM_ID = 0
 IGNORED_LABEL = -100  # the label that cross-entropy ignores
@@ -32,6 +33,9 @@ def strict_config(config_class: type) -> type:
 
     @functools.wraps(PreTrainedConfig.from_dict.__func__)
     def from_dict(cls, config_dict, **kwargs):
+        if not __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
+            # hf_ilora has registered the pipeline; transformers would ask to trust the one in the folder.
+            config_dict = {name: value for name, value in config_dict.items() if name != "custom_pipelines"}
         made = super(config_class, cls).from_dict(config_dict, **kwargs)
         config = made[0] if isinstance(made, tuple) else made  # a tuple with return_unused_kwargs
         config.validate()  # transformers only sets what replaces saved values

@@ -15,11 +15,13 @@ from transformers.utils import CONFIG_NAME
 
 from .catalogue import CATALOGUE_FILE, Catalogue, open_parquet
 from .configuration_next_item import NextItemConfig
+from .handler import EndpointHandler  # noqa: F401  transformers saves the files that a model imports
 from .histories import padded_histories, single_items
 from .hub_upload import HubUploads, UploadOfSaved
 from .item_filters import item_masks
 from .next_item_output import popular_scores, scores_or_popular
 from .padding import lowest_and_highest, padding_to_the_front
+from .recommendation_pipeline import CUSTOM_PIPELINES
 from .reference_initialization import initialize_as_reference
 from .saved_model import check_sizes, read_config, saved_file, saved_shapes
 from .top_k import ItemMasks, masked_top_k, top_k_in_chunks
@@ -282,7 +284,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
                 )
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """As in transformers; also writes the catalogue and the code of the model.
+        """As in transformers; also writes the catalogue, and the code of the model, its pipeline and its handler.
 
         An earlier model in the folder stays whole until all files are written, see `saved_whole`.
 
@@ -296,6 +298,8 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             The commit of `push_to_hub`, else None.
         """
         upload = UploadOfSaved(save_directory, kwargs) if push_to_hub else None
+        if self._auto_class is not None:  # None for an encoder, which recommends nothing
+            self.config.custom_pipelines = CUSTOM_PIPELINES
         if kwargs.get("is_main_process", True):
             with saved_whole(save_directory, kwargs.get("variant")) as unfinished:
                 super().save_pretrained(unfinished, **kwargs)
