@@ -8,7 +8,7 @@ import torch
 from hf_ilora import ILoraForRecommendation, SASRecForNextItem
 from hf_ilora.models.ilora.language_models import load_language_model
 from tests.hidden_package import run_without_hf_ilora
-from tests.hub_server import READER, STRANGER
+from tests.hub_server import READER, STRANGER, sha256
 from tests.paths import RECIPES
 from tests.publishing.published_folders import HISTORIES, catalogue, sasrec, save_ilora_run, write_results
 
@@ -190,6 +190,8 @@ def test_tokens_that_may_not_write_are_told_so(client, sasrec_run, token):
         ("POST", "/commit/", 503),
         ("POST", "/commit/", "drop"),
         ("POST", "/commit/", "drop_answer"),
+        ("POST", "/repos/create", 429),
+        ("POST", "/commit/", 429),
         ("PUT", "/large_files/", "drop_answer"),
     ],
 )
@@ -226,6 +228,42 @@ def test_download_that_breaks_off_goes_on(client, sasrec_run):
     client.hub.faults.append(("GET", "/large_files/", "cut"))
     assert last_line(client.succeed(LOAD, "user/download", {})) == titles(sasrec())
     assert not client.hub.faults
+
+
+@pytest.mark.parametrize("fault", [("HEAD", "/config.json", 429), ("GET", "/large_files/", 429)])
+def test_a_rate_limit_while_loading_is_waited_out(client, sasrec_run, tmp_path, fault):
+    client.succeed(PUSH_MODEL, sasrec_run, "user/limited", {})
+    client.hub.faults.append(fault)
+    assert last_line(client.succeed(LOAD, "user/limited", {"cache_dir": str(tmp_path)})) == titles(sasrec())
+    assert not client.hub.faults
+
+
+def test_a_token_that_may_read_loads_what_is_private_and_a_wrong_one_is_told(client, sasrec_run, tmp_path):
+    client.succeed(PUSH_MODEL, sasrec_run, "user/private", {"private": True})
+    refused = client.fail(LOAD, "user/private", {"cache_dir": str(tmp_path)}, token="hf_unknown")
+    assert "user/private" in refused and "hf_unknown" not in refused
+    assert last_line(client.succeed(LOAD, "user/private", {"cache_dir": str(tmp_path)}, token=READER)) == titles(
+        sasrec()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.safetensors", "ValueError: model.safetensors of user/tampered is broken"),
+        ("items.parquet", "items.parquet"),
+        ("config.json", "config.json"),
+    ],
+)
+def test_a_tampered_file_is_told_and_the_revision_before_loads(client, sasrec_run, name, message):
+    sound = last_line(client.succeed(PUSH_MODEL, sasrec_run, "user/tampered", {}))
+    repository = client.hub.repositories["user/tampered"]
+    files = repository.commit("main").files
+    cut = files[name][: len(files[name]) // 2]
+    client.hub.large_files[sha256(cut)] = cut
+    repository.add("main", "tampered", files | {name: cut})
+    assert message in client.fail(LOAD, "user/tampered", {}).strip().splitlines()[-1]
+    assert last_line(client.succeed(LOAD, "user/tampered", {"revision": sound})) == titles(sasrec())
 
 
 def test_pull_request_leaves_the_branch_as_it_is(client, sasrec_run, tmp_path):
