@@ -7,7 +7,7 @@ import torch
 
 from hf_ilora import ILoraForRecommendation, SASRecForNextItem
 from hf_ilora.models.ilora.language_models import load_language_model
-from tests.hidden_package import run_without_hf_ilora
+from tests.hidden_package import run_without, run_without_hf_ilora
 from tests.hub_server import READER, STRANGER, sha256
 from tests.paths import RECIPES
 from tests.publishing.published_folders import HISTORIES, catalogue, sasrec, save_ilora_run, write_results
@@ -312,6 +312,25 @@ def test_adapter_and_its_language_model_come_from_the_hub(client, tmp_path):
     rows = [local.catalogue.titles(row) for row in item_ids]
     assert last_line(printed) == f"{rows} {distances.tolist()} {commit}"
     client.succeed(USE_CARD, "user/ilora", token=None)
+
+
+@pytest.mark.slow
+def test_the_lines_on_an_adapters_card_run_in_a_fresh_process(client, tmp_path):
+    folder = save_ilora_run(tmp_path / "ilora")
+    program = (
+        "import sys\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "for part in (AutoModelForCausalLM, AutoTokenizer):\n"
+        "    part.from_pretrained(sys.argv[1]).push_to_hub('user/llm')\n"
+    )
+    client.succeed(program, tmp_path / "llm")
+    options = ["--model", folder, "--repo_id", "user/ilora", "--dataset_name", "Data", "--license", "mit"]
+    client.succeed(RECIPE, PUSH_RECIPE, *options, "--llm_name", "user/llm")
+    hub = {"HF_ENDPOINT": client.hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    hub |= {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
+    printed = run_without([], USE_CARD, "user/ilora", home=tmp_path, **hub)
+    llm, _, _ = load_language_model(tmp_path / "llm")
+    model = ILoraForRecommendation.from_pretrained(folder, llm=llm)
+    assert last_line(printed) == str(model.catalogue.titles(model.recommend([[1, 2]], top_k=10)[0][0]))
 
 
 def test_adapter_object_takes_tokenizer_and_catalogue_along(client, tmp_path):

@@ -1,6 +1,7 @@
 """The Trainer of iLoRA on splits as they are, and what it says to those who forget something."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +99,11 @@ def test_the_evaluation_after_training_ranks_the_targets(ilora, sequences, tmp_p
     assert metrics["eval_mrr"] == pytest.approx((1 / ranks.masked).mean())
     among = rank_candidates(model, sequences["validation"])
     assert metrics["eval_candidates_hit_ratio@1"] == pytest.approx((among == 1).mean())
+    trainer.create_model_card()
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert f"the held-out item is first for {(among == 1).mean():.1%} of the users" in card
+    assert f"the mean of 1 / rank is {metrics['eval_mrr']:.4f}".replace(" 0.", " .") in card
+    assert "The lines need the Python package hf_ilora." in card and str(tmp_path) not in card
     predicted = trainer.predict(sequences["test"])
     of_test = rank_split(model, sequences["test"], scorer=model.item_scores)
     assert np.array_equal(predicted.predictions, np.stack([of_test.masked, of_test.unmasked], axis=1))
