@@ -1,5 +1,7 @@
 """A save over an earlier model: what a failing write and a kill leave behind, and which files the new one replaces."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,15 @@ def test_what_a_killed_process_left_is_deleted_and_what_a_living_one_writes_stay
     assert not killed.with_suffix(".writer").exists()
     save_sasrec(tmp_path, 1.0)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_disk_without_locks_takes_a_model(tmp_path, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    save_sasrec(tmp_path, 1.0)
+    assert SASRecForNextItem.from_pretrained(tmp_path).config.num_items == len(TITLES)
 
 
 def test_an_error_leaves_no_new_folder(tmp_path):

@@ -38,17 +38,20 @@ def saved_whole(save_directory: str | os.PathLike, variant: str | None = None) -
     _remove_leftovers(folder)
     unfinished = folder / f".model.{os.getpid()}-{secrets.token_hex(4)}.unfinished"
     # The operating system frees the lock with the process: whoever gets it knows that the writer is gone.
-    with FileLock(unfinished.with_suffix(".writer")) as lock:
-        try:
-            unfinished.mkdir()
-            yield unfinished
-            _move(unfinished, folder, variant)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            Path(lock.lock_file).unlink(missing_ok=True)
-            if is_new:
-                with suppress(OSError):  # it has files, as it should
-                    folder.rmdir()
+    lock = FileLock(unfinished.with_suffix(".writer"))
+    with suppress(OSError):  # a disk without locks, where nobody deletes what a killed process has left
+        lock.acquire()
+    try:
+        unfinished.mkdir()
+        yield unfinished
+        _move(unfinished, folder, variant)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        if is_new:
+            with suppress(OSError):  # it has files, as it should
+                folder.rmdir()
 
 
 def _remove_leftovers(folder: Path) -> None:
