@@ -41,6 +41,7 @@ setup(
         "datasets>=5.0",
         "evaluate>=0.4.6",
         "huggingface-hub>=2.0",
+        "jinja2>=3.1",  # huggingface_hub fills the template of model cards with it
         "safetensors>=0.6",
         "numpy>=2.0",
         "scipy>=1.14",

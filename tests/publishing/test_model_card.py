@@ -8,6 +8,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_ilora import Catalogue, ILoraConfig, SASRecConfig
+from hf_ilora.evaluation.candidate_report import CandidateContext, CandidateReport, write_candidate_table
+from hf_ilora.evaluation.statistics import Interval
 from hf_ilora.models.next_item.card import model_card
 from hf_ilora.publishing import check_folder, write_card
 from hf_ilora_cli.shown_text import shown as shown_text
@@ -59,6 +61,22 @@ def test_measurements_are_told_in_words_with_protocol_seed_and_intervals(sasrec_
     assert "One training run, with seed 7. In brackets: 95% intervals over users." in told
     assert "MovieLens-100K, test split, 943 users:" in told
     assert "the held-out item is among the first 10 for 21.2% [19.0%, 24.0%] of the users" in told
+
+
+def test_an_evaluation_of_candidates_and_answers_is_told_too(sasrec_run, tmp_path):
+    quality = {
+        "candidates/hit_ratio@1": Interval(0.5, 0.4, 0.6),
+        "answers/valid_ratio": Interval(0.9, 0.8, 1.0),
+        "answers/hit_ratio@1_of_all": Interval(0.45, 0.35, 0.55),
+    }
+    report = CandidateReport("iLoRA", "outputs/ilora", quality, None, 100, 10, 0.1, 0.2)
+    context = CandidateContext("outputs/data", FINGERPRINT, "test", 95, 30, 20, 10, 2000, 0, generate="free")
+    write_candidate_table([report], context, tmp_path / "evaluation")
+    card = ModelCard.load(write_card(sasrec_run, "user/ilora", results=[tmp_path / "evaluation"], **NAMES))
+    assert "MovieLens-100K, test split, 95 users:" in card.text
+    assert "- Among the 20 candidates of a row: the held-out item is first for 50.0% [40.0%, 60.0%]" in card.text
+    assert "90.0% [80.0%, 100.0%] of the answers name exactly one candidate; 45.0% [35.0%, 55.0%] of all" in card.text
+    assert [result.metric_type for result in card.data.eval_results] == [name.split("/")[1] for name in quality]
 
 
 def test_a_card_without_metrics_says_that_nothing_was_measured(sasrec_run):

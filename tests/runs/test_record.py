@@ -172,3 +172,14 @@ def test_git_state_is_the_commit_and_whether_files_differ(tmp_path):
 def test_git_state_is_none_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert record_module._git_state(tmp_path) is None
+
+
+def test_the_command_of_a_recipe_is_recorded_without_tokens(tmp_path, monkeypatch):
+    words = ["ml-100k/sasrec", "--hub_token", "hf_secret", "--seed", "1", "--hub_token=hf_secret", "--data_dir=/data"]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/recipes/train_sasrec.py", *words])
+    RunRecord(tmp_path / "recipe", [ModelArguments()], seed=1)
+    expected = ["hf-ilora", "train-sasrec", "ml-100k/sasrec", "--seed", "1", "--data_dir=/data"]
+    assert read(tmp_path / "recipe")["command"] == expected
+    monkeypatch.setattr(sys, "argv", ["own_program.py", *words])
+    RunRecord(tmp_path / "other", [ModelArguments()], seed=1)
+    assert read(tmp_path / "other")["command"] is None

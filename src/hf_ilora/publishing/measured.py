@@ -33,7 +33,8 @@ class MeasuredTable:
     def words(self) -> str:
         """The measurements of the published model in words, in Markdown."""
         context = self.context
-        num_users = getattr(self.report, "num_users", None) or context.num_users
+        is_sample = isinstance(self.report, ModelReport) and self.report.num_users is not None
+        num_users = self.report.num_users if is_sample else context.num_users
         words = quality_in_words(self.report.quality, context.num_items, context.num_candidates)
         return f"{in_markdown(context.data)}, {in_markdown(context.split)} split, {num_users:,} users:\n\n{words}"
 
