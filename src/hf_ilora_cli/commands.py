@@ -132,6 +132,12 @@ COMMANDS = {
             "--dataset_name MovieLens-100K --license apache-2.0",
         ),
         Command(
+            "push-data",
+            "push_data_to_hub",
+            "Publish a data set of sequences or a teacher's labels on the Hub.",
+            "hf-ilora push-data --folder outputs/songs/data --repo_id user/songs --license cc-by-4.0",
+        ),
+        Command(
             "convert",
             "convert_reference_sasrec",
             "Convert the authors' SASRec, GRU4Rec or Caser weights to this format.",

@@ -9,6 +9,7 @@ from hf_ilora.data.sources import SOURCES
 from tests.data.test_storage import small_sequences
 from tests.distillation.known_teacher import KnownTeacher, label_all
 from tests.hub_server import READER, STRANGER, sha256
+from tests.paths import RECIPES
 
 FILES = {"README.md", "items.parquet", "sequences.json", "test.parquet", "train.parquet", "validation.parquet"}
 
@@ -300,3 +301,19 @@ def test_tampered_labels_and_labels_of_other_data_are_told(client, saved, labels
     client.succeed(LOAD_LABELS, "user/labels", sequences.fingerprint, {"revision": sound})
     replace_file(client, "user/labels", "teacher_labels.json", None)
     assert "expected finished labels" in client.fail(LOAD_LABELS, "user/labels", sequences.fingerprint, {})
+
+
+# --- the command ---
+
+PUSH_RECIPE = RECIPES / "push_data_to_hub.py"
+RECIPE = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+
+
+def test_recipe_publishes_data_sets_and_labels(client, saved, labels):
+    (data_folder, _), (folder, _) = saved, labels
+    wrong = ["--folder", data_folder, "--repo_id", "user/data", "--dataset", "user/data"]
+    assert "expected labels with it" in client.fail(RECIPE, PUSH_RECIPE, *wrong)
+    client.succeed(RECIPE, PUSH_RECIPE, "--folder", data_folder, "--repo_id", "user/data", "--license", "mit")
+    client.succeed(RECIPE, PUSH_RECIPE, "--folder", folder, "--repo_id", "user/labels", "--dataset", "user/data")
+    assert b"license: mit" in repository(client).commit("main").files["README.md"]
+    assert b"source_datasets:\n- user/data" in repository(client, "user/labels").commit("main").files["README.md"]
