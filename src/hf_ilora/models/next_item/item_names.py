@@ -70,16 +70,17 @@ class ItemNames:
 
     def _known(self, name) -> int | None:
         """The item that a name means, or None for an unknown one."""
-        if isinstance(name, Mapping):
-            if "raw_id" in name:
-                return self._with_raw_id(name["raw_id"])
-            if isinstance(name.get("title"), str):
-                return self._with_title(name["title"])
-        if isinstance(name, bool) or not isinstance(name, str | Integral):
-            raise ValueError(
-                f"found {_shown(name)} in place of an item: expected a raw id or a title, such as {self._example()}"
-            )
-        by_raw_id = self._with_raw_id(name)
+        if type(name) not in (int, str):  # nearly all are, and spared the slow checks
+            if isinstance(name, Mapping):
+                if "raw_id" in name:
+                    return self._with_raw_id(name["raw_id"])
+                if isinstance(name.get("title"), str):
+                    return self._with_title(name["title"])
+            if isinstance(name, bool) or not isinstance(name, str | Integral):
+                raise ValueError(
+                    f"found {_shown(name)} in place of an item: expected a raw id or a title, such as {self._example()}"
+                )
+        by_raw_id = self.catalogue.item_id_of.get(name)
         if not isinstance(name, str):
             return by_raw_id
         if by_raw_id is None:

@@ -12,12 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import Pipeline
 
+from .card import TASK
 from .catalogue import Catalogue
 from .configuration_next_item import PADDING_ITEM_ID
 from .item_names import ItemNames
 from .top_k import ordered_top_k
-
-TASK = "sequential-recommendation"
 
 _FILTERS = ("allowed_items", "excluded_items", "candidates")
 _PARAMETERS = ("top_k", "exclude_seen", *_FILTERS, "fuzzy")
