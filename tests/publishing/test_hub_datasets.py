@@ -230,6 +230,14 @@ def test_other_repositories_are_told(client, saved):
     assert "the Hub has no such data set" in client.fail(LOAD, "user/model", {})
 
 
+def test_renamed_data_set_is_found_by_its_old_name(client, saved, tmp_path):
+    folder, sequences = saved
+    client.succeed(PUSH, folder, "user/data", {})
+    client.hub.rename("datasets/user/data", "datasets/user/newer")
+    assert last_line(client.succeed(LOAD, "user/data", cache(tmp_path))).startswith(sequences.fingerprint)
+    client.succeed(LOAD_WITHOUT_US, "user/data", cache(tmp_path, "other"))
+
+
 def test_folder_wins_over_a_name_on_the_hub(client, saved, tmp_path):
     client.succeed(PUSH, saved[0], "user/data", {})
     local = small_sequences(seed=1)
@@ -309,11 +317,14 @@ PUSH_RECIPE = RECIPES / "push_data_to_hub.py"
 RECIPE = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 
 
-def test_recipe_publishes_data_sets_and_labels(client, saved, labels):
+@pytest.mark.slow
+def test_recipe_publishes_data_sets_and_labels(client, saved, labels, tmp_path):
     (data_folder, _), (folder, _) = saved, labels
     wrong = ["--folder", data_folder, "--repo_id", "user/data", "--dataset", "user/data"]
     assert "expected labels with it" in client.fail(RECIPE, PUSH_RECIPE, *wrong)
     client.succeed(RECIPE, PUSH_RECIPE, "--folder", data_folder, "--repo_id", "user/data", "--license", "mit")
     client.succeed(RECIPE, PUSH_RECIPE, "--folder", folder, "--repo_id", "user/labels", "--dataset", "user/data")
     assert b"license: mit" in repository(client).commit("main").files["README.md"]
+    fitted = ["--data_dir", "user/data", "--output_dir", tmp_path / "counts"]  # recipes read data sets by name, too
+    client.succeed(RECIPE, RECIPES / "fit_counts.py", *fitted)
     assert b"source_datasets:\n- user/data" in repository(client, "user/labels").commit("main").files["README.md"]

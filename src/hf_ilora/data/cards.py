@@ -124,8 +124,11 @@ def _origin(source: DataSource | None) -> str:
         )
     if source.homepage is not None:
         parts.append(f"Source: {in_markdown(source.homepage)}.")
-    licence = "Its licence is not stated." if source.license is None else f"Licence: {in_markdown(source.license)}."
-    return " ".join([*parts, licence])
+    if source.license is None:
+        parts.append("Its licence is not stated.")
+    elif source.license != "other" or source.terms is None:
+        parts.append(f"Licence: {in_markdown(source.license)}.")
+    return " ".join(parts)
 
 
 __all__ = ["card", "card_to_publish", "markdown_table", "sequences_card"]
