@@ -1,5 +1,6 @@
 """The card: what was measured and how, metadata that the Hub reads, and no card that a person wrote is lost."""
 
+import ast
 import json
 import re
 
@@ -168,6 +169,18 @@ def test_using_the_model_takes_five_lines_imports_included(sasrec_run):
     assert len(lines) <= 5
     loading = 'model = AutoModel.from_pretrained("user/sasrec", revision="v2", trust_remote_code=True)'
     assert lines[:2] == ["from transformers import AutoModel", loading]
+
+
+def test_raw_ids_of_any_text_stay_text_in_the_lines_of_use():
+    raw_ids = ['"]); raise SystemExit  #', "```\n# <b>\u202e"]
+    table = pa.table({"item_id": [1, 2], "raw_id": raw_ids, "title": ["a", "b"]})
+    config = SASRecConfig(num_items=2)
+    config.architectures = ["SASRecForNextItem"]
+    text = str(model_card(config, Catalogue(table), "user/sasrec", 'a"b'))
+    code = text.split("```python\n")[1].split("\n```\n")[0]
+    assert "\u202e" not in code and "\n```\n" not in code
+    literals = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert {*raw_ids, "user/sasrec", 'a"b'} <= set(literals)
 
 
 def test_card_of_seeds_shows_their_mean_and_deviation(sasrec_run, tmp_path):

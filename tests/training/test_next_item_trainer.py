@@ -339,7 +339,9 @@ def test_the_card_tells_the_evaluation_of_the_model_that_is_saved(sequences, tmp
     assert (of_masked.dataset_split, of_masked.dataset_type) == ("validation", "user/cycle")
     measured = trainer.evaluate(sequences["test"])
     trainer.evaluate(sequences["validation"].select(range(5)), metric_key_prefix="eval_few")
+    trainer.log({"eval_few_diverged": float("nan")})
     text = card().text
+    assert "diverged" not in text
     assert f"Test split, {len(sequences['test'])} users:" in text and "Validation split, 5 users:" in text
     assert f"for {measured['eval_hit_ratio@10']:.1%} of the users" in text
     assert "Protocol leave_one_out. One training run, with seed 42" in text and r"items of Cy\|cle" in text

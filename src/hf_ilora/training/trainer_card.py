@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from importlib.metadata import version
@@ -64,11 +65,14 @@ class Evaluation:
 
 
 def metrics_of(logs: Mapping[str, object], prefix: str) -> dict[str, float]:
-    """The metrics among what an evaluation logs, without its prefix."""
+    """The metrics among what an evaluation logs, without its prefix; the Hub refuses those that are not finite."""
     return {
         name.removeprefix(f"{prefix}_"): value
         for name, value in logs.items()
-        if name.startswith(f"{prefix}_") and not name.endswith(_NO_METRICS) and isinstance(value, int | float)
+        if name.startswith(f"{prefix}_")
+        and not name.endswith(_NO_METRICS)
+        and isinstance(value, int | float)
+        and math.isfinite(value)
     }
 
 
