@@ -203,6 +203,16 @@ def test_a_fault_of_the_hub_neither_loses_nor_doubles_the_commit(client, sasrec_
     assert [commit.oid for commit in repository.history()][:1] == [oid] and len(repository.commits) == 2
 
 
+def test_addresses_are_told_without_their_signatures(client, sasrec_run):
+    client.hub.faults.append(("PUT", "/large_files/", 503))
+    printed = client.succeed(PUSH_MODEL, sasrec_run, "user/signed", {})
+    assert "503 thrown while requesting PUT http://" in printed and "Signature" not in printed
+    client.hub.faults.append(("PUT", "/large_files/", 403))
+    sasrec(seed=1).save_pretrained(sasrec_run)
+    told = client.fail(PUSH_MODEL, sasrec_run, "user/signed", {}).strip().splitlines()[-1]
+    assert "OSError: user/signed could not be sent" in told and "/large_files/" in told and "Signature" not in told
+
+
 def test_a_hub_that_stays_down_is_an_error_and_pushing_again_completes(client, sasrec_run):
     client.hub.faults += [("POST", "/commit/", 503)] * 4
     error = client.fail(PUSH_FOLDER, sasrec_run, "user/down", {})

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -171,6 +172,8 @@ def upload(
     """
     check_repo_id(repo_id)
     api, repository = HfApi(token=token), {"repo_type": repo_type}
+    unsigned = _UnsignedAddresses()
+    _CLIENT_LOGGER.addFilter(unsigned)
     try:
         repo_id = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True, **repository)).repo_id
         if private and not api.repo_info(repo_id, **repository).private:
@@ -224,6 +227,11 @@ def upload(
         raise OSError(f"{repo_id} could not be sent ({_told(error)}): {_AGAIN}") from error
     except httpx2.TransportError as error:
         raise OSError(f"the connection to the Hub failed while sending {repo_id} ({_told(error)}): {_AGAIN}") from error
+    except RuntimeError as error:  # what the client makes of an error while it sends a large file
+        told = f"{_told(error)} {_told(error.__cause__ or error)}"
+        raise OSError(f"{repo_id} could not be sent ({told}): {_AGAIN}") from error
+    finally:
+        _CLIENT_LOGGER.removeFilter(unsigned)
 
 
 _AGAIN = "check the connection and push again; files that have arrived are not sent twice"
@@ -256,7 +264,23 @@ def _existing_card(api: HfApi, repo_id: str, commit: str, repo_type: str) -> str
 
 def _told(error: Exception) -> str:
     """The client's message of an error, in one line."""
-    return " ".join(str(error).split())
+    return _unsigned(" ".join(str(error).split()))
+
+
+def _unsigned(text: str) -> str:
+    """The text with addresses without their queries: large files are sent to addresses that hold a signature."""
+    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
+
+
+class _UnsignedAddresses(logging.Filter):
+    """Takes the signatures out of what the client logs."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = _unsigned(record.getMessage()), ()
+        return True
+
+
+_CLIENT_LOGGER = logging.getLogger("huggingface_hub.utils._http")
 
 
 # --- what the Hub accepts ---
