@@ -305,7 +305,7 @@ class LabelFolder:
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.astype(dtype).reshape(-1)))
 
     def finish(self, requests: LabelRequests, teacher: Teacher) -> dict:
-        """Write the item embeddings, the card and then the description.
+        """Write the item embeddings, the card unless there is one, and then the description.
 
         Only one process calls it, when all shards exist.
 
@@ -329,8 +329,9 @@ class LabelFolder:
         }
         if (self.folder / DESCRIPTION_FILE).exists():
             return self._check_described(description)
-        with written_whole(self.folder / CARD_FILE) as unfinished:
-            unfinished.write_text(labels_card(self.folder.resolve().name, description), encoding="utf-8")
+        if not (self.folder / CARD_FILE).exists():
+            with written_whole(self.folder / CARD_FILE) as unfinished:
+                unfinished.write_text(labels_card(self.folder.resolve().name, description), encoding="utf-8")
         with written_whole(self.folder / DESCRIPTION_FILE) as unfinished:
             unfinished.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         return description

@@ -49,7 +49,7 @@ POSITION_KEYS = ("history_ids", "prefix_lengths")  # of tables whose answers are
 
 # Entries of a configuration that say where it was loaded from and with which software: they determine no answer.
 _ORIGINS = {"_name_or_path", "name_or_path", "llm_name_or_path", "llm_revision", "llm_gguf_file"}
-_ORIGINS |= {"_commit_hash", "transformers_version", "architectures", "auto_map"}
+_ORIGINS |= {"_commit_hash", "transformers_version", "architectures", "auto_map", "custom_pipelines"}
 
 
 Recommender = ILoraForRecommendation | NextItemPreTrainedModel
