@@ -17,6 +17,7 @@ from .next_item_losses import (
 from .top_k import columns_in_chunk, top_k_in_chunks
 
 _ROWS_FOR_NUMPY = 2**15
+_SHORTEST = 1e-12  # length of a row, as for `F.normalize`
 
 
 class NextItemHead(nn.Linear):
@@ -174,15 +175,24 @@ class NextItemHead(nn.Linear):
 
         def score_items(positions: slice, items: slice, scores: torch.Tensor) -> None:
             weight = self.weight[items] if item_offsets is None else self.weight[items] + item_offsets[items]
-            weight = self._normalised(weight).float()  # (items, hidden)
+            lengths = None
+            # The scores of few users are fewer numbers than the rows of the items, which need no copy then.
+            if self.score_temperature is not None and len(scores) < weight.shape[1] and weight.dtype == torch.float32:
+                lengths = torch.linalg.vector_norm(weight, dim=1).clamp_min_(_SHORTEST)  # (items,)
+            else:
+                weight = self._normalised(weight).float()  # (items, hidden)
+            bias = None if self.bias is None else self.bias[items].float()
             if len(scores) == 1 and _numpy_is_faster(weight):
                 _products_by_numpy(weight, states[positions][0], scores[0])
-                if self.bias is not None:
-                    scores.add_(self.bias[items].float())
-            elif self.bias is None:
+            elif bias is None or lengths is not None:
                 torch.mm(states[positions], weight.t(), out=scores)
             else:
-                torch.addmm(self.bias[items].float(), states[positions], weight.t(), out=scores)
+                torch.addmm(bias, states[positions], weight.t(), out=scores)
+                bias = None
+            if lengths is not None:
+                scores.div_(lengths)
+            if bias is not None:
+                scores.add_(bias)
             if self.repeat_bias is not None:
                 columns, inside = columns_in_chunk(repeated_items[positions], items)
                 scores.scatter_add_(1, columns, self.repeat_bias.to(scores) * inside)
