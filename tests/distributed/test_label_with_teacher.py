@@ -47,7 +47,7 @@ def words(parts):
 
 @pytest.fixture(scope="module")
 def undisturbed(words, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("labels") / "whole"
+    folder = tmp_path_factory.mktemp("whole") / "labels"  # the card has the name of the folder
     command = [sys.executable, *words, "--output_dir", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
