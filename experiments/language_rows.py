@@ -114,7 +114,7 @@ SETTINGS = {
             {"hidden_dropout": 0.2},
         ),
         joint_start={"initial_items": "titles_and_log_cooccurrence"},
-        start=({"title_prior": 3.0}, {"title_prior": 10.0}),
+        start=({"title_prior": 3.0}, {"title_prior": 3.0, "item_learning_rate_factor": 1.0}),
         title_weight=1.0,
         count_weight=0.5,
         taught=(
