@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_ilora.files import previous_folder
+from hf_ilora.models.next_item.hub_upload import told
 
 _Data = TypeVar("_Data")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -110,31 +111,26 @@ def downloaded(
         )
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} is no folder, the Hub cannot be reached, and its cache lacks the data set ({_told(error)}): "
+            f"{name} is no folder, the Hub cannot be reached, and its cache lacks the data set ({told(error)}): "
             f"{expected}; check the path, the network and HF_HUB_OFFLINE"
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"{name} has no revision {revision!r}: expected a branch, a tag or a commit of it") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} is no folder, and the Hub has no such data set for this token ({_told(error)}): {expected}; "
+            f"{name} is no folder, and the Hub has no such data set for this token ({told(error)}): {expected}; "
             "prepare the data first, check the spelling, or pass token= if it is private or gated"
         ) from error
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise PermissionError(
-                f"the Hub does not let this token read {name} ({_told(error)}): expected a token with read access; log "
+                f"the Hub does not let this token read {name} ({told(error)}): expected a token with read access; log "
                 "in with `hf auth login`, set HF_TOKEN, or pass token="
             ) from error
-        raise OSError(f"{name} could not be downloaded ({_told(error)}): load it again later") from error
+        raise OSError(f"{name} could not be downloaded ({told(error)}): load it again later") from error
     except httpx2.TransportError as error:
-        raise OSError(f"the connection failed while downloading {name} ({_told(error)}): load it again") from error
+        raise OSError(f"the connection failed while downloading {name} ({told(error)}): load it again") from error
     return Path(folder)
-
-
-def _told(error: Exception) -> str:
-    """The client's message of an error, in one line."""
-    return " ".join(str(error).split())
 
 
 __all__ = ["downloaded", "is_hub_name", "read_source"]

@@ -13,7 +13,6 @@ from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
 from hf_ilora.models.next_item.handler import EndpointHandler
 from hf_ilora.models.next_item.hub_upload import UploadOfSaved
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
-from hf_ilora.models.next_item.next_item_model import apply_umask
 from hf_ilora.models.next_item.saved_model import check_sizes, read_config, saved_file, saved_shapes
 from hf_ilora.models.next_item.whole_saves import saved_whole
 
@@ -72,7 +71,6 @@ class ILoraCheckpoint:
         if kwargs.get("is_main_process", True):
             with saved_whole(save_directory, kwargs.get("variant")) as unfinished:
                 super().save_pretrained(unfinished, state_dict=adapter, **kwargs)
-                apply_umask(unfinished)
                 custom_object_save(EndpointHandler, unfinished)  # a copy of its file
                 self.tokenizer.save_pretrained(unfinished)
                 self.catalogue.save_pretrained(unfinished)
@@ -95,7 +93,6 @@ class ILoraCheckpoint:
         plain = without_adapter(self.llm)
         with saved_whole(save_directory) as unfinished:
             plain.save_pretrained(unfinished)
-            apply_umask(unfinished)
             self.tokenizer.save_pretrained(unfinished)
 
     @classmethod

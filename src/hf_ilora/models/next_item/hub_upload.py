@@ -221,15 +221,15 @@ def upload(
             ) from error
         if status in (401, 403):
             raise PermissionError(
-                f"the Hub does not let this token write to {repo_id} ({_told(error)}): expected a token with write "
+                f"the Hub does not let this token write to {repo_id} ({told(error)}): expected a token with write "
                 "access; log in with `hf auth login`, set HF_TOKEN, or pass token="
             ) from error
-        raise OSError(f"{repo_id} could not be sent ({_told(error)}): {_AGAIN}") from error
+        raise OSError(f"{repo_id} could not be sent ({told(error)}): {_AGAIN}") from error
     except httpx2.TransportError as error:
-        raise OSError(f"the connection to the Hub failed while sending {repo_id} ({_told(error)}): {_AGAIN}") from error
+        raise OSError(f"the connection to the Hub failed while sending {repo_id} ({told(error)}): {_AGAIN}") from error
     except RuntimeError as error:  # what the client makes of an error while it sends a large file
-        told = f"{_told(error)} {_told(error.__cause__ or error)}"
-        raise OSError(f"{repo_id} could not be sent ({told}): {_AGAIN}") from error
+        both = f"{told(error)} {told(error.__cause__ or error)}"
+        raise OSError(f"{repo_id} could not be sent ({both}): {_AGAIN}") from error
     finally:
         _CLIENT_LOGGER.removeFilter(unsigned)
 
@@ -249,7 +249,7 @@ def retried(call: Callable[[], _Result]) -> _Result:
             # The client reads some answers as JSON before it looks at their status.
             if isinstance(error, HfHubHTTPError) and error.response.status_code not in (429, 500, 502, 503, 504):
                 raise
-            logger.warning("the request to the Hub failed (%s): retrying in %g s", _told(error), wait)
+            logger.warning("the request to the Hub failed (%s): retrying in %g s", told(error), wait)
         time.sleep(wait)
     return call()
 
@@ -262,13 +262,13 @@ def _existing_card(api: HfApi, repo_id: str, commit: str, repo_type: str) -> str
         return None
 
 
-def _told(error: Exception) -> str:
-    """The client's message of an error, in one line."""
+def told(error: Exception) -> str:
+    """The client's message of an error, in one line and without the signatures of addresses."""
     return _unsigned(" ".join(str(error).split()))
 
 
 def _unsigned(text: str) -> str:
-    """The text with addresses without their queries: large files are sent to addresses that hold a signature."""
+    """The text with the queries of its addresses removed: for large files, they contain a signature."""
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
 
 
@@ -310,4 +310,5 @@ def checked_tags(tags: list[str] | str | None) -> list[str]:
     return tags
 
 
-__all__ = ["CARD_FILE", "RUN_FILE", "HubUploads", "UploadOfSaved", "check_repo_id", "checked_tags", "retried", "upload"]
+__all__ = ["CARD_FILE", "RUN_FILE", "HubUploads", "UploadOfSaved", "check_repo_id", "checked_tags", "retried"]
+__all__ += ["told", "upload"]

@@ -5,13 +5,11 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME
 
 from .catalogue import CATALOGUE_FILE, Catalogue, open_parquet
 from .configuration_next_item import NextItemConfig
@@ -89,13 +87,6 @@ def check_has_weights(model: PreTrainedModel) -> None:
             "module in memory, since whatever is copied to it later would be lost; change the device_map, or load a "
             "smaller model"
         )
-
-
-def apply_umask(save_directory: str | os.PathLike) -> None:
-    """Let those read the saved weights whom the umask lets: safetensors writes files that only their owner can read."""
-    mode = Path(save_directory, CONFIG_NAME).stat().st_mode  # of a file that was opened to be written, as most are
-    for weights in Path(save_directory).glob("model*.safetensors"):
-        weights.chmod(mode)
 
 
 class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
@@ -303,7 +294,6 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         if kwargs.get("is_main_process", True):
             with saved_whole(save_directory, kwargs.get("variant")) as unfinished:
                 super().save_pretrained(unfinished, **kwargs)
-                apply_umask(unfinished)
                 if self.catalogue is not None:
                     self.catalogue.save_pretrained(unfinished)
         else:

@@ -44,6 +44,7 @@ def saved_whole(save_directory: str | os.PathLike, variant: str | None = None) -
     try:
         unfinished.mkdir()
         yield unfinished
+        _apply_umask(unfinished)
         _move(unfinished, folder, variant)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -52,6 +53,13 @@ def saved_whole(save_directory: str | os.PathLike, variant: str | None = None) -
         if is_new:
             with suppress(OSError):  # it has files, as it should
                 folder.rmdir()
+
+
+def _apply_umask(unfinished: Path) -> None:
+    """Let those read the weights whom the umask lets: safetensors writes files that only their owner can read."""
+    mode = (unfinished / CONFIG_NAME).stat().st_mode  # of a file that was opened to be written, as most are
+    for weights in unfinished.glob("model*.safetensors"):
+        weights.chmod(mode)
 
 
 def _remove_leftovers(folder: Path) -> None:
