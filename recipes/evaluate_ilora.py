@@ -28,7 +28,7 @@ from hf_ilora import ILoraConfig, ILoraForRecommendation, SequenceDatasets
 from hf_ilora.data.columns import training_sequences
 from hf_ilora.data.row_fractions import check_fraction, rows_in_fraction
 from hf_ilora.data.seeds import check_seed
-from hf_ilora.devices import uses_accelerator
+from hf_ilora.devices import process_state
 from hf_ilora.evaluation.candidate_evaluation import GENERATE, CandidateEvaluation
 from hf_ilora.evaluation.candidate_report import (
     CandidateContext,
@@ -132,9 +132,7 @@ ARGUMENTS = (ILoraEvaluationArguments,)
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    # Without an accelerator, the processes of a launch only find each other if the first PartialState is told to use
-    # the CPU.
-    state = PartialState(cpu=not uses_accelerator())
+    state = process_state()
     with sole_writer(arguments.output_dir):
         evaluate(arguments, state)
 

@@ -39,7 +39,7 @@ from hf_ilora import (
 from hf_ilora.data.columns import flatten_lists, padded_lists, read_column
 from hf_ilora.data.row_fractions import sampled_rows
 from hf_ilora.data.seeds import check_seed
-from hf_ilora.devices import uses_accelerator
+from hf_ilora.devices import process_state
 from hf_ilora.evaluation.latency import measure_latency, model_size
 from hf_ilora.evaluation.rank_metrics import metric_per_user
 from hf_ilora.evaluation.ranking import rank_split
@@ -140,9 +140,7 @@ ARGUMENTS = (EvaluationArguments,)
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    # Without an accelerator, the processes of a launch only find each other if the first PartialState is told to use
-    # the CPU.
-    state = PartialState(cpu=not uses_accelerator())
+    state = process_state()
     with sole_writer(arguments.output_dir):
         evaluate(arguments, state)
 

@@ -27,7 +27,7 @@ from accelerate.utils import gather_object
 
 from hf_ilora import SequenceDatasets
 from hf_ilora.data.seeds import check_seed
-from hf_ilora.devices import uses_accelerator
+from hf_ilora.devices import process_state
 from hf_ilora.distillation.acquisition import ACQUISITION_POLICIES
 from hf_ilora.distillation.labelling import (
     LABELLED_POSITIONS,
@@ -125,9 +125,7 @@ ARGUMENTS = (LabelArguments,)
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    # Without an accelerator, the processes of a launch only find each other if the first PartialState is told to use
-    # the CPU.
-    state = PartialState(cpu=not uses_accelerator(), timeout=timedelta(minutes=arguments.timeout_minutes))
+    state = process_state(timeout=timedelta(minutes=arguments.timeout_minutes))
     with sole_writer(arguments.output_dir):
         label(arguments, state)
 

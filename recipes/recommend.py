@@ -24,10 +24,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from accelerate import PartialState
 
 from hf_ilora import Catalogue, ILoraForRecommendation, ItemTitles, SequenceDatasets, recommend_all
-from hf_ilora.devices import uses_accelerator
+from hf_ilora.devices import process_state
 from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.runs import parse_arguments, run_main
 from hf_ilora.serving.history_tables import UNKNOWN_ITEMS
@@ -201,9 +200,7 @@ def recommend_to_many(model, source: SequenceDatasets | str, arguments: Recommen
     names = ("batch_size", "user_column", "history_column", "item_column", "time_column", "separator", "unknown_items")
     settings = {name: vars(users)[name] for name in names} | filters
     settings |= {name: vars(arguments)[name] for name in ("top_k", "exclude_seen", "columns")}
-    # Without an accelerator, the processes of a launch only find each other if the first PartialState is told to use
-    # the CPU.
-    state = PartialState(cpu=not uses_accelerator())
+    state = process_state()
     model.to(state.device)
     if users.output is not None:
         recommend_all(model, source, users.output, **settings)

@@ -24,7 +24,7 @@ from accelerate import PartialState
 from hf_ilora import EnsembleTeacher, SequenceDatasets
 from hf_ilora.data.row_fractions import sampled_rows
 from hf_ilora.data.seeds import check_seed
-from hf_ilora.devices import uses_accelerator
+from hf_ilora.devices import process_state
 from hf_ilora.runs import RunRecord, parse_arguments, run_main, set_up_logging, sole_writer
 from hf_ilora.runs.checks import check_at_least_one
 from hf_ilora.titles.embedded_encoder import EMBEDDED_ENCODER
@@ -99,7 +99,7 @@ ARGUMENTS = (TuningArguments,)
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    state = PartialState(cpu=not uses_accelerator())
+    state = process_state()
     with sole_writer(arguments.output_dir):
         tune(arguments, state)
 

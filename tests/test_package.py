@@ -43,7 +43,7 @@ ALLOWED_IMPORTS = {
     "titles": {"models", "devices", "downloads", "files"},
     "reference": {"data", "models"},
     "runs": {"data", "evaluation", "devices", "downloads", "files", "hf_ilora_cli"},
-    "evaluation": {"data", "models", "downloads", "files", SHOWN_TEXT},
+    "evaluation": {"data", "models", "devices", "downloads", "files", SHOWN_TEXT},
     "distillation": {"data", "models", "reference", "files", SHOWN_TEXT},
     "training": {
         *("data", "models", "titles", "evaluation", "distillation", "devices", "downloads", "files"),

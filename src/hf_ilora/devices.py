@@ -1,8 +1,9 @@
-"""Whether this process computes on an accelerator."""
+"""Whether this process computes on an accelerator, and what it shares with the others of its launch."""
 
 import os
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import str_to_bool
 
 
@@ -22,3 +23,14 @@ def uses_accelerator() -> bool:
 def uses_cuda() -> bool:
     """Whether there is a CUDA device that the launch does not leave alone."""
     return torch.cuda.is_available() and not launched_on_cpu()
+
+
+def process_state(**options) -> PartialState:
+    """The state of this process among those of its launch, initialised if nobody has done so.
+
+    `PartialState()` would not see the other processes of a launch on CPUs: it looks for them only with `cpu=True`.
+
+    Args:
+        options: of `PartialState`, used if this call initialises it.
+    """
+    return PartialState(cpu=not uses_accelerator(), **options)

@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -45,3 +46,17 @@ def test_two_processes_resume_a_killed_run_and_every_user_comes_once(run_recipe,
     assert found["item_id"].equals(expected["item_id"]) and found["title"].equals(expected["title"])
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["data", "model", "out.parquet", "whole.parquet"]
+
+
+@pytest.mark.slow
+def test_a_process_that_looks_late_finds_the_parts_that_the_first_one_has_written(launch, tmp_path):
+    sequences = cyclic_sequences(num_users=24)  # the third of three parts is the first process's
+    sequences.save(tmp_path / "data")
+    model = SASRecForNextItem(SASRecConfig(num_items=sequences.num_items, hidden_size=8, max_length=8))
+    model.catalogue = sequences.catalogue
+    model.save_pretrained(tmp_path / "model")
+    program = Path(__file__).with_name("launched_recommend_all.py")
+    words = tmp_path / "model", tmp_path / "data", tmp_path / "out.parquet"
+    launch("multi_cpu.yaml", program, *words, timeout_seconds=120)
+    assert len(pq.read_table(tmp_path / "out.parquet")) == 48
+    assert not (tmp_path / "out.parquet.parts").exists()

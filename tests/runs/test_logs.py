@@ -107,7 +107,7 @@ def test_other_processes_only_warn_and_write_no_file(tmp_path, capsys, monkeypat
     class SecondProcess:
         is_main_process, num_processes, device = False, 2, torch.device("cpu")
 
-    monkeypatch.setattr(logs_module, "PartialState", SecondProcess)
+    monkeypatch.setattr(logs_module, "process_state", SecondProcess)
     set_up_logging(tmp_path / "run")
     log_everything()
     logging.getLogger("hf_ilora").warning("a warning")

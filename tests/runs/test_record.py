@@ -143,7 +143,7 @@ def test_only_the_main_process_writes(tmp_path, monkeypatch):
     class SecondProcess:
         is_main_process, num_processes, device = False, 2, torch.device("cpu")
 
-    monkeypatch.setattr(record_module, "PartialState", SecondProcess)
+    monkeypatch.setattr(record_module, "process_state", SecondProcess)
     with RunRecord(tmp_path / "run", [ModelArguments()], seed=0) as record, record.stage("data"):
         record.add_metrics("test", {"loss": 1.0})
     assert not (tmp_path / "run").exists()

@@ -10,10 +10,10 @@ from functools import partial
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, reduce
 
 from hf_ilora.data.columns import flatten_lists, padded_lists, read_column
+from hf_ilora.devices import process_state
 from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at, reciprocal_rank
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID
 from hf_ilora.models.next_item.histories import check_batch_size
@@ -400,7 +400,7 @@ class EvaluationRows:
             ValueError: for `batch_size` < 1.
         """
         check_batch_size(batch_size)
-        state = PartialState()
+        state = process_state()
         # Longest first: if memory is too small, the first batch fails.
         batches = np.split(self.by_length(), range(batch_size, len(self), batch_size))
         for first in range(0, len(batches), state.num_processes):

@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_ilora.devices import process_state
 from hf_ilora.runs.launch_settings import launch_differences
 from hf_ilora.runs.record import plain_configuration, read_record
 
@@ -127,7 +127,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _delete_incomplete(output_dir: Path) -> None:
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         for checkpoint in _checkpoints(output_dir):
             if not _is_whole(checkpoint):
                 shutil.rmtree(checkpoint)

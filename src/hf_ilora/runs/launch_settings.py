@@ -5,9 +5,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
+
+from hf_ilora.devices import process_state
 
 # The variables with which `accelerate launch` passes the settings of a way to distribute on, by its switch.
 _OF_SWITCHES = {
@@ -24,7 +25,7 @@ def launch_settings(arguments: Sequence[object] = ()) -> dict[str, object]:
     Args:
         arguments: the dataclasses of the run; the `TrainingArguments` among them say which precision is in effect.
     """
-    state = PartialState()
+    state = process_state()
     training = [part for part in arguments if isinstance(part, TrainingArguments)]
     launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     settings = {

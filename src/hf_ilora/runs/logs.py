@@ -10,10 +10,10 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from hf_ilora.devices import process_state
 from hf_ilora_cli.shown_text import shown_lines
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def set_up_logging(output_dir: str | Path) -> None:
     Args:
         output_dir: the folder of `run.log`, created if it does not exist. Messages are appended to an existing log.
     """
-    is_main_process = PartialState().is_main_process
+    is_main_process = process_state().is_main_process
     root = logging.getLogger()
     for handler in [h for h in root.handlers if isinstance(h, _ConsoleHandler | _RunFileHandler)]:
         root.removeHandler(handler)

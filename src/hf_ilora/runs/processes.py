@@ -11,11 +11,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub.constants import HF_HOME
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from hf_ilora.devices import process_state
 from hf_ilora.downloads import DownloadError, default_cache_dir
 from hf_ilora.files import failed_write, held_folder
 from hf_ilora_cli.commands import COMMANDS, PROGRAM, PROGRAM_VARIABLE
@@ -133,7 +133,7 @@ def sole_writer(output_dir: str | os.PathLike) -> Iterator[None]:
     """
     refusal = None
     with ExitStack() as stack:
-        if PartialState().is_main_process:
+        if process_state().is_main_process:
             try:
                 stack.enter_context(held_folder(output_dir))
             except (ValueError, OSError) as error:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
+from hf_ilora.devices import process_state
 from hf_ilora.files import written_whole
 from hf_ilora.runs.launch_settings import launch_settings
 from hf_ilora.runs.processes import command_words
@@ -58,7 +58,7 @@ class RunRecord:
     """
 
     def __init__(self, output_dir: str | Path, arguments: Sequence[object], *, seed: int):
-        state = PartialState()
+        state = process_state()
         self.is_main_process = state.is_main_process
         self.path = Path(output_dir) / "run.json"
         self.start = time.monotonic()

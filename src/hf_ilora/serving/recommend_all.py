@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.data.storage import content_digest
+from hf_ilora.devices import process_state
 from hf_ilora.distillation.ensemble import EnsembleTeacher
 from hf_ilora.files import remove_unfinished, written_whole
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
@@ -144,7 +144,7 @@ def recommend_all(
     digest, num_users = request.check(table, shard_users)
     settings = request.settings() | {"histories": digest, "users": num_users, "shard_users": shard_users}
     output = Path(output)
-    state = PartialState()
+    state = process_state()
     with sole_writer(_parts_folder(output)):
         job = _Job(output, settings, -(-num_users // shard_users))
         if job.start():
@@ -153,6 +153,8 @@ def recommend_all(
         state.wait_for_everyone()
         _write_parts(job, request, table, shard_users, batch_size, num_users)
         job.wait()
+        # `finish` deletes the parts, which another process may still be waiting to see.
+        state.wait_for_everyone()
         if state.is_main_process:
             job.finish()
         state.wait_for_everyone()
@@ -343,7 +345,7 @@ class _Job:
             ValueError: for an output that something else wrote.
         """
         verdict = None
-        if PartialState().is_main_process:
+        if process_state().is_main_process:
             try:
                 verdict = self._start()
             except (ValueError, OSError) as error:
@@ -446,7 +448,7 @@ def _write_parts(
     job: _Job, request: Request, table: HistoryTable, shard_users: int, batch_size: int, num_users: int
 ) -> None:
     """Write the parts that this process still has to write, and show the progress and the time left."""
-    state = PartialState()
+    state = process_state()
     mine = {number for number in job.missing() if number % state.num_processes == state.process_index}
     if not mine:
         return
