@@ -133,16 +133,7 @@ class ILoraConfig(PreTrainedConfig):
     @property
     def public_llm_name(self) -> str | None:
         """Name of the language model on the Hub; None when it is known by a path of this machine, or not at all."""
-        name = self.llm_name_or_path
-        if name == WHEEL_REQUIREMENT:
-            return EMBEDDED_LLM
-        if name is None or Path(name).is_dir():
-            return None
-        try:
-            validate_repo_id(name)
-        except HFValidationError:  # a path
-            return None
-        return name
+        return EMBEDDED_LLM if self.llm_name_or_path == WHEEL_REQUIREMENT else public_name(self.llm_name_or_path)
 
     def validate_architecture(self):
         """Check the ranges of all fields; `@strict_config` calls this after the type checks.
@@ -189,6 +180,17 @@ class ILoraConfig(PreTrainedConfig):
             )
 
 
+def public_name(name: str | None) -> str | None:
+    """The name of a model if it is one on the Hub; None for a path of this machine, or no name."""
+    if name is None or Path(name).is_dir():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:  # a path
+        return None
+    return name
+
+
 def check_public_llm(config: ILoraConfig) -> None:
     """Raise a ValueError unless an adapter names its language model as others can find it."""
     if config.public_llm_name is None:
@@ -199,4 +201,4 @@ def check_public_llm(config: ILoraConfig) -> None:
         )
 
 
-__all__ = ["ALL_LINEAR_MODULES", "ILoraConfig", "check_public_llm"]
+__all__ = ["ALL_LINEAR_MODULES", "ILoraConfig", "check_public_llm", "public_name"]

@@ -1,6 +1,7 @@
 """LoRA whose rank is divided among experts, mixed by one gate per sequence (iLoRA)."""
 
 import math
+import re
 import threading
 from collections.abc import Iterable
 
@@ -8,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+
+ALL_LINEAR = "all-linear"
+# They compute with the weights of their linear layers: the first always, the second in its fast path for evaluation.
+_WEIGHT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class _HandedGates(threading.local):
@@ -58,14 +63,7 @@ class GatedLoraLinear(nn.Module):
         self, base_layer: nn.Module, rank: int, num_experts: int, lora_alpha: float, lora_dropout: float = 0.0
     ):
         super().__init__()
-        if rank < 1 or num_experts < 1 or rank % num_experts:
-            raise ValueError(
-                f"rank {rank} cannot be divided among {num_experts} experts: expected a multiple of num_experts"
-            )
-        if not 0 < lora_alpha < math.inf:
-            raise ValueError(f"lora_alpha is {lora_alpha}: expected a positive, finite number")
-        if not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout is {lora_dropout}: expected a probability in [0, 1)")
+        check_lora_settings(rank, num_experts, lora_alpha, lora_dropout)
         self.base_layer = base_layer
         self.rank = rank  # under ZeRO-3 parameters have shape (0,) outside of forward
         self.num_experts = num_experts
@@ -89,11 +87,11 @@ class GatedLoraLinear(nn.Module):
         """Apply the layer.
 
         Args:
-            hidden_states: (batch, tokens, in).
+            hidden_states: (batch, ..., in), for example (batch, tokens, in).
             expert_gates: (batch, experts); None takes those set by `hand_gates`.
 
         Returns:
-            (batch, tokens, out), in the dtype of the base layer's output.
+            (batch, ..., out), in the dtype of the base layer's output.
 
         Raises:
             ValueError: if there are no gates, or they have another shape.
@@ -110,17 +108,127 @@ class GatedLoraLinear(nn.Module):
                 f"expert_gates have shape {tuple(gates.shape)}: expected {(hidden_states.shape[0], self.num_experts)}, "
                 "(batch, experts); repeat the gates where sequences are repeated"
             )
-        output = self.base_layer(hidden_states)  # (batch, tokens, out)
-        # each expert's gate for each of its ranks: (batch, rank), then (batch, 1, rank)
-        rank_gates = (gates * self.scaling).repeat_interleave(self.rank // self.num_experts, dim=1).unsqueeze(1)
+        output = self.base_layer(hidden_states)  # (batch, ..., out)
+        rank_gates = self._rank_gates(gates)  # (batch, rank)
+        rank_gates = rank_gates.view(len(gates), *[1] * (hidden_states.dim() - 2), self.rank)  # (batch, 1..., rank)
         # Computed in the dtype of the hidden states, since casting the states would cost more than the adapter. The
         # parameters stay float32, so that small optimizer steps are not rounded away.
         dtype = hidden_states.dtype
-        rank_states = F.linear(self.dropout(hidden_states), self.lora_A.to(dtype))  # (batch, tokens, rank)
-        gated = (rank_states * rank_gates.to(rank_states.dtype)).flatten(0, 1)  # (batch * tokens, rank)
+        rank_states = F.linear(self.dropout(hidden_states), self.lora_A.to(dtype))  # (batch, ..., rank)
+        gated = (rank_states * rank_gates.to(rank_states.dtype)).flatten(0, -2)  # (batch * tokens, rank)
         # Product and sum in one operation, which saves one pass over the output.
         to_output = self.lora_B.to(output.dtype).t()  # (rank, out)
-        return torch.addmm(output.flatten(0, 1), gated.to(output.dtype), to_output).view_as(output)
+        return torch.addmm(output.flatten(0, -2), gated.to(output.dtype), to_output).view_as(output)
+
+    def delta_weight(self, expert_gates: torch.Tensor) -> torch.Tensor:
+        """What the experts add to the weight of the base layer under fixed gates.
+
+        Args:
+            expert_gates: (experts,).
+
+        Returns:
+            (out, in), float32.
+        """
+        return (self.lora_B * self._rank_gates(expert_gates)) @ self.lora_A
+
+    def _rank_gates(self, expert_gates: torch.Tensor) -> torch.Tensor:
+        """(..., rank) of gates (..., experts): each expert's gate, scaled, for each of its ranks."""
+        return (expert_gates * self.scaling).repeat_interleave(self.rank // self.num_experts, dim=-1)
+
+
+def check_lora_settings(rank: int, num_experts: int, lora_alpha: float, lora_dropout: float) -> None:
+    """Raise a ValueError for numbers that no `GatedLoraLinear` can have."""
+    if rank < 1 or num_experts < 1 or rank % num_experts:
+        raise ValueError(
+            f"rank {rank} cannot be divided among {num_experts} experts: expected a multiple of num_experts"
+        )
+    if not 0 < lora_alpha < math.inf:
+        raise ValueError(f"lora_alpha is {lora_alpha}: expected a positive, finite number")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout is {lora_dropout}: expected a probability in [0, 1)")
+
+
+def target_layers(model: nn.Module, target_modules: Iterable[str] | str, inside: str = "") -> list[str]:
+    """Find the linear layers of a model that are to get experts; nothing is changed.
+
+    Args:
+        model: without gated layers.
+        target_modules: names of linear layers or ends of them, such as "q_proj" or "self_attn.q_proj"; or one regular
+            expression that matches whole names; or "all-linear", for every linear layer except the output embeddings
+            of a transformers model. PEFT's `target_modules` means the same.
+        inside: name of the submodule to search; "" searches the whole model.
+
+    Returns:
+        Names of layers.
+
+    Raises:
+        ValueError: if there are no targets, if one of them matches no layer or one that is not linear or cannot be
+            replaced, and if the model has gated layers already.
+    """
+    kind = type(model).__name__
+    if not target_modules:
+        raise ValueError("target_modules is empty: expected names of linear layers, such as q_proj")
+    if gated_layers(model):
+        raise ValueError(f"{kind} has gated LoRA layers already: expected a model without them; load it again")
+    # A layer under two names is found under both.
+    modules = dict(model.get_submodule(inside).named_modules(prefix=inside, remove_duplicate=False))
+    modules.pop(inside)
+    linear = {name: module for name, module in modules.items() if _is_linear(module)}
+    offered = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "a linear layer, and it has none"
+    if target_modules == ALL_LINEAR:
+        output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        names = [name for name in linear if linear[name] is not output and _reader(model, name) is None]
+        unmatched = [] if names else [ALL_LINEAR]
+    elif isinstance(target_modules, str):
+        try:
+            names = [name for name in modules if re.fullmatch(target_modules, name)]
+        except re.error as error:
+            raise ValueError(
+                f"target_modules is {target_modules!r}, no regular expression ({error}): fix it"
+            ) from error
+        unmatched = [] if names else [repr(target_modules)]
+    else:
+        found = {target: [name for name in modules if f".{name}".endswith(f".{target}")] for target in target_modules}
+        unmatched = sorted(target for target, its_names in found.items() if not its_names)
+        matched = set().union(*found.values())
+        names = [name for name in modules if name in matched]
+    for name in names:
+        if name not in linear:
+            raise ValueError(
+                f"{name} is a {type(modules[name]).__name__}: expected a linear layer; change target_modules"
+            )
+        if (reader := _reader(model, name)) is not None:
+            raise ValueError(
+                f"{name} belongs to a {reader}, which reads its weight and may not call it: expected a layer that is "
+                "called; change target_modules"
+            )
+    if unmatched:
+        raise ValueError(f"target_modules {', '.join(unmatched)} match nothing in {kind}: expected some of {offered}")
+    return names
+
+
+def wrap_layers(
+    model: nn.Module, names: Iterable[str], rank: int, num_experts: int, lora_alpha: float, lora_dropout: float
+) -> dict[str, GatedLoraLinear]:
+    """Freeze a model and put a `GatedLoraLinear` around some of its layers, in place.
+
+    Args:
+        model: any module.
+        names: of layers, as `target_layers` finds them.
+        rank, num_experts, lora_alpha, lora_dropout: arguments of every `GatedLoraLinear`.
+
+    Returns:
+        Name -> gated layer. A layer with two names stays one layer.
+    """
+    model.requires_grad_(False)
+    layers = {name: model.get_submodule(name) for name in names}
+    gated = {}
+    for layer in layers.values():
+        if layer not in gated:
+            gated[layer] = GatedLoraLinear(layer, rank, num_experts, lora_alpha, lora_dropout).train(layer.training)
+    for name, layer in layers.items():
+        model.set_submodule(name, gated[layer])
+    return {name: gated[layer] for name, layer in layers.items()}
 
 
 def add_gated_lora(
@@ -150,13 +258,6 @@ def add_gated_lora(
         ValueError: if a target matches no layer, a layer that is not linear, or a decoder layer without attention, and
             if the language model has gated layers already. It is left unchanged then.
     """
-    targets = set(target_modules)
-    if not targets:
-        raise ValueError("target_modules is empty: expected names of linear layers, such as q_proj")
-    if gated_layers(llm):
-        raise ValueError(
-            f"{type(llm).__name__} has gated LoRA layers already: expected a language model without them; load it again"
-        )
     decoder = llm.get_decoder()
     layers = dict(decoder.named_children()).get("layers")
     if layers is None:
@@ -164,42 +265,22 @@ def add_gated_lora(
             f"{type(decoder).__name__} has no layers (it has {', '.join(dict(decoder.named_children()))}): expected a "
             "decoder as in Llama, Mistral, Qwen or Gemma"
         )
-    prefix = next(name for name, module in llm.named_modules() if module is layers)
-    found, plan = set(), []  # everything is checked before anything changes
-    for index, layer in enumerate(layers):
-        names = [name for name, _ in layer.named_modules() if name.rpartition(".")[2] in targets]
-        for name in names:
-            module = layer.get_submodule(name)
-            if not _is_linear(module):
-                raise ValueError(
-                    f"{prefix}.{index}.{name} is a {type(module).__name__}: expected a linear layer; change "
-                    "target_modules"
-                )
-            found.add(name.rpartition(".")[2])
-        if names:
-            plan.append((f"{prefix}.{index}", layer, names, _attention(layer, f"{prefix}.{index}")))
-    if found != targets:
-        linear = sorted({name.rpartition(".")[2] for name, module in layers.named_modules() if _is_linear(module)})
-        raise ValueError(
-            f"target_modules {', '.join(sorted(targets - found))} match nothing in {type(llm).__name__}: expected "
-            f"some of {', '.join(linear)}"
-        )
-    llm.requires_grad_(False)
-    wrapped = []
-    for layer_name, layer, names, attention in plan:
-        gated = []
-        for name in names:
-            linear = layer.get_submodule(name)
-            gated.append(GatedLoraLinear(linear, rank, num_experts, lora_alpha, lora_dropout))
-            layer.set_submodule(name, gated[-1])
-            wrapped.append(f"{layer_name}.{name}")
-        attention.register_forward_pre_hook(_GateHook(gated), with_kwargs=True)
-    return wrapped
+    inside = next(name for name, module in llm.named_modules() if module is layers)
+    names = target_layers(llm, target_modules, inside)
+    names_of = {
+        index: [name for name in names if name.startswith(f"{inside}.{index}.")] for index in range(len(layers))
+    }
+    attention_of = {index: _attention(layers[index], f"{inside}.{index}") for index in names_of if names_of[index]}
+    gated = wrap_layers(llm, names, rank, num_experts, lora_alpha, lora_dropout)
+    for index, attention in attention_of.items():
+        hook = _GateHook([gated[name] for name in names_of[index]])
+        attention.register_forward_pre_hook(hook, with_kwargs=True)
+    return names
 
 
-def gated_layers(llm: PreTrainedModel) -> dict[str, GatedLoraLinear]:
-    """Map the names of the gated layers of a language model to the layers."""
-    return {name: module for name, module in llm.named_modules() if isinstance(module, GatedLoraLinear)}
+def gated_layers(model: nn.Module) -> dict[str, GatedLoraLinear]:
+    """Map the names of the gated layers of a model to the layers."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GatedLoraLinear)}
 
 
 class _GateHook:
@@ -219,6 +300,12 @@ def _is_linear(module: nn.Module) -> bool:
     return {"in_features", "out_features"} <= set(dir(module))
 
 
+def _reader(model: nn.Module, name: str) -> str | None:
+    """The class of the module around a layer if that reads the layer's weight, which lacks the experts, by itself."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return type(parent).__name__ if isinstance(parent, _WEIGHT_READERS) else None
+
+
 def _attention(layer: nn.Module, name: str) -> nn.Module:
     attention = dict(layer.named_children()).get("self_attn")
     if attention is None:
@@ -229,4 +316,5 @@ def _attention(layer: nn.Module, name: str) -> nn.Module:
     return attention
 
 
-__all__ = ["GatedLoraLinear", "add_gated_lora", "gated_layers"]
+__all__ = ["ALL_LINEAR", "GatedLoraLinear", "add_gated_lora", "check_lora_settings", "gated_layers", "target_layers"]
+__all__ += ["wrap_layers"]

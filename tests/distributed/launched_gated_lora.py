@@ -1,0 +1,42 @@
+"""Computes the gradients of a gated LoRA in DistributedDataParallel; each process has rows and gates of its own."""
+
+import os
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from gated_gradients import gated_llm, rows_of  # beside this file
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_ilora.runs import leave_launch
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+state = PartialState(cpu=True)
+assert state.num_processes == 2
+
+
+class WithRouter(nn.Module):
+    """A router outside of the gated model, trained with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gated, self.router = gated_llm()
+
+    def forward(self, input_ids, users):
+        gates = self.router(users).softmax(-1)  # (batch, experts)
+        if rank == 0:  # both ways to pass gates, in one training
+            return self.gated(input_ids, labels=input_ids, expert_gates=gates).loss
+        with self.gated.use_gates(gates):
+            return self.gated(input_ids, labels=input_ids).loss
+
+
+model = WithRouter().train()
+model.gated.activation_checkpointing_enable()
+parallel = DistributedDataParallel(model)
+input_ids, users = rows_of(rank)
+parallel(input_ids, users).backward()
+gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+save_file(gradients, folder / f"gradients-{rank}.safetensors")
+leave_launch()
