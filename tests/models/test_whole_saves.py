@@ -137,6 +137,18 @@ def test_shards_and_a_single_file_replace_each_other(tmp_path):
     assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
 
 
+def test_a_model_without_catalogue_does_not_inherit_that_of_the_earlier_one(tmp_path):
+    save_sasrec(tmp_path, 1.0)
+    model = sasrec(2.0)
+    model.catalogue = None
+    model.save_pretrained(tmp_path)
+    assert SASRecForNextItem.from_pretrained(tmp_path).catalogue is None
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "items.parquet").write_bytes(b"of a data set")
+    model.save_pretrained(tmp_path / "data")  # where there was no model
+    assert (tmp_path / "data" / "items.parquet").read_bytes() == b"of a data set"
+
+
 def test_another_variant_and_other_files_stay(tmp_path):
     save_sasrec(tmp_path, 1.0, variant="fp16")
     (tmp_path / "run.json").write_text("{}")

@@ -336,6 +336,21 @@ def test_broken_weights_are_an_error(copied):
             load(copied)
 
 
+def test_shards_come_back_and_a_missing_one_is_an_error(model, llm_folder, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert torch.equal(answers(load(tmp_path, llm=llm_folder)), answers(model))
+    shards[-1].unlink()
+    with pytest.raises(
+        ValueError, match=f"has no {shards[-1].name}, which model.safetensors.index.json names: restore"
+    ):
+        load(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json of .* is broken"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "items.parquet"])
 def test_a_missing_file_is_an_error(copied, name):
     (copied / name).unlink()

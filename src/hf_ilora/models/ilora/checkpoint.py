@@ -13,7 +13,7 @@ from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
 from hf_ilora.models.next_item.handler import EndpointHandler
 from hf_ilora.models.next_item.hub_upload import UploadOfSaved
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
-from hf_ilora.models.next_item.saved_model import check_sizes, read_config, saved_file, saved_shapes
+from hf_ilora.models.next_item.saved_model import check_sizes, read_config, saved_file, saved_shapes, saved_weights
 from hf_ilora.models.next_item.whole_saves import saved_whole
 
 from .configuration_ilora import ILoraConfig, check_public_llm
@@ -139,7 +139,9 @@ class ILoraCheckpoint:
         if shapes is None:
             raise ValueError(_missing(path, SAFE_WEIGHTS_NAME))
         _check_adapter(config, catalogue, shapes, path)
-        state = load_file(_saved_file(path, SAFE_WEIGHTS_NAME, hub_arguments))
+        state = {}
+        for file in saved_weights(path, hub_arguments):
+            state |= load_file(file)
         if not isinstance(llm, PreTrainedModel):
             if llm is None and config.llm_name_or_path is None:
                 raise ValueError(f"{path} does not name the language model that it was trained on: pass it as llm=")

@@ -53,31 +53,51 @@ def read_config(
         raise ValueError(f"{CONFIG_NAME} of {path} has a wrong value ({error}): {remedy}") from error
 
 
+def saved_weights(path: str | os.PathLike, hub_arguments: dict) -> list[str]:
+    """The safetensors files of a saved model: one, or its shards; empty if there are none.
+
+    Raises:
+        ValueError: when the list of the shards is damaged, or one is missing.
+    """
+    if (file := saved_file(path, SAFE_WEIGHTS_NAME, hub_arguments)) is not None:
+        return [file]
+    if (index := saved_file(path, SAFE_WEIGHTS_INDEX_NAME, hub_arguments)) is None:
+        return []
+    try:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        files = {name: saved_file(path, name, hub_arguments) for name in sorted(names)}
+    except (ValueError, *WRONG_TYPES) as error:
+        raise _broken(SAFE_WEIGHTS_INDEX_NAME, path, error) from error
+    for name, file in files.items():
+        if file is None:
+            raise ValueError(
+                f"{path} has no {name}, which {SAFE_WEIGHTS_INDEX_NAME} names: restore the folder that save_pretrained "
+                "wrote"
+            )
+    return list(files.values())
+
+
 def saved_shapes(path: str | os.PathLike, hub_arguments: dict) -> dict[str, Shape] | None:
     """The shape of each tensor in the weights, one file or shards; None if there are none in safetensors.
 
     Raises:
         ValueError: when a header is damaged, or does not fit the size of its file.
     """
-    file = saved_file(path, SAFE_WEIGHTS_NAME, hub_arguments)
-    files = [] if file is None else [file]
-    opened = SAFE_WEIGHTS_NAME
-    try:
-        if file is None and (index := saved_file(path, SAFE_WEIGHTS_INDEX_NAME, hub_arguments)) is not None:
-            opened = SAFE_WEIGHTS_INDEX_NAME
-            names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
-            files = [saved_file(path, name, hub_arguments) for name in sorted(set(names))]
-        shapes = {}
-        for file in files:
-            opened = os.path.basename(file)
+    files = saved_weights(path, hub_arguments)
+    shapes = {}
+    for file in files:
+        try:
             with safe_open(file, framework="pt") as weights:
                 shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, *WRONG_TYPES) as error:
-        raise ValueError(
-            f"{opened} of {path} is broken ({error}): expected whole weights; restore the folder that save_pretrained "
-            "wrote"
-        ) from error
+        except (SafetensorError, ValueError, *WRONG_TYPES) as error:
+            raise _broken(os.path.basename(file), path, error) from error
     return shapes if files else None
+
+
+def _broken(name: str, path: str | os.PathLike, error: Exception) -> ValueError:
+    return ValueError(
+        f"{name} of {path} is broken ({error}): expected whole weights; restore the folder that save_pretrained wrote"
+    )
 
 
 def check_sizes(
@@ -148,4 +168,4 @@ def saved_file(path: str | os.PathLike, name: str, hub_arguments: dict) -> str |
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
 
 
-__all__ = ["WRONG_TYPES", "check_sizes", "read_config", "saved_file", "saved_shapes"]
+__all__ = ["WRONG_TYPES", "check_sizes", "read_config", "saved_file", "saved_shapes", "saved_weights"]

@@ -12,6 +12,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from transformers.utils import CONFIG_NAME
 
+from .catalogue import CATALOGUE_FILE
+
 
 @contextmanager
 def saved_whole(save_directory: str | os.PathLike, variant: str | None = None) -> Iterator[Path]:
@@ -20,8 +22,8 @@ def saved_whole(save_directory: str | os.PathLike, variant: str | None = None) -
     An error in the block, or a kill, leaves the earlier model as it was. The files are then renamed one after the
     other, config.json last. If more than one of them is new, config.json is deleted before the first rename: a process
     that is killed between two renames leaves a folder that no class loads, but never the weights of one model with the
-    configuration of another. Weights of the earlier save that the new one does not replace, such as further shards, are
-    deleted. The next save deletes what a killed process has left, `.model.<number>.unfinished`.
+    configuration of another. Weights and a catalogue of the earlier save that the new one does not replace, such as
+    further shards, are deleted. The next save deletes what a killed process has left, `.model.<number>.unfinished`.
 
     Args:
         save_directory: created if it does not exist.
@@ -74,6 +76,10 @@ def _move(unfinished: Path, folder: Path, variant: str | None) -> None:
     infix = "" if variant is None else re.escape(f".{variant}")
     weights = re.compile(rf"model{infix}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{infix}\.json")
     stale = [path for path in folder.iterdir() if weights.fullmatch(path.name) and Path(path.name) not in new]
+    if (folder / CONFIG_NAME).exists() and Path(CATALOGUE_FILE) not in new and (folder / CATALOGUE_FILE).exists():
+        stale.append(
+            folder / CATALOGUE_FILE
+        )  # the new model has no catalogue, and would be taken for one of these items
     changed = [name for name in new if not _is_same(unfinished / name, folder / name)]
     if len(changed) + len(stale) > 1:
         (folder / CONFIG_NAME).unlink(missing_ok=True)
