@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -257,6 +258,17 @@ def test_a_copy_has_gates_of_its_own():
             model(FEATURES)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_is_one_graph_for_all_gates():
+    model = gated_mlp()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for gates in (GATES, OTHER_GATES):
+        assert torch.equal(compiled(FEATURES, expert_gates=gates), model(FEATURES, expert_gates=gates))
+    with model.use_gates(OTHER_GATES):
+        assert torch.equal(compiled(FEATURES), model(FEATURES))
+    torch.compiler.reset()
+
+
 # --- gradient checkpointing ---
 
 
@@ -392,10 +404,10 @@ def test_weights_that_cannot_be_merged_are_refused():
         gated_mlp().merge_and_unload(GATES)
     tied = base_llm(tie_word_embeddings=True)
     tied = get_gated_lora_model(tied, config(target_modules=["q_proj", "lm_head"]))
-    before = copy.deepcopy(tied.state_dict())
+    before = copy.deepcopy(tied.base_model.state_dict())
     with pytest.raises(ValueError, match="the weight of lm_head belongs to another module too"):
         tied.merge_and_unload(GATES[0])
-    torch.testing.assert_close(tied.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(tied.base_model.state_dict(), before, rtol=0, atol=0)
     quantised = gated_mlp()
     quantised.base_model[2].base_layer = nn.Module()
     with pytest.raises(ValueError, match="2 is a Module: expected a linear layer whose weight is in floating point"):
@@ -584,24 +596,63 @@ def test_the_program_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert "\ntrainable params: 1,792 || " in f"\n{capsys.readouterr().out}"  # 2 layers of 8 * (32 + 32 + 32 + 16)
 
 
-def test_the_trainer_trains_the_adapter_alone(tmp_path):
-    model = get_gated_lora_model(base_llm(), config(target_modules=["q_proj", "up_proj"]))
-    before = copy.deepcopy(model.state_dict())
-    rows = [{"input_ids": IDS[i % 3], "labels": IDS[i % 3], "expert_gates": GATES[i % 3]} for i in range(4)]
+def train(model: GatedLoraModel, folder, resumed: bool = False) -> Trainer:
+    """Three steps on two rows each."""
+    rows = [{"input_ids": IDS[i % 3], "labels": IDS[i % 3], "expert_gates": GATES[i % 3]} for i in range(6)]
     arguments = TrainingArguments(
-        tmp_path,
-        max_steps=2,
+        folder,
+        max_steps=3,
         per_device_train_batch_size=2,
         learning_rate=0.1,
-        lr_scheduler_type="constant",
         activation_checkpointing=True,
         remove_unused_columns=False,
-        save_strategy="no",
+        label_names=["labels"],
+        save_steps=2,
         disable_tqdm=True,
         use_cpu=True,
     )
-    trainer = Trainer(model, arguments, train_dataset=rows)
-    assert trainer.model_accepts_loss_kwargs and not Trainer(gated_mlp(), arguments).model_accepts_loss_kwargs
-    trainer.train()
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resumed else None)
+    return trainer
+
+
+def test_the_trainer_trains_the_adapter_and_resumes_from_it(tmp_path):
+    def tied():
+        return get_gated_lora_model(
+            base_llm(num_hidden_layers=1, tie_word_embeddings=True),
+            config(target_modules=["q_proj", "up_proj"], lora_dropout=0.2),
+        )
+
+    model = tied()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer = train(model, tmp_path)
+    assert trainer.model_accepts_loss_kwargs and math.isfinite(trainer.evaluate()["eval_loss"])
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert changed == model.trainable_parameters().keys()
+
+    assert load_file(tmp_path / "checkpoint-2" / "model.safetensors").keys() == changed
+    resumed = randomised(tied(), seed=8)
+    train(resumed, tmp_path, resumed=True)
+    for name, value in model.trainable_parameters().items():
+        torch.testing.assert_close(resumed.trainable_parameters()[name], value)
+
+
+def test_a_model_whose_forward_takes_no_other_keyword_gets_none_of_the_trainer(tmp_path):
+    arguments = TrainingArguments(tmp_path, use_cpu=True)
+    assert not Trainer(gated_mlp(), arguments).model_accepts_loss_kwargs
+
+
+def test_a_state_dict_has_the_adapter_alone_inside_of_another_module_too():
+    whole = nn.ModuleDict({"router": nn.Linear(5, EXPERTS), "gated": gated_mlp()})
+    state = copy.deepcopy(whole.state_dict())
+    adapter = {f"gated.base_model.{layer}.lora_{matrix}" for layer in (0, 2) for matrix in "AB"}
+    assert state.keys() == {"router.weight", "router.bias"} | adapter
+    for parameter in whole.parameters():
+        nn.init.zeros_(parameter)
+    whole.load_state_dict(state)
+    torch.testing.assert_close(whole.state_dict(), state)
+    del state["gated.base_model.2.lora_A"], state["router.bias"]
+    with pytest.raises(
+        RuntimeError, match=r'Missing key\(s\) in state_dict: "router.bias", "gated.base_model.2.lora_A"\.'
+    ):
+        whole.load_state_dict(state)

@@ -87,6 +87,9 @@ class GatedLoraModel(nn.Module):
     `model(..., expert_gates=gates)` is an ordinary forward for DistributedDataParallel, which hands keywords on.
     Gradients flow into the gates. Several threads may use one model, each with gates of its own.
 
+    The state dict contains the adapter alone, also where the model is part of another module: checkpoints of the
+    Trainer and of accelerate stay small, and loading one leaves the frozen model as it is.
+
     Args:
         model: any model. It is frozen, and its target layers are replaced in place.
         config: the settings, which are copied.
@@ -118,6 +121,8 @@ class GatedLoraModel(nn.Module):
         for name in self._layer_names:
             gated[name].register_forward_pre_hook(_GateHook(name, self._gates), with_kwargs=True)
         self.training = model.training
+        self.register_state_dict_post_hook(_keep_adapter)
+        self.register_load_state_dict_post_hook(_expect_adapter)
 
     def forward(self, *args, expert_gates: torch.Tensor | None = None, **kwargs):
         """Call the model.
@@ -274,8 +279,11 @@ class GatedLoraModel(nn.Module):
         """
         if state_dict is None:
             state_dict = self.state_dict()
-        names = [f"{name}.lora_{matrix}" for name in self._layer_names for matrix in "AB"]
-        return {name: state_dict[f"base_model.{name}"] for name in names}
+        return {name.removeprefix("base_model."): state_dict[name] for name in self._adapter_names()}
+
+    def _adapter_names(self) -> list[str]:
+        """Names of the adapter's tensors in the state dict."""
+        return [f"base_model.{name}.lora_{matrix}" for name in self._layer_names for matrix in "AB"]
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, state_dict: dict | None = None, is_main_process: bool = True
@@ -393,6 +401,25 @@ def get_gated_lora_model(model: nn.Module, config: GatedLoraConfig) -> GatedLora
         ValueError: see `GatedLoraModel`.
     """
     return GatedLoraModel(model, config)
+
+
+def _keep_adapter(model: GatedLoraModel, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """Remove the frozen model from a state dict."""
+    kept = {f"{prefix}{name}" for name in model._adapter_names()}
+    for name in [name for name in state_dict if name.startswith(f"{prefix}base_model.") and name not in kept]:
+        del state_dict[name]
+
+
+def _expect_adapter(model: GatedLoraModel, incompatible_keys) -> None:
+    """Do not miss the frozen model in a state dict that was loaded."""
+    frozen = {f"base_model.{name}" for name in model.base_model.state_dict()} - set(model._adapter_names())
+    missing = incompatible_keys.missing_keys  # with the prefixes of the modules around the model
+
+    def is_frozen(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[start:]) in frozen for start in range(len(parts)))
+
+    missing[:] = [name for name in missing if not is_frozen(name)]
 
 
 def _accepts_loss_kwargs(model: nn.Module) -> bool:
