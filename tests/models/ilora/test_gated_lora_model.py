@@ -354,6 +354,14 @@ def test_targets_that_match_no_linear_layer_are_refused(target_modules, message)
     assert all(parameter.requires_grad for parameter in llm.parameters())
 
 
+def test_settings_that_were_changed_to_wrong_ones_change_no_model():
+    settings, model = config(target_modules="all-linear"), mlp()
+    settings.rank = 7
+    with pytest.raises(ValueError, match="rank 7 cannot be divided among 4 experts"):
+        get_gated_lora_model(model, settings)
+    assert not gated_layers(model) and all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_models_that_cannot_be_gated_are_refused():
     with pytest.raises(ValueError, match=r"0\.out_proj belongs to a MultiheadAttention, which reads its weight"):
         get_gated_lora_model(nn.Sequential(nn.MultiheadAttention(8, 2)), config(target_modules=["out_proj"]))

@@ -220,6 +220,7 @@ def wrap_layers(
     Returns:
         Name -> gated layer. A layer with two names stays one layer.
     """
+    check_lora_settings(rank, num_experts, lora_alpha, lora_dropout)  # before anything changes
     model.requires_grad_(False)
     layers = {name: model.get_submodule(name) for name in names}
     gated = {}
