@@ -110,11 +110,11 @@ SETTINGS = {
         ids=(
             {},
             {"item_learning_rate_factor": 0.3},
-            {"item_learning_rate_factor": 1.0},
-            {"hidden_dropout": 0.2},
+            {"item_learning_rate_factor": 0.1},
+            {"item_learning_rate_factor": 0.1, "hidden_dropout": 0.2},
         ),
         joint_start={"initial_items": "titles_and_log_cooccurrence"},
-        start=({"title_prior": 3.0}, {"title_prior": 3.0, "item_learning_rate_factor": 1.0}),
+        start=({"title_prior": 3.0}, {"title_prior": 3.0, "item_learning_rate_factor": 0.1}),
         title_weight=1.0,
         count_weight=0.5,
         taught=(
