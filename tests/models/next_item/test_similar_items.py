@@ -23,6 +23,7 @@ def cosines(table: np.ndarray, item: int) -> np.ndarray:
 def in_chunks_of(at_once: int, monkeypatch) -> None:
     for name in ("_SCORES_AT_ONCE", "_USERS_AT_ONCE"):
         monkeypatch.setattr(top_k, name, {"cpu": at_once})
+    monkeypatch.setattr(top_k, "_FEW_SCORES", 0)
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,14 @@ def sorted_by_hand(scores: list[float], top_k: int) -> list[int]:
     return sorted(range(len(scores)), key=lambda column: (-scores[column], column))[:top_k]
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks of three users and about twenty items, so that a tiny catalogue takes many."""
+@pytest.fixture(params=[1, 10**9], ids=["few candidates are sorted", "whole chunks are searched"])
+def small_chunks(request, monkeypatch):
+    """Chunks of three users and twenty items, so that a tiny catalogue takes many."""
+    monkeypatch.setattr(module, "_FEW_SCORES", 0)
     monkeypatch.setattr(module, "_SCORES_AT_ONCE", {"cpu": 60, "other": 60})
     monkeypatch.setattr(module, "_USERS_AT_ONCE", {"cpu": 3, "other": 3})
+    monkeypatch.setattr(module, "_BLOCK", 4)
+    monkeypatch.setattr(module, "_SCORES_PER_CANDIDATE", request.param)
 
 
 @pytest.mark.parametrize("values", [3, 1000])  # nearly all scores are equal, or few are

@@ -9,11 +9,15 @@ import torch
 from .configuration_next_item import PADDING_ITEM_ID
 
 # Scores in memory at once. On a CPU they stay in its cache; a GPU needs more work for each launch.
-_SCORES_AT_ONCE = {"cpu": 2**19, "other": 2**24}
+_SCORES_AT_ONCE = {"cpu": 2**20, "other": 2**24}
 _USERS_AT_ONCE = {"cpu": 256, "other": 2048}
+_FEW_SCORES = 2**14  # which need no chunks: fewer steps take less time, which counts when one user waits
+_BLOCK = 64  # items whose highest score is looked at before their own; rows of scores have a block as margin
 # Up to this many columns `torch.topk` beats a search through blocks.
 _PLAIN_COLUMNS = 2**14
 _SORTED_COLUMNS = 256
+_SCORES_PER_CANDIDATE = 64  # that `torch.topk` reads in the time in which a candidate is sorted
+_LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -62,20 +66,31 @@ class ItemMasks:
         hidden, allowed = (None if ids is None else ids[users] for ids in (self.hidden, self.allowed))
         return ItemMasks(hidden, allowed, self.available)
 
-    def apply_(self, scores: torch.Tensor, items: slice | None = None) -> torch.Tensor:
-        """Set scores (users, items) of a slice of item ids, None for all of them, to -inf where they are masked."""
+    def apply_(self, scores: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Set scores to -inf where they are masked.
+
+        Args:
+            scores: (users, columns), of the item ids `first`, `first + 1`, ... If these are not all items, the first
+                and the last column are overwritten.
+            first: the item id of the first column.
+
+        Returns:
+            The scores.
+        """
+        last_column = scores.shape[1] - 1
         if self.available is not None:
-            scores.masked_fill_(~(self.available if items is None else self.available[items]), float("-inf"))
+            items = slice(max(first, 0), min(first + last_column + 1, len(self.available)))
+            unavailable = ~self.available[items]
+            scores[:, items.start - first : items.stop - first].masked_fill_(unavailable, float("-inf"))
         if self.allowed is not None:
-            columns, values = _in_chunk(self.allowed, items, 0.0, float("-inf"))
-            scores.add_(torch.full_like(scores, float("-inf")).scatter_reduce_(1, columns, values.to(scores), "amax"))
-        if self.hidden is not None and items is None:
-            scores.scatter_(1, self.hidden.long(), float("-inf"))
-        elif self.hidden is not None:
-            columns, values = _in_chunk(self.hidden, items, float("-inf"), float("inf"))
-            scores.scatter_reduce_(1, columns, values.to(scores), "amin")
-        if items is None or items.start == PADDING_ITEM_ID:
-            scores[:, PADDING_ITEM_ID] = float("-inf")
+            columns = (self.allowed.long() - first).clamp_(0, last_column)
+            scores.add_(torch.full_like(scores, float("-inf")).scatter_(1, columns, 0.0))
+        if self.hidden is not None:
+            # To write ids that are outside to the outer columns takes less time than to find them.
+            columns = (self.hidden.long() - first).clamp_(0, last_column)
+            scores.scatter_(1, columns, float("-inf"))
+        if first <= PADDING_ITEM_ID <= first + last_column:
+            scores[:, PADDING_ITEM_ID - first] = float("-inf")
         return scores
 
 
@@ -84,14 +99,6 @@ def columns_in_chunk(item_ids: torch.Tensor, items: slice) -> tuple[torch.Tensor
     columns = item_ids.long() - items.start
     inside = (columns >= 0) & (columns < items.stop - items.start)
     return columns.clamp(0, items.stop - items.start - 1), inside
-
-
-def _in_chunk(item_ids: torch.Tensor, items: slice | None, inner: float, outer: float):
-    """Columns as `columns_in_chunk`, and the number `inner` or, for ids outside, `outer`."""
-    if items is None:
-        return item_ids.long(), torch.full(item_ids.shape, inner, device=item_ids.device)
-    columns, inside = columns_in_chunk(item_ids, items)
-    return columns, torch.where(inside, inner, outer)
 
 
 def ordered_top_k(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,10 +221,7 @@ def top_k_in_chunks(
         ValueError: as `masked_top_k`.
     """
     check_top_k(top_k, num_items)
-    kind = "cpu" if device.type == "cpu" else "other"
-    users_at_once = min(num_users, _USERS_AT_ONCE[kind])
-    items_at_once = min(num_items + 1, max(_SCORES_AT_ONCE[kind] // users_at_once, 2 * top_k))
-    if users_at_once == num_users and items_at_once > num_items:
+    if num_users * num_items <= _FEW_SCORES:
         scores = torch.empty(num_users, num_items + 1, device=device)
         score_items(slice(0, num_users), slice(0, num_items + 1), scores)
         scores[:, PADDING_ITEM_ID] = float("-inf")
@@ -225,21 +229,30 @@ def top_k_in_chunks(
         best, item_ids = ordered_top_k(masks.apply_(scores), top_k)
         check_best_scores(best, num_items)
         return item_ids, best, log_sum_exp
-    memory = torch.empty(2, users_at_once * items_at_once, device=device)
+    kind = "cpu" if device.type == "cpu" else "other"
+    users_at_once = min(num_users, _USERS_AT_ONCE[kind])
+    items_at_once = min(num_items + 1, max(_SCORES_AT_ONCE[kind] // users_at_once, 2 * top_k))
+    memory = torch.empty(2, users_at_once, _BLOCK + items_at_once + _BLOCK, device=device)
     answers = []
     for first_user in range(0, num_users, users_at_once):
         users = slice(first_user, min(first_user + users_at_once, num_users))
-        running = _Best(users.stop - users.start, top_k, masks.of(users), device)
+        best, masks_of_users = _Best(top_k), masks.of(users)
         for first in range(0, num_items + 1, items_at_once):
             items = slice(first, min(first + items_at_once, num_items + 1))
-            shape = running.num_users, items.stop - items.start
-            scores, exponentials = memory[:, : math.prod(shape)].view(2, *shape)
+            width = items.stop - items.start
+            end = _BLOCK + -(-width // _BLOCK) * _BLOCK  # of whole blocks
+            rows, exponentials = memory[:, : users.stop - users.start]
+            scores = rows[:, _BLOCK : _BLOCK + width]
             score_items(users, items, scores)
             if items.start == PADDING_ITEM_ID:
                 scores[:, PADDING_ITEM_ID] = float("-inf")
-            running.see(scores, items, exponentials)
-        answers.append((running.item_ids, running.scores, running.log_sum_exp()))
-    item_ids, scores, log_sum_exp = (torch.cat(parts) for parts in zip(*answers, strict=True))
+            best.add(scores, exponentials[:, :width])
+            masks_of_users.apply_(rows[:, _BLOCK - 1 : _BLOCK + width + 1], items.start - 1)
+            rows[:, _BLOCK + width : end] = float("-inf")
+            best.rank(rows[:, _BLOCK:end], items.start)
+        best.merge()
+        answers.append((best.item_ids, best.scores, best.log_sum_exp()))
+    item_ids, scores, log_sum_exp = answers[0] if len(answers) == 1 else map(torch.cat, zip(*answers, strict=True))
     check_best_scores(scores, num_items)
     return item_ids, scores, log_sum_exp
 
@@ -247,43 +260,84 @@ def top_k_in_chunks(
 class _Best:
     """The best items that some users have so far, and the sum of exp(score) so far."""
 
-    def __init__(self, num_users: int, top_k: int, masks: ItemMasks, device: torch.device):
-        self.num_users, self.top_k, self.masks = num_users, top_k, masks
-        self.item_ids = torch.zeros(num_users, top_k, dtype=torch.int64, device=device)
-        self.scores = torch.full((num_users, top_k), float("-inf"), device=device)
-        self.highest = torch.full((num_users,), float("-inf"), device=device)
-        self.sum = torch.zeros(num_users, device=device)  # of exp(score - highest)
+    def __init__(self, top_k: int):
+        self.top_k = top_k
+        self.scores = self.item_ids = None  # (users, top_k)
+        self.reference = self.sum = None  # (users,), the sum of exp(score) x 2 ** -reference
+        # The users, scores and item ids, (any,) each, that `merge` has to look at.
+        self.candidates, self.num_candidates = [], 0
 
     def log_sum_exp(self) -> torch.Tensor:
-        return self.highest + self.sum.log()
+        return (self.reference + self.sum.log2()) / _LOG2_E
 
-    def see(self, scores: torch.Tensor, items: slice, exponentials: torch.Tensor) -> None:
-        """Take in the scores (users, items) of the next item ids; both tensors are overwritten."""
-        highest_here = scores.amax(1)  # (users,)
-        highest = torch.maximum(self.highest, highest_here).clamp(min=torch.finfo(torch.float32).min)
-        torch.sub(scores, highest.unsqueeze(1), out=exponentials)
-        exponentials.mul_(math.log2(math.e)).exp2_()  # twice as fast as exp_
-        self.sum = self.sum * (self.highest - highest).exp() + exponentials.sum(1)
-        self.highest = highest
-        if scores.device.type != "cpu":  # to look for the users whose best change would wait for a GPU
-            self._rank(slice(None), scores, items)
+    def add(self, scores: torch.Tensor, exponentials: torch.Tensor) -> None:
+        """Add exp of scores (users, items) to the sum; `exponentials` of the same shape is overwritten."""
+        reference = scores.amax(1).mul_(_LOG2_E).clamp_(min=torch.finfo(torch.float32).min)  # (users,)
+        if self.reference is not None:
+            reference = torch.maximum(self.reference, reference)
+        # exp2 takes half the time of exp, and one pass subtracts and multiplies.
+        torch.add(-reference.unsqueeze(1), scores, alpha=_LOG2_E, out=exponentials).exp2_()
+        added = exponentials.sum(1)
+        self.sum = added if self.sum is None else self.sum * (self.reference - reference).exp2_() + added
+        self.reference = reference
+
+    def rank(self, scores: torch.Tensor, first: int) -> None:
+        """Take in the scores (users, items) of the next item ids, `first` and those after it."""
+        if self.scores is None:
+            self.scores, columns = ordered_top_k(scores, self.top_k)
+            self.item_ids = columns + first
+        # To look for the few scores above the worst of the best would wait for a GPU.
+        elif scores.device.type != "cpu" or not self._add_candidates(scores, first):
+            best, columns = ordered_top_k(scores, min(self.top_k, scores.shape[1]))
+            self.candidates.append(_flat(best, columns + first))
+            self.merge()
+
+    def _add_candidates(self, scores: torch.Tensor, first: int) -> bool:
+        """Keep the scores that change the best, unless they are so many that a search through all takes less time.
+
+        Later items have higher ids, so that equal scores change nothing. NaN is kept, to be found in the end.
+        """
+        worst = self.scores[:, -1]  # (users,)
+        blocks = scores.unflatten(1, (-1, _BLOCK))  # (users, blocks, block)
+        users, block = _above(worst, blocks.amax(2))
+        if users.numel() > scores.numel() // (2 * _BLOCK):
+            return False
+        chosen = blocks[users, block]  # (any, block)
+        places, columns = _above(worst[users], chosen)
+        if places.numel() > scores.numel() // _SCORES_PER_CANDIDATE:
+            return False
+        item_ids = block[places] * _BLOCK + columns + first
+        self.candidates.append((users[places], chosen[places, columns], item_ids))
+        self.num_candidates += places.numel()
+        if self.num_candidates > self.scores.numel():
+            self.merge()
+        return True
+
+    def merge(self) -> None:
+        """Find the best among the best so far and the candidates."""
+        if not self.candidates:
             return
-        # Later items have higher ids: equal scores do not change the best. NaN is ranked, to be found in the end.
-        users = (~(highest_here <= self.scores[:, -1])).nonzero().squeeze(1)
-        if len(users) == self.num_users:
-            self._rank(slice(None), scores, items)
-        elif len(users):
-            self._rank(users, scores[users], items)
+        everybody = torch.arange(len(self.scores), device=self.scores.device)
+        best = _flat(self.scores, self.item_ids)
+        users, scores, item_ids = map(torch.cat, zip(best, *self.candidates, strict=True))  # (any,)
+        # Lower ids come first, and stay there among equal scores, since the sorts are stable.
+        scores, order = scores.sort(descending=True, stable=True)
+        users, by_user = users[order].sort(stable=True)
+        first = torch.searchsorted(users, everybody)  # (users,)
+        chosen = by_user[first.unsqueeze(1) + torch.arange(self.top_k, device=first.device)]  # (users, top_k)
+        self.scores, self.item_ids = scores[chosen], item_ids[order[chosen]]
+        self.candidates, self.num_candidates = [], 0
 
-    def _rank(self, users: slice | torch.Tensor, scores: torch.Tensor, items: slice) -> None:
-        masked = self.masks.of(users).apply_(scores, items)
-        best, columns = ordered_top_k(masked, min(self.top_k, masked.shape[1]))
-        # The best so far come first, since their ids are lower and the sort is stable.
-        both = torch.cat([self.scores[users], best], dim=1)
-        ids = torch.cat([self.item_ids[users], columns + items.start], dim=1)
-        both, order = both.sort(dim=1, descending=True, stable=True)
-        self.scores[users] = both[:, : self.top_k]
-        self.item_ids[users] = ids.gather(1, order)[:, : self.top_k]
+
+def _flat(scores: torch.Tensor, item_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The users, scores and item ids, (users * items,) each, of scores and item ids (users, items)."""
+    users = torch.arange(len(scores), device=scores.device).unsqueeze(1).expand_as(scores)
+    return users.flatten(), scores.flatten(), item_ids.flatten()
+
+
+def _above(limits: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns, in this order, of the scores (rows, columns) above the limits (rows,), and of NaN."""
+    return (~(scores <= limits.unsqueeze(1))).nonzero().unbind(1)
 
 
 __all__ = [
