@@ -16,6 +16,7 @@ from hf_ilora.data.columns import flatten_lists, padded_lists, read_column
 from hf_ilora.devices import process_state
 from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at, reciprocal_rank
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID
+from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.histories import check_batch_size
 from hf_ilora.models.next_item.next_item_model import evaluation_mode
 from hf_ilora.models.next_item.top_k import ordered_top_k
@@ -311,6 +312,8 @@ def _logits(model, max_length: int, histories: torch.Tensor) -> torch.Tensor:
     newest = min(max_length, histories.shape[1])
     positions = (lengths - newest).clamp(min=0) + torch.arange(newest, device=histories.device)  # (batch, newest)
     input_ids = histories.gather(1, positions)
+    if isinstance(extract_model_from_parallel(model), EncoderForNextItem):
+        return model(input_ids=input_ids, only_last=True).logits
     return model(input_ids=input_ids, attention_mask=(input_ids != PADDING_ITEM_ID).long()).logits
 
 

@@ -150,6 +150,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         scored_items: torch.Tensor | None = None,
         label_indices: torch.Tensor | None = None,
         soft_targets: Callable | None = None,
+        only_last: bool = False,
     ) -> NextItemOutput:
         """Score the next item of each history.
 
@@ -171,6 +172,8 @@ class EncoderForNextItem(NextItemPreTrainedModel):
                 captured, the loss is then computed at unlabelled positions too, and left out.
             soft_targets: further distributions to learn from at the labelled positions, as `NextItemHead.forward` takes
                 them; for the losses cross_entropy and sampled_softmax with negative_sharing "batch".
+            only_last: return `logits` and `user_embedding` only, of the stored tables, and spare the last layer all
+                other positions: for evaluation. Of the other arguments, only `attention_mask` may be given.
 
         Returns:
             loss: scalar, when `labels` are given.
@@ -183,8 +186,19 @@ class EncoderForNextItem(NextItemPreTrainedModel):
 
         Raises:
             ValueError: for inputs of other shapes, longer than `max_length`, or, on a CPU, ids and labels outside the
-                catalogue.
+                catalogue; and for `only_last` with labels or what else it does not read.
         """
+        if only_last:
+            unread = (labels, teacher_embeddings, scored_positions, scored_items, soft_targets)
+            if any(each is not None for each in unread):
+                raise ValueError(
+                    "only_last returns the scores of the whole catalogue after the newest items: expected no labels, "
+                    "teacher_embeddings, scored_positions, scored_items or soft_targets beside it"
+                )
+            self.check_input(input_ids, attention_mask=attention_mask)
+            newest = input_ids if attention_mask is None else input_ids * attention_mask.ne(0)
+            user_embedding = self.user_embeddings(newest)
+            return NextItemOutput(logits=self.score_users(user_embedding, newest), user_embedding=user_embedding)
         mask = scored_positions if scored_positions is not None and scored_positions.dtype == torch.bool else None
         self.check_input(input_ids, attention_mask=attention_mask, labels=labels, scored_positions=mask)
         real, order, slots = padding_to_the_end(input_ids, attention_mask)
