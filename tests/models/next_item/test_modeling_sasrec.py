@@ -149,6 +149,22 @@ def test_attention_decay_equals_naive_distance_penalty():
     assert layer.attention.log_decay.exp().tolist() == pytest.approx([0.4, 0.1])
 
 
+def test_the_gradient_of_the_attention_decay_is_that_of_finite_differences():
+    model = small_model(attention_decay=True)
+    labels = torch.tensor([[8, 9, 3, -100, -100], [2, 3, 4, 5, 6], [4, -100, -100, -100, -100]])
+    model(RIGHT, labels=labels).loss.backward()
+    decay, step = model.model.layers[0].attention.log_decay, 0.01
+    for head in range(len(decay)):
+        losses = []
+        for change in (step, -step):
+            changed = decay.detach().clone()
+            changed[head] += change
+            parameters = {"model.layers.0.attention.log_decay": changed}
+            losses.append(torch.func.functional_call(model, parameters, (RIGHT,), {"labels": labels}).loss.item())
+        difference = (losses[0] - losses[1]) / (2 * step)
+        assert difference and decay.grad[head].item() == pytest.approx(difference, rel=0.02, abs=1e-4)
+
+
 def test_start_from_item_embeddings_recommends_neighbours_before_training():
     model = small_model(hidden_size=32, initializer_range=0.001)
     table = torch.randn(NUM_ITEMS + 1, 32, generator=torch.Generator().manual_seed(0))

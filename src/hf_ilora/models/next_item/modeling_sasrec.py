@@ -16,6 +16,9 @@ from .next_item_model import NextItemPreTrainedModel
 from .padding import at_position, last_positions, padding_to_the_end, restore_padding
 from .teacher_embeddings import ItemEmbedding
 
+# A distance, and not infinity, whose gradient with respect to the decay would be NaN.
+_UNSEEN = 1e30
+
 
 class SASRecAttention(nn.Module):
     """Causal multi-head attention over right-padded sequences; padding comes last and needs no mask."""
@@ -31,9 +34,15 @@ class SASRecAttention(nn.Module):
         # log of how fast each head's attention fades with distance
         self.log_decay = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_decay else None
 
-    def forward(self, queries: torch.Tensor, keys_and_values: torch.Tensor, last: torch.Tensor | int | None = None):
+    def forward(
+        self,
+        queries: torch.Tensor,
+        keys_and_values: torch.Tensor,
+        last: torch.Tensor | int | None = None,
+        distances: torch.Tensor | None = None,
+    ):
         """(batch, queries, hidden): of every position, or only of the position `last` of each row."""
-        mask = self.mask(keys_and_values.shape[1], last, keys_and_values.device)
+        mask = self.mask(keys_and_values.shape[1], last, distances, keys_and_values.device)
         attended = F.scaled_dot_product_attention(
             self.split_heads(self.q_proj(queries)),  # (batch, heads, queries, head size)
             self.split_heads(self.k_proj(keys_and_values)),
@@ -49,24 +58,28 @@ class SASRecAttention(nn.Module):
         batch, length, hidden = projected.shape
         return projected.view(batch, length, self.num_heads, hidden // self.num_heads).transpose(1, 2)
 
-    def mask(self, length: int, last: torch.Tensor | int | None, device: torch.device) -> torch.Tensor | None:
+    def mask(
+        self, length: int, last: torch.Tensor | int | None, distances: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor | None:
         """The mask for `scaled_dot_product_attention`; None where a query sees all positions, or all before it.
 
-        It is boolean, or with `attention_decay` the bias on the scores, -decay x distance.
+        It is boolean, or with `attention_decay` the bias on the scores, -decay x distance; `distances` are those of
+        `attention_distances`.
         """
-        if self.log_decay is None and not isinstance(last, torch.Tensor):
-            return None
-        places = torch.arange(length, device=device)
-        if last is None:
-            distance = places.unsqueeze(1) - places  # (length, length), positive for earlier positions
-        elif isinstance(last, torch.Tensor):
-            distance = (last.unsqueeze(1) - places).view(-1, 1, 1, length)  # (batch, 1, 1, length)
-        else:
-            distance = (last - places).unsqueeze(0)  # (1, length)
-        if self.log_decay is None:
-            return distance >= 0
-        bias = -self.log_decay.exp().view(-1, 1, 1) * distance.clamp(min=0)  # (..., heads, queries, length)
-        return bias.masked_fill(distance < 0, float("-inf"))
+        if self.log_decay is not None:
+            if last is not None:
+                distances = distances[last].view(-1, 1, 1, length)  # (batch or 1, 1, 1, length)
+            return -self.log_decay.exp().view(1, -1, 1, 1) * distances  # (batch or 1, heads, queries, length)
+        if isinstance(last, torch.Tensor):
+            return torch.arange(length, device=device) <= last.view(-1, 1, 1, 1)  # (batch, 1, 1, length)
+        return None
+
+
+def attention_distances(length: int, device: torch.device) -> torch.Tensor:
+    """(length, length): how many positions each query is behind each key; of later keys so many that none is seen."""
+    places = torch.arange(length, device=device, dtype=torch.float32)
+    distances = places.unsqueeze(1) - places
+    return distances.masked_fill(distances < 0, _UNSEEN)
 
 
 class SASRecFeedForward(nn.Module):
@@ -95,11 +108,16 @@ class SASRecPreNormLayer(GradientCheckpointingLayer):
         )
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: torch.Tensor, last: torch.Tensor | int | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        last: torch.Tensor | int | None = None,
+        distances: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         normed = queries = self.attention_norm(hidden_states)
         if last is not None:
             hidden_states, queries = at_position(hidden_states, last), at_position(normed, last)
-        hidden_states = hidden_states + self.dropout(self.attention(queries, normed, last))
+        hidden_states = hidden_states + self.dropout(self.attention(queries, normed, last, distances))
         feed_forward = self.feed_forward(self.feed_forward_norm(hidden_states))
         return hidden_states + self.dropout(feed_forward)  # (batch, length, hidden)
 
@@ -122,11 +140,16 @@ class SASRecReferenceLayer(GradientCheckpointingLayer):
         self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: torch.Tensor, last: torch.Tensor | int | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        last: torch.Tensor | int | None = None,
+        distances: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         queries = self.attention_norm(hidden_states)
         if last is not None:
             queries = at_position(queries, last)
-        hidden_states = self.dropout(self.attention(queries, hidden_states, last)) + queries
+        hidden_states = self.dropout(self.attention(queries, hidden_states, last, distances)) + queries
         normed = self.feed_forward_norm(hidden_states)
         return self.output_norm(self.dropout(self.feed_forward(normed)) + normed)  # (batch, length, hidden)
 
@@ -155,6 +178,7 @@ class SASRecModel(SASRecPreTrainedModel):
         super().__init__(config)
         # A configuration's attributes are slow to read, which counts when one user waits.
         self.max_length, self.counts_from_newest = config.max_length, config.position_alignment == "newest"
+        self.decays = config.attention_decay
         self.item_embedding = ItemEmbedding(config)
         self.position_embedding = nn.Embedding(config.max_length, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -215,11 +239,12 @@ class SASRecModel(SASRecPreTrainedModel):
             positions = positions.clamp(max=self.max_length - 1)  # padding comes after the newest item
         item_embeddings = self.item_embedding(item_ids, teacher_embeddings)  # (batch, length, hidden)
         hidden_states = self.dropout(item_embeddings + self.position_embedding(positions))
+        distances = attention_distances(length, item_ids.device) if self.decays else None  # the same in all layers
         *layers, last_layer = self.layers
         for layer in layers:
-            hidden_states = layer(hidden_states)
+            hidden_states = layer(hidden_states, None, distances)
         last = last_positions(lengths, length) if only_last else None
-        return self.final_norm(last_layer(hidden_states, last))
+        return self.final_norm(last_layer(hidden_states, last, distances))
 
 
 class SASRecForNextItem(EncoderForNextItem, SASRecPreTrainedModel):
