@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+DEMO = ["gradio>=6.31"]
 DEEPSPEED = ["deepspeed>=0.19", "ninja>=1.11"]  # ninja: DeepSpeed compiles its operations when they are first used
 INDEX = ["faiss-cpu>=1.8"]
 # onnxscript: torch exports through it; onnxruntime: every export is checked and measured with it
@@ -55,6 +56,7 @@ setup(
     ],
     extras_require={
         "deepspeed": DEEPSPEED,
+        "demo": DEMO,
         "index": INDEX,
         "onnx": ONNX,
         "plot": PLOT,
@@ -62,6 +64,7 @@ setup(
         "titles": TITLES,
         "dev": [
             *DEEPSPEED,
+            *DEMO,
             *INDEX,
             *ONNX,
             *PLOT,
@@ -69,6 +72,7 @@ setup(
             *TITLES,
             *PYTEST,
             "peft>=0.18",  # the tests load exported LoRAs with it
+            "playwright>=1.50",  # the test of the demo drives an installed Chromium with it
             "polars>=1.0",  # its frames are read where a program has imported it
             "ruff>=0.12",
         ],

@@ -51,6 +51,7 @@ ALLOWED_IMPORTS = {
     },
     "serving": {"data", "models", "titles", "distillation", "evaluation", "runs", "devices", "files", SHOWN_TEXT},
     "publishing": {"data", "models", "evaluation", "files", SHOWN_TEXT},
+    "demo": {"models", "titles", "publishing", "devices", "downloads", "files", SHOWN_TEXT},
 }
 
 

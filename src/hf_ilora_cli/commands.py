@@ -119,6 +119,12 @@ COMMANDS = {
             may_be_launched=True,
         ),
         Command(
+            "demo",
+            "serve_demo",
+            "Show models side by side in the browser, or write the page as a Space.",
+            "hf-ilora demo outputs/quickstart/sasrec outputs/quickstart/distilled outputs/quickstart/ilora",
+        ),
+        Command(
             "export",
             "export",
             "Export a trained model to ONNX, to be served without torch.",

@@ -5,12 +5,13 @@ import sys
 import types
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 from transformers import TrainingArguments
 
 from hf_ilora.runs.arguments import parse_arguments, read_config
+from hf_ilora.runs.help_text import recipe_help
 
 
 class Colour(Enum):
@@ -238,6 +239,27 @@ def test_choices_hold_on_the_command_line_and_in_the_yaml(write_config):
     for line in ("split: train", "splits: [test, train]"):
         with pytest.raises(ValueError, match=r"config\.yaml: splits? expects one of validation, test, found 'train'"):
             parse_arguments((ChoiceArguments,), [write_config(line + "\n")])
+
+
+@dataclass
+class PositionalArguments:
+    POSITIONAL: ClassVar[str] = "models"
+
+    models: list[str] = field(metadata={"help": "folders"})
+    names: list[str] | None = field(default=None, metadata={"help": "names"})
+
+
+def test_the_first_words_may_be_values_of_a_field(write_config):
+    for words in (["a", "b"], ["--models", "a", "b"]):
+        (arguments,) = parse_arguments((PositionalArguments,), [*words, "--names", "x", "y"])
+        assert arguments.models == ["a", "b"] and arguments.names == ["x", "y"]
+    (arguments,) = parse_arguments((PositionalArguments,), ["--config", write_config("models: [a]\n")])
+    assert arguments.models == ["a"]
+    with pytest.raises(ValueError, match="required: --models"):
+        parse_arguments((PositionalArguments,), ["--names", "x"])
+    assert recipe_help("show.py", "Shows.", (PositionalArguments,), "show").startswith(
+        "usage: show MODEL ... [--option"
+    )
 
 
 def test_help_ends_the_program_with_success(monkeypatch, capsys):

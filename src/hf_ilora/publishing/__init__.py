@@ -1,6 +1,6 @@
 """Publishes a saved model on the Hub: complete files, in one commit, with a card of its measurements."""
 
 from .model_card import write_card
-from .publish import ModelFolder, card_files, check_folder, push_folder
+from .publish import ModelFolder, card_files, check_folder, files_of_model, push_folder
 
-__all__ = ["ModelFolder", "card_files", "check_folder", "push_folder", "write_card"]
+__all__ = ["ModelFolder", "card_files", "check_folder", "files_of_model", "push_folder", "write_card"]

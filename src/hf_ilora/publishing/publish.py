@@ -70,12 +70,8 @@ def check_folder(
             package, or the name of the language model is a local path.
     """
     folder = Path(folder)
-    files: dict[str, Path | bytes] = {path.name: path for path in _weight_files(folder)}
-    for name in (CONFIG_NAME, CATALOGUE_FILE):
-        files[name] = _existing(folder / name, "the folder that save_pretrained wrote")
+    files: dict[str, Path | bytes] = dict(files_of_model(folder))
     files[RUN_FILE] = _existing(Path(run_file or folder / RUN_FILE), "the record of the run; pass its path as run_file")
-    for pattern in _OPTIONAL_FILES:
-        files |= {path.name: path for path in folder.glob(pattern) if path.is_file()}
     if (folder / CARD_FILE).is_file():
         files |= card_files(folder / CARD_FILE)
     config = saved_config(folder)
@@ -94,6 +90,21 @@ def check_folder(
     else:
         load_recommender(folder)  # raises if the files do not fit each other
     return ModelFolder(files, config, catalogue, _finished_run(Path(run_file or folder / RUN_FILE)))
+
+
+def files_of_model(folder: str | Path) -> dict[str, Path]:
+    """The files that make up a saved model, by name: configuration, whole weights, catalogue, tokenizer and code.
+
+    Raises:
+        FileNotFoundError, ValueError: as `check_folder`.
+    """
+    folder = Path(folder)
+    files = {path.name: path for path in _weight_files(folder)}
+    for name in (CONFIG_NAME, CATALOGUE_FILE):
+        files[name] = _existing(folder / name, "the folder that save_pretrained wrote")
+    for pattern in _OPTIONAL_FILES:
+        files |= {path.name: path for path in folder.glob(pattern) if path.is_file()}
+    return files
 
 
 def card_files(card: Path) -> dict[str, Path]:

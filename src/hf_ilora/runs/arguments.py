@@ -2,7 +2,8 @@
 
 A recipe runs as ``recipe.py [CONFIG] [--field value ...]``, or with ``--config CONFIG``. CONFIG is a YAML file or the
 name of one that ships with hf_ilora, such as ``ml-100k/sasrec``. The YAML is flat, its keys are the fields of the
-dataclasses, and the command line overrides it. Other paths in it count from the working directory.
+dataclasses, and the command line overrides it. Other paths in it count from the working directory. Where a
+dataclass names a list field as ``POSITIONAL``, the first words are its values: ``recipe.py VALUE ... [--field ...]``.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_ilora.runs.compile_locks import check_compile_locks
-from hf_ilora.runs.help_text import recipe_help
+from hf_ilora.runs.help_text import positional_field, recipe_help
 from hf_ilora.runs.processes import program_name
 from hf_ilora_cli.shipped import CONFIG, PROMPT, find_file
 
@@ -50,6 +51,9 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
         raise SystemExit(0)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         check_compile_locks()  # before TrainingArguments, which let DeepSpeed compile
+    positional = positional_field(dataclass_types)
+    if positional is not None and words and not words[0].startswith("-"):
+        words.insert(0, f"--{positional}")
     config_file, options = _take_config_file(words)
     parser = _RecipeParser(dataclass_types, prog=program_name(), allow_abbrev=False, add_help=False)
     known = {name for action in parser._actions for name in action.option_strings}

@@ -42,14 +42,21 @@ def recipe_help(
     """
     name = Path(recipe_file).stem
     command = next((command for command in COMMANDS.values() if command.program == program), None)
-    parts = [f"usage: {program} [CONFIG] [--option value ...]", _wrapped(docstring.partition("\n\n")[0], 0)]
+    positional = positional_field(dataclass_types)
+    first = "[CONFIG]" if positional is None else f"{positional.upper().removesuffix('S')} ..."
+    parts = [f"usage: {program} {first} [--option value ...]", _wrapped(docstring.partition("\n\n")[0], 0)]
     parts.append(f"Example:\n{_example(docstring) if command is None else _wrapped_command(command.example)}")
-    parts.append(_about_configurations(name))
+    parts.append(_about_configurations(name, "CONFIG" if positional is None else "The value of --config"))
     parts += [_group(title, lines) for title, lines in _option_groups(dataclass_types, everything)]
     if command is not None and (command.launched or command.may_be_launched):
         parts.append(_group("How to launch", _launch_options()))
     parts.append(_group("General", _general_options(dataclass_types, everything)))
     return "\n\n".join(parts) + "\n"
+
+
+def positional_field(dataclass_types: Sequence[type]) -> str | None:
+    """The field whose values may be the first words of the command line, without `--field`; None if there is none."""
+    return next((vars(each)["POSITIONAL"] for each in dataclass_types if "POSITIONAL" in vars(each)), None)
 
 
 def _wrapped(text: str, indent: int) -> str:
@@ -75,11 +82,11 @@ def _example(docstring: str) -> str:
     return textwrap.indent(textwrap.dedent(blocks[0]), "  ") if blocks else "  (none)"
 
 
-def _about_configurations(recipe_name: str) -> str:
-    """What CONFIG may be, with the shipped configurations whose first line names the recipe."""
+def _about_configurations(recipe_name: str, subject: str) -> str:
+    """What `subject`, such as CONFIG, may be, with the shipped configurations whose first line names the recipe."""
     text = (
-        "CONFIG is a YAML file of options, or the name of one that ships with hf_ilora. Options on the command line "
-        "override it. All other paths in it count from the working directory."
+        f"{subject} is a YAML file of options, or the name of one that ships with hf_ilora. Options on the command "
+        "line override it. All other paths in it count from the working directory."
     )
     folder = shipped_folder(CONFIG)
     shipped = [

@@ -1,0 +1,181 @@
+"""What visitors of a demo share, and what each of them does: a history, new items, answers."""
+
+import copy
+import logging
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from hf_ilora.downloads import DownloadError
+from hf_ilora.titles.embedded_encoder import EMBEDDED_ENCODER
+from hf_ilora.titles.encoders import TF_IDF, encode_titles, item_title_embeddings
+from hf_ilora.titles.item_titles import ItemTitles
+from hf_ilora_cli.shown_text import shown
+
+from .answers import Answer, answer_of
+from .completion import TitleSearch, begin_words, folded
+from .shown_models import ShownModel
+
+logger = logging.getLogger(__name__)
+
+MATCHES = 8  # titles that are offered at once
+# A visitor who adds items gets models of his own.
+MAX_NEW_ITEMS = 20
+MAX_TITLE_LENGTH = 200
+_NEIGHBOURS = 3  # known titles that are named beside a new one
+
+
+class Demo:
+    """What all visitors share.
+
+    Args:
+        models: what `load_models` returned.
+        top_k: recommendations of each model.
+        title_encoder: places new items by their titles, see `encode_titles`; None for a demo without new items.
+        trust_remote_code: run code that comes with the title encoder.
+
+    Raises:
+        ValueError: for `top_k` below 1, an encoder that cannot be used, and titles that cannot be encoded.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ShownModel],
+        *,
+        top_k: int = 10,
+        title_encoder: str | None = EMBEDDED_ENCODER,
+        trust_remote_code: bool = False,
+    ):
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}: expected at least 1")
+        self.models, self.top_k = list(models), top_k
+        self.catalogue = models[0].model.catalogue
+        self.search = TitleSearch(self.catalogue)
+        self.encoder, self.encoder_settings = title_encoder, {"trust_remote_code": trust_remote_code}
+        self.takes_new_items = title_encoder is not None and any(shown.takes_new_items for shown in models)
+        if self.takes_new_items:
+            self._encode_catalogue()
+        for shown_model in models:  # the first call of a model takes longer than others
+            shown_model.model.recommend([[1]], 1, exclude_seen=False)
+
+    def _encode_catalogue(self) -> None:
+        """Encode the titles before anybody waits for them."""
+        remedy = "name another --title_encoder, or show the models without new items: --new_items false"
+        if self.encoder == TF_IDF:
+            raise ValueError(f"the vectors of tf-idf depend on all titles, so a new one has none: {remedy}")
+        try:
+            logger.info("encoding the titles of %d items, if that was not done before", len(self.catalogue))
+            self.title_embeddings = item_title_embeddings(self.catalogue, self.encoder, **self.encoder_settings)
+        except (ValueError, OSError, DownloadError) as error:
+            raise ValueError(f"titles cannot be encoded, which places new items: {error}; {remedy}") from error
+
+
+class Session:
+    """What one visitor does.
+
+    Args:
+        demo: what all visitors share.
+
+    Attributes:
+        history: item ids, oldest first, each once.
+        new_titles: of the items that the visitor has added; their ids follow those of the catalogue.
+        offered: the item id behind each label that is offered.
+    """
+
+    def __init__(self, demo: Demo):
+        self.demo = demo
+        self.history: list[int] = []
+        self.new_titles: list[str] = []
+        self.offered: dict[str, int] = {}
+        self._models = [each.model for each in demo.models]
+        self._item_titles: list[ItemTitles] = []  # of the models that take new items, once there is one
+
+    @property
+    def new_items(self) -> list[int]:
+        """The item ids of `new_titles`."""
+        first = len(self.demo.catalogue) + 1
+        return list(range(first, first + len(self.new_titles)))
+
+    def title(self, item_id: int) -> str:
+        """The title of an item, in one line that shows hidden characters."""
+        num_items = len(self.demo.catalogue)
+        known = item_id <= num_items
+        return shown(self.demo.catalogue.titles([item_id])[0] if known else self.new_titles[item_id - num_items - 1])
+
+    def complete(self, text: str) -> list[str]:
+        """The labels of the items whose titles complete a text; they are offered from now on."""
+        text = text[:MAX_TITLE_LENGTH]
+        words = folded(text).split()
+        items = zip(self.new_items, self.new_titles, strict=True)
+        found = [item for item, title in items if words and begin_words(words, folded(title))]
+        found = [item for item in [*found, *self.demo.search.complete(text, MATCHES)] if item not in self.history]
+        self.offered = {}
+        for item in found[:MATCHES]:
+            label = self.title(item)
+            if label in self.offered:
+                label = f"{label} ({shown(*self.demo.catalogue.raw_ids([item]))})"
+            self.offered[label] = item
+        return list(self.offered)
+
+    def add(self, label: str) -> bool:
+        """Add an offered item to the history; False for a label that is not offered any more."""
+        item = self.offered.pop(label, None)
+        if item is None or item in self.history:
+            return False
+        self.history.append(item)
+        return True
+
+    def add_new_item(self, title: str) -> list[str]:
+        """Add an item to the visitor's copies of the models that take one.
+
+        Args:
+            title: of the item.
+
+        Returns:
+            The known titles that are most similar, of which the item's place in the models is an average.
+
+        Raises:
+            ValueError: for a blank title, one that is too long or there already, and too many new items.
+        """
+        title = " ".join(title.split())
+        if not self.demo.takes_new_items:
+            raise ValueError("this demo takes no new items")
+        if not folded(title) or len(title) > MAX_TITLE_LENGTH:
+            raise ValueError(f"the title has {len(title)} characters: expected words of 1 to {MAX_TITLE_LENGTH}")
+        if len(self.new_titles) >= MAX_NEW_ITEMS:
+            raise ValueError(f"there are {MAX_NEW_ITEMS} new items: expected no more; load the page anew")
+        titles = [*self.demo.catalogue.table["title"].to_pylist(), *self.new_titles]
+        if title.casefold() in (each.strip().casefold() for each in titles):
+            raise ValueError(f"{shown(title)} is there already: search for it")
+        vectors = encode_titles([title], self.demo.encoder, **self.demo.encoder_settings)
+        if not self._item_titles:
+            self._copy_models()
+        nearest, _ = self._item_titles[0].nearest_items([title], min(_NEIGHBOURS, len(titles)), vectors)
+        neighbours = [self.title(item) for item in nearest[0].tolist()]
+        number = len(self.new_titles) + 1
+        for item_titles in self._item_titles:
+            item_titles.add_items([(self._new_raw_id(number), title)], vectors)
+        self.new_titles.append(title)
+        return neighbours
+
+    def answers(self) -> list[Answer]:
+        """What each model answers to the history."""
+        return [answer_of(model, self.history, self.demo.top_k, self.new_items) for model in self._models]
+
+    def _copy_models(self) -> None:
+        """Give the visitor models that may grow."""
+        for place, shown_model in enumerate(self.demo.models):
+            if shown_model.takes_new_items:
+                self._models[place] = copy.deepcopy(shown_model.model)
+                titles = ItemTitles(self._models[place], title_embeddings=self.demo.title_embeddings)
+                self._item_titles.append(titles)
+
+    def _new_raw_id(self, number: int) -> int | str:
+        """A raw id that the catalogue does not have, of the type of the others."""
+        raw_ids = self.demo.catalogue.table["raw_id"]
+        if pa.types.is_integer(raw_ids.type):
+            return max(raw_ids.to_pylist()) + number
+        return max(raw_ids.to_pylist(), key=len) + f"-new-{number}"
+
+
+__all__ = ["MATCHES", "MAX_TITLE_LENGTH", "Demo", "Session"]

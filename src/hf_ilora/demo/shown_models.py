@@ -1,0 +1,105 @@
+"""The models that a demo shows beside each other, which have one catalogue."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hf_ilora.devices import uses_accelerator
+from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.loading import load_recommender
+from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
+from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
+from hf_ilora_cli.shown_text import shareable
+
+Recommender = NextItemPreTrainedModel | ILoraForRecommendation
+
+
+@dataclass(frozen=True)
+class ShownModel:
+    """A model and what the page calls it.
+
+    Args:
+        name: what the page calls it.
+        source: the folder or Hub name that it was loaded from.
+        model: it has a catalogue.
+    """
+
+    name: str
+    source: str
+    model: Recommender
+
+    @property
+    def kind(self) -> str:
+        """The kind of the model, for people."""
+        config = self.model.config
+        if isinstance(self.model, ILoraForRecommendation):
+            return f"iLoRA on {shareable(config.llm_name_or_path)}, {config.num_experts} experts"
+        kind = type(self.model).__name__.removesuffix("ForNextItem")
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        return f"{kind}, {size:,} parameters" if size else kind
+
+    @property
+    def takes_new_items(self) -> bool:
+        """Whether items can join the model without training."""
+        return isinstance(self.model, EncoderForNextItem) and self.model.config.teacher_embedding_size is None
+
+
+def load_models(
+    sources: Sequence[str], names: Sequence[str] | None = None, *, trust_remote_code: bool = False
+) -> list[ShownModel]:
+    """Load the models of a demo, on the accelerator if there is one.
+
+    Args:
+        sources: folders or Hub names.
+        names: what the page calls the models; None takes the last part of each source, and all of it where two are
+            equal.
+        trust_remote_code: run code that comes with the language model of an iLoRA.
+
+    Raises:
+        FileNotFoundError: for a source that is neither.
+        ValueError: for no models, another number of names, equal names, a folder that is no recommender, and models
+            without catalogue or with different ones.
+    """
+    if not sources:
+        raise ValueError("there are no models: expected at least one folder or Hub name of a saved model")
+    if names is None:
+        names = [Path(source).name for source in sources]
+        names = [name if names.count(name) == 1 else source for name, source in zip(names, sources, strict=True)]
+    if len(names) != len(sources) or len(set(names)) < len(names):
+        raise ValueError(
+            f"names are {', '.join(names)}: expected {len(sources)} different ones, one for each of the models "
+            f"{', '.join(sources)}"
+        )
+    device = torch.accelerator.current_accelerator() if uses_accelerator() else torch.device("cpu")
+    models = []
+    for name, source in zip(names, sources, strict=True):
+        model = load_recommender(source, trust_remote_code=trust_remote_code)
+        if model.catalogue is None:
+            raise ValueError(
+                f"{source} has no catalogue (items.parquet), so its titles are unknown: assign model.catalogue = "
+                "sequences.catalogue and save the model again"
+            )
+        models.append(ShownModel(name, source, model.to(device)))
+        _check_same_items(models[0], models[-1])
+    return models
+
+
+def _check_same_items(first: ShownModel, other: ShownModel) -> None:
+    remedy = "expected models that were trained on one data set"
+    if len(first.model.catalogue) != len(other.model.catalogue):
+        raise ValueError(
+            f"{other.source} has {len(other.model.catalogue)} items and {first.source} has "
+            f"{len(first.model.catalogue)}: {remedy}"
+        )
+    columns = [model.catalogue.table["raw_id"].to_pylist() for model in (first.model, other.model)]
+    for item_id, (expected, found) in enumerate(zip(*columns, strict=True), start=1):
+        if expected != found:
+            raise ValueError(
+                f"item {item_id} has the raw id {found!r} in {other.source} and {expected!r} in {first.source}: "
+                f"{remedy}"
+            )
+
+
+__all__ = ["Recommender", "ShownModel", "load_models"]
