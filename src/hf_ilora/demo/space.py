@@ -11,16 +11,14 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-import hf_ilora
-import hf_ilora_cli
 from hf_ilora.files import folder_written_whole
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig, check_public_llm
 from hf_ilora.publishing import files_of_model
-from hf_ilora_cli.shown_text import in_markdown
+from hf_ilora_cli import shown_text
 
 from .shown_models import ShownModel
 
-_PACKAGES = {package.__name__: Path(package.__file__).parent for package in (hf_ilora, hf_ilora_cli)}
+_PACKAGES = {"hf_ilora": Path(__file__).parents[1], "hf_ilora_cli": Path(shown_text.__file__).parent}
 _FILES = ("app.py", "demo.json", "README.md", "requirements.txt", "models", *_PACKAGES)
 _APP = '''\
 """Serves the demo, here with `python app.py` and on a Space; the packages beside this file are those of hf_ilora."""
@@ -111,8 +109,9 @@ def _readme(title: str, hub_models: list[str]) -> str:
     }
     if hub_models:
         settings["models"] = hub_models
+    front_matter = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     return (
-        f"---\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}---\n\n# {in_markdown(title)}\n\n"
+        f"---\n{front_matter}---\n\n# {shown_text.in_markdown(title)}\n\n"
         "Build a history of titles and see what several recommenders make of it. `python app.py` serves the same page "
         "after `pip install -r requirements.txt`.\n"
     )
