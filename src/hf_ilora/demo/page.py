@@ -1,6 +1,8 @@
 """The page of a demo, made with Gradio, and its server."""
 
+import threading
 import time
+from collections import OrderedDict
 
 import gradio as gr
 
@@ -22,6 +24,25 @@ _LIVE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live
 _ADD = "Add "
 
 
+class _Visitors:
+    """The session of each page that is open; of too many, the one that was idle for longest is forgotten."""
+
+    def __init__(self, demo: Demo):
+        self._demo, self._sessions, self._lock = demo, OrderedDict(), threading.Lock()
+
+    def session(self, request: gr.Request) -> Session:
+        with self._lock:
+            session = self._sessions.setdefault(request.session_hash, Session(self._demo))
+            self._sessions.move_to_end(request.session_hash)
+            if len(self._sessions) > _MAX_SESSIONS:
+                self._sessions.popitem(last=False)
+        return session
+
+    def leave(self, request: gr.Request) -> None:
+        with self._lock:
+            self._sessions.pop(request.session_hash, None)
+
+
 def said(message: str) -> str:
     """What the live region says."""
     return f"<p>{escaped(message)}</p>"
@@ -29,8 +50,8 @@ def said(message: str) -> str:
 
 def build_page(demo: Demo, title: str) -> gr.Blocks:
     """The page; every visitor has a session of the demo."""
-    with gr.Blocks(title=title, analytics_enabled=False) as page:
-        session = gr.State()
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
+        visitors = _Visitors(demo)
         gr.HTML(f"<h1>{escaped(title)}</h1>")
         with gr.Row():
             with gr.Column():
@@ -45,7 +66,7 @@ def build_page(demo: Demo, title: str) -> gr.Blocks:
                     buttons = [gr.Button(visible=False, size="sm") for _ in range(MATCHES)]
                 status = gr.HTML(js_on_load=_LIVE)
             with gr.Column():
-                history = gr.HTML()
+                history = gr.HTML(history_html(Session(demo)))
                 with gr.Row():
                     remove = gr.Button("Remove the newest title")
                     clear = gr.Button("Start again")
@@ -62,78 +83,78 @@ def build_page(demo: Demo, title: str) -> gr.Blocks:
 
         def changed(visitor: Session, message: str, text: str = ""):
             """All that a change of the history shows, but for the answers of the models, which may take seconds."""
-            return [visitor, text, *offered(visitor, text), history_html(visitor), said(message)]
+            return [text, *offered(visitor, text), history_html(visitor), said(message)]
 
         def offered(visitor: Session, text: str):
             labels = visitor.complete(text)
             hidden = [gr.Button(visible=False)] * (MATCHES - len(labels))
             return [*(gr.Button(value=_ADD + label, visible=True) for label in labels), *hidden]
 
-        def answered(visitor: Session | None):
-            visitor = visitor or Session(demo)  # who types before the page is whole has one
-            return [visitor, history_html(visitor), answers_html(visitor, visitor.answers())]
+        def answered(request: gr.Request):
+            visitor = visitors.session(request)
+            return answers_html(visitor, visitor.answers())
 
-        def completed(visitor: Session | None, text: str):
-            visitor = visitor or Session(demo)
+        def completed(text: str, request: gr.Request):
+            visitor = visitors.session(request)
             before = len(visitor.offered)
             updates = offered(visitor, text)
             count = len(visitor.offered)
             if not text.strip():  # nothing is offered any more, or the title that was typed has been added
-                return [visitor, *updates, said("") if before else gr.skip()]
-            return [visitor, *updates, said(f"{count} {'title is' if count == 1 else 'titles are'} offered")]
+                return [*updates, said("") if before else gr.skip()]
+            return [*updates, said(f"{count} {'title is' if count == 1 else 'titles are'} offered")]
 
-        def entered(visitor: Session | None, text: str):
-            visitor = visitor or Session(demo)
+        def entered(text: str, request: gr.Request):
+            visitor = visitors.session(request)
             labels = visitor.complete(text)
             return taken(visitor, labels[0], text) if labels else changed(visitor, f"No title is like {text}", text)
 
-        def pressed(visitor: Session | None, button: str, text: str):
-            return taken(visitor or Session(demo), button.removeprefix(_ADD), text)
+        def pressed(button: str, text: str, request: gr.Request):
+            return taken(visitors.session(request), button.removeprefix(_ADD), text)
 
         def taken(visitor: Session, label: str, text: str):
             if visitor.add(label):
                 return changed(visitor, f"Added {label}. The recommendations change.")
             return changed(visitor, "Press again: other titles are offered now.", text)
 
-        def removed(visitor: Session | None, text: str):
-            visitor = visitor or Session(demo)
+        def removed(text: str, request: gr.Request):
+            visitor = visitors.session(request)
             if not visitor.history:
                 return changed(visitor, "The history is empty.", text)
-            return changed(
-                visitor, f"Removed {visitor.title(visitor.history.pop())}. The recommendations change.", text
-            )
+            title = visitor.title(visitor.history.pop())
+            return changed(visitor, f"Removed {title}. The recommendations change.", text)
 
-        def cleared(visitor: Session | None, text: str):
-            visitor = visitor or Session(demo)
+        def cleared(text: str, request: gr.Request):
+            visitor = visitors.session(request)
             visitor.history.clear()
             return changed(visitor, "The history is empty now. The recommendations change.", text)
 
-        def added(visitor: Session | None, title: str):
-            visitor = visitor or Session(demo)
+        def added(title: str, request: gr.Request):
             try:
-                nearest = visitor.add_new_item(title)
+                nearest = visitors.session(request).add_new_item(title)
             except ValueError as error:
-                return [visitor, title, said(f"Not added: {error}")]
-            message = f"Added the new item {title}. The most similar titles are {', '.join(nearest)}."
-            return [visitor, "", said(message)]
+                return [title, said(f"Not added: {error}")]
+            return ["", said(f"Added the new item {title}. The most similar titles are {', '.join(nearest)}.")]
 
         private = {"show_progress": "hidden", "api_visibility": "private"}
         # One at a time: models are timed alone, and nobody asks a model that grows.
         asks = private | {"concurrency_limit": 1, "concurrency_id": "models"}
-        answers_of = (answered, session, [session, history, answers])
-        page.load(*answers_of, **asks).then(js=_ROLES)
-        outputs = [session, *buttons, status]
+        answers_of = (answered, None, answers)
+        page.load(js=_ROLES)
+        page.load(*answers_of, **asks)
+        page.unload(visitors.leave)
         # `input` is about pressed keys alone: not about what is pasted, spoken or deleted.
-        search.change(completed, [session, search], outputs, trigger_mode="always_last", **private)
-        outputs = [session, search, *buttons, history, status]
-        events = [(search.submit, entered, [session, search])]
-        events += [(button.click, pressed, [session, button, search]) for button in buttons]
-        events += [(remove.click, removed, [session, search]), (clear.click, cleared, [session, search])]
+        search.change(completed, search, [*buttons, status], trigger_mode="always_last", **private)
+        outputs = [search, *buttons, history, status]
+        events = [(search.submit, entered, search)]
+        events += [(button.click, pressed, [button, search]) for button in buttons]
+        events += [(remove.click, removed, search), (clear.click, cleared, search)]
         for event, change, inputs in events:
-            focus = None if change in (removed, cleared) else _FOCUS_SEARCH  # the button that was pressed may be gone
-            event(change, inputs, outputs, **private).then(js=focus).then(*answers_of, **asks)
+            done = event(change, inputs, outputs, **private)
+            if change in (entered, pressed):  # the button that was pressed is gone
+                done = done.then(js=_FOCUS_SEARCH)
+            done.then(*answers_of, **asks)
         for event in (new_title.submit, add_new.click):
-            event(added, [session, new_title], [session, new_title, status], **asks).then(*answers_of, **asks)
+            event(added, new_title, [new_title, status], **asks).then(*answers_of, **asks)
     return page
 
 
@@ -150,7 +171,7 @@ def serve(page: gr.Blocks, server_name: str | None = None, server_port: int | No
     """
     # The fonts of the machine: those of Gradio's themes may come from another one. Its hints are hard to read in grey.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    theme.set(block_info_text_color="*body_text_color", block_label_text_color="*body_text_color")
+    theme.set(block_info_text_color="*body_text_color", block_title_text_color="*body_text_color")
     _, address, _ = page.launch(
         server_name=server_name,
         server_port=server_port,
@@ -161,7 +182,6 @@ def serve(page: gr.Blocks, server_name: str | None = None, server_port: int | No
         run_history=False,
         enable_monitoring=False,
         footer_links=[],
-        state_session_capacity=_MAX_SESSIONS,
         quiet=True,
         prevent_thread_lock=True,
     )

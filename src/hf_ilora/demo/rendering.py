@@ -19,7 +19,7 @@ ABOUT_NUMBERS = (
 )
 
 CSS = """
-.models { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1.5rem; margin: 1rem 0; }
+.models { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1.5rem; margin: 1rem 0; }
 .models section { border: 1px solid var(--border-color-primary); border-radius: 6px; padding: 1rem; }
 .models h2 { font-size: 1.3rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
 .models p { margin: 0.25rem 0; }

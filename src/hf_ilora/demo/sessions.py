@@ -160,7 +160,8 @@ class Session:
 
     def answers(self) -> list[Answer]:
         """What each model answers to the history."""
-        return [answer_of(model, self.history, self.demo.top_k, self.new_items) for model in self._models]
+        history = list(self.history)  # the visitor may go on meanwhile
+        return [answer_of(model, history, self.demo.top_k, self.new_items) for model in self._models]
 
     def _copy_models(self) -> None:
         """Give the visitor models that may grow."""
