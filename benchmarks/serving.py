@@ -4,8 +4,9 @@
 
 For each size of the catalogue: milliseconds for the top ten of one user by `recommend`, by `torch.compile`, by
 onnxruntime with float32 and int8 weights (extra `onnx`), and by `ItemIndex` (extra `index`) with its recall against the
-exact answer; `recommend_all` against the bare program in batches, encoder, matrix product and `torch.topk`; and the
-memory of `recommend_all`. Compared programs take turns in one process.
+exact answer; `recommend` of a batch against the matrix product alone; `recommend_all` against the bare program in
+batches, encoder, matrix product and `torch.topk`; and the memory of `recommend_all`. Compared programs take turns in
+one process.
 
 The models are untrained. Their tables are drawn around centres, as those of trained models have clusters, so that the
 recall of the index is near that of real tables; pass `--model` to measure a trained one instead.
@@ -54,7 +55,7 @@ class ServingBenchmarkArguments:
     hidden_size: int = field(default=64, metadata={"help": "width of the models"})
     history_length: int = field(default=50, metadata={"help": "items per history"})
     calls: int = field(default=200, metadata={"help": "answers to one user per form"})
-    table_users: int = field(default=4_096, metadata={"help": "users of recommend_all; 0 skips it"})
+    table_users: int = field(default=4_096, metadata={"help": "users of recommend_all; 0 skips it and the batch"})
     rounds: int = field(default=3, metadata={"help": "alternating runs of recommend_all and the bare program"})
     memory_users: int = field(default=100_000, metadata={"help": "users of the measurement of memory; 0 skips it"})
     memory_items: int = field(default=100_000, metadata={"help": "items of the measurement of memory"})
@@ -167,6 +168,24 @@ def measure_table(model: SASRecForNextItem, arguments: ServingBenchmarkArguments
     }
 
 
+def measure_batch(model: SASRecForNextItem, arguments: ServingBenchmarkArguments) -> dict:
+    """Milliseconds of `recommend` for one batch of users and of the bare matrix product, and the ratio of the times."""
+    histories = random_histories(arguments.batch_size, model.config.num_items, arguments.history_length)
+
+    @torch.inference_mode()
+    def product() -> torch.Tensor:
+        return states @ model.head.weight[1:].t()
+
+    with torch.inference_mode():
+        states = model.user_embeddings(torch.from_numpy(histories))
+    programs = {"recommend": lambda: model.recommend(histories, TOP_K), "product": product}
+    stopwatch = time_in_turn(programs, arguments.rounds, warm_up_rounds=1)
+    return {
+        "cpu_milliseconds": {name: 1000 * seconds for name, seconds in stopwatch.cpu_medians().items()},
+        "recommend_over_product_cpu": stopwatch.cpu_ratio("recommend", "product"),
+    }
+
+
 def memory_of_recommend_all(arguments: ServingBenchmarkArguments) -> dict:
     """Memory of `recommend_all` beside the model and the histories."""
     torch.set_num_threads(arguments.threads)
@@ -200,6 +219,7 @@ def measure(arguments: ServingBenchmarkArguments) -> dict:
     for model in models:
         measured = {"items": model.config.num_items, "one_user": measure_one_user(model, arguments)}
         if arguments.table_users:
+            measured["batch"] = measure_batch(model, arguments)
             measured["table"] = measure_table(model, arguments)
         results["catalogues"].append(measured)
         logger.info("%d items done", model.config.num_items)
@@ -232,6 +252,20 @@ def report(results: dict) -> str:
         if {"onnx", "int8"} <= one_user.keys():
             size = f"{one_user['int8']['bytes'] / one_user['onnx']['bytes']:.2f}"
         lines.append(f"| {catalogue['items']:,} | {' | '.join(times)} | {recall} | {size} |")
+    if any("batch" in catalogue for catalogue in results["catalogues"]):
+        lines += [
+            "",
+            f"CPU milliseconds of `recommend` for {setting['batch_size']} users, encoder included, and of the matrix "
+            "product of their states with the item table, which holds all scores.",
+            "",
+            "| items | recommend | product | ratio |",
+            "|---:|---:|---:|---:|",
+        ]
+        for catalogue in results["catalogues"]:
+            times, ratio = catalogue["batch"]["cpu_milliseconds"], catalogue["batch"]["recommend_over_product_cpu"]
+            lines.append(
+                f"| {catalogue['items']:,} | {times['recommend']:,.1f} | {times['product']:,.1f} | {ratio:.2f} |"
+            )
     if any("table" in catalogue for catalogue in results["catalogues"]):
         lines += [
             "",

@@ -20,6 +20,7 @@ def test_every_form_is_measured(arguments):
     assert catalogue["items"] == 300 and set(catalogue["one_user"]) == {"eager", "index"}
     assert catalogue["one_user"]["index"]["recall"] > 0.9
     assert catalogue["table"]["recommend_all_over_bare"] > 0 and "memory" not in results
+    assert catalogue["batch"]["recommend_over_product_cpu"] > 0
 
 
 def test_the_bare_program_ranks_as_the_model_does(arguments):
@@ -37,12 +38,15 @@ def test_the_report_has_a_row_for_each_catalogue():
     one_user["index"] |= {"recall": 0.9834, "probes": 8, "lists": 64}
     table = {"users_per_second": {"recommend_all": 900.0, "bare": 1000.0}}
     table |= {"recommend_all_over_bare": 0.9, "recommend_all_over_bare_cpu": 0.88}
+    batch = {"cpu_milliseconds": {"recommend": 75.0, "product": 50.0}, "recommend_over_product_cpu": 1.5}
     setting = vars(serving.ServingBenchmarkArguments("out")) | {"torch": "2"}
-    results = {"setting": setting, "catalogues": [{"items": 12_101, "one_user": one_user, "table": table}]}
+    catalogue = {"items": 12_101, "one_user": one_user, "batch": batch, "table": table}
+    results = {"setting": setting, "catalogues": [catalogue]}
     results["memory"] = {"users": 100_000, "items": 100_000, "added_bytes": 300 * 2**20}
     lines = serving.report(results).splitlines()
     cells = " | ".join(["1.50 (2.00)"] * 5)
     assert f"| 12,101 | {cells} | 0.983 | 0.28 |" in lines
+    assert "| 12,101 | 75.0 | 50.0 | 1.50 |" in lines
     assert "| 12,101 | 900 | 1,000 | 0.90 (0.88) |" in lines
     assert "100,000 users and 100,000 items adds 300 MiB" in lines[-1]
 
