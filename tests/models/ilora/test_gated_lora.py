@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from hf_ilora.models.ilora.gated_lora import GatedLoraLinear, add_gated_lora, gated_layers
+from tests.models.ilora.gate_gradients import GATES, OTHER_GATES, check_each_forward_used_its_own_gates, gradients
 from tests.models.ilora.ilora_fixtures import ALPHA, EXPERTS, RANK, merged_llm
 from tests.paths import SHARED
 from tests.tiny_language_models import ARCHITECTURES, ATTENTION, CONFIGS, MLP, llm_with_window
@@ -22,8 +23,6 @@ from tests.tiny_language_models import ARCHITECTURES, ATTENTION, CONFIGS, MLP, l
 REFERENCE = SHARED / "reference" / "ilora"
 TARGETS = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}
 INPUT_IDS = torch.randint(1, 101, (3, 7), generator=torch.Generator().manual_seed(5))
-GATES = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.0, 0.5, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]])
-OTHER_GATES = GATES.roll(1, dims=1)
 
 
 def base_model(architecture="llama"):
@@ -70,17 +69,6 @@ def random_case(seed=0, batch=3, tokens=5, inputs=12, outputs=10, rank=RANK, exp
     shapes = [(batch, tokens, inputs), (outputs, inputs), (rank, inputs), (outputs, rank), (batch, experts)]
     x, weight, a, b, gates = (torch.randn(shape, generator=generator) for shape in shapes)
     return x, weight, a, b, gates.softmax(1)
-
-
-def gradients(llm, *gates, seed=0):
-    """Gradients of the summed losses of forwards, one per gates, and of the gates; one backward for all."""
-    llm.zero_grad()
-    gates = [g.clone().requires_grad_() for g in gates]
-    torch.manual_seed(seed)
-    losses = [llm(INPUT_IDS, labels=INPUT_IDS, use_cache=False, expert_gates=g).loss for g in gates]
-    sum(loss * (1 + index) for index, loss in enumerate(losses)).backward()
-    found = {name: p.grad.clone() for name, p in llm.named_parameters() if p.requires_grad}
-    return found | {f"gates {index}": g.grad for index, g in enumerate(gates)}
 
 
 # --- the layer ---
@@ -286,7 +274,7 @@ def test_only_the_adapter_is_trained_and_all_of_it(architecture):
     layers = CONFIGS[architecture].num_hidden_layers
     assert len(gated_layers(llm)) == 7 * layers
     assert names == {f"{name}.lora_{matrix}" for name in gated_layers(llm) for matrix in "AB"}
-    for name, gradient in gradients(llm, GATES).items():
+    for name, gradient in gradients(llm, INPUT_IDS, GATES).items():
         assert gradient.abs().sum() > 0, name
 
 
@@ -338,9 +326,9 @@ def test_an_exception_in_a_layer_comes_through_and_leaves_no_gates_behind(broken
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradient_checkpointing_gives_the_same_gradients(architecture, dropout):
     llm = gated_model(architecture, dropout=dropout).train()
-    expected = gradients(llm, GATES)
+    expected = gradients(llm, INPUT_IDS, GATES)
     llm.activation_checkpointing_enable({"use_reentrant": False})
-    recomputed = gradients(llm, GATES)
+    recomputed = gradients(llm, INPUT_IDS, GATES)
     assert recomputed.keys() == expected.keys()
     for name, gradient in recomputed.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -350,15 +338,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(architecture, dropout):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_forwards_before_one_backward_use_their_own_gates(architecture, checkpointing):
     llm = gated_model(architecture).train()
-    first, second = gradients(llm, GATES), gradients(llm, OTHER_GATES)
+    first, second = gradients(llm, INPUT_IDS, GATES), gradients(llm, INPUT_IDS, OTHER_GATES)
     if checkpointing:
         llm.activation_checkpointing_enable({"use_reentrant": False})
-    both = gradients(llm, GATES, OTHER_GATES)
-    torch.testing.assert_close(both.pop("gates 0"), first["gates 0"], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(both.pop("gates 1"), 2 * second["gates 0"], rtol=1e-4, atol=1e-6)
-    for name, gradient in both.items():
-        torch.testing.assert_close(gradient, first[name] + 2 * second[name], rtol=1e-3, atol=1e-5, msg=name)
-        assert not torch.allclose(gradient, 3 * first[name], rtol=1e-3, atol=1e-5), name
+    both = gradients(llm, INPUT_IDS, GATES, OTHER_GATES)
+    check_each_forward_used_its_own_gates(both, first, second)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

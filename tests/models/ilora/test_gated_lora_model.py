@@ -18,14 +18,13 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from hf_ilora import GatedLoraConfig, GatedLoraLinear, GatedLoraModel, get_gated_lora_model
 from hf_ilora.models.ilora import gated_lora_model
 from hf_ilora.models.ilora.gated_lora import add_gated_lora, gated_layers
+from tests.models.ilora.gate_gradients import GATES, OTHER_GATES, check_each_forward_used_its_own_gates, gradients
 from tests.models.ilora.ilora_fixtures import tiny_model
 from tests.paths import PROJECT
 from tests.tiny_language_models import ATTENTION, MLP, base_llm, save_llm
 
 RANK, EXPERTS, ALPHA = 8, 4, 16.0
 IDS = torch.randint(1, 200, (3, 7), generator=torch.Generator().manual_seed(5))
-GATES = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.0, 0.5, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]])
-OTHER_GATES = GATES.roll(1, dims=1)
 FEATURES = torch.randn(3, 5, generator=torch.Generator().manual_seed(7))
 
 
@@ -74,16 +73,6 @@ def naive_layer(layer: GatedLoraLinear, inputs: torch.Tensor, gates: torch.Tenso
     return torch.stack(rows)
 
 
-def gradients(model: nn.Module, *all_gates: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradients of the summed losses of a language model's forwards, one per gates, and of the gates."""
-    model.zero_grad()
-    all_gates = [gates.clone().requires_grad_() for gates in all_gates]
-    losses = [model(IDS, labels=IDS, use_cache=False, expert_gates=gates).loss for gates in all_gates]
-    sum(loss * (1 + index) for index, loss in enumerate(losses)).backward()
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return found | {f"gates {index}": gates.grad for index, gates in enumerate(all_gates)}
-
-
 # --- the same as iLoRA ---
 
 
@@ -104,9 +93,8 @@ def test_a_language_model_computes_bit_for_bit_what_ilora_computes(architecture)
     assert (outputs[0] - base_llm(architecture)(IDS).logits).abs().max() > 0.01
     found = []
     for each in (model, theirs):
-        set_seed(6)  # the same dropout
         found.append(
-            {name.removeprefix("base_model."): value for name, value in gradients(each.train(), GATES).items()}
+            {name.removeprefix("base_model."): value for name, value in gradients(each.train(), IDS, GATES).items()}
         )
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(value, found[1][name]) and value.any() for name, value in found[0].items())
@@ -274,14 +262,10 @@ def test_a_compiled_model_is_one_graph_for_all_gates():
 
 def test_checkpointing_recomputes_every_forward_with_its_own_gates():
     model = gated_llm().train()
-    first, second = gradients(model, GATES), gradients(model, OTHER_GATES)
+    first, second = gradients(model, IDS, GATES), gradients(model, IDS, OTHER_GATES)
     model.activation_checkpointing_enable()
-    both = gradients(model, GATES, OTHER_GATES)
-    torch.testing.assert_close(both.pop("gates 0"), first["gates 0"], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(both.pop("gates 1"), 2 * second["gates 0"], rtol=1e-4, atol=1e-6)
-    for name, gradient in both.items():
-        torch.testing.assert_close(gradient, first[name] + 2 * second[name], rtol=1e-3, atol=1e-5, msg=name)
-        assert not torch.allclose(gradient, 3 * first[name], rtol=1e-3, atol=1e-5), name
+    both = gradients(model, IDS, GATES, OTHER_GATES)
+    check_each_forward_used_its_own_gates(both, first, second)
 
 
 class CheckpointedMlp(nn.Module):
