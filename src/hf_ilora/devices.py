@@ -25,6 +25,11 @@ def uses_cuda() -> bool:
     return torch.cuda.is_available() and not launched_on_cpu()
 
 
+def default_device() -> torch.device:
+    """The accelerator, unless there is none or the launch leaves it alone; else the CPU."""
+    return torch.accelerator.current_accelerator() if uses_accelerator() else torch.device("cpu")
+
+
 def process_state(**options) -> PartialState:
     """The state of this process among those of its launch, initialised if nobody has done so.
 

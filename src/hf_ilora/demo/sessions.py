@@ -52,7 +52,7 @@ class Demo:
         self.catalogue = models[0].model.catalogue
         self.search = TitleSearch(self.catalogue)
         self.encoder, self.encoder_settings = title_encoder, {"trust_remote_code": trust_remote_code}
-        self.takes_new_items = title_encoder is not None and any(shown.takes_new_items for shown in models)
+        self.takes_new_items = title_encoder is not None and any(each.takes_new_items for each in models)
         if self.takes_new_items:
             self._encode_catalogue()
         for shown_model in models:  # the first call of a model takes longer than others

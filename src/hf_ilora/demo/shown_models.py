@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from hf_ilora.devices import uses_accelerator
+from hf_ilora.devices import default_device
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.loading import load_recommender
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
@@ -72,7 +70,7 @@ def load_models(
             f"names are {', '.join(names)}: expected {len(sources)} different ones, one for each of the models "
             f"{', '.join(sources)}"
         )
-    device = torch.accelerator.current_accelerator() if uses_accelerator() else torch.device("cpu")
+    device = default_device()
     models = []
     for name, source in zip(names, sources, strict=True):
         model = load_recommender(source, trust_remote_code=trust_remote_code)

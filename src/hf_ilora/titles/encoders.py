@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from hf_ilora.devices import uses_accelerator
+from hf_ilora.devices import default_device
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.ilora.title_tokens import check_titles
@@ -131,7 +131,7 @@ def _encoded(
     elif encoder == TF_IDF:
         vectors = _unit_rows(encode_with_tf_idf(unique), unique)
     else:
-        device = torch.device(device or ("cpu" if not uses_accelerator() else torch.accelerator.current_accelerator()))
+        device = torch.device(device) if device else default_device()
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else "auto"
         source = locate_encoder(encoder)

@@ -77,9 +77,7 @@ def _move(unfinished: Path, folder: Path, variant: str | None) -> None:
     weights = re.compile(rf"model{infix}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{infix}\.json")
     stale = [path for path in folder.iterdir() if weights.fullmatch(path.name) and Path(path.name) not in new]
     if (folder / CONFIG_NAME).exists() and Path(CATALOGUE_FILE) not in new and (folder / CATALOGUE_FILE).exists():
-        stale.append(
-            folder / CATALOGUE_FILE
-        )  # the new model has no catalogue, and would be taken for one of these items
+        stale.append(folder / CATALOGUE_FILE)  # its items are not those of a new model without catalogue
     changed = [name for name in new if not _is_same(unfinished / name, folder / name)]
     if len(changed) + len(stale) > 1:
         (folder / CONFIG_NAME).unlink(missing_ok=True)
