@@ -46,6 +46,9 @@ class LanguageArguments:
         default="main",
         metadata={"choices": (*TABLES, ALL), "help": "rows to train and tabulate: main, parts, controls, llm or all"},
     )
+    rows: list[str] | None = field(
+        default=None, metadata={"help": "names of rows to train and tabulate instead of a table's, beside ids_tuned"}
+    )
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5], metadata={"help": "random seeds"})
     parallel: int = field(default=1, metadata={"help": "runs at a time, which share the CPU threads"})
     data_dir: str | None = field(
@@ -77,8 +80,11 @@ class LanguageArguments:
         check_at_least_one(self, "parallel", "latency_calls", *(["llm_users"] if self.llm_users is not None else []))
         if find_spec("matplotlib") is None:
             raise ValueError("the plot needs matplotlib: install hf_ilora[plot]")
+        known = [row.name for row in language_rows(SETTINGS[self.data])]
+        if unknown := sorted(set(self.rows or ()) - set(known)):
+            raise ValueError(f"rows contains {', '.join(unknown)}: expected some of {', '.join(known)}")
         self.data_dir = self.data_dir or f"outputs/{self.data}/data"
-        self.report = self.report or str(Path(self.output_dir) / self.table)
+        self.report = self.report or str(Path(self.output_dir) / ("rows" if self.rows else self.table))
 
 
 ARGUMENTS = (LanguageArguments,)
@@ -109,7 +115,10 @@ def make_tables(arguments: LanguageArguments) -> None:
         tune=arguments.tune,
         threads=threads_per_run(arguments.parallel),
     )
-    tables = TABLES if arguments.table == ALL else {arguments.table: TABLES[arguments.table]}
+    if arguments.rows:
+        tables = {"rows": (REFERENCE, *(name for name in arguments.rows if name != REFERENCE))}
+    else:
+        tables = TABLES if arguments.table == ALL else {arguments.table: TABLES[arguments.table]}
     names = list(dict.fromkeys([REFERENCE, *(name for names in tables.values() for name in names)]))
     failure = None
     if arguments.run:
@@ -138,7 +147,8 @@ def make_tables(arguments: LanguageArguments) -> None:
 
 def command(arguments: LanguageArguments) -> str:
     """The command that makes the report."""
-    words = ["python -m experiments.language", f"--data {arguments.data} --table {arguments.table}"]
+    chosen = f"--rows {' '.join(arguments.rows)}" if arguments.rows else f"--table {arguments.table}"
+    words = ["python -m experiments.language", f"--data {arguments.data} {chosen}"]
     words += [f"--seeds {' '.join(map(str, arguments.seeds))} --parallel {arguments.parallel}"]
     words += [f"--{name} {str(getattr(arguments, name)).lower()}" for name in ("test", "tune")]
     optional = {name: getattr(arguments, name) for name in ("ilora_config", "llm_users")}
