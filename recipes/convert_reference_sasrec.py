@@ -9,6 +9,7 @@ authors' ids, from 0) and `title`, or the `items.parquet` of a prepared data set
 evaluate_models.py can then evaluate the model. The converted model gives the same scores.
 """
 
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import json
 import logging
 from dataclasses import dataclass, field

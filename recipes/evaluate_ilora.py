@@ -15,7 +15,7 @@ to the output folder, and for every user the rank among the candidates (candidat
 catalogue (ranks/, for `compare_runs`) and the generated answer (answers/).
 """
 
-import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import gc
 import logging
 from dataclasses import dataclass, field

@@ -17,7 +17,7 @@ A language model takes seconds for what a small model does in milliseconds: with
 random sample of the users, and is compared with the first model on these.
 """
 
-import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -9,7 +9,7 @@ With `--data_dir`, the recipe measures the NDCG@10 of the file and of the model 
 masked. Needs the packages of the extra `onnx`.
 """
 
-import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 from dataclasses import dataclass, field
 
 from hf_ilora import SequenceDatasets, export

@@ -12,7 +12,7 @@ To count pairs of up to five steps in chronological order only, pass
 `--max_gap 5 --max_length 5 --backward_weight 0 --source_power 0`.
 """
 
-import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -14,7 +14,7 @@ crash, run the same command again; the number of processes and the batch size ma
 command checks the labels and changes nothing but run.json and run.log.
 """
 
-import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import logging
 from dataclasses import dataclass, field
 from datetime import timedelta

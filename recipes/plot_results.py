@@ -10,6 +10,7 @@ language models, students and baselines in one picture) or of `hf-ilora evaluate
 the same name are seeds of one model. The suffix of `--output`, .png, .pdf or .svg, determines the format.
 """
 
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import importlib.util
 import logging
 from dataclasses import dataclass, field

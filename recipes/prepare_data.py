@@ -10,6 +10,7 @@ The recipe writes train, validation, test and items as parquet, and sequences.js
 folder, and run.json and run.log to `<output_dir>_run`.
 """
 
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import logging
 from dataclasses import asdict, dataclass, field
 

@@ -9,6 +9,7 @@ them from MovieLens-100K by LLaRA's protocol. The recipe writes data/ (a `Sequen
 `from_pretrained`, with the same catalogue), run.json and run.log to the output folder.
 """
 
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -12,6 +12,7 @@ A data set knows the public data that it was made of. Data whose licence forbids
 MovieLens, are refused unless `--allow_restricted_license true` is given.
 """
 
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path

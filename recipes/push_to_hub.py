@@ -14,6 +14,7 @@ licence of MovieLens requires permission), or make the repository private. run.j
 including the names of folders.
 """
 
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import logging
 import shutil
 from dataclasses import dataclass, field

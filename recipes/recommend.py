@@ -16,7 +16,7 @@ history or titles, the most popular items are printed. Recommendations to many u
 (`hf-ilora recommend --num_processes 4`, or accelerate launch) divide the users among themselves.
 """
 
-import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -13,6 +13,7 @@ A change in the source of the package does not count, because it would discard h
 stages that were skipped in spite of one; `--force <stage>` runs them again.
 """
 
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path

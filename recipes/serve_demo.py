@@ -11,7 +11,7 @@ training. The models have one catalogue. With `--space_dir`, the recipe writes a
 licence of the data allows titles to be published. Needs the package of the extra `demo`.
 """
 
-import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import logging
 from dataclasses import dataclass, field
 from typing import ClassVar

@@ -12,7 +12,7 @@ process learns, except with the conv router, which normalises over the users of 
 DeepSpeed include the language model. ZeRO-2 with bf16 saves the adapter in bfloat16, ZeRO-3 in float32.
 """
 
-import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import dataclasses
 import logging
 from dataclasses import dataclass, field

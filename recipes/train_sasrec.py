@@ -10,7 +10,7 @@ The recipe writes the model (weights, configuration, catalogue), run.json and ru
 killed run from its last complete checkpoint, run the same command again.
 """
 
-import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import copy
 import dataclasses
 from dataclasses import dataclass, field

@@ -15,7 +15,7 @@ The recipe writes ensemble.json (members, weights and all mixtures that it tried
 folder. It does not read the test split.
 """
 
-import hf_ilora_cli.openmp  # isort: skip  # noqa: F401 - before torch
+import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import logging
 from dataclasses import dataclass, field
 

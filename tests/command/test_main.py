@@ -10,8 +10,11 @@ import time
 import psutil
 import pytest
 
+from hf_ilora.runs.help_text import recipe_help
+from hf_ilora.runs.recipe_files import load_recipe
 from hf_ilora_cli.commands import COMMANDS
 from hf_ilora_cli.main import help_file, main
+from hf_ilora_cli.recipe_start import help_of_recipe
 from hf_ilora_cli.write_help import rendered_help
 from tests.paths import PROJECT, RECIPES
 
@@ -45,6 +48,27 @@ sys.exit(f"imported {{loaded}}" if loaded else 0)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.py")), ids=lambda recipe: recipe.stem)
+def test_help_of_a_recipe_that_is_run_as_a_file_imports_nothing_slow(recipe):
+    code = f"""
+import runpy, sys
+sys.argv = [{str(recipe)!r}, "--help"]
+try:
+    runpy.run_path({str(recipe)!r}, run_name="__main__")
+finally:
+    print({{"numpy", "torch", "transformers", "hf_ilora"}} & set(sys.modules), file=sys.stderr)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "set()\n")
+    assert result.stdout == help_of_recipe(recipe, load_recipe(recipe).__doc__)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.py")), ids=lambda recipe: recipe.stem)
+def test_help_of_a_recipe_is_what_its_options_render(recipe):
+    module = load_recipe(recipe)
+    assert help_of_recipe(recipe, module.__doc__) == recipe_help(recipe, module.__doc__, module.ARGUMENTS, recipe.name)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"]])

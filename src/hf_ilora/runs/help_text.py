@@ -17,6 +17,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from hf_ilora_cli.commands import COMMANDS
+from hf_ilora_cli.recipe_start import docstring_example
 from hf_ilora_cli.shipped import CONFIG, LAUNCH, shipped_folder, shipped_names
 
 _WIDTH = 100
@@ -45,7 +46,7 @@ def recipe_help(
     positional = positional_field(dataclass_types)
     first = "[CONFIG]" if positional is None else f"{positional.upper().removesuffix('S')} ..."
     parts = [f"usage: {program} {first} [--option value ...]", _wrapped(docstring.partition("\n\n")[0], 0)]
-    parts.append(f"Example:\n{_example(docstring) if command is None else _wrapped_command(command.example)}")
+    parts.append(f"Example:\n{docstring_example(docstring) if command is None else _wrapped_command(command.example)}")
     parts.append(_about_configurations(name, "CONFIG" if positional is None else "The value of --config"))
     parts += [_group(title, lines) for title, lines in _option_groups(dataclass_types, everything)]
     if command is not None and (command.launched or command.may_be_launched):
@@ -74,12 +75,6 @@ def _wrapped(text: str, indent: int) -> str:
 def _wrapped_command(command: str) -> str:
     lines = textwrap.wrap(command, _WIDTH - 4, break_long_words=False, break_on_hyphens=False)
     return " \\\n".join(("  " if number == 0 else "      ") + line for number, line in enumerate(lines))
-
-
-def _example(docstring: str) -> str:
-    """The first indented block of a docstring."""
-    blocks = [block for block in docstring.split("\n\n")[1:] if block.startswith("    ")]
-    return textwrap.indent(textwrap.dedent(blocks[0]), "  ") if blocks else "  (none)"
 
 
 def _about_configurations(recipe_name: str, subject: str) -> str:

@@ -1,0 +1,45 @@
+"""What a recipe imports before anything else: it answers `--help`, and lets OpenMP's threads sleep.
+
+The other imports of a recipe take seconds, so `python recipes/x.py --help` ends here, with the options as
+`hf-ilora x --help` prints them. Importing a recipe as a module prints nothing.
+"""
+
+import sys
+from pathlib import Path
+
+from . import openmp  # noqa: F401
+from .commands import COMMANDS
+from .main import help_file
+from .shipped import RECIPE, shipped_folder
+
+
+def help_of_recipe(recipe: Path, docstring: str) -> str:
+    """The help text of a recipe that is started as a file, without `hf-ilora`.
+
+    Args:
+        recipe: the file.
+        docstring: of the recipe; its first indented block is an example.
+    """
+    command = next(command for command in COMMANDS.values() if command.recipe == recipe.stem)
+    usage, summary, _, *groups = help_file(command).read_text(encoding="utf-8").split("\n\n")
+    groups = [group for group in groups if not group.startswith("How to launch:")]  # the options of `hf-ilora` alone
+    usage = usage.replace(command.program, recipe.name, 1)
+    return "\n\n".join([usage, summary, f"Example:\n{docstring_example(docstring)}", *groups])
+
+
+def docstring_example(docstring: str) -> str:
+    """The first indented block of a docstring, indented by two spaces."""
+    blocks = [block for block in docstring.split("\n\n")[1:] if block.startswith("    ")]
+    return "\n".join(f"  {line[4:]}" for line in blocks[0].splitlines()) if blocks else "  (none)"
+
+
+def answer_help() -> None:
+    """Print the help and end the program, if it is a shipped recipe that was asked for it."""
+    recipe, words = Path(sys.argv[0]).resolve(), set(sys.argv[1:])
+    asks = {"-h", "--help"} & words and "--help-all" not in words
+    if asks and recipe.parent == shipped_folder(RECIPE).resolve():
+        print(help_of_recipe(recipe, sys.modules["__main__"].__doc__), end="")
+        sys.exit(0)
+
+
+answer_help()
