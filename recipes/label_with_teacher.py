@@ -80,7 +80,8 @@ class LabelArguments:
         metadata={"help": "which labels to spend the budget on", "choices": tuple(ACQUISITION_POLICIES)},
     )
     recommender: str | None = field(
-        default=None, metadata={"help": "saved recommender whose outputs the choice of labels is based on"}
+        default=None,
+        metadata={"help": "saved recommender whose outputs the choice of labels is based on; random does not read it"},
     )
     seed: int = field(default=0, metadata={"help": "random seed of the choice of labels"})
     batch_size: int = field(default=16, metadata={"help": "histories per call of the teacher, per process"})
@@ -108,16 +109,16 @@ class LabelArguments:
                 f"labelled_positions is {self.labelled_positions} with split {self.split}: expected last, the targets "
                 "of that split"
             )
-        if self.budget is None and (self.acquire != "random" or self.recommender is not None):
-            raise ValueError("acquire and recommender select what to ask: expected a budget with them")
-        if self.budget is not None:
-            if self.budget < 1:
-                raise ValueError(f"budget is {self.budget}: expected at least 1")
-            if (self.recommender is None) != (self.acquire == "random"):
-                raise ValueError(
-                    f"acquire is {self.acquire} and recommender {self.recommender}: expected a recommender for all but "
-                    "random"
-                )
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(f"budget is {self.budget}: expected at least 1")
+        if self.acquire == "random":
+            return
+        if self.budget is None:
+            raise ValueError(f"acquire is {self.acquire}, which selects what to ask: expected a budget with it")
+        if self.recommender is None:
+            raise ValueError(
+                f"acquire is {self.acquire} and recommender None: expected a recommender for all but random"
+            )
 
 
 ARGUMENTS = (LabelArguments,)
@@ -204,7 +205,7 @@ def load_and_check(arguments: LabelArguments, device: torch.device):
             "with history_ids and prefix_lengths"
         )
     recommender = None
-    if arguments.recommender is not None:
+    if arguments.acquire != "random":
         recommender = load_recommender(arguments.recommender).to(device)
         if not isinstance(recommender, NextItemPreTrainedModel):
             raise ValueError(

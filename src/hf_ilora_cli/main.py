@@ -55,7 +55,7 @@ def overview() -> str:
     width = max(map(len, COMMANDS)) + 2
     commands = "\n".join(f"  {command.name:<{width}}{command.summary}" for command in COMMANDS.values())
     return f"""\
-usage: {PROGRAM} COMMAND [CONFIG] [--option value ...]
+usage: {PROGRAM} COMMAND [CONFIG ...] [--option value ...]
 
 Train LLM recommenders and distil them into a SASRec that is cheap to serve.
 

@@ -162,14 +162,72 @@ def test_what_is_not_a_flat_mapping_of_fields_is_refused(write_config, text, mes
         parse_arguments((ModelArguments,), [write_config(text)])
 
 
-def test_missing_file_and_two_files_are_refused(write_config):
+def test_missing_file_is_refused(write_config):
     with pytest.raises(ValueError, match=r"configuration absent\.yaml not found: expected a file \(paths count from"):
         parse_arguments((ModelArguments,), ["absent.yaml"])
-    config = write_config("hidden_size: 8\n")
-    with pytest.raises(ValueError, match="expected one configuration file, found 2"):
-        parse_arguments((ModelArguments,), [config, "--config", config])
     with pytest.raises(ValueError, match="--config expects a YAML file"):
         parse_arguments((ModelArguments,), ["--config"])
+
+
+@dataclass
+class StudentArguments:
+    hidden_size: int = field(default=64, metadata={"help": "size"})
+    dropout: float = field(default=0.2, metadata={"help": "dropout"})
+
+
+def test_later_configurations_override_earlier_ones_and_the_command_line_overrides_all(tmp_path):
+    for name, text in (("a", "hidden_size: 8\ndropout: 0.5\n"), ("b", "hidden_size: 16\n")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    a, b = str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")
+    for words in ([a, b], [a, "--config", b], ["--config", a, f"--config={b}"]):
+        (model,) = parse_arguments((StudentArguments,), words)
+        assert (model.hidden_size, model.dropout) == (16, 0.5)
+    (model,) = parse_arguments((StudentArguments,), [b, a, "--dropout", "0.1"])
+    assert (model.hidden_size, model.dropout) == (8, 0.1)
+
+
+def test_a_configuration_extends_others(tmp_path):
+    for name, text in (
+        ("base", "hidden_size: 8\ndropout: 0.5\n"),
+        ("wide", f"extends: {tmp_path / 'base.yaml'}\nhidden_size: 16\n"),
+        ("both", f"extends: ['{tmp_path / 'base.yaml'}', '{tmp_path / 'wide.yaml'}']\ndropout: 0.1\n"),
+        ("first", f"extends: {tmp_path / 'second.yaml'}\n"),
+        ("second", f"extends: {tmp_path / 'first.yaml'}\n"),
+        ("number", "extends: 3\n"),
+        ("mistake", f"extends: {tmp_path / 'wrong.yaml'}\n"),
+        ("wrong", "hiden_size: 3\n"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert read_config(tmp_path / "wide.yaml", (StudentArguments,)) == {"hidden_size": 16, "dropout": 0.5}
+    assert read_config(tmp_path / "both.yaml", (StudentArguments,)) == {"hidden_size": 16, "dropout": 0.1}
+    for name, message in (
+        ("first", r"first\.yaml extends .*second\.yaml extends .*first\.yaml: expected no circle"),
+        ("number", "extends expects names of configurations, found 3"),
+        ("mistake", r"wrong\.yaml: unknown key 'hiden_size': did you mean hidden_size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_config(tmp_path / f"{name}.yaml", (StudentArguments,))
+
+
+@dataclass
+class AssignmentArguments:
+    ASSIGNMENTS: ClassVar[str] = "set"
+
+    size: int = field(default=1, metadata={"help": "size"})
+    set: list[str] | None = field(default=None, metadata={"help": "choices"})
+
+
+def test_first_words_with_an_equals_sign_may_be_values_of_a_field(write_config):
+    config = write_config("size: 3\n")
+    for words in ([config, "a=b", "c.d=[1, 2]"], ["a=b", config, "c.d=[1, 2]"], [config, "--set", "a=b", "c.d=[1, 2]"]):
+        (arguments,) = parse_arguments((AssignmentArguments,), words)
+        assert (arguments.size, arguments.set) == (3, ["a=b", "c.d=[1, 2]"])
+    with pytest.raises(ValueError, match="found a=b and --set: expected all of them in one place"):
+        parse_arguments((AssignmentArguments,), [config, "a=b", "--set", "c=d"])
+    with pytest.raises(ValueError, match="configuration a=b not found"):
+        parse_arguments((ModelArguments,), ["a=b"])
+    usage = recipe_help("show.py", "Shows.", (AssignmentArguments,), "show")
+    assert usage.startswith("usage: show [CONFIG ...] [name=value ...] [--option")
 
 
 def test_range_errors_of_a_dataclass_pass_through(write_config):
@@ -272,5 +330,5 @@ def test_help_ends_the_program_with_success(monkeypatch, capsys):
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith(
-        "usage: count.py [CONFIG] [--option value ...]\n\nCounts things.\n\nExample:\n  python count"
+        "usage: count.py [CONFIG ...] [--option value ...]\n\nCounts things.\n\nExample:\n  python count"
     )

@@ -49,7 +49,7 @@ class CountTrainingArguments(TrainingArguments):
 
 
 EXPECTED = """\
-usage: count.py [CONFIG] [--option value ...]
+usage: count.py [CONFIG ...] [--option value ...]
 
 Counts things, one after the other.
 
@@ -57,8 +57,9 @@ Example:
   python count.py --data_dir things \\
       --colour red
 
-CONFIG is a YAML file of options, or the name of one that ships with hf_ilora. Options on the
-command line override it. All other paths in it count from the working directory.
+CONFIG is a YAML file of options, or the name of one that ships with hf_ilora. Of several, later
+ones override earlier ones, and options on the command line override them all. All other paths in it
+count from the working directory.
 
 What you must give:
   --data_dir TEXT               folder of things

@@ -1,9 +1,12 @@
-"""Reads the settings of a recipe from a YAML file and the command line into its dataclasses.
+"""Reads the settings of a recipe from YAML files and the command line into its dataclasses.
 
-A recipe runs as ``recipe.py [CONFIG] [--field value ...]``, or with ``--config CONFIG``. CONFIG is a YAML file or the
-name of one that ships with hf_ilora, such as ``ml-100k/sasrec``. The YAML is flat, its keys are the fields of the
-dataclasses, and the command line overrides it. Other paths in it count from the working directory. Where a
-dataclass names a list field as ``POSITIONAL``, the first words are its values: ``recipe.py VALUE ... [--field ...]``.
+A recipe runs as ``recipe.py [CONFIG ...] [--field value ...]``, or with ``--config CONFIG``. CONFIG is a YAML file or
+the name of one that ships with hf_ilora, such as ``ml-100k/sasrec``. The YAML is flat; its keys are the fields of the
+dataclasses, and ``extends``, which names configurations whose settings come first. Later configurations override
+earlier ones, and the command line overrides them all. Other paths count from the working directory.
+
+Where a dataclass names a list field as ``POSITIONAL``, the first words are its values: ``recipe.py VALUE ... [--field
+...]``. Where it names one as ``ASSIGNMENTS``, the first words with an equals sign are.
 """
 
 import dataclasses
@@ -21,7 +24,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_ilora.runs.compile_locks import check_compile_locks
-from hf_ilora.runs.help_text import positional_field, recipe_help
+from hf_ilora.runs.help_text import assignments_field, positional_field, recipe_help
 from hf_ilora.runs.processes import program_name
 from hf_ilora_cli.shipped import CONFIG, PROMPT, find_file
 
@@ -54,14 +57,14 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
     positional = positional_field(dataclass_types)
     if positional is not None and words and not words[0].startswith("-"):
         words.insert(0, f"--{positional}")
-    config_file, options = _take_config_file(words)
+    config_files, options = _take_config_files(words, assignments_field(dataclass_types))
     parser = _RecipeParser(dataclass_types, prog=program_name(), allow_abbrev=False, add_help=False)
     known = {name for action in parser._actions for name in action.option_strings}
     for word in options:  # before argparse, which would first complain that the option meant here is missing
         if word.startswith("--") and word.partition("=")[0] not in known:
             fields = [f"--{name}" for name in _fields(dataclass_types)]
             raise ValueError(f"unknown option {word}{_similar(word.partition('=')[0], fields)}")
-    settings = {} if config_file is None else read_config(config_file, dataclass_types)
+    settings = read_configs(config_files, dataclass_types)
     parser.set_defaults(**(_process_group_defaults(dataclass_types) | settings))
     for action in parser._actions:  # argparse has no public way to say that a required option has its value
         action.required = action.required and action.dest not in settings
@@ -88,24 +91,57 @@ def read_config(config_file: str | Path, dataclass_types: Sequence[type]) -> dic
     """Reads a YAML file whose keys are fields of the dataclasses, and checks keys and types.
 
     Args:
-        config_file: a flat YAML mapping, UTF-8: a path, or the name of a shipped one such as `ml-100k/sasrec`.
+        config_file: a flat YAML mapping, UTF-8: a path, or the name of a shipped one such as `ml-100k/sasrec`. Its key
+            `extends`, a name or a list of names, stands for the settings of other such files, which its own override.
         dataclass_types: the dataclasses that its keys belong to.
 
     Returns:
         The values by field name. Numbers that YAML reads as text (`5e-5`) are floats where a float is expected.
 
     Raises:
-        ValueError: the file is missing, not a flat mapping, or holds an unknown key, a key twice or a wrong type.
+        ValueError: a file is missing, not a flat mapping, extends itself, or holds an unknown key, a key twice or a
+            wrong type.
     """
-    config_file = find_file(CONFIG, str(config_file))
+    settings = {}
+    for file, own in config_contents(config_file):
+        settings |= checked_settings(own, dataclass_types, str(file))
+    return settings
+
+
+def read_configs(config_files: Sequence[str | Path], dataclass_types: Sequence[type]) -> dict[str, object]:
+    """The settings of several YAML files, of which later ones override earlier ones; see `read_config`."""
+    settings = {}
+    for config_file in config_files:
+        settings |= read_config(config_file, dataclass_types)
+    return settings
+
+
+def config_contents(config_file: str | Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
+    """A YAML file and all that it extends, each with its own settings; later ones override earlier ones.
+
+    Args:
+        config_file: a path, or the name of a shipped one.
+        within: the files that led here, the outermost first.
+
+    Raises:
+        ValueError: a file is missing, not a mapping, extends itself, or holds a key twice.
+    """
+    file = find_file(CONFIG, str(config_file))
     try:
-        settings = yaml.load(config_file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        settings = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{config_file} is not valid YAML: {error}") from error
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
         found = "nothing" if settings is None else type(settings).__name__
-        raise ValueError(f"{config_file}: expected lines of `field: value`, found {found}")
-    return checked_settings(settings, dataclass_types, str(config_file))
+        raise ValueError(f"{file}: expected lines of `field: value`, found {found}")
+    extended = settings.pop("extends", [])
+    extended = [extended] if isinstance(extended, str) else extended
+    if not isinstance(extended, list) or not all(isinstance(name, str) for name in extended):
+        raise ValueError(f"{file}: extends expects names of configurations, found {extended!r}")
+    chain = (*within, file)
+    if file in within:
+        raise ValueError(f"{' extends '.join(map(str, chain))}: expected no circle; remove one `extends`")
+    return [*(content for name in extended for content in config_contents(name, chain)), (file, settings)]
 
 
 def checked_settings(settings: dict, dataclass_types: Sequence[type], source: str) -> dict[str, object]:
@@ -158,11 +194,21 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return mapping
 
 
-def _take_config_file(argv: list[str]) -> tuple[str | None, list[str]]:
-    """Splits the command line into the configuration file, if there is one, and the options."""
-    files, options = [], []
-    if argv and not argv[0].startswith("-"):
-        files.append(argv.pop(0))
+def _take_config_files(argv: list[str], assignments: str | None) -> tuple[list[str], list[str]]:
+    """Splits the command line into the configuration files and the options.
+
+    Args:
+        argv: the command line.
+        assignments: the field that takes the first words with an equals sign, if there is one.
+    """
+    files, options, values = [], [], []
+    while argv and not argv[0].startswith("-"):
+        word = argv.pop(0)
+        (values if assignments is not None and "=" in word else files).append(word)
+    if values:
+        options += [f"--{assignments}", *values]
+        if any(word.partition("=")[0] == f"--{assignments}" for word in argv):
+            raise ValueError(f"found {values[0]} and --{assignments}: expected all of them in one place")
     while argv:
         word = argv.pop(0)
         if word == "--config":
@@ -173,9 +219,7 @@ def _take_config_file(argv: list[str]) -> tuple[str | None, list[str]]:
             files.append(word.removeprefix("--config="))
         else:
             options.append(word)
-    if len(files) > 1:
-        raise ValueError(f"expected one configuration file, found {len(files)}: {', '.join(files)}")
-    return (files[0] if files else None), options
+    return files, options
 
 
 def _process_group_defaults(dataclass_types: Sequence[type]) -> dict[str, object]:

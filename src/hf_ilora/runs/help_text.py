@@ -44,7 +44,9 @@ def recipe_help(
     name = Path(recipe_file).stem
     command = next((command for command in COMMANDS.values() if command.program == program), None)
     positional = positional_field(dataclass_types)
-    first = "[CONFIG]" if positional is None else f"{positional.upper().removesuffix('S')} ..."
+    first = "[CONFIG ...]" if positional is None else f"{positional.upper().removesuffix('S')} ..."
+    if assignments_field(dataclass_types) is not None:
+        first += " [name=value ...]"
     parts = [f"usage: {program} {first} [--option value ...]", _wrapped(docstring.partition("\n\n")[0], 0)]
     parts.append(f"Example:\n{docstring_example(docstring) if command is None else _wrapped_command(command.example)}")
     parts.append(_about_configurations(name, "CONFIG" if positional is None else "The value of --config"))
@@ -58,6 +60,11 @@ def recipe_help(
 def positional_field(dataclass_types: Sequence[type]) -> str | None:
     """The field whose values may be the first words of the command line, without `--field`; None if there is none."""
     return next((vars(each)["POSITIONAL"] for each in dataclass_types if "POSITIONAL" in vars(each)), None)
+
+
+def assignments_field(dataclass_types: Sequence[type]) -> str | None:
+    """The field that takes the first words with an equals sign, without `--field`; None if there is none."""
+    return next((vars(each)["ASSIGNMENTS"] for each in dataclass_types if "ASSIGNMENTS" in vars(each)), None)
 
 
 def _wrapped(text: str, indent: int) -> str:
@@ -80,8 +87,9 @@ def _wrapped_command(command: str) -> str:
 def _about_configurations(recipe_name: str, subject: str) -> str:
     """What `subject`, such as CONFIG, may be, with the shipped configurations whose first line names the recipe."""
     text = (
-        f"{subject} is a YAML file of options, or the name of one that ships with hf_ilora. Options on the command "
-        "line override it. All other paths in it count from the working directory."
+        f"{subject} is a YAML file of options, or the name of one that ships with hf_ilora. Of several, later ones "
+        "override earlier ones, and options on the command line override them all. All other paths in it count from "
+        "the working directory."
     )
     folder = shipped_folder(CONFIG)
     shipped = [

@@ -1,4 +1,8 @@
-"""The stages of a pipeline: what they run, when they are skipped, and what is recorded about them."""
+"""The stages of a pipeline: what they run, when they are skipped, and what is recorded about them.
+
+A pipeline may offer groups, such as `student`: the configuration of a stage that is written as `{student}` is chosen by
+name, and shipped in the folder of the group.
+"""
 
 import hashlib
 import json
@@ -7,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -15,12 +19,12 @@ from pathlib import Path
 import yaml
 
 from hf_ilora.files import LOCK_FILE, remove_folder, written_whole
-from hf_ilora.runs.arguments import checked_settings, prompt_path, read_config
+from hf_ilora.runs.arguments import checked_settings, config_contents, prompt_path, read_configs
 from hf_ilora.runs.processes import ProgramFailed, program_name
 from hf_ilora.runs.recipe_files import load_recipe
 from hf_ilora.runs.record import is_finished
 from hf_ilora_cli.commands import PROGRAM_VARIABLE
-from hf_ilora_cli.shipped import CONFIG, LAUNCH, RECIPE, find_file, shipped_folder
+from hf_ilora_cli.shipped import CONFIG, LAUNCH, RECIPE, closest_first, find_file, shipped_folder, shipped_names
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +40,7 @@ class Stage:
         recipe: such as train_sasrec.py.
         options: settings of the recipe, by option; {output_dir} stands for the pipeline's folder.
         reads: names of the earlier stages whose folders the recipe reads.
-        config: YAML file of the recipe, whose settings the options override.
+        config: YAML files of the recipe; later ones override earlier ones, and the options override them all.
         launch: accelerate configuration to launch the recipe with; None runs it with python.
         minutes: about how long it takes, for the time left.
         resumes: whether the recipe resumes in its folder after a crash; else the folder is made anew.
@@ -46,7 +50,7 @@ class Stage:
     recipe: str
     options: dict = field(default_factory=dict)
     reads: list[str] = field(default_factory=list)
-    config: str | None = None
+    config: list[str] = field(default_factory=list)
     launch: str | None = None
     minutes: float = 1.0
     resumes: bool = False
@@ -62,18 +66,25 @@ class Stage:
 
     def recipe_options(self, output_dir: Path) -> list[str]:
         """The command line of the recipe."""
-        words = [] if self.config is None else ["--config", self.config]
+        words = [word for config in self.config for word in ("--config", config)]
         for name, value in {**self.options, "output_dir": "{output_dir}/" + self.name}.items():
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *(_word(one).replace("{output_dir}", str(output_dir)) for one in values)]
         return words
 
+    def settings(self) -> dict:
+        """The settings of the recipe: those of the configurations with the options over them."""
+        result = {}
+        for config in self.config:
+            for _, settings in config_contents(config):
+                result |= settings
+        return result | self.options
+
     def check(self) -> None:
         """Raises a ValueError where a file of the stage does not exist or the recipe does not know a setting."""
         try:
             argument_types = load_recipe(find_file(RECIPE, self.recipe)).ARGUMENTS
-            if self.config is not None:
-                read_config(self.config, argument_types)
+            read_configs(self.config, argument_types)
             if self.launch is not None:
                 _read_yaml(find_file(LAUNCH, self.launch))
             checked_settings(self.options, argument_types, "options")
@@ -103,10 +114,9 @@ class Stage:
         """
         files = sorted(shipped_folder(RECIPE).glob("*.py"))  # recipes import one another
         files.append(find_file(RECIPE, self.recipe))
-        settings, launch_settings = dict(self.options), {}
-        if self.config is not None:
-            files.append(find_file(CONFIG, self.config))
-            settings = _read_yaml(files[-1]) | settings
+        contents = [content for config in self.config for content in config_contents(config)]
+        files += [file for file, _ in contents]
+        settings, launch_settings = self.settings(), {}
         if self.launch is not None:
             files.append(find_file(LAUNCH, self.launch))
             launch_settings = _read_yaml(files[-1])
@@ -120,37 +130,70 @@ class Stage:
         return _digest(what)
 
 
-def read_stages(stages: dict, overrides: Sequence[str] = ()) -> list[Stage]:
+def read_stages(stages: dict, overrides: Sequence[str] = (), groups: Mapping[str, str] | None = None) -> list[Stage]:
     """The stages in their order, checked before anything runs.
 
     Args:
-        stages: the settings of each stage, by its name.
-        overrides: options of stages to replace or add, each as `stage.option=value`.
+        stages: the settings of each stage, by its name. In its `config`, {student} stands for the configuration that is
+            chosen of the group student.
+        overrides: choices of groups, as `group=name`, and options of stages to replace or add, as `stage.option=value`.
+        groups: the name that is chosen of each group by default.
 
     Raises:
         ValueError: for a stage with unknown or missing settings, files that do not exist or have no settings, options
             that the recipe does not know, stages that read what does not come before them, and overrides of what does
             not exist.
     """
+    choices, options = dict(groups or {}), []
+    for override in overrides:
+        if "." in override.partition("=")[0]:
+            options.append(override)
+        else:
+            choices |= [_parsed_choice(override, choices)]
+    configs = {f"{{{group}}}": _config_of_choice(group, name) for group, name in choices.items()}
     result: dict[str, Stage] = {}
     for name, settings in stages.items():
         if not isinstance(settings, dict) or "recipe" not in settings:
             raise ValueError(f"stage {name} has {settings}: expected settings with a recipe, such as train_sasrec.py")
+        if isinstance(settings.get("config"), str):
+            settings = {**settings, "config": [settings["config"]]}
         stage = Stage(name, **checked_settings(settings, (Stage,), f"stage {name}"))
+        stage = replace(stage, config=[configs.get(config, config) for config in stage.config])
         for read in stage.reads:
             if read not in result:
                 raise ValueError(f"stage {name} reads {read}: expected an earlier one of {', '.join(result) or 'none'}")
         result[name] = stage
     if not result:
         raise ValueError("stages is empty: expected at least one stage")
-    for override in overrides:
-        name, option, value = _parsed_override(override)
+    for override in options:
+        name, option, value = _parsed_option(override)
         if name not in result:
-            raise ValueError(f"--set {override}: there is no stage {name}: expected one of {', '.join(result)}")
+            raise ValueError(f"{override}: there is no stage {name}: expected one of {', '.join(result)}")
         result[name] = replace(result[name], options={**result[name].options, option: value})
     for stage in result.values():
         stage.check()
     return list(result.values())
+
+
+def composed(stages: Sequence[Stage], output_dir: Path) -> str:
+    """All settings of the stages as the YAML file of a pipeline that needs no other configuration."""
+    parts = {
+        stage.name: {
+            "recipe": stage.recipe,
+            "launch": stage.launch,
+            "reads": stage.reads,
+            "options": {name: value for name, value in stage.settings().items() if name != "output_dir"},
+            "minutes": stage.minutes,
+            "resumes": stage.resumes,
+        }
+        for stage in stages
+    }
+    stages = {
+        name: {key: value for key, value in part.items() if value not in (None, [])} for name, part in parts.items()
+    }
+    return yaml.safe_dump(
+        {"output_dir": str(output_dir), "stages": stages}, sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 def selected(stages: list[Stage], only: list[str] | None) -> list[Stage]:
@@ -267,16 +310,38 @@ def _run(stage: Stage, output_dir: Path) -> int:
         raise
 
 
-def _parsed_override(override: str) -> tuple[str, str, object]:
+def _parsed_choice(override: str, choices: Mapping[str, str]) -> tuple[str, str]:
+    """Group and name of `group=name`."""
+    group, equals, name = override.partition("=")
+    if equals and name and group in choices:
+        return group, name
+    groups = f"group=name with a group of {', '.join(choices)}, or " if choices else ""
+    raise ValueError(f"{override}: expected {groups}stage.option=value, such as sasrec.max_steps=20")
+
+
+def _config_of_choice(group: str, name: str) -> str:
+    """The configuration that is chosen: a file, or one that ships in the folder of the group."""
+    if Path(name).is_file():
+        return name
+    names = [each.removeprefix(f"{group}/") for each in shipped_names(CONFIG) if each.startswith(f"{group}/")]
+    if name not in names:
+        raise ValueError(
+            f"{group}={name}: expected one of {', '.join(closest_first(name, names))}, or a YAML file (paths count "
+            "from the working directory)"
+        )
+    return f"{group}/{name}"
+
+
+def _parsed_option(override: str) -> tuple[str, str, object]:
     """Stage, option and value of `stage.option=value`; YAML reads the value, as in the file of the pipeline."""
     target, equals, text = override.partition("=")
-    name, dot, option = target.partition(".")
-    if not equals or not dot or not option:
-        raise ValueError(f"--set {override}: expected stage.option=value, such as sasrec.max_steps=20")
+    name, _, option = target.partition(".")
+    if not equals or not option:
+        raise ValueError(f"{override}: expected stage.option=value, such as sasrec.max_steps=20")
     try:
         return name, option, yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--set {override}: the value is not valid YAML: {error}") from error
+        raise ValueError(f"{override}: the value is not valid YAML: {error}") from error
 
 
 def _read_yaml(file: Path) -> dict:
