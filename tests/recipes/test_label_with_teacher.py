@@ -68,8 +68,9 @@ def test_second_run_asks_nothing_and_changes_nothing_but_its_record(label, parts
 
 @pytest.mark.parametrize("policy", ["random", "loss"])
 def test_budget_is_spent_on_as_many_rows(label, parts, policy):
-    settings = {} if policy == "random" else {"recommender": parts / "sasrec"}
-    folder = label(labelled_positions="all", budget=25, acquire=policy, **settings).output_dir
+    """Also random choice may be given a recommender: experiments change the policy and nothing else."""
+    settings = {"labelled_positions": "all", "budget": 25, "recommender": parts / "sasrec"}
+    folder = label(acquire=policy, **settings).output_dir
     sequences = SequenceDatasets.load(parts / "data")
     labels = TeacherLabels.load(folder, sequences.fingerprint)
     assert len(labels) == 25
@@ -118,7 +119,7 @@ def test_a_table_of_positions_labels_all_of_them(label, parts, tmp_path):
     [
         ({"top_k": 0}, "top_k is 0: expected at least 1"),
         ({"labelled_positions": "first"}, "invalid choice: 'first' .*last.*all"),
-        ({"acquire": "entropy"}, "expected a budget with them"),
+        ({"acquire": "entropy"}, "which selects what to ask: expected a budget with it"),
         ({"acquire": "entropy", "budget": 3}, "expected a recommender for all but random"),
         ({"budget": 0}, "budget is 0: expected at least 1"),
         ({"budget": 41}, "budget is 41"),
