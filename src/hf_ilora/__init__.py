@@ -4,7 +4,9 @@ Importing the package registers its models with `AutoConfig` and `AutoModel`, an
 other public name is imported on first use, so that ``import hf_ilora`` loads neither datasets nor evaluate.
 """
 
+import ast
 import importlib
+from pathlib import Path
 
 from transformers import AutoConfig, AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -38,73 +40,18 @@ for _config_class, _model_class in _MODELS.items():
     AutoModel.register(_config_class, _model_class)
 PIPELINE_REGISTRY.register_pipeline(TASK, SequentialRecommendationPipeline, pt_model=AutoModel)
 
+# Public name -> the module that defines it. __init__.pyi lists them once, for type checkers too.
 _EXPORTS = {
-    "AllSamplesPolicy": "hf_ilora.distillation.policies",
-    "Catalogue": "hf_ilora.models.next_item.catalogue",
-    "DLLM2RecLoss": "hf_ilora.distillation.losses",
-    "DistillationArguments": "hf_ilora.training.distillation_arguments",
-    "DistillationTrainer": "hf_ilora.training.distillation_trainer",
-    "EnsembleTeacher": "hf_ilora.distillation.ensemble",
-    "GatedLoraConfig": "hf_ilora.models.ilora.gated_lora_config",
-    "GatedLoraLinear": "hf_ilora.models.ilora.gated_lora",
-    "GatedLoraModel": "hf_ilora.models.ilora.gated_lora_model",
-    "GeneratedRecommendation": "hf_ilora.models.ilora.title_generation",
-    "GroundTruthErrorPolicy": "hf_ilora.distillation.policies",
-    "HitRatio": "hf_ilora.evaluation.metrics",
-    "ILoraOutput": "hf_ilora.models.ilora.modeling_ilora",
-    "ILoraTrainer": "hf_ilora.training.ilora_trainer",
-    "ILoraTrainingArguments": "hf_ilora.training.ilora_arguments",
-    "ItemIndex": "hf_ilora.serving.item_index",
-    "ItemTitles": "hf_ilora.titles.item_titles",
-    "KLDivergencePolicy": "hf_ilora.distillation.policies",
-    "MAP": "hf_ilora.evaluation.metrics",
-    "MRR": "hf_ilora.evaluation.metrics",
-    "NDCG": "hf_ilora.evaluation.metrics",
-    "NextItemTrainer": "hf_ilora.training.next_item_trainer",
-    "NextItemTrainingArguments": "hf_ilora.training.next_item_arguments",
-    "NextItemOutput": "hf_ilora.models.next_item.next_item_output",
-    "Precision": "hf_ilora.evaluation.metrics",
-    "Recall": "hf_ilora.evaluation.metrics",
-    "SASRecModel": "hf_ilora.models.next_item.modeling_sasrec",
-    "SequenceDatasets": "hf_ilora.data.sequences",
-    "SequentialRecommendationPipeline": "hf_ilora.models.next_item.recommendation_pipeline",
-    "TeacherLabels": "hf_ilora.distillation.teacher_labels",
-    "TitleSimilarity": "hf_ilora.distillation.ensemble_members",
-    "TrainingFacts": "hf_ilora.evaluation.beyond_accuracy",
-    "ValidRatio": "hf_ilora.evaluation.answer_metrics",
-    "acquire": "hf_ilora.distillation.acquisition",
-    "add_items": "hf_ilora.titles.item_titles",
-    "beyond_accuracy": "hf_ilora.evaluation.beyond_accuracy",
-    "build_sequences": "hf_ilora.data.sequences",
-    "compare_runs": "hf_ilora.evaluation.statistics",
-    "convert_reference": "hf_ilora.reference.convert_models",
-    "convert_reference_caser": "hf_ilora.reference.convert_models",
-    "convert_reference_gru4rec": "hf_ilora.reference.convert_models",
-    "convert_reference_sasrec": "hf_ilora.reference.convert_models",
-    "cooccurrence_embeddings": "hf_ilora.titles.cooccurrence",
-    "dro_loss": "hf_ilora.distillation.losses",
-    "encode_titles": "hf_ilora.titles.encoders",
-    "export": "hf_ilora.serving.export",
-    "fill_new_items": "hf_ilora.titles.item_titles",
-    "get_gated_lora_model": "hf_ilora.models.ilora.gated_lora_model",
-    "item_title_embeddings": "hf_ilora.titles.encoders",
-    "joint_item_embeddings": "hf_ilora.titles.joint",
-    "load_interactions": "hf_ilora.data.interactions",
-    "load_movielens": "hf_ilora.data.movielens",
-    "load_public_dataset": "hf_ilora.data.public_datasets",
-    "metric_folder": "hf_ilora.evaluation.metric_folders",
-    "pca_embeddings": "hf_ilora.titles.pca",
-    "propensity_scores": "hf_ilora.distillation.losses",
-    "ranking_distillation_weights": "hf_ilora.distillation.losses",
-    "recommend_all": "hf_ilora.serving.recommend_all",
-    "user_lora": "hf_ilora.models.ilora.user_lora",
-    "whitened": "hf_ilora.titles.pca",
+    alias.name: statement.module
+    for statement in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+    if isinstance(statement, ast.ImportFrom)
+    for alias in statement.names
 }
 
-__all__ = sorted([*_EXPORTS, *(part.__name__ for pair in _MODELS.items() for part in pair)])
+__all__ = sorted(_EXPORTS)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'hf_ilora' has no attribute {name!r}; public names: {', '.join(__all__)}")
     value = getattr(importlib.import_module(_EXPORTS[name]), name)
@@ -112,5 +59,5 @@ def __getattr__(name: str):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})

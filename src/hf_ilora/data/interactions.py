@@ -146,7 +146,7 @@ def load_interactions(
         **({} if rating_column is None else {"rating": clean_ratings(plays.table["rating"], plays.where["rating"])}),
     )
     ids, titles, metadata = pc.unique(item_ids), None, {}
-    if items is not None:
+    if known_ids is not None:
         if missing_titles == "raise":
             check_known_items(item_ids, known_ids, describe(items))
         ids = pc.unique(
@@ -164,8 +164,8 @@ def load_interactions(
                 column_names=column_names,
             )
             titles = _agreed_titles(ids, whole.ids("item_id").cast(item_ids.type), whole.titles())
-    untitled = [] if titles is None or missing_titles == "item_id" else ids.filter(pc.is_null(titles))
-    if len(untitled):
+    if titles is not None and missing_titles != "item_id" and titles.null_count:
+        untitled = ids.filter(pc.is_null(titles))
         raise ValueError(
             f"{len(untitled):,} items have no title, first {untitled[:5].to_pylist()}; expected one for each item: "
             "add titles, drop the items, or pass missing_titles='item_id' to use the ids as titles"

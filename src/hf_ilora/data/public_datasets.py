@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -210,7 +211,7 @@ def _plain_or_gz(*names: str) -> list[str]:
 # --- reading files ---
 
 
-def _read(path: Path, columns: dict[str, str], limit: int = -1, **text_options) -> pa.Table:
+def _read(path: Path, columns: dict[str, str], limit: int = -1, **text_options: Any) -> pa.Table:
     table, _ = read_columns(path, columns, limit, **text_options)
     return table
 

@@ -5,6 +5,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +91,7 @@ class SequenceDatasets(DatasetDict):
         self.catalogue = catalogue.with_counts(training_counts(splits["train"], len(catalogue)))
         self.protocol, self.source = protocol, source
 
-    def map(self, *arguments, **options) -> DatasetDict:
+    def map(self, *arguments: Any, **options: Any) -> DatasetDict:
         """As `DatasetDict.map`; the result keeps the catalogue, with the counts of its train split.
 
         Returns:
@@ -98,7 +99,7 @@ class SequenceDatasets(DatasetDict):
         """
         return self._with_splits(super().map(*arguments, **options))
 
-    def filter(self, *arguments, **options) -> DatasetDict:
+    def filter(self, *arguments: Any, **options: Any) -> DatasetDict:
         """As `DatasetDict.filter`; the result keeps the catalogue, with the counts of its train split."""
         return self._with_splits(super().filter(*arguments, **options))
 
@@ -235,7 +236,8 @@ class SequenceDatasets(DatasetDict):
         Raises:
             ValueError: for further columns that are not the same in all splits.
         """
-        own, further = {}, {}
+        own: dict[str, Any] = {}
+        further: dict[str, dict[str, Any]] = {}
         for name, dataset in self.items():
             own |= {column: dataset.features[column] for column in own_columns(dataset)}
             further[name] = {
@@ -285,8 +287,15 @@ class SequenceDatasets(DatasetDict):
                 revision that does not exist or is given for a folder.
             OSError: when the Hub cannot be reached.
         """
-        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        return read_source(source, DATA_FILES, cls._read, **hub)
+        return read_source(
+            source,
+            DATA_FILES,
+            cls._read,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
 
     @classmethod
     def _read(cls, directory: Path) -> "SequenceDatasets":

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import IO, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -431,7 +431,7 @@ def _without_type(name: str) -> str:
     return name if column_type in _ATOMIC_TYPES else f"{name}:{column_type}" if name else column_type
 
 
-def blocks_of_lines(stream: BinaryIO) -> Iterator[bytes]:
+def blocks_of_lines(stream: IO[bytes]) -> Iterator[bytes]:
     """The content of a file, without a byte-order mark, in blocks of whole lines.
 
     For Arrow's reader of whole files: its streaming reader reads ahead in a thread, and must not be used with a Python

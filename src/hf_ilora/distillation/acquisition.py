@@ -7,6 +7,9 @@ import torch
 
 ACQUISITION_POLICIES = ("random", "entropy", "margin", "loss", "k_center")
 
+Scores = np.ndarray | torch.Tensor | Iterable  # whole, or chunks of rows
+Targets = np.ndarray | torch.Tensor
+
 # Rows whose probabilities are computed at once.
 CHUNK_ROWS = 1024
 
@@ -15,8 +18,8 @@ def acquire(
     policy_name: str,
     budget: int,
     *,
-    scores: np.ndarray | torch.Tensor | Iterable | None = None,
-    targets: np.ndarray | torch.Tensor | None = None,
+    scores: Scores | None = None,
+    targets: Targets | None = None,
     user_embeddings: np.ndarray | torch.Tensor | None = None,
     num_rows: int | None = None,
     seed: int = 0,
@@ -85,7 +88,7 @@ def _check_budget(budget: int, rows: int) -> None:
         raise ValueError(f"budget is {budget}: expected 1..{rows}, the number of rows to select from")
 
 
-def _uncertainty(policy_name: str, scores, targets) -> np.ndarray:
+def _uncertainty(policy_name: str, scores: Scores, targets: Targets | None) -> np.ndarray:
     """(rows,) float32, large for the rows to ask about."""
     if targets is not None:
         targets = torch.as_tensor(targets)
@@ -102,7 +105,7 @@ def _uncertainty(policy_name: str, scores, targets) -> np.ndarray:
     return np.concatenate(values)
 
 
-def _chunks(scores) -> Iterator[torch.Tensor]:
+def _chunks(scores: Scores) -> Iterator[torch.Tensor]:
     """(chunk, items) float32 on the CPU, few rows at a time."""
     for block in [scores] if isinstance(scores, (np.ndarray, torch.Tensor)) else scores:
         block = torch.as_tensor(block)

@@ -55,7 +55,7 @@ class KLDivergencePolicy:
     threshold: float
     temperature: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.threshold >= 0:
             raise ValueError(
                 f"threshold is {self.threshold}: expected 0 or more nats; AllSamplesPolicy selects every row"

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from huggingface_hub import CommitInfo
+from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 
 from hf_ilora.data.cards import card_to_publish
@@ -105,9 +106,15 @@ class TeacherLabels:
                 changed.
             OSError: when the Hub cannot be reached.
         """
-        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        read = partial(cls._read, data_fingerprint, teacher_fingerprint, split)
-        return read_source(source, PUBLISHED_FILES, read, **hub)
+        return read_source(
+            source,
+            PUBLISHED_FILES,
+            partial(cls._read, data_fingerprint, teacher_fingerprint, split),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
 
     @classmethod
     def _read(cls, data_fingerprint: str, teacher_fingerprint: str | None, split: str, folder: Path) -> "TeacherLabels":
@@ -199,7 +206,7 @@ class TeacherLabels:
     def __len__(self) -> int:
         return len(self.table)
 
-    def lookup(self, history_ids, prefix_lengths) -> tuple[torch.Tensor, torch.Tensor]:
+    def lookup(self, history_ids: ArrayLike, prefix_lengths: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
         """Look up labels; where there is none, all items and distances are zero.
 
         Args:

@@ -1,5 +1,7 @@
 """The share of valid answers as `evaluate.Metric`."""
 
+from typing import Any
+
 import datasets
 import evaluate
 
@@ -23,7 +25,7 @@ class ValidRatio(evaluate.Metric):
         "- `references`: (users, candidates of the user) texts, the titles of each answer's candidates."
     )
 
-    def __init__(self, first_line_only: bool = False, keep_in_memory: bool = True, **kwargs):
+    def __init__(self, first_line_only: bool = False, keep_in_memory: bool = True, **kwargs: Any):
         super().__init__(keep_in_memory=keep_in_memory, **kwargs)
         self.first_line_only = first_line_only
 
@@ -37,7 +39,7 @@ class ValidRatio(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references) -> dict[str, float]:
+    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
         """Fraction of valid answers, as {"valid_ratio": 0.5}.
 
         Args:

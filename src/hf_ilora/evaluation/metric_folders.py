@@ -4,6 +4,7 @@ A folder stands alone: it has copies of the files that compute the metric here, 
 neither hf_ilora nor a network.
 """
 
+import inspect
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import evaluate
+from packaging.requirements import Requirement
 
 from hf_ilora.downloads import default_cache_dir
 from hf_ilora.evaluation import answer_metrics, metrics, named_candidates, rank_metrics
@@ -44,7 +46,7 @@ class _Folder:
 
 _RANKS = {"predictions": [1, 3, 11]}
 _SEVERAL_RANKS = {"predictions": [[1, 4], [11]]}
-_ANSWERS = {
+_ANSWERS: dict[str, list] = {
     "predictions": ["Heat", "Alien or Heat"],
     "references": [["Heat", "Alien"], ["Heat", "Alien"]],
 }
@@ -198,7 +200,7 @@ def metric_folder(name: str, parent: str | os.PathLike | None = None) -> str:
 def _files(name: str, folder: _Folder) -> dict[str, str]:
     """The content of the files by name."""
     metric, is_of_ranks = folder.metric, issubclass(folder.metric, metrics.RankMetric)
-    sources = {Path(module.__file__).stem: module for module in folder.sources}
+    sources = {module.__name__.rpartition(".")[2]: module for module in folder.sources}
     imported = [f"from .{stem} import {folder.sources[module] or metric.__name__}" for stem, module in sources.items()]
     arguments = ", ".join(f"{key}={value!r}" for key, value in folder.example.items())
     texts = {
@@ -220,13 +222,13 @@ def _files(name: str, folder: _Folder) -> dict[str, str]:
             value=folder.value,
             **(_OF_RANKS if is_of_ranks else _OF_ANSWERS),
         ),
-        "requirements.txt": "".join(f"{line}\n" for line in requires("hf_ilora") if _is_required(line)),
+        "requirements.txt": "".join(f"{line}\n" for line in requires("hf_ilora") or () if _is_required(line)),
     }
     for stem, module in sources.items():
-        text = Path(module.__file__).read_text(encoding="utf-8")
+        text = inspect.getsource(module)
         texts[f"{stem}.py"] = _OUR_IMPORT.sub(r"from .\1 import ", text)
     return texts
 
 
 def _is_required(requirement: str) -> bool:
-    return ";" not in requirement and re.match(r"[\w-]+", requirement)[0] in _REQUIRED
+    return ";" not in requirement and Requirement(requirement).name in _REQUIRED

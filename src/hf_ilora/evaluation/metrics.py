@@ -6,6 +6,9 @@ user, or the list of the ranks of all relevant items of each user: `[3, 1]` or `
 Recall@k equals HitRatio@k, and MAP@k equals MRR@k. `metric_folder` makes folders of them that `evaluate.load` takes.
 """
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
@@ -13,6 +16,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_ilora.evaluation.rank_metrics import metric_per_user
+
+# The rank of a user's target, or the ranks of all relevant items.
+Ranks = int | float | Sequence[int] | Sequence[float] | np.ndarray
 
 
 class RankMetric(evaluate.Metric):
@@ -34,7 +40,7 @@ class RankMetric(evaluate.Metric):
         "user, in lists that may differ in length."
     )
 
-    def __init__(self, k: int | None = 10, keep_in_memory: bool = True, **kwargs):
+    def __init__(self, k: int | None = 10, keep_in_memory: bool = True, **kwargs: Any):
         if k is not None and k < 1:
             raise ValueError(f"k is {k}: expected a cut-off of at least 1")
         self.k = k
@@ -50,15 +56,15 @@ class RankMetric(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.List(datasets.Value("float64"))}),
         )
 
-    def add(self, *, prediction=None, **kwargs) -> None:
+    def add(self, *, prediction: Ranks, **kwargs: Any) -> None:
         """Add a user: the rank of the target, or the ranks of all relevant items."""
         super().add(prediction=_as_list(prediction), **kwargs)
 
-    def add_batch(self, *, predictions=None, **kwargs) -> None:
+    def add_batch(self, *, predictions: Iterable[Ranks], **kwargs: Any) -> None:
         """Add users: for each of them as `add`."""
         super().add_batch(predictions=[_as_list(prediction) for prediction in predictions], **kwargs)
 
-    def _compute(self, predictions) -> dict[str, float]:
+    def _compute(self, predictions: Sequence[Sequence[float]]) -> dict[str, float]:
         """Mean of the metric over all users, as {"ndcg@10": 0.1}.
 
         Args:
@@ -83,7 +89,7 @@ class RankMetric(evaluate.Metric):
         return {self.key: metric_per_user(self.key, of_users).mean().item()}
 
 
-def _as_list(prediction) -> list[float]:
+def _as_list(prediction: Ranks) -> list[float]:
     return np.atleast_1d(prediction).tolist()
 
 
@@ -143,5 +149,5 @@ class MRR(RankMetric):
     description = "Mean reciprocal rank of the first relevant item."
     short_name = "mrr"
 
-    def __init__(self, k: int | None = None, **kwargs):
+    def __init__(self, k: int | None = None, **kwargs: Any):
         super().__init__(k, **kwargs)

@@ -2,9 +2,10 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,9 +147,13 @@ def summarize_ranks(
     }
 
 
-COUNT_GROUPS = {"0": (0, 0), "1-5": (1, 5), "6-10": (6, 10), "11-20": (11, 20), "more": (21, math.inf)}
-LENGTH_GROUPS = {"1-5": (1, 5), "6-10": (6, 10), "11-20": (11, 20), "21-50": (21, 50), "51-100": (51, 100)}
-LENGTH_GROUPS |= {"more": (101, math.inf)}
+# The lowest and the highest value of each group.
+Groups = Mapping[str, tuple[float, float]]
+COUNT_GROUPS: Groups = {"0": (0, 0), "1-5": (1, 5), "6-10": (6, 10), "11-20": (11, 20), "more": (21, math.inf)}
+LENGTH_GROUPS: Groups = {
+    **{"1-5": (1, 5), "6-10": (6, 10), "11-20": (11, 20), "21-50": (21, 50), "51-100": (51, 100)},
+    "more": (101, math.inf),
+}
 
 
 def summarize_by_count(
@@ -227,12 +232,12 @@ def _group_metrics(rankings: dict[str, np.ndarray], k: int, num_resamples: int, 
     }
 
 
-def users_by_group(values: np.ndarray, groups: Mapping[str, tuple[float, float]]) -> dict[str, int]:
+def users_by_group(values: np.ndarray, groups: Groups) -> dict[str, int]:
     """The number of users in each group that has any; `values` and groups as in `rows_by_group`."""
     return {group: int(rows.sum()) for group, rows in rows_by_group(values, groups).items()}
 
 
-def rows_by_group(values: np.ndarray, groups: Mapping[str, tuple[float, float]]) -> dict[str, np.ndarray]:
+def rows_by_group(values: np.ndarray, groups: Groups) -> dict[str, np.ndarray]:
     """(users,) bool for each group that has users.
 
     Args:
@@ -241,7 +246,7 @@ def rows_by_group(values: np.ndarray, groups: Mapping[str, tuple[float, float]])
     """
     values = values.reshape(len(values), -1)
     rows_of = {
-        group: ((values >= lowest) & (values <= highest)).any(axis=1) for group, (lowest, highest) in groups.items()
+        group: np.any((values >= lowest) & (values <= highest), axis=1) for group, (lowest, highest) in groups.items()
     }
     return {group: rows for group, rows in rows_of.items() if rows.any()}
 
@@ -318,11 +323,11 @@ def compare_runs(
         ValueError: for no runs, different users, data or splits, values that are not finite, an array and a path, and
             settings out of range.
     """
-    paths = [_paths(name, runs) for name, runs in (("a", a), ("b", b))]
-    if (paths[0] is None) != (paths[1] is None):
+    paths_a, paths_b = _paths("a", a), _paths("b", b)
+    if (paths_a is None) != (paths_b is None):
         raise ValueError("one run is an array and the other a path: expected two arrays or two paths")
-    if paths[0] is not None:
-        loaded = [[SavedRanks.load(path) for path in runs] for runs in paths]
+    if paths_a is not None and paths_b is not None:
+        loaded = [[SavedRanks.load(path) for path in paths] for paths in (paths_a, paths_b)]
         for run in (*loaded[0], *loaded[1]):
             loaded[0][0].check_same_users(run)
         a, b = (
@@ -354,7 +359,7 @@ def _paths(name: str, runs: Runs) -> list[str | os.PathLike] | None:
     return list(runs) if any(are_paths) else None
 
 
-def _mean_of_runs(name: str, values) -> np.ndarray:
+def _mean_of_runs(name: str, values: Any) -> np.ndarray:
     """(users,) the mean over the runs of (runs, users), where there are several."""
     try:
         values = np.asarray(values, dtype=np.float64)
@@ -386,7 +391,7 @@ def _check_num_resamples(num_resamples: int) -> None:
         )
 
 
-def _parts(num_resamples: int, num_different: int):
+def _parts(num_resamples: int, num_different: int) -> Iterator[slice]:
     """Slices of the resamples that bound the memory needed for resamples x different values."""
     step = max(1, _MAX_RANDOM_NUMBERS // num_different)
     for start in range(0, num_resamples, step):

@@ -172,8 +172,9 @@ def distinct_titles(catalogue_or_titles: Catalogue | Sequence[str]) -> Sequence[
     Raises:
         ValueError: as `item_title_embeddings`.
     """
-    titles = catalogue_or_titles
-    if isinstance(catalogue_or_titles, Catalogue):
+    if not isinstance(catalogue_or_titles, Catalogue):
+        titles = catalogue_or_titles
+    else:
         table = catalogue_or_titles.table
         titles = table["title"].to_pylist()
         if table["title"].equals(table["raw_id"].cast(pa.string())):

@@ -95,8 +95,8 @@ def whitened(table: torch.Tensor, size: int | None = None) -> torch.Tensor:
     Raises:
         ValueError: as `pca_embeddings`.
     """
-    if size is None and table.dim() == 2:
-        size = max(1, min(len(table) - 1, table.shape[1]))
+    if size is None:
+        size = max(1, min(len(table) - 1, table.shape[-1]))
     return pca_embeddings(table, size)
 
 

@@ -135,7 +135,7 @@ class DistillationArguments(NextItemTrainingArguments):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choices = {
             "policy": tuple(SAMPLE_POLICIES),
             "base_loss": (STUDENT_LOSS, *BASE_LOSSES),

@@ -130,7 +130,7 @@ class ILoraTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "a resumed run has the patience that was left"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_run_arguments(self, "its new candidates")
         if self.candidate_fraction is not None and not 0 <= self.candidate_fraction <= 1:
             raise ValueError(f"candidate_fraction is {self.candidate_fraction}: expected a fraction in [0, 1]")

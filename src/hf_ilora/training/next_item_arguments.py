@@ -148,7 +148,7 @@ class NextItemTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "a resumed run has the patience that was left"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_run_arguments(self, "its new windows")
         check_windows(self.windows, self.labelled_positions or "all", self.skip_probability, self.shuffle_distance)
         if self.labelled_positions not in (None, *LABELLED_POSITIONS):

@@ -29,7 +29,7 @@ class _HandedGates(threading.local):
         gates, self.gates = self.gates, None
         return gates
 
-    def __reduce__(self):  # a copy starts without gates
+    def __reduce__(self) -> tuple:  # a copy starts without gates
         return _HandedGates, ()
 
 

@@ -41,7 +41,7 @@ class GatedLoraConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kinds = {
             "rank": (int, "a whole number"),
             "num_experts": (int, "a whole number"),

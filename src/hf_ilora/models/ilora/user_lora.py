@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -73,7 +74,7 @@ def gated_stack(
 
 
 def user_lora(
-    stack_dir: str | os.PathLike, expert_gates, output_dir: str | os.PathLike | None = None
+    stack_dir: str | os.PathLike, expert_gates: Any, output_dir: str | os.PathLike | None = None
 ) -> dict[str, torch.Tensor]:
     """Make one user's LoRA of the folder that `ILoraForRecommendation.stacked_lora` wrote, without the model.
 

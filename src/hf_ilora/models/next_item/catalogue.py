@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,7 +51,7 @@ class Catalogue:
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Catalogue) and self.table.equals(other.table)
 
     def __repr__(self) -> str:
@@ -88,7 +89,7 @@ class Catalogue:
         others = self.table.select([name for name in self.table.column_names if name != "count"])
         return Catalogue(others.append_column("count", pa.array(counts[1:].astype(np.int64))))
 
-    def with_columns(self, columns) -> "Catalogue":
+    def with_columns(self, columns: Any) -> "Catalogue":
         """The same catalogue with further columns, such as price, url or image; they replace others of the same name.
 
         Args:
@@ -263,7 +264,7 @@ class Catalogue:
         self.to_parquet(os.path.join(save_directory, CATALOGUE_FILE))
 
     @cached_property
-    def item_id_of(self) -> dict[int, int] | dict[str, int]:
+    def item_id_of(self) -> dict[int | str, int]:
         """The item id of each raw id."""
         return {raw_id: row + 1 for row, raw_id in enumerate(self.table["raw_id"].to_pylist())}
 
@@ -288,7 +289,7 @@ class Catalogue:
             )
         return ids.astype(np.int64) - 1
 
-    def _unknown(self, raw_id) -> str:
+    def _unknown(self, raw_id: int | str) -> str:
         expected = str if pa.types.is_string(self.table.schema.field("raw_id").type) else int
         example = self.table["raw_id"][0].as_py()
         message = f"raw id {raw_id!r} is not among the {len(self)} items of the catalogue"
@@ -296,8 +297,8 @@ class Catalogue:
             return f"{message}: expected strings such as {example!r}, found {type(raw_id).__name__}"
         if expected is int and isinstance(raw_id, str):
             return f"{message}: expected integers such as {example}, found a string"
-        if expected is str and len(self) <= _MAX_RAW_IDS_TO_COMPARE:
-            close = difflib.get_close_matches(raw_id, self.item_id_of)
+        if isinstance(raw_id, str) and len(self) <= _MAX_RAW_IDS_TO_COMPARE:
+            close = difflib.get_close_matches(raw_id, self.table["raw_id"].to_pylist())
             if close:
                 return f"{message}: closest are {', '.join(map(repr, close))}"
         return f"{message}: leave it out, or use the catalogue of its data (raw ids such as {example!r})"
