@@ -2,7 +2,7 @@
 # Needs Python 3.11 or newer with venv and pip; requirements.lock is tested on 3.11 (`make PYTHON=python3.11 setup`).
 PYTHON ?= python3
 .DEFAULT_GOAL := help
-.PHONY: help setup environment test test-slow lint format help-texts quickstart clean
+.PHONY: help setup environment test test-slow test-oldest coverage lint format help-texts quickstart clean
 
 # The programs of .venv come first: python, accelerate, pytest, ruff, and the ninja that DeepSpeed compiles with.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -13,8 +13,10 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: ## make .venv from requirements.lock, unless it is there and complete
-	@cat requirements.lock setup.py | cmp -s - .venv/installed || $(MAKE) --no-print-directory environment
+	@cat $(INSTALLED) | cmp -s - .venv/installed || $(MAKE) --no-print-directory environment
 
+# What decides on the contents of .venv.
+INSTALLED := requirements.lock setup.py pyproject.toml
 # What was installed is noted last: an environment without the note is half made, one with another note is outdated.
 environment:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -22,11 +24,11 @@ environment:
 	$(PYTHON) -m venv --clear .venv
 	python -m pip install --disable-pip-version-check -r requirements.lock
 	python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
-	cat requirements.lock setup.py > .venv/installed
+	cat $(INSTALLED) > .venv/installed
 
 # One worker for each core, with one thread. The tests of a file stay together: they share what is costly to make.
 PYTEST := python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --durations=15
-test test-slow: export OMP_NUM_THREADS := 1
+test test-slow test-oldest coverage: export OMP_NUM_THREADS := 1
 
 test: setup ## quick tests: CPU, no network, minutes
 	$(PYTEST) -m "not slow"
@@ -34,9 +36,24 @@ test: setup ## quick tests: CPU, no network, minutes
 test-slow: setup ## tests that launch processes, train, or read whole data sets
 	$(PYTEST) -m slow
 
-lint: setup ## style and mistakes, nothing is changed
+TESTS ?= tests
+coverage: setup ## lines and branches of src that the tests reach, slow ones included; fewer with TESTS="tests/data"
+	python -m coverage erase
+	$(PYTEST) --cov --cov-report=html:outputs/coverage --cov-report=term $(TESTS)
+
+# The lowest torch that pyproject.toml allows for every extra; name another one where it is at hand.
+OLDEST_TORCH ?= torch==2.9.0
+test-oldest: setup ## quick tests with the lowest versions that pyproject.toml allows, in .venv-oldest
+	$(PYTHON) -m venv --clear .venv-oldest
+	python .ci/oldest_versions.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check \
+		$(OLDEST_TORCH) --constraint .venv-oldest/constraints.txt -e ".[dev]"
+	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" $(PYTEST) -m "not slow"
+
+lint: setup ## style, types and mistakes, nothing is changed
 	python -m ruff check .
 	python -m ruff format --check .
+	python -m mypy
 
 format: setup ## put the code in the project's style
 	python -m ruff check --fix .
@@ -53,5 +70,5 @@ quickstart: setup ## MovieLens-100K from the ratings to a distilled SASRec, and 
 	hf-ilora recommend --data_dir outputs/quickstart/data --model outputs/quickstart/publish --user 1
 
 clean: ## remove caches and build leftovers; .venv and outputs stay
-	rm -rf build dist .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .coverage* src/*.egg-info
 	find src tests recipes benchmarks experiments -name __pycache__ -prune -exec rm -rf {} +

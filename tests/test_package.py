@@ -7,11 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -27,6 +30,7 @@ from tests.paths import PROJECT, RECIPES
 PACKAGE = PROJECT / "src" / "hf_ilora"
 PROGRAMS = sorted(path for room in ("recipes", "benchmarks", "experiments") for path in PROJECT.glob(f"{room}/*.py"))
 DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+COMMUNITY = [PROJECT / "CHANGELOG.md", *sorted((PROJECT / ".github").rglob("*.*"))]
 RECIPE_CONFIGS = sorted((PROJECT / "recipes" / "configs").rglob("*.yaml"))
 # Folders of parts of a configuration: they leave out folders and other settings that a recipe needs.
 PARTS = ("data", "student", "teacher", "active", "distill")
@@ -256,21 +260,37 @@ def test_lock_pins_everything_exactly_and_fits_the_ranges():
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins), "only name==version, no URL, no local version"
     versions = {canonicalize_name(name): version for name, version in (pin.split("==") for pin in pins)}
-    for text in importlib.metadata.requires("hf_ilora"):
-        requirement = Requirement(text)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": "dev"}):
-            assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), text
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    for requirement in map(Requirement, [*project["dependencies"], *chain(*extras.values())]):
+        if requirement.name == project["name"]:  # dev has all other extras
+            assert requirement.extras == set(extras) - {"dev"}
+        else:
+            assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
 
 
 def test_version_is_the_same_everywhere():
     assert importlib.metadata.version("hf_ilora") == hf_ilora.__version__
 
 
-def test_readme_names_only_make_targets_that_exist():
+def test_only_make_targets_that_exist_are_named():
     targets = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z-]+)`?", (PROJECT / "README.md").read_text(encoding="utf-8")))
     assert {"setup", "test", "test-slow", "quickstart", "lint", "format", "help", "clean"} <= targets
-    assert named <= targets
+    for path in (*DOCUMENTS, PROJECT / ".ci" / "run", PROJECT / ".pre-commit-config.yaml", *COMMUNITY):
+        named = set(re.findall(r"(?:^|`|: )make ([a-z-]+)\b", path.read_text(encoding="utf-8"), re.MULTILINE))
+        assert named <= targets, f"{relative(path)} names {named - targets}"
+
+
+def test_the_workflow_runs_what_ci_runs():
+    workflow = yaml.safe_load((PROJECT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert commands == ["bash .ci/run", "make test-oldest"]
+
+
+def test_links_to_files_of_the_project_lead_somewhere():
+    for path in (*DOCUMENTS, *COMMUNITY):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{relative(path)} links to {target}"
 
 
 def test_files_that_commands_name_exist():
