@@ -9,7 +9,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.table import InMemoryTable
 
 from hf_ilora.data import filters
-from hf_ilora.data.filters import k_core, read_interactions, read_items, slice_indices
+from hf_ilora.data.filters import chronological_order, k_core, read_interactions, read_items, slice_indices
 
 GOOD = {"user_id": [3, 1, 3], "item_id": ["b", "a", "c"], "timestamp": [5, 0, 7], "rating": [1.0, 5.0, 3.0]}
 GOOD_ITEMS = {
@@ -50,6 +50,24 @@ class TestKCore:
         users, items = np.repeat(np.arange(6), 2)[:-1], np.arange(11) // 2 + np.arange(11) % 2
         assert not k_core(users, items, 2, 2).any()
         assert k_core(users, items, 1, 1).all()
+
+
+@pytest.mark.parametrize("num_users", [1, 3, 256, 257, 5_000])
+@pytest.mark.parametrize(
+    "times",
+    [
+        lambda generator, size: generator.integers(0, 4, size),
+        lambda generator, size: generator.integers(10**9, 2**62, size),  # keys would not fit 64 bits
+        lambda generator, size: generator.integers(0, 4, size) / 2,
+        lambda generator, size: np.full(size, 7),
+    ],
+    ids=["ties", "far apart", "fractions", "all equal"],
+)
+def test_chronological_order_is_that_of_a_stable_sort_by_user_and_time(num_users, times):
+    generator = np.random.default_rng(num_users)
+    users = generator.integers(0, num_users, 10_000).astype(np.int32)
+    times = times(generator, len(users))
+    assert np.array_equal(chronological_order(users, times), np.lexsort((times, users)))
 
 
 def test_slice_indices_concatenates_ranges():

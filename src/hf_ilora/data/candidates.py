@@ -8,8 +8,8 @@ import pyarrow as pa
 from .filters import Histories, is_string, slice_indices
 from .protocols import Rows
 
-# Bounds the memory of the seen items that are sorted at a time: about 150 per row in MovieLens.
-_ROWS_PER_BLOCK = 1 << 14
+# Bounds the seen items that are sorted at a time, about 150 per row in MovieLens, to what a processor's cache holds.
+_ROWS_PER_BLOCK = 1 << 10
 
 
 def sample_candidates(histories: Histories, rows: Rows, num_candidates: int, seed: int, split: str) -> np.ndarray:
@@ -48,7 +48,8 @@ def _sample_block(
     num_items, num_negatives = len(histories.item_ids), num_candidates - 1
     starts, ends = histories.boundaries[users], histories.boundaries[users + 1]
     # Distinct (row, item) pairs in one sorted array of row * num_items + item, items counted from 0.
-    pairs = np.repeat(np.arange(len(users)) * num_items, ends - starts)
+    id_type = np.int32 if len(users) * num_items < 2**31 else np.int64  # the shorter are sorted faster
+    pairs = np.repeat(np.arange(len(users), dtype=id_type) * id_type(num_items), ends - starts)
     pairs += histories.items[slice_indices(starts, ends)] - 1  # (interactions,)
     pairs.sort()
     pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # (seen,)

@@ -5,6 +5,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+_CODES_PER_COUNT = 1 << 20
+
 
 def read_column(split: Dataset, column: str) -> pa.ChunkedArray:
     """A column as an Arrow array; the other columns are not read."""
@@ -25,6 +27,18 @@ def padded_lists(split: Dataset, column: str) -> np.ndarray:
     padded = np.zeros((len(lengths), lengths.max(initial=0)), dtype=np.int64)
     padded[np.arange(padded.shape[1]) < lengths[:, None]] = items
     return padded
+
+
+def count_codes(codes: np.ndarray, length: int) -> np.ndarray:
+    """How often each of the codes 0..length-1 occurs: (length,) int64.
+
+    `np.bincount` of them all would copy int32 codes to twice their size.
+    """
+    counts = np.zeros(length, dtype=np.int64)
+    step = max(_CODES_PER_COUNT, length)
+    for first in range(0, len(codes), step):
+        counts += np.bincount(codes[first : first + step], minlength=length)
+    return counts
 
 
 def training_sequences(split: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -56,7 +70,7 @@ def training_counts(split: Dataset, num_items: int) -> np.ndarray:
     histories, boundaries = flatten_lists(split, "history")
     histories = histories[np.repeat(is_first, np.diff(boundaries))]
     targets = read_column(split, "target").to_numpy()
-    return sum(np.bincount(items, minlength=num_items + 1) for items in (histories, targets))
+    return count_codes(histories, num_items + 1) + count_codes(targets, num_items + 1)
 
 
 def repeat_share(items: np.ndarray, boundaries: np.ndarray) -> float:

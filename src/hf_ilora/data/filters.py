@@ -1,5 +1,6 @@
 """Turns the input tables into filtered, chronological histories of compact integer codes."""
 
+import itertools
 import logging
 from dataclasses import dataclass
 
@@ -8,10 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from .columns import count_codes
+
 logger = logging.getLogger(__name__)
 
 # Rows decoded at a time. Each batch has a dictionary of its ids, so a batch should contain many rows per id.
 _ROWS_PER_BATCH = 1 << 20
+# Interactions are sorted in blocks of users, so that the keys are short and a block stays in the processor's cache.
+_USER_BLOCKS = 1 << 8
 
 
 @dataclass
@@ -26,6 +31,12 @@ class CodedInteractions:
     times: np.ndarray  # (interactions,) int64 or float64
     user_ids: pa.Array  # (users,) int64 or string, ascending
     item_ids: pa.Array  # (items,) int64 or string, ascending
+
+    def take(self, rows: np.ndarray) -> None:
+        """Keep these rows, (kept,) row numbers or (interactions,) bool; copies one column at a time."""
+        self.users = self.users[rows]
+        self.items = self.items[rows]
+        self.times = self.times[rows]
 
 
 @dataclass
@@ -55,7 +66,9 @@ def read_interactions(interactions: Dataset, min_rating: float | None) -> CodedI
     _check_types(interactions, columns)
     if len(interactions) == 0:
         raise ValueError("interactions is empty: expected at least one row; check the source file and its filters")
-    users, items, times = [], [], []
+    users, items, rows = [], [], 0
+    is_float = pa.types.is_floating(interactions.features.arrow_schema.field("timestamp").type)
+    times = np.empty(len(interactions), dtype=np.float64 if is_float else np.int64)
     for batch in interactions.select_columns(columns).with_format("arrow").iter(batch_size=_ROWS_PER_BATCH):
         for name in columns:
             if batch[name].null_count:
@@ -67,15 +80,15 @@ def read_interactions(interactions: Dataset, min_rating: float | None) -> CodedI
         # One chunk per batch, because _rank_codes has to merge the dictionaries of all chunks.
         users.append(batch["user_id"].combine_chunks().dictionary_encode())
         items.append(batch["item_id"].combine_chunks().dictionary_encode())
-        times.append(_checked_times(batch["timestamp"].to_numpy()))
-    times = np.concatenate(times)
-    if len(times) == 0:
+        times[rows : rows + len(batch)] = _checked_times(batch["timestamp"].to_numpy())
+        rows += len(batch)
+    if rows == 0:
         raise ValueError(
             f"none of the {len(interactions)} interactions has a rating of at least min_rating={min_rating}: lower it"
         )
     users, user_ids = _rank_codes(users)
     items, item_ids = _rank_codes(items)
-    return CodedInteractions(users, items, times, user_ids, item_ids)
+    return CodedInteractions(users, items, times[:rows], user_ids, item_ids)
 
 
 def read_items(items: Dataset, item_ids: pa.Array) -> pa.Table:
@@ -149,7 +162,7 @@ def build_histories(
     """Sort by user and time (ties in input order), filter, and number the remaining items from 1.
 
     Args:
-        coded: what `read_interactions` returns.
+        coded: what `read_interactions` returns; it is sorted and filtered itself, to save the memory of a copy.
         min_user_interactions, min_item_interactions: see `k_core`.
         drop_repeats: keep only the first interaction of a user with an item, before anything is counted.
 
@@ -159,41 +172,77 @@ def build_histories(
     Raises:
         ValueError: when no interaction is left.
     """
-    order = np.lexsort((coded.times, coded.users))  # stable: ties of both keys stay in input order
-    users, items, times = coded.users[order], coded.items[order], coded.times[order]
-    del order
+    coded.take(chronological_order(coded.users, coded.times))
     num_users, num_items = len(coded.user_ids), len(coded.item_ids)
     if drop_repeats:
-        first = np.unique(users.astype(np.int64) * num_items + items, return_index=True)[1]
+        first = np.unique(coded.users.astype(np.int64) * num_items + coded.items, return_index=True)[1]
         first.sort()
-        logger.info("drop_repeats: dropped %d of %d interactions", len(users) - len(first), len(users))
-        users, items, times = users[first], items[first], times[first]
-    keep = k_core(users, items, min_user_interactions, min_item_interactions)
+        logger.info("drop_repeats: dropped %d of %d interactions", len(coded.users) - len(first), len(coded.users))
+        coded.take(first)
+    num_interactions = len(coded.users)
+    keep = k_core(coded.users, coded.items, min_user_interactions, min_item_interactions)
     if not keep.any():
         raise ValueError(
-            f"no interaction is left of {len(users)} ({num_users} users, {num_items} items) with "
+            f"no interaction is left of {num_interactions} ({num_users} users, {num_items} items) with "
             f"min_user_interactions={min_user_interactions} and min_item_interactions={min_item_interactions}: the "
-            f"longest history has {np.bincount(users).max()} interactions and the most frequent item "
-            f"{np.bincount(items).max()}; lower the thresholds"
+            f"longest history has {np.bincount(coded.users).max()} interactions and the most frequent item "
+            f"{np.bincount(coded.items).max()}; lower the thresholds"
         )
     if not keep.all():
-        users, items, times = users[keep], items[keep], times[keep]
-    user_counts = np.bincount(users, minlength=num_users)
-    kept_users, kept_items = user_counts > 0, np.bincount(items, minlength=num_items) > 0
+        coded.take(keep)
+    user_counts = count_codes(coded.users, num_users)
+    kept_users, kept_items = user_counts > 0, count_codes(coded.items, num_items) > 0
     logger.info(
         "min_user_interactions=%d, min_item_interactions=%d: dropped %d of %d users, %d of %d items, %d of %d "
         "interactions",
         *(min_user_interactions, min_item_interactions),
         *(num_users - kept_users.sum(), num_users, num_items - kept_items.sum(), num_items),
-        *(len(keep) - len(users), len(keep)),
+        *(num_interactions - len(coded.users), num_interactions),
     )
     histories = Histories(
-        items=np.cumsum(kept_items, dtype=np.int32)[items],  # counts from 1: 0 is padding
+        items=np.cumsum(kept_items, dtype=np.int32)[coded.items],  # counts from 1: 0 is padding
         boundaries=np.concatenate([[0], np.cumsum(user_counts[kept_users])]),
         user_ids=coded.user_ids.filter(pa.array(kept_users)),
         item_ids=coded.item_ids.filter(pa.array(kept_items)),
     )
-    return histories, times
+    return histories, coded.times
+
+
+def chronological_order(users: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """The rows by user, then by time, then in input order: what `np.lexsort((times, users))` returns, in a quarter of
+    its time.
+
+    Args:
+        users: codes, (interactions,) int32, from 0.
+        times: (interactions,) int64 or float64; whole numbers are sorted faster.
+
+    Returns:
+        (interactions,) int32 row numbers.
+    """
+    block_of = (users // -(-(int(users.max()) + 1) // _USER_BLOCKS)).astype(np.uint8)
+    order = np.argsort(block_of, kind="stable").astype(np.int32)  # of bytes: numpy counts them
+    ends = np.cumsum(np.bincount(block_of, minlength=_USER_BLOCKS))
+    for first, last in itertools.pairwise([0, *ends]):
+        rows = order[first:last]
+        if len(rows):
+            order[first:last] = rows[_order_of_block(users[rows], times[rows])]
+    return order
+
+
+def _order_of_block(users: np.ndarray, times: np.ndarray) -> np.ndarray:
+    lowest_user, lowest_time = int(users.min()), times.min()
+    num_moments = int(times.max()) - int(lowest_time) + 1
+    row_bits = len(users).bit_length()
+    if times.dtype.kind == "f" or (int(users.max()) - lowest_user + 1) * num_moments << row_bits > 2**63:
+        return np.lexsort((times, users))
+    # User, time and row in one number each: sorting numbers is faster than sorting what they refer to.
+    keys = (users - lowest_user).astype(np.int64)
+    keys *= num_moments
+    keys += times - lowest_time
+    keys <<= row_bits
+    keys |= np.arange(len(keys))
+    keys.sort()
+    return keys & ((1 << row_bits) - 1)
 
 
 def k_core(users: np.ndarray, items: np.ndarray, min_user_interactions: int, min_item_interactions: int) -> np.ndarray:
@@ -208,13 +257,16 @@ def k_core(users: np.ndarray, items: np.ndarray, min_user_interactions: int, min
         bool (interactions,), True for interactions to keep.
     """
     keep = np.ones(len(users), dtype=bool)
+    user_counts, item_counts = count_codes(users, users.max() + 1), count_codes(items, items.max() + 1)
     while True:
-        enough_of_user = np.bincount(users[keep], minlength=users.max() + 1) >= min_user_interactions
-        enough_of_item = np.bincount(items[keep], minlength=items.max() + 1) >= min_item_interactions
-        remaining = keep & enough_of_user[users] & enough_of_item[items]
-        if remaining.sum() == keep.sum():
+        enough = (user_counts >= min_user_interactions)[users]
+        enough &= (item_counts >= min_item_interactions)[items]
+        dropped = np.flatnonzero(keep & ~enough)
+        if len(dropped) == 0:
             return keep
-        keep = remaining
+        keep[dropped] = False
+        user_counts -= np.bincount(users[dropped], minlength=len(user_counts))
+        item_counts -= np.bincount(items[dropped], minlength=len(item_counts))
 
 
 def slice_indices(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -290,9 +342,12 @@ def _rank_codes(chunks: list[pa.DictionaryArray]) -> tuple[np.ndarray, pa.Array]
     order = pc.array_sort_indices(values)
     ranks = np.empty(len(values), dtype=np.int32)
     ranks[order.to_numpy()] = np.arange(len(values), dtype=np.int32)
-    codes = np.concatenate([ranks[chunk.indices.to_numpy()] for chunk in chunks])
+    codes, rows = np.empty(sum(map(len, chunks)), dtype=np.int32), 0
+    for chunk in chunks:
+        np.take(ranks, chunk.indices.to_numpy(), out=codes[rows : rows + len(chunk)])
+        rows += len(chunk)
     return codes, values.take(order)
 
 
-__all__ = ["CodedInteractions", "Histories", "build_histories", "is_string", "k_core", "read_interactions"]
-__all__ += ["read_items", "slice_indices"]
+__all__ = ["CodedInteractions", "Histories", "build_histories", "chronological_order", "is_string", "k_core"]
+__all__ += ["read_interactions", "read_items", "slice_indices"]
