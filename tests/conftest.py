@@ -91,6 +91,9 @@ def launch():
             pytest.skip(f"torch cannot compile DeepSpeed's operation with a space in a path: {sys.prefix}")
         programs = Path(sys.executable).parent
         config_file = PROJECT / "accelerate_configs" / config
+        if config == "fsdp2_cpu.yaml":
+            config_file = PROJECT / "tests" / "distributed" / config
+            program = (PROJECT / "tests" / "distributed" / "fsdp_on_cpu.py", *program)
         command = [str(word) for word in (programs / "accelerate", "launch", "--config_file", config_file, *program)]
         environment = os.environ | {
             # pytest may run without the environment's programs on PATH: DeepSpeed compiles with its ninja

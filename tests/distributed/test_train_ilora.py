@@ -85,6 +85,7 @@ def run_of(train, tmp_path_factory):
         ("multi_cpu.yaml", "titles and items"),
         ("zero2_cpu.yaml", "titles and items"),
         ("zero3_cpu.yaml", "titles and items"),
+        ("fsdp2_cpu.yaml", "titles and items"),
         ("multi_cpu.yaml", "pooled candidates"),
         ("zero3_cpu.yaml", "pooled candidates"),
     ],

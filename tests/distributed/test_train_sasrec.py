@@ -46,7 +46,7 @@ def train(launch, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["multi_cpu.yaml", "zero2_cpu.yaml", "zero3_cpu.yaml"])
+@pytest.mark.parametrize("config", ["multi_cpu.yaml", "zero2_cpu.yaml", "zero3_cpu.yaml", "fsdp2_cpu.yaml"])
 def test_two_processes_learn_what_one_learns(train, config):
     one, two = train("cpu.yaml"), train(config)
     assert (one.record["world_size"], two.record["world_size"]) == (1, 2)

@@ -72,6 +72,10 @@ class EncoderForNextItem(NextItemPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.item_embedding
 
+    def get_output_embeddings(self) -> nn.Module:
+        """The head: FSDP keeps it together with the table that it is tied to."""
+        return self.head
+
     def set_item_counts(self, item_counts: torch.Tensor) -> None:
         """Set the training counts, (num_items + 1,), from which `popularity_power` draws negatives."""
         if not self.config.popularity_power:

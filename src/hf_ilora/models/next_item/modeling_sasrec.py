@@ -159,7 +159,6 @@ class SASRecPreTrainedModel(NextItemPreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["SASRecPreNormLayer", "SASRecReferenceLayer"]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -183,6 +182,7 @@ class SASRecModel(SASRecPreTrainedModel):
         self.position_embedding = nn.Embedding(config.max_length, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
         layer_class = SASRecPreNormLayer if config.block_type == "pre_norm" else SASRecReferenceLayer
+        self._no_split_modules = [layer_class.__name__]  # FSDP refuses names of layers that the model has not
         self.layers = nn.ModuleList([layer_class(config) for _ in range(config.num_hidden_layers)])
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
