@@ -110,7 +110,7 @@ def test_two_processes_learn_what_one_learns(run_of, parts, config, losses):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["multi_cpu.yaml", "zero3_cpu.yaml"])
+@pytest.mark.parametrize("config", ["multi_cpu.yaml", "zero3_cpu.yaml", "fsdp2_cpu.yaml"])
 def test_checkpoint_of_two_processes_holds_the_adapter_alone_and_loads_anywhere(run_of, parts, config):
     (one, _), (two, _) = run_of("cpu.yaml"), run_of(config)
     size = (one.output_dir / "model.safetensors").stat().st_size
@@ -128,7 +128,7 @@ def test_checkpoint_of_two_processes_holds_the_adapter_alone_and_loads_anywhere(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["multi_cpu.yaml", "zero3_cpu.yaml"])
+@pytest.mark.parametrize("config", ["multi_cpu.yaml", "zero3_cpu.yaml", "fsdp2_cpu.yaml"])
 def test_run_of_two_processes_that_was_killed_goes_on_to_the_same_result(run_of, train, config, tmp_path):
     """What a kill in the second epoch leaves is put together, and the same command given again."""
     whole, _ = run_of(config)

@@ -26,12 +26,14 @@ def launch_settings(arguments: Sequence[object] = ()) -> dict[str, object]:
         arguments: the dataclasses of the run; the `TrainingArguments` among them say which precision is in effect.
     """
     state = process_state()
+    # The state says so only once there is an Accelerator, which is after an earlier run's record is read.
+    uses_fsdp = str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
     training = [part for part in arguments if isinstance(part, TrainingArguments)]
     launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     settings = {
         "num_processes": state.num_processes,
         "mixed_precision": training[0].mixed_precision if training else launched_precision,
-        "distributed_type": state.distributed_type.value,
+        "distributed_type": "FSDP" if uses_fsdp else state.distributed_type.value,
         "device_type": state.device.type,
     }
     prefixes = [
