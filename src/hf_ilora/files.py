@@ -11,6 +11,7 @@ import platform
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from filelock import FileLock, Timeout
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
+SECONDS_TO_SEE = 30.0  # network disks show what another machine wrote after a while
 # What a disk answers that knows no locks.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
@@ -195,6 +197,29 @@ def held_folder(folder: str | os.PathLike) -> Iterator[None]:
         if is_new:
             with suppress(OSError):  # it is not empty, or gone
                 folder.rmdir()
+
+
+def sees_holder(folder: str | os.PathLike, holder: str | None) -> bool:
+    """Whether this process finds in `folder` what its holder wrote there, which a network disk may show late.
+
+    Args:
+        folder: held by another process.
+        holder: what that process reads in the lock file; None, on a disk without locks, is found anywhere.
+    """
+    end = time.monotonic() + SECONDS_TO_SEE
+    while holder is not None and lock_text(folder) != holder:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def lock_text(folder: str | os.PathLike) -> str | None:
+    """What the lock file of a folder says about its holder; None without one."""
+    try:
+        return (Path(folder) / LOCK_FILE).read_text(encoding="utf-8")
+    except OSError:
+        return None
 
 
 def remove_folder(folder: str | os.PathLike) -> None:

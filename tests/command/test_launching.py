@@ -141,3 +141,24 @@ def test_a_bug_in_another_process_shows_its_traceback(launched):
     result = launched(lines, "--launch", "multi_cpu")
     assert result.returncode == 1
     assert "process 1: Traceback" in result.stderr and "KeyError: 'absent'" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False])
+def test_processes_that_do_not_share_the_disk_are_refused(launched, shared):
+    lines = f"""
+        from hf_ilora import files
+        from hf_ilora.runs import sole_writer
+        files.SECONDS_TO_SEE = 1
+        with sole_writer("out" if {shared} else f"out-{{state.process_index}}"):
+            print("runs")
+        state.wait_for_everyone()
+    """
+    result = launched(lines, "--launch", "multi_cpu")
+    if shared:
+        assert (result.returncode, result.stdout, result.stderr) == (0, "runs\nruns\n", "")
+    else:
+        assert result.returncode == 2 and "runs" not in result.stdout
+        seen = "out-0 of the first process is not seen by process 1 on "
+        assert result.stderr.startswith(f"program.py: error: {seen}"), result.stderr
+        assert "expected a disk that all machines of the launch share" in result.stderr

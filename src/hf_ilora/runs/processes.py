@@ -4,6 +4,7 @@ import atexit
 import errno
 import logging
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -11,13 +12,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.constants import HF_HOME
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from hf_ilora.devices import process_state
 from hf_ilora.downloads import DownloadError, default_cache_dir
-from hf_ilora.files import failed_write, held_folder
+from hf_ilora.files import failed_write, held_folder, lock_text, sees_holder
 from hf_ilora_cli.commands import COMMANDS, PROGRAM, PROGRAM_VARIABLE
 from hf_ilora_cli.shown_text import shown, shown_lines
 from hf_ilora_cli.signals import end_with_launcher, interrupted_code, termination_raises
@@ -127,20 +128,29 @@ def sole_writer(output_dir: str | os.PathLike) -> Iterator[None]:
     """Lock the output folder of a run, which refuses a second command for it. Only the main process takes the lock.
 
     Every process of a launch enters it, after `parse_arguments`, which initialises the state that the processes share.
+    All of them must see the folder: they read checkpoints that the main process wrote.
 
     Raises:
-        ValueError, OSError: in every process, as `held_folder` raises in the main one.
+        ValueError, OSError: in every process, as `held_folder` raises in the main one, and where a process does not see
+            the folder, on a machine without a shared disk.
     """
-    refusal = None
+    refusal, holder, state = None, None, process_state()
     with ExitStack() as stack:
-        if process_state().is_main_process:
+        if state.is_main_process:
             try:
                 stack.enter_context(held_folder(output_dir))
+                holder = lock_text(output_dir)
             except (ValueError, OSError) as error:
                 refusal = error
-        [refusal] = broadcast_object_list([refusal])
+        refusal, holder = broadcast_object_list([refusal, holder])
         if refusal is not None:
             raise refusal
+        own = f"process {state.process_index} on {platform.node()}"
+        if blind := gather_object([] if sees_holder(output_dir, holder) else [own]):
+            raise ValueError(
+                f"{output_dir} of the first process is not seen by {', '.join(blind)}: expected a disk that all "
+                "machines of the launch share; choose an output_dir there, or launch on one machine"
+            )
         yield
 
 
