@@ -117,24 +117,27 @@ def mixture_ranks(study: Study, row: Row, sequences: SequenceDatasets) -> Path:
 
 def mixture_lines(reports: Sequence[MixtureReport], reference: str) -> list[str]:
     """The Markdown of a table of mixtures."""
+    compared = [report for report in reports if report.to_reference or report.to_twin]
     title = next((report.title for report in reports if report.name == reference), "?")
     header = ["mixture of scores, validation", "users", "weights", "NDCG@10 masked", "HR@10 masked",
-              "its last member alone", f"difference to {title}", "difference to its control"]  # fmt: skip
-    rows = [
-        [
+              "its last member alone"]  # fmt: skip
+    if compared:
+        header += [f"difference to {title}", "difference to its control"]
+    rows = []
+    for report in reports:
+        row = [
             report.title,
             f"{report.num_users:,}",
             ", ".join(f"{member} {weight:g}" for member, weight in report.weights.items()),
             short_number(report.ndcg),
             short_number(report.hit_ratio),
             short_number(list(report.alone.values())[-1]),
-            *("" if each is None else comparison_text(each) for each in (report.to_reference, report.to_twin)),
         ]
-        for report in reports
-    ]
-    note = (
-        "The weights were chosen on these users, so that a further member can only gain; its control had the same "
-        "choice."
+        if compared:
+            row += ["" if each is None else comparison_text(each) for each in (report.to_reference, report.to_twin)]
+        rows.append(row)
+    note = "The weights were chosen on these users" + (
+        ", so that a further member can only gain; its control had the same choice." if compared else "."
     )
     return ["", *markdown_rows(header, rows), "", note]
 

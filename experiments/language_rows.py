@@ -261,7 +261,7 @@ def language_rows(settings: Settings) -> list[Row]:
         ),
         Row(
             "ensemble_counts_mixed",
-            "the same, with the weights of tune_ensemble.py",
+            "start from titles, taught by an ensemble with the weights of tune_ensemble.py",
             "distill_sasrec",
             settings.config,
             {**joint, **everywhere, "kl_weight": 1.0, "ensemble": "{mixture}"},

@@ -121,6 +121,12 @@ def test_the_study_trains_what_is_missing_and_tabulates_it(study, tmp_path):
     assert all(f"\n# {table}\n" in text for table in ("main", "parts", "controls"))
     assert (tmp_path / "report.png").is_file()
 
+    assert study(rows=["start"]) == []
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert list(content["rows"]) == content["tables"]["rows"] == ["ids_tuned", "start"]
+    with pytest.raises(ValueError, match="rows contains begin: expected some of counts, "):
+        study(rows=["start", "begin"])
+
     assert study(table="main") == []
     shutil.rmtree(tmp_path / "study" / "ensemble_counts")
     assert study(table="main", run=False) == []
