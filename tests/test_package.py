@@ -155,6 +155,27 @@ def test_no_recipe_imports_another():
             assert not recipes & {name.split(".")[0] for name in imported}, f"{relative(path)}, line {node.lineno}"
 
 
+def test_only_declared_dependencies_are_imported():
+    """Else an installation works as long as another package happens to bring one along."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [*project["optional-dependencies"].items()]
+    declared = [*project["dependencies"], *chain(*(each for name, each in extras if name != "dev"))]
+    declared = {canonicalize_name(Requirement(each).name) for each in declared}
+    distributions = importlib.metadata.packages_distributions()
+    own = {"hf_ilora", "hf_ilora_cli", *sys.stdlib_module_names}
+    own.add("polars")  # whose frames are read where a program has imported it
+    for path in [*(PROJECT / "src").rglob("*.py"), *RECIPES.glob("*.py")]:
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+        for name in imported - own:
+            providers = {canonicalize_name(each) for each in distributions.get(name, [name])}
+            assert providers & declared, f"{relative(path)} imports {name}"
+
+
 # --- configurations ---
 
 

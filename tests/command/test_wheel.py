@@ -1,10 +1,12 @@
-"""The wheel: it holds what the command needs, and no more than the project has."""
+"""The wheel: it holds what the project has and no more, and works where it is installed, without the clone."""
 
-import configparser
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 
 import pytest
@@ -12,13 +14,16 @@ import pytest
 from tests.paths import PROJECT
 
 pytestmark = pytest.mark.slow
+SHIPPED = ("recipes", "accelerate_configs")
+# Two steps of a small model.
+FEW_STEPS = {"max_steps": 2, "hidden_size": 16, "early_stopping_patience": 0, "load_best_model_at_end": "false"}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel that is built from the project's files."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("src", "recipes", "accelerate_configs"):
+    for name in ("src", *SHIPPED):
         shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(PROJECT / name, folder)
@@ -28,43 +33,80 @@ def wheel(tmp_path_factory):
     return built
 
 
-def test_the_wheel_holds_recipes_and_their_files_inside_of_the_package(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-    for folder in ("recipes", "accelerate_configs"):
-        files = [path for path in (PROJECT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-        assert {f"hf_ilora/{path.relative_to(PROJECT)}" for path in files} == {
-            name for name in names if name.startswith(f"hf_ilora/{folder}/")
-        }
-    helps = {f"hf_ilora_cli/help/{path.name}" for path in (PROJECT / "src" / "hf_ilora_cli" / "help").glob("*.txt")}
-    assert helps and helps <= names
-    assert not [name for name in names if name.startswith(("tests/", "docs/", "recipes/"))]
+@pytest.fixture(scope="module")
+def run_installed(wheel, tmp_path_factory):
+    """Runs a program of an environment that has the wheel, in an empty folder, and returns the finished process.
 
-
-def test_the_wheel_installs_the_command(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
-        scripts = configparser.ConfigParser()
-        scripts.read_string(archive.read(name).decode())
-    assert dict(scripts["console_scripts"]) == {"hf-ilora": "hf_ilora_cli.main:main"}
-
-
-def test_the_command_runs_from_the_unpacked_wheel_in_any_folder(wheel, tmp_path):
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    work = tmp_path / "work"
+    The environment borrows the dependencies of this one, which take minutes to install, by a path: paths are not
+    followed to the clone's own installation. `test_package.py` checks that they are declared.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    python, work = folder / "bin" / "python", folder / "work"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel]
+    subprocess.run(list(map(str, install)), check=True, capture_output=True, text=True)
+    (site,) = folder.glob("lib/python3*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     work.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
 
-    def run(*words):
-        command = [sys.executable, "-P", "-c", "import sys; from hf_ilora_cli.main import main; sys.exit(main())"]
-        environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-        return subprocess.run(
-            [*command, *words], cwd=work, env=environment, capture_output=True, text=True, check=False
-        )
+    def run(program, *words):
+        command = [str(python.parent / program), *map(str, words)]
+        return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
 
-    result = run("pipeline", "quickstart", "--set", "sasrek.seed=1")
+    return run
+
+
+@pytest.fixture(scope="module")
+def quickstart(run_installed):
+    """Runs the quickstart's data, counts and SASRec with few steps, and a student of the counts."""
+    few = [f"sasrec.{name}={value}" for name, value in FEW_STEPS.items()]
+    options = [word for name, value in FEW_STEPS.items() for word in (f"--{name}", value)]
+    out = "outputs/quickstart"
+    for command in (
+        ["pipeline", "quickstart", *few, "--only", "counts", "sasrec"],
+        ["distill", "ml-100k/quickstart", "--data_dir", f"{out}/data", "--teacher", f"{out}/counts/transition_counts",
+         "--distilled_positions", "all", "--kl_weight", 1, "--lam", 0, "--output_dir", f"{out}/distilled",
+         "--initial_items", "random", *options],
+    ):  # fmt: skip
+        result = run_installed("hf-ilora", *command)
+        assert result.returncode == 0, result.stderr
+
+
+def test_the_wheel_holds_the_files_of_the_project_and_no_others(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    expected = set()
+    for root, prefix in ((PROJECT / "src", ""), *((PROJECT / folder, f"hf_ilora/{folder}/") for folder in SHIPPED)):
+        files = [path for path in root.rglob("*") if path.is_file()]
+        expected |= {f"{prefix}{path.relative_to(root)}" for path in files if "__pycache__" not in path.parts}
+    assert names == {name for name in expected if ".egg-info/" not in name}
+    assert {"hf_ilora/py.typed", "hf_ilora/recipes/train_sasrec.py", "hf_ilora_cli/help/export.txt"} <= names
+
+
+def test_an_index_would_accept_the_wheel(wheel):
+    result = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", wheel], capture_output=True, text=True)
+    assert result.returncode == 0 and "PASSED" in result.stdout, result.stdout + result.stderr
+
+
+def test_the_installed_command_finds_shipped_files_in_any_folder(run_installed):
+    result = run_installed("hf-ilora", "pipeline", "quickstart", "--set", "sasrek.seed=1")
     assert result.returncode == 2
     assert "there is no stage sasrek: expected one of data, " in result.stderr and " ilora, " in result.stderr
-    result = run("label", "--launch", "cpus")
+    result = run_installed("hf-ilora", "label", "--launch", "cpus")
     assert result.returncode == 2 and "one of the shipped cpu, " in result.stderr
-    assert not list(work.iterdir())
+
+
+def test_the_first_lines_of_the_readme_work_after_a_quickstart(quickstart, run_installed):
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    model, pipeline = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[:2]
+    result = run_installed("python", "-c", f"{model}{pipeline}print(hf_ilora.__file__)")
+    assert result.returncode == 0, result.stderr
+    titles, installed = result.stdout.splitlines()
+    assert len(ast.literal_eval(titles)) == 10 and str(PROJECT) not in installed
+    recommended = run_installed(
+        "hf-ilora", "recommend", "--data_dir", "outputs/quickstart/data", "--model", "outputs/quickstart/distilled",
+        "--user", 1, "--format", "json",
+    )  # fmt: skip
+    assert recommended.returncode == 0 and recommended.stdout.count('"raw_id"') == 10, recommended.stderr
