@@ -2,7 +2,7 @@
 # Needs Python 3.11 or newer with venv and pip; requirements.lock is tested on 3.11 (`make PYTHON=python3.11 setup`).
 PYTHON ?= python3
 .DEFAULT_GOAL := help
-.PHONY: help setup environment test test-slow test-oldest coverage lint format help-texts quickstart clean
+.PHONY: help setup environment test test-slow test-oldest coverage lint docs format help-texts quickstart clean
 
 # The programs of .venv come first: python, accelerate, pytest, ruff, and the ninja that DeepSpeed compiles with.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -54,6 +54,12 @@ lint: setup ## style, types and mistakes, nothing is changed
 	python -m ruff check .
 	python -m ruff format --check .
 	python -m mypy
+
+docs: ## the documentation as a site in outputs/site, in an environment of its own; warnings are errors
+	@cmp -s docs/requirements.lock .venv-docs/installed || { $(PYTHON) -m venv --clear .venv-docs \
+		&& .venv-docs/bin/python -m pip install --disable-pip-version-check --quiet -r docs/requirements.lock \
+		&& cp docs/requirements.lock .venv-docs/installed; }
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet
 
 format: setup ## put the code in the project's style
 	python -m ruff check --fix .

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.metadata
+import inspect
 import re
 import shlex
 import subprocess
@@ -244,6 +245,20 @@ def test_printed_commands_are_read_by_what_they_start(document, monkeypatch):
 def test_readme_prints_commands():
     """The test above is about something."""
     assert sum(started(words) is not None for words in printed_commands(DOCUMENTS[0].read_text(encoding="utf-8"))) > 3
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_printed_programs_use_names_and_arguments_that_exist(document):
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)):
+        tree = ast.parse(block)
+        imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "hf_ilora"]
+        names = {alias.name for node in imported for alias in node.names}
+        assert names <= set(hf_ilora.__all__), f"{relative(document)}, program {number + 1}"
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in names:
+                given = {keyword.arg: None for keyword in call.keywords if keyword.arg}
+                if not any(isinstance(argument, ast.Starred) for argument in call.args):
+                    inspect.signature(getattr(hf_ilora, call.func.id)).bind_partial(*call.args, **given)
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=lambda command: command.name)
