@@ -12,7 +12,7 @@ from hf_ilora import (
     SASRecConfig,
     SASRecForNextItem,
 )
-from hf_ilora.serving import item_index
+from hf_ilora.serving import candidate_items, item_index
 from hf_ilora.serving.item_index import INDEX_FILE
 from tests.scoring_models import MODELS, SIZES, sasrec
 
@@ -78,7 +78,7 @@ def test_excluded_items_are_left_out_for_all_or_for_each(index, model):
 @pytest.mark.parametrize("name", ["plain", "biases"])
 @pytest.mark.parametrize("at_once", [1, 2**26])  # one user, or all
 def test_filters_are_those_of_the_model(name, at_once, monkeypatch):
-    monkeypatch.setattr(item_index, "_NUMBERS_AT_ONCE", at_once)
+    monkeypatch.setattr(candidate_items, "_NUMBERS_AT_ONCE", at_once)
     model = MODELS[name](NUM_ITEMS)
     index = ItemIndex.build(model, num_lists=16, probes=16)
     rows = [list(range(1 + row, 60 + 3 * row)) for row in range(len(HISTORIES))]

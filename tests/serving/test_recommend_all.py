@@ -15,6 +15,7 @@ from datasets import Dataset
 from hf_ilora import (
     Catalogue,
     EnsembleTeacher,
+    ExactItemIndex,
     ItemIndex,
     PopularityConfig,
     PopularityForNextItem,
@@ -208,6 +209,21 @@ def test_an_index_recommends_to_many_users(users, tmp_path, filters):
     index.probes = 1
     recommend_all(index, frame_of(users), path, TOP_K, batch_size=5, **filters)
     assert path.stat().st_mtime_ns != finished
+
+
+def test_an_exact_index_gives_many_users_the_items_of_its_model(users, tmp_path):
+    model = sasrec()
+    index = ExactItemIndex(model)
+    path = recommend_all(index, frame_of(users), tmp_path / "out.parquet", TOP_K, batch_size=5)
+    check(path, expected(index, users))
+    finished = path.stat().st_mtime_ns
+    assert {user: items for user, (items, _) in expected(index, users).items()} == {
+        user: items for user, (items, _) in expected(model, users).items()
+    }
+    recommend_all(ExactItemIndex(model), frame_of(users), path, TOP_K, batch_size=5)
+    assert path.stat().st_mtime_ns == finished
+    recommend_all(model, frame_of(users), path, TOP_K, batch_size=5)  # the same items with other scores
+    check(path, expected(model, users))
 
 
 def test_what_cannot_be_asked_is_told_what_is_missing(tmp_path):

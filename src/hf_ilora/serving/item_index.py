@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -16,15 +15,12 @@ from hf_ilora.files import written_whole
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
-from hf_ilora.models.next_item.histories import padded_histories
-from hf_ilora.models.next_item.item_filters import item_masks
-from hf_ilora.models.next_item.next_item_model import evaluation_mode
-from hf_ilora.models.next_item.top_k import ItemMasks, check_best_scores, check_top_k, ordered_top_k
+from hf_ilora.models.next_item.top_k import ItemMasks
+
+from .candidate_items import best_candidates, check_has_table, item_rows, recommend_candidates
 
 INDEX_FILE = "item_index.safetensors"
 
-_ITEMS_AT_ONCE = 2**16
-_NUMBERS_AT_ONCE = 2**26
 # Of k-means, which divides the catalogue into lists.
 _POINTS_PER_LIST, _ROUNDS = 64, 10
 
@@ -177,25 +173,16 @@ class ItemIndex:
         Raises:
             ValueError: as the model's `recommend`, and for `probes` out of range.
         """
-        model, num_items = self.model, self.model.config.num_items
-        check_top_k(top_k, num_items)
         probes = _checked_probes(self.probes if probes is None else probes, len(self.centroids))
-        with evaluation_mode(model), torch.inference_mode():
-            histories = padded_histories(histories, num_items, model.device, model.knows_popular_items)
-            seen = histories if exclude_seen else None
-            masks = item_masks(len(histories), num_items, model.device, seen, allowed_items, excluded_items)
-            item_ids = histories.new_empty(len(histories), top_k)
-            scores = torch.empty(item_ids.shape, device=model.device)
-            has_items = histories.any(1)  # (batch,)
-            if not has_items.all():
-                popular = model.popular_scores().float().repeat(int((~has_items).sum()), 1)
-                best = ordered_top_k(masks.of(~has_items).apply_(popular), top_k)
-                scores[~has_items], item_ids[~has_items] = best
-            asked = has_items.nonzero().squeeze(1)
-            for users in asked.split(self._users_at_once(masks, top_k)) if len(asked) else ():
-                item_ids[users], scores[users] = self._best(histories[users], masks.of(users), top_k, probes)
-            check_best_scores(scores, num_items)
-        return item_ids.clone(), scores.clone()
+        return recommend_candidates(
+            self.model,
+            lambda *user: self._best_in_lists(*user, probes),
+            histories,
+            top_k,
+            exclude_seen,
+            allowed_items,
+            excluded_items,
+        )
 
     @property
     def catalogue(self) -> Catalogue | None:
@@ -231,56 +218,19 @@ class ItemIndex:
         found, _ = self.recommend(histories, exact.shape[1], exclude_seen, probes=probes)
         return exact.unsqueeze(2).eq(found.unsqueeze(1)).any(2).float().mean().item()
 
-    def _users_at_once(self, masks: ItemMasks, top_k: int) -> int:
-        """How many users' candidates, with their rows of the table, are in memory."""
-        candidates = top_k + sum(ids.shape[1] for ids in (masks.hidden, masks.allowed) if ids is not None)
-        return max(1, _NUMBERS_AT_ONCE // (candidates * self.centroids.shape[1]))
-
-    def _best(
-        self, histories: torch.Tensor, masks: ItemMasks, top_k: int, probes: int
+    def _best_in_lists(
+        self, states: torch.Tensor, newest: torch.Tensor, masks: ItemMasks, top_k: int, probes: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Item ids and scores (users, top_k) of histories with items; -inf where a user may get fewer."""
-        newest = self.model.newest_items(histories)
-        states = self.model.head.scaled(self.model.user_embeddings(newest)).float()
-        if masks.allowed is not None:
-            return self._best_of(masks.allowed, states, newest, masks, top_k)
+        """Item ids and scores (users, top_k); -inf where a user may get fewer."""
         num_candidates = top_k + (0 if masks.hidden is None else masks.hidden.shape[1])
         candidates = self._search(states, num_candidates, probes, masks.available)
-        item_ids, scores = self._best_of(candidates, states, newest, masks, top_k)
+        item_ids, scores = best_candidates(self.model, candidates, states, newest, masks, top_k)
         lacking = ~scores.isfinite().all(1)
         if lacking.any():  # too few of the items in the lists are left
             rows = states[lacking], newest[lacking], masks.of(lacking)
             candidates = self._search(rows[0], num_candidates, len(self.centroids), masks.available)
-            item_ids[lacking], scores[lacking] = self._best_of(candidates, *rows, top_k)
+            item_ids[lacking], scores[lacking] = best_candidates(self.model, candidates, *rows, top_k)
         return item_ids, scores
-
-    def _best_of(
-        self, candidates: torch.Tensor, states: torch.Tensor, newest: torch.Tensor, masks: ItemMasks, top_k: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best of the candidates of each user, (users, any) ids of which 0 is none, that the masks leave.
-
-        `states` (users, hidden size) are those that are multiplied with the table, `newest` (users, length) what the
-        model reads.
-        """
-        head = self.model.head
-        if head.repeat_bias is not None and masks.allowed is None:  # the lists do not know of it
-            candidates = torch.cat([candidates, newest], dim=1)
-        candidates = F.pad(candidates, (0, max(0, top_k - candidates.shape[1])), value=PADDING_ITEM_ID)
-        candidates = candidates.sort(1).values  # equal scores come in the order of ids
-        rows = head.item_rows(candidates.flatten(), self.model._item_offsets()).float().view(*candidates.shape, -1)
-        scores = torch.einsum("uh,uch->uc", states, rows)
-        if head.bias is not None:
-            scores = scores + head.bias[candidates].float()
-        if head.repeat_bias is not None:
-            scores = scores + head.repeat_bias.float() * _isin(candidates, newest)
-        masked = candidates == PADDING_ITEM_ID
-        masked[:, 1:] |= candidates[:, 1:] == candidates[:, :-1]
-        if masks.hidden is not None:
-            masked |= _isin(candidates, masks.hidden)
-        if masks.available is not None:
-            masked |= ~masks.available[candidates]
-        best, places = ordered_top_k(scores.masked_fill(masked, float("-inf")), top_k)
-        return candidates.gather(1, places), best
 
     def _search(
         self, states: torch.Tensor, num_candidates: int, probes: int, available: torch.Tensor | None
@@ -305,11 +255,7 @@ class ItemIndex:
 
 def _check(model: EncoderForNextItem) -> None:
     """Raise unless `model` has a table of items and the extra is installed."""
-    if not isinstance(model, EncoderForNextItem):
-        raise TypeError(
-            f"model is a {type(model).__name__}: expected a SASRec, GRU4Rec or Caser, whose scores are products with a "
-            "table of items"
-        )
+    check_has_table(model)
     if find_spec("faiss") is None:
         raise ImportError('faiss is not installed: expected the extra of hf_ilora, pip install "hf_ilora[index]"')
 
@@ -330,30 +276,15 @@ def _width(model: EncoderForNextItem) -> int:
     return model.head.in_features + (model.head.bias is not None)
 
 
-@torch.no_grad()
 def _item_vectors(model: EncoderForNextItem, ids: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Chunks of item ids, all of them or some, and of what a user's state is multiplied with, (items, width) float32.
 
     A bias is one more column, for a state with a 1 behind it.
     """
-    head, offsets = model.head, model._item_offsets()
-    ids = np.arange(1, model.config.num_items + 1) if ids is None else ids
-    for first in range(0, len(ids), _ITEMS_AT_ONCE):
-        chunk = np.ascontiguousarray(ids[first : first + _ITEMS_AT_ONCE])
-        on_device = torch.from_numpy(chunk).to(head.weight.device)
-        rows = head.item_rows(on_device, offsets).float()
-        if head.bias is not None:
-            rows = torch.cat([rows, head.bias[on_device].float().unsqueeze(1)], dim=1)
-        yield chunk, np.ascontiguousarray(rows.cpu().numpy())
-
-
-def _isin(item_ids: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """(users, items) bool: which ids of each user are among the same user's (users, any) others."""
-    if not others.shape[1]:
-        return torch.zeros_like(item_ids, dtype=torch.bool)
-    others = others.sort(1).values
-    places = torch.searchsorted(others, item_ids).clamp(max=others.shape[1] - 1)  # (users, items)
-    return others.gather(1, places).eq(item_ids)
+    for chunk, rows in item_rows(model, ids):
+        if model.head.bias is not None:
+            rows = torch.cat([rows, model.head.bias.detach()[chunk].float().unsqueeze(1)], dim=1)
+        yield chunk.cpu().numpy(), np.ascontiguousarray(rows.cpu().numpy())
 
 
 __all__ = ["INDEX_FILE", "ItemIndex"]

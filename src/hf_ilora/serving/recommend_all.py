@@ -32,6 +32,7 @@ from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.runs.processes import sole_writer
 
+from .exact_item_index import ExactItemIndex
 from .history_tables import HistoryTable, history_table
 from .item_index import ItemIndex
 from .item_sets import ItemSets, item_sets
@@ -51,7 +52,9 @@ _SECONDS_BETWEEN_REPORTS = 10
 
 
 def recommend_all(
-    model: NextItemPreTrainedModel | ILoraForRecommendation | ItemIndex | EnsembleTeacher | Recommender,
+    model: (
+        NextItemPreTrainedModel | ILoraForRecommendation | ItemIndex | ExactItemIndex | EnsembleTeacher | Recommender
+    ),
     histories,
     output: str | os.PathLike = "recommendations.parquet",
     top_k: int = 10,
@@ -77,8 +80,8 @@ def recommend_all(
     makes the same call and takes its share of the users.
 
     Args:
-        model: a recommender, on the device that it is to run on; an `ItemIndex` of one, an `EnsembleTeacher`, or any
-            object with their `recommend`, see `Recommender`.
+        model: a recommender, on the device that it is to run on; an `ItemIndex` or `ExactItemIndex` of one, an
+            `EnsembleTeacher`, or any object with their `recommend`, see `Recommender`.
         histories: a path to a table (parquet, CSV, TSV, JSON lines), a frame or a `datasets.Dataset` with raw ids, with
             a row per user or, with `item_column`, per interaction; `SequenceDatasets`, whose users have all items that
             it knows of them, targets included; or rows of item ids, as `recommend` takes them. A user without items

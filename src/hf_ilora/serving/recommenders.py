@@ -14,6 +14,7 @@ from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 
+from .exact_item_index import ExactItemIndex
 from .item_index import ItemIndex
 
 _ARGUMENTS = ("top_k", "exclude_seen", "allowed_items", "excluded_items")
@@ -63,7 +64,9 @@ class AskedRecommender:
         batch_size: users per call, unless the caller says otherwise.
     """
 
-    recommender: NextItemPreTrainedModel | ILoraForRecommendation | ItemIndex | EnsembleTeacher | Recommender
+    recommender: (
+        NextItemPreTrainedModel | ILoraForRecommendation | ItemIndex | ExactItemIndex | EnsembleTeacher | Recommender
+    )
     num_items: int
     catalogue: Catalogue | None
     knows_popular_items: bool
@@ -77,7 +80,7 @@ class AskedRecommender:
             TypeError: for an object that cannot be asked.
             ValueError: for an ensemble with stored labels, which are about the training rows only.
         """
-        model = recommender.model if isinstance(recommender, ItemIndex) else recommender
+        model = recommender.model if isinstance(recommender, ItemIndex | ExactItemIndex) else recommender
         if isinstance(model, NextItemPreTrainedModel | ILoraForRecommendation):
             batch_size = 8 if isinstance(model, ILoraForRecommendation) else _batch_size(model.device)
             return cls(recommender, model.config.num_items, model.catalogue, model.knows_popular_items, batch_size)
@@ -113,6 +116,8 @@ class AskedRecommender:
             digest.update(np.ascontiguousarray(recommender.centroids))
             digest.update(np.ascontiguousarray(recommender.list_of_item))
             return digest.hexdigest()
+        if isinstance(recommender, ExactItemIndex):  # other scores than the model's
+            return hashlib.sha256(f"{model_fingerprint(recommender.model)} logits".encode()).hexdigest()
         if isinstance(recommender, NextItemPreTrainedModel | ILoraForRecommendation):
             return model_fingerprint(recommender)
         return recommender.fingerprint
