@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from . import openmp  # noqa: F401
+from .closed_output import closed_output_ends
 from .commands import COMMANDS, PROGRAM, PROGRAM_VARIABLE, Command
 from .recipe_process import run_recipe
 from .shipped import RECIPE, shipped_folder
@@ -24,7 +25,15 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit code: that of the recipe, 2 for a mistake on the command line, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with code 141 when nobody reads what is printed.
     """
+    with closed_output_ends():
+        return _main(argv)
+
+
+def _main(argv: list[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--debug"]:  # accepted before the command too
         words = [*words[1:], "--debug"]

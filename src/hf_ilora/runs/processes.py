@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from hf_ilora.devices import process_state
 from hf_ilora.downloads import DownloadError, default_cache_dir
 from hf_ilora.files import failed_write, held_folder, lock_text, sees_holder
+from hf_ilora_cli.closed_output import closed_output_ends
 from hf_ilora_cli.commands import COMMANDS, PROGRAM, PROGRAM_VARIABLE
 from hf_ilora_cli.shown_text import shown, shown_lines
 from hf_ilora_cli.signals import end_with_launcher, interrupted_code, termination_raises
@@ -90,14 +91,15 @@ def run_main(main: Callable[[], None]) -> None:
     A user's mistake (a ValueError, a file that cannot be read or written, a failed download) ends in a message of one
     or two lines, with the remedy, and exit code 2; `--debug` on the command line adds the traceback. Any other error
     shows its traceback and ends with exit code 1, Ctrl-C with 130, SIGTERM with 143: both raise, so `run.json` says how
-    the run ended. Once `set_up_logging` was called, `run.log` has every traceback.
+    the run ended. When nobody reads what is printed, as behind `| head`, it ends with 141 and no message. Once
+    `set_up_logging` was called, `run.log` has every traceback.
 
     Of several processes only the main one prints. The others leave their error to the launcher.
     """
     debug = _take_debug(sys.argv)
     end_with_launcher()
     try:
-        with termination_raises():
+        with termination_raises(), closed_output_ends(_end):
             main()
     except KeyboardInterrupt as error:
         logging.getLogger(__name__).info("%s", str(error) or "ended by Ctrl-C")
