@@ -48,9 +48,9 @@ META_2014 = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("core", ["", "_5"])
-def test_amazon_2014_is_read_from_reviews_and_loose_metadata(core, tmp_path):
-    files = {f"reviews_Beauty{core}.json.gz": json_lines(REVIEWS_2014), "meta_Beauty.json.gz": ""}
+@pytest.mark.parametrize(("core", "lines"), [("", json_lines), ("_5", json_lines), ("", python_lines)])
+def test_amazon_2014_is_read_from_reviews_and_loose_metadata(core, lines, tmp_path):
+    files = {f"reviews_Beauty{core}.json.gz": lines(REVIEWS_2014), "meta_Beauty.json.gz": ""}
     files["meta_Beauty.json.gz"] = "".join(f"{row!r}\n" for row in META_2014)
     interactions, items = load_public_dataset("amazon-2014", write(tmp_path, files))
     assert interactions.to_dict() == {
@@ -125,6 +125,9 @@ def test_amazon_2023_is_read_from_its_benchmark_too(tmp_path):
     settings = {"items": folder / "elsewhere" / "meta.jsonl"}
     interactions, items = load_public_dataset("amazon-2023", folder, **settings)
     assert interactions["timestamp"][:] == [1588687728] and items["title"][:] == ["Comb"]
+    part = {"All_Beauty.train.csv": text, "meta_All_Beauty.jsonl": json_lines(META_2023)}
+    _, items = load_public_dataset("amazon-2023", write(tmp_path / "last_out", part))
+    assert items["title"][:] == ["Comb"]
 
 
 # --- Steam ---
@@ -158,6 +161,16 @@ def test_steam_is_read_from_literals_of_python(tmp_path):
     }
     assert items["title"][:] == ["Lost Summoner Kitty", "Twice", "Only a title"]
     assert len(load_public_dataset("steam", tmp_path, limit_data_rows=2)[0]) == 2
+
+
+def test_characters_that_python_2_printed_as_surrogates_are_read(tmp_path):
+    row = "{u'username': u'%s', u'product_id': u'7', u'date': u'2017-12-17'}\n"
+    users = (r"\ud83d\ude0a", r"\U0001f60b", r"half \ud83d", r"\xe9t\xe9")
+    games = r"{u'app_name': u'Smile \ud83d\ude0a', u'id': u'7'}"
+    files = {"steam_reviews.json": "".join(row % user for user in users), "steam_games.json": games}
+    interactions, items = load_public_dataset("steam", write(tmp_path, files))
+    assert interactions["user_id"][:] == ["\U0001f60a", "\U0001f60b", "half \ufffd", "été"]
+    assert items["title"][:] == ["Smile \U0001f60a"]
 
 
 def test_lines_that_are_no_literals_are_named_and_nothing_in_them_runs(tmp_path):

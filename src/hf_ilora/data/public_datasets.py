@@ -59,7 +59,7 @@ def load_public_dataset(
 
     Names:
         "amazon-2014": a category of Amazon Reviews 2014: `reviews_Beauty_5.json.gz` or `ratings_Beauty.csv`, with
-            `meta_Beauty.json.gz`.
+            `meta_Beauty.json.gz`. Lines may be JSON or, as its authors read them, Python's literals.
         "amazon-2023": a category of Amazon Reviews 2023: `All_Beauty.jsonl.gz`, or `All_Beauty.csv.gz` of its
             benchmark, with `meta_All_Beauty.jsonl.gz`. Items are those of `parent_asin`, times are milliseconds.
         "steam": `steam_reviews.json.gz` and `steam_games.json.gz` of SASRec. Users are their names.
@@ -267,7 +267,13 @@ def _read_tabs(path: Path, names: Sequence[str], columns: dict[str, str], limit:
     return table.rename_columns(list(columns)).slice(0, None if limit == -1 else limit)
 
 
-def _read_literals(path: Path, columns: dict[str, str], limit: int = -1, wanted: set[str] | None = None) -> pa.Table:
+def _read_literals(
+    path: Path,
+    columns: dict[str, str],
+    limit: int = -1,
+    wanted: set[str] | None = None,
+    numbers: Sequence[str] = (),
+) -> pa.Table:
     """Named columns of lines that are Python's literals, such as {u'asin': u'B01'}, or JSON; nothing in them is run.
 
     Args:
@@ -275,6 +281,7 @@ def _read_literals(path: Path, columns: dict[str, str], limit: int = -1, wanted:
         columns: the key of each column of the result; values other than text are null.
         limit: number of rows; -1 for all.
         wanted: read only lines whose first key `asin` is one of these, which saves most of the time.
+        numbers: columns of the result that are float64; their values other than numbers are null.
     """
 
     def parsed(number: int, line: str) -> dict:
@@ -302,14 +309,32 @@ def _read_literals(path: Path, columns: dict[str, str], limit: int = -1, wanted:
             remaining = itertools.islice(rows(), None if limit == -1 else limit)
             while batch := list(itertools.islice(remaining, _ROWS_PER_BATCH)):
                 values = {name: [row.get(key) for row in batch] for name, key in columns.items()}
-                pieces.append(pa.table({name: _texts(column) for name, column in values.items()}))
+                pieces.append(
+                    pa.table({name: (_numbers if name in numbers else _texts)(values[name]) for name in columns})
+                )
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}; expected text in UTF-8: download the file again") from error
     return pa.concat_tables(pieces) if pieces else pa.table({name: pa.array([], pa.string()) for name in columns})
 
 
+def _begins_with_literal(path: Path) -> bool:
+    """Whether the first line is a dictionary as Python prints it, not JSON."""
+    with open_text(path) as text:
+        return text.readline().lstrip().startswith(("{'", "{u'"))
+
+
 def _texts(values: list) -> pa.Array:
-    return pa.array([value if isinstance(value, str) else None for value in values], pa.string())
+    texts = [value if isinstance(value, str) else None for value in values]
+    try:
+        return pa.array(texts, pa.string())
+    except UnicodeEncodeError:
+        # Some builds of Python 2 printed characters such as emojis as two surrogates, u'\ud83d\ude0a'.
+        whole = [text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+        return pa.array(whole, pa.string())
+
+
+def _numbers(values: list) -> pa.Array:
+    return pa.array([value if isinstance(value, int | float) else None for value in values], pa.float64())
 
 
 # --- the data sets ---
@@ -318,19 +343,20 @@ def _texts(values: list) -> pa.Array:
 def _amazon_2014(path: Path, limit: int, items: Path | None) -> _Published:
     patterns = [*_plain_or_gz("reviews_*.json"), *_plain_or_gz("ratings_*.csv")]
     file = _interactions_file(path, patterns, "amazon-2014")
-    if ".csv" in file.suffixes:
-        names = ["reviewerID", "asin", "overall", "unixReviewTime"]
-        options = {"column_names": names}
-    else:
-        options = {}
     columns = {"user_id": "reviewerID", "item_id": "asin", "time": "unixReviewTime", "rating": "overall"}
+    if ".csv" in file.suffixes:
+        table = _read(file, columns, limit, column_names=["reviewerID", "asin", "overall", "unixReviewTime"])
+    elif _begins_with_literal(file):
+        table = _read_literals(file, columns, limit, numbers=("time", "rating"))
+    else:
+        table = _read(file, columns, limit)
     category = re.sub(r"^(reviews|ratings)_|(_\d+)?(\.json|\.csv)(\.gz)?$", "", file.name)  # _5: of the 5-core
 
     def titles(item_ids: pa.Array) -> pa.Table:
         metadata = _titles_file(items, file, _plain_or_gz(f"meta_{category}.json"))
         return _read_literals(metadata, {"item_id": "asin", "title": "title"}, wanted=set(item_ids.to_pylist()))
 
-    return _Published(_read(file, columns, limit, **options), str(file), titles)
+    return _Published(table, str(file), titles)
 
 
 def _amazon_2023(path: Path, limit: int, items: Path | None) -> _Published:
@@ -338,7 +364,7 @@ def _amazon_2023(path: Path, limit: int, items: Path | None) -> _Published:
     file = _interactions_file(path, patterns, "amazon-2023", ["review_categories"])
     columns = {"user_id": "user_id", "item_id": "parent_asin", "time": "timestamp", "rating": "rating"}
     table = _read(file, columns, limit)
-    category = re.sub(r"(\.jsonl|\.csv)(\.gz)?$", "", file.name)
+    category = re.sub(r"(\.train|\.valid|\.test)?(\.jsonl|\.csv)(\.gz)?$", "", file.name)
 
     def titles(_: pa.Array) -> pa.Table:
         metadata = _titles_file(items, file, _plain_or_gz(f"meta_{category}.jsonl"), "../meta_categories")
