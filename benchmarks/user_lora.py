@@ -4,7 +4,8 @@
 
 Both programs answer the same prompts with the same random Llama and the same mixes of experts: iLoRA by the gates of
 all users, PEFT by the LoRAs that `user_lora` makes of the stack, named per row by `adapter_names`. Their logits are
-compared first. The language model without adapters takes turns with them, as a lower bound.
+compared first. The language model without adapters takes turns with them, as a lower bound. They answer whole prompts
+without a cache, as for the scores of candidates, and one token after prompts that a cache holds, as in generation.
 """
 
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
 from benchmarks.measuring import check_positive, run_benchmark, time_in_turn
 from hf_ilora import ILoraConfig, user_lora
@@ -35,7 +36,11 @@ class UserLoraBenchmarkArguments:
     rounds: int = field(default=7, metadata={"help": "forwards per program and length, in turn; medians are reported"})
     users: int = field(default=64, metadata={"help": "users in a batch, each with other gates"})
     tokens: list[int] = field(
-        default_factory=lambda: [1, 8, 32], metadata={"help": "tokens per user, a measurement each"}
+        default_factory=lambda: [1, 8, 32], metadata={"help": "tokens per user without a cache, a measurement each"}
+    )
+    cached_tokens: list[int] = field(
+        default_factory=lambda: [32, 128],
+        metadata={"help": "tokens per user in the cache while one more is read, a measurement each"},
     )
     num_layers: int = field(default=2, metadata={"help": "decoder layers"})
     hidden_size: int = field(default=64, metadata={"help": "hidden size; the MLP is three times as wide"})
@@ -51,6 +56,8 @@ class UserLoraBenchmarkArguments:
             )
         if not self.tokens or min(self.tokens) < 1:
             raise ValueError(f"tokens are {self.tokens}: expected lengths of at least 1")
+        if min(self.cached_tokens, default=1) < 1:
+            raise ValueError(f"cached_tokens are {self.cached_tokens}: expected lengths of at least 1")
         self.lora()  # checks rank and num_experts
 
     def lora(self) -> ILoraConfig:
@@ -111,31 +118,44 @@ class Programs:
         self.peft.eval()
 
     @torch.no_grad()
-    def logits(self, name: str, input_ids: torch.Tensor) -> torch.Tensor:
-        """(users, vocabulary) of the last token, by a program's name."""
+    def logits(self, name: str, input_ids: torch.Tensor, cache: DynamicCache | None = None) -> torch.Tensor:
+        """(users, vocabulary) of the last token, by a program's name; with a cache, `input_ids` come after it."""
         keywords = {"gates": {"expert_gates": self.expert_gates}, "peft": {"adapter_names": self.names}, "base": {}}
         llm = {"gates": self.gated, "peft": self.peft, "base": self.base}[name]
-        return llm(input_ids=input_ids, use_cache=False, logits_to_keep=1, **keywords[name]).logits[:, 0]
+        keywords = keywords[name] | {"use_cache": cache is not None, "past_key_values": cache}
+        return llm(input_ids=input_ids, logits_to_keep=1, **keywords).logits[:, 0]
 
 
 def weight_bytes(folder: Path) -> int:
     return (folder / "adapter_model.safetensors").stat().st_size
 
 
-def measure_length(programs: Programs, tokens: int, rounds: int) -> dict:
-    """Milliseconds of a forward over prompts of this length by program, ratios, and how far the logits differ."""
-    shape = (len(programs.names), tokens)
+def measure_length(programs: Programs, tokens: int, cached_tokens: int, rounds: int) -> dict:
+    """Milliseconds of a forward over this many tokens by program, ratios, and how far the logits differ."""
+    shape = (len(programs.names), cached_tokens + tokens)
     input_ids = torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
-    logits = {name: programs.logits(name, input_ids) for name in PROGRAM_TITLES}
-    stopwatch = time_in_turn(
-        {name: lambda name=name: programs.logits(name, input_ids) for name in PROGRAM_TITLES}, rounds
-    )
+    known, read = input_ids.split([cached_tokens, tokens], dim=1)
+    caches = {name: DynamicCache() if cached_tokens else None for name in PROGRAM_TITLES}
+    if cached_tokens:
+        for name, cache in caches.items():
+            programs.logits(name, known, cache)
+
+    def logits_of(name: str) -> torch.Tensor:
+        logits = programs.logits(name, read, caches[name])
+        if cached_tokens:
+            caches[name].crop(-tokens)
+        return logits
+
+    logits = {name: logits_of(name) for name in PROGRAM_TITLES}
+    stopwatch = time_in_turn({name: lambda name=name: logits_of(name) for name in PROGRAM_TITLES}, rounds)
     return {
         "tokens": tokens,
+        "cached_tokens": cached_tokens,
         "cpu_milliseconds": {name: 1000 * seconds for name, seconds in stopwatch.cpu_medians().items()},
         "milliseconds": {name: 1000 * seconds for name, seconds in stopwatch.medians().items()},
         "peft_over_gates_cpu": stopwatch.cpu_ratio("peft", "gates"),
         "peft_over_gates": stopwatch.ratio("peft", "gates"),
+        "peft_over_base_cpu": stopwatch.cpu_ratio("peft", "base"),
         "gates_over_base_cpu": stopwatch.cpu_ratio("gates", "base"),
         "largest_difference": (logits["gates"] - logits["peft"]).abs().max().item(),
         "largest_effect": (logits["gates"] - logits["base"]).abs().max().item(),
@@ -144,11 +164,12 @@ def measure_length(programs: Programs, tokens: int, rounds: int) -> dict:
 
 def measure(arguments: UserLoraBenchmarkArguments) -> dict:
     programs = Programs(arguments)
+    lengths = [(1, cached) for cached in arguments.cached_tokens] + [(tokens, 0) for tokens in arguments.tokens]
     return {
         "stack_bytes": programs.stack_bytes,
         "adapter_bytes": programs.adapter_bytes,
         "load_cpu_seconds": programs.load_seconds,
-        "lengths": [measure_length(programs, tokens, arguments.rounds) for tokens in arguments.tokens],
+        "lengths": [measure_length(programs, *length, arguments.rounds) for length in lengths],
     }
 
 
@@ -160,18 +181,19 @@ def report(results: dict) -> str:
         "",
         f"{setting['threads']} CPU thread(s), torch {setting['torch']}. Medians of CPU time over {setting['rounds']} "
         "rounds in which all programs take turns; ratios are medians of the rounds' ratios. One forward of a Llama "
-        f"with random float32 weights ({setting['num_layers']} layers, hidden {setting['hidden_size']}), no cache, "
-        f"logits of the last token. {setting['num_experts']} experts with rank {setting['rank']} in sum, on all linear "
-        "layers.",
+        f"with random float32 weights ({setting['num_layers']} layers, hidden {setting['hidden_size']}), logits of "
+        f"the last token. {setting['num_experts']} experts with rank {setting['rank']} in sum, on all linear layers. "
+        "PEFT over no adapters is what gates would reach if they took no time.",
         "",
-        f"| tokens per user | {', ms | '.join(PROGRAM_TITLES.values())}, ms | PEFT over gates | gates over no adapters "
-        "|",
-        f"|---:|{'---:|' * (len(PROGRAM_TITLES) + 2)}",
+        f"| tokens per user | in the cache | {', ms | '.join(PROGRAM_TITLES.values())}, ms | PEFT over gates | "
+        "PEFT over no adapters | gates over no adapters |",
+        f"|---:|---:|{'---:|' * (len(PROGRAM_TITLES) + 3)}",
     ]
     for length in results["lengths"]:
         milliseconds = " | ".join(f"{length['cpu_milliseconds'][name]:.1f}" for name in PROGRAM_TITLES)
         lines.append(
-            f"| {length['tokens']} | {milliseconds} | {length['peft_over_gates_cpu']:.1f} | "
+            f"| {length['tokens']} | {length['cached_tokens']} | {milliseconds} | "
+            f"{length['peft_over_gates_cpu']:.1f} | {length['peft_over_base_cpu']:.1f} | "
             f"{length['gates_over_base_cpu']:.2f} |"
         )
     difference = max(length["largest_difference"] for length in results["lengths"])
