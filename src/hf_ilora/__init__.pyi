@@ -69,8 +69,8 @@ from hf_ilora.reference.convert_models import (
     convert_reference_gru4rec as convert_reference_gru4rec,
     convert_reference_sasrec as convert_reference_sasrec,
 )
-from hf_ilora.serving.export import export as export
 from hf_ilora.serving.exact_item_index import ExactItemIndex as ExactItemIndex
+from hf_ilora.serving.export import export as export
 from hf_ilora.serving.item_index import ItemIndex as ItemIndex
 from hf_ilora.serving.recommend_all import recommend_all as recommend_all
 from hf_ilora.titles.cooccurrence import cooccurrence_embeddings as cooccurrence_embeddings
