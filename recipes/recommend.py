@@ -30,7 +30,7 @@ from hf_ilora.devices import process_state
 from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.runs import parse_arguments, run_main
 from hf_ilora.serving.history_tables import UNKNOWN_ITEMS
-from hf_ilora.serving.recommend_all import recommendations_table
+from hf_ilora.serving.recommend_all import ANSWER_COLUMNS, check_columns, recommendations_table
 from hf_ilora.serving.shown_recommendations import FORMS, recommendation_lines, title_lines
 from hf_ilora.titles.embedded_encoder import EMBEDDED_ENCODER
 from hf_ilora_cli.shown_text import shown
@@ -155,8 +155,14 @@ def raw_ids_of(words: list[str] | None, catalogue: Catalogue) -> list[int] | lis
     if words is None:
         return None
     known = {str(raw): raw for raw in catalogue.raw_ids(range(1, len(catalogue) + 1))}
-    # Unknown ids are passed on, because the error of the catalogue suggests similar ones.
-    return [known.get(raw, known.get(raw.strip(), raw)) for raw in words]
+    has_numbers = not all(isinstance(raw, str) for raw in known.values())
+
+    def raw_id_of(word: str) -> int | str:
+        # Unknown ids are passed on, because the error of the catalogue suggests similar ones.
+        raw = known.get(word, known.get(word.strip(), word))
+        return int(raw) if has_numbers and isinstance(raw, str) and raw.strip().isdecimal() else raw
+
+    return [raw_id_of(word) for word in words]
 
 
 def item_ids_of(words: list[str] | None, catalogue: Catalogue) -> list[int] | None:
@@ -179,8 +185,9 @@ def main() -> None:
         if model.catalogue.counts is None:
             model.catalogue = model.catalogue.with_counts(sequences.catalogue.counts)
     if arguments.columns is None:
-        arguments.columns = ["title", *model.catalogue.metadata_columns]
-    model.catalogue.check_columns(arguments.columns)
+        further = [name for name in model.catalogue.metadata_columns if name not in ANSWER_COLUMNS]
+        arguments.columns = ["title", *further]
+    check_columns(model.catalogue, arguments.columns)
     if users.many:
         recommend_to_many(model, sequences if users.all_users else users.table, arguments, users)
     elif arguments.similar_to is not None:

@@ -369,15 +369,20 @@ def test_files_of_others_are_not_replaced_and_a_second_writer_is_refused(users, 
     other = tmp_path / "users.parquet"
     table.to_parquet(other)
     content = other.read_bytes()
-    for output in (other, tmp_path / "notes.txt"):
+    for output in (other, tmp_path / "notes"):
         output.touch()
         with pytest.raises(ValueError, match="exists and recommend_all did not write it: choose another output"):
             recommend_all(model, other, output)
     assert other.read_bytes() == content
+    with pytest.raises(ValueError, match=r"output .* is a folder: expected a file, such as .*recommendations\.parquet"):
+        recommend_all(model, table, tmp_path)
+    for name in ("out.csv", "out.tsv.gz", "out.jsonl"):
+        with pytest.raises(ValueError, match=rf"output is .*{name}: expected a parquet file, such as .*out.*\.parquet"):
+            recommend_all(model, table, tmp_path / name)
     message = rf"has another writer: process {os.getpid()} holds this folder"
     with held_folder(tmp_path / "out.parquet.parts"), pytest.raises(ValueError, match=message):
         recommend_all(model, table, tmp_path / "out.parquet")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "users.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "users.parquet"]
 
 
 def test_the_file_says_what_made_it(users, tmp_path):
@@ -413,6 +418,9 @@ def pairs(user: str, items) -> pd.DataFrame:
         ({"histories": frame([["B01"]] * 3, "aba")}, "user 'a' has several rows"),
         ({"histories": frame([["B01"]] * 2, ["a", None])}, "user_id of the pandas frame has"),
         ({"top_k": 0}, "top_k is 0: expected 1 to 30"),
+        ({"top_k": "3"}, "top_k is '3': expected an int, 1 to 30"),
+        ({"columns": ["title", "item_id"]}, "columns contain 'item_id', which every table of recommendations has"),
+        ({"columns": ["title", "price", "title"]}, "columns contain 'title' twice: expected different names"),
         ({"top_k": 31}, "top_k is 31: expected 1 to 30"),
         ({"batch_size": 0}, "batch_size is 0: expected at least 1"),
         ({"columns": "price"}, r"columns is the string 'price': expected a list of names, such as \['price'\]"),

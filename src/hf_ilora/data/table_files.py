@@ -76,7 +76,7 @@ class TableFiles:
         """
         path = Path(path).expanduser()
         files = _parts(path) if path.is_dir() else (path,)
-        suffixes = {_file_type(file) or _file_type(path) for file in files}
+        suffixes = {file_type(file) or file_type(path) for file in files}
         if suffixes == {""}:
             known = ", ".join([*_SEPARATORS, ".parquet", *_JSON_LINES])
             raise ValueError(
@@ -302,7 +302,7 @@ def _numbers_as_numbers(name: str) -> list[str | int]:
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
-def _file_type(path: Path) -> str:
+def file_type(path: Path) -> str:
     """The suffix that names the type of a table, in lower case; "" if there is none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".parquet":

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.data.storage import content_digest
+from hf_ilora.data.table_files import file_type
 from hf_ilora.devices import process_state
 from hf_ilora.distillation.ensemble import EnsembleTeacher
 from hf_ilora.files import remove_unfinished, written_whole
@@ -30,6 +31,7 @@ from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.loading import check_same_items
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
+from hf_ilora.models.next_item.top_k import check_top_k
 from hf_ilora.runs.processes import sole_writer
 
 from .exact_item_index import ExactItemIndex
@@ -49,6 +51,7 @@ _BATCHES_PER_SHARD = 64
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_WITHOUT_A_PART = 7200
 _SECONDS_BETWEEN_REPORTS = 10
+ANSWER_COLUMNS = ["user_id", "rank", "item_id", "score"]
 
 
 def recommend_all(
@@ -86,7 +89,7 @@ def recommend_all(
             a row per user or, with `item_column`, per interaction; `SequenceDatasets`, whose users have all items that
             it knows of them, targets included; or rows of item ids, as `recommend` takes them. A user without items
             gets the most popular ones, if the catalogue has their counts.
-        output: the file to write.
+        output: the parquet file to write.
         top_k: items per user.
         batch_size: users per call of the model; None: 256 on a CPU, 2048 on an accelerator, 8 for an iLoRA.
         exclude_seen: leave out the items of the history.
@@ -110,10 +113,11 @@ def recommend_all(
     Raises:
         TypeError: for an object that cannot be asked.
         ValueError: before anything is computed, for tables that cannot be read, unknown ids, users with fewer than
-            `top_k` items to recommend, users without items while it is unknown what is popular, and an output that
-            another process is writing, or that something else wrote.
+            `top_k` items to recommend, users without items while it is unknown what is popular, and an output that is
+            named as another type of table, that another process is writing, or that something else wrote.
         TimeoutError: when no process has written a part for two hours.
     """
+    output = _parquet_path(output)
     asked = AskedRecommender.of(model)
     batch_size, shard_users = _sizes(asked, batch_size, shard_users)
     catalogue, num_items = asked.catalogue, asked.num_items
@@ -146,7 +150,6 @@ def recommend_all(
     )
     digest, num_users = request.check(table, shard_users)
     settings = request.settings() | {"histories": digest, "users": num_users, "shard_users": shard_users}
-    output = Path(output)
     state = process_state()
     with sole_writer(_parts_folder(output)):
         job = _Job(output, settings, -(-num_users // shard_users))
@@ -205,14 +208,13 @@ class Request:
             ValueError: for whatever would fail later, and for no or repeated users.
         """
         num_items = self.asked.num_items
-        if not isinstance(self.top_k, int) or not 1 <= self.top_k <= num_items:
-            raise ValueError(f"top_k is {self.top_k}: expected 1 to {num_items}, the number of items in the catalogue")
+        check_top_k(self.top_k, num_items)
         if self.columns and self.catalogue is None:
             raise ValueError(
                 f"columns are {', '.join(self.columns)} and the model has no catalogue: assign model.catalogue"
             )
         if self.columns:
-            self.catalogue.check_columns(self.columns)
+            check_columns(self.catalogue, self.columns)
         digest, num_users, users = hashlib.sha256(), 0, []
         for shard in table.shards(shard_users):
             self._check_shard(shard, num_users)
@@ -291,6 +293,19 @@ class Request:
         return recommendations_table(self.catalogue, shard.users, item_ids, scores, self.columns)
 
 
+def check_columns(catalogue: Catalogue, columns: Sequence[str]) -> None:
+    """Raise a ValueError for columns that a table of recommendations cannot take from the catalogue."""
+    catalogue.check_columns(columns)
+    for place, name in enumerate(columns):
+        if name in ANSWER_COLUMNS:
+            raise ValueError(
+                f"columns contain {name!r}, which every table of recommendations has: leave it out; if it is a column "
+                "that you added to the catalogue, add it under another name"
+            )
+        if name in columns[:place]:
+            raise ValueError(f"columns contain {name!r} twice: expected different names")
+
+
 def recommendations_table(
     catalogue: Catalogue | None,
     users: pa.Array,
@@ -312,12 +327,13 @@ def recommendations_table(
     num_users, top_k = item_ids.shape
     flat = item_ids.reshape(-1)
     table = pa.table(
-        {
-            "user_id": users.take(pa.array(np.repeat(np.arange(num_users), top_k))),
-            "rank": pa.array(np.tile(np.arange(1, top_k + 1, dtype=np.int32), num_users)),
-            "item_id": flat if catalogue is None else catalogue.take(flat, ["raw_id"])["raw_id"],
-            "score": scores.reshape(-1),
-        }
+        [
+            users.take(pa.array(np.repeat(np.arange(num_users), top_k))),
+            pa.array(np.tile(np.arange(1, top_k + 1, dtype=np.int32), num_users)),
+            pa.array(flat) if catalogue is None else catalogue.take(flat, ["raw_id"])["raw_id"],
+            pa.array(scores.reshape(-1)),
+        ],
+        names=ANSWER_COLUMNS,
     )
     if columns:
         told = catalogue.take(flat, list(columns))
@@ -443,6 +459,19 @@ def written_settings(path: Path) -> dict:
     return json.loads(metadata[_SETTINGS_KEY])
 
 
+def _parquet_path(output: str | os.PathLike) -> Path:
+    """The path of the output, unless it is a folder, or its name says that it is another table than parquet."""
+    path = Path(output)
+    if path.is_dir():
+        raise ValueError(f"output {path} is a folder: expected a file, such as {path / 'recommendations.parquet'}")
+    if file_type(path) not in ("", ".parquet"):
+        raise ValueError(
+            f"output is {path}: expected a parquet file, such as {path.with_suffix('.parquet')}; "
+            "pandas.read_parquet reads it"
+        )
+    return path
+
+
 def _parts_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.parts")
 
@@ -478,4 +507,4 @@ def _sizes(asked: AskedRecommender, batch_size: int | None, shard_users: int | N
     return batch_size, shard_users
 
 
-__all__ = ["recommend_all", "recommendations_table"]
+__all__ = ["ANSWER_COLUMNS", "check_columns", "recommend_all", "recommendations_table"]

@@ -150,7 +150,9 @@ def _top_k_of_blocks(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, to
 
 def check_top_k(top_k: int, num_items: int) -> None:
     """Raise a ValueError unless `top_k` is a number of items that the catalogue has."""
-    if not isinstance(top_k, int) or not 1 <= top_k <= num_items:
+    if not isinstance(top_k, int) or isinstance(top_k, bool):
+        raise ValueError(f"top_k is {top_k!r}: expected an int, 1 to {num_items}, the number of items in the catalogue")
+    if not 1 <= top_k <= num_items:
         raise ValueError(f"top_k is {top_k}: expected 1 to {num_items}, the number of items in the catalogue")
 
 
