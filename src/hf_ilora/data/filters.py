@@ -186,7 +186,7 @@ def build_histories(
             f"no interaction is left of {num_interactions} ({num_users} users, {num_items} items) with "
             f"min_user_interactions={min_user_interactions} and min_item_interactions={min_item_interactions}: the "
             f"longest history has {np.bincount(coded.users).max()} interactions and the most frequent item "
-            f"{np.bincount(coded.items).max()}; lower the thresholds"
+            f"{np.bincount(coded.items).max()}; lower the thresholds, or num_targets of last_n"
         )
     if not keep.all():
         coded.take(keep)
