@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from . import openmp  # noqa: F401
+from .closed_output import closed_output_ends
 from .commands import COMMANDS
 from .main import help_file
 from .shipped import RECIPE, shipped_folder
@@ -38,7 +39,8 @@ def answer_help() -> None:
     recipe, words = Path(sys.argv[0]).resolve(), set(sys.argv[1:])
     asks = {"-h", "--help"} & words and "--help-all" not in words
     if asks and recipe.parent == shipped_folder(RECIPE).resolve():
-        print(help_of_recipe(recipe, sys.modules["__main__"].__doc__), end="")
+        with closed_output_ends():
+            print(help_of_recipe(recipe, sys.modules["__main__"].__doc__), end="")
         sys.exit(0)
 
 

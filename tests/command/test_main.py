@@ -200,21 +200,25 @@ def test_a_signal_ends_a_launch_quietly_with_all_that_it_started(tmp_path, launc
         assert (process.returncode, printed) == (128 + number, "")
 
 
+MAIN = ["-c", "import sys; from hf_ilora_cli.main import main; sys.exit(main())"]
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "words",
     [
-        ["--help"],
-        ["train-sasrec", "--help"],
-        pytest.param(["train-sasrec", "--help-all"], marks=pytest.mark.slow),
+        [*MAIN, "--help"],
+        [*MAIN, "train-sasrec", "--help"],
+        [RECIPES / "train_sasrec.py", "--help"],
+        pytest.param([*MAIN, "train-sasrec", "--help-all"], marks=pytest.mark.slow),
     ],
+    ids=["overview", "command", "recipe", "all options"],
 )
 def test_a_reader_that_leaves_ends_the_command_quietly(words, unbuffered):
     """As `head` does."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-c", "import sys; from hf_ilora_cli.main import main; sys.exit(main())", *words]
-    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    command, environment = [sys.executable, *map(str, words)], os.environ | {"PYTHONUNBUFFERED": unbuffered}
     result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False, env=environment)
     os.close(writing)
     assert (result.returncode, result.stderr) == (141, b"")
