@@ -54,6 +54,8 @@ lint: setup ## style, types and mistakes, nothing is changed
 	python -m ruff check .
 	python -m ruff format --check .
 	python -m mypy
+	shellcheck .ci/run docker/*.sh
+	hadolint docker/Dockerfile
 
 docs: ## the documentation as a site in outputs/site, in an environment of its own; warnings are errors
 	@cmp -s docs/requirements.lock .venv-docs/installed || { $(PYTHON) -m venv --clear .venv-docs \
