@@ -8,7 +8,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from hf_ilora import Catalogue, ExactItemIndex, PopularityConfig, PopularityForNextItem
+from hf_ilora import (
+    Catalogue,
+    ExactItemIndex,
+    PopularityConfig,
+    PopularityForNextItem,
+    SASRecConfig,
+    SASRecForNextItem,
+)
 from tests.scoring_models import MODELS, sasrec
 
 NUM_ITEMS = 400
@@ -28,6 +35,16 @@ def check(model, top_k=7, exclude_seen=True, **filters):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_answers_are_those_of_the_model(name, exclude_seen):
     check(MODELS[name](NUM_ITEMS), exclude_seen=exclude_seen)
+
+
+@pytest.mark.parametrize(("width", "num_items"), [(1, 400), (2, 1), (3, 2), (7, 400), (65, 33)])
+def test_tables_of_any_size_are_ranked(width, num_items):
+    torch.manual_seed(0)
+    config = SASRecConfig(num_items=num_items, hidden_size=width, num_attention_heads=1, max_length=6, head_bias=True)
+    model, histories = SASRecForNextItem(config).eval(), torch.randint(1, num_items + 1, (9, 5))
+    torch.nn.init.normal_(model.model.final_norm.bias)  # else states of width 1 are zero
+    found, _ = ExactItemIndex(model).recommend(histories, min(5, num_items), exclude_seen=False)
+    assert torch.equal(found, model.recommend(histories, min(5, num_items), exclude_seen=False)[0])
 
 
 @pytest.mark.parametrize("name", ["plain", "biases"])

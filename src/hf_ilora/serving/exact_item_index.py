@@ -1,6 +1,7 @@
 """An exact index of the items of a model: 8-bit bounds of all scores, and the scores themselves where those decide."""
 
 import torch
+import torch.nn.functional as F
 
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
@@ -36,7 +37,8 @@ class ExactItemIndex:
         check_has_table(model)
         self.model = model
         num_items, width = model.config.num_items, model.head.in_features
-        self._integers = torch.zeros(num_items + 1, width, dtype=torch.int8)
+        # torch multiplies a single column wrongly: it takes the transposed column for a row.
+        self._integers = torch.zeros(num_items + 1, max(width, 2), dtype=torch.int8)
         self._scales = torch.zeros(1, num_items + 1)
         # Of all rows, in units of their scales: the longest, and the largest distance from its integers.
         self._longest_in_scales = self._rounding_in_scales = 0.0
@@ -58,7 +60,7 @@ class ExactItemIndex:
             self._longest_in_scales = max(self._longest_in_scales, float((lengths / scales).max()))
             self._rounding_in_scales = max(self._rounding_in_scales, float((distances / scales).max()))
             items = slice(int(ids[0]), int(ids[-1]) + 1)
-            self._integers[items], self._scales[0, items] = integers.to(torch.int8), scales
+            self._integers[items, :width], self._scales[0, items] = integers.to(torch.int8), scales
 
     def recommend(
         self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None
@@ -117,7 +119,8 @@ class ExactItemIndex:
         # What float32 loses, here and in the scores themselves.
         precision = torch.finfo(torch.float32)
         loss = 2 * precision.eps * (state.shape[1] + 16) * float(state.norm()) * self._longest + precision.tiny
-        products = torch._int_mm(integers.to(torch.int8), self._integers.t())  # (1, num_items + 1) int32
+        integers = F.pad(integers.to(torch.int8), (0, self._integers.shape[1] - integers.shape[1]))
+        products = torch._int_mm(integers, self._integers.t())  # (1, num_items + 1) int32
         highest = products.float().mul_(scale).add_(error).mul_(self._scales).add_(loss).to(state.device)
         if head.bias is not None:
             highest += head.bias.float()
