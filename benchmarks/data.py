@@ -2,24 +2,29 @@
 
     python -m benchmarks.data --rows 20000000 --output_dir outputs/benchmarks/data
     python -m benchmarks.data --rows 20000000 --protocol temporal_users --output_dir outputs/benchmarks/temporal_data
+    python -m benchmarks.data --rows 100000000 --out_of_core --memory_gigabytes 4 --output_dir outputs/benchmarks/large
 
 The table is synthetic and shaped like MovieLens-20M: long-tailed histories and item frequencies, times in random order
-with ties. The stages run in a process of their own, whose peak memory is reported. Set OMP_NUM_THREADS=1 to measure one
-thread.
+with ties. The stages run in a process of their own, whose peak memory is reported. Pages of mapped files, which the
+system takes back when memory is short, count in the peak; `--memory_gigabytes` limits all other memory, so a run that
+needs more fails. Set OMP_NUM_THREADS=1 to measure one thread.
 """
 
 import logging
+import resource
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, disable_progress_bars
 
 from benchmarks.measuring import PeakMemory, Stopwatch, in_own_process, peak_bytes, run_benchmark
-from hf_ilora import SequenceDatasets, build_sequences
+from hf_ilora import SequenceDatasets, build_sequences, load_interactions
 from hf_ilora.runs import parse_arguments, run_main
 
 logger = logging.getLogger(__name__)
@@ -43,6 +48,12 @@ class DataBenchmarkArguments:
     seed: int = field(default=0, metadata={"help": "random seed of the synthetic table"})
     work_dir: str | None = field(
         default=None, metadata={"help": "folder for temporary files, 1.5 GB for 20 million rows"}
+    )
+    out_of_core: bool = field(
+        default=False, metadata={"help": "keep tables in files in work_dir, as `hf-ilora prepare --work_dir` does"}
+    )
+    memory_gigabytes: float | None = field(
+        default=None, metadata={"help": "limit of the memory that is not mapped from files (RLIMIT_DATA)"}
     )
 
     def __post_init__(self):
@@ -82,15 +93,31 @@ def write_tables(folder: Path, arguments: DataBenchmarkArguments) -> None:
     pq.write_table(pa.table(table), folder / "items.parquet")
 
 
-def prepare(folder: Path, protocol: str) -> dict:
+def limit_memory(gigabytes: float) -> None:
+    """Let this process have so much memory, without mapped files; what the libraries reserve unused does not count."""
+    process = psutil.Process()
+    reserved_unused = process.memory_info().data - process.memory_info().rss
+    resource.setrlimit(resource.RLIMIT_DATA, (round(gigabytes * 1e9) + max(0, reserved_unused),) * 2)
+
+
+def prepare(folder: Path, protocol: str, out_of_core: bool, memory_gigabytes: float | None) -> dict:
     """Prepare the tables in `folder`: seconds per stage and the peak memory of this process."""
     disable_progress_bars()
+    if memory_gigabytes is not None:
+        limit_memory(memory_gigabytes)
     cache, stopwatch, memory = str(folder / "cache"), Stopwatch(), PeakMemory()
-    items = Dataset.from_parquet(str(folder / "items.parquet"), cache_dir=cache)
-    read = stopwatch.time(
-        "read parquet", lambda: Dataset.from_parquet(str(folder / "interactions.parquet"), cache_dir=cache)
-    )
-    built = stopwatch.time("build_sequences", build_sequences, read, items, protocol)
+    if out_of_core:
+        work_dir, titles = folder / "work", {"items": folder / "items.parquet", "items_title_column": "title"}
+        columns = [folder / "interactions.parquet", "user_id", "item_id", "timestamp"]
+        read, items = stopwatch.time("read parquet", lambda: load_interactions(*columns, **titles, work_dir=work_dir))
+        build = partial(build_sequences, work_dir=work_dir)
+    else:
+        items = Dataset.from_parquet(str(folder / "items.parquet"), cache_dir=cache)
+        read = stopwatch.time(
+            "read parquet", lambda: Dataset.from_parquet(str(folder / "interactions.parquet"), cache_dir=cache)
+        )
+        build = build_sequences
+    built = stopwatch.time("build_sequences", build, read, items, protocol)
     stopwatch.time("save", built.save, folder / "sequences")
     users, num_items, fingerprint = len(built["test"]), built.num_items, built.fingerprint
     del built
@@ -116,7 +143,8 @@ def measure(arguments: DataBenchmarkArguments) -> dict:
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as folder:
         write_tables(Path(folder), arguments)
         logger.info("wrote %s rows", f"{arguments.rows:,}")
-        return {"preparation": in_own_process(prepare, Path(folder), arguments.protocol)}
+        options = arguments.out_of_core, arguments.memory_gigabytes
+        return {"preparation": in_own_process(prepare, Path(folder), arguments.protocol, *options)}
 
 
 def report(results: dict) -> str:
@@ -128,7 +156,10 @@ def report(results: dict) -> str:
         "# Preparing a large table",
         "",
         f"{setting['rows']:,} interactions with {'string' if setting['string_ids'] else 'integer'} ids, "
-        f"{found['items']:,} items, protocol {setting['protocol']} with {found['test_users']:,} test users. Peak "
+        f"{found['items']:,} items, protocol {setting['protocol']} with {found['test_users']:,} test users"
+        f"{', out of core' if setting['out_of_core'] else ''}"
+        + (f", in {setting['memory_gigabytes']:g} GB" if setting["memory_gigabytes"] is not None else "")
+        + ". Peak "
         f"memory {found['peak_rss_gigabytes']:.2f} GB, {found['added_gigabytes']:.2f} GB above the imported libraries; "
         f"{found['disk_megabytes']:.0f} MB on disk.",
         "",

@@ -12,7 +12,11 @@ folder, and run.json and run.log to `<output_dir>_run`.
 
 import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from hf_ilora import build_sequences, load_interactions, load_movielens, load_public_dataset
 from hf_ilora.data.movielens import MOVIELENS
@@ -99,6 +103,13 @@ class SourceArguments:
     limit_data_rows: int = field(
         default=-1, metadata={"help": "number of interactions to read, from the first; -1: all"}
     )
+    work_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "for a parquet file or folder that does not fit in memory: folder for temporary files, about 70 "
+            "bytes for each interaction"
+        },
+    )
 
     def __post_init__(self):
         sources = {name: vars(self)[name] for name in ("movielens", "dataset", "interactions")}
@@ -111,6 +122,11 @@ class SourceArguments:
             raise ValueError(f"limit_data_rows is {self.limit_data_rows}: expected at least 1, or -1 for all")
         if self.interactions is not None and (self.user_column is None or self.item_column is None):
             raise ValueError("your own table needs --user_column and --item_column, the names of its columns of ids")
+        if self.work_dir is not None and self.interactions is None:
+            raise ValueError(
+                f"work_dir is {self.work_dir!r} without interactions: expected --interactions, a parquet file or a "
+                "folder of parts; leave it out for MovieLens and other public data sets"
+            )
 
 
 @dataclass
@@ -199,12 +215,15 @@ def main() -> None:
 def prepare(source: SourceArguments, settings: SequenceArguments, run_folder: str) -> None:
     """Read the interactions, build the data set and write it."""
     set_up_logging(run_folder)
-    with RunRecord(run_folder, [source, settings], seed=settings.candidate_seed) as record:
+    with (
+        RunRecord(run_folder, [source, settings], seed=settings.candidate_seed) as record,
+        temporary_folder(source.work_dir) as work_dir,
+    ):
         with record.stage("load"):
-            interactions, items = load(source)
+            interactions, items = load(source, work_dir)
         logger.info("read %d interactions with %d items", len(interactions), len(items))
         with record.stage("build"):
-            sequences = build_sequences(interactions, items, **asdict(settings))
+            sequences = build_sequences(interactions, items, **asdict(settings), work_dir=work_dir)
         with record.stage("save"):
             sequences.save(source.output_dir)
         record.add_data(sequences.fingerprint)
@@ -212,7 +231,18 @@ def prepare(source: SourceArguments, settings: SequenceArguments, run_folder: st
     logger.info("wrote %s: %s rows, %d items", source.output_dir, sizes, sequences.num_items)
 
 
-def load(source: SourceArguments):
+@contextmanager
+def temporary_folder(work_dir: str | None) -> Iterator[str | None]:
+    """A folder in `work_dir` that is deleted at the end; None for None."""
+    if work_dir is None:
+        yield None
+        return
+    Path(work_dir).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="prepare-", dir=work_dir) as folder:
+        yield folder
+
+
+def load(source: SourceArguments, work_dir: str | None):
     """The interactions and items of the source."""
     if source.movielens is not None:
         return load_movielens(source.movielens, source.limit_data_rows, source=source.movielens_source)
@@ -242,6 +272,7 @@ def load(source: SourceArguments):
         normalize_titles=source.normalize_titles,
         missing_titles=source.missing_titles,
         limit_data_rows=source.limit_data_rows,
+        work_dir=work_dir,
     )
 
 

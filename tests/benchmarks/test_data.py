@@ -22,10 +22,11 @@ def test_tables_have_the_rows_and_kinds_of_ids_that_were_asked_for(tmp_path):
     assert set(interactions["item_id"].to_pylist()) <= set(items["item_id"].to_pylist())
 
 
-def test_every_stage_is_measured_and_reported(tmp_path):
-    arguments = data.DataBenchmarkArguments("unused", rows=100_000)
+@pytest.mark.parametrize("out_of_core", [False, True])
+def test_every_stage_is_measured_and_reported(out_of_core, tmp_path):
+    arguments = data.DataBenchmarkArguments("unused", rows=100_000, out_of_core=out_of_core)
     data.write_tables(tmp_path, arguments)
-    found = data.prepare(tmp_path, "leave_one_out")
+    found = data.prepare(tmp_path, "leave_one_out", out_of_core, None)
     assert list(found["seconds"]) == ["read parquet", "build_sequences", "save", "load"]
     assert found["total_cpu_seconds"] == pytest.approx(sum(found["cpu_seconds"].values()))
     assert found["rows_per_split"]["test"] == found["test_users"] > 600

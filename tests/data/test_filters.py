@@ -9,7 +9,16 @@ from datasets import Dataset, Features, List, Value
 from datasets.table import InMemoryTable
 
 from hf_ilora.data import filters
-from hf_ilora.data.filters import chronological_order, k_core, read_interactions, read_items, slice_indices
+from hf_ilora.data.filters import (
+    CodedInteractions,
+    first_occurrences,
+    k_core,
+    read_interactions,
+    read_items,
+    slice_indices,
+    sort_chronologically,
+)
+from hf_ilora.data.workspace import Workspace
 
 GOOD = {"user_id": [3, 1, 3], "item_id": ["b", "a", "c"], "timestamp": [5, 0, 7], "rating": [1.0, 5.0, 3.0]}
 GOOD_ITEMS = {
@@ -63,11 +72,28 @@ class TestKCore:
     ],
     ids=["ties", "far apart", "fractions", "all equal"],
 )
-def test_chronological_order_is_that_of_a_stable_sort_by_user_and_time(num_users, times):
+def test_sorting_is_that_of_a_stable_sort_by_user_and_time(num_users, times, tmp_path, monkeypatch):
+    monkeypatch.setattr(filters, "_ROWS_PER_BATCH", 3_000)
     generator = np.random.default_rng(num_users)
     users = generator.integers(0, num_users, 10_000).astype(np.int32)
-    times = times(generator, len(users))
-    assert np.array_equal(chronological_order(users, times), np.lexsort((times, users)))
+    times, rows = times(generator, len(users)), np.arange(len(users), dtype=np.int32)
+    order = np.lexsort((times, users))
+    for folder in (None, tmp_path):
+        coded = CodedInteractions(users, rows, times, pa.array(np.arange(num_users)), pa.array(rows))
+        sort_chronologically(coded, Workspace(folder))
+        assert np.array_equal(coded.items, order)
+        assert np.array_equal(coded.users, users[order]) and np.array_equal(coded.times, times[order])
+
+
+def test_first_occurrences_are_those_of_each_user(monkeypatch):
+    monkeypatch.setattr(filters, "_ROWS_PER_BATCH", 7)
+    generator = np.random.default_rng(0)
+    users, items = np.sort(generator.integers(0, 9, 200)), generator.integers(0, 12, 200)
+    seen, expected = set(), []
+    for pair in zip(users.tolist(), items.tolist(), strict=True):
+        expected.append(pair not in seen)
+        seen.add(pair)
+    assert first_occurrences(users, items).tolist() == expected
 
 
 def test_slice_indices_concatenates_ranges():

@@ -6,6 +6,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 _CODES_PER_COUNT = 1 << 20
+_ROWS_PER_BATCH = 1 << 17
 
 
 def read_column(split: Dataset, column: str) -> pa.ChunkedArray:
@@ -63,14 +64,16 @@ def training_counts(split: Dataset, num_items: int) -> np.ndarray:
     The targets of all rows count, and the history of a user's first row: where the rows of a user are prefixes of each
     other, they repeat the rest.
     """
-    if len(split) == 0:
-        return np.zeros(num_items + 1, dtype=np.int64)
-    users = read_column(split, "user_id").combine_chunks()
-    is_first = np.append(True, pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False))  # (rows,)
-    histories, boundaries = flatten_lists(split, "history")
-    histories = histories[np.repeat(is_first, np.diff(boundaries))]
-    targets = read_column(split, "target").to_numpy()
-    return count_codes(histories, num_items + 1) + count_codes(targets, num_items + 1)
+    counts, last_user = np.zeros(num_items + 1, dtype=np.int64), None
+    columns = split.select_columns(["user_id", "history", "target"]).with_format("arrow")
+    for batch in columns.iter(batch_size=_ROWS_PER_BATCH):
+        users, histories = batch["user_id"].combine_chunks(), batch["history"].combine_chunks()
+        is_first = np.append(True, pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False))  # (batch,)
+        is_first[0] = users[0].as_py() != last_user
+        last_user = users[-1].as_py()
+        items = histories.filter(pa.array(is_first)).flatten().to_numpy()
+        counts += count_codes(items, num_items + 1) + count_codes(batch["target"].to_numpy(), num_items + 1)
+    return counts
 
 
 def repeat_share(items: np.ndarray, boundaries: np.ndarray) -> float:

@@ -1,5 +1,6 @@
 """Loads a table of (user, item, time), with or without titles, in the form that build_sequences reads."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
+from hf_ilora.data.streaming import stream_interactions
 from hf_ilora.data.tables import (
     Source,
     check_row_limit,
@@ -41,6 +43,7 @@ def load_interactions(
     normalize_titles: bool = True,
     missing_titles: str = "raise",
     limit_data_rows: int = -1,
+    work_dir: str | os.PathLike | None = None,
 ) -> tuple[Dataset, Dataset]:
     """Load interactions from your own table.
 
@@ -71,6 +74,8 @@ def load_interactions(
         normalize_titles: move a year at the end, "(1995)", to the column `year`, and an English article to the front.
         missing_titles: what to do about items without a title: "raise", or "item_id" to use the id as the title.
         limit_data_rows: number of rows to load, from the first; -1 for all.
+        work_dir: for parquet that does not fit in memory: folder for a copy of the interactions, 24 bytes each with
+            integer ids, from which the result is mapped; delete it afterwards. Titles come from `items` then.
 
     Returns:
         interactions: user_id, item_id (int64 or string), timestamp (int64, or float64 if a time has a fraction) and,
@@ -107,21 +112,14 @@ def load_interactions(
         raise ValueError(
             f"user_column is {user_column!r} and item_column is {item_column!r}; expected the names of both columns"
         )
-    plays = _Columns.read(
-        path_or_dataset,
-        {
-            "user_id": user_column,
-            "item_id": item_column,
-            "time": time_column,
-            "title": title_column,
-            "rating": rating_column,
-        },
-        limit_data_rows,
-        separator,
-        column_names,
-    )
-    user_ids, item_ids = plays.ids("user_id"), plays.ids("item_id")
-    known_ids = None
+    names = {
+        "user_id": user_column,
+        "item_id": item_column,
+        "time": time_column,
+        "title": title_column,
+        "rating": rating_column,
+    }
+    known = None
     if items is not None:
         id_column = item_column if items_item_column is None else items_item_column
         known = _Columns.read(
@@ -130,47 +128,70 @@ def load_interactions(
             separator=items_separator,
             column_names=items_column_names,
         )
-        known_ids = known.ids("item_id")
-        item_ids, known_ids = _of_one_type(item_ids, known_ids, plays, known)
+    if work_dir is not None:
+        if title_column is not None:
+            raise ValueError(
+                f"title_column is {title_column!r} and work_dir is given: expected the titles in a table of items; "
+                "write one row per item to a file and pass it as items"
+            )
+        names = {role: name for role, name in names.items() if name is not None}
+        interactions, ids = stream_interactions(path_or_dataset, names, work_dir, limit_data_rows)
+        known_ids = None if known is None else known.ids_of_type(ids.type)
+        titles = None
+    else:
+        interactions, ids, known_ids, titles = _load_whole(
+            path_or_dataset, names, limit_data_rows, separator, column_names, known
+        )
+    metadata = {}
+    if known is not None:
         check_different_items(known_ids, known.where["item_id"])
-    elif plays.are_numbers("item_id"):
-        item_ids = item_ids.cast(pa.int64())
-    if plays.are_numbers("user_id"):
-        user_ids = user_ids.cast(pa.int64())
-    interactions = interactions_dataset(
-        user_id=user_ids,
-        item_id=item_ids,
-        timestamp=pa.chunked_array([np.arange(len(item_ids))])
-        if time_column is None
-        else clean_seconds(plays.table["time"], plays.where["time"]),
-        **({} if rating_column is None else {"rating": clean_ratings(plays.table["rating"], plays.where["rating"])}),
-    )
-    ids, titles, metadata = pc.unique(item_ids), None, {}
-    if known_ids is not None:
         if missing_titles == "raise":
-            check_known_items(item_ids, known_ids, describe(items))
-        ids = pc.unique(
-            pa.chunked_array([*known_ids.chunks, *item_ids.chunks])
-        )  # the order of the table of items comes first
+            check_known_items(ids, known_ids, describe(items))
+        ids = pc.unique(pa.chunked_array([*known_ids.chunks, ids]))  # the order of the table of items comes first
         titles = _look_up(ids, known_ids, known.titles())
         metadata = {name: _look_up(ids, known_ids, known.metadata(name)) for name in metadata_columns or ()}
-    elif title_column is not None:
-        titles = _agreed_titles(ids, item_ids, plays.titles())
-        if limit_data_rows != -1 and titles.null_count:  # a later row may have the title
-            whole = _Columns.read(
-                path_or_dataset,
-                {"item_id": item_column, "title": title_column},
-                separator=separator,
-                column_names=column_names,
-            )
-            titles = _agreed_titles(ids, whole.ids("item_id").cast(item_ids.type), whole.titles())
-    if titles is not None and missing_titles != "item_id" and titles.null_count:
-        untitled = ids.filter(pc.is_null(titles))
+    untitled = [] if titles is None or missing_titles == "item_id" else ids.filter(pc.is_null(titles))
+    if len(untitled):
         raise ValueError(
             f"{len(untitled):,} items have no title, first {untitled[:5].to_pylist()}; expected one for each item: "
             "add titles, drop the items, or pass missing_titles='item_id' to use the ids as titles"
         )
     return interactions, items_dataset(ids, titles, normalize_titles=normalize_titles, metadata=metadata)
+
+
+def _load_whole(
+    source: Source,
+    names: dict[str, str | None],
+    limit: int,
+    separator: str | None,
+    column_names: Sequence[str] | None,
+    known: "_Columns | None",
+) -> tuple[Dataset, pa.Array, pa.ChunkedArray | None, pa.Array | None]:
+    """The interactions, their different item ids, the ids of the table of items in the same type, and the titles that
+    are in the table of interactions."""
+    plays = _Columns.read(source, names, limit, separator, column_names)
+    user_ids, item_ids, known_ids = plays.ids("user_id"), plays.ids("item_id"), None
+    if known is not None:
+        item_ids, known_ids = _of_one_type(item_ids, known.ids("item_id"), plays, known)
+    elif plays.are_numbers("item_id"):
+        item_ids = item_ids.cast(pa.int64())
+    if plays.are_numbers("user_id"):
+        user_ids = user_ids.cast(pa.int64())
+    columns = {"user_id": user_ids, "item_id": item_ids}
+    if names["time"] is None:
+        columns["timestamp"] = pa.chunked_array([np.arange(len(item_ids))])
+    else:
+        columns["timestamp"] = clean_seconds(plays.table["time"], plays.where["time"])
+    if names["rating"] is not None:
+        columns["rating"] = clean_ratings(plays.table["rating"], plays.where["rating"])
+    ids, titles = pc.unique(item_ids), None
+    if names["title"] is not None:
+        titles = _agreed_titles(ids, item_ids, plays.titles())
+        if limit != -1 and titles.null_count:  # a later row may have the title
+            roles = {"item_id": names["item_id"], "title": names["title"]}
+            whole = _Columns.read(source, roles, separator=separator, column_names=column_names)
+            titles = _agreed_titles(ids, whole.ids("item_id").cast(item_ids.type), whole.titles())
+    return interactions_dataset(**columns), ids, known_ids, titles
 
 
 def interactions_dataset(**columns: pa.ChunkedArray) -> Dataset:
@@ -231,7 +252,7 @@ def check_different_items(item_ids: pa.Array | pa.ChunkedArray, where: str) -> N
         )
 
 
-def check_known_items(item_ids: pa.ChunkedArray, known_ids: pa.ChunkedArray, where: str) -> None:
+def check_known_items(item_ids: pa.Array | pa.ChunkedArray, known_ids: pa.ChunkedArray, where: str) -> None:
     """Raise ValueError if interactions contain items that are missing from the table of items, called `where`."""
     seen = pc.unique(item_ids)
     unknown = seen.filter(pc.invert(pc.is_in(seen, value_set=known_ids)))
@@ -275,6 +296,22 @@ class _Columns:
     def are_numbers(self, role: str) -> bool:
         """Whether the ids are text in a file without types that has nothing but numbers."""
         return self.whole_numbers is not None and role in self.whole_numbers
+
+    def ids_of_type(self, id_type: pa.DataType) -> pa.ChunkedArray:
+        """The ids of items, of the type of those in the interactions.
+
+        Raises:
+            ValueError: when they have another type.
+        """
+        ids = self.ids("item_id")
+        if self.whole_numbers is not None and (pa.types.is_string(id_type) or self.are_numbers("item_id")):
+            return ids.cast(id_type)
+        if ids.type != id_type:
+            raise ValueError(
+                f"{self.where['item_id']} has ids of type {ids.type}, the interactions have item ids of type "
+                f"{id_type}; expected the same: cast one of them"
+            )
+        return ids
 
     def titles(self) -> pa.ChunkedArray:
         return clean_text(self.table["title"], self.where["title"])

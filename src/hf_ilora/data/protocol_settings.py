@@ -25,6 +25,8 @@ LEAKS = {
 PROTOCOLS = tuple(LEAKS)
 # Their validation and test rows have several relevant items.
 SEVERAL_TARGETS = ("last_n", "global_time", "time_folds", "random")
+# They divide all interactions at once, in memory, rather than those of a user.
+IN_MEMORY = ("temporal_users", "random")
 USER_ORDERS = ("first", "last")
 
 # Settings of some protocols only, with the default of each of them.
@@ -179,4 +181,4 @@ def _seconds(name: str, moment: Moment) -> int | float:
         ) from error
 
 
-__all__ = ["LEAKS", "PROTOCOLS", "SEVERAL_TARGETS", "USER_ORDERS", "Moment", "checked_protocol"]
+__all__ = ["IN_MEMORY", "LEAKS", "PROTOCOLS", "SEVERAL_TARGETS", "USER_ORDERS", "Moment", "checked_protocol"]

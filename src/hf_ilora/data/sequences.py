@@ -4,13 +4,16 @@ import itertools
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, DatasetInfo, Features, List, NamedSplit, Value
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, DatasetInfo, Features, List, Value
+from datasets.exceptions import DatasetGenerationError
 from datasets.table import InMemoryTable
 from huggingface_hub import CommitInfo
 
@@ -20,10 +23,10 @@ from hf_ilora.models.next_item.hub_upload import upload
 
 from .candidates import sample_candidates
 from .cards import card_to_publish, sequences_card
-from .columns import training_counts
-from .filters import Histories, build_histories, read_interactions, read_items, slice_indices
+from .columns import read_column, training_counts
+from .filters import Histories, build_histories, is_string, read_interactions, read_items, slice_indices
 from .hub import read_source
-from .protocol_settings import LEAKS, SEVERAL_TARGETS, Moment, checked_protocol
+from .protocol_settings import IN_MEMORY, LEAKS, PROTOCOLS, SEVERAL_TARGETS, Moment, checked_protocol
 from .protocols import Rows, check_splits, limit_histories, split_histories
 from .sources import DataSource, source_to_publish
 from .storage import (
@@ -41,6 +44,8 @@ from .storage import (
     write_description,
     write_parquet,
 )
+from .table_files import TableFiles
+from .workspace import Workspace, dataset_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +53,9 @@ logger = logging.getLogger(__name__)
 OWN_COLUMNS = ("user_id", "history", "target", "relevant_items", "candidates")
 # Bounds the memory for gathering histories, in addition to that of the result.
 _ELEMENTS_PER_CHUNK = 1 << 22
+# What the preparation of 20 million interactions takes at its peak, see benchmarks/data.py.
+_BYTES_IN_MEMORY = 100
+_ROWS_PER_CHECK = 1 << 17
 
 
 class SequenceDatasets(DatasetDict):
@@ -298,6 +306,47 @@ class SequenceDatasets(DatasetDict):
         )
 
     @classmethod
+    def from_parquet(
+        cls, folder: str | os.PathLike, *, cache_dir: str | os.PathLike | None = None
+    ) -> "SequenceDatasets":
+        """Read histories that another program, such as Spark or Ray Data, has written as folders of parquet parts.
+
+        `folder` has the folders train, validation and test, and items; parts are read in the order of their names.
+        The splits have `user_id` (integer or string), `history` (list of item ids, oldest first, not empty) and
+        `target` (item id); `candidates` (list of item ids, the target among them, as many in every row) may be in
+        validation and test. The items have `item_id` (1 to the number of items, each once), `raw_id` and `title`, and
+        may have the other columns of a catalogue. Further columns of the splits are ignored.
+
+        `datasets` copies the splits to Arrow files in its cache once, and they are mapped to memory from there, so
+        they may outgrow it.
+
+        Args:
+            folder: of these folders.
+            cache_dir: of the Arrow files; None uses the cache of `datasets`.
+
+        Raises:
+            FileNotFoundError: for a missing folder.
+            ValueError: for parts that are not parquet, missing columns or columns of other types, null values, empty
+                histories, ids outside of the catalogue, and candidates that differ in number.
+        """
+        folder = Path(folder)
+        items = [read_parquet(file) for file in _parquet_parts(folder / "items")]
+        try:
+            table = pa.concat_tables(items, promote_options="permissive")
+            for name, feature in catalogue_features("int64").items():
+                if name not in table.column_names and name in ("year", "genres"):
+                    nulls = [None if name == "year" else []] * len(table)
+                    table = table.append_column(name, pa.array(nulls, Features({name: feature}).arrow_schema[0].type))
+            catalogue = Catalogue(table.drop_columns([name for name in ("count",) if name in table.column_names]))
+        except (ValueError, pa.ArrowException) as error:
+            raise ValueError(f"{folder / 'items'}: {error}") from error
+        splits = {name: _external_split(folder / name, name, len(catalogue), cache_dir) for name in SPLITS}
+        sizes = {_num_candidates(splits[name], folder / name) for name in ("validation", "test")}
+        if len(sizes) > 1:
+            raise ValueError(f"{folder} has {sorted(sizes)} candidates per row: expected as many in every row")
+        return cls(splits, catalogue, {"name": "external", "num_candidates": sizes.pop()})
+
+    @classmethod
     def _read(cls, directory: Path) -> "SequenceDatasets":
         description = read_description(directory)
         protocol, num_items = description["protocol"], description["num_items"]
@@ -353,6 +402,7 @@ def build_sequences(
     num_folds: int | None = None,
     fold: int | None = None,
     split_seed: int | None = None,
+    work_dir: str | os.PathLike | None = None,
 ) -> SequenceDatasets:
     """Sort interactions into histories, filter them, and split them by a protocol.
 
@@ -429,6 +479,9 @@ def build_sequences(
         num_folds: time_folds only; None: 3.
         fold: time_folds only, required: which fold, 1 (the oldest) to `num_folds`.
         split_seed: random only: random seed of the draw; None: 0.
+        work_dir: folder for what does not fit in memory: columns and splits are kept in files there, which are mapped
+            to memory, and only the ids of users and items, the counts of them and a row per user stay in memory. The
+            result is the same. It reads these files, so delete the folder when it is saved. None: all in memory.
 
     Returns:
         SequenceDatasets. The catalogue contains the items of the filtered interactions, numbered from 1 in the order of
@@ -470,9 +523,18 @@ def build_sequences(
                 f"{name} is a {type(table).__name__}: expected a datasets.Dataset; load_interactions and "
                 "load_movielens return both tables"
             )
-    coded = read_interactions(interactions, min_rating)
+    if work_dir is not None and protocol in IN_MEMORY:
+        raise ValueError(
+            f"work_dir is given for the protocol {protocol}, which divides all interactions at once, in memory: "
+            f"expected one of {', '.join(name for name in PROTOCOLS if name not in IN_MEMORY)}; or leave work_dir out, "
+            f"with about {_BYTES_IN_MEMORY} bytes of memory for each of the {len(interactions):,} interactions"
+        )
+    workspace = Workspace(work_dir)
+    coded = read_interactions(interactions, min_rating, workspace)
     known_items = read_items(items, coded.item_ids)
-    histories, times = build_histories(coded, settings["min_user_interactions"], min_item_interactions, drop_repeats)
+    histories, times = build_histories(
+        coded, settings["min_user_interactions"], min_item_interactions, drop_repeats, workspace
+    )
     del coded
     splits, histories_of = split_histories(histories, times, settings)
     del times
@@ -491,16 +553,23 @@ def build_sequences(
         rows, candidates = splits.pop(name), None
         if name != "train" and num_candidates > 0:
             candidates = sample_candidates(histories_of[name], rows, num_candidates, candidate_seed, name)
-        datasets[name] = _split_dataset(histories_of[name], rows, candidates, name)
+        datasets[name] = _split_dataset(histories_of[name], rows, candidates, name, workspace)
     catalogue = _catalogue(known_items, histories.item_ids)
     return SequenceDatasets(datasets, catalogue, settings, DataSource.of(interactions, items))
 
 
-def _split_dataset(histories: Histories, rows: Rows, candidates: np.ndarray | None, name: str) -> Dataset:
+def _split_dataset(
+    histories: Histories, rows: Rows, candidates: np.ndarray | None, name: str, workspace: Workspace
+) -> Dataset:
     features = split_features(str(histories.user_ids.type), candidates is not None, rows.relevant_ends is not None)
+    return workspace.dataset(_split_batches(histories, rows, candidates, features), features, name)
+
+
+def _split_batches(
+    histories: Histories, rows: Rows, candidates: np.ndarray | None, features: Features
+) -> Iterator[pa.RecordBatch]:
     elements = np.cumsum(rows.ends - rows.starts)
     cuts = np.searchsorted(elements, np.arange(_ELEMENTS_PER_CHUNK, elements[-1], _ELEMENTS_PER_CHUNK), side="right")
-    batches = []
     for first, last in itertools.pairwise(np.unique([0, *cuts, len(rows)])):
         starts, ends = rows.starts[first:last], rows.ends[first:last]
         columns = [
@@ -513,15 +582,14 @@ def _split_dataset(histories: Histories, rows: Rows, candidates: np.ndarray | No
         if candidates is not None:
             block = candidates[first:last]
             columns.append(_list_array(block.ravel(), np.full(len(block), block.shape[1])))
-        batches.append(pa.record_batch(columns, schema=features.arrow_schema))
-    return dataset_of(pa.Table.from_batches(batches), features, name)
+        yield pa.record_batch(columns, schema=features.arrow_schema)
 
 
 def _different_items(items: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> pa.ListArray:
     """The items of each slice, each once, in the order of their first occurrences."""
     relevant = items[slice_indices(starts, ends)]
     rows = np.repeat(np.arange(len(starts)), ends - starts)
-    first = np.sort(np.unique(rows * (np.int64(items.max()) + 1) + relevant, return_index=True)[1])
+    first = np.sort(np.unique(rows * (np.int64(relevant.max()) + 1) + relevant, return_index=True)[1])
     return _list_array(relevant[first], np.bincount(rows[first], minlength=len(starts)))
 
 
@@ -589,14 +657,49 @@ def _read_split(path: Path, rows: int, name: str, protocol: dict, num_items: int
     return dataset_of(table.select([*features, *further]), Features({**features, **more}), name)
 
 
-def dataset_of(table: pa.Table, features: Features, name: str) -> Dataset:
-    # Without a fingerprint of its own, Dataset would pickle and hash the whole table.
-    return Dataset(
-        InMemoryTable(table),
-        info=DatasetInfo(features=features),
-        split=NamedSplit(name),
-        fingerprint=content_digest(table)[:16],
-    )
+def _parquet_parts(folder: Path) -> list[Path]:
+    """The part files of a folder, in their order."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is not a folder: expected one of parquet parts; docs/data.md shows which folders and columns"
+        )
+    files = TableFiles.at(folder)
+    if files.suffix != ".parquet":
+        raise ValueError(f"{folder} has files of the type {files.suffix}: expected parquet parts")
+    return list(files.files)
+
+
+def _external_split(folder: Path, name: str, num_items: int, cache_dir: str | os.PathLike | None) -> Dataset:
+    """The split that another program wrote, mapped to memory and checked."""
+    files = _parquet_parts(folder)
+    schema = pq.read_schema(files[0])
+    if schema.names.count("user_id") != 1:
+        raise ValueError(f"{files[0]} has the columns {', '.join(schema.names)}: expected user_id, history and target")
+    id_type = "string" if is_string(schema.field("user_id").type) else "int64"
+    features = split_features(id_type, name != "train" and "candidates" in schema.names)
+    try:
+        split = Dataset.from_parquet(
+            [str(file) for file in files], features=features, columns=list(features), cache_dir=cache_dir, split=name
+        )
+    except (DatasetGenerationError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{folder} cannot be read as {features} ({error.__cause__ or error}): write these columns with these types"
+        ) from error
+    for table in split.with_format("arrow").iter(batch_size=_ROWS_PER_CHECK):
+        _check_columns(table, features, folder)
+        _check_item_ids(table, num_items, folder)
+        if pc.min(pc.list_value_length(table["history"])).as_py() == 0:
+            raise ValueError(f"{folder} has rows with an empty history: expected at least one item; drop them")
+    return split
+
+
+def _num_candidates(split: Dataset, folder: Path) -> int:
+    if "candidates" not in split.column_names:
+        return 0
+    lengths = pc.unique(pc.list_value_length(read_column(split, "candidates"))).to_pylist()
+    if len(lengths) != 1:
+        raise ValueError(f"{folder} has {sorted(lengths)} candidates per row: expected as many in every row")
+    return lengths[0]
 
 
 def _raw_id_type(table: pa.Table, column: str) -> str:

@@ -10,8 +10,9 @@ from datasets import Dataset
 
 from hf_ilora.data.columns import flatten_lists, read_column
 from hf_ilora.data.filters import slice_indices
-from hf_ilora.data.sequences import SequenceDatasets, dataset_of, split_features
+from hf_ilora.data.sequences import SequenceDatasets, split_features
 from hf_ilora.data.storage import read_parquet
+from hf_ilora.data.workspace import dataset_of
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.reference.pickle_reader import integer, read_frame
 
