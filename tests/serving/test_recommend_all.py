@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pandas as pd
@@ -447,6 +448,23 @@ def test_bad_input_is_refused_before_anything_is_computed(changes, message, tmp_
     with pytest.raises((ValueError, OSError), match=message):
         recommend_all(model, output=tmp_path / "out.parquet", **settings)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("unknown_items", ["raise", "skip"])
+@pytest.mark.parametrize("text", ["['B01', 'B02']", "[B01 B02]", "B01,B02"])
+def test_histories_that_are_written_as_lists_are_refused_in_csv(text, unknown_items, tmp_path):
+    """Skipping unknown ids would leave nothing of them."""
+    table = pd.DataFrame({"user_id": ["a", "b"], "history": ["B03", text]})
+    table.to_csv(tmp_path / "users.csv", index=False)
+    message = "the history of user 'b' of .*users.csv is " + re.escape(f"{text!r}: expected raw ids with blanks")
+    with pytest.raises(ValueError, match=message):
+        recommend_all(sasrec(), tmp_path / "users.csv", tmp_path / "out.parquet", unknown_items=unknown_items)
+
+
+def test_histories_of_lists_of_lists_are_refused(tmp_path):
+    (tmp_path / "users.jsonl").write_text('{"user_id": "a", "history": [["B01"], ["B02"]]}\n')
+    with pytest.raises(ValueError, match=r"column history of .*jsonl has type list<.*list<.*: expected lists of ids"):
+        recommend_all(sasrec(), tmp_path / "users.jsonl", tmp_path / "out.parquet")
 
 
 def test_models_that_do_not_fit_are_refused(users, tmp_path):

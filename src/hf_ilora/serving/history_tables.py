@@ -24,6 +24,7 @@ from .user_items import UserItems
 UNKNOWN_ITEMS = ("raise", "skip")
 
 _WHOLE_NUMBER = r"^-?\d{1,18}$"
+_OTHER_LIST = r"^\[|\]$|,"
 
 
 class HistoryTable:
@@ -60,12 +61,15 @@ class HistoryTable:
     def _histories(self, table: pa.Table) -> UserItems:
         users = clean_ids(table["user_id"], f"column user_id of {self.name}").combine_chunks()
         lists = table["history"].combine_chunks()
+        written = None
         if pa.types.is_string(lists.type) or pa.types.is_large_string(lists.type):  # CSV has no lists
+            written = lists
             text = pc.utf8_trim_whitespace(lists)
             lists = pc.ascii_split_whitespace(pc.if_else(pc.equal(text, ""), pa.scalar(None, text.type), text))
         if pa.types.is_null(lists.type):
             lists = lists.cast(pa.list_(pa.int64()))
-        if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)):
+        is_list = pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)
+        if not is_list or pa.types.is_nested(lists.type.value_type):
             raise ValueError(
                 f"column history of {self.name} has type {lists.type}: expected lists of ids, or text with blanks "
                 "between them; for a table of interactions, pass item_column"
@@ -79,6 +83,8 @@ class HistoryTable:
         unknown = items == 0
         if unknown.any():
             rows = np.repeat(np.arange(len(lengths)), lengths)
+            if written is not None:
+                self._check_blanks(written, values, unknown, rows, users)
             if self._unknown_items == "raise":
                 place = int(unknown.argmax())
                 raise_unknown(
@@ -87,6 +93,18 @@ class HistoryTable:
             items = items[~unknown]
             lengths = lengths - np.bincount(rows[unknown], minlength=len(lengths))
         return UserItems(users, items, np.append(0, np.cumsum(lengths)))
+
+    def _check_blanks(
+        self, written: pa.Array, values: pa.Array, unknown: np.ndarray, rows: np.ndarray, users: pa.Array
+    ) -> None:
+        """Raise a ValueError for text such as [50, 172], of which `unknown_items="skip"` would leave nothing."""
+        is_odd = pc.match_substring_regex(values, _OTHER_LIST).to_numpy(zero_copy_only=False)
+        if (unknown & is_odd).any():
+            row = int(rows[(unknown & is_odd).argmax()])
+            raise ValueError(
+                f"the history of user {users[row].as_py()!r} of {self.name} is {written[row].as_py()[:200]!r}: "
+                "expected raw ids with blanks between them, such as '50 172'; parquet and JSON lines may have lists"
+            )
 
 
 def history_table(
