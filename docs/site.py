@@ -48,7 +48,7 @@ def site_link(link: re.Match, source: str, page: str) -> str:
     """A link of the file `source`, as the page has it."""
     text, target, anchor = link[1], link[2], link[3] or ""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-    if path not in PAGES and not path.startswith("docs/"):
+    if path not in PAGES and (not path.startswith("docs/") or path.endswith(".ipynb")):
         return text
     name = PAGES.get(path, path.removeprefix("docs/"))
     return f"[{text}]({posixpath.relpath(name, posixpath.dirname(page) or '.')}{anchor})"
