@@ -134,8 +134,8 @@ def load_interactions(
                 f"title_column is {title_column!r} and work_dir is given: expected the titles in a table of items; "
                 "write one row per item to a file and pass it as items"
             )
-        names = {role: name for role, name in names.items() if name is not None}
-        interactions, ids = stream_interactions(path_or_dataset, names, work_dir, limit_data_rows)
+        given = {role: name for role, name in names.items() if name is not None}
+        interactions, ids = stream_interactions(path_or_dataset, given, work_dir, limit_data_rows)
         known_ids = None if known is None else known.ids_of_type(ids.type)
         titles = None
     else:
@@ -143,15 +143,15 @@ def load_interactions(
             path_or_dataset, names, limit_data_rows, separator, column_names, known
         )
     metadata = {}
-    if known is not None:
+    if known is not None and known_ids is not None:  # both or neither
         check_different_items(known_ids, known.where["item_id"])
         if missing_titles == "raise":
             check_known_items(ids, known_ids, describe(items))
         ids = pc.unique(pa.chunked_array([*known_ids.chunks, ids]))  # the order of the table of items comes first
         titles = _look_up(ids, known_ids, known.titles())
         metadata = {name: _look_up(ids, known_ids, known.metadata(name)) for name in metadata_columns or ()}
-    untitled = [] if titles is None or missing_titles == "item_id" else ids.filter(pc.is_null(titles))
-    if len(untitled):
+    if titles is not None and missing_titles != "item_id" and titles.null_count:
+        untitled = ids.filter(pc.is_null(titles))
         raise ValueError(
             f"{len(untitled):,} items have no title, first {untitled[:5].to_pylist()}; expected one for each item: "
             "add titles, drop the items, or pass missing_titles='item_id' to use the ids as titles"

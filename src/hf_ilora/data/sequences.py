@@ -335,7 +335,7 @@ class SequenceDatasets(DatasetDict):
             table = pa.concat_tables(items, promote_options="permissive")
             for name, feature in catalogue_features("int64").items():
                 if name not in table.column_names and name in ("year", "genres"):
-                    nulls = [None if name == "year" else []] * len(table)
+                    nulls: list = [None if name == "year" else []] * len(table)
                     table = table.append_column(name, pa.array(nulls, Features({name: feature}).arrow_schema[0].type))
             catalogue = Catalogue(table.drop_columns([name for name in ("count",) if name in table.column_names]))
         except (ValueError, pa.ArrowException) as error:
