@@ -29,7 +29,7 @@ from hf_ilora import Catalogue, ILoraForRecommendation, ItemTitles, SequenceData
 from hf_ilora.devices import process_state
 from hf_ilora.models.loading import check_catalogue, load_recommender
 from hf_ilora.runs import parse_arguments, run_main
-from hf_ilora.serving.history_tables import UNKNOWN_ITEMS
+from hf_ilora.serving.history_tables import UNKNOWN_ITEMS, every_user
 from hf_ilora.serving.recommend_all import ANSWER_COLUMNS, check_columns, recommendations_table
 from hf_ilora.serving.shown_recommendations import FORMS, recommendation_lines, title_lines
 from hf_ilora.titles.embedded_encoder import EMBEDDED_ENCODER
@@ -137,17 +137,15 @@ ARGUMENTS = (RecommendArguments, UsersArguments)
 
 
 def history_of_user(sequences: SequenceDatasets, data_dir: str, user: str) -> list[int]:
-    """All items of a user of the data set, oldest first, including the test target."""
-    test = sequences["test"]
-    users = test.with_format("arrow")["user_id"][:].to_pylist()
-    by_name = {str(raw): row for row, raw in enumerate(users)}
+    """All items that the data set knows of a user, oldest first, targets included."""
+    table = every_user(sequences)
+    by_name = {str(raw): row for row, raw in enumerate(table["user_id"].to_pylist())}
     user = user if user in by_name else user.strip()
     if user not in by_name:
         raise ValueError(
-            f"user {user} is not in {data_dir}: expected one of its {len(users)} users, such as {users[0]}"
+            f"user {user} is not in {data_dir}: expected one of its {len(by_name)} users, such as {next(iter(by_name))}"
         )
-    row = test[by_name[user]]
-    return [*row["history"], row["target"]]
+    return table["history"][by_name[user]].as_py()
 
 
 def raw_ids_of(words: list[str] | None, catalogue: Catalogue) -> list[int] | list[str] | None:

@@ -56,6 +56,24 @@ def test_one_user_as_json_and_as_a_table(folder, run_recipe, capsys):
     ]
 
 
+@pytest.mark.parametrize(("protocol", "user"), [("last_n", 3), ("temporal_users", 0)])
+def test_one_user_of_a_data_set_gets_what_that_user_gets_among_all(protocol, user, run_recipe, capsys, tmp_path):
+    """Also with several targets, and a user of the training split alone."""
+    sequences = cyclic_sequences(num_users=30, protocol=protocol)
+    assert (user in sequences["test"]["user_id"][:]) == (protocol == "last_n")
+    sequences.save(tmp_path / "data")
+    model = PopularityForNextItem.fit([list(range(1, 31))], PopularityConfig(num_items=30))
+    model.catalogue = sequences.catalogue
+    model.save_pretrained(tmp_path / "model")
+    settings = {"model": tmp_path / "model", "data_dir": tmp_path / "data", "top_k": 10}
+    run_recipe("recommend", **settings, all_users=True, output=tmp_path / "all.parquet")
+    frame = pq.read_table(tmp_path / "all.parquet").to_pandas()
+    capsys.readouterr()
+    run_recipe("recommend", **settings, user=user, format="json")
+    answer = json.loads(capsys.readouterr().out)["recommendations"]
+    assert [item["item_id"] for item in answer] == frame[frame.user_id == user].item_id.tolist()
+
+
 def test_similar_items(folder, run_recipe, capsys):
     run_recipe("recommend", model=folder / "model", similar_to=[103, 110], top_k=2)
     printed = capsys.readouterr().out

@@ -139,7 +139,7 @@ def history_table(
     if unknown_items not in UNKNOWN_ITEMS:
         raise ValueError(f"unknown_items is {unknown_items!r}: expected one of {', '.join(UNKNOWN_ITEMS)}")
     if isinstance(histories, SequenceDatasets):
-        table = _every_user(histories)
+        table = every_user(histories)
         return HistoryTable(lambda: iter([table]), None, "the data set", unknown_items)
     if not is_table(histories):
         table = _rows_table(histories, num_items)
@@ -246,8 +246,12 @@ def _interactions(
     return _list_table(encoded.dictionary, items[order], lengths)
 
 
-def _every_user(sequences: SequenceDatasets) -> pa.Table:
-    """All users of a data set, each with all items of the newest row that it has in any split."""
+def every_user(sequences: SequenceDatasets) -> pa.Table:
+    """All users of a data set, each with all items of the newest row that it has in any split, targets included.
+
+    Returns:
+        user_id, raw ids, and history, lists of item ids, oldest first.
+    """
     tables, taken = [], None
     for name in ("test", "validation", "train"):
         split = sequences[name]
@@ -308,4 +312,13 @@ def _list_table(users: pa.Array, items: np.ndarray, lengths: np.ndarray) -> pa.T
     return pa.table({"user_id": users, "history": lists})
 
 
-__all__ = ["UNKNOWN_ITEMS", "HistoryTable", "history_table", "is_table", "item_ids_of", "raise_unknown", "regrouped"]
+__all__ = [
+    "UNKNOWN_ITEMS",
+    "HistoryTable",
+    "every_user",
+    "history_table",
+    "is_table",
+    "item_ids_of",
+    "raise_unknown",
+    "regrouped",
+]
