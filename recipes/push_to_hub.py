@@ -10,8 +10,8 @@ failure, run the same command again. With `--output_dir` it writes all files, in
 instead, sends nothing, and leaves the model's folder unchanged.
 
 The catalogue contains titles and ids of the data set. Publish it only if the licence of the data allows that (the
-licence of MovieLens requires permission), or make the repository private. run.json shows the settings of the run,
-including the names of folders.
+licence of MovieLens requires permission), or make the repository private. run.json shows the settings of the run;
+absolute paths in it are cut to their last part.
 """
 
 import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports

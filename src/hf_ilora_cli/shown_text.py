@@ -3,10 +3,12 @@
 A model of the Hub brings its catalogue: what is printed, logged or written to Markdown of it passes through here.
 """
 
+import json
 import re
 import shlex
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 # Control characters, those that reorder or hide text, halves of characters, and separators of lines. The two joiners
 # belong to the spelling of Persian, of Indian languages and of emoji.
@@ -65,6 +67,21 @@ def shareable(word: str) -> str:
 def shareable_command(words: Sequence[str]) -> str:
     """The words of a command as one line of a shell, each as `shareable` makes it."""
     return shown(shlex.join(map(shareable, words)))
+
+
+def shareable_values(value: object) -> object:
+    """A JSON value for others: every text in it, the keys included, as `shareable` makes it."""
+    if isinstance(value, dict):
+        return {shareable(key): shareable_values(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [shareable_values(each) for each in value]
+    return shareable(value) if isinstance(value, str) else value
+
+
+def shareable_json(path: Path) -> bytes:
+    """The content of a JSON file as `shareable_values` makes it."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return (json.dumps(shareable_values(content), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _last_part(path: str) -> str:

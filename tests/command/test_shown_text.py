@@ -10,6 +10,7 @@ from hf_ilora_cli.shown_text import (
     in_markdown,
     shareable,
     shareable_command,
+    shareable_values,
     shown,
     shown_lines,
 )
@@ -90,6 +91,11 @@ def test_a_figure_draws_dollars():
 )
 def test_what_is_shared_names_no_place_of_this_machine(word, expected):
     assert shareable(word) == expected
+
+
+def test_what_is_shared_of_a_record_has_the_same_form_and_names_no_place_of_this_machine():
+    record = {"seed": 1, "data": {"/home/alice/data": [None, True, 0.5, "/home/alice/out"]}, "error": "no /home/a/b"}
+    assert shareable_values(record) == {"seed": 1, "data": {"data": [None, True, 0.5, "out"]}, "error": "no b"}
 
 
 def test_a_shared_command_is_one_line_of_a_shell():

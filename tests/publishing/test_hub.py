@@ -94,6 +94,7 @@ def test_model_object_takes_its_catalogue_along_and_is_sent_once(client, sasrec_
     repository = client.hub.repositories["user/object"]
     assert set(repository.commit("main").files) == MODEL_FILES | code_files(sasrec_run) | {".gitattributes"}
     assert "- mine" in repository.commit("main").files["README.md"].decode()
+    assert not any(str(sasrec_run).encode() in content for content in repository.commit("main").files.values())
     again = client.succeed(PUSH_MODEL, sasrec_run, "user/object", {})
     assert last_line(again) == last_line(first) == repository.branches["main"]
     assert last_line(client.succeed(LOAD, "user/object", {}, token=None)) == titles(sasrec())

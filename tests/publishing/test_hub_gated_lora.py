@@ -41,10 +41,13 @@ def test_an_adapter_comes_back_by_revision_and_offline(client, tmp_path):
 
 
 @pytest.mark.parametrize("base_model", ["", "/home/me/llm"])
-def test_a_base_model_of_this_machine_is_no_metadata_of_the_card(client, base_model):
+def test_a_base_model_of_this_machine_is_not_published(client, base_model):
     client.succeed(PUSH, "user/adapter", base_model, 1)
-    card = client.hub.repositories["user/adapter"].commit("main").files["README.md"].decode()
-    assert "base_model" not in card and "/home/me" not in card
+    files = client.hub.repositories["user/adapter"].commit("main").files
+    assert b"base_model" not in files["README.md"]
+    assert b'"base_model_name_or_path": null' in files["adapter_config.json"]
+    assert not [name for name, content in files.items() if b"/home/me" in content]
+    assert "was trained on" not in client.succeed(LOAD, "user/adapter", {})
 
 
 def test_what_is_no_adapter_and_a_private_one_are_refused(client, tmp_path):

@@ -33,7 +33,7 @@ def test_missing_file_is_named(sasrec_run, name):
 def test_broken_and_foreign_files_are_refused(sasrec_run):
     weights = (sasrec_run / "model.safetensors").read_bytes()
     (sasrec_run / "model.safetensors").write_bytes(weights[:-10])
-    with pytest.raises(ValueError, match=r"model\.safetensors is broken"):
+    with pytest.raises(ValueError, match=r"model\.safetensors of .* is broken"):
         check_folder(sasrec_run)
     (sasrec_run / "model.safetensors").write_bytes(weights)
     Catalogue(catalogue().table.slice(0, 5)).to_parquet(sasrec_run / "items.parquet")
@@ -50,6 +50,16 @@ def test_run_must_be_finished(sasrec_run, tmp_path):
         check_folder(sasrec_run)
     write_run(tmp_path)
     assert check_folder(sasrec_run, run_file=tmp_path / "run.json").run["seed"] == 7
+
+
+def test_the_published_record_names_no_place_of_the_machine(sasrec_run):
+    settings = {"SASRecModelArguments": {"data_dir": str(sasrec_run / "data"), "output_dir": "outputs/sasrec"}}
+    write_run(sasrec_run, configuration=settings, command=["hf-ilora", "--data_dir=/home/alice/films"])
+    checked = check_folder(sasrec_run)
+    published = json.loads(checked.files["run.json"])
+    assert published["configuration"]["SASRecModelArguments"] == {"data_dir": "data", "output_dir": "outputs/sasrec"}
+    assert published["command"] == ["hf-ilora", "--data_dir=films"]
+    assert published == checked.run | {name: published[name] for name in ("configuration", "command")}
 
 
 def test_folder_without_card_is_refused(sasrec_run):

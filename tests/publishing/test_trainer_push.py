@@ -36,6 +36,26 @@ import sys
 from huggingface_hub import ModelCard
 exec(ModelCard.load(sys.argv[1]).text.split("```python")[1].split("```")[0])
 """
+PUSH_MEASURED = f"""
+{TRAIN.rpartition("print")[0]}
+from pathlib import Path
+from huggingface_hub import HfApi
+from hf_ilora.publishing import write_card
+from tests.publishing.published_folders import write_results, write_run
+folder = Path(sys.argv[1])
+trainer.save_model()
+write_run(folder, command=["hf-ilora", "--data_dir", str(folder / "data")])
+results = [write_results(folder.parent / "evaluation")]
+write_card(folder, "user/cycle", dataset_name="Data", license="mit", results=results, row="SASRec")
+trainer.push_to_hub(commit_message="measured", tags="loops")
+trainer.args.max_steps = 12
+trainer.train()
+trainer.push_to_hub(commit_message="trained further")
+api = HfApi()
+card = Path(api.hf_hub_download("user/cycle", "README.md")).read_text()
+api.upload_file(path_or_fileobj=(card + "Mine.").encode(), path_in_repo="README.md", repo_id="user/cycle")
+trainer.push_to_hub(commit_message="edited on the Hub")
+"""
 MODEL_FILES = {"README.md", "config.json", "items.parquet", "model.safetensors", "modeling_sasrec.py"}
 
 
@@ -59,6 +79,23 @@ def test_a_finished_model_arrives_with_catalogue_code_and_card_and_nothing_else(
     assert titles == str(model.catalogue.titles(model.recommend(torch.tensor([[1, 2, 3]]), top_k=3)[0][0]))
 
 
+def test_a_measured_card_stays_with_the_weights_that_it_is_of(client, tmp_path):
+    """A push of the Trainer must neither lose an evaluation nor show that of other weights."""
+    printed = client.succeed(PUSH_MEASURED, tmp_path / "cycle", {"hub_model_id": "user/cycle"})
+    commits = {commit.title: commit.files for commit in client.hub.repositories["user/cycle"].history()}
+    cards = {title: files["README.md"].decode() for title, files in commits.items() if "README.md" in files}
+    assert "95% intervals" in cards["measured"] and "value: 0.1155" in cards["measured"]
+    assert "- loops\n" in cards["measured"]
+    assert "95% intervals" not in cards["trained further"] and ".1155" not in cards["trained further"]
+    assert "Validation split, 64 users:" in cards["trained further"] and "license: mit" in cards["trained further"]
+    assert printed.count("README.md has the results of other weights, and is replaced: `hf-ilora evaluate`") == 1
+    edited = client.hub.repositories["user/cycle"].commit("main").files["README.md"].decode()
+    assert edited == cards["trained further"] + "Mine."  # which is newer than what the Trainer has to say
+    for files in commits.values():
+        assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    assert b'"data"' in commits["measured"]["run.json"]
+
+
 @pytest.mark.slow
 def test_every_save_of_a_training_arrives_as_a_whole_model(client, tmp_path):
     settings = {"push_to_hub": True, "hub_model_id": "user/cycle", "hub_always_push": True}
@@ -76,6 +113,8 @@ def test_checkpoints_are_sent_when_they_are_asked_for(client, tmp_path):
     client.succeed(TRAIN, tmp_path / "cycle", settings | {"hub_always_push": True})
     newest = client.hub.repositories["user/cycle"].history()[0]
     assert {"checkpoint-4/trainer_state.json", "checkpoint-4/model.safetensors"} <= files_of(newest)
+    assert b'"best_model_checkpoint": "checkpoint-' in newest.files["checkpoint-8/trainer_state.json"]
+    assert not [name for name, content in newest.files.items() if str(tmp_path).encode() in content]
 
 
 def test_a_push_that_fails_is_told(client, tmp_path):

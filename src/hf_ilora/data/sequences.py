@@ -222,7 +222,7 @@ class SequenceDatasets(DatasetDict):
                 {name: folder / name for name in DATA_FILES},
                 repo_id,
                 repo_type="dataset",
-                missing_card=lambda name, existing: card_to_publish(published._card(name, fingerprint), existing),
+                card=lambda name, existing: card_to_publish(published._card(name, fingerprint), existing),
                 commit_message=commit_message,
                 commit_description=commit_description,
                 private=private,

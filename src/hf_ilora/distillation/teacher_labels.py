@@ -191,7 +191,7 @@ class TeacherLabels:
                 files,
                 repo_id,
                 repo_type="dataset",
-                missing_card=lambda name, existing: card_to_publish(
+                card=lambda name, existing: card_to_publish(
                     labels_card(name, description, license, dataset), existing
                 ),
                 commit_message=commit_message,

@@ -14,6 +14,7 @@ from hf_ilora.evaluation.card_metrics import ABOUT_NDCG, eval_results, metric_na
 from hf_ilora.files import written_whole
 from hf_ilora.models.next_item.card import is_untouched, model_card
 from hf_ilora.models.next_item.hub_upload import CARD_FILE, check_repo_id
+from hf_ilora.models.next_item.saved_model import weights_fingerprint
 from hf_ilora.publishing.measured import MeasuredTable, read_measured
 from hf_ilora.publishing.publish import ModelFolder, check_folder
 from hf_ilora_cli.shown_text import code_in_markdown, in_markdown, shareable_command
@@ -37,6 +38,8 @@ def write_card(
     output_dir: str | Path | None = None,
 ) -> Path:
     """Write README.md into a model's folder, or into another one, with the plots that lie beside the results.
+
+    A Trainer that pushes the same weights later keeps a card with results.
 
     Args:
         folder: a folder that `check_folder` accepts.
@@ -89,6 +92,7 @@ def write_card(
         dataset_name=in_markdown(dataset_name),
         metadata={"license": license, "datasets": list(dataset_ids) or None}
         | _measured_metadata(tables, repo_id, dataset_name, dataset_ids),
+        measured_weights=weights_fingerprint(folder) if measurements else None,
         measurements=measurements,
         pictures=_copied_pictures(tables, path.parent),
         popularity=" ".join(filter(None, (table.popularity for table in tables))),

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -15,6 +14,8 @@ from hf_ilora.models.ilora.language_models import load_tokenizer
 from hf_ilora.models.loading import load_recommender, saved_config
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
 from hf_ilora.models.next_item.hub_upload import CARD_FILE, RUN_FILE, upload
+from hf_ilora.models.next_item.saved_model import saved_shapes, saved_weights
+from hf_ilora_cli.shown_text import shareable_json
 
 # Other files of a run are not published: checkpoints, optimizer states, logs and pickled training arguments.
 _OPTIONAL_FILES = (
@@ -57,6 +58,8 @@ def check_folder(
 ) -> ModelFolder:
     """Read the folder of a model and check that all files to publish are complete.
 
+    Absolute paths in run.json are cut to their last part, as they name places of this machine.
+
     Args:
         folder: with config.json, weights, items.parquet, run.json, and for iLoRA the tokenizer.
         run_file: path of run.json if it is not in the folder.
@@ -71,7 +74,9 @@ def check_folder(
     """
     folder = Path(folder)
     files: dict[str, Path | bytes] = dict(files_of_model(folder))
-    files[RUN_FILE] = _existing(Path(run_file or folder / RUN_FILE), "the record of the run; pass its path as run_file")
+    run_file = _existing(Path(run_file or folder / RUN_FILE), "the record of the run; pass its path as run_file")
+    run = _finished_run(run_file)
+    files[RUN_FILE] = shareable_json(run_file)
     if (folder / CARD_FILE).is_file():
         files |= card_files(folder / CARD_FILE)
     config = saved_config(folder)
@@ -89,7 +94,7 @@ def check_folder(
             )
     else:
         load_recommender(folder)  # raises if the files do not fit each other
-    return ModelFolder(files, config, catalogue, _finished_run(Path(run_file or folder / RUN_FILE)))
+    return ModelFolder(files, config, catalogue, run)
 
 
 def files_of_model(folder: str | Path) -> dict[str, Path]:
@@ -99,9 +104,14 @@ def files_of_model(folder: str | Path) -> dict[str, Path]:
         FileNotFoundError, ValueError: as `check_folder`.
     """
     folder = Path(folder)
-    files = {path.name: path for path in _weight_files(folder)}
-    for name in (CONFIG_NAME, CATALOGUE_FILE):
-        files[name] = _existing(folder / name, "the folder that save_pretrained wrote")
+    expected = "the folder that save_pretrained wrote"
+    files = {name: _existing(folder / name, expected) for name in (CONFIG_NAME, CATALOGUE_FILE)}
+    if saved_shapes(folder, {}) is None:  # raises for weights that are broken
+        raise FileNotFoundError(f"no {folder / SAFE_WEIGHTS_NAME}: expected {expected}")
+    weights = [Path(file) for file in saved_weights(folder, {})]
+    if weights[0].name != SAFE_WEIGHTS_NAME:
+        weights.append(folder / SAFE_WEIGHTS_INDEX_NAME)
+    files |= {path.name: path for path in weights}
     for pattern in _OPTIONAL_FILES:
         files |= {path.name: path for path in folder.glob(pattern) if path.is_file()}
     return files
@@ -171,23 +181,6 @@ def _existing(path: Path, expected: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: expected {expected}")
     return path
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The weights, one file or shards with their index, each with a header that fits its size."""
-    remedy = "restore the folder that save_pretrained wrote"
-    weights = [folder / SAFE_WEIGHTS_NAME]
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not weights[0].is_file() and index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        weights = [folder / name for name in sorted(set(shards))]
-    for path in weights:
-        try:
-            with safe_open(_existing(path, f"weights; {remedy}"), framework="numpy"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{path} is broken ({error}): expected complete weights; {remedy}") from error
-    return weights if len(weights) == 1 else [*weights, index]
 
 
 def _finished_run(path: Path) -> dict:

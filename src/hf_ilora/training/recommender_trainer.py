@@ -4,7 +4,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,14 +12,22 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 
 from hf_ilora.files import write_errors_named
-from hf_ilora.models.next_item.card import is_untouched, model_card
-from hf_ilora.models.next_item.hub_upload import CARD_FILE, UploadOfSaved, checked_tags, upload
-from hf_ilora_cli.shown_text import in_markdown
+from hf_ilora.models.next_item.card import is_untouched, measured_weights, model_card, newest_card, with_metadata
+from hf_ilora.models.next_item.hub_upload import (
+    CARD_FILE,
+    EVALUATE_AGAIN,
+    RUN_FILE,
+    UploadOfSaved,
+    checked_tags,
+    upload,
+)
+from hf_ilora.models.next_item.saved_model import weights_fingerprint
+from hf_ilora_cli.shown_text import in_markdown, shareable_json
 
 from .argument_checks import check_optimizer
 from .finite_losses import FiniteLosses, check_weights
@@ -28,7 +36,7 @@ from .trainer_card import Evaluation, card_sections, evaluations_in_training, me
 logger = logging.getLogger(__name__)
 
 # What the Trainer writes into a checkpoint to resume from it.
-_RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json", TRAINING_ARGS_NAME, "latest")
+_RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", TRAINER_STATE_NAME, TRAINING_ARGS_NAME, "latest")
 
 _SECONDS_OF_A_SET_CLOCK = 1.0
 
@@ -191,7 +199,8 @@ class RecommenderTrainer(Trainer):
     ) -> None:
         """Write README.md into `output_dir`: the card of `hf_ilora.publishing`, with what the trainer has measured.
 
-        A README.md that was written or edited by hand keeps its text, and gets the given metadata.
+        A README.md that was written or edited by hand keeps its text, and gets the given metadata. So does one of
+        `write_card`, as long as the weights in `output_dir` are those that its results are of.
 
         Args:
             language, license, tags, model_name: metadata of the card.
@@ -203,25 +212,37 @@ class RecommenderTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         path = Path(self.args.output_dir) / CARD_FILE
+        metadata = {"language": language, "license": license, "datasets": _listed(dataset_tags) or None, "tags": tags}
+        weights = weights_fingerprint(path.parent)
+        if path.is_file() and measured_weights(path.read_text(encoding="utf-8")) not in (None, weights):
+            logger.warning("%s has the results of other weights, and is replaced: %s", path, EVALUATE_AGAIN)
+        card = self._card(weights, metadata, model_name, _listed(dataset), _listed(dataset_args))
+        path.write_text(card, encoding="utf-8")
+
+    def _card(
+        self,
+        weights: str | None,
+        metadata: dict[str, object] | None = None,
+        model_name: str | None = None,
+        names: Sequence[str] = (),
+        protocols: Sequence[str] = (),
+    ) -> str:
+        """The card of `create_model_card`, for a model with these weights."""
+        path = Path(self.args.output_dir) / CARD_FILE
         model = self.accelerator.unwrap_model(self.model)
         model.config.architectures = [type(model).__name__]  # as saving does
-        existing = path.read_text(encoding="utf-8") if path.is_file() else None
-        metadata = {"language": language, "license": license, "datasets": _listed(dataset_tags) or None}
-        tags = [*(model.model_tags or []), *checked_tags(tags)]
-        if existing is not None:
+        metadata = dict(metadata or {})
+        tags = [*(model.model_tags or []), *checked_tags(metadata.pop("tags", None))]
+        if path.is_file():
+            existing = path.read_text(encoding="utf-8")
+            if not is_untouched(existing) or measured_weights(existing) == weights is not None:
+                return with_metadata(existing, tags=tags, model_name=model_name, **metadata)
             of_existing = ModelCard(existing).data
             tags = [*(of_existing.tags or []), *tags]
-            metadata = {name: of_existing.get(name) if value is None else value for name, value in metadata.items()}
-            if not is_untouched(existing):
-                card = ModelCard(existing)
-                for name, value in (metadata | {"model_name": model_name}).items():
-                    if value is not None:
-                        setattr(card.data, name, value)
-                card.data.tags = list(dict.fromkeys(tags))
-                card.save(path)
-                return
+            kept = {name: of_existing.get(name) for name in ("language", "license", "datasets")}
+            metadata = kept | {name: value for name, value in metadata.items() if value is not None}
         repo_id = self.hub_model_id or model_name or Path(self.args.output_dir).resolve().name
-        names, dataset_ids = _listed(dataset), _listed(metadata["datasets"])
+        dataset_ids = _listed(metadata.get("datasets"))
         dataset_name = ", ".join(names or dataset_ids) or None
         evaluations = self._evaluations_of_model()
         title = model_name or repo_id.rpartition("/")[2]
@@ -233,7 +254,7 @@ class RecommenderTrainer(Trainer):
             title=in_markdown(title),
             dataset_name=dataset_name and in_markdown(dataset_name),
             metadata=metadata | {"tags": tags} | measured_metadata(evaluations, title, dataset_name, dataset_ids),
-            licence=metadata["license"] and f"Weights: {in_markdown(metadata['license'])}.",
+            licence=metadata.get("license") and f"Weights: {in_markdown(metadata['license'])}.",
             **card_sections(
                 self.args,
                 self.state,
@@ -241,10 +262,10 @@ class RecommenderTrainer(Trainer):
                 self._train_rows_of_card,
                 model.config.num_items,
                 dataset_name,
-                ", ".join(_listed(dataset_args)) or None,
+                ", ".join(protocols) or None,
             ),
         )
-        card.save(path)
+        return str(card)
 
     def _evaluations_of_model(self) -> list[Evaluation]:
         """Those since the training, or else of the training, that are of the present model."""
@@ -297,7 +318,9 @@ class RecommenderTrainer(Trainer):
             return None
         self.create_model_card(**kwargs)
         self._finish_current_push()
-        return upload.send(self.accelerator.unwrap_model(self.model))
+        run = Path(self.args.output_dir) / RUN_FILE
+        further_files = {RUN_FILE: shareable_json(run)} if run.is_file() else {}
+        return upload.send(self.accelerator.unwrap_model(self.model), further_files)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Send the model of a checkpoint in the background; with a hub_strategy of checkpoints, these too."""
@@ -308,20 +331,24 @@ class RecommenderTrainer(Trainer):
         if pushing and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.create_model_card()
         checkpoint = Path(checkpoint_folder)
         # A copy, since a later checkpoint may replace this one before it is sent.
         folder = Path(tempfile.mkdtemp())
-        for path in (Path(self.args.output_dir) / CARD_FILE, *checkpoint.iterdir()):
+        for path in checkpoint.iterdir():
             if path.is_file() and path.name not in _RESUME_FILES and not path.name.startswith("rng_state"):
                 shutil.copy(path, folder)
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
             shutil.copytree(checkpoint, folder / name)
+            state = folder / name / TRAINER_STATE_NAME
+            state.write_bytes(shareable_json(state))
         by_steps = self.args.save_strategy == SaveStrategy.STEPS
         progress = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
         settings = {"token": self.args.hub_token, "revision": self.args.hub_revision}
         settings["commit_message"] = f"Training in progress, {progress}"
+        weights = weights_fingerprint(folder)
+        card = self._card(weights)
+        settings["card"] = lambda _, existing: newest_card(card, existing, weights)
         jobs = [self._hub.run_as_future(_upload_and_remove, folder, self.hub_model_id, **settings)]
         if pushing:
             self.push_in_progress.jobs.extend(jobs)

@@ -1,6 +1,7 @@
 """Gated LoRA on any model: the layer of iLoRA with gates that the caller computes, one vector per row of a batch."""
 
 import copy
+import dataclasses
 import logging
 import os
 import tempfile
@@ -309,6 +310,8 @@ class GatedLoraModel(nn.Module):
     def push_to_hub(self, repo_id: str, **arguments) -> CommitInfo:
         """Upload the adapter to the Hub in one commit, with a card if the repository has none.
 
+        The base model is named where that is a name on the Hub, and not where it is a folder of this machine.
+
         Args:
             repo_id: "user/name"; made when it does not exist.
             arguments: commit_message, private, token, revision, create_pr..., as in `HubUploads.push_to_hub`.
@@ -319,8 +322,10 @@ class GatedLoraModel(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             adapter = Path(folder) / "adapter"
             self.save_pretrained(adapter)
-            files = {name: adapter / name for name in LORA_FILES}
-            return upload(files, repo_id, missing_card=self._card, **arguments)
+            public = public_name(self.lora_config.base_model_name_or_path)
+            config = dataclasses.replace(self.lora_config, base_model_name_or_path=public)
+            files = {WEIGHTS_FILE: adapter / WEIGHTS_FILE, CONFIG_FILE: config.to_json().encode()}
+            return upload(files, repo_id, card=self._card, **arguments)
 
     def _card(self, repo_id: str, existing: str | None) -> str:
         if existing is not None:
@@ -376,7 +381,7 @@ class GatedLoraModel(nn.Module):
         except ValueError as error:
             raise ValueError(f"the adapter in {path}, of {trained_on}, does not fit this model: {error}") from error
         _check_state(state, model, names, config, f"{path}, of {trained_on},")
-        if _name_of(model) not in (None, config.base_model_name_or_path):
+        if config.base_model_name_or_path is not None and _name_of(model) not in (None, config.base_model_name_or_path):
             logger.warning("the adapter in %s was trained on %s, not %s", path, trained_on, _name_of(model))
         gated = cls(model, config)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from .card_template import CARD_TEMPLATE
 from .catalogue import Catalogue
 
 TASK = "sequential-recommendation"
-_SIGNATURE = re.compile(r"<!-- card of hf_ilora, (\w{16}) -->\n?\Z")
+_SIGNATURE = re.compile(r"<!-- card of hf_ilora, (\w{16})(?:, measured with weights (\w{16}))? -->\n?\Z")
 _COUNTING = ("popularity", "transition_counts")
 
 
@@ -24,6 +24,7 @@ def model_card(
     title: str | None = None,
     dataset_name: str | None = None,
     metadata: dict[str, object] | None = None,
+    measured_weights: str | None = None,
     **sections: object,
 ) -> ModelCard:
     """Fill in the template.
@@ -39,6 +40,8 @@ def model_card(
         dataset_name: name of the data; None leaves it out.
         metadata: of `ModelCardData`, beside those that follow from the configuration: license, datasets, language,
             eval_results with model_name, and further tags.
+        measured_weights: `weights_fingerprint` of what was evaluated. The Trainer keeps such a card for as long as it
+            pushes the same weights. None where the Trainer may write its own card instead.
         sections: `measurements`, `pictures` (with `text` and `file`), `popularity`, `command`, `training` and
             `licence`. Without `measurements`, the card says that nothing was measured.
 
@@ -64,7 +67,7 @@ def model_card(
         cold_items=None if counts is None else int((counts[1:] == 0).sum()),
         **sections,
     )
-    return ModelCard(signed(str(card)))
+    return ModelCard(signed(str(card), measured_weights))
 
 
 def usage_example(
@@ -97,16 +100,48 @@ def usage_example(
     return "\n".join([*lines, "print(model.catalogue.titles(item_ids[0]))"])
 
 
-def signed(text: str) -> str:
-    """The text of a card with a last line by which `is_untouched` knows it."""
+def signed(text: str, measured_weights: str | None = None) -> str:
+    """The text of a card with a last line by which `is_untouched` and `measured_weights` know it."""
     text = _SIGNATURE.sub("", text).rstrip() + "\n\n"
-    return f"{text}<!-- card of hf_ilora, {_digest(text)} -->\n"
+    measured = "" if measured_weights is None else f", measured with weights {measured_weights}"
+    return f"{text}<!-- card of hf_ilora, {_digest(text)}{measured} -->\n"
 
 
 def is_untouched(text: str) -> bool:
     """Whether a card is one of this package that nobody has edited since, so that a new one may replace it."""
     signature = _SIGNATURE.search(text)
     return signature is not None and signature[1] == _digest(text[: signature.start()])
+
+
+def measured_weights(text: str) -> str | None:
+    """`weights_fingerprint` of the model whose evaluation an unedited card shows; None for another card."""
+    return _SIGNATURE.search(text)[2] if is_untouched(text) else None
+
+
+def newest_card(new: str, existing: str | None, weights: str | None) -> str:
+    """The card of a model that is saved or pushed again: the existing one if it was edited by hand, or has the results
+    of an evaluation of the same weights, which the new one lacks.
+
+    Args:
+        new: the card to publish; if it was edited by hand, it is the newest.
+        existing: the card that is in its place; None if there is none.
+        weights: `weights_fingerprint` of the model.
+    """
+    if existing is None or not is_untouched(new):
+        return new
+    keeps = weights is not None and measured_weights(existing) == weights != measured_weights(new)
+    return existing if keeps or not is_untouched(existing) else new
+
+
+def with_metadata(text: str, **metadata: object) -> str:
+    """The card with metadata set, but for those that are None; `tags` are added to its own. An unedited card counts as
+    unedited afterwards."""
+    card = ModelCard(text)
+    tags = [*(card.data.tags or []), *(metadata.pop("tags", None) or [])]
+    for name, value in (metadata | {"tags": list(dict.fromkeys(tags)) or None}).items():
+        if value is not None:
+            setattr(card.data, name, value)
+    return signed(str(card), measured_weights(text)) if is_untouched(text) else str(card)
 
 
 def _digest(text: str) -> str:
@@ -122,4 +157,5 @@ def _language_model(config: PreTrainedConfig) -> str:
     return f"the language model `{name}`{layers}" + (f" at commit `{config.llm_revision}`" if is_plain else "")
 
 
-__all__ = ["TASK", "is_untouched", "model_card", "signed", "usage_example"]
+__all__ = ["TASK", "is_untouched", "measured_weights", "model_card", "newest_card", "signed", "usage_example"]
+__all__ += ["with_metadata"]

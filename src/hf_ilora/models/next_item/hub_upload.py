@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .card import is_untouched, model_card, signed
+from .card import measured_weights, model_card, newest_card, with_metadata
+from .saved_model import weights_fingerprint
 
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 RUN_FILE = "run.json"
+EVALUATE_AGAIN = "`hf-ilora evaluate` and `hf-ilora push` write a card with those of the new ones"
 WAITS_SECONDS = (1.0, 3.0, 9.0)  # between attempts
 
 _Result = TypeVar("_Result")
@@ -105,11 +107,14 @@ class UploadOfSaved:
         self.arguments = {name: arguments.pop(name) for name in _UPLOAD_ARGUMENTS if name in arguments}
         self.before = self._states()
 
-    def send(self, model) -> CommitInfo | None:
-        """Upload the files written since then, with README.md and run.json if the folder has them.
+    def send(self, model, further_files: Mapping[str, bytes] | None = None) -> CommitInfo | None:
+        """Upload the files written since then, with README.md if the folder has it.
+
+        A card on the Hub stays if it was edited by hand, or has the results of an evaluation of the same weights.
 
         Args:
             model: with a `config`, a `catalogue` and `model_tags`.
+            further_files: contents by path in the repository.
 
         Returns:
             The commit, or None in processes other than the main one.
@@ -117,20 +122,21 @@ class UploadOfSaved:
         if not self.is_main_process:
             return None
         written = [path for path, state in self._states().items() if self.before.get(path) != state]
-        beside = [self.folder / name for name in (RUN_FILE, CARD_FILE) if (self.folder / name).is_file()]
-        files = {path.relative_to(self.folder).as_posix(): path for path in (*written, *beside)}
+        files = {path.relative_to(self.folder).as_posix(): path for path in written} | dict(further_files or {})
         tags = [*(model.model_tags or []), *self.tags]
+        own = self.folder / CARD_FILE
 
         def card(repo_id: str, existing: str | None) -> str:
-            if existing is None:
+            weights = weights_fingerprint(self.folder)
+            text = newest_card(own.read_text(encoding="utf-8"), existing, weights) if own.is_file() else existing
+            if text is None:
                 revision = self.arguments.get("revision")
                 return str(model_card(model.config, model.catalogue, repo_id, revision, metadata={"tags": tags}))
-            found = ModelCard(existing)
-            if tags:
-                found.data.tags = list(dict.fromkeys([*(found.data.tags or []), *tags]))
-            return signed(str(found)) if is_untouched(existing) else str(found)
+            if measured_weights(text) not in (None, weights):
+                logger.warning("the card of %s has the results of other weights: %s", repo_id, EVALUATE_AGAIN)
+            return with_metadata(text, tags=tags) if tags else text
 
-        return upload(files, self.repo_id, missing_card=card, token=self.token, **self.arguments)
+        return upload(files, self.repo_id, card=card, token=self.token, **self.arguments)
 
     def _states(self) -> dict[Path, tuple[int, int]]:
         return {
@@ -143,7 +149,7 @@ def upload(
     repo_id: str,
     *,
     repo_type: str = "model",
-    missing_card: Callable[[str, str | None], str] | None = None,
+    card: Callable[[str, str | None], str] | None = None,
     commit_message: str | None = None,
     commit_description: str | None = None,
     private: bool | None = None,
@@ -160,7 +166,8 @@ def upload(
         files: path in the repository -> local path or content.
         repo_id: "user/name", or "name" of the token's user; made when it does not exist.
         repo_type: "model" or "dataset".
-        missing_card: makes README.md when `files` lack it, from the full repo_id and the existing card (or None).
+        card: makes README.md, from the full repo_id and the card that the repository has (or None); None takes that of
+            `files`.
         commit_message, commit_description, private, token, revision, create_pr, parent_commit: as in
             `HubUploads.push_to_hub`.
 
@@ -190,8 +197,8 @@ def upload(
                 "check what has been committed since"
             )
         files = dict(files)
-        if missing_card is not None and CARD_FILE not in files:
-            files[CARD_FILE] = missing_card(repo_id, _existing_card(api, repo_id, head, repo_type)).encode()
+        if card is not None:
+            files[CARD_FILE] = card(repo_id, _existing_card(api, repo_id, head, repo_type)).encode()
 
         def commit() -> CommitInfo:
             # A commit may have landed although its answer was lost: the client leaves out files that the branch has,
@@ -310,5 +317,5 @@ def checked_tags(tags: list[str] | str | None) -> list[str]:
     return tags
 
 
-__all__ = ["CARD_FILE", "RUN_FILE", "HubUploads", "UploadOfSaved", "check_repo_id", "checked_tags", "retried"]
-__all__ += ["told", "upload"]
+__all__ = ["CARD_FILE", "EVALUATE_AGAIN", "RUN_FILE", "HubUploads", "UploadOfSaved", "check_repo_id", "checked_tags"]
+__all__ += ["retried", "told", "upload"]

@@ -1,6 +1,7 @@
 """Checks a saved model by its configuration and the header of its weights, before anything is built or read."""
 
 import copy
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -75,6 +76,20 @@ def saved_weights(path: str | os.PathLike, hub_arguments: dict) -> list[str]:
                 "wrote"
             )
     return list(files.values())
+
+
+def weights_fingerprint(folder: str | os.PathLike) -> str | None:
+    """Digest of the weights in a folder, 16 hexadecimal digits; None if it has none.
+
+    Raises:
+        ValueError: as `saved_weights`.
+    """
+    files = saved_weights(folder, {})
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest()[:16] if files else None
 
 
 def saved_shapes(path: str | os.PathLike, hub_arguments: dict) -> dict[str, Shape] | None:
@@ -169,3 +184,4 @@ def saved_file(path: str | os.PathLike, name: str, hub_arguments: dict) -> str |
 
 
 __all__ = ["WRONG_TYPES", "check_sizes", "read_config", "saved_file", "saved_shapes", "saved_weights"]
+__all__ += ["weights_fingerprint"]
