@@ -69,6 +69,7 @@ class HubServer(ThreadingHTTPServer):
         large_files: what was uploaded, by its sha256.
         faults: (method, part of the path, fault) of requests to come; each happens once. Faults: a status such as 503;
             "drop" (no answer, nothing done); "drop_answer" (done, but no answer); "cut" (half of the body);
+            "flip" (another last byte);
             "overtaken" (somebody else's commit on every main branch comes first).
         renamed: the new id of a repository by its old one; requests for the old one are redirected.
         requests: (method, path) of the requests so far.
@@ -205,6 +206,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(header, value)
         self.end_headers()
         if method != "HEAD":
+            if self.fault == "flip":
+                body = body[:-1] + bytes([body[-1] ^ 1])
             self.wfile.write(body[: len(body) // 2] if self.fault == "cut" else body)
             self.close_connection = self.fault == "cut"
 

@@ -21,6 +21,14 @@ from hf_ilora.distillation.policies import (
 from hf_ilora.distillation.teacher_labels import TeacherLabels as TeacherLabels
 from hf_ilora.evaluation.answer_metrics import ValidRatio as ValidRatio
 from hf_ilora.evaluation.beyond_accuracy import TrainingFacts as TrainingFacts, beyond_accuracy as beyond_accuracy
+from hf_ilora.evaluation.list_metrics import (
+    Coverage as Coverage,
+    Deciles as Deciles,
+    Diversity as Diversity,
+    Gini as Gini,
+    Novelty as Novelty,
+    Serendipity as Serendipity,
+)
 from hf_ilora.evaluation.metric_folders import metric_folder as metric_folder
 from hf_ilora.evaluation.metrics import (
     MAP as MAP,

@@ -9,7 +9,7 @@ import torch
 
 from hf_ilora import TrainingFacts, beyond_accuracy
 from hf_ilora.data.columns import read_column
-from hf_ilora.evaluation.beyond_accuracy import (
+from hf_ilora.evaluation.list_properties import (
     coverage,
     decile_shares,
     diversity,
@@ -252,7 +252,7 @@ def test_novelty_of_an_unseen_item_is_that_of_one_user():
         ([[1, 9]], [1], r"recommended has values that are no item ids: expected integers, 1\.\.8"),
         ([[1.0, 2.0]], [1], "recommended has values that are no item ids"),
         ([[1, 2]], [-1], "relevant has values that are no item ids"),
-        ([[1, 2]], [1, 2], r"recommended has shape \(1, 2\) and relevant \(2,\)"),
+        ([[1, 2]], [1, 2], "relevant has 2 users: expected 1, as recommended has"),
         ([1, 2], [1, 2], r"recommended has shape \(2,\)"),
         ([[0, 0]], [1], "recommended has no items"),
         ([[1, 2], [3, 3]], [1, 1], "recommended has an item twice in a list"),

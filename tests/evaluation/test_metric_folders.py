@@ -10,12 +10,37 @@ import evaluate
 import pytest
 from huggingface_hub import RepoCard
 
-from hf_ilora import MAP, MRR, NDCG, HitRatio, Precision, Recall, ValidRatio, metric_folder
+from hf_ilora import (
+    MAP,
+    MRR,
+    NDCG,
+    Coverage,
+    Deciles,
+    Diversity,
+    Gini,
+    HitRatio,
+    Novelty,
+    Precision,
+    Recall,
+    Serendipity,
+    ValidRatio,
+    metric_folder,
+)
 from hf_ilora.evaluation.metric_folders import METRIC_FOLDERS
 from tests.hidden_package import run_without_hf_ilora
 
 RANKS = {"predictions": [[1, 4], [11], [2, 3, 30]]}
 ANSWERS = {"predictions": ["Heat", "Alien or Heat", "alien!"], "references": [["Heat", "Alien"]] * 3}
+LISTS = {"predictions": [[1, 2, 3], [4, 1], [3, 2]]}
+LISTS_AND_TARGETS = LISTS | {"references": [[2], [1, 3], [4]]}
+SETTINGS = {
+    "coverage": {"num_items": 4},
+    "gini": {"num_items": 4},
+    "novelty": {"users": [0, 5, 3, 2, 0], "num_users": 6},
+    "serendipity": {"counts": [0, 9, 3, 3, 0]},
+    "deciles": {"counts": [0, 9, 3, 3, 0]},
+    "diversity": {"vectors": [[0, 0], [1, 0], [0, 1], [3, 4], [-1, 1]]},
+}
 OURS = {
     "hit_ratio": HitRatio,
     "recall": Recall,
@@ -24,10 +49,18 @@ OURS = {
     "ndcg": NDCG,
     "mrr": MRR,
     "valid_ratio": ValidRatio,
+    "coverage": Coverage,
+    "gini": Gini,
+    "novelty": Novelty,
+    "serendipity": Serendipity,
+    "deciles": Deciles,
+    "diversity": Diversity,
 }
 
 
 def inputs_of(name):
+    if name in SETTINGS:
+        return LISTS_AND_TARGETS if name == "serendipity" else LISTS
     return ANSWERS if name == "valid_ratio" else RANKS
 
 
@@ -45,8 +78,9 @@ def modules_cache(tmp_path, monkeypatch):
 def test_a_folder_computes_what_the_metric_of_the_package_does(tmp_path, modules_cache):
     assert set(METRIC_FOLDERS) == set(OURS)
     for name, metric in OURS.items():
-        loaded = evaluate.load(metric_folder(name, tmp_path))
-        assert loaded.compute(**inputs_of(name)) == metric().compute(**inputs_of(name)), name
+        settings = SETTINGS.get(name, {})
+        loaded = evaluate.load(metric_folder(name, tmp_path), **settings)
+        assert loaded.compute(**inputs_of(name)) == metric(**settings).compute(**inputs_of(name)), name
         assert type(loaded).__module__.startswith("evaluate_modules.") and "users" in loaded.inputs_description
     loaded = evaluate.load(metric_folder("ndcg", tmp_path), k=2)
     assert loaded.compute(predictions=[1, 3]) == {"ndcg@2": 0.5}
@@ -58,6 +92,12 @@ def test_folders_combine(tmp_path, modules_cache):
     combined = evaluate.combine([metric_folder(name, tmp_path) for name in ("ndcg", "hit_ratio", "mrr")])
     expected = {"ndcg@10": 0.5, "hit_ratio@10": 2 / 3, "mrr": (1 + 1 / 3 + 1 / 11) / 3}
     assert combined.compute(predictions=[1, 3, 11]) == pytest.approx(expected)
+    names = ("coverage", "serendipity", "diversity")
+    of_lists = evaluate.combine([evaluate.load(metric_folder(name, tmp_path), **SETTINGS[name]) for name in names])
+    expected = {}
+    for name in names:
+        expected |= OURS[name](**SETTINGS[name]).compute(**inputs_of(name))
+    assert of_lists.compute(**LISTS_AND_TARGETS) == expected
 
 
 def test_a_folder_is_a_space_with_a_page_that_computes_the_example(tmp_path, modules_cache, monkeypatch):
@@ -77,8 +117,9 @@ def test_a_folder_is_a_space_with_a_page_that_computes_the_example(tmp_path, mod
         assert (card.data.sdk, card.data.app_file, card.data.title) == ("gradio", "app.py", metric.__name__)
         shown = card.text.split("The example above gives:\n\n```python\n")[1].split("```")[0]
         assert page.compute(*page.inputs) == pytest.approx(ast.literal_eval(shown))
-        call = ast.parse(card.text.split("path/to")[1].split("\n")[1]).body[0].value
-        inputs = [ast.literal_eval(keyword.value) for keyword in call.keywords]
+        code = card.text.split("```python\n")[1].split("```")[0]
+        calls = [statement.value for statement in ast.parse(code).body[1:]]  # evaluate.load and compute
+        inputs = [ast.literal_eval(keyword.value) for call in calls for keyword in call.keywords]
         assert inputs == [json.loads(value) for value in page.inputs]
         with pytest.raises(GradioError):
             page.compute(*("[]" for _ in page.inputs))
@@ -106,8 +147,10 @@ def test_a_folder_is_written_again_only_where_it_differs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_folders_load_where_the_package_is_not_installed(tmp_path):
-    folders = [metric_folder(name, tmp_path) for name in ("map", "valid_ratio")]
-    program = "import evaluate\nmap, valid_ratio = (evaluate.load(folder) for folder in sys.argv[1:])\n"
-    program += f"print(map.compute(**{RANKS!r}), valid_ratio.compute(**{ANSWERS!r}))"
+    folders = [metric_folder(name, tmp_path) for name in ("map", "valid_ratio", "gini")]
+    program = "import evaluate\nmap, valid_ratio = (evaluate.load(folder) for folder in sys.argv[1:3])\n"
+    program += "gini = evaluate.load(sys.argv[3], num_items=4)\n"
+    program += f"print(map.compute(**{RANKS!r}), valid_ratio.compute(**{ANSWERS!r}), gini.compute(**{LISTS!r}))"
     printed = run_without_hf_ilora(program, *folders, home=tmp_path, HF_HUB_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
-    assert printed.strip() == f"{MAP().compute(**RANKS)} {ValidRatio().compute(**ANSWERS)}"
+    ours = (MAP().compute(**RANKS), ValidRatio().compute(**ANSWERS), Gini(num_items=4).compute(**LISTS))
+    assert printed.strip() == " ".join(map(str, ours))

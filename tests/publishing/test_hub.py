@@ -1,6 +1,8 @@
 """Models go to a Hub and come back, with the real clients and a server that has the faults of real ones."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,6 +277,18 @@ def test_a_tampered_file_is_told_and_the_revision_before_loads(client, sasrec_ru
     repository.add("main", "tampered", files | {name: cut})
     assert message in client.fail(LOAD, "user/tampered", {}).strip().splitlines()[-1]
     assert last_line(client.succeed(LOAD, "user/tampered", {"revision": sound})) == titles(sasrec())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "items.parquet"])
+def test_a_download_with_another_content_of_the_same_size_is_told(client, sasrec_run, tmp_path, name):
+    """The client of the Hub looks at sizes alone: what was damaged on the way or on the disk would load."""
+    client.succeed(PUSH_MODEL, sasrec_run, "user/damaged", {})
+    client.hub.faults.append(("GET", sha256((sasrec_run / name).read_bytes()), "flip"))
+    told = last_line(client.fail(LOAD, "user/damaged", {"cache_dir": str(tmp_path)}))
+    assert not client.hub.faults
+    assert f"ValueError: {name} of user/damaged is broken: its sha256 is" in told
+    Path(re.search("delete (.*) and load again", told)[1]).unlink()
+    assert last_line(client.succeed(LOAD, "user/damaged", {"cache_dir": str(tmp_path)})) == titles(sasrec())
 
 
 def test_pull_request_leaves_the_branch_as_it_is(client, sasrec_run, tmp_path):

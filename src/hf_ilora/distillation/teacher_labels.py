@@ -191,9 +191,7 @@ class TeacherLabels:
                 files,
                 repo_id,
                 repo_type="dataset",
-                card=lambda name, existing: card_to_publish(
-                    labels_card(name, description, license, dataset), existing
-                ),
+                card=lambda name, existing: card_to_publish(labels_card(name, description, license, dataset), existing),
                 commit_message=commit_message,
                 commit_description=commit_description,
                 private=private,

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from hf_ilora.evaluation.beyond_accuracy import NUM_DECILES
 from hf_ilora.evaluation.latency import Latency, ModelSize
+from hf_ilora.evaluation.list_properties import NUM_DECILES
 from hf_ilora.evaluation.plots import CostPoint, data_name, plot_quality_against_cost, short_names
 from hf_ilora.evaluation.results import (
     EvaluationContext,

@@ -13,7 +13,14 @@ from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
 from hf_ilora.models.next_item.handler import EndpointHandler
 from hf_ilora.models.next_item.hub_upload import UploadOfSaved
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
-from hf_ilora.models.next_item.saved_model import check_sizes, read_config, saved_file, saved_shapes, saved_weights
+from hf_ilora.models.next_item.saved_model import (
+    check_download,
+    check_sizes,
+    read_config,
+    saved_file,
+    saved_shapes,
+    saved_weights,
+)
 from hf_ilora.models.next_item.whole_saves import saved_whole
 
 from .configuration_ilora import ILoraConfig, check_public_llm
@@ -134,8 +141,10 @@ class ILoraCheckpoint:
         config = copy.deepcopy(config)
         config.make_llm_path_absolute(path)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, **hub_arguments)
-        catalogue = Catalogue.from_parquet(_saved_file(path, CATALOGUE_FILE, hub_arguments))
-        shapes = saved_shapes(path, hub_arguments)
+        items = _saved_file(path, CATALOGUE_FILE, hub_arguments)
+        check_download(items, path)
+        catalogue = Catalogue.from_parquet(items)
+        shapes = saved_shapes(path, hub_arguments, compare_downloads=True)
         if shapes is None:
             raise ValueError(_missing(path, SAFE_WEIGHTS_NAME))
         _check_adapter(config, catalogue, shapes, path)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hf_ilora.files import folder_written_whole
 from hf_ilora.models.next_item.hub_upload import upload
 from hf_ilora.models.next_item.next_item_model import check_has_weights
-from hf_ilora.models.next_item.saved_model import saved_file
+from hf_ilora.models.next_item.saved_model import check_download, saved_file
 
 from .configuration_ilora import public_name
 from .gated_lora import GatedLoraLinear, gated_layers, target_layers, wrap_layers
@@ -368,6 +368,7 @@ class GatedLoraModel(nn.Module):
                     f"{path} has no {name}: expected a folder or repository that GatedLoraModel.save_pretrained wrote"
                 )
         config = GatedLoraConfig.from_json_file(files[CONFIG_FILE])
+        check_download(files[WEIGHTS_FILE], path)
         try:
             state = load_file(files[WEIGHTS_FILE])
         except (OSError, SafetensorError) as error:

@@ -21,7 +21,7 @@ from .next_item_output import popular_scores, scores_or_popular
 from .padding import lowest_and_highest, padding_to_the_front
 from .recommendation_pipeline import CUSTOM_PIPELINES
 from .reference_initialization import initialize_as_reference
-from .saved_model import check_sizes, read_config, saved_file, saved_shapes
+from .saved_model import check_download, check_sizes, read_config, saved_file, saved_shapes
 from .top_k import ItemMasks, masked_top_k, top_k_in_chunks
 from .whole_saves import saved_whole
 
@@ -309,9 +309,9 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         num_items=5000)` starts from the layers of a model of other items.
 
         Raises:
-            ValueError: when config.json has wrong values or sizes, when parameters are missing or unknown, where
-                transformers would only warn and initialise them at random, when a `device_map` leaves some on disk, and
-                when the catalogue does not fit `num_items`.
+            ValueError: when a download is damaged, when config.json has wrong values or sizes, when parameters are
+                missing or unknown, where transformers would only warn and initialise them at random, when a
+                `device_map` leaves some on disk, and when the catalogue does not fit `num_items`.
         """
         path = pretrained_model_name_or_path
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
@@ -322,7 +322,8 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             fields = {field.name for field in dataclasses.fields(cls.config_class)} - {"dtype"}
             changes = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
             config = read_config(cls.config_class, config or path, hub_arguments, changes)
-        if not takes_other_sizes and (shapes := saved_shapes(path, hub_arguments)) is not None:
+        shapes = saved_shapes(path, hub_arguments, compare_downloads=True)
+        if shapes is not None and not takes_other_sizes:
             check_sizes(cls, config, shapes, path)
         try:
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
@@ -340,6 +341,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         check_has_weights(model)
         file = saved_file(path, CATALOGUE_FILE, hub_arguments)
         if file is not None:
+            check_download(file, path)
             with open_parquet(file, "restore the file that save_pretrained wrote") as parquet:
                 num_items = parquet.metadata.num_rows
             if num_items == config.num_items:
