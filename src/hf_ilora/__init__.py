@@ -16,12 +16,13 @@ from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.next_item.configuration_caser import CaserConfig
 from hf_ilora.models.next_item.configuration_counting import PopularityConfig, TransitionCountsConfig
 from hf_ilora.models.next_item.configuration_gru4rec import GRU4RecConfig
+from hf_ilora.models.next_item.configuration_next_item import TASK
 from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
 from hf_ilora.models.next_item.modeling_caser import CaserForNextItem
 from hf_ilora.models.next_item.modeling_counting import PopularityForNextItem, TransitionCountsForNextItem
 from hf_ilora.models.next_item.modeling_gru4rec import GRU4RecForNextItem
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
-from hf_ilora.models.next_item.recommendation_pipeline import TASK, SequentialRecommendationPipeline
+from hf_ilora.models.next_item.recommendation_pipeline import SequentialRecommendationPipeline
 
 __version__ = "0.1.0"
 

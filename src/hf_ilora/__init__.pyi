@@ -82,7 +82,11 @@ from hf_ilora.serving.export import export as export
 from hf_ilora.serving.item_index import ItemIndex as ItemIndex
 from hf_ilora.serving.recommend_all import recommend_all as recommend_all
 from hf_ilora.titles.cooccurrence import cooccurrence_embeddings as cooccurrence_embeddings
-from hf_ilora.titles.encoders import encode_titles as encode_titles, item_title_embeddings as item_title_embeddings
+from hf_ilora.titles.encoders import (
+    TitleEncoder as TitleEncoder,
+    encode_titles as encode_titles,
+    item_title_embeddings as item_title_embeddings,
+)
 from hf_ilora.titles.item_titles import (
     ItemTitles as ItemTitles,
     add_items as add_items,

@@ -20,6 +20,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from hf_ilora import Catalogue, encode_titles, item_title_embeddings
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.titles import encoders, transformer_encoder
+from hf_ilora.titles.encoders import TitleEncoder
 from tests.models.ilora.ilora_fixtures import TITLES as ILORA_TITLES
 from tests.models.ilora.ilora_fixtures import tiny_model
 from tests.tiny_language_models import base_llm
@@ -303,7 +304,7 @@ def test_weights_that_are_missing_or_not_finite_are_refused(tmp_path):
 def test_titles_are_encoded_again_only_for_another_encoder_or_other_settings(bert, tmp_path, cache, monkeypatch):
     vectors = encode_titles(TITLES, bert)
     with monkeypatch.context() as patch:
-        patch.setattr(encoders, "encode_with_transformer", refuse_to_encode)
+        patch.setattr(encoders, "load_transformer", refuse_to_encode)
         assert torch.equal(encode_titles(TITLES, bert), vectors)
         assert torch.equal(encode_titles(TITLES[::-1], bert), vectors.flip(0))
     others = [encode_titles(TITLES, bert, layer=1), encode_titles(TITLES, save_bert(tmp_path / "other", seed=1))]
@@ -337,14 +338,27 @@ def test_a_cache_that_cannot_be_written_costs_the_cache_alone(bert, tmp_path, mo
 
 
 def test_callers_at_the_same_time_encode_once(bert, monkeypatch):
-    calls, results, encode = [], [], encoders.encode_with_transformer
-    monkeypatch.setattr(encoders, "encode_with_transformer", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    calls, results, load = [], [], encoders.load_transformer
+    monkeypatch.setattr(encoders, "load_transformer", lambda *a, **k: calls.append(1) or load(*a, **k))
     threads = [threading.Thread(target=lambda: results.append(encode_titles(TITLES, bert))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(calls) == 1 and all(torch.equal(result, results[0]) for result in results) and len(results) == 3
+
+
+def test_an_encoder_that_stays_in_memory_is_loaded_once_and_when_the_cache_lacks_a_title(bert, monkeypatch):
+    expected = encode_titles(TITLES, bert, layer=1)
+    calls, load = [], encoders.load_transformer
+    monkeypatch.setattr(encoders, "load_transformer", lambda *a, **k: calls.append(1) or load(*a, **k))
+    encoder = TitleEncoder(bert, layer=1)
+    assert torch.equal(encode_titles(TITLES, encoder), expected) and calls == []
+    for title in ("Some Like It Hot", "Nashville"):
+        assert torch.equal(encode_titles([title], encoder), encode_titles([title], bert, layer=1))
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match="layer is 0 for an encoder without a choice of layers"):
+        encode_titles(TITLES, encoder, layer=0)
 
 
 def test_a_million_equal_titles_cost_one(bert):

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from hf_ilora.downloads import DownloadError
 from hf_ilora.titles.embedded_encoder import EMBEDDED_ENCODER
-from hf_ilora.titles.encoders import TF_IDF, encode_titles, item_title_embeddings
+from hf_ilora.titles.encoders import TF_IDF, TitleEncoder, encode_titles, item_title_embeddings
 from hf_ilora.titles.item_titles import ItemTitles
 from hf_ilora_cli.shown_text import shown
 
@@ -51,21 +51,21 @@ class Demo:
         self.models, self.top_k = list(models), top_k
         self.catalogue = models[0].model.catalogue
         self.search = TitleSearch(self.catalogue)
-        self.encoder, self.encoder_settings = title_encoder, {"trust_remote_code": trust_remote_code}
         self.takes_new_items = title_encoder is not None and any(each.takes_new_items for each in models)
         if self.takes_new_items:
-            self._encode_catalogue()
+            self._encode_catalogue(title_encoder, trust_remote_code)
         for shown_model in models:  # the first call of a model takes longer than others
             shown_model.model.recommend([[1]], 1, exclude_seen=False)
 
-    def _encode_catalogue(self) -> None:
+    def _encode_catalogue(self, title_encoder: str, trust_remote_code: bool) -> None:
         """Encode the titles before anybody waits for them."""
         remedy = "name another --title_encoder, or show the models without new items: --new_items false"
-        if self.encoder == TF_IDF:
+        if title_encoder == TF_IDF:
             raise ValueError(f"the vectors of tf-idf depend on all titles, so a new one has none: {remedy}")
         try:
             logger.info("encoding the titles of %d items, if that was not done before", len(self.catalogue))
-            self.title_embeddings = item_title_embeddings(self.catalogue, self.encoder, **self.encoder_settings)
+            self.encoder = TitleEncoder(title_encoder, trust_remote_code=trust_remote_code)
+            self.title_embeddings = item_title_embeddings(self.catalogue, self.encoder)
         except (ValueError, OSError, DownloadError) as error:
             raise ValueError(f"titles cannot be encoded, which places new items: {error}; {remedy}") from error
 
@@ -147,7 +147,7 @@ class Session:
         titles = [*self.demo.catalogue.table["title"].to_pylist(), *self.new_titles]
         if title.casefold() in (each.strip().casefold() for each in titles):
             raise ValueError(f"{shown(title)} is there already: search for it")
-        vectors = encode_titles([title], self.demo.encoder, **self.demo.encoder_settings)
+        vectors = encode_titles([title], self.demo.encoder)
         if not self._item_titles:
             self._copy_models()
         nearest, _ = self._item_titles[0].nearest_items([title], min(_NEIGHBOURS, len(titles)), vectors)

@@ -3,7 +3,8 @@
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,13 +21,74 @@ from .embedded_encoder import EMBEDDED_ENCODER
 from .embedding_cache import kept_embeddings
 from .encoder_source import locate_encoder
 from .tf_idf import encode_with_tf_idf
-from .transformer_encoder import encode_with_transformer
+from .transformer_encoder import load_transformer
 
 logger = logging.getLogger(__name__)
 
 TF_IDF = "tf-idf"
 
-Encoder = str | os.PathLike | ILoraForRecommendation
+
+class TitleEncoder:
+    """An encoder that stays in memory, for titles that come one after the other: `encode_titles(titles, encoder)`.
+
+    Args:
+        encoder: folder or Hub name of a model, see `encode_titles`.
+        layer, dtype, device, trust_remote_code: as in `encode_titles`, which takes them from here.
+
+    Raises:
+        ValueError, OSError, DownloadError, ChecksumError: as `encode_titles`. The model is loaded when a title is
+            encoded that the cache does not have.
+    """
+
+    def __init__(
+        self,
+        encoder: str | os.PathLike,
+        *,
+        layer: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        trust_remote_code: bool = False,
+    ):
+        self.name, self.layer, self.trust_remote_code = str(encoder), layer, trust_remote_code
+        self.device = torch.device(device) if device else default_device()
+        self.dtype = dtype
+        if dtype is None:
+            self.dtype = torch.float32 if self.device.type == "cpu" else "auto"
+        self.source = locate_encoder(encoder)
+        self.is_ilora = self.source.config.get("model_type") == ILoraConfig.model_type
+        if self.is_ilora and layer is not None:
+            raise ValueError(f"layer is {layer} for the iLoRA of {encoder}, which reads its last: expected layer=None")
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What the vectors of a title depend on."""
+        return {"encoder": self.source.identity, "layer": self.layer, "dtype": str(self.dtype)}
+
+    @cached_property
+    def _encode(self) -> Callable[[Sequence[str], int], torch.Tensor]:
+        if self.is_ilora:
+            ilora = ILoraForRecommendation.from_pretrained(
+                self.source.location, trust_remote_code=self.trust_remote_code, **self.source.hub_arguments
+            )
+            return ilora.to(self.device).encode_titles
+        return load_transformer(
+            self.source,
+            layer=self.layer,
+            dtype=self.dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def encode(self, titles: Sequence[str], batch_size: int) -> torch.Tensor:
+        """Different titles -> (titles, size) float32 on the CPU, rows of length 1."""
+        logger.info("encoding %d titles with %s on %s", len(titles), self.name, self.device)
+        begun = time.monotonic()
+        vectors = self._encode(titles, batch_size)
+        logger.info("encoded %d titles in %.0f s", len(titles), time.monotonic() - begun)
+        return _unit_rows(vectors, titles)
+
+
+Encoder = str | os.PathLike | TitleEncoder | ILoraForRecommendation
 
 
 def encode_titles(
@@ -55,6 +117,7 @@ def encode_titles(
             - the folder or Hub name of another text encoder of transformers: the mean of its last hidden states;
             - of a causal language model: their mean over the tokens of the title;
             - of an iLoRA, or the iLoRA itself: as its `encode_items`;
+            - a `TitleEncoder` of one of these, which is loaded once for several calls;
             - "tf-idf": words and pairs of words, reduced to at most 384 numbers. It depends on all titles of the call,
               and needs `pip install "hf_ilora[titles]"`.
         layer: number of blocks after which a transformer's hidden states are read: 0 is the embeddings, -2 one block
@@ -122,7 +185,7 @@ def _encoded(
     """Vectors of the different titles, and the row of each title among them, (titles,) int64."""
     check_titles(titles)
     check_batch_size(batch_size)
-    has_layers = not isinstance(encoder, ILoraForRecommendation) and encoder != TF_IDF
+    has_layers = not isinstance(encoder, ILoraForRecommendation | TitleEncoder) and encoder != TF_IDF
     if layer is not None and not has_layers:
         raise ValueError(f"layer is {layer} for an encoder without a choice of layers: expected layer=None")
     unique = sorted(set(titles))
@@ -131,37 +194,10 @@ def _encoded(
     elif encoder == TF_IDF:
         vectors = _unit_rows(encode_with_tf_idf(unique), unique)
     else:
-        device = torch.device(device) if device else default_device()
-        if dtype is None:
-            dtype = torch.float32 if device.type == "cpu" else "auto"
-        source = locate_encoder(encoder)
-        is_ilora = source.config.get("model_type") == ILoraConfig.model_type
-        if is_ilora and layer is not None:
-            raise ValueError(f"layer is {layer} for the iLoRA of {encoder}, which reads its last: expected layer=None")
-
-        def encoded() -> torch.Tensor:
-            logger.info("encoding %d titles with %s on %s", len(unique), encoder, device)
-            begun = time.monotonic()
-            if is_ilora:
-                ilora = ILoraForRecommendation.from_pretrained(
-                    source.location, trust_remote_code=trust_remote_code, **source.hub_arguments
-                )
-                vectors = ilora.to(device).encode_titles(unique, batch_size)
-            else:
-                vectors = encode_with_transformer(
-                    unique,
-                    source,
-                    layer=layer,
-                    batch_size=batch_size,
-                    dtype=dtype,
-                    device=device,
-                    trust_remote_code=trust_remote_code,
-                )
-            logger.info("encoded %d titles in %.0f s", len(unique), time.monotonic() - begun)
-            return _unit_rows(vectors, unique)
-
-        settings = {"encoder": source.identity, "layer": layer, "dtype": str(dtype)}
-        vectors = kept_embeddings(unique, settings, encoded, cache_dir)
+        if not isinstance(encoder, TitleEncoder):
+            settings = {"layer": layer, "dtype": dtype, "device": device}
+            encoder = TitleEncoder(encoder, trust_remote_code=trust_remote_code, **settings)
+        vectors = kept_embeddings(unique, encoder.settings, lambda: encoder.encode(unique, batch_size), cache_dir)
     row_of = {title: row for row, title in enumerate(unique)}
     return vectors, torch.tensor([row_of[title] for title in titles])
 
@@ -202,4 +238,4 @@ def _unit_rows(vectors: torch.Tensor, titles: Sequence[str]) -> torch.Tensor:
     return vectors.div_(vectors.norm(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny))
 
 
-__all__ = ["TF_IDF", "Encoder", "distinct_titles", "encode_titles", "item_title_embeddings"]
+__all__ = ["TF_IDF", "Encoder", "TitleEncoder", "distinct_titles", "encode_titles", "item_title_embeddings"]

@@ -3,8 +3,9 @@
 import importlib.util
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -49,47 +50,56 @@ class Pooling:
     max_tokens: int | None = None
 
 
-@torch.no_grad()
-def encode_with_transformer(
-    titles: Sequence[str],
+def load_transformer(
     source: EncoderSource,
     *,
     layer: int | None,
-    batch_size: int,
     dtype: torch.dtype | str,
     device: torch.device,
     trust_remote_code: bool,
-) -> torch.Tensor:
-    """Encode titles with the model of `source`.
+) -> Callable[[Sequence[str], int], torch.Tensor]:
+    """Load the model of `source` and return what encodes titles with it.
 
     A model that sentence-transformers saved is pooled as its files say; it needs that library where they name more than
     pooling. Another encoder gives the mean over all tokens, a causal language model the mean over those of the title
     behind a token for the beginning: the first one often has a norm that hides the others.
 
     Args:
-        titles: (titles,) different strings.
         source: where the model is.
         layer: number of blocks after which hidden states are read; None: after the last block and its normalisation,
             -2: one block earlier.
-        batch_size: titles of up to 32 tokens per forward; fewer of longer ones.
         dtype: of the weights.
         device: where to compute.
         trust_remote_code: run code that comes with the model.
 
     Returns:
-        (titles, size) float32 on the CPU.
+        A function of (titles,) different strings and the batch size, in titles of up to 32 tokens per forward, fewer of
+        longer ones. It returns (titles, size) float32 on the CPU, and raises a ValueError for a title without tokens.
 
     Raises:
-        ValueError: for a layer that the model does not have, a title without tokens, and a model that cannot be loaded.
+        ValueError: for a layer that the model does not have, and a model that cannot be loaded.
         OSError: if there are no weights in safetensors.
         ImportError: when sentence-transformers is needed and not installed.
     """
     pooling = pooling_of(source)
     if pooling is None:
-        return _with_sentence_transformers(titles, source, layer, batch_size, dtype, device, trust_remote_code)
+        return _load_sentence_transformers(source, layer, dtype, device, trust_remote_code)
     load = _load_encoder if pooling.special_tokens else _load_decoder
     model, tokenizer, layer = load(source, layer, dtype, trust_remote_code)
-    model = model.eval().to(device)
+    return partial(_pooled, model.eval().to(device), tokenizer, layer, pooling)
+
+
+@torch.no_grad()
+def _pooled(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    layer: int | None,
+    pooling: Pooling,
+    titles: Sequence[str],
+    batch_size: int,
+) -> torch.Tensor:
+    """The pooled hidden states of the titles, (titles, size)."""
+    device = model.device
     token_ids, counted, starts = _tokenised(tokenizer, titles, pooling, model.config)
     lengths = np.diff(starts)  # (titles,)
     padding = tokenizer.pad_token_id or 0
@@ -290,16 +300,10 @@ class _Progress:
         logger.info("encoded %d of %d titles, about %.0f s left", titles, self.num_titles, left)
 
 
-def _with_sentence_transformers(
-    titles: Sequence[str],
-    source: EncoderSource,
-    layer: int | None,
-    batch_size: int,
-    dtype: torch.dtype | str,
-    device: torch.device,
-    trust_remote_code: bool,
-) -> torch.Tensor:
-    """The vectors of all modules of a model, (titles, size)."""
+def _load_sentence_transformers(
+    source: EncoderSource, layer: int | None, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool
+) -> Callable[[Sequence[str], int], torch.Tensor]:
+    """As `load_transformer`, for all modules of a model."""
     if layer is not None:
         raise ValueError(
             f"layer is {layer} for {source.location}, whose modules read its last one: expected layer=None"
@@ -323,8 +327,12 @@ def _with_sentence_transformers(
             f"{source.location} cannot be loaded by sentence-transformers ({error}): restore the folder, or name "
             "another model"
         ) from error
-    vectors = model.encode(list(titles), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
-    return vectors.float().cpu().clone()  # what was made in inference mode takes no part in training
+
+    def encode(titles: Sequence[str], batch_size: int) -> torch.Tensor:
+        vectors = model.encode(list(titles), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
+        return vectors.float().cpu().clone()  # what was made in inference mode takes no part in training
+
+    return encode
 
 
-__all__ = ["Pooling", "encode_with_transformer", "pooling_of"]
+__all__ = ["Pooling", "load_transformer", "pooling_of"]

@@ -324,6 +324,14 @@ def test_the_code_in_a_folder_needs_no_trust_where_the_package_is_imported(tmp_p
         assert type(pipe) is SequentialRecommendationPipeline
 
 
+@pytest.mark.parametrize("trust", [None, True])
+def test_the_task_is_inferred_from_the_model(tmp_path, trust):
+    sasrec().save_pretrained(tmp_path)
+    pipe = pipeline(model=str(tmp_path), device="cpu", trust_remote_code=trust)
+    assert type(pipe) is SequentialRecommendationPipeline and pipe.task == TASK
+    assert pipe(USERS) == pipeline(TASK, model=str(tmp_path), device="cpu")(USERS)
+
+
 def test_an_encoder_brings_no_pipeline(tmp_path):
     sasrec().model.save_pretrained(tmp_path)
     assert "custom_pipelines" not in (tmp_path / "config.json").read_text()

@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 
 from .card_template import CARD_TEMPLATE
 from .catalogue import Catalogue
+from .configuration_next_item import TASK
 
-TASK = "sequential-recommendation"
 _SIGNATURE = re.compile(r"<!-- card of hf_ilora, (\w{16})(?:, measured with weights (\w{16}))? -->\n?\Z")
 _COUNTING = ("popularity", "transition_counts")
 
@@ -157,5 +157,5 @@ def _language_model(config: PreTrainedConfig) -> str:
     return f"the language model `{name}`{layers}" + (f" at commit `{config.llm_revision}`" if is_plain else "")
 
 
-__all__ = ["TASK", "is_untouched", "measured_weights", "model_card", "newest_card", "signed", "usage_example"]
+__all__ = ["is_untouched", "measured_weights", "model_card", "newest_card", "signed", "usage_example"]
 __all__ += ["with_metadata"]

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+TASK = "sequential-recommendation"
 PADDING_ITEM_ID = 0
 IGNORED_LABEL = -100  # the label that cross-entropy ignores
 # The fields about a language model's item embeddings, which exist until these are folded in.
@@ -22,6 +23,17 @@ _CHOICES = {
 }
 
 
+class _RegisteredPipelines(dict):
+    """The `custom_pipelines` of a configuration whose pipeline hf_ilora has registered.
+
+    transformers infers the task of `pipeline(model=...)` from the only key. Finding the task itself among the keys, it
+    would ask to trust the code in the model's folder.
+    """
+
+    def __contains__(self, task: object) -> bool:
+        return False
+
+
 def strict_config(config_class: type) -> type:
     """Apply `@strict`, so that wrong values raise a ValueError with the message of the check, instead of a wrapper.
 
@@ -31,10 +43,13 @@ def strict_config(config_class: type) -> type:
     for name in ("__init__", "__setattr__", "validate"):
         setattr(config_class, name, _raising_value_errors(getattr(config_class, name)))
 
+    is_of_model = __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")  # code that a model brought along
+    if not is_of_model:
+        config_class.custom_pipelines = _RegisteredPipelines({TASK: {}})
+
     @functools.wraps(PreTrainedConfig.from_dict.__func__)
     def from_dict(cls, config_dict, **kwargs):
-        if not __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}."):
-            # hf_ilora has registered the pipeline; transformers would ask to trust the one in the folder.
+        if not is_of_model:
             config_dict = {name: value for name, value in config_dict.items() if name != "custom_pipelines"}
         made = super(config_class, cls).from_dict(config_dict, **kwargs)
         config = made[0] if isinstance(made, tuple) else made  # a tuple with return_unused_kwargs

@@ -12,9 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import Pipeline
 
-from .card import TASK
 from .catalogue import Catalogue
-from .configuration_next_item import PADDING_ITEM_ID
+from .configuration_next_item import PADDING_ITEM_ID, TASK
 from .item_names import ItemNames
 from .top_k import ordered_top_k
 
@@ -304,4 +303,4 @@ CUSTOM_PIPELINES = {
     TASK: {"impl": f"recommendation_pipeline.{SequentialRecommendationPipeline.__name__}", "pt": ["AutoModel"]}
 }
 
-__all__ = ["CUSTOM_PIPELINES", "TASK", "SequentialRecommendationPipeline"]
+__all__ = ["CUSTOM_PIPELINES", "SequentialRecommendationPipeline"]
