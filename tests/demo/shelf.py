@@ -1,11 +1,13 @@
 """A shelf of soaps and pens whose recommendations can be told by hand: what is like the newest item comes next."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import BertConfig, BertModel, set_seed
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, set_seed
 
 from hf_ilora import (
     Catalogue,
@@ -19,7 +21,6 @@ from hf_ilora import (
 from hf_ilora.demo.shown_models import ShownModel
 from hf_ilora.models.ilora.language_models import load_language_model
 from tests.tiny_language_models import save_llm
-from tests.tiny_tokenizers import word_piece
 
 SCRIPT = "Lavender soap <script>window.broken = 1</script> ${1 + 1} {{value}}"
 SOAPS = ["Lavender soap one", "Lavender soap two", "Lavender soap three", SCRIPT]
@@ -84,8 +85,18 @@ def ilora(folder: Path) -> ILoraForRecommendation:
     return model.eval()
 
 
+def words_of_titles() -> PreTrainedTokenizerFast:
+    """The words of the titles and of new ones; trained vocabularies differ from process to process."""
+    words = sorted({"five", "white", *(word for title in TITLES for word in re.findall(r"\w+", title.lower()))})
+    vocabulary = {token: number for number, token in enumerate(["[PAD]", "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
 def save_encoder(folder: Path) -> str:
-    """A title encoder that counts pieces of words: a BERT whose layer and positions add nothing."""
+    """A title encoder that counts words: a BERT whose layer and positions add nothing."""
     set_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = BertModel(BertConfig(vocab_size=260, initializer_range=0.3, max_position_embeddings=64, **sizes))
@@ -94,7 +105,7 @@ def save_encoder(folder: Path) -> str:
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             torch.nn.init.zeros_(module.weight)
     model.save_pretrained(folder)
-    word_piece().save_pretrained(folder)
+    words_of_titles().save_pretrained(folder)
     return str(folder)
 
 

@@ -32,7 +32,13 @@ def folder(tmp_path_factory):
 def test_models_are_called_by_their_folders_or_as_you_like(folder):
     first, second, counts = (str(folder / name) for name in ("first/sasrec", "second/sasrec", "counts"))
     assert [each.name for each in load_models([first, counts])] == ["sasrec", "counts"]
-    assert [each.name for each in load_models([first, second])] == [first, second]
+    assert [each.name for each in load_models([first, second, counts])] == [
+        "first/sasrec",
+        "second/sasrec",
+        f"{folder.name}/counts",
+    ]
+    with pytest.raises(ValueError, match="expected 2 different ones"):
+        load_models([first, first])
     assert [each.name for each in load_models([first, second], ["ids", "taught"])] == ["ids", "taught"]
     models = load_models([first, counts])
     assert models[0].kind.startswith("SASRec, ") and models[0].takes_new_items
@@ -47,7 +53,7 @@ def test_models_are_called_by_their_folders_or_as_you_like(folder):
         (["without"], r"without has no catalogue.*save the model again"),
         (
             ["first/sasrec", "other"],
-            r"item 8 has the raw id 999 in .*other and 108 in .*sasrec: expected models",
+            r"of .*other have other raw ids than in .*sasrec .item 8 is 999 there and 108 here.: expected models",
         ),
         (["nothing"], r"nothing holds nothing: expected config.json"),
         (["bert"], r"no model could be loaded from .*bert"),
@@ -63,7 +69,7 @@ def test_other_numbers_of_items_and_of_names_are_named(folder, tmp_path):
     smaller = type(smaller).fit([[1, 2]], type(smaller.config)(num_items=2))
     smaller.catalogue = Catalogue(shelf.catalogue().table.slice(0, 2))
     smaller.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"has 2 items and .*counts has 8: expected models"):
+    with pytest.raises(ValueError, match=r"knows 2 items and .*counts has 8: expected models"):
         load_models([str(folder / "counts"), str(tmp_path)])
     with pytest.raises(ValueError, match=r"names are a: expected 2 different ones"):
         load_models([str(folder / "counts"), str(folder / "first/sasrec")], ["a"])

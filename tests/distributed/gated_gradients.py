@@ -19,6 +19,26 @@ def gated_llm() -> tuple[GatedLoraModel, nn.Linear]:
     return model, nn.Linear(5, 4)
 
 
+class WithRouter(nn.Module):
+    """A router outside of the gated model, trained with it.
+
+    Args:
+        uses_context: pass the gates by `use_gates` instead of with the forward.
+    """
+
+    def __init__(self, uses_context: bool = False):
+        super().__init__()
+        self.gated, self.router = gated_llm()
+        self.uses_context = uses_context
+
+    def forward(self, input_ids, users):
+        gates = self.router(users).softmax(-1)  # (batch, experts)
+        if self.uses_context:
+            with self.gated.use_gates(gates):
+                return self.gated(input_ids, labels=input_ids).loss
+        return self.gated(input_ids, labels=input_ids, expert_gates=gates).loss
+
+
 def rows_of(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """input_ids (batch, tokens) and users (batch, 5)."""
     generator = torch.Generator().manual_seed(rank)

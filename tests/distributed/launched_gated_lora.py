@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 
 from accelerate import PartialState
-from gated_gradients import gated_llm, rows_of  # beside this file
+from gated_gradients import WithRouter, rows_of  # beside this file
 from safetensors.torch import save_file
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_ilora.runs import leave_launch
@@ -15,24 +14,7 @@ from hf_ilora.runs import leave_launch
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 state = PartialState(cpu=True)
 assert state.num_processes == 2
-
-
-class WithRouter(nn.Module):
-    """A router outside of the gated model, trained with it."""
-
-    def __init__(self):
-        super().__init__()
-        self.gated, self.router = gated_llm()
-
-    def forward(self, input_ids, users):
-        gates = self.router(users).softmax(-1)  # (batch, experts)
-        if rank == 0:  # both ways to pass gates, in one training
-            return self.gated(input_ids, labels=input_ids, expert_gates=gates).loss
-        with self.gated.use_gates(gates):
-            return self.gated(input_ids, labels=input_ids).loss
-
-
-model = WithRouter().train()
+model = WithRouter(uses_context=rank == 1).train()
 model.gated.activation_checkpointing_enable()
 parallel = DistributedDataParallel(model)
 input_ids, users = rows_of(rank)

@@ -91,6 +91,25 @@ def test_kept_card_goes_out_as_it_is_and_with_nothing_that_a_new_one_would_show(
     assert (tmp_path / "out" / "README.md").read_text() == "# Mine"
 
 
+def test_a_card_of_the_hub_is_lost_neither_to_a_new_one_nor_for_metadata_alone(client, sasrec_run):
+    client.succeed(PUSH_FOLDER, sasrec_run, "user/edited", {})
+    repository = client.hub.repositories["user/edited"]
+    files = repository.commit("main").files
+    repository.add("main", "edited", files | {"README.md": files["README.md"] + b"Mine."})
+    refused = last_line(client.fail(PUSH_FOLDER, sasrec_run, "user/edited", {}))
+    assert "ValueError: the card of user/edited was written or edited on the Hub" in refused
+    assert repository.commit("main").title == "edited"
+    (sasrec_run / "README.md").write_bytes(files["README.md"] + b"Mine, and fetched.")
+    program = "import sys; from hf_ilora.publishing import push_folder; push_folder(sys.argv[1], 'user/edited')"
+    client.succeed(program, sasrec_run)
+    assert repository.commit("main").files["README.md"].endswith(b"Mine, and fetched.")
+    # The Hub writes metadata into a repository that is made there.
+    repository.add("main", "a licence", {"README.md": b"---\nlicense: cc0-1.0\n---\n"})
+    client.succeed(PUSH_MODEL, sasrec_run, "user/edited", {})
+    card = repository.commit("main").files["README.md"].decode()
+    assert "license: cc0-1.0" in card and "## How to use it" in card
+
+
 def test_model_object_takes_its_catalogue_along_and_is_sent_once(client, sasrec_run):
     first = client.succeed(PUSH_MODEL, sasrec_run, "user/object", {"tags": "mine"})
     repository = client.hub.repositories["user/object"]

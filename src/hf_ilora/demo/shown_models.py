@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hf_ilora.devices import default_device
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
-from hf_ilora.models.loading import load_recommender
+from hf_ilora.models.loading import check_same_items, load_recommender
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora_cli.shown_text import shareable
@@ -51,8 +51,8 @@ def load_models(
 
     Args:
         sources: folders or Hub names.
-        names: what the page calls the models; None takes the last part of each source, and all of it where two are
-            equal.
+        names: what the page calls the models; None takes the last part of each source, or as many of the last parts as
+            tell them apart.
         trust_remote_code: run code that comes with the language model of an iLoRA.
 
     Raises:
@@ -63,8 +63,7 @@ def load_models(
     if not sources:
         raise ValueError("there are no models: expected at least one folder or Hub name of a saved model")
     if names is None:
-        names = [Path(source).name for source in sources]
-        names = [name if names.count(name) == 1 else source for name, source in zip(names, sources, strict=True)]
+        names = _last_parts(sources)
     if len(names) != len(sources) or len(set(names)) < len(names):
         raise ValueError(
             f"names are {', '.join(names)}: expected {len(sources)} different ones, one for each of the models "
@@ -80,24 +79,20 @@ def load_models(
                 "sequences.catalogue and save the model again"
             )
         models.append(ShownModel(name, source, model.to(device)))
-        _check_same_items(models[0], models[-1])
+        first = models[0].model.catalogue
+        raw_ids = first.table["raw_id"].to_numpy()
+        check_same_items(len(model.catalogue), model.catalogue, source, len(first), raw_ids, models[0].source)
     return models
 
 
-def _check_same_items(first: ShownModel, other: ShownModel) -> None:
-    remedy = "expected models that were trained on one data set"
-    if len(first.model.catalogue) != len(other.model.catalogue):
-        raise ValueError(
-            f"{other.source} has {len(other.model.catalogue)} items and {first.source} has "
-            f"{len(first.model.catalogue)}: {remedy}"
-        )
-    columns = [model.catalogue.table["raw_id"].to_pylist() for model in (first.model, other.model)]
-    for item_id, (expected, found) in enumerate(zip(*columns, strict=True), start=1):
-        if expected != found:
-            raise ValueError(
-                f"item {item_id} has the raw id {found!r} in {other.source} and {expected!r} in {first.source}: "
-                f"{remedy}"
-            )
+def _last_parts(sources: Sequence[str]) -> list[str]:
+    """As few of the last parts of each path as tell the paths apart; a page need not show whole paths."""
+    parts = [Path(source).parts for source in sources]
+    for number in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-number:]) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 __all__ = ["Recommender", "ShownModel", "load_models"]

@@ -115,28 +115,31 @@ def check_catalogue(
 
 
 def check_same_items(
-    known_items: int, catalogue: Catalogue | None, name: str, num_items: int, raw_ids: np.ndarray
+    known_items: int,
+    catalogue: Catalogue | None,
+    name: str,
+    num_items: int,
+    raw_ids: np.ndarray,
+    other: str = "the data set",
 ) -> bool:
-    """As `check_catalogue`, of a recommender with `known_items` items and a catalogue, or None."""
+    """As `check_catalogue`, of a recommender with `known_items` items and a catalogue, or None; `other` names what else
+    than a data set it is compared with."""
+    expected = "expected the data set that the model was made for"
+    if other != "the data set":
+        expected = "expected models that were trained on one data set"
     if known_items != num_items:
-        raise ValueError(
-            f"{name} knows {known_items} items and the data set has {num_items}: expected the data set that the model "
-            "was made for"
-        )
+        raise ValueError(f"{name} knows {known_items} items and {other} has {num_items}: {expected}")
     if catalogue is None:
         return False
     known = catalogue.table["raw_id"].to_numpy()
     if known.dtype.kind != raw_ids.dtype.kind:
-        raise ValueError(
-            f"{name} has raw ids of type {known.dtype} and the data set of type {raw_ids.dtype}: expected the data "
-            "set that the model was made for"
-        )
+        raise ValueError(f"{name} has raw ids of type {known.dtype} and {other} of type {raw_ids.dtype}: {expected}")
     different = np.flatnonzero(known != raw_ids)
     if len(different):
         item = int(different[0])
         raise ValueError(
-            f"{len(different)} of {num_items} items of {name} have other raw ids than in the data set (item {item + 1} "
-            f"is {known[item]} there and {raw_ids[item]} here): expected the data set that the model was made for"
+            f"{len(different)} of {num_items} items of {name} have other raw ids than in {other} (item {item + 1} "
+            f"is {known[item]} there and {raw_ids[item]} here): {expected}"
         )
     return True
 

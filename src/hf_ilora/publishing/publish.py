@@ -12,6 +12,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig, check_public_llm
 from hf_ilora.models.ilora.language_models import load_tokenizer
 from hf_ilora.models.loading import load_recommender, saved_config
+from hf_ilora.models.next_item.card import is_edited, is_untouched
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE, Catalogue
 from hf_ilora.models.next_item.hub_upload import CARD_FILE, RUN_FILE, upload
 from hf_ilora.models.next_item.saved_model import saved_shapes, saved_weights
@@ -149,8 +150,8 @@ def push_folder(
 
     Raises:
         PermissionError: when the token is missing or invalid, or has no write permission.
-        ValueError: as `check_folder`, without README.md, when the repository is public and `private` is True, and when
-            somebody else commits at the same time.
+        ValueError: as `check_folder`, without README.md, when the repository is public and `private` is True, when its
+            card was edited on the Hub, and when somebody else commits at the same time.
         OSError: when the Hub cannot be reached.
     """
     checked = folder if isinstance(folder, ModelFolder) else check_folder(folder)
@@ -158,9 +159,21 @@ def push_folder(
         raise ValueError(
             f"the folder has no {CARD_FILE}: expected a card; write one with hf_ilora.publishing.write_card"
         )
+
+    def card(repo_id: str, existing: str | None) -> str:
+        own = checked.files[CARD_FILE].read_text(encoding="utf-8")
+        if existing not in (None, own) and is_untouched(own) and is_edited(existing):
+            raise ValueError(
+                f"the card of {repo_id} was written or edited on the Hub: expected no card, or an unchanged one of "
+                f"hf_ilora; fetch it into the model's folder (hf download {repo_id} {CARD_FILE} --local-dir FOLDER) "
+                "and publish it as it is (hf-ilora push --keep_card true), or delete it on the Hub"
+            )
+        return own
+
     return upload(
         checked.files,
         repo_id,
+        card=card,
         commit_message=commit_message,
         private=private,
         token=token,

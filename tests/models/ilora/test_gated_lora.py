@@ -218,9 +218,17 @@ def test_numbers_out_of_range_are_refused(lora_alpha, lora_dropout, message):
         GatedLoraLinear(nn.Linear(4, 4), 4, 2, lora_alpha, lora_dropout)
 
 
-@pytest.mark.parametrize(("rank", "experts"), [(8, 3), (4, 8), (0, 1), (8, 0)])
-def test_rank_that_experts_cannot_share_is_refused(rank, experts):
-    with pytest.raises(ValueError, match=f"rank {rank} cannot be divided among {experts} experts"):
+@pytest.mark.parametrize(
+    ("rank", "experts", "message"),
+    [
+        (8, 3, "rank 8 is not divisible by num_experts 3"),
+        (4, 8, "rank 4 is not divisible by num_experts 8"),
+        (0, 1, "rank is 0: expected at least 1"),
+        (8, 0, "num_experts is 0: expected at least 1"),
+    ],
+)
+def test_rank_that_experts_cannot_share_is_refused(rank, experts, message):
+    with pytest.raises(ValueError, match=message):
         GatedLoraLinear(nn.Linear(4, 4), rank, experts, ALPHA)
 
 

@@ -292,7 +292,7 @@ def load(folder, **arguments):
 )
 def test_a_missing_weight_is_an_error(copied, key):
     change_weights(copied, lambda state: state.pop(key))
-    message = rf"lacks 1 keys \(\['{key}'\]\) and has 0 unexpected ones \(none\)"
+    message = rf"lacks 1 tensors \(\['{key}'\]\) and has 0 unexpected ones \(none\)"
     if key.startswith("recommender."):  # found before the language model is loaded
         message = f"have 1 missing keys, such as {key}: expected those of a SASRecForNextItem"
     with pytest.raises(ValueError, match=message):
@@ -302,21 +302,21 @@ def test_a_missing_weight_is_an_error(copied, key):
 @pytest.mark.parametrize("key", ["router.bias", "llm.lm_head.weight", "llm.model.layers.2.mlp.up_proj.lora_B"])
 def test_a_foreign_weight_is_an_error(copied, key):
     change_weights(copied, lambda state: state.update({key: torch.zeros(3)}))
-    with pytest.raises(ValueError, match=rf"lacks 0 keys \(none\) and has 1 unexpected ones \(\['{key}'\]\)"):
+    with pytest.raises(ValueError, match=rf"lacks 0 tensors \(none\) and has 1 unexpected ones \(\['{key}'\]\)"):
         load(copied)
 
 
 def test_a_weight_of_another_shape_is_an_error(copied):
     change_weights(copied, lambda state: state.update({"router.projection.weight": torch.zeros(4, 1)}))
-    message = r"router.projection.weight in .* has shape \(4, 1\): expected \(4, 8\)"
+    message = r"router.projection.weight of .* has shape \(4, 1\): expected \(4, 8\)"
     with pytest.raises(ValueError, match=message):
         load(copied)
 
 
 def test_a_language_model_of_another_shape_is_an_error(copied):
-    with pytest.raises(ValueError, match=r"in .* has shape \(8, 32\): expected \(8, 16\)"):
+    with pytest.raises(ValueError, match=r"of .* has shape \(8, 32\): expected \(8, 16\)"):
         load(copied, llm=base_llm(hidden_size=16, head_dim=8))
-    with pytest.raises(ValueError, match=r"lacks \d+ keys \(\['llm.model.layers.2"):
+    with pytest.raises(ValueError, match=r"lacks \d+ tensors \(\['llm.model.layers.2"):
         load(copied, llm=base_llm(num_hidden_layers=3))
 
 
@@ -324,7 +324,7 @@ def test_another_configuration_is_an_error(copied):
     config = json.loads((copied / "config.json").read_text())
     config["router_type"] = "mlp"
     (copied / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"lacks 3 keys \(\['router.hidden.bias', 'router.hidden.weight'"):
+    with pytest.raises(ValueError, match=r"lacks 3 tensors \(\['router.hidden.bias', 'router.hidden.weight'"):
         load(copied)
 
 

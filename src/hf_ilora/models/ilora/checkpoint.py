@@ -24,6 +24,7 @@ from hf_ilora.models.next_item.saved_model import (
 from hf_ilora.models.next_item.whole_saves import saved_whole
 
 from .configuration_ilora import ILoraConfig, check_public_llm
+from .gated_lora import check_tensors
 from .language_models import load_language_model, load_tokenizer, without_adapter
 
 # Arguments of `from_pretrained` that apply to the language model's repository as well as to the adapter's.
@@ -187,20 +188,9 @@ class ILoraCheckpoint:
         Raises:
             ValueError: if a key is missing or unexpected, or a tensor has another shape.
         """
-        expected = self.adapter_names()
-        missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-        if missing or unexpected:
-            raise ValueError(
-                f"{origin} lacks {len(missing)} keys ({missing[:5] or 'none'}) and has {len(unexpected)} unexpected "
-                f"ones ({unexpected[:5] or 'none'}): expected the adapter of this configuration and language model"
-            )
         own = self.state_dict()
-        for name, value in state.items():
-            if own[name].shape != value.shape:
-                raise ValueError(
-                    f"{name} in {origin} has shape {tuple(value.shape)}: expected {tuple(own[name].shape)}, as the "
-                    "configuration and the language model require"
-                )
+        expected = {name: tuple(own[name].shape) for name in self.adapter_names()}
+        check_tensors(state, expected, origin, "this configuration and language model")
         # load_state_dict fails on quantised layers that the state dict does not contain.
         with torch.no_grad():
             for name, value in state.items():

@@ -1,5 +1,6 @@
 """Configuration of iLoRA."""
 
+import math
 import os
 from dataclasses import field
 from pathlib import Path
@@ -142,19 +143,14 @@ class ILoraConfig(PreTrainedConfig):
             ValueError: naming the field, its value and what it may be.
         """
         check_finite(self)
-        for name in ("rank", "num_experts", "router_top_k", "max_history"):
+        check_lora_settings(self.rank, self.num_experts, self.lora_alpha, self.lora_dropout)
+        for name in ("router_top_k", "max_history"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
         if self.num_llm_layers is not None and self.num_llm_layers < 1:
             raise ValueError(f"num_llm_layers is {self.num_llm_layers}: expected at least 1, or None for all")
-        if self.rank % self.num_experts:
-            raise ValueError(f"rank {self.rank} is not divisible by num_experts {self.num_experts}: change one of them")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is {self.lora_dropout}: expected a probability in [0, 1)")
         if not 0 <= self.recommender_weight < 1:
             raise ValueError(f"recommender_weight is {self.recommender_weight}: expected a weight in [0, 1)")
-        if self.lora_alpha <= 0:
-            raise ValueError(f"lora_alpha is {self.lora_alpha}: expected a positive number")
         if self.router_noise < 0:
             raise ValueError(f"router_noise is {self.router_noise}: expected a standard deviation, at least 0")
         if not self.target_modules:
@@ -180,6 +176,19 @@ class ILoraConfig(PreTrainedConfig):
             )
 
 
+def check_lora_settings(rank: int, num_experts: int, lora_alpha: float, lora_dropout: float) -> None:
+    """Raise a ValueError for numbers that no `GatedLoraLinear` can have."""
+    for name, value in (("rank", rank), ("num_experts", num_experts)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: expected at least 1")
+    if rank % num_experts:
+        raise ValueError(f"rank {rank} is not divisible by num_experts {num_experts}: change one of them")
+    if not 0 < lora_alpha < math.inf:
+        raise ValueError(f"lora_alpha is {lora_alpha}: expected a positive, finite number")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout is {lora_dropout}: expected a probability in [0, 1)")
+
+
 def public_name(name: str | None) -> str | None:
     """The name of a model if it is one on the Hub; None for a path of this machine, or no name."""
     if name is None or Path(name).is_dir():
@@ -201,4 +210,4 @@ def check_public_llm(config: ILoraConfig) -> None:
         )
 
 
-__all__ = ["ALL_LINEAR_MODULES", "ILoraConfig", "check_public_llm", "public_name"]
+__all__ = ["ALL_LINEAR_MODULES", "ILoraConfig", "check_lora_settings", "check_public_llm", "public_name"]

@@ -3,12 +3,14 @@
 import math
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+
+from .configuration_ilora import check_lora_settings
 
 ALL_LINEAR = "all-linear"
 # They compute with the weights of their linear layers: the first always, the second in its fast path for evaluation.
@@ -136,16 +138,29 @@ class GatedLoraLinear(nn.Module):
         return (expert_gates * self.scaling).repeat_interleave(self.rank // self.num_experts, dim=-1)
 
 
-def check_lora_settings(rank: int, num_experts: int, lora_alpha: float, lora_dropout: float) -> None:
-    """Raise a ValueError for numbers that no `GatedLoraLinear` can have."""
-    if rank < 1 or num_experts < 1 or rank % num_experts:
+def check_tensors(
+    state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], origin: str, owner: str
+) -> None:
+    """Raise a ValueError unless a saved adapter has exactly the tensors that its model needs.
+
+    Args:
+        state: the saved tensors.
+        expected: the shape of each.
+        origin: where they were saved, for the error.
+        owner: what needs the tensors, for the error.
+    """
+    remedy = "load it on the model that it was trained on, or restore the folder that save_pretrained wrote"
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unexpected:
         raise ValueError(
-            f"rank {rank} cannot be divided among {num_experts} experts: expected a multiple of num_experts"
+            f"{origin} lacks {len(missing)} tensors ({missing[:5] or 'none'}) and has {len(unexpected)} unexpected "
+            f"ones ({unexpected[:5] or 'none'}): expected those of {owner}; {remedy}"
         )
-    if not 0 < lora_alpha < math.inf:
-        raise ValueError(f"lora_alpha is {lora_alpha}: expected a positive, finite number")
-    if not 0 <= lora_dropout < 1:
-        raise ValueError(f"lora_dropout is {lora_dropout}: expected a probability in [0, 1)")
+    for name, shape in expected.items():
+        if state[name].shape != shape:
+            raise ValueError(
+                f"{name} of {origin} has shape {tuple(state[name].shape)}: expected {shape} for {owner}; {remedy}"
+            )
 
 
 def target_layers(model: nn.Module, target_modules: Iterable[str] | str, inside: str = "") -> list[str]:
@@ -317,5 +332,5 @@ def _attention(layer: nn.Module, name: str) -> nn.Module:
     return attention
 
 
-__all__ = ["ALL_LINEAR", "GatedLoraLinear", "add_gated_lora", "check_lora_settings", "gated_layers", "target_layers"]
+__all__ = ["ALL_LINEAR", "GatedLoraLinear", "add_gated_lora", "check_tensors", "gated_layers", "target_layers"]
 __all__ += ["wrap_layers"]

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from hf_ilora.models.next_item.saved_model import WRONG_TYPES
 
-from .configuration_ilora import ALL_LINEAR_MODULES
-from .gated_lora import check_lora_settings
+from .configuration_ilora import ALL_LINEAR_MODULES, check_lora_settings
 
 PEFT_TYPE = "GATED_LORA"  # PEFT refuses an adapter of a type that it does not know
 

@@ -23,7 +23,7 @@ from hf_ilora.models.next_item.next_item_model import check_has_weights
 from hf_ilora.models.next_item.saved_model import check_download, saved_file
 
 from .configuration_ilora import public_name
-from .gated_lora import GatedLoraLinear, gated_layers, target_layers, wrap_layers
+from .gated_lora import GatedLoraLinear, check_tensors, gated_layers, target_layers, wrap_layers
 from .gated_lora_config import GatedLoraConfig
 from .user_lora import CONFIG_FILE, LORA_FILES, WEIGHTS_FILE
 
@@ -381,7 +381,7 @@ class GatedLoraModel(nn.Module):
             names = target_layers(model, config.target_modules)
         except ValueError as error:
             raise ValueError(f"the adapter in {path}, of {trained_on}, does not fit this model: {error}") from error
-        _check_state(state, model, names, config, f"{path}, of {trained_on},")
+        _check_state(state, model, names, config, f"the adapter in {path}, of {trained_on},")
         if config.base_model_name_or_path is not None and _name_of(model) not in (None, config.base_model_name_or_path):
             logger.warning("the adapter in %s was trained on %s, not %s", path, trained_on, _name_of(model))
         gated = cls(model, config)
@@ -453,20 +453,7 @@ def _check_state(
     for layer, name in first_names.items():
         expected[f"{name}.lora_A"] = (config.rank, layer.in_features)
         expected[f"{name}.lora_B"] = (layer.out_features, config.rank)
-    remedy = "load it on the model that it was trained on, or restore the folder that save_pretrained wrote"
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"the adapter in {origin} lacks {len(missing)} tensors ({missing[:3] or 'none'}) and has {len(unexpected)} "
-            f"unexpected ones ({unexpected[:3] or 'none'}): expected those of {len(first_names)} layers of "
-            f"{type(model).__name__}; {remedy}"
-        )
-    for name, shape in expected.items():
-        if state[name].shape != shape:
-            raise ValueError(
-                f"{name} of the adapter in {origin} has shape {tuple(state[name].shape)}: expected {shape}, as this "
-                f"{type(model).__name__} needs; {remedy}"
-            )
+    check_tensors(state, expected, origin, f"{len(first_names)} layers of {type(model).__name__}")
 
 
 __all__ = ["GatedLoraModel", "get_gated_lora_model"]

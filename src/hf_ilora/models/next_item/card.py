@@ -118,19 +118,28 @@ def measured_weights(text: str) -> str | None:
     return _SIGNATURE.search(text)[2] if is_untouched(text) else None
 
 
+def is_edited(text: str) -> bool:
+    """Whether a person wrote or edited a card. Metadata alone, which the Hub writes into a new repository, are none."""
+    return not is_untouched(text) and bool(ModelCard(text).text.strip())
+
+
 def newest_card(new: str, existing: str | None, weights: str | None) -> str:
     """The card of a model that is saved or pushed again: the existing one if it was edited by hand, or has the results
     of an evaluation of the same weights, which the new one lacks.
 
     Args:
         new: the card to publish; if it was edited by hand, it is the newest.
-        existing: the card that is in its place; None if there is none.
+        existing: the card that is in its place, of which a new one without licence keeps the licence; None if there is
+            none.
         weights: `weights_fingerprint` of the model.
     """
     if existing is None or not is_untouched(new):
         return new
     keeps = weights is not None and measured_weights(existing) == weights != measured_weights(new)
-    return existing if keeps or not is_untouched(existing) else new
+    if keeps or is_edited(existing):
+        return existing
+    licence = ModelCard(existing).data.get("license")
+    return with_metadata(new, license=licence) if licence and not ModelCard(new).data.get("license") else new
 
 
 def with_metadata(text: str, **metadata: object) -> str:
@@ -157,5 +166,5 @@ def _language_model(config: PreTrainedConfig) -> str:
     return f"the language model `{name}`{layers}" + (f" at commit `{config.llm_revision}`" if is_plain else "")
 
 
-__all__ = ["is_untouched", "measured_weights", "model_card", "newest_card", "signed", "usage_example"]
+__all__ = ["is_edited", "is_untouched", "measured_weights", "model_card", "newest_card", "signed", "usage_example"]
 __all__ += ["with_metadata"]

@@ -16,7 +16,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .card import measured_weights, model_card, newest_card, with_metadata
+from .card import is_edited, is_untouched, measured_weights, model_card, newest_card, with_metadata
 from .saved_model import weights_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -128,10 +128,13 @@ class UploadOfSaved:
 
         def card(repo_id: str, existing: str | None) -> str:
             weights = weights_fingerprint(self.folder)
-            text = newest_card(own.read_text(encoding="utf-8"), existing, weights) if own.is_file() else existing
-            if text is None:
+            if own.is_file():
+                text = newest_card(own.read_text(encoding="utf-8"), existing, weights)
+            elif existing is not None and (is_untouched(existing) or is_edited(existing)):
+                text = existing
+            else:
                 revision = self.arguments.get("revision")
-                return str(model_card(model.config, model.catalogue, repo_id, revision, metadata={"tags": tags}))
+                text = newest_card(str(model_card(model.config, model.catalogue, repo_id, revision)), existing, weights)
             if measured_weights(text) not in (None, weights):
                 logger.warning("the card of %s has the results of other weights: %s", repo_id, EVALUATE_AGAIN)
             return with_metadata(text, tags=tags) if tags else text
