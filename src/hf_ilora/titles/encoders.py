@@ -51,9 +51,8 @@ class TitleEncoder:
     ):
         self.name, self.layer, self.trust_remote_code = str(encoder), layer, trust_remote_code
         self.device = torch.device(device) if device else default_device()
-        self.dtype = dtype
-        if dtype is None:
-            self.dtype = torch.float32 if self.device.type == "cpu" else "auto"
+        stored: torch.dtype | str = torch.float32 if self.device.type == "cpu" else "auto"
+        self.dtype = stored if dtype is None else dtype
         self.source = locate_encoder(encoder)
         self.is_ilora = self.source.config.get("model_type") == ILoraConfig.model_type
         if self.is_ilora and layer is not None:
@@ -195,8 +194,9 @@ def _encoded(
         vectors = _unit_rows(encode_with_tf_idf(unique), unique)
     else:
         if not isinstance(encoder, TitleEncoder):
-            settings = {"layer": layer, "dtype": dtype, "device": device}
-            encoder = TitleEncoder(encoder, trust_remote_code=trust_remote_code, **settings)
+            encoder = TitleEncoder(
+                encoder, layer=layer, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
         vectors = kept_embeddings(unique, encoder.settings, lambda: encoder.encode(unique, batch_size), cache_dir)
     row_of = {title: row for row, title in enumerate(unique)}
     return vectors, torch.tensor([row_of[title] for title in titles])
