@@ -22,6 +22,7 @@ from .padding import (
     places_behind_padding,
     restore_padding,
 )
+from .table_gradients import table_for_lookups
 from .top_k import ItemMasks, top_k_in_chunks
 
 
@@ -34,8 +35,8 @@ class EncoderForNextItem(NextItemPreTrainedModel):
     Args:
         config: the architecture and the training loss.
         encoder: has an `item_embedding`, and `encode(item_ids (batch, length), lengths (batch,) or None, only_last,
-            teacher_embeddings)`, which reads sequences with padding last and returns hidden states (batch, length,
-            hidden), or (batch, 1, hidden) with `only_last`.
+            teacher_embeddings, table)`, which reads sequences with padding last and returns hidden states (batch,
+            length, hidden), or (batch, 1, hidden) with `only_last`.
     """
 
     config: NextItemConfig
@@ -208,7 +209,10 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         real, order, slots = padding_to_the_end(input_ids, attention_mask)
         lengths = real.sum(1)  # (batch,)
         item_ids = (input_ids * real).gather(1, order)  # (batch, length), padding last
-        hidden_states = self.model.encode(item_ids, lengths, teacher_embeddings=teacher_embeddings)
+        table = None  # where a loss reads all that it needs of the item table by lookups
+        if labels is not None and self.config.loss_type != "cross_entropy":
+            table = table_for_lookups(self.model.item_embedding)
+        hidden_states = self.model.encode(item_ids, lengths, teacher_embeddings=teacher_embeddings, table=table)
         user_embedding = at_position(hidden_states, last_positions(lengths, item_ids.shape[1])).squeeze(1)
         item_offsets = self._item_offsets(teacher_embeddings)
         loss = loss_parts = None
@@ -217,8 +221,9 @@ class EncoderForNextItem(NextItemPreTrainedModel):
             if label_indices is None and not torch.compiler.is_compiling():
                 label_indices = labels.ne(IGNORED_LABEL).flatten().nonzero().squeeze(1)
             loss, loss_parts = self._loss(
-                hidden_states, item_ids, labels, label_indices, slots, num_items_in_batch, item_offsets, soft_targets
-            )
+                hidden_states, item_ids, labels, label_indices, slots, num_items_in_batch, item_offsets, soft_targets,
+                table if self.config.tie_word_embeddings else None,
+            )  # fmt: skip
         logits = None
         if scored_positions is not None:
             if mask is not None:
@@ -339,8 +344,9 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         return hidden_states.flatten(0, 1)[places], repeated_items
 
     def _loss(
-        self, hidden_states, item_ids, labels, label_indices, slots, num_items_in_batch, item_offsets, soft_targets
-    ):
+        self, hidden_states, item_ids, labels, label_indices, slots, num_items_in_batch, item_offsets, soft_targets,
+        table,
+    ):  # fmt: skip
         # Selecting the labelled positions saves the scores of every padded one.
         positions, repeated_items = self._select(hidden_states, item_ids, label_indices, slots)
         targets, counted = labels.flatten(), None  # (batch * length,)
@@ -363,6 +369,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
             counted=counted,
             history_items=item_ids.flatten(),
             soft_targets=soft_targets,
+            table=table,
         )
         count = num_labels if num_items_in_batch is None else num_items_in_batch
         return loss / count, parts / count

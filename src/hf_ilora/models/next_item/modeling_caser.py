@@ -48,6 +48,7 @@ class CaserEncoder(nn.Module):
         lengths: torch.Tensor | None,
         only_last: bool = False,
         teacher_embeddings: torch.Tensor | None = None,
+        table: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The state after the last item of right-padded sequences.
 
@@ -56,13 +57,14 @@ class CaserEncoder(nn.Module):
             lengths: (batch,), number of real items; None when there is no padding.
             only_last: return the last real position only.
             teacher_embeddings: (num_items + 1, teacher_embedding_size) to read instead of the stored ones, or None.
+            table: the item table as `table_for_lookups` returns it, or None.
 
         Returns:
             (batch, length, user embedding), zero but at the last real position; or (batch, 1, user embedding) with
             `only_last`.
         """
         window = self._window(item_ids, lengths)  # (batch, max_length)
-        embeddings = self.item_embedding(window, teacher_embeddings)  # (batch, max_length, hidden)
+        embeddings = self.item_embedding(window, teacher_embeddings, table)  # (batch, max_length, hidden)
         # Teacher embeddings of padding would reach the filters, unlike in models that read padding last.
         embeddings = (embeddings * window.ne(PADDING_ITEM_ID).unsqueeze(-1)).transpose(1, 2)
         horizontal = [filters(embeddings).relu().amax(-1) for filters in self.horizontal_filters]  # (batch, filters)

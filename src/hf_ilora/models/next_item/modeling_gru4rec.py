@@ -74,6 +74,7 @@ class GRU4RecEncoder(nn.Module):
         lengths: torch.Tensor | None,
         only_last: bool = False,
         teacher_embeddings: torch.Tensor | None = None,
+        table: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states of right-padded sequences; padding comes last and needs no mask.
 
@@ -82,11 +83,12 @@ class GRU4RecEncoder(nn.Module):
             lengths: (batch,), number of real items; None when there is no padding.
             only_last: return the last real position only.
             teacher_embeddings: (num_items + 1, teacher_embedding_size) to read instead of the stored ones, or None.
+            table: the item table as `table_for_lookups` returns it, or None.
 
         Returns:
             (batch, length, hidden), or (batch, 1, hidden) with `only_last`.
         """
-        embeddings = self.dropout(self.item_embedding(item_ids, teacher_embeddings))
+        embeddings = self.dropout(self.item_embedding(item_ids, teacher_embeddings, table))
         hidden_states = self.gru(embeddings)  # (batch, length, hidden)
         if only_last:
             hidden_states = at_position(hidden_states, last_positions(lengths, item_ids.shape[1]))

@@ -219,6 +219,7 @@ class SASRecModel(SASRecPreTrainedModel):
         lengths: torch.Tensor | None,
         only_last: bool = False,
         teacher_embeddings: torch.Tensor | None = None,
+        table: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states of right-padded sequences.
 
@@ -227,6 +228,7 @@ class SASRecModel(SASRecPreTrainedModel):
             lengths: (batch,), number of real items; None when there is no padding.
             only_last: spare the last block all positions but the last real one, which is all that a ranking needs.
             teacher_embeddings: (num_items + 1, teacher_embedding_size) to read instead of the stored ones, or None.
+            table: the item table as `table_for_lookups` returns it, or None.
 
         Returns:
             (batch, length, hidden), or (batch, 1, hidden) with `only_last`.
@@ -237,7 +239,7 @@ class SASRecModel(SASRecPreTrainedModel):
         if self.counts_from_newest and lengths is not None:
             positions = positions + (self.max_length - lengths).unsqueeze(1)  # (batch, length)
             positions = positions.clamp(max=self.max_length - 1)  # padding comes after the newest item
-        item_embeddings = self.item_embedding(item_ids, teacher_embeddings)  # (batch, length, hidden)
+        item_embeddings = self.item_embedding(item_ids, teacher_embeddings, table)  # (batch, length, hidden)
         hidden_states = self.dropout(item_embeddings + self.position_embedding(positions))
         distances = attention_distances(length, item_ids.device) if self.decays else None  # the same in all layers
         *layers, last_layer = self.layers

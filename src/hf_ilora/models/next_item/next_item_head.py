@@ -14,6 +14,7 @@ from .next_item_losses import (
     gbce_loss,
     sampled_softmax_loss,
 )
+from .table_gradients import looked_up, table_for_lookups
 from .top_k import columns_in_chunk, top_k_in_chunks
 
 _ROWS_FOR_NUMPY = 2**15
@@ -29,6 +30,7 @@ class NextItemHead(nn.Linear):
     def __init__(self, config: NextItemConfig):
         super().__init__(config.user_embedding_size, config.num_items + 1, bias=config.head_bias)
         self.config, self.score_temperature = config, config.score_temperature
+        self.sparse = False  # as in `nn.Embedding`, for the table of a head that is not tied
         # DeepSpeed cannot send parameters without a dimension
         self.repeat_bias = nn.Parameter(torch.zeros(1)) if config.repeat_bias else None
 
@@ -46,6 +48,7 @@ class NextItemHead(nn.Linear):
         soft_targets=None,
         top_k=None,
         masks=None,
+        table=None,
     ):
         """Scores, the best items with `top_k`, or the summed training loss when `targets` are given.
 
@@ -67,6 +70,7 @@ class NextItemHead(nn.Linear):
             top_k: number of items to return per position instead of scores, without gradient; memory does not grow with
                 positions x items.
             masks: `ItemMasks` of the positions, for `top_k`.
+            table: the item table of a tied head as `table_for_lookups` returns it, for the sampled losses, or None.
 
         Returns:
             (positions, num_items + 1) scores with -inf for padding, or (positions, items) scores; with `top_k` what
@@ -93,13 +97,14 @@ class NextItemHead(nn.Linear):
                 counted=counted,
                 soft_targets=soft_targets,
             )
+        if table is None and not self.config.tie_word_embeddings:
+            table = table_for_lookups(self)
         if self.config.loss_type == "sampled_softmax" and negatives.dim() == 1:
             return self._sampled_softmax(
                 hidden_states, repeated_items, targets, negatives, log_q, item_offsets, counted, history_items,
-                soft_targets,
+                soft_targets, table,
             )  # fmt: skip
-        # One lookup for both, because the gradient of each is as large as the table.
-        rows = self.item_rows(torch.cat([targets, negatives.flatten()]), item_offsets)
+        rows = self.item_rows(torch.cat([targets, negatives.flatten()]), item_offsets, table)
         target_rows, negative_rows = rows.split([len(targets), negatives.numel()])
         target_scores = (hidden_states * target_rows).sum(-1)  # (positions,)
         if negatives.dim() == 1:
@@ -120,13 +125,13 @@ class NextItemHead(nn.Linear):
 
     def _sampled_softmax(
         self, hidden_states, repeated_items, targets, negatives, log_q, item_offsets, counted, history_items,
-        soft_targets,
+        soft_targets, table,
     ):  # fmt: skip
         """The sampled softmax with shared negatives; with a repeat bias the seen items compete too."""
         num_targets, num_negatives = len(targets), len(negatives)
         ids = [targets, negatives] if self.repeat_bias is None else [targets, negatives, history_items]
         ids = torch.cat(ids)
-        rows = self.item_rows(ids, item_offsets)
+        rows = self.item_rows(ids, item_offsets, table)
         target_rows, negative_rows, seen_rows = rows.tensor_split((num_targets, num_targets + num_negatives))
         target_bias = negative_bias = seen = None
         if self.bias is not None or self.repeat_bias is not None:
@@ -159,9 +164,11 @@ class NextItemHead(nn.Linear):
             return hidden_states
         return F.normalize(hidden_states, dim=-1) / self.score_temperature
 
-    def item_rows(self, item_ids: torch.Tensor, item_offsets: torch.Tensor | None = None) -> torch.Tensor:
+    def item_rows(
+        self, item_ids: torch.Tensor, item_offsets: torch.Tensor | None = None, table: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The rows of the table (items, hidden) that hidden states are multiplied with, of item ids (items,)."""
-        rows = F.embedding(item_ids, self.weight)
+        rows = F.embedding(item_ids, self.weight) if table is None else looked_up(table, item_ids)
         if item_offsets is not None:
             rows = rows + F.embedding(item_ids, item_offsets)
         return self._normalised(rows)
