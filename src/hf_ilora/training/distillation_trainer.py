@@ -198,6 +198,12 @@ class DistillationTrainer(NextItemTrainer):
             "title_neighbour_loss": args.title_neighbours,
             "embedding_loss": args.embedding_weight,
         }
+        if self._needs_scores and args.item_optimizer == "lazy_adam":
+            raise ValueError(
+                "item_optimizer is 'lazy_adam' with a loss on scores of the catalogue (lam, alpha, base_loss, "
+                "embedding_weight, kl_direction): expected lam=0 and teachers that are asked at every position, or "
+                "'same'"
+            )
         always = ("ranking_loss",) if self._needs_scores else ()
         self._weights = {name: weight for name, weight in weights.items() if weight or name in always}
         self._logged = torch.zeros(len(self._weights), device=args.device)  # sums of the parts since step `_logged_at`

@@ -12,6 +12,8 @@ from .argument_checks import check_run_arguments
 from .initial_items import INITIAL_ITEMS
 from .windows import LABELLED_POSITIONS, WINDOWS, check_windows
 
+ITEM_OPTIMIZERS = ("same", "lazy_adam")
+
 
 @dataclass
 class NextItemTrainingArguments(TrainingArguments):
@@ -39,6 +41,9 @@ class NextItemTrainingArguments(TrainingArguments):
         title_layer: number of blocks of that model after which titles are read; `None` is all.
         title_prior: number of occurrences of an item with which its title counts as much as its co-occurrence.
         item_learning_rate_factor: learning rate of the item embeddings, as a multiple of `learning_rate`.
+        item_optimizer: optimizer of the item embeddings: "same" (as `optim` says), or "lazy_adam" (`LazyAdamW`: a step
+            updates the rows that it reads, so that its cost does not grow with the catalogue; for the sampled losses,
+            where rows that are rarely read need a larger `item_learning_rate_factor`).
 
     > Parameters that control the end of training
 
@@ -102,6 +107,14 @@ class NextItemTrainingArguments(TrainingArguments):
     item_learning_rate_factor: float = field(
         default=1.0, metadata={"help": "learning rate of the item embeddings, as a multiple of learning_rate"}
     )
+    item_optimizer: str = field(
+        default="same",
+        metadata={
+            "choices": ITEM_OPTIMIZERS,
+            "help": "optimizer of the item embeddings: same (as optim says), or lazy_adam, which updates the rows that "
+            "a step reads, so that steps cost the same for any number of items; for sampled losses",
+        },
+    )
     early_stopping_patience: int = field(
         default=20,
         metadata={"help": "evaluations without a better metric_for_best_model before training stops; 0: never"},
@@ -158,6 +171,8 @@ class NextItemTrainingArguments(TrainingArguments):
         if self.initial_items not in self.initial_items_choices:
             choices = ", ".join(self.initial_items_choices)
             raise ValueError(f"initial_items is {self.initial_items!r}: expected one of {choices}")
+        if self.item_optimizer not in ITEM_OPTIMIZERS:
+            raise ValueError(f"item_optimizer is {self.item_optimizer!r}: expected {' or '.join(ITEM_OPTIMIZERS)}")
         for name in ("item_learning_rate_factor", "initial_mixing"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 0, and finite")

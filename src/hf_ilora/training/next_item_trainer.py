@@ -28,6 +28,7 @@ from .initial_items import (
     encoded_titles,
     initial_item_embeddings,
 )
+from .lazy_adam import LazyAdamW, check_lazy_adam
 from .next_item_arguments import NextItemTrainingArguments
 from .recommender_trainer import RecommenderTrainer
 from .windows import (
@@ -112,6 +113,8 @@ class NextItemTrainer(RecommenderTrainer):
         self._is_started = self.is_in_train = False
         if model is not None:
             self._prepare_model(model, args)
+        if args.item_optimizer == "lazy_adam" and kwargs.keys() & {"optimizers", "optimizer_cls_and_kwargs"}:
+            raise ValueError("item_optimizer is 'lazy_adam' beside another optimizer: expected one of them")
         super().__init__(
             model,
             args,
@@ -141,7 +144,10 @@ class NextItemTrainer(RecommenderTrainer):
         if self.model_init is None and not resume_from_checkpoint and not self._is_started:
             self._start_items(self.model)
         self._is_started = True
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            _give_sparse_gradients(self.model, False)
 
     def item_title_embeddings(self) -> torch.Tensor:
         """The title of each item as a vector: those that were given, or the encoded titles of the catalogue.
@@ -191,6 +197,7 @@ class NextItemTrainer(RecommenderTrainer):
         return super()._get_eval_sampler(eval_dataset)
 
     def optimizer_of(self, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
+        _give_sparse_gradients(model, self.args.item_optimizer == "lazy_adam")
         return next_item_optimizer(model, self.args)
 
     def call_model_init(self, trial=None) -> nn.Module:
@@ -219,6 +226,8 @@ class NextItemTrainer(RecommenderTrainer):
             raw_ids = self.catalogue.table["raw_id"].to_numpy()
             check_catalogue(model, model.name_or_path or "the model", len(self.catalogue), raw_ids)
             model.catalogue = self.catalogue
+        if args.item_optimizer == "lazy_adam":
+            check_lazy_adam(model, args)
         labelled_positions = self._labelled_positions(model, args)
         if self._train_rows is not None:
             _check_item_ids(self._train_rows, model.config.num_items)
@@ -315,6 +324,8 @@ def next_item_optimizer(
     Weights decay, biases and layer normalisations do not, and the item embeddings have a learning rate of their own.
     """
     optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    if arguments.item_optimizer == "lazy_adam":
+        optimizer_class = LazyAdamW
     items, others = [], []
     for name, parameter in model.named_parameters():
         (items if name.endswith("item_embedding.weight") else others).append(parameter)
@@ -328,6 +339,11 @@ def next_item_optimizer(
         },
     ]
     return optimizer_class, {"params": groups, **settings}
+
+
+def _give_sparse_gradients(model: nn.Module, sparse: bool) -> None:
+    """Whether the tables of a model get gradients of the rows that a step reads, or of all rows."""
+    model.get_input_embeddings().sparse = model.head.sparse = sparse
 
 
 def _check_columns(rows: datasets.Dataset, name: str) -> None:

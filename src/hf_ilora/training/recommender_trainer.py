@@ -144,6 +144,12 @@ class RecommenderTrainer(Trainer):
         self._losses.add(loss)
         return loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        """As in `Trainer`; without clipping, no pass over all gradients measures a norm that nothing needs."""
+        if grad_norm is None and not self.is_deepspeed_enabled:
+            return None
+        return super()._get_grad_norm(model, grad_norm)
+
     def _maybe_log_save_evaluate(self, *args, learning_rate: float | None = None, **kwargs) -> None:
         """The Trainer calls this after every optimizer step, and once more at the end of an epoch."""
         control, step = self.control, self.state.global_step
