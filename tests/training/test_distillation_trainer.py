@@ -169,23 +169,42 @@ def test_the_students_own_loss_is_the_base_by_default(windows, tmp_path):
 
 
 @pytest.mark.parametrize("share", [1.0, 0.6, 0.2])
-def test_scores_shared_with_the_students_own_loss_change_nothing(windows, tmp_path, share):
-    """One pass over the catalogue serves both losses where most labels were asked about."""
+@pytest.mark.parametrize(
+    ("attribute", "settings"),
+    [
+        ("_may_share_scores", {"alpha": 0.5}),
+        ("_looks_up_scores", {"alpha": 0.0}),
+        ("_looks_up_scores", {"alpha": 0.0, "embedding_weight": 0.5, "gamma_consistency": 0.0}),
+    ],
+)
+def test_ways_that_read_fewer_scores_change_nothing(windows, tmp_path, share, attribute, settings):
+    """One pass over the catalogue for both losses where most labels were asked about; or none but the student's own."""
     some = RuleLabels(
         windows, asked=lambda history_ids, prefix_lengths: (7 * history_ids + prefix_lengths) % 10 < 10 * share
     )
     batch = batch_of(windows, DistillationCollator(some))
     found = []
-    for shares in (True, False):
-        model = student(repeat_bias=True)
-        trainer = trainer_of(model, windows, tmp_path, distilled_positions="all")
-        assert trainer._may_share_scores
-        trainer._may_share_scores = shares
+    for switched_on in (True, False):
+        model = student(repeat_bias=True, head_bias=True)
+        trainer = trainer_of(model, windows, tmp_path, some, distilled_positions="all", **settings)
+        assert vars(trainer)[attribute]
+        setattr(trainer, attribute, switched_on)
         torch.manual_seed(4)
         loss, outputs = trainer.compute_loss(model.train(), dict(batch), return_outputs=True)
         loss.backward()
-        found.append((loss, outputs.loss, model.model.item_embedding.weight.grad))
+        found.append((loss, outputs.loss, *(value.grad for value in model.parameters())))
     torch.testing.assert_close(*found)
+
+
+def test_a_ranking_is_distilled_without_a_matrix_of_scores(windows, tmp_path):
+    batch = batch_of(windows, DistillationCollator(RuleLabels(windows)))
+    model = student(repeat_bias=True)
+    trainer = trainer_of(model, windows, tmp_path, distilled_positions="all", alpha=0.0)
+    _, outputs = trainer.compute_loss(model.train(), dict(batch), return_outputs=True)
+    labels = int(batch["labels"].ne(-100).sum())
+    assert outputs.logits.shape == (labels, 1 + TOP_K) and outputs.best_items.shape == (labels, TOP_K)
+    scores = model.eval()(batch["input_ids"], scored_positions=batch["labels"].ne(-100)).logits
+    assert torch.equal(scores.topk(TOP_K).indices, outputs.best_items)
 
 
 def test_rows_without_teacher_labels_have_the_students_own_loss(windows, tmp_path):

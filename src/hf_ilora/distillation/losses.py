@@ -151,13 +151,37 @@ def ranking_distillation_weights(
         )
     if can_look(teacher_distances) and np.isnan(teacher_distances.numpy()).any():
         raise ValueError("teacher_distances contain NaN: expected numbers, smaller where the teacher is more confident")
+    student_items = None
+    if gamma_consistency:
+        num_labels = min(teacher_items.shape[1], student_scores.shape[1])
+        student_items = student_scores.topk(num_labels, dim=1).indices  # (batch, k)
+    gammas = (gamma_position, gamma_confidence, gamma_consistency)
+    return label_weights(teacher_items, teacher_distances, student_items, *gammas)
+
+
+@torch.no_grad()
+def label_weights(
+    teacher_items: torch.Tensor,
+    teacher_distances: torch.Tensor,
+    student_items: torch.Tensor | None,
+    gamma_position: float,
+    gamma_confidence: float,
+    gamma_consistency: float,
+) -> torch.Tensor:
+    """As `ranking_distillation_weights`, from the best items of the student instead of its scores.
+
+    Args:
+        teacher_items: (batch, k) ids of any kind, best first; -1 where there are fewer labels.
+        teacher_distances: (batch, k).
+        student_items: (batch, k) ids of the same kind; None if gamma_consistency is 0.
+        gamma_position, gamma_confidence, gamma_consistency: as there.
+    """
     labelled = (teacher_items != NO_LABEL).float()  # (batch, k)
     num_labels = teacher_items.shape[1]
     ranks = torch.arange(1, num_labels + 1, device=teacher_items.device, dtype=torch.float32)
     weights = gamma_position * _normalised((-ranks).exp() * labelled)  # (batch, k)
     weights += gamma_confidence * _normalised(((-teacher_distances.float()).exp() + WEIGHT_FLOOR) * labelled)
     if gamma_consistency:
-        student_items = student_scores.topk(min(num_labels, student_scores.shape[1]), dim=1).indices  # (batch, k)
         agreed = (teacher_items.unsqueeze(2) == student_items.unsqueeze(1)).any(2)  # (batch, k)
         weights += (
             gamma_consistency * (agreed.float() + WEIGHT_FLOOR) * labelled
@@ -347,12 +371,7 @@ class DLLM2RecLoss(nn.Module):
                 self.base_loss, target_scores, negative_scores, collisions, num_items, calibration
             ).mean()
         if self.lam:
-            # The reference has sigmoid(1 - s): a negative is pushed below 1, not below 0.
-            margin = 1.0 if self.form == "reference" else 0.0
-            counts = self._counted_negatives(negative, columns[:, negative.shape[1] :], labels)  # (batch, negatives)
-            against = (F.softplus(negative_scores - margin) * counts).sum(1, keepdim=True)  # equal for all labels
-            against = against / counts.sum(1, keepdim=True).clamp(min=1)  # (batch, 1)
-            ranking = (weights * (F.softplus(-label_scores) + against)).sum(1).mean()
+            ranking = self.ranking_loss(negative_scores, label_scores, negative, target, labels, weights)
         if self.alpha:
             _check_dro(scores, propensity, self.beta)
             targets = columns[:, negative.shape[1] :]  # (batch, 1 + k)
@@ -362,13 +381,36 @@ class DLLM2RecLoss(nn.Module):
                 ranking = ranking + self.alpha * self._ranking_dro(terms[:, 1:], weights, labels, sample_weights)
         return DLLM2RecOutput(base + self.alpha * dro + self.lam * ranking, base, dro, ranking)
 
-    def _counted_negatives(self, negative, named, labels) -> torch.Tensor:
-        """(batch, negatives) float32: 0 for negatives in `named`, (batch, 1 + k): the target and the labels."""
+    def ranking_loss(
+        self,
+        negative_scores: torch.Tensor,
+        label_scores: torch.Tensor,
+        negative: torch.Tensor,
+        target: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """The distillation of the teacher's ranking without its DROS terms, a scalar, the mean over the rows.
+
+        Args:
+            negative_scores, label_scores: (batch, negatives) and (batch, k) scores of the student.
+            negative, target, labels: (batch, negatives), (batch, 1) and (batch, k), the ids of these items; -1 where
+                there are fewer labels.
+            weights: (batch, k) of the labels, 0 where there are fewer.
+        """
+        # The reference has sigmoid(1 - s): a negative is pushed below 1, not below 0.
+        margin = 1.0 if self.form == "reference" else 0.0
+        counts = self._counted_negatives(negative, target, labels)  # (batch, negatives)
+        against = (F.softplus(negative_scores - margin) * counts).sum(1, keepdim=True)  # equal for all labels
+        against = against / counts.sum(1, keepdim=True).clamp(min=1)  # (batch, 1)
+        return (weights * (F.softplus(-label_scores) + against)).sum(1).mean()
+
+    def _counted_negatives(self, negative, target, labels) -> torch.Tensor:
+        """(batch, negatives) float32: 0 for negatives that are the target or one of the labels."""
         if self.form == "reference":
             return torch.ones_like(negative, dtype=torch.float32)
-        is_named = F.pad(labels != NO_LABEL, (1, 0), value=True)  # (batch, 1 + k); column 0 replaces missing labels
-        collisions = (negative.unsqueeze(2) == named.unsqueeze(1)) & is_named.unsqueeze(1)
-        return 1.0 - collisions.any(2).float()
+        named = torch.cat([target, labels], dim=1)  # (batch, 1 + k); no negative is NO_LABEL
+        return 1.0 - (negative.unsqueeze(2) == named.unsqueeze(1)).any(2).float()
 
     def _ranking_dro(self, terms, weights, labels, sample_weights):
         """The weighted mean of the labels' DROS terms, (batch, k): a scalar."""

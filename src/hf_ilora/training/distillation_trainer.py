@@ -17,6 +17,7 @@ from hf_ilora.distillation.losses import (
     DLLM2RecLoss,
     distribution_loss,
     embedding_loss,
+    label_weights,
     propensity_scores,
 )
 from hf_ilora.distillation.policies import AllSamplesPolicy, KLDivergencePolicy, rank_gap_weights, sample_policy
@@ -178,12 +179,23 @@ class DistillationTrainer(NextItemTrainer):
             base_loss=args.base_loss,
             num_items=config.num_items,
         ).to(args.device)
+        # Whether nothing is read of the catalogue's scores but those of some items, and which are the best.
+        self._looks_up_scores = (
+            args.base_loss == STUDENT_LOSS
+            and not args.alpha
+            and args.num_scored_items is None
+            and not args.rank_gap_weighting
+            and isinstance(self.policy, AllSamplesPolicy)
+            and not self._needs_whole_scores
+            and (config.loss_type == "cross_entropy" or not args.gamma_consistency)
+        )
         # Not under ZeRO-3, where all processes must use the same layers in a step, whatever their batches hold.
         self._may_share_scores = (
             args.base_loss == STUDENT_LOSS
             and config.loss_type == "cross_entropy"
             and args.num_scored_items is None
             and self._soft_targets is None
+            and not self._looks_up_scores
             and not is_deepspeed_zero3_enabled()
         )
         has_teacher = self.teacher is not None or self.teacher_labels is not None
@@ -262,20 +274,31 @@ class DistillationTrainer(NextItemTrainer):
             (len(targets), self.args.num_distillation_negatives),
             device=targets.device,
         )
-        sample = self._sampled_items(named_items, negatives)  # (items,) or None
+        sample, num_best = self._sampled_items(named_items, negatives), 0  # (items,) or None
+        if self._looks_up_scores:
+            sample = self._looked_up_items(negatives, teacher_items)  # (asked, negatives + k)
+            num_best = min(self.args.top_k, self.model.config.num_items) if self.args.gamma_consistency else 0
         outputs = model(
             **inputs,
             num_items_in_batch=num_items_in_batch,
             scored_positions=labelled if shares_scores else scored,
             scored_items=sample,
             soft_targets=soft_targets,
+            num_best=num_best,
         )  # logits: (positions, items), or (positions, num_items + 1)
         if shares_scores:
             own_loss = F.cross_entropy(outputs.logits.float(), labels.flatten()[labelled], reduction="sum")
             outputs.loss = own_loss / num_labels
             if len(targets) < len(outputs.logits):
                 outputs.logits = outputs.logits[torch.searchsorted(labelled, asked)]
-        parts = self._parts(outputs, targets, negatives, teacher_items, distances, scored, sample)
+        if self._looks_up_scores:
+            if num_best:
+                outputs.best_items = outputs.best_items[torch.searchsorted(labelled, asked)]  # (asked, k)
+            parts = self._looked_up_parts(outputs, targets, negatives, teacher_items, distances)
+        else:
+            parts = self._parts(outputs, targets, negatives, teacher_items, distances, sample)
+        if self.args.embedding_weight and len(targets):
+            parts["embedding_loss"] = self._embedding_loss(outputs, targets, scored)
         parts = {name: value * (len(targets) / num_labels) for name, value in parts.items()}
         if has_student_loss:
             parts["base_loss"] = outputs.loss
@@ -328,8 +351,29 @@ class DistillationTrainer(NextItemTrainer):
         keys[named_items], keys[negatives.flatten()] = 2, 2
         return keys.topk(size).indices.sort().values
 
-    def _parts(self, outputs, targets, negatives, teacher_items, distances, scored, sample) -> dict[str, torch.Tensor]:
-        """The parts of the loss but the student's own, scalars, as means over the scored positions."""
+    def _looked_up_items(self, negatives: torch.Tensor, teacher_items: torch.Tensor) -> torch.Tensor:
+        """(positions, negatives + k) item ids whose scores the ranking distillation reads; item 1 in place of none."""
+        return torch.cat([negatives, teacher_items[:, : self.args.top_k].clamp(min=1)], dim=1)
+
+    def _looked_up_parts(self, outputs, targets, negatives, teacher_items, distances) -> dict[str, torch.Tensor]:
+        """As `_parts`, from the scores of `_looked_up_items` and the student's best items."""
+        loss, top_k = self.distillation_loss, self.args.top_k
+        if not len(targets) or not loss.lam:
+            return {"ranking_loss": outputs.logits.sum() * 0.0}  # with a gradient of zeros
+        labels = teacher_items[:, :top_k].masked_fill(teacher_items[:, :top_k].eq(PADDING_ITEM_ID), NO_LABEL)
+        weights = label_weights(labels, distances[:, :top_k], outputs.best_items, *loss.gammas)  # (positions, k)
+        negative_scores, label_scores = outputs.logits.tensor_split([negatives.shape[1]], dim=1)
+        of = (negative_scores, label_scores, negatives, targets.unsqueeze(1), labels)
+        return {"ranking_loss": loss.ranking_loss(*of, weights)}
+
+    def _embedding_loss(self, outputs, targets, scored) -> torch.Tensor:
+        """The mean distance between users and the teacher's embeddings of their targets, a scalar."""
+        users = outputs.last_hidden_state.flatten(0, 1)[scored]  # (positions, hidden)
+        wanted = self._target_embeddings[targets]  # (positions, hidden)
+        return embedding_loss(users, wanted, self.args.embedding_loss).mean()
+
+    def _parts(self, outputs, targets, negatives, teacher_items, distances, sample) -> dict[str, torch.Tensor]:
+        """The parts of the loss on scores but the student's own, scalars, as means over the scored positions."""
         if not len(targets):
             return {"ranking_loss": outputs.logits.sum()}  # of no numbers: 0, with a gradient of zeros
         arguments = self.args
@@ -359,10 +403,6 @@ class DistillationTrainer(NextItemTrainer):
         if arguments.kl_weight and self._needs_whole_scores:
             divergence = distribution_loss(scores, teacher_scores, arguments.kl_temperature, arguments.kl_direction)
             parts["kl_loss"] = (divergence * sample_weights).mean()
-        if arguments.embedding_weight:
-            users = outputs.last_hidden_state.flatten(0, 1)[scored]  # (positions, hidden)
-            wanted = self._target_embeddings[targets]  # (positions, hidden)
-            parts["embedding_loss"] = embedding_loss(users, wanted, arguments.embedding_loss).mean()
         return parts
 
     def _sample_weights(self, scores, teacher_scores, target, teacher_columns) -> torch.Tensor:

@@ -502,3 +502,6 @@ def test_scored_positions_have_the_logits_of_their_histories(settings):
     items = torch.tensor([7, 19, 3])
     some = model(input_ids, labels=labels, scored_positions=scored, scored_items=items).logits
     torch.testing.assert_close(some, logits[:, items])
+    own = torch.tensor([[3, 3], [7, 1], [20, 5], [4, 2]])  # other items for each position
+    some = model(input_ids, labels=labels, scored_positions=scored, scored_items=own).logits
+    torch.testing.assert_close(some, logits.gather(1, own))

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from hf_ilora import SASRecConfig, SASRecForNextItem
-from hf_ilora.models.next_item.next_item_losses import chunked_cross_entropy, gbce_loss, sampled_softmax_loss
+from hf_ilora.models.next_item.next_item_losses import (
+    _chunk_size,
+    chunked_cross_entropy,
+    gbce_loss,
+    sampled_softmax_loss,
+)
 
 
 def random_problem(positions=13, num_items=29, hidden=8, bias=True, seed=0):
@@ -35,6 +40,21 @@ def test_chunked_cross_entropy_equals_cross_entropy_without_padding_column(chunk
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
     assert gradients[1][0].abs().sum() == 0, "the padding row must not learn"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_chunks_of_a_million_items_have_less_than_200_megabytes_of_logits(device):
+    positions = _chunk_size(torch.empty(6400, 64, device=device), 1_000_001)
+    assert positions >= 20 and 2 * 4 * positions * 1_000_001 < 200e6  # scores and their log-probabilities
+
+
+@pytest.mark.parametrize("chunk_size", [3, 100])
+def test_the_best_items_come_with_the_cross_entropy(chunk_size):
+    hidden_states, weight, item_bias, targets = random_problem()
+    best = torch.empty(len(targets), 4, dtype=torch.int64)
+    chunked_cross_entropy(hidden_states, weight, item_bias, targets, chunk_size=chunk_size, best_items=best)
+    scores = hidden_states @ weight[1:].t() + item_bias[1:]
+    assert torch.equal(best, scores.topk(4).indices + 1)
 
 
 def test_chunked_cross_entropy_gives_a_loss_without_gradients():

@@ -127,7 +127,7 @@ class NextItemConfig(PreTrainedConfig):
     Source: the losses are in `next_item_losses.py`, the embeddings in `teacher_embeddings.py`.
     """
 
-    keys_to_ignore_at_inference = ["last_hidden_state", "user_embedding", "loss_parts"]
+    keys_to_ignore_at_inference = ["last_hidden_state", "user_embedding", "loss_parts", "best_items"]
 
     num_items: int | None = None
     hidden_size: int = 64

@@ -155,6 +155,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         scored_items: torch.Tensor | None = None,
         label_indices: torch.Tensor | None = None,
         soft_targets: Callable | None = None,
+        num_best: int = 0,
         only_last: bool = False,
     ) -> NextItemOutput:
         """Score the next item of each history.
@@ -171,18 +172,20 @@ class EncoderForNextItem(NextItemPreTrainedModel):
                 for losses on scores; or (positions,) int64, their indices in the flattened (batch * length), ascending.
                 Rows of `logits` are then these positions, one history after the other.
             scored_items: (items,) different ids, none of them padding, whose scores are returned, in their order; None
-                means the catalogue.
+                means the catalogue. With `scored_positions`, also (positions, items), other items for each position.
             label_indices: (labels,) int64, the indices of all labels in the flattened (batch * length), ascending, as
                 the Trainer's batches carry them. None finds them, which waits for an accelerator; while a graph is
                 captured, the loss is then computed at unlabelled positions too, and left out.
             soft_targets: further distributions to learn from at the labelled positions, as `NextItemHead.forward` takes
                 them; for the losses cross_entropy and sampled_softmax with negative_sharing "batch".
+            num_best: number of best items to return at each label, for the loss cross_entropy.
             only_last: return `logits` and `user_embedding` only, of the stored tables, and spare the last layer all
                 other positions: for evaluation. Of the other arguments, only `attention_mask` may be given.
 
         Returns:
             loss: scalar, when `labels` are given.
             loss_parts: (1 + soft targets,) without gradient, when `labels` are given.
+            best_items: (labels, num_best) item ids with the highest scores, best first, when asked for.
             logits: (batch, num_items + 1) after the last real item, -inf for padding; None in a training step without
                 `scored_positions`, whose memory must not grow with the catalogue. With `scored_positions`
                 (positions, num_items + 1), with `scored_items` (..., items).
@@ -215,14 +218,16 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         hidden_states = self.model.encode(item_ids, lengths, teacher_embeddings=teacher_embeddings, table=table)
         user_embedding = at_position(hidden_states, last_positions(lengths, item_ids.shape[1])).squeeze(1)
         item_offsets = self._item_offsets(teacher_embeddings)
-        loss = loss_parts = None
+        loss = loss_parts = best_items = None
         if labels is not None:
             self.check_positions(labels.ne(IGNORED_LABEL).gather(1, order), lengths, "labels")
             if label_indices is None and not torch.compiler.is_compiling():
                 label_indices = labels.ne(IGNORED_LABEL).flatten().nonzero().squeeze(1)
+            if num_best:
+                best_items = item_ids.new_empty(len(label_indices), num_best)
             loss, loss_parts = self._loss(
                 hidden_states, item_ids, labels, label_indices, slots, num_items_in_batch, item_offsets, soft_targets,
-                table if self.config.tie_word_embeddings else None,
+                table if self.config.tie_word_embeddings else None, best_items,
             )  # fmt: skip
         logits = None
         if scored_positions is not None:
@@ -237,6 +242,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         return NextItemOutput(
             loss=loss,
             loss_parts=loss_parts,
+            best_items=best_items,
             logits=logits,
             last_hidden_state=restore_padding(hidden_states, real, slots),
             user_embedding=user_embedding,
@@ -345,7 +351,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
 
     def _loss(
         self, hidden_states, item_ids, labels, label_indices, slots, num_items_in_batch, item_offsets, soft_targets,
-        table,
+        table, best_items,
     ):  # fmt: skip
         # Selecting the labelled positions saves the scores of every padded one.
         positions, repeated_items = self._select(hidden_states, item_ids, label_indices, slots)
@@ -370,6 +376,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
             history_items=item_ids.flatten(),
             soft_targets=soft_targets,
             table=table,
+            best_items=best_items,
         )
         count = num_labels if num_items_in_batch is None else num_items_in_batch
         return loss / count, parts / count

@@ -49,6 +49,7 @@ class NextItemHead(nn.Linear):
         top_k=None,
         masks=None,
         table=None,
+        best_items=None,
     ):
         """Scores, the best items with `top_k`, or the summed training loss when `targets` are given.
 
@@ -61,7 +62,8 @@ class NextItemHead(nn.Linear):
             log_q: log probability of each item in a draw of negatives, (num_items + 1,), or a number for uniform draws;
                 None does not correct for the draw.
             item_offsets: (num_items + 1, hidden), added to the table, or None.
-            scored_items: (items,) different ids, none of them padding: the scores are of these, in their order.
+            scored_items: (items,) different ids, none of them padding: the scores are of these, in their order; or
+                (positions, items), other ones for each position, some perhaps more than once.
             counted: (positions,) bool, the positions that the loss counts; None counts all.
             history_items: (any,) item ids, those of `repeated_items` among them; only read with `repeat_bias` by the
                 sampled softmax.
@@ -71,6 +73,7 @@ class NextItemHead(nn.Linear):
                 positions x items.
             masks: `ItemMasks` of the positions, for `top_k`.
             table: the item table of a tied head as `table_for_lookups` returns it, for the sampled losses, or None.
+            best_items: (positions, k) int64, which the cross-entropy writes the ids of the k best items to, or None.
 
         Returns:
             (positions, num_items + 1) scores with -inf for padding, or (positions, items) scores; with `top_k` what
@@ -81,6 +84,8 @@ class NextItemHead(nn.Linear):
         hidden_states = self.scaled(hidden_states)
         if top_k is not None:
             return self._best(hidden_states, repeated_items, item_offsets, top_k, masks)
+        if targets is None and scored_items is not None and scored_items.dim() == 2:
+            return self._scores_of(scored_items, hidden_states, repeated_items, item_offsets)
         if targets is None or self.config.loss_type == "cross_entropy":
             weight = self._normalised(self.weight if item_offsets is None else self.weight + item_offsets)
         if targets is None:
@@ -96,6 +101,7 @@ class NextItemHead(nn.Linear):
                 repeated_items,
                 counted=counted,
                 soft_targets=soft_targets,
+                best_items=best_items,
             )
         if table is None and not self.config.tie_word_embeddings:
             table = table_for_lookups(self)
@@ -167,7 +173,10 @@ class NextItemHead(nn.Linear):
     def item_rows(
         self, item_ids: torch.Tensor, item_offsets: torch.Tensor | None = None, table: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The rows of the table (items, hidden) that hidden states are multiplied with, of item ids (items,)."""
+        """The rows of the table (items, hidden) that hidden states are multiplied with, of item ids (items,).
+
+        Ids of another shape (...) give (..., hidden).
+        """
         rows = F.embedding(item_ids, self.weight) if table is None else looked_up(table, item_ids)
         if item_offsets is not None:
             rows = rows + F.embedding(item_ids, item_offsets)
@@ -206,6 +215,18 @@ class NextItemHead(nn.Linear):
 
         with torch.autocast(hidden_states.device.type, enabled=False):  # as for `_scores`
             return top_k_in_chunks(score_items, len(states), self.config.num_items, top_k, masks, states.device)
+
+    def _scores_of(self, item_ids, hidden_states, repeated_items, item_offsets):
+        """(positions, items) scores of the item ids (positions, items), which are looked up."""
+        rows = self.item_rows(item_ids, item_offsets)  # (positions, items, hidden)
+        with torch.autocast(hidden_states.device.type, enabled=False):  # as for `_scores`
+            scores = torch.einsum("ph,pih->pi", hidden_states.float(), rows.float())
+            if self.bias is not None:
+                scores = scores + self.bias[item_ids].float()
+            if self.repeat_bias is not None:
+                is_repeat = item_ids.unsqueeze(2).eq(repeated_items.unsqueeze(1)).any(2)  # (positions, items)
+                scores = scores + self.repeat_bias.float() * is_repeat
+        return scores
 
     def _scores(self, hidden_states, weight, repeated_items, scored_items):
         bias = self.bias

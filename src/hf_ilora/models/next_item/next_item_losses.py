@@ -20,6 +20,9 @@ CHUNK_ELEMENTS = {"cpu": 2**20, "default": 2**26}
 # Every chunk adds to the gradient of the whole table, so chunks of very few positions would be bound by memory traffic.
 MIN_CHUNK_POSITIONS = 32
 
+# Scores and their log-probabilities of a chunk over a very large catalogue.
+_MAX_CHUNK_BYTES = 200 * 10**6
+
 
 class SoftTarget(NamedTuple):
     """A distribution over the competing items at each position, to learn from beside the true next item.
@@ -125,8 +128,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden_states, weight, bias, repeat_bias, targets, repeated_items, chunk_size, counted, soft_targets
-    ):
+        ctx, hidden_states, weight, bias, repeat_bias, targets, repeated_items, chunk_size, counted, soft_targets,
+        best_items,
+    ):  # fmt: skip
         item_weight = weight[1:]  # (items, hidden)
         item_targets = (targets - 1).unsqueeze(1)  # (positions, 1)
         parameters = (hidden_states, weight, bias, repeat_bias)
@@ -142,6 +146,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 repeated = repeated_items[chunk]  # (chunk, length)
                 columns, real = (repeated - 1).clamp(min=0), repeated.gt(0).to(scores.dtype)
                 scores.scatter_add_(1, columns, real * repeat_bias.to(scores.dtype))
+            if best_items is not None:
+                best_items[chunk] = scores.topk(best_items.shape[1], dim=1).indices + 1
             counts = None if counted is None else counted[chunk].unsqueeze(1)
             soft_scores = [soft_target.scores(chunk)[0] for soft_target in soft_targets]
             chunk_losses, grad_scores = _softmax_gradient(
@@ -155,12 +161,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     gradients[3] += (grad_scores.gather(1, columns) * real).sum()
                 grad_scores = grad_scores.to(scores.dtype)
                 gradients[0][chunk] = grad_scores @ item_weight.to(scores.dtype)
-                gradients[1][1:] += grad_scores.t() @ chunk_hidden.to(scores.dtype)
+                chunk_hidden = chunk_hidden.to(scores.dtype)
+                if len(scores) <= chunk_hidden.shape[1] and scores.dtype == torch.float32:
+                    gradients[1][1:].addmm_(grad_scores.t(), chunk_hidden)  # a product would be larger than the scores
+                else:
+                    gradients[1][1:] += grad_scores.t() @ chunk_hidden
         return _finish(ctx, parameters, gradients, losses, soft_targets)
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        return *_scaled(ctx, grad_loss), None, None, None, None, None
+        return *_scaled(ctx, grad_loss), *[None] * 6
 
 
 class _ChunkedSampledSoftmax(torch.autograd.Function):
@@ -281,6 +291,7 @@ def chunked_cross_entropy(
     chunk_size=None,
     counted=None,
     soft_targets=(),
+    best_items=None,
 ):
     """Cross-entropy of the next item over the whole catalogue, in memory that does not grow with positions x items.
 
@@ -294,6 +305,7 @@ def chunked_cross_entropy(
         chunk_size: positions per chunk; None takes as many as fit `CHUNK_ELEMENTS` scores.
         counted: (positions,) bool, the positions that count; None counts all.
         soft_targets: `SoftTarget`s with logits of all items; each adds its weighted divergence.
+        best_items: (positions, k) int64, which the ids of the k best items of each position are written to, or None.
 
     Returns:
         Scalar, summed over positions, float32, and its parts (1 + soft targets,) without gradient: the cross-entropy
@@ -301,13 +313,15 @@ def chunked_cross_entropy(
     """
     chunk_size = chunk_size or _chunk_size(hidden_states, weight.shape[0])
     return _ChunkedCrossEntropy.apply(
-        hidden_states, weight, bias, repeat_bias, targets, repeated_items, chunk_size, counted, tuple(soft_targets)
-    )
+        hidden_states, weight, bias, repeat_bias, targets, repeated_items, chunk_size, counted, tuple(soft_targets),
+        best_items,
+    )  # fmt: skip
 
 
 def _chunk_size(hidden_states: torch.Tensor, columns: int) -> int:
     budget = CHUNK_ELEMENTS.get(hidden_states.device.type, CHUNK_ELEMENTS["default"])
-    return max(MIN_CHUNK_POSITIONS, budget // columns)
+    largest = max(1, _MAX_CHUNK_BYTES // (2 * torch.finfo(torch.float32).bits // 8 * columns))
+    return min(largest, max(MIN_CHUNK_POSITIONS, budget // columns))
 
 
 def chunked_sampled_softmax(

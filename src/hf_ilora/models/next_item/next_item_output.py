@@ -21,6 +21,7 @@ class NextItemOutput(ModelOutput):
         user_embedding: (batch, hidden), the hidden state at the last real item.
         loss_parts: (1 + soft targets,) without gradient: the loss of the labels, and the divergence from each soft
             target without its weight.
+        best_items: (labels, k) int64, the best items at each label, where the model was asked for them.
     """
 
     loss: torch.FloatTensor | None = None
@@ -28,6 +29,7 @@ class NextItemOutput(ModelOutput):
     last_hidden_state: torch.FloatTensor | None = None
     user_embedding: torch.FloatTensor | None = None
     loss_parts: torch.FloatTensor | None = None
+    best_items: torch.LongTensor | None = None
 
 
 def popular_scores(counts: np.ndarray, device: torch.device) -> torch.Tensor:
