@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer
 from transformers.trainer_utils import PredictionOutput
@@ -27,7 +27,8 @@ from .expert_usage_callback import ExpertUsageCallback
 from .ilora_arguments import ILoraTrainingArguments
 from .prompt_collator import PromptCollator, check_candidate_fraction, left_padded
 from .prompt_lengths import check_prompt_lengths
-from .recommender_trainer import RecommenderTrainer
+from .recommender_trainer import CompletedBatches, RecommenderTrainer
+from .sorted_steps import SortedSteps
 from .windows import EpochCallback, rows_are_prefixes
 
 LORA_NAMES = (".lora_A", ".lora_B")
@@ -182,6 +183,19 @@ class ILoraTrainer(RecommenderTrainer):
         if isinstance(rows, datasets.Dataset):
             rows = self._evaluation_prompts(rows)
         return super().get_eval_dataloader(rows)
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+        """As in `Trainer`; the prompts of an optimizer step of several batches are sorted by length."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        args, collator = self.args, self.data_collator
+        if isinstance(collator, CompletedBatches):
+            collator = collator.collator
+        is_ours = isinstance(rows, CandidateRows) and isinstance(collator, PromptCollator)
+        if not is_ours or args.gradient_accumulation_steps == 1 or args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        rows_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return SortedSteps(rows, collator, rows_per_step, seed)
 
     def batch_completion(self) -> Callable[[dict], dict]:
         return _with_candidates_on_cpu

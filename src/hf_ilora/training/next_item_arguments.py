@@ -42,8 +42,7 @@ class NextItemTrainingArguments(TrainingArguments):
         title_prior: number of occurrences of an item with which its title counts as much as its co-occurrence.
         item_learning_rate_factor: learning rate of the item embeddings, as a multiple of `learning_rate`.
         item_optimizer: optimizer of the item embeddings: "same" (as `optim` says), or "lazy_adam" (`LazyAdamW`: a step
-            updates the rows that it reads, so that its cost does not grow with the catalogue; for the sampled losses,
-            where rows that are rarely read need a larger `item_learning_rate_factor`).
+            updates the rows that it reads, so that its cost does not grow with the catalogue; for the sampled losses).
 
     > Parameters that control the end of training
 
