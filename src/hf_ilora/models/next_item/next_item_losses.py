@@ -166,6 +166,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     gradients[1][1:].addmm_(grad_scores.t(), chunk_hidden)  # a product would be larger than the scores
                 else:
                     gradients[1][1:] += grad_scores.t() @ chunk_hidden
+            del scores, grad_scores  # before the next ones are made beside them
         return _finish(ctx, parameters, gradients, losses, soft_targets)
 
     @staticmethod
