@@ -117,3 +117,16 @@ def test_a_copy_of_a_model_has_gradients_of_its_own():
     other.zero_grad()
     loss_of(other, torch.where(LABELS > 0, 4, LABELS)).backward()
     torch.testing.assert_close(model.model.item_embedding.weight.grad, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_tables_in_bfloat16_learn_as_those_in_float32(sparse):
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build_model(loss_type="sampled_softmax").to(dtype)
+        model.get_input_embeddings().sparse = sparse
+        loss_of(model).backward()
+        gradient = model.get_input_embeddings().weight.grad
+        assert gradient.dtype == dtype and gradient.is_sparse == sparse
+        found.append(gradient.to_dense().float())
+    torch.testing.assert_close(found[1], found[0], rtol=0.1, atol=0.01 * found[0].abs().max().item())
