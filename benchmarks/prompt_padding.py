@@ -35,6 +35,7 @@ class PaddingBenchmarkArguments:
     )
     prompt_file: str = field(default="movies", metadata={"help": "prompts, as for train-ilora"})
     candidate_fraction: float = field(default=0.5, metadata={"help": "share of the prompts that show candidates"})
+    num_candidates: int = field(default=20, metadata={"help": "candidates that these show"})
     threads: int = field(default=1, metadata={"help": "CPU threads of all programs"})
     rounds: int = field(default=3, metadata={"help": "rounds of all programs in turn; medians are reported"})
     steps: int = field(default=3, metadata={"help": "optimizer steps per round"})
@@ -57,7 +58,9 @@ def prompt_shapes(arguments: PaddingBenchmarkArguments) -> dict[str, tuple[list[
     templates = read_templates(prompt_path(arguments.prompt_file))
     builder = PromptBuilder(tokenizer, TitleTokens(tokenizer, titles, "number"), templates)
     collator = PromptCollator(builder, arguments.candidate_fraction)
-    rows = CandidateRows(sequences["train"], sequences.num_items, target_items="random")
+    rows = CandidateRows(
+        sequences["train"], sequences.num_items, num_candidates=arguments.num_candidates, target_items="random"
+    )
     lengths = {}
     for start in range(0, len(rows), 256):
         drawn = range(start, min(start + 256, len(rows)))

@@ -10,9 +10,7 @@ from tests.tiny_ilora_parts import save_parts
 def arguments(tmp_path):
     parts = save_parts(tmp_path, num_users=64)
     folders = {"data_dir": str(parts.data_dir), "llm": str(parts.llm), "prompt_file": str(parts.prompt_file)}
-    return prompt_padding.PaddingBenchmarkArguments(
-        output_dir=str(tmp_path), **folders, num_layers=1, rounds=1, steps=1
-    )
+    return prompt_padding.PaddingBenchmarkArguments(output_dir=str(tmp_path), **folders, num_candidates=5)
 
 
 def test_orders_have_the_same_prompts_and_sorted_steps_the_least_padding(arguments):
