@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -40,6 +41,23 @@ def prepared(run_recipe, tables):
 
 def test_preparing_is_on_record_beside_the_data(prepared):
     assert RecipeRun(prepared / "data_run").record["status"] == "finished"
+
+
+def test_out_of_core_the_same_data_set_is_prepared_and_no_temporary_file_is_left(prepared, run_recipe, tmp_path):
+    plays = pa.csv.read_csv(prepared / "plays.csv")
+    (tmp_path / "plays").mkdir()
+    for part, first in enumerate((0, 100)):
+        pq.write_table(plays.slice(first, 100 if part == 0 else None), tmp_path / "plays" / f"part-{part}.parquet")
+    sources = {"interactions": tmp_path / "plays", "items": prepared / "songs.csv", "work_dir": tmp_path / "work"}
+    run_recipe("prepare_data", output_dir=tmp_path / "data", **sources, **COLUMNS, **TITLES)
+    expected = SequenceDatasets.load(prepared / "data").fingerprint
+    assert SequenceDatasets.load(tmp_path / "data").fingerprint == expected
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_work_folder_is_for_own_tables(run_recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"work_dir is .* without interactions: expected --interactions"):
+        run_recipe("prepare_data", movielens="ml-100k", work_dir=tmp_path, output_dir=tmp_path / "data")
 
 
 def test_a_history_becomes_recommendations_in_titles(prepared, run_recipe, capsys):
