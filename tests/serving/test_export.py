@@ -102,12 +102,13 @@ def test_equal_scores_come_in_the_order_of_ids_and_unknown_ids_are_padding(tmp_p
 
 
 @pytest.mark.slow
-def test_a_folder_serves_titles_by_the_programs_of_the_readmes_without_torch(export_of, tmp_path):
+def test_a_folder_serves_titles_by_the_programs_of_docs_and_readme_without_torch(export_of, tmp_path):
     model, exported = export_of("sasrec_with_everything", top_k=5)
     folder = tmp_path / "outputs" / "songs" / "onnx"
     folder.parent.mkdir(parents=True)
     (tmp_path / "exported").rename(folder)
-    blocks = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    docs = (PROJECT / "docs" / "serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
     (of_docs,) = [block for block in blocks if "import onnxruntime" in block]
     of_folder = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
     program = f"{of_docs}\nimport os\nos.chdir('outputs/songs/onnx')\n{of_folder}"
