@@ -576,12 +576,13 @@ def test_peft_is_not_needed(monkeypatch, tmp_path):
     GatedLoraModel.from_pretrained(mlp(), tmp_path / "adapter").merge_and_unload(GATES[0])
 
 
-# --- the README, the Trainer ---
+# --- the docs, the Trainer ---
 
 
-def test_the_program_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+def test_the_program_of_the_docs_runs(tmp_path, monkeypatch, capsys):
     save_llm(tmp_path / "llm")
-    blocks = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    docs = (PROJECT / "docs" / "teacher.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
     (program,) = [block for block in blocks if "get_gated_lora_model" in block]
     monkeypatch.chdir(tmp_path)
     scope = {}
