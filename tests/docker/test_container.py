@@ -4,6 +4,8 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -72,11 +74,9 @@ class Container:
 
 
 @pytest.fixture
-def container(tmp_path):
-    for folder in tmp_path.parents:  # pytest's own are closed to other users
-        if folder.stat().st_uid == os.geteuid() and "pytest" in folder.name:
-            folder.chmod(0o755)
-    return Container(tmp_path)
+def container():
+    with tempfile.TemporaryDirectory() as folder:  # pytest closes its own to other users
+        yield Container(Path(folder))
 
 
 def test_the_command_runs_as_the_user_of_the_host_and_its_files_are_that_user_s(container):
