@@ -72,14 +72,14 @@ def main() -> None:
     selected(all_stages, arguments.force)  # raises for an unknown name
     stages = selected(all_stages, arguments.only)
     if arguments.compose_only:
-        print(shown_lines(composed(stages, output)), end="")
+        print(shown_lines(composed(stages)), end="")
         return
     with sole_writer(output):
         set_up_logging(output)
         with written_whole(output / "composed.yaml") as path:
-            path.write_text(composed(all_stages, output), encoding="utf-8")
+            path.write_text(composed(all_stages), encoding="utf-8")
         if arguments.groups:
-            logger.info("the stages and their settings:\n%s", composed(stages, output))
+            logger.info("the stages and their settings:\n%s", composed(stages))
         run_stages(stages, output, arguments.force or [])
     logger.info("all %d stages are done: %s", len(stages), output)
     for results in (output / stage.name / "results.md" for stage in stages):

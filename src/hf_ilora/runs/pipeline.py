@@ -175,8 +175,8 @@ def read_stages(stages: dict, overrides: Sequence[str] = (), groups: Mapping[str
     return list(result.values())
 
 
-def composed(stages: Sequence[Stage], output_dir: Path) -> str:
-    """All settings of the stages as the YAML file of a pipeline that needs no other configuration."""
+def composed(stages: Sequence[Stage]) -> str:
+    """All settings of the stages as the YAML file of a pipeline, which needs an `--output_dir` and nothing else."""
     parts = {
         stage.name: {
             "recipe": stage.recipe,
@@ -191,9 +191,7 @@ def composed(stages: Sequence[Stage], output_dir: Path) -> str:
     stages = {
         name: {key: value for key, value in part.items() if value not in (None, [])} for name, part in parts.items()
     }
-    return yaml.safe_dump(
-        {"output_dir": str(output_dir), "stages": stages}, sort_keys=False, allow_unicode=True, width=120
-    )
+    return yaml.safe_dump({"stages": stages}, sort_keys=False, allow_unicode=True, width=120)
 
 
 def selected(stages: list[Stage], only: list[str] | None) -> list[Stage]:
