@@ -259,7 +259,7 @@ def test_new_items_without_year_and_genres_join_a_catalogue_that_has_them():
         ([], "there are no items to add"),
         (
             [("r7", "Heat"), ("new", "Heat"), ("r8", "x")],
-            "raw id 'r7' is in the catalogue already, and so are 1 others",
+            r"raw id 'r7' is in the catalogue already \(2 of the 3 are\): expected new items",
         ),
         ([("new", "Heat"), ("new", "Casino")], "raw id 'new' occurs more than once"),
         ([("a", "Heat"), ("new", None)], "the title of item 'new' is None: expected text"),

@@ -47,7 +47,7 @@ def new_items_table(items: Items, catalogue: Catalogue) -> pa.Table:
     existing = known.filter(pc.is_in(known, value_set=raw_ids))
     if len(existing):
         raise ValueError(
-            f"raw id {existing[0].as_py()!r} is in the catalogue already, and so are {len(existing) - 1} others: "
+            f"raw id {existing[0].as_py()!r} is in the catalogue already ({len(existing)} of the {len(raw_ids)} are): "
             "expected new items; leave out those that the model knows"
         )
     for raw_id, title in zip(raw_ids.to_pylist(), given["title"].to_pylist(), strict=True):
