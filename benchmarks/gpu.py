@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, set_seed
 
+from benchmarks.ilora import LORA_ALPHA, TARGET_MODULES, smollm2_config
 from benchmarks.measuring import check_positive, run_benchmark
 from hf_ilora import SASRecConfig, SASRecForNextItem
 from hf_ilora.evaluation.results import markdown_rows
@@ -29,11 +30,7 @@ from hf_ilora_cli.shipped import RECIPE, shipped_folder
 
 logger = logging.getLogger(__name__)
 
-TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SMALL_LLM = LlamaConfig(  # the shapes of SmolLM2-135M
-    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-    num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
-)  # fmt: skip
+SMALL_LLM = smollm2_config()
 LARGE_LLM = LlamaConfig(  # 1.5 billion parameters, the shapes of Qwen2.5-1.5B
     vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
     num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True,
@@ -184,7 +181,7 @@ class ILoraStep:
         config = TINY_LLM if arguments.rehearse else config
         with torch.device(arguments.device):
             self.llm = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
-        add_gated_lora(self.llm, TARGET_MODULES, 8, 4, lora_alpha=32, lora_dropout=0.0)
+        add_gated_lora(self.llm, TARGET_MODULES, 8, 4, lora_alpha=LORA_ALPHA, lora_dropout=0.0)
         self.llm.to(arguments.device).train()
         if checkpointing:
             self.llm.activation_checkpointing_enable()
@@ -226,7 +223,7 @@ def check_four_bit(arguments: GpuBenchmarkArguments) -> dict:
         LlamaForCausalLM(SMALL_LLM).to(torch.bfloat16).save_pretrained(folder)
         settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
         llm = LlamaForCausalLM.from_pretrained(folder, quantization_config=settings, device_map={"": 0})
-    add_gated_lora(llm, TARGET_MODULES, 8, 4, lora_alpha=32, lora_dropout=0.0)
+    add_gated_lora(llm, TARGET_MODULES, 8, 4, lora_alpha=LORA_ALPHA, lora_dropout=0.0)
     llm.to(arguments.device)
     input_ids = torch.randint(0, SMALL_LLM.vocab_size, (8, 256), device=arguments.device)
     gates = torch.full((8, 4), 0.25, device=arguments.device)

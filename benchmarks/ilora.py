@@ -120,20 +120,24 @@ def program_names() -> list[str]:
     return ["plain_lora", "gated_lora", "published_form", *(["peft_lora"] if find_spec("peft") else [])]
 
 
-def build_program(name: str, arguments: ILoraBenchmarkArguments) -> Program:
-    """A program in training mode. All have the same language model, from one seed."""
-    set_seed(0)
-    config = LlamaConfig(
+def smollm2_config(num_layers: int = 30) -> LlamaConfig:
+    """The shapes of SmolLM2-135M, or of its first layers."""
+    return LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=arguments.num_layers,
+        num_hidden_layers=num_layers,
         num_attention_heads=9,
         num_key_value_heads=3,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
-    llm = LlamaForCausalLM(config)
+
+
+def build_program(name: str, arguments: ILoraBenchmarkArguments) -> Program:
+    """A program in training mode. All have the same language model, from one seed."""
+    set_seed(0)
+    llm = LlamaForCausalLM(smollm2_config(arguments.num_layers))
     rank, num_experts = arguments.rank, arguments.num_experts
     if name == "peft_lora":
         from peft import LoraConfig, get_peft_model

@@ -92,7 +92,7 @@ def read_config(config_file: str | Path, dataclass_types: Sequence[type]) -> dic
 
     Args:
         config_file: a flat YAML mapping, UTF-8: a path, or the name of a shipped one such as `ml-100k/sasrec`. Its key
-            `extends`, a name or a list of names, stands for the settings of other such files, which its own override.
+            `extends` names one or several other such files, whose settings it overrides.
         dataclass_types: the dataclasses that its keys belong to.
 
     Returns:

@@ -74,11 +74,17 @@ class Stage:
 
     def settings(self) -> dict:
         """The settings of the recipe: those of the configurations with the options over them."""
-        result = {}
-        for config in self.config:
-            for _, settings in config_contents(config):
-                result |= settings
-        return result | self.options
+        return self._over(self._config_contents())
+
+    def _config_contents(self) -> list[tuple[Path, dict]]:
+        """The files of the configurations, each with its own settings; later ones override earlier ones."""
+        return [content for config in self.config for content in config_contents(config)]
+
+    def _over(self, contents: list[tuple[Path, dict]]) -> dict:
+        settings = {}
+        for _, own in contents:
+            settings |= own
+        return settings | self.options
 
     def check(self) -> None:
         """Raises a ValueError where a file of the stage does not exist or the recipe does not know a setting."""
@@ -114,9 +120,9 @@ class Stage:
         """
         files = sorted(shipped_folder(RECIPE).glob("*.py"))  # recipes import one another
         files.append(find_file(RECIPE, self.recipe))
-        contents = [content for config in self.config for content in config_contents(config)]
+        contents = self._config_contents()
         files += [file for file, _ in contents]
-        settings, launch_settings = self.settings(), {}
+        settings, launch_settings = self._over(contents), {}
         if self.launch is not None:
             files.append(find_file(LAUNCH, self.launch))
             launch_settings = _read_yaml(files[-1])
@@ -134,8 +140,8 @@ def read_stages(stages: dict, overrides: Sequence[str] = (), groups: Mapping[str
     """The stages in their order, checked before anything runs.
 
     Args:
-        stages: the settings of each stage, by its name. In its `config`, {student} stands for the configuration that is
-            chosen of the group student.
+        stages: the settings of each stage, by its name. In its `config`, {student} is replaced by the configuration
+            that is chosen from the group student.
         overrides: choices of groups, as `group=name`, and options of stages to replace or add, as `stage.option=value`.
         groups: the name that is chosen of each group by default.
 
