@@ -68,6 +68,7 @@ def acquire(
     elif policy_name == "k_center":
         chosen = _k_center(torch.as_tensor(user_embeddings), budget, seed)
     else:
+        assert scores is not None  # see `needed`
         values = _uncertainty(policy_name, scores, targets)  # (rows,)
         _check_budget(budget, len(values))
         chosen = np.argsort(-values, kind="stable")[:budget]

@@ -57,6 +57,7 @@ class TrainingFacts:
             ValueError: for title vectors of another number of items.
         """
         counts = sequences.catalogue.counts
+        assert counts is not None  # a data set counts its train split
         if title_vectors is not None:
             title_vectors = np.asarray(title_vectors)
             if title_vectors.ndim != 2 or len(title_vectors) != len(counts):
@@ -110,41 +111,40 @@ def beyond_accuracy(
         ValueError: for shapes that do not fit, ids outside the catalogue, an item twice in a list, and no
             recommendations.
     """
-    recommended, relevant = np.asarray(recommended), np.asarray(relevant)
+    lists, relevant = np.asarray(recommended), np.asarray(relevant)
     num_items = len(facts.counts) - 1
-    check_lists(recommended, num_items)
+    check_lists(lists, num_items)
     check_item_ids("relevant", relevant, num_items)
-    if len(relevant) != len(recommended):
-        raise ValueError(f"relevant has {len(relevant)} users: expected {len(recommended)}, as recommended has")
-    has_list = (recommended != PADDING_ITEM_ID).any(axis=1)
-    recommended, relevant = recommended[has_list], relevant.reshape(len(relevant), -1)[has_list]
-    k = recommended.shape[1]
-    shares = decile_shares(recommended, facts.counts)  # (users, 10)
+    if len(relevant) != len(lists):
+        raise ValueError(f"relevant has {len(relevant)} users: expected {len(lists)}, as recommended has")
+    has_list = (lists != PADDING_ITEM_ID).any(axis=1)
+    lists, relevant = lists[has_list], relevant.reshape(len(relevant), -1)[has_list]
+    k = lists.shape[1]
+    shares = decile_shares(lists, facts.counts)  # (users, 10)
     of_users = {
-        "novelty": novelty(recommended, facts.users, facts.num_users),
-        "serendipity": serendipity(recommended, relevant, facts.counts),
+        "novelty": novelty(lists, facts.users, facts.num_users),
+        "serendipity": serendipity(lists, relevant, facts.counts),
         **{f"decile_{decile + 1}": shares[:, decile] for decile in range(NUM_DECILES)},
     }
     if facts.title_vectors is not None:
-        of_users["diversity"] = diversity(recommended, facts.title_vectors)
+        of_users["diversity"] = diversity(lists, facts.title_vectors)
     values = np.stack([*of_users.values()], axis=1)  # (users, metrics)
-    times = recommendation_times(recommended, num_items)
+    times = recommendation_times(lists, num_items)
     measured = {"coverage": float(coverage(times)), "gini": float(gini(times))}
 
-    rows, columns = np.nonzero(recommended)
-    listed = sparse.csr_array(
-        (np.ones(len(rows)), (recommended[rows, columns] - 1, rows)), shape=(num_items, len(recommended))
-    )
-    means, catalogue = [], {name: [] for name in measured}
-    for drawn in _resampled_users(len(recommended), num_resamples, seed, num_items):
-        means.append(drawn @ values / len(recommended))
+    rows, columns = np.nonzero(lists)
+    listed = sparse.csr_array((np.ones(len(rows)), (lists[rows, columns] - 1, rows)), shape=(num_items, len(lists)))
+    means: list[np.ndarray] = []
+    catalogue: dict[str, list[np.ndarray]] = {name: [] for name in measured}
+    for drawn in _resampled_users(len(lists), num_resamples, seed, num_items):
+        means.append(drawn @ values / len(lists))
         of_items = listed @ drawn.T  # (num_items, part)
         catalogue["coverage"].append(coverage(of_items))
         catalogue["gini"].append(gini(of_items))
     ends = np.quantile(np.concatenate(means), [0.025, 0.975], axis=0)  # (2, metrics)
     result = {}
-    for name, resampled in catalogue.items():
-        resampled = np.concatenate(resampled)
+    for name, parts in catalogue.items():
+        resampled = np.concatenate(parts)  # (resamples,)
         low, high = measured[name] + np.quantile(resampled, [0.025, 0.975]) - resampled.mean()
         result[f"{name}@{k}"] = Interval(measured[name], max(0.0, float(low)), min(1.0, float(high)))
     for name, mean, low, high in zip(of_users, values.mean(axis=0), *ends, strict=True):

@@ -6,9 +6,13 @@ what training knows of the items: arrays of num_items + 1 rows, of which the fir
 same numbers with intervals, and `metric_folder` makes folders of the metrics that `evaluate.load` takes.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
+from numpy.typing import ArrayLike
 
 from hf_ilora.evaluation.list_properties import (
     check_item_ids,
@@ -41,9 +45,9 @@ class ListMetric(evaluate.Metric):
         "- `predictions`: (users, recommended items of the user) item ids from 1 to the number of items, best first, "
         "or 0 to pad; in lists that may differ in length."
     )
-    columns = ("predictions",)
+    columns: tuple[str, ...] = ("predictions",)
 
-    def __init__(self, num_items: int, k: int = 10, keep_in_memory: bool = True, **kwargs):
+    def __init__(self, num_items: int, k: int = 10, keep_in_memory: bool = True, **kwargs: Any):
         for name, value in (("num_items", num_items), ("k", k)):
             if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}: expected a whole number of at least 1")
@@ -59,14 +63,14 @@ class ListMetric(evaluate.Metric):
             features=datasets.Features({name: datasets.List(datasets.Value("float64")) for name in self.columns}),
         )
 
-    def add_batch(self, **columns) -> None:
+    def add_batch(self, **columns: Iterable[ArrayLike] | None) -> None:
         """Add users: a list of item ids of each for `predictions`, and for `references` if the metric takes them."""
         given = {
             name: [np.atleast_1d(row).tolist() for row in rows] for name, rows in columns.items() if rows is not None
         }
         super().add_batch(**given)
 
-    def _compute(self, predictions, references=None) -> dict[str, float]:
+    def _compute(self, predictions: list[list[float]], references: list[list[float]] | None = None) -> dict[str, float]:
         """The metric of all users, as {"coverage@10": 0.1}.
 
         Args:
@@ -100,9 +104,9 @@ def _padded(name: str, rows: list[list[float]]) -> np.ndarray:
     return result
 
 
-def _of_items(name: str, values, ndim: int = 1) -> np.ndarray:
+def _of_items(name: str, given: ArrayLike, ndim: int = 1) -> np.ndarray:
     """An array with a row of each item."""
-    values = np.asarray(values)
+    values = np.asarray(given)
     if values.ndim != ndim or len(values) < 2 or values.dtype.kind not in "iuf":
         raise ValueError(
             f"{name} have shape {values.shape} and type {values.dtype}: expected numbers "
@@ -120,7 +124,7 @@ class Coverage(ListMetric):
     description = "Share of the catalogue that is among the first k recommendations of somebody."
     short_name = "coverage"
 
-    def values(self, recommended: np.ndarray, relevant: None) -> dict[str, float]:
+    def values(self, recommended: np.ndarray, relevant: np.ndarray | None) -> dict[str, float]:
         return {self.key: float(coverage(recommendation_times(recommended, self.num_items)))}
 
 
@@ -133,7 +137,7 @@ class Gini(ListMetric):
     description = "Gini coefficient of how often each item of the catalogue is among the first k recommendations."
     short_name = "gini"
 
-    def values(self, recommended: np.ndarray, relevant: None) -> dict[str, float]:
+    def values(self, recommended: np.ndarray, relevant: np.ndarray | None) -> dict[str, float]:
         return {self.key: float(gini(recommendation_times(recommended, self.num_items)))}
 
 
@@ -151,7 +155,7 @@ class Novelty(ListMetric):
     description = "Mean of -log2(share of the training users who have the item) over the first k items of a list."
     short_name = "novelty"
 
-    def __init__(self, users, num_users: int, k: int = 10, **kwargs):
+    def __init__(self, users: ArrayLike, num_users: int, k: int = 10, **kwargs: Any):
         self.users, self.num_users = _of_items("users", users), num_users
         if not isinstance(num_users, int | np.integer) or num_users < max(1, self.users.max()):
             raise ValueError(
@@ -159,7 +163,7 @@ class Novelty(ListMetric):
             )
         super().__init__(len(self.users) - 1, k, **kwargs)
 
-    def values(self, recommended: np.ndarray, relevant: None) -> dict[str, float]:
+    def values(self, recommended: np.ndarray, relevant: np.ndarray | None) -> dict[str, float]:
         return {self.key: float(novelty(recommended, self.users, self.num_users).mean())}
 
 
@@ -181,11 +185,12 @@ class Serendipity(ListMetric):
     )
     columns = ("predictions", "references")
 
-    def __init__(self, counts, k: int = 10, **kwargs):
+    def __init__(self, counts: ArrayLike, k: int = 10, **kwargs: Any):
         self.counts = _of_items("counts", counts)
         super().__init__(len(self.counts) - 1, k, **kwargs)
 
-    def values(self, recommended: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
+    def values(self, recommended: np.ndarray, relevant: np.ndarray | None) -> dict[str, float]:
+        assert relevant is not None  # `compute` refuses to go without a column
         return {self.key: float(serendipity(recommended, relevant, self.counts).mean())}
 
 
@@ -202,11 +207,11 @@ class Deciles(ListMetric):
     description = "Share of the first k recommendations that each tenth of the catalogue has, by popularity."
     short_name = "decile"
 
-    def __init__(self, counts, k: int = 10, **kwargs):
+    def __init__(self, counts: ArrayLike, k: int = 10, **kwargs: Any):
         self.counts = _of_items("counts", counts)
         super().__init__(len(self.counts) - 1, k, **kwargs)
 
-    def values(self, recommended: np.ndarray, relevant: None) -> dict[str, float]:
+    def values(self, recommended: np.ndarray, relevant: np.ndarray | None) -> dict[str, float]:
         shares = decile_shares(recommended, self.counts).mean(axis=0)  # (10,)
         return {f"decile_{number}@{self.k}": float(share) for number, share in enumerate(shares, start=1)}
 
@@ -224,9 +229,9 @@ class Diversity(ListMetric):
     description = "Mean of 1 - cosine over all pairs of the first k items of a list."
     short_name = "diversity"
 
-    def __init__(self, vectors, k: int = 10, **kwargs):
+    def __init__(self, vectors: ArrayLike, k: int = 10, **kwargs: Any):
         self.vectors = _of_items("vectors", vectors, ndim=2)
         super().__init__(len(self.vectors) - 1, k, **kwargs)
 
-    def values(self, recommended: np.ndarray, relevant: None) -> dict[str, float]:
+    def values(self, recommended: np.ndarray, relevant: np.ndarray | None) -> dict[str, float]:
         return {self.key: float(diversity(recommended, self.vectors).mean())}

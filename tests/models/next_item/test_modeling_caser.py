@@ -209,3 +209,12 @@ def test_bad_settings_are_refused():
         CaserConfig(num_items=3, num_vertical_filters=0)
     with pytest.raises(ValueError, match="max_length"):
         small_model()(torch.ones(1, 7, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_full_histories_need_no_lengths():
+    model = small_model().eval()
+    histories = torch.tensor([[3, 1, 2], [7, 4, 9]])
+    states = model.model.encode(histories, None)  # (batch, length, hidden)
+    assert states[:, :-1].abs().max() == 0
+    torch.testing.assert_close(states[:, -1], model(histories).user_embedding)

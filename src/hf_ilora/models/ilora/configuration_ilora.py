@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import field
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -105,7 +106,7 @@ class ILoraConfig(PreTrainedConfig):
     max_history: int = 10
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         text_config = self.text_config
         if isinstance(text_config, dict) and text_config.get("model_type", "llama") not in CONFIG_MAPPING:
             # The code of this language model comes with it, and so does its own class of configuration.
@@ -113,9 +114,11 @@ class ILoraConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def num_items(self) -> int:
+    def num_items(self) -> int | None:
         """Size of the catalogue."""
-        return self.recommender_config.num_items
+        config = self.recommender_config
+        assert isinstance(config, PreTrainedConfig)  # transformers has made one of a dict or None
+        return config.num_items
 
     def make_llm_path_absolute(self, folder: str | os.PathLike = "") -> None:
         """Replace a relative path to the language model's folder, which another working directory would hide.
@@ -136,7 +139,7 @@ class ILoraConfig(PreTrainedConfig):
         """Name of the language model on the Hub; None when it is known by a path of this machine, or not at all."""
         return EMBEDDED_LLM if self.llm_name_or_path == WHEEL_REQUIREMENT else public_name(self.llm_name_or_path)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Check the ranges of all fields; `@strict_config` calls this after the type checks.
 
         Raises:

@@ -61,7 +61,7 @@ class CaserConfig(NextItemConfig):
         """Size of the user embedding that the head scores items with."""
         return self.num_filter_outputs if self.block_type == "reference" else self.hidden_size
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Check the ranges of all fields; `@strict_config` calls this after the type checks.
 
         Raises:

@@ -20,7 +20,7 @@ class PopularityConfig(PreTrainedConfig):
     max_length: int = 1
     pad_token_id: int | None = PADDING_ITEM_ID
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Check the ranges of all fields.
 
         Raises:
@@ -62,7 +62,7 @@ class TransitionCountsConfig(PreTrainedConfig):
     popularity_weight: float | int = 1e-4
     pad_token_id: int | None = PADDING_ITEM_ID
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Check the ranges of all fields.
 
         Raises:

@@ -22,7 +22,7 @@ class GRU4RecConfig(NextItemConfig):
 
     num_hidden_layers: int = 1
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Check the ranges of all fields; `@strict_config` calls this after the type checks.
 
         Raises:

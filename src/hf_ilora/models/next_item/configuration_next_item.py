@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -79,10 +79,16 @@ def check_config(config: PreTrainedConfig, config_class: type) -> None:
     if not isinstance(config, PreTrainedConfig) or config.model_type != config_class.model_type:
         raise ValueError(f"the configuration is a {type(config).__name__}: expected a {config_class.__name__}")
     config.validate()
+    catalogue_size(config)
+
+
+def catalogue_size(config: PreTrainedConfig) -> int:
+    """`num_items` of the configuration of a model, which needs one; a ValueError where it is None."""
     if config.num_items is None:
         raise ValueError(
-            f"{config_class.__name__}.num_items is None: expected the size of the catalogue, as in SequenceDatasets"
+            f"{type(config).__name__}.num_items is None: expected the size of the catalogue, as in SequenceDatasets"
         )
+    return config.num_items
 
 
 def check_finite(config: PreTrainedConfig) -> None:
@@ -155,7 +161,7 @@ class NextItemConfig(PreTrainedConfig):
         """Size of the user embedding that the head scores items with."""
         return self.hidden_size
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Check the ranges of all fields; `@strict_config` calls this after the type checks.
 
         Raises:
@@ -201,7 +207,7 @@ class NextItemConfig(PreTrainedConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a probability in [0, 1)")
 
-    def check_choices(self, choices_of: dict[str, tuple[str, ...]]) -> None:
+    def check_choices(self, choices_of: Mapping[str, tuple[str, ...]]) -> None:
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")

@@ -36,7 +36,7 @@ class SASRecConfig(NextItemConfig):
     position_alignment: str = "newest"
     attention_decay: bool = False
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Check the ranges of all fields; `@strict_config` calls this after the type checks.
 
         Raises:

@@ -1,6 +1,6 @@
 """Converts histories in any usual form to one padded tensor, and checks them once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 
 import numpy as np
@@ -9,11 +9,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .configuration_next_item import PADDING_ITEM_ID
 
+ItemIds = Sequence[int] | np.ndarray | torch.Tensor  # (items,)
+Histories = Iterable[ItemIds] | np.ndarray | torch.Tensor  # (batch, length), or rows of different lengths
+
 _EXAMPLE = "such as [[3, 1, 2], [7, 4]]"
 
 
 def padded_histories(
-    histories, num_items: int, device: torch.device | str = "cpu", may_be_empty: bool = False
+    histories: Histories, num_items: int, device: torch.device | str = "cpu", may_be_empty: bool = False
 ) -> torch.Tensor:
     """Turn histories into one tensor of item ids.
 
@@ -69,7 +72,7 @@ def padded_histories(
     return histories
 
 
-def single_items(items, num_items: int, device: torch.device | str = "cpu") -> torch.Tensor:
+def single_items(items: ItemIds, num_items: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Items of their own, not of a history.
 
     Args:

@@ -1,13 +1,16 @@
 """The items that recommendations are chosen from, or leave out: one set for all users, or one per user."""
 
+from collections.abc import Iterable
 from numbers import Integral
 
 import numpy as np
 import torch
 
 from .configuration_next_item import PADDING_ITEM_ID
-from .histories import is_integer, padded_rows
+from .histories import Histories, ItemIds, is_integer, padded_rows
 from .top_k import ItemMasks
+
+ItemFilter = ItemIds | Iterable[int] | Histories | None  # for all users, or a row per user
 
 _FORMS = "such as [3, 1, 2] for all users, or a row per history such as [[3, 1], [2]]"
 
@@ -17,8 +20,8 @@ def item_masks(
     num_items: int,
     device: torch.device,
     seen: torch.Tensor | None = None,
-    allowed_items=None,
-    excluded_items=None,
+    allowed_items: ItemFilter = None,
+    excluded_items: ItemFilter = None,
 ) -> ItemMasks:
     """The masks of filters as users of `recommend` give them.
 
@@ -38,7 +41,7 @@ def item_masks(
 
 
 def item_filter(
-    name: str, given, num_rows: int, num_items: int, device: torch.device | str = "cpu"
+    name: str, given: ItemFilter, num_rows: int, num_items: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor | None:
     """Turn the items of a filter into one tensor.
 

@@ -76,7 +76,7 @@ class CaserEncoder(nn.Module):
             state = self.projection(state).relu()  # (batch, 1, hidden)
         if only_last:
             return state
-        newest = _is_last(lengths, item_ids.shape[1])  # (batch, length)
+        newest = _is_last(lengths, item_ids.shape[1], item_ids.device)  # (batch, length), or (length,)
         return state * newest.unsqueeze(-1)
 
     def _window(self, item_ids: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -112,11 +112,11 @@ class CaserForNextItem(EncoderForNextItem):
         super().__init__(config, CaserEncoder(config))
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         is_filter = isinstance(module, nn.Conv1d) or module is self.model.vertical_filters
         if self.config.initialization == "reference":
-            if is_filter:
+            if isinstance(module, nn.Conv1d | nn.Linear) and is_filter:
                 # Xavier as in the published program, whose filters are two-dimensional and read one channel.
                 fan_in, fan_out = module.weight.shape[1:].numel(), module.weight.shape.numel()
                 init.normal_(module.weight, std=math.sqrt(2 / (fan_in + fan_out)))
@@ -128,7 +128,7 @@ class CaserForNextItem(EncoderForNextItem):
         """Raise a ValueError for positions other than the last real one; on a GPU a device assertion fails."""
         if torch.compiler.is_compiling():
             return
-        elsewhere = chosen & ~_is_last(lengths, chosen.shape[1])  # (batch, length)
+        elsewhere = chosen & ~_is_last(lengths, chosen.shape[1], chosen.device)  # (batch, length)
         if elsewhere.device.type == "cuda":  # raising here would wait for the device
             torch._assert_async(~elsewhere.any(), f"{name} choose another position than the last, all that Caser has")
         elif elsewhere.device.type == "cpu" and elsewhere.numpy().any():
@@ -139,10 +139,10 @@ class CaserForNextItem(EncoderForNextItem):
             )
 
 
-def _is_last(lengths: torch.Tensor, length: int) -> torch.Tensor:
-    """(batch, length) bool: true at the newest item of right-padded rows."""
-    places = torch.arange(length, device=lengths.device)
-    return places == last_positions(lengths, length).unsqueeze(1)
+def _is_last(lengths: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor:
+    """(batch, length) bool, (length,) without lengths: true at the newest item of right-padded rows."""
+    places, last = torch.arange(length, device=device), last_positions(lengths, length)
+    return places == (last.unsqueeze(1) if isinstance(last, torch.Tensor) else last)
 
 
 CaserForNextItem.register_for_auto_class("AutoModel")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from .configuration_counting import PopularityConfig, TransitionCountsConfig
-from .configuration_next_item import PADDING_ITEM_ID, check_config
+from .configuration_next_item import PADDING_ITEM_ID, catalogue_size, check_config
 from .next_item_model import NextItemPreTrainedModel
 from .next_item_output import NextItemOutput
 from .top_k import columns_in_chunk
@@ -16,10 +16,10 @@ from .top_k import columns_in_chunk
 class CountingPreTrainedModel(NextItemPreTrainedModel):
     """A recommender without parameters: its counts are buffers, and say where and in which type it computes."""
 
-    def __init__(self, config):
+    def __init__(self, config: PopularityConfig | TransitionCountsConfig):
         check_config(config, self.config_class)
         super().__init__(config)
-        self.register_buffer("item_counts", torch.zeros(config.num_items + 1))
+        self.register_buffer("item_counts", torch.zeros(catalogue_size(config) + 1))
 
     def log_probabilities(self, best_scores: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """log p as in `NextItemPreTrainedModel`; p is an item's share of all counts, which are no logits.
@@ -74,9 +74,10 @@ class PopularityForNextItem(CountingPreTrainedModel):
         Raises:
             ValueError: for an empty row, no rows at all, or ids outside 1..num_items.
         """
-        items, row_ends = _flatten(sequences, config.num_items)
+        num_items = catalogue_size(config)
+        items, row_ends = _flatten(sequences, num_items)
         model = cls(config)
-        model.item_counts.copy_(_item_counts(items, row_ends, config.num_items, targets_only))
+        model.item_counts.copy_(_item_counts(items, row_ends, num_items, targets_only))
         return model
 
     def forward(
@@ -128,7 +129,7 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         super().__init__(config)
         self.register_buffer("transition_weights", torch.zeros(config.num_transitions))
         self.register_buffer("transition_targets", torch.zeros(config.num_transitions, dtype=torch.int32))
-        self.register_buffer("transition_starts", torch.zeros(config.num_items + 2, dtype=torch.int64))
+        self.register_buffer("transition_starts", torch.zeros(catalogue_size(config) + 2, dtype=torch.int64))
         self.post_init()
 
     @classmethod
@@ -146,8 +147,9 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         Raises:
             ValueError: for an empty row, no rows at all, or ids outside 1..num_items.
         """
-        items, row_ends = _flatten(sequences, config.num_items)
-        item_counts = _item_counts(items, row_ends, config.num_items, targets_only)
+        num_items = catalogue_size(config)
+        items, row_ends = _flatten(sequences, num_items)
+        item_counts = _item_counts(items, row_ends, num_items, targets_only)
         sources, targets, weights = _count_transitions(items, row_ends, config, targets_only)
         weights = _normalised(sources, targets, weights, item_counts.numpy(), config)
         config = copy.deepcopy(config)
@@ -156,7 +158,7 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         model.item_counts.copy_(item_counts)
         model.transition_weights.copy_(torch.from_numpy(weights))
         model.transition_targets.copy_(torch.from_numpy(targets))
-        model.transition_starts.copy_(torch.from_numpy(np.searchsorted(sources, np.arange(config.num_items + 2))))
+        model.transition_starts.copy_(torch.from_numpy(np.searchsorted(sources, np.arange(num_items + 2))))
         return model
 
     def forward(
@@ -231,7 +233,7 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         """(batch, num_items + 1) by all stored transitions: more work, but of shapes that a graph knows beforehand."""
         is_read, age = self._newest(input_ids)
         weights = is_read * self.config.history_decay ** age.to(self.dtype)  # (batch, length)
-        per_item = weights.new_zeros(input_ids.shape[0], self.config.num_items + 1)
+        per_item = weights.new_zeros(input_ids.shape[0], len(self.item_counts))
         per_item = per_item.scatter_add(1, input_ids.long(), weights)  # (batch, num_items + 1)
         ends = self.transition_starts[1:]
         is_end = ends.new_zeros(self.config.num_transitions + 1).index_add(0, ends, torch.ones_like(ends))
@@ -245,7 +247,7 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         age = real.flip(1).cumsum(1).flip(1) - 1
         return real & (age < self.config.max_length), age
 
-    def _newest_real_items(self, input_ids: torch.Tensor):
+    def _newest_real_items(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Row, item id and weight of the items that scores are read from: (sources,) each."""
         is_read, age = self._newest(input_ids)
         users, positions = is_read.nonzero(as_tuple=True)
@@ -286,12 +288,14 @@ def _item_counts(items: np.ndarray, row_ends: np.ndarray, num_items: int, target
     return torch.from_numpy(np.bincount(counted, minlength=num_items + 1).astype(np.float32))
 
 
-def _count_transitions(items: np.ndarray, row_ends: np.ndarray, config: TransitionCountsConfig, targets_only: bool):
+def _count_transitions(
+    items: np.ndarray, row_ends: np.ndarray, config: TransitionCountsConfig, targets_only: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """C as sources, targets and counts of the pairs that occur, ordered by source, then target: (pairs,) each."""
     rows = np.repeat(np.arange(len(row_ends)), np.diff(row_ends, prepend=0))  # (total,)
     is_last = np.zeros(len(items), dtype=bool)
     is_last[row_ends - 1] = True
-    base = config.num_items + 1  # a pair is the number source * base + target
+    base = catalogue_size(config) + 1  # a pair is the number source * base + target
     pairs, counts = np.empty(0, dtype=np.int64), np.empty(0)
     for gap in range(1, config.max_gap + 1):
         counted = rows[:-gap] == rows[gap:]
@@ -306,7 +310,9 @@ def _count_transitions(items: np.ndarray, row_ends: np.ndarray, config: Transiti
     return pairs // base, (pairs % base).astype(np.int32), counts
 
 
-def _sum_by_pair(pairs: np.ndarray, counts: np.ndarray, more_pairs: np.ndarray, more_counts: np.ndarray):
+def _sum_by_pair(
+    pairs: np.ndarray, counts: np.ndarray, more_pairs: np.ndarray, more_counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     pairs, counts = np.concatenate([pairs, more_pairs]), np.concatenate([counts, more_counts])
     if not len(pairs):
         return pairs, counts
@@ -316,9 +322,15 @@ def _sum_by_pair(pairs: np.ndarray, counts: np.ndarray, more_pairs: np.ndarray, 
     return pairs[firsts], np.add.reduceat(counts[order], firsts)
 
 
-def _normalised(sources, targets, counts, item_counts, config: TransitionCountsConfig) -> np.ndarray:
+def _normalised(
+    sources: np.ndarray,
+    targets: np.ndarray,
+    counts: np.ndarray,
+    item_counts: np.ndarray,
+    config: TransitionCountsConfig,
+) -> np.ndarray:
     """W of the pairs, (pairs,) float32."""
-    source_totals = np.bincount(sources, weights=counts, minlength=config.num_items + 1)
+    source_totals = np.bincount(sources, weights=counts, minlength=len(item_counts))
     # With `targets_only`, an item of a pair may never be a target: it counts as if it had been one once.
     popularity = np.maximum(item_counts.astype(np.float64), 1)
     weights = counts / source_totals[sources] ** config.source_power / popularity[targets] ** config.target_power

@@ -114,7 +114,7 @@ class GRU4RecForNextItem(EncoderForNextItem):
         super().__init__(config, GRU4RecEncoder(config))
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, GRU) and self.config.initialization == "normal":
             # Uniform for each gate, as in the authors' program; one matrix stacks the three gates.

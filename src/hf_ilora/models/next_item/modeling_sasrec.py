@@ -1,9 +1,12 @@
 """SASRec as a `PreTrainedModel`: a causal transformer over item ids that scores the next item."""
 
 import math
+import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -40,7 +43,7 @@ class SASRecAttention(nn.Module):
         keys_and_values: torch.Tensor,
         last: torch.Tensor | int | None = None,
         distances: torch.Tensor | None = None,
-    ):
+    ) -> torch.Tensor:
         """(batch, queries, hidden): of every position, or only of the position `last` of each row."""
         mask = self.mask(keys_and_values.shape[1], last, distances, keys_and_values.device)
         attended = F.scaled_dot_product_attention(
@@ -67,6 +70,7 @@ class SASRecAttention(nn.Module):
         `attention_distances`.
         """
         if self.log_decay is not None:
+            assert distances is not None  # the encoder has them for all layers
             if last is not None:
                 distances = distances[last].view(-1, 1, 1, length)  # (batch or 1, 1, 1, length)
             return -self.log_decay.exp().view(1, -1, 1, 1) * distances  # (batch or 1, heads, queries, length)
@@ -161,7 +165,7 @@ class SASRecPreTrainedModel(NextItemPreTrainedModel):
     _supports_sdpa = True
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, SASRecAttention) and module.log_decay is not None:
             # Speeds from 0.4 (half of the attention on the newest two items) to 0.1 (on the newest seven).
@@ -193,7 +197,9 @@ class SASRecModel(SASRecPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.item_embedding
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> CommitInfo | None:
         """As in `NextItemPreTrainedModel`, but only to a folder: an encoder has no card, since it recommends nothing.
 
         Raises:
@@ -206,7 +212,7 @@ class SASRecModel(SASRecPreTrainedModel):
             )
         return super().save_pretrained(save_directory, **kwargs)
 
-    def forward(self, input_ids, attention_mask=None) -> BaseModelOutput:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> BaseModelOutput:
         """(batch, length) item ids, padding on either side -> last_hidden_state (batch, length, hidden)."""
         self.check_input(input_ids, attention_mask=attention_mask)
         real, order, slots = padding_to_the_end(input_ids, attention_mask)
@@ -257,6 +263,7 @@ class SASRecForNextItem(EncoderForNextItem, SASRecPreTrainedModel):
     """
 
     config: SASRecConfig
+    model: SASRecModel
 
     def __init__(self, config: SASRecConfig):
         super().__init__(config, SASRecModel(config))
@@ -294,20 +301,20 @@ class SASRecForNextItem(EncoderForNextItem, SASRecPreTrainedModel):
                 f"embeddings have shape {tuple(embeddings.shape)}: expected {tuple(table.shape)}, (num_items + 1, "
                 "hidden_size)"
             )
-        if self.config.block_type != "pre_norm":
+        first_layer = self.model.layers[0]
+        if not isinstance(first_layer, SASRecPreNormLayer):
             raise ValueError(f"block_type is {self.config.block_type!r}: expected pre_norm to start from embeddings")
         if repeat_share is not None and not 0 < repeat_share <= 1:
             raise ValueError(f"repeat_share is {repeat_share}: expected a number above 0 and at most 1")
         identity = torch.eye(self.config.hidden_size, dtype=table.dtype, device=table.device)
-        attention = self.model.layers[0].attention
         table.copy_(embeddings)
         table[self.config.pad_token_id] = 0
-        attention.v_proj.weight.add_(identity)
-        attention.o_proj.weight.add_(identity, alpha=mixing)
+        first_layer.attention.v_proj.weight.add_(identity)
+        first_layer.attention.o_proj.get_parameter("weight").add_(identity, alpha=mixing)
         if self.config.head_bias and item_counts is not None:
             log_counts = item_counts.to(table).log1p()
             self.head.bias.copy_(log_counts - log_counts[1:].mean())
-        if self.config.repeat_bias and repeat_share is not None:
+        if self.head.repeat_bias is not None and repeat_share is not None:
             self.head.repeat_bias.fill_(math.log(repeat_share))
 
 

@@ -24,12 +24,12 @@ class NextItemOutput(ModelOutput):
         best_items: (labels, k) int64, the best items at each label, where the model was asked for them.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    user_embedding: torch.FloatTensor | None = None
-    loss_parts: torch.FloatTensor | None = None
-    best_items: torch.LongTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    user_embedding: torch.Tensor | None = None
+    loss_parts: torch.Tensor | None = None
+    best_items: torch.Tensor | None = None
 
 
 def popular_scores(counts: np.ndarray, device: torch.device) -> torch.Tensor:

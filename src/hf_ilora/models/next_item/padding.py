@@ -30,7 +30,9 @@ def last_positions(lengths: torch.Tensor | None, length: int) -> torch.Tensor | 
     return length - 1 if lengths is None else (lengths - 1).clamp(min=0)
 
 
-def padding_to_the_end(input_ids: torch.Tensor, attention_mask: torch.Tensor | None):
+def padding_to_the_end(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Find the padding, and the order that moves it behind the real items.
 
     Returns:

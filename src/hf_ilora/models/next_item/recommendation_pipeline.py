@@ -1,19 +1,23 @@
 """The pipeline of transformers for recommenders: histories of raw ids or titles in, titles and scores out."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from types import SimpleNamespace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import Pipeline
 
 from .catalogue import Catalogue
 from .configuration_next_item import PADDING_ITEM_ID, TASK
+from .histories import Histories
+from .item_filters import ItemFilter
 from .item_names import ItemNames
 from .top_k import ordered_top_k
 
@@ -31,7 +35,14 @@ class Recommender(Protocol):
     catalogue: Catalogue | None
     knows_popular_items: bool
 
-    def recommend(self, histories, top_k, exclude_seen, allowed_items, excluded_items): ...
+    def recommend(
+        self,
+        histories: Histories,
+        top_k: int = 10,
+        exclude_seen: bool = True,
+        allowed_items: ItemFilter = None,
+        excluded_items: ItemFilter = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class SequentialRecommendationPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
 
-    def __init__(self, model: Recommender, **kwargs):
+    def __init__(self, model: Recommender, **kwargs: Any):
         if not isinstance(model, Recommender):
             raise ValueError(
                 f"the model is a {type(model).__name__} (model_type {model.config.model_type}): expected a recommender "
@@ -80,10 +91,10 @@ class SequentialRecommendationPipeline(Pipeline):
             raise ValueError("the catalogue has a column score, as the answers have: rename the column")
         kwargs.pop("local_files_only", None)  # `pipeline` has used it, and passes it on
         self._names = ItemNames(model.catalogue)
-        self._preprocess_params = {}
+        self._preprocess_params: dict[str, Any] = {}
         super().__init__(model, tokenizer=_PADDING, **kwargs)
 
-    def __call__(self, inputs, **parameters):
+    def __call__(self, inputs: Any, **parameters: Any) -> Any:
         """Recommend items to one user or to several.
 
         Args:
@@ -129,15 +140,15 @@ class SequentialRecommendationPipeline(Pipeline):
             inputs = (user for user in inputs)  # transformers streams what is a generator
         return super().__call__(inputs, **parameters)
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> CommitInfo | None:
         """Save the model, which brings this pipeline along."""
         return self.model.save_pretrained(save_directory, **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs):
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
         """Upload the model, which brings this pipeline along; arguments as in the model's `push_to_hub`."""
         return self.model.push_to_hub(repo_id, **kwargs)
 
-    def _sanitize_parameters(self, **given):
+    def _sanitize_parameters(self, **given: Any) -> tuple[dict, dict, dict]:
         unknown = sorted(given.keys() - set(_PARAMETERS))
         if unknown:
             raise TypeError(f"unknown parameter {unknown[0]!r}: expected some of {', '.join(_PARAMETERS)}")
@@ -154,7 +165,7 @@ class SequentialRecommendationPipeline(Pipeline):
 
     def preprocess(
         self,
-        inputs,
+        inputs: Any,
         fuzzy: bool = False,
         exclude_seen: bool = True,
         allowed_items: np.ndarray | None = None,
@@ -201,10 +212,11 @@ class SequentialRecommendationPipeline(Pipeline):
             given if isinstance(given, list) else [given]
             for given in (model_inputs[name] for name in ("candidates", "allowed_items", "excluded_items"))
         )
-        alike = {}  # users with as many answers and the same kinds of filters, who share a call of the model
+        # Users with as many answers and the same kinds of filters share a call of the model.
+        alike: dict[tuple[int, bool, bool, bool], list[int]] = {}
         for user, own in enumerate(zip(candidates, allowed, excluded, strict=True)):
             most = top_k if own[0] is None else min(top_k, len(own[0]))
-            alike.setdefault((most, *(each is None for each in own)), []).append(user)
+            alike.setdefault((most, own[0] is None, own[1] is None, own[2] is None), []).append(user)
         most = max(key[0] for key in alike)
         item_ids = histories.new_zeros(len(histories), most)
         scores = torch.zeros(len(histories), most, device=histories.device)
@@ -225,9 +237,11 @@ class SequentialRecommendationPipeline(Pipeline):
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict]:
         """What is told of the items of a user, (1, top_k)."""
         item_ids, scores = model_outputs["item_ids"][0], model_outputs["scores"][0]
-        scores, item_ids = scores[item_ids != PADDING_ITEM_ID].tolist(), item_ids[item_ids != PADDING_ITEM_ID].tolist()
+        is_item = item_ids != PADDING_ITEM_ID
+        recommended = item_ids[is_item].tolist()
         answers = []
-        for item_id, score, told in zip(item_ids, scores, self.model.catalogue.take(item_ids).to_pylist(), strict=True):
+        told_of = self.model.catalogue.take(recommended).to_pylist()
+        for item_id, score, told in zip(recommended, scores[is_item].tolist(), told_of, strict=True):
             answer = {"title": told.pop("title"), "raw_id": told.pop("raw_id"), "item_id": item_id, "score": score}
             answers.append(answer | told)
         return answers
@@ -243,13 +257,13 @@ class SequentialRecommendationPipeline(Pipeline):
         scores, columns = ordered_top_k(self.model.score_candidates(histories, padded), top_k)
         return padded.to(columns.device).gather(1, columns), scores
 
-    def _numbered(self, number: int, user, fuzzy: bool) -> _User:
+    def _numbered(self, number: int, user: Any, fuzzy: bool) -> _User:
         try:
             return self._user(user, fuzzy)
         except ValueError as error:
             raise ValueError(f"user {number} of the list: {error}") from error
 
-    def _user(self, given, fuzzy: bool) -> _User:
+    def _user(self, given: Any, fuzzy: bool) -> _User:
         """A user with item ids in place of names."""
         if self._names.catalogue is not self.model.catalogue:  # items were added, or columns
             self._names = ItemNames(self.model.catalogue)
@@ -273,7 +287,7 @@ class SequentialRecommendationPipeline(Pipeline):
         filters = {name: self._filter(name, given.get(name), fuzzy) for name in _FILTERS}
         return _User(history, **filters)
 
-    def _filter(self, name: str, given, fuzzy: bool) -> np.ndarray | None:
+    def _filter(self, name: str, given: Any, fuzzy: bool) -> np.ndarray | None:
         """(items,) item ids of a filter."""
         if given is None:
             return None
@@ -291,7 +305,7 @@ class SequentialRecommendationPipeline(Pipeline):
             )
 
 
-def _is_user(given) -> bool:
+def _is_user(given: Any) -> bool:
     """Whether an element of a list is a user of their own, and not an item of a history."""
     if isinstance(given, Mapping):
         return not {"raw_id", "title"} & given.keys()
