@@ -8,6 +8,7 @@ Source: DLLM2Rec (arXiv 2405.00338, RecSys 2024); the DROS term is that of DROS 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,9 @@ def dro_loss(scores: torch.Tensor, target: torch.Tensor, propensity: torch.Tenso
     return _dro_terms(scores, scores.gather(1, targets), targets, propensity.float() / beta).view_as(target)
 
 
-def _dro_terms(scores, target_scores, targets, scale):
+def _dro_terms(
+    scores: torch.Tensor, target_scores: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
     """DROS terms (batch, targets) of scores (batch, items), where scale is propensity / beta."""
     # Subtracting the target's exponential from the sum of all is accurate unless it is most of the sum. Only the
     # largest can be more than half of it, so the sum without the largest is computed directly.
@@ -97,7 +100,7 @@ class _LogSumExpAndLargest(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, scores, scale):
+    def forward(ctx: Any, scores: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         exponents = scores.square().mul_(scale)  # (batch, items)
         largest_exponent, largest = exponents.max(1, keepdim=True)  # (batch, 1) each
         exponents.scatter_(1, largest, float("-inf"))
@@ -110,7 +113,7 @@ class _LogSumExpAndLargest(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_others, grad_largest, _):
+    def backward(ctx: Any, grad_others: torch.Tensor, grad_largest: torch.Tensor, _: None) -> tuple[torch.Tensor, None]:
         scores, scale, exponentials, total, largest = ctx.saved_tensors
         grad_exponents = (exponentials * (grad_others / total)).scatter_(1, largest, grad_largest)  # (batch, items)
         return grad_exponents.mul_(scores).mul_(2 * scale), None
@@ -182,6 +185,7 @@ def label_weights(
     weights = gamma_position * _normalised((-ranks).exp() * labelled)  # (batch, k)
     weights += gamma_confidence * _normalised(((-teacher_distances.float()).exp() + WEIGHT_FLOOR) * labelled)
     if gamma_consistency:
+        assert student_items is not None
         agreed = (teacher_items.unsqueeze(2) == student_items.unsqueeze(1)).any(2)  # (batch, k)
         weights += (
             gamma_consistency * (agreed.float() + WEIGHT_FLOOR) * labelled
@@ -236,7 +240,14 @@ def base_losses(
     return _sampled_losses(base_loss, scores[:, :1], scores[:, 1:], negative == target, num_items, calibration)
 
 
-def _sampled_losses(base_loss, target_scores, negative_scores, collisions, num_items, calibration):
+def _sampled_losses(
+    base_loss: str,
+    target_scores: torch.Tensor,
+    negative_scores: torch.Tensor,
+    collisions: torch.Tensor,
+    num_items: int,
+    calibration: float,
+) -> torch.Tensor:
     """(batch,) losses of target scores (batch, 1), negative scores and collisions (batch, negatives)."""
     # The losses of `models` sum over positions; vmap gives them one row at a time.
     rows = (target_scores, negative_scores.unsqueeze(1), collisions.unsqueeze(1))
@@ -280,6 +291,8 @@ class DLLM2RecLoss(nn.Module):
 
     Source: DLLM2Rec, equations of section 3 of the paper; defaults are those of the published program.
     """
+
+    propensity: torch.Tensor | None
 
     def __init__(
         self,
@@ -351,6 +364,7 @@ class DLLM2RecLoss(nn.Module):
         negative = target[:, :0] if negative is None else negative.view(len(negative), -1)  # (batch, negatives)
         labels = weights = target[:, :0]  # (batch, 0)
         if self.lam:
+            assert teacher_items is not None and teacher_distances is not None  # see `_check_inputs`
             labels = teacher_items[:, : self.top_k]  # (batch, k)
             weights = ranking_distillation_weights(scores, labels, teacher_distances[:, : self.top_k], *self.gammas)
             if sample_weights is not None:
@@ -373,6 +387,7 @@ class DLLM2RecLoss(nn.Module):
         if self.lam:
             ranking = self.ranking_loss(negative_scores, label_scores, negative, target, labels, weights)
         if self.alpha:
+            assert propensity is not None  # see `_check_inputs`
             _check_dro(scores, propensity, self.beta)
             targets = columns[:, negative.shape[1] :]  # (batch, 1 + k)
             terms = _dro_terms(scores, picked[:, negative.shape[1] :], targets, propensity.float() / self.beta)
@@ -405,14 +420,16 @@ class DLLM2RecLoss(nn.Module):
         against = against / counts.sum(1, keepdim=True).clamp(min=1)  # (batch, 1)
         return (weights * (F.softplus(-label_scores) + against)).sum(1).mean()
 
-    def _counted_negatives(self, negative, target, labels) -> torch.Tensor:
+    def _counted_negatives(self, negative: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """(batch, negatives) float32: 0 for negatives that are the target or one of the labels."""
         if self.form == "reference":
             return torch.ones_like(negative, dtype=torch.float32)
         named = torch.cat([target, labels], dim=1)  # (batch, 1 + k); no negative is NO_LABEL
         return 1.0 - (negative.unsqueeze(2) == named.unsqueeze(1)).any(2).float()
 
-    def _ranking_dro(self, terms, weights, labels, sample_weights):
+    def _ranking_dro(
+        self, terms: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor, sample_weights: torch.Tensor | None
+    ) -> torch.Tensor:
         """The weighted mean of the labels' DROS terms, (batch, k): a scalar."""
         if self.form == "corrected":
             return (weights * terms).sum(1).mean()
@@ -426,8 +443,15 @@ class DLLM2RecLoss(nn.Module):
         return (weights.mean(0) * mean_terms).sum()
 
     def _check_inputs(
-        self, student_scores, target, negative, teacher_items, teacher_distances, sample_weights, propensity
-    ):
+        self,
+        student_scores: torch.Tensor,
+        target: torch.Tensor,
+        negative: torch.Tensor | None,
+        teacher_items: torch.Tensor | None,
+        teacher_distances: torch.Tensor | None,
+        sample_weights: torch.Tensor | None,
+        propensity: torch.Tensor | None,
+    ) -> None:
         _check_columns("target", target, student_scores, shape="(batch,)")
         if negative is not None:
             _check_columns("negative", negative, student_scores)

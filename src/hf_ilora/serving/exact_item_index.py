@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 
 from hf_ilora.models.next_item.catalogue import Catalogue
+from hf_ilora.models.next_item.configuration_next_item import catalogue_size
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
+from hf_ilora.models.next_item.histories import Histories
+from hf_ilora.models.next_item.item_filters import ItemFilter
 from hf_ilora.models.next_item.next_item_head import first_occurrences
 from hf_ilora.models.next_item.top_k import ItemMasks, ordered_top_k
 
@@ -36,7 +39,7 @@ class ExactItemIndex:
     def __init__(self, model: EncoderForNextItem):
         check_has_table(model)
         self.model = model
-        num_items, width = model.config.num_items, model.head.in_features
+        num_items, width = catalogue_size(model.config), model.head.in_features
         # torch multiplies a single column wrongly: it takes the transposed column for a row.
         self._integers = torch.zeros(num_items + 1, max(width, 2), dtype=torch.int8)
         self._scales = torch.zeros(1, num_items + 1)
@@ -63,7 +66,12 @@ class ExactItemIndex:
             self._integers[items, :width], self._scales[0, items] = integers.to(torch.int8), scales
 
     def recommend(
-        self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None
+        self,
+        histories: Histories,
+        top_k: int = 10,
+        exclude_seen: bool = True,
+        allowed_items: ItemFilter = None,
+        excluded_items: ItemFilter = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Recommend the items of the model's `recommend`.
 

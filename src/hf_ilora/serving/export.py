@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
@@ -21,6 +22,7 @@ from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.statistics import compare_runs
 from hf_ilora.files import folder_written_whole
 from hf_ilora.models.next_item.catalogue import CATALOGUE_FILE
+from hf_ilora.models.next_item.configuration_next_item import catalogue_size
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.modeling_gru4rec import GRU
 from hf_ilora.serving.recommendation_graph import RecommendationGraph
@@ -100,7 +102,7 @@ def export(
     top_k: int | None = None,
     exclude_seen: bool = True,
     quantize: str | None = None,
-    split=None,
+    split: Dataset | None = None,
 ) -> ExportedModel:
     """Export a model to a folder from which onnxruntime and numpy serve it, without torch.
 
@@ -160,7 +162,7 @@ def export(
         described = ExportedModel(
             format=format,
             model_type=model.config.model_type,
-            num_items=model.config.num_items,
+            num_items=catalogue_size(model.config),
             max_length=model.config.max_length,
             top_k=top_k,
             exclude_seen=exclude_seen,
@@ -208,6 +210,7 @@ def onnx_model(graph: RecommendationGraph) -> "onnx.ModelProto":
             f"torch {torch.__version__} cannot export this {type(graph.encoder).__name__} to ONNX ({error}): "
             "expected the versions of requirements.lock, which are tested; install them, or serve it with recommend"
         ) from error
+    assert program is not None  # as with every export by dynamo
     return program.model_proto
 
 
@@ -322,7 +325,7 @@ def _largest_difference(
     return float(torch.stack(differences).max())
 
 
-def _measured(model: EncoderForNextItem, session: "onnxruntime.InferenceSession", split) -> ExportedQuality:
+def _measured(model: EncoderForNextItem, session: "onnxruntime.InferenceSession", split: Dataset) -> ExportedQuality:
     of_model = rank_split(model, split).masked
     of_file = rank_split(model, split, device="cpu", scorer=lambda histories: _item_scores(session, histories)).masked
     compared = compare_runs(*(ndcg_at(torch.from_numpy(ranks), 10).numpy() for ranks in (of_model, of_file)))

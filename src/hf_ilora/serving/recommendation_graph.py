@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
+from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID, catalogue_size
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.next_item_head import first_occurrences
 from hf_ilora.models.next_item.next_item_model import check_has_weights
@@ -31,7 +31,7 @@ class RecommendationGraph(nn.Module):
     def __init__(self, model: EncoderForNextItem, top_k: int | None = None, exclude_seen: bool = True):
         super().__init__()
         _check_model(model)
-        self.num_items, self.max_length = model.config.num_items, model.config.max_length
+        self.num_items, self.max_length = catalogue_size(model.config), model.config.max_length
         if top_k is not None and (not isinstance(top_k, int) or not 1 <= top_k <= self.num_items):
             raise ValueError(f"top_k is {top_k!r}: expected 1 to {self.num_items}, the catalogue, or None for scores")
         self.top_k, self.exclude_seen = top_k, exclude_seen

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.ilora.title_tokens import check_titles
 from hf_ilora.models.next_item.catalogue import Catalogue
+from hf_ilora.models.next_item.configuration_next_item import catalogue_size
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
-from hf_ilora.models.next_item.item_filters import item_filter
+from hf_ilora.models.next_item.item_filters import ItemFilter, item_filter
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 
 from .embedded_encoder import EMBEDDED_ENCODER
@@ -64,7 +66,7 @@ class ItemTitles:
         *,
         title_embeddings: torch.Tensor | None = None,
         item_counts: torch.Tensor | None = None,
-        **encoder_settings,
+        **encoder_settings: Any,
     ):
         if model.catalogue is None:
             raise ValueError(
@@ -242,7 +244,11 @@ class ItemTitles:
         ]
 
     def recommend(
-        self, liked: Sequence[Sequence[str]], top_k: int = 10, allowed_items=None, excluded_items=None
+        self,
+        liked: Sequence[Sequence[str]],
+        top_k: int = 10,
+        allowed_items: ItemFilter = None,
+        excluded_items: ItemFilter = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Recommend items to users who say what they like.
 
@@ -375,7 +381,7 @@ def add_items(
     encoder: Encoder = EMBEDDED_ENCODER,
     *,
     title_embeddings: torch.Tensor | None = None,
-    **encoder_settings,
+    **encoder_settings: Any,
 ) -> EncoderForNextItem:
     """Add items to a trained SASRec, GRU4Rec or Caser and its catalogue, without training: see `ItemTitles`.
 
@@ -400,13 +406,18 @@ def add_items(
     item_tables(model)
     new_embeddings = None
     if title_embeddings is not None:
-        num_items = model.config.num_items
+        num_items = catalogue_size(model.config)
         titles = ItemTitles(model, encoder, title_embeddings=title_embeddings[: num_items + 1])
         new_embeddings = title_embeddings[num_items + 1 :]
     else:
-        titles = vars(model).get("_item_titles")
-        is_same = titles is not None and (titles.encoder, titles.encoder_settings) == (encoder, encoder_settings)
-        if not is_same or titles.catalogue is not model.catalogue:
+        kept: ItemTitles | None = vars(model).get("_item_titles")
+        if (
+            kept is not None
+            and kept.catalogue is model.catalogue
+            and (kept.encoder, kept.encoder_settings) == (encoder, encoder_settings)
+        ):
+            titles = kept
+        else:
             titles = ItemTitles(model, encoder, **encoder_settings)
     titles.add_items(items, new_embeddings)
     if title_embeddings is None:
@@ -414,7 +425,7 @@ def add_items(
     return model
 
 
-def fill_new_items(model: EncoderForNextItem, encoder: Encoder = EMBEDDED_ENCODER, **settings) -> int:
+def fill_new_items(model: EncoderForNextItem, encoder: Encoder = EMBEDDED_ENCODER, **settings: Any) -> int:
     """Give the items of the catalogue that never occur in training the rows that their titles suggest.
 
     Args:

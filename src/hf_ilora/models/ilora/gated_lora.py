@@ -4,6 +4,7 @@ import math
 import re
 import threading
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +73,10 @@ class GatedLoraLinear(nn.Module):
         self.scaling = lora_alpha / (rank // num_experts)
         self.dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
         # Sizes come from the features, since the weight has shape (0,) under ZeRO-3.
+        linear = cast(nn.Linear, base_layer)  # of which it has these two attributes
         device = next((parameter.device for parameter in base_layer.parameters()), None)
-        self.lora_A = nn.Parameter(torch.empty(rank, base_layer.in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, rank, dtype=torch.float32, device=device))
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self._handed = _HandedGates()  # filled by `_GateHook` before each forward
 
@@ -305,7 +307,7 @@ class _GateHook:
     def __init__(self, gated: list[GatedLoraLinear]):
         self.gated = gated
 
-    def __call__(self, module, args, kwargs):
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         expert_gates = kwargs.pop("expert_gates", None)
         for layer in self.gated:
             layer.hand_gates(expert_gates)
