@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,14 +20,16 @@ from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.distillation.teachers import model_fingerprint
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
-from hf_ilora.models.next_item.histories import padded_histories
-from hf_ilora.models.next_item.item_filters import item_masks
+from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
+from hf_ilora.models.next_item.histories import Histories, padded_histories
+from hf_ilora.models.next_item.item_filters import ItemFilter, item_masks
 from hf_ilora.models.next_item.modeling_counting import PopularityForNextItem, TransitionCountsForNextItem
 from hf_ilora.models.next_item.next_item_losses import Columns, SoftTarget
 from hf_ilora.models.next_item.next_item_model import newest_items
 from hf_ilora.models.next_item.top_k import masked_top_k
 
 Member = RecommenderScores | TitleSimilarity | LogCounts | LabelScores
+AskedMember = Member | EncoderForNextItem | TransitionCountsForNextItem | PopularityForNextItem | TeacherLabels
 
 
 class EnsembleTeacher(nn.Module):
@@ -47,7 +50,7 @@ class EnsembleTeacher(nn.Module):
             temperature that is not positive.
     """
 
-    def __init__(self, members: Sequence, weights: Sequence[float], temperature: float = 1.0):
+    def __init__(self, members: Sequence[AskedMember], weights: Sequence[float], temperature: float = 1.0):
         super().__init__()
         if not members or len(members) != len(weights):
             raise ValueError(
@@ -60,19 +63,23 @@ class EnsembleTeacher(nn.Module):
         if not any(weights):
             raise ValueError("all weights are 0: expected at least one positive")
         check_temperature(temperature)
-        self.members = nn.ModuleList(as_member(member) for member in members)
+        asked = [as_member(member) for member in members]
+        self.members = nn.ModuleList(asked)
         self.weights, self.temperature = tuple(map(float, weights)), temperature
-        sizes = {member.num_items for member in self.members}
+        sizes = {member.num_items for member in asked}
         if len(sizes) > 1:
             raise ValueError(
                 f"the members are about catalogues of {' and '.join(map(str, sorted(sizes)))} items: expected the same "
                 "catalogue; train or fit all of them on the same data set"
             )
         self.num_items = sizes.pop()
-        lengths = [member.max_length for member in self.members if member.max_length is not None]
-        self.max_length = min(lengths, default=None)
+        lengths = [member.max_length for member in asked if member.max_length is not None]
+        self.max_length: int | None = min(lengths, default=None)
         self.requires_grad_(False)
         self.eval()
+
+    def _members(self) -> list[Member]:
+        return [cast(Member, member) for member in self.members]
 
     @property
     def labels(self) -> list[TeacherLabels]:
@@ -82,17 +89,17 @@ class EnsembleTeacher(nn.Module):
     @property
     def catalogue(self) -> Catalogue | None:
         """That of the first member that has one."""
-        models = [member.model for member in self.members if isinstance(member, RecommenderScores | LogCounts)]
+        models = [member.model for member in self._members() if isinstance(member, RecommenderScores | LogCounts)]
         return next((model.catalogue for model in models if model.catalogue is not None), None)
 
     @property
     def fingerprint(self) -> str:
         """sha256, in hex, of everything that determines the answers; the same for every copy."""
         digest = hashlib.sha256(repr((self.weights, self.temperature)).encode())
-        for member in self.members:
+        for member in self._members():
             if isinstance(member, TitleSimilarity):
                 digest.update(f"titles {member.decay}".encode())
-                digest.update(member.table.detach().cpu().contiguous().numpy())
+                digest.update(member.table.detach().cpu().contiguous().numpy().data)
             elif isinstance(member, LabelScores):
                 digest.update(repr(sorted(member.labels.origin().items())).encode())
             else:
@@ -115,7 +122,7 @@ class EnsembleTeacher(nn.Module):
         """
         opinions = [
             (member.at(positions), factor / self.temperature)
-            for member, factor in zip(self.members, self.weights, strict=True)
+            for member, factor in zip(self._members(), self.weights, strict=True)
             if factor
         ]
         asked = torch.arange(1, self.num_items + 1, device=targets.device) if items is None else items
@@ -123,17 +130,20 @@ class EnsembleTeacher(nn.Module):
         parts = [(opinion.about(asked, columns), factor) for opinion, factor in opinions]
         of_targets = None
         if items is not None:
-            of_targets = sum(opinion.of_targets(targets).float() * factor for opinion, factor in opinions).unsqueeze(1)
+            of_targets = targets.new_zeros(len(targets), 1, dtype=torch.float32)
+            for opinion, factor in opinions:
+                of_targets += (opinion.of_targets(targets).float() * factor).unsqueeze(1)
 
         def scores(chunk: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-            total = None
-            for part, factor in parts:
-                scaled = part(chunk)
-                total = scaled.mul_(factor) if total is None else total.add_(scaled, alpha=factor)
+            (first, first_factor), *others = parts
+            total = first(chunk).mul_(first_factor)
+            for part, factor in others:
+                total.add_(part(chunk), alpha=factor)
             return total, None if of_targets is None else of_targets[chunk]
 
         position_weights = None
         if all(isinstance(member, LabelScores) for member in self.members):
+            assert positions.labels is not None  # the members have asked for them
             position_weights = positions.labels[0].ne(PADDING_ITEM_ID).any(1).float()
         return SoftTarget(scores, weight, position_weights)
 
@@ -152,7 +162,12 @@ class EnsembleTeacher(nn.Module):
         return torch.cat([padding, scores.float()], dim=1)
 
     def recommend(
-        self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None
+        self,
+        histories: Histories,
+        top_k: int = 10,
+        exclude_seen: bool = True,
+        allowed_items: ItemFilter = None,
+        excluded_items: ItemFilter = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `recommend` of every recommender: item_ids and log-probabilities, (batch, top_k) each."""
         histories = padded_histories(histories, self.num_items, self.device)
@@ -164,7 +179,12 @@ class EnsembleTeacher(nn.Module):
         return item_ids, (best - scores.logsumexp(1, keepdim=True)).clamp(max=0)
 
     def rank_items(
-        self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None
+        self,
+        histories: Histories,
+        top_k: int = 10,
+        exclude_seen: bool = True,
+        allowed_items: ItemFilter = None,
+        excluded_items: ItemFilter = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The items of `recommend` with distances, -log p."""
         item_ids, log_probabilities = self.recommend(histories, top_k, exclude_seen, allowed_items, excluded_items)
@@ -175,7 +195,7 @@ class EnsembleTeacher(nn.Module):
         return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
 
-def as_member(member) -> Member:
+def as_member(member: AskedMember) -> Member:
     """A member of an ensemble, of a recommender or labels; members stay as they are."""
     if isinstance(member, Member):
         return member

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_ilora.distillation.teacher_labels import TeacherLabels
-from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
+from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID, catalogue_size
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.modeling_caser import CaserForNextItem
 from hf_ilora.models.next_item.modeling_counting import PopularityForNextItem, TransitionCountsForNextItem
@@ -27,6 +27,8 @@ from hf_ilora.models.next_item.padding import padding_to_the_end, places_behind_
 
 # A history's older items weigh less than this beside its newest one, and are not read.
 _SMALLEST_DECAY = 1e-3
+
+Labels = tuple[torch.Tensor, torch.Tensor]  # items and distances, (positions, k) each
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,16 @@ class Positions:
     item_ids: torch.Tensor
     lengths: torch.Tensor
     places: torch.Tensor
-    labels: tuple[torch.Tensor, torch.Tensor] | None = None
+    labels: Labels | None = None
 
     @classmethod
-    def of_batch(cls, input_ids: torch.Tensor, indices: torch.Tensor, labels=None) -> "Positions":
+    def of_batch(cls, input_ids: torch.Tensor, indices: torch.Tensor, labels: Labels | None = None) -> "Positions":
         """Of a batch (batch, length) with padding on either side, and indices in its flattened form."""
         real, order, slots = padding_to_the_end(input_ids, None)
         return cls(input_ids.gather(1, order), real.sum(1), places_behind_padding(slots, indices), labels)
 
     @classmethod
-    def last_of_batch(cls, input_ids: torch.Tensor, labels=None) -> "Positions":
+    def last_of_batch(cls, input_ids: torch.Tensor, labels: Labels | None = None) -> "Positions":
         """The newest item of each row of a batch (batch, length) with padding on either side."""
         positions = cls.of_batch(input_ids, input_ids.new_zeros(0, dtype=torch.int64), labels)
         rows = torch.arange(len(input_ids), device=input_ids.device)
@@ -77,7 +79,13 @@ class _DotProducts:
         raised: item ids (positions, length), 0 for padding, and a number that is added to their scores; or None.
     """
 
-    def __init__(self, states, rows_of: Callable, bias=None, raised=None):
+    def __init__(
+        self,
+        states: torch.Tensor,
+        rows_of: Callable[[torch.Tensor], torch.Tensor],
+        bias: torch.Tensor | None = None,
+        raised: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
         self.states, self.rows_of, self.bias, self.raised = states, rows_of, bias, raised
 
     def about(self, items: torch.Tensor, columns: Columns) -> Callable[[slice], torch.Tensor]:
@@ -120,13 +128,13 @@ class RecommenderScores(nn.Module):
                 "every position at little cost (SASRec, GRU4Rec, counts or popularity), title similarity, or labels; "
                 "ask others with `hf-ilora label` and pass the labels"
             )
-        self.model, self.num_items, self.max_length = model, model.config.num_items, model.config.max_length
+        self.model, self.num_items, self.max_length = model, catalogue_size(model.config), model.config.max_length
 
     def at(self, positions: Positions) -> _DotProducts:
         head, item_ids = self.model.head, positions.item_ids
         hidden_states = self.model.model.encode(item_ids, positions.lengths)
         states, seen = self.model.states_at(hidden_states, item_ids, positions.places)
-        raised = None if seen is None else (seen, head.repeat_bias)
+        raised = None if seen is None or head.repeat_bias is None else (seen, head.repeat_bias)
         offsets = self.model._item_offsets()
         return _DotProducts(head.scaled(states), lambda items: head.item_rows(items, offsets), head.bias, raised)
 
@@ -147,6 +155,7 @@ class TitleSimilarity(nn.Module):
     """
 
     max_length = None
+    table: torch.Tensor
 
     def __init__(self, title_embeddings: torch.Tensor, decay: float = 0.6):
         super().__init__()
@@ -195,12 +204,14 @@ class LogCounts(nn.Module):
     """
 
     max_length = None
+    popularity: torch.Tensor
+    pairs: torch.Tensor
 
     def __init__(self, model: TransitionCountsForNextItem | PopularityForNextItem, floor: float = 0.01):
         super().__init__()
         if not 0 < floor < math.inf:
             raise ValueError(f"floor is {floor}: expected a positive number, whose logarithm is finite")
-        self.model, self.floor, self.num_items = model, floor, model.config.num_items
+        self.model, self.floor, self.num_items = model, floor, catalogue_size(model.config)
         config = model.config
         if isinstance(model, PopularityForNextItem):
             self.num_read, popularity = 0, model.item_counts

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
-from hf_ilora.models.next_item.histories import padded_histories
-from hf_ilora.models.next_item.item_filters import item_masks
+from hf_ilora.models.next_item.histories import Histories, padded_histories
+from hf_ilora.models.next_item.item_filters import ItemFilter, item_masks
 from hf_ilora.models.next_item.next_item_model import evaluation_mode
 from hf_ilora.models.next_item.top_k import ItemMasks, check_best_scores, check_top_k, ordered_top_k
 
@@ -38,11 +38,11 @@ def item_rows(model: EncoderForNextItem, ids: np.ndarray | None = None) -> Itera
 def recommend_candidates(
     model: EncoderForNextItem,
     best_in_catalogue: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    histories,
+    histories: Histories,
     top_k: int,
     exclude_seen: bool,
-    allowed_items,
-    excluded_items,
+    allowed_items: ItemFilter,
+    excluded_items: ItemFilter,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Recommend items that an index finds.
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from safetensors.numpy import save_file
 
 from hf_ilora.files import written_whole
 from hf_ilora.models.next_item.catalogue import Catalogue
-from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
+from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID, catalogue_size
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
+from hf_ilora.models.next_item.histories import Histories
+from hf_ilora.models.next_item.item_filters import ItemFilter
 from hf_ilora.models.next_item.top_k import ItemMasks
 
 from .candidate_items import best_candidates, check_has_table, item_rows, recommend_candidates
@@ -52,7 +55,7 @@ class ItemIndex:
         self._index = faiss.IndexIVFFlat(self._quantizer, width, len(centroids), faiss.METRIC_INNER_PRODUCT)
         digest = hashlib.sha256()
         for ids, vectors in _item_vectors(model):
-            digest.update(vectors)
+            digest.update(vectors.data)
             lists = np.ascontiguousarray(list_of_item[ids - 1], dtype=np.int64)
             self._index.add_core(len(ids), *map(faiss.swig_ptr, (vectors, ids, lists)))
         self.fingerprint = digest.hexdigest()  # of the table that scores
@@ -77,7 +80,7 @@ class ItemIndex:
         _check(model)
         import faiss
 
-        num_items = model.config.num_items
+        num_items = catalogue_size(model.config)
         if num_lists is None:
             num_lists = max(1, min(round(4 * num_items**0.5), num_items // 4))
         if not 1 <= num_lists <= num_items:
@@ -150,11 +153,11 @@ class ItemIndex:
 
     def recommend(
         self,
-        histories,
+        histories: Histories,
         top_k: int = 10,
         exclude_seen: bool = True,
-        allowed_items=None,
-        excluded_items=None,
+        allowed_items: ItemFilter = None,
+        excluded_items: ItemFilter = None,
         *,
         probes: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,7 +179,7 @@ class ItemIndex:
         probes = _checked_probes(self.probes if probes is None else probes, len(self.centroids))
         return recommend_candidates(
             self.model,
-            lambda *user: self._best_in_lists(*user, probes),
+            partial(self._best_in_lists, probes=probes),
             histories,
             top_k,
             exclude_seen,
@@ -189,12 +192,14 @@ class ItemIndex:
         """That of the model."""
         return self.model.catalogue
 
-    def recall(self, histories, top_k: int = 10, exclude_seen: bool = True, probes: int | None = None) -> float:
+    def recall(
+        self, histories: Histories, top_k: int = 10, exclude_seen: bool = True, probes: int | None = None
+    ) -> float:
         """Share of the items of the model's `recommend` that the index finds, averaged over histories."""
         exact, _ = self.model.recommend(histories, top_k, exclude_seen)
         return self._recall(exact, histories, exclude_seen, probes)
 
-    def tune(self, histories, recall: float = 0.98, top_k: int = 10, exclude_seen: bool = True) -> float:
+    def tune(self, histories: Histories, recall: float = 0.98, top_k: int = 10, exclude_seen: bool = True) -> float:
         """Set `probes` to the smallest power of two that reaches a recall on some histories, and return the recall.
 
         Args:
@@ -214,7 +219,7 @@ class ItemIndex:
         self.probes = probes
         return measured
 
-    def _recall(self, exact: torch.Tensor, histories, exclude_seen: bool, probes: int | None) -> float:
+    def _recall(self, exact: torch.Tensor, histories: Histories, exclude_seen: bool, probes: int | None) -> float:
         found, _ = self.recommend(histories, exact.shape[1], exclude_seen, probes=probes)
         return exact.unsqueeze(2).eq(found.unsqueeze(1)).any(2).float().mean().item()
 
@@ -241,7 +246,7 @@ class ItemIndex:
         if self.model.head.bias is not None:
             states = torch.cat([states, states.new_ones(len(states), 1)], dim=1)
         _use_torch_threads()
-        num_items = self.model.config.num_items
+        num_items = catalogue_size(self.model.config)
         selector = None
         if available is not None:
             probes = min(len(self.centroids), -(-probes * num_items // max(1, int(available.sum()))))

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 
 import numpy as np
@@ -11,11 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from hf_ilora.data.tables import clean_ids, describe, read_columns
+from hf_ilora.data.tables import Source, clean_ids, describe, read_columns
 from hf_ilora.models.next_item.catalogue import Catalogue
 
 from .history_tables import is_table, item_ids_of
 from .user_items import UserItems
+
+
+# Ids for all users or a row of them per user, raw ones or item ids; or a table.
+GivenItems = Iterable[int | str] | Iterable[Iterable[int | str]] | np.ndarray | torch.Tensor | pd.Series | Source
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,13 @@ class ItemSets:
 
     Args:
         name: of the filter, for messages.
-        shared: (items,) int64, for all users; None where each has a row.
+        shared: (items,) int64, for all users; empty where each has a row.
         rows: a row for each user; None where all share a set.
         by_user: whether rows belong to the users that they name, rather than to the users in their order.
     """
 
     name: str
-    shared: np.ndarray | None = None
+    shared: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     rows: UserItems | None = None
     by_user: bool = False
 
@@ -69,7 +73,7 @@ class ItemSets:
 
 def item_sets(
     name: str,
-    given,
+    given: GivenItems | None,
     catalogue: Catalogue | None,
     num_items: int,
     *,

@@ -24,12 +24,14 @@ from tqdm.auto import tqdm
 from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.data.storage import content_digest
 from hf_ilora.data.table_files import file_type
+from hf_ilora.data.tables import Source
 from hf_ilora.devices import process_state
 from hf_ilora.distillation.ensemble import EnsembleTeacher
 from hf_ilora.files import remove_unfinished, written_whole
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.loading import check_same_items
 from hf_ilora.models.next_item.catalogue import Catalogue
+from hf_ilora.models.next_item.histories import Histories
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.models.next_item.top_k import check_top_k
 from hf_ilora.runs.processes import sole_writer
@@ -37,7 +39,7 @@ from hf_ilora.runs.processes import sole_writer
 from .exact_item_index import ExactItemIndex
 from .history_tables import HistoryTable, history_table
 from .item_index import ItemIndex
-from .item_sets import ItemSets, item_sets
+from .item_sets import GivenItems, ItemSets, item_sets
 from .recommenders import AskedRecommender, Recommender
 from .user_items import UserItems
 
@@ -58,13 +60,13 @@ def recommend_all(
     model: (
         NextItemPreTrainedModel | ILoraForRecommendation | ItemIndex | ExactItemIndex | EnsembleTeacher | Recommender
     ),
-    histories,
+    histories: Source | SequenceDatasets | Histories,
     output: str | os.PathLike = "recommendations.parquet",
     top_k: int = 10,
     batch_size: int | None = None,
     exclude_seen: bool = True,
-    allowed_items=None,
-    excluded_items=None,
+    allowed_items: GivenItems | None = None,
+    excluded_items: GivenItems | None = None,
     *,
     columns: Sequence[str] = (),
     user_column: str = "user_id",
@@ -209,18 +211,18 @@ class Request:
         """
         num_items = self.asked.num_items
         check_top_k(self.top_k, num_items)
-        if self.columns and self.catalogue is None:
-            raise ValueError(
-                f"columns are {', '.join(self.columns)} and the model has no catalogue: assign model.catalogue"
-            )
         if self.columns:
+            if self.catalogue is None:
+                raise ValueError(
+                    f"columns are {', '.join(self.columns)} and the model has no catalogue: assign model.catalogue"
+                )
             check_columns(self.catalogue, self.columns)
         digest, num_users, users = hashlib.sha256(), 0, []
         for shard in table.shards(shard_users):
             self._check_shard(shard, num_users)
             content = pa.table({"user_id": shard.users, "starts": shard.starts[1:]})
             digest.update(content_digest(content).encode())
-            digest.update(np.ascontiguousarray(shard.items, dtype="<i4"))
+            digest.update(np.ascontiguousarray(shard.items, dtype="<i4").data)
             users.append(shard.users)
             num_users += len(shard)
         if not num_users:
@@ -256,7 +258,7 @@ class Request:
         if self.excluded_items is not None:
             left -= len(self.excluded_items.shared) if excluded is None else excluded.lengths
         # Only of users who might have too few, items that are left out twice or are not allowed anyway are looked for.
-        for row in np.flatnonzero(left < self.top_k):
+        for row in np.flatnonzero(left < self.top_k).tolist():
             left_out = np.zeros(num_items + 1, dtype=bool)
             left_out[0] = True
             if self.allowed_items is not None:
@@ -269,7 +271,7 @@ class Request:
             available = num_items + 1 - int(left_out.sum())
             if available < self.top_k:
                 raise ValueError(
-                    f"top_k is {self.top_k}, but user {shard.users[int(row)].as_py()!r} has {available} of {num_items} "
+                    f"top_k is {self.top_k}, but user {shard.users[row].as_py()!r} has {available} of {num_items} "
                     "items left to recommend: ask for fewer items, pass exclude_seen=False, or loosen allowed_items "
                     "and excluded_items"
                 )
@@ -283,14 +285,18 @@ class Request:
         # Longest first: users of similar lengths share a batch, and if memory is too small, the first batch fails.
         order = np.argsort(-shard.lengths, kind="stable")
         for rows in np.split(order, range(batch_size, len(order), batch_size)):
-            filters = {
-                name: None if each is None else each.shared if rows_of[name] is None else rows_of[name].padded(rows)
-                for name, each in sets.items()
-            }
+            filters = {name: _filter_of(each, rows_of[name], rows) for name, each in sets.items()}
             answer = self.asked.recommend(shard.padded(rows), self.top_k, self.exclude_seen, **filters)
             item_ids[rows], scores[rows] = answer
             progress.update(len(rows))
         return recommendations_table(self.catalogue, shard.users, item_ids, scores, self.columns)
+
+
+def _filter_of(sets: ItemSets | None, of_shard: UserItems | None, rows: np.ndarray) -> np.ndarray | None:
+    """The filter of some rows of a shard, as `recommend` takes it; `of_shard` is what `sets.of` returns."""
+    if sets is None:
+        return None
+    return sets.shared if of_shard is None else of_shard.padded(rows)
 
 
 def check_columns(catalogue: Catalogue, columns: Sequence[str]) -> None:
@@ -336,6 +342,7 @@ def recommendations_table(
         names=ANSWER_COLUMNS,
     )
     if columns:
+        assert catalogue is not None  # see `Request.check`
         told = catalogue.take(flat, list(columns))
         for name in told.column_names:
             table = table.append_column(name, told[name])
@@ -363,13 +370,13 @@ class _Job:
         Raises:
             ValueError: for an output that something else wrote.
         """
-        verdict = None
+        found: bool | ValueError | OSError | None = None
         if process_state().is_main_process:
             try:
-                verdict = self._start()
+                found = self._start()
             except (ValueError, OSError) as error:
-                verdict = error
-        [verdict] = broadcast_object_list([verdict])
+                found = error
+        [verdict] = broadcast_object_list([found])
         if isinstance(verdict, Exception):
             raise verdict
         return verdict

@@ -320,6 +320,13 @@ def test_forward_needs_histories_or_gates(model):
         model(**batch)
 
 
+def test_placeholder_items_need_input_ids(model):
+    batch = batch_of(model)
+    batch.pop("input_ids")
+    with pytest.raises(ValueError, match="placeholder_items were given without input_ids"):
+        model(**batch)
+
+
 def test_the_item_loss_needs_histories(model):
     batch = batch_of(model)
     gates = model.expert_gates(batch.pop("histories"))

@@ -9,6 +9,7 @@ import threading
 from contextlib import AbstractContextManager, nullcontext
 from inspect import Parameter, signature
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from huggingface_hub import CommitInfo, ModelCard, ModelCardData
@@ -33,10 +34,10 @@ logger = logging.getLogger(__name__)
 class _GateStack(threading.local):
     """The gates in use in the calling thread, innermost last, each with whether it is those of a recompute."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.entries: list[tuple[torch.Tensor, bool]] = []
 
-    def __reduce__(self):  # a copy starts without gates
+    def __reduce__(self) -> tuple:  # a copy starts without gates
         return _GateStack, ()
 
 
@@ -49,7 +50,7 @@ class _UsedGates(AbstractContextManager):
     def __enter__(self) -> None:
         self.stack.entries.append(self.entry)
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stack.entries.pop()
 
 
@@ -59,7 +60,7 @@ class _GateHook:
     def __init__(self, name: str, stack: _GateStack):
         self.name, self.stack = name, stack
 
-    def __call__(self, layer: GatedLoraLinear, args: tuple, kwargs: dict):
+    def __call__(self, layer: GatedLoraLinear, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         entries = self.stack.entries
         if not entries:
             raise ValueError(
@@ -125,7 +126,7 @@ class GatedLoraModel(nn.Module):
         self.register_state_dict_post_hook(_keep_adapter)
         self.register_load_state_dict_post_hook(_expect_adapter)
 
-    def forward(self, *args, expert_gates: torch.Tensor | None = None, **kwargs):
+    def forward(self, *args: Any, expert_gates: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """Call the model.
 
         Args:
@@ -176,7 +177,9 @@ class GatedLoraModel(nn.Module):
         recompute = _UsedGates(self._gates, entries[-1][0], in_recompute=True) if entries else nullcontext()
         return nullcontext(), recompute
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
+    ) -> None:
         """Enable gradient checkpointing in a model of transformers; the Trainer calls it.
 
         Raises:
@@ -239,7 +242,7 @@ class GatedLoraModel(nn.Module):
                 f"expert_gates have shape {tuple(expert_gates.shape)}: expected {(self.lora_config.num_experts,)}, "
                 "one gate per expert, since merged weights are the same for all rows"
             )
-        owners: dict[nn.Parameter, set[nn.Module]] = {}
+        owners: dict[torch.Tensor, set[nn.Module]] = {}
         for module in self.base_model.modules():
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(parameter, set()).add(module)
@@ -257,8 +260,9 @@ class GatedLoraModel(nn.Module):
                 )
         for name in self._layer_names:
             layer = self.base_model.get_submodule(name)
+            assert isinstance(layer, GatedLoraLinear)
             delta = layer.delta_weight(expert_gates.to(layer.lora_A))
-            weight = layer.base_layer.weight
+            weight = layer.base_layer.get_parameter("weight")
             weight.copy_(weight + delta)  # the sum is float32 at least, and rounded once
         return self.unload()
 
@@ -307,7 +311,7 @@ class GatedLoraModel(nn.Module):
             save_file(state, unfinished / WEIGHTS_FILE, {"format": "pt"})
             (unfinished / CONFIG_FILE).write_text(self.lora_config.to_json(), encoding="utf-8")
 
-    def push_to_hub(self, repo_id: str, **arguments) -> CommitInfo:
+    def push_to_hub(self, repo_id: str, **arguments: Any) -> CommitInfo:
         """Upload the adapter to the Hub in one commit, with a card if the repository has none.
 
         The base model is named where that is a name on the Hub, and not where it is a folder of this machine.
@@ -324,7 +328,10 @@ class GatedLoraModel(nn.Module):
             self.save_pretrained(adapter)
             public = public_name(self.lora_config.base_model_name_or_path)
             config = dataclasses.replace(self.lora_config, base_model_name_or_path=public)
-            files = {WEIGHTS_FILE: adapter / WEIGHTS_FILE, CONFIG_FILE: config.to_json().encode()}
+            files: dict[str, Path | bytes] = {
+                WEIGHTS_FILE: adapter / WEIGHTS_FILE,
+                CONFIG_FILE: config.to_json().encode(),
+            }
             return upload(files, repo_id, card=self._card, **arguments)
 
     def _card(self, repo_id: str, existing: str | None) -> str:
@@ -345,7 +352,7 @@ class GatedLoraModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model: nn.Module, path: str | os.PathLike, *, is_trainable: bool = False, **hub_arguments
+        cls, model: nn.Module, path: str | os.PathLike, *, is_trainable: bool = False, **hub_arguments: Any
     ) -> "GatedLoraModel":
         """Put a saved adapter on the model that it was trained on.
 
@@ -362,11 +369,12 @@ class GatedLoraModel(nn.Module):
         """
         files = {}
         for name in LORA_FILES:
-            files[name] = saved_file(path, name, hub_arguments)
-            if files[name] is None:
+            file = saved_file(path, name, hub_arguments)
+            if file is None:
                 raise ValueError(
                     f"{path} has no {name}: expected a folder or repository that GatedLoraModel.save_pretrained wrote"
                 )
+            files[name] = file
         config = GatedLoraConfig.from_json_file(files[CONFIG_FILE])
         check_download(files[WEIGHTS_FILE], path)
         try:
@@ -416,7 +424,7 @@ def _keep_adapter(model: GatedLoraModel, state_dict: dict, prefix: str, local_me
         del state_dict[name]
 
 
-def _expect_adapter(model: GatedLoraModel, incompatible_keys) -> None:
+def _expect_adapter(model: GatedLoraModel, incompatible_keys: Any) -> None:
     """Do not miss the frozen model in a state dict that was loaded."""
     frozen = {f"base_model.{name}" for name in model.base_model.state_dict()} - set(model._adapter_names())
     missing = incompatible_keys.missing_keys  # with the prefixes of the modules around the model
@@ -446,10 +454,10 @@ def _check_state(
     state: dict[str, torch.Tensor], model: nn.Module, names: list[str], config: GatedLoraConfig, origin: str
 ) -> None:
     """Raise a ValueError unless the tensors of an adapter are those that the model's layers need."""
-    first_names: dict[nn.Module, str] = {}  # a layer with two names is saved under the first
+    first_names: dict[nn.Linear, str] = {}  # a layer with two names is saved under the first
     for name in names:
-        first_names.setdefault(model.get_submodule(name), name)
-    expected = {}
+        first_names.setdefault(cast(nn.Linear, model.get_submodule(name)), name)  # or another with its attributes
+    expected: dict[str, tuple[int, ...]] = {}
     for layer, name in first_names.items():
         expected[f"{name}.lora_A"] = (config.rank, layer.in_features)
         expected[f"{name}.lora_B"] = (layer.out_features, config.rank)

@@ -2,16 +2,19 @@
 
 import copy
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL
+from hf_ilora.models.next_item.histories import Histories
 from hf_ilora.models.next_item.hub_upload import HubUploads
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 from hf_ilora.models.next_item.next_item_model import check_has_weights, evaluation_mode
@@ -46,13 +49,13 @@ class ILoraOutput(ModelOutput):
         past_key_values: cache of the language model, with `use_cache`.
     """
 
-    loss: torch.FloatTensor | None = None
-    language_loss: torch.FloatTensor | None = None
-    candidate_loss: torch.FloatTensor | None = None
-    item_loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    item_logits: torch.FloatTensor | None = None
-    expert_gates: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    language_loss: torch.Tensor | None = None
+    candidate_loss: torch.Tensor | None = None
+    item_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    item_logits: torch.Tensor | None = None
+    expert_gates: torch.Tensor | None = None
     past_key_values: object | None = None
 
 
@@ -132,7 +135,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         if config.item_placeholders:
             initializer_range = llm.config.get_text_config().initializer_range
             self.prompt_embedding = PromptEmbedding(self.gate_size, self.llm_size, initializer_range)
-        self.item_head = None
+        self.item_head: ItemHead | None = None
         if config.item_head != "none":
             self.item_head = ItemHead(self.llm_size, self.gate_size, residual=config.item_head == "residual")
         # Not the language model's: chat settings such as a repetition penalty would distort likelihoods.
@@ -201,7 +204,9 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
     def init_weights(self) -> None:
         """Do nothing: every part is initialised when it is created."""
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
+    ) -> None:
         """Enable gradient checkpointing in the language model.
 
         Raises:
@@ -226,7 +231,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
 
     # --- gates and prompts ---
 
-    def user_embeddings(self, histories) -> torch.Tensor:
+    def user_embeddings(self, histories: Histories) -> torch.Tensor:
         """Embed users with the recommender, without gradients.
 
         Args:
@@ -241,7 +246,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         """
         return self._user_embeddings(self._padded(histories))
 
-    def expert_gates(self, histories) -> torch.Tensor:
+    def expert_gates(self, histories: Histories) -> torch.Tensor:
         """The gates of each user, (batch, experts), rows that sum to 1; `histories` as in `user_embeddings`.
 
         They are those of evaluation mode: asking changes no running statistics of the router and draws no noise.
@@ -291,12 +296,12 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         expert_gates: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         candidates_on_cpu: np.ndarray | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ILoraOutput:
         """Compute the loss of a batch of prompts or, without `labels`, the logits of the language model.
 
@@ -336,6 +341,10 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
                 raise ValueError("neither histories nor expert_gates were given: expected one of them")
             expert_gates = self.router(user_embeddings)
         if placeholder_items is not None:
+            if input_ids is None:
+                raise ValueError(
+                    "placeholder_items were given without input_ids: expected the prompts that they are in"
+                )
             inputs_embeds, input_ids = self.embed_prompts(input_ids, placeholder_items), None
         if position_ids is None and attention_mask is not None and past_key_values is None:
             position_ids = token_positions(attention_mask)
@@ -377,31 +386,37 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
 
     def _losses(
         self,
-        llm_inputs,
-        histories,
-        user_embeddings,
-        title_labels,
-        candidates,
-        labels,
-        shows_candidates,
-        num_examples,
-        candidates_on_cpu,
+        llm_inputs: dict,
+        histories: torch.Tensor | None,
+        user_embeddings: torch.Tensor | None,
+        title_labels: torch.Tensor | None,
+        candidates: torch.Tensor | None,
+        labels: torch.Tensor,
+        shows_candidates: torch.Tensor | None,
+        num_examples: torch.Tensor | int,
+        candidates_on_cpu: np.ndarray | None,
     ) -> ILoraOutput:
-        """The output of a call with labels; the arguments are those of `forward`, `llm_inputs` as it prepares them."""
+        """The output of a call with labels; the arguments are those of `forward`, `llm_inputs` as it prepares them.
+
+        `_check_loss_inputs` has made sure of those that are needed.
+        """
         config = self.config
         language_loss = candidate_loss = item_loss = item_logits = None
         if config.candidate_loss_weight:
+            assert candidates is not None
             targets = losses.target_columns(candidates, labels)  # (batch,)
             log_likelihoods, last_states = self._read_candidates(llm_inputs, candidates, candidates_on_cpu)
             scores = self._pool_with_recommender(log_likelihoods, histories, candidates)  # (batch, candidates)
             candidate_loss = losses.candidate_loss(scores, targets, num_examples)
             language_loss = losses.target_title_loss(log_likelihoods, targets, num_examples)
         else:
+            assert title_labels is not None
             title_labels = title_labels[:, 1 - _num_tokens(llm_inputs) :]  # no token predicts the first one
             logits, last_states = self._read_titles(llm_inputs, title_labels)
-            if config.language_loss_weight:
+            if logits is not None:
                 language_loss = losses.title_loss(logits, title_labels, num_examples)
         if config.item_loss_weight:
+            assert last_states is not None and user_embeddings is not None and histories is not None
             item_logits = self._item_logits(last_states, user_embeddings, histories)
             item_loss = losses.item_loss(item_logits, labels, shows_candidates, num_examples)
         weighted_losses = (
@@ -410,7 +425,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
             (config.item_loss_weight, item_loss),
         )
         return ILoraOutput(
-            loss=sum(weight * loss for weight, loss in weighted_losses if loss is not None),
+            loss=reduce(torch.add, [weight * loss for weight, loss in weighted_losses if loss is not None]),
             language_loss=language_loss,
             candidate_loss=candidate_loss,
             item_loss=item_loss,
@@ -418,7 +433,9 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
             expert_gates=llm_inputs["expert_gates"],
         )
 
-    def _check_loss_inputs(self, histories, title_labels, candidates) -> None:
+    def _check_loss_inputs(
+        self, histories: torch.Tensor | None, title_labels: torch.Tensor | None, candidates: torch.Tensor | None
+    ) -> None:
         scores_candidates = self.config.candidate_loss_weight > 0
         if (candidates if scores_candidates else title_labels) is None:
             missing = "candidates" if scores_candidates else "title_labels"
@@ -461,16 +478,17 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
             # The token before a label predicts it.
             kept = torch.arange(num_tokens - 1 - title_labels.shape[1], num_tokens - 1, device=title_labels.device)
             output = self.llm(use_cache=False, logits_to_keep=kept, output_hidden_states=trains_items, **llm_inputs)
-            logits, hidden_states = output.logits, output.hidden_states[-1] if trains_items else None
+            logits = output.logits
+            if not trains_items:
+                return logits, None
+            hidden_states = output.hidden_states[-1]
         else:
             logits, hidden_states = None, self._last_hidden_states(**llm_inputs)
-        if not trains_items:
-            return logits, None
         title_lengths = title_labels.ne(IGNORED_LABEL).sum(1)  # (batch,)
         last = num_tokens - 1 - title_lengths  # (batch,)
         return logits, hidden_states[torch.arange(len(last), device=last.device), last]
 
-    def _last_hidden_states(self, **llm_inputs) -> torch.Tensor:
+    def _last_hidden_states(self, **llm_inputs: Any) -> torch.Tensor:
         """(batch, tokens, llm hidden) of the decoder alone, without logits, on the model's device."""
         return self.llm.get_decoder()(use_cache=False, **llm_inputs).last_hidden_state.to(self.device)
 
@@ -483,17 +501,19 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         self, last_states: torch.Tensor, user_embeddings: torch.Tensor, histories: torch.Tensor
     ) -> torch.Tensor:
         """(batch, num_items + 1) float32 of the item head, from the states (batch, llm hidden) that end the prompts."""
+        assert self.item_head is not None  # the configuration refuses the loss without it
         queries, scale = self.item_head(last_states.to(user_embeddings.device), user_embeddings)
         scores = self.recommender.score_users(queries, self.recommender.newest_items(histories)).float()
         # Padding is cut off before scaling: its -inf would make the gradient of the scale NaN.
         return F.pad(scores[:, 1:] * scale, (1, 0), value=float("-inf"))
 
     def _pool_with_recommender(
-        self, title_log_likelihoods: torch.Tensor, histories: torch.Tensor, candidates: torch.Tensor
+        self, title_log_likelihoods: torch.Tensor, histories: torch.Tensor | None, candidates: torch.Tensor
     ) -> torch.Tensor:
         """(batch, candidates) scores: the opinion pool with `config.recommender_weight`, if there is one."""
         if not self.config.recommender_weight:
             return title_log_likelihoods
+        assert histories is not None  # who asks has checked
         with torch.no_grad():
             recommender_scores = self.recommender.next_item_scores(self.recommender.newest_items(histories))
         return losses.opinion_pool(

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import ArrayLike
 
 CATALOGUE_FILE = "items.parquet"
 
@@ -161,7 +162,7 @@ class Catalogue:
         grown.table = pa.concat_tables([self.table, table]).combine_chunks()
         return grown
 
-    def titles(self, item_ids: Sequence[int]) -> list[str]:
+    def titles(self, item_ids: ArrayLike) -> list[str]:
         """The titles of `item_ids`, a list, array or tensor of shape (items,).
 
         Raises:
@@ -169,7 +170,7 @@ class Catalogue:
         """
         return self._take("title", item_ids)
 
-    def raw_ids(self, item_ids: Sequence[int]) -> list[int] | list[str]:
+    def raw_ids(self, item_ids: ArrayLike) -> list[int] | list[str]:
         """The raw ids of `item_ids`, a list, array or tensor of shape (items,).
 
         Raises:
@@ -177,7 +178,7 @@ class Catalogue:
         """
         return self._take("raw_id", item_ids)
 
-    def take(self, item_ids: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
+    def take(self, item_ids: ArrayLike, columns: Sequence[str] | None = None) -> pa.Table:
         """What the catalogue tells of some items.
 
         Args:
@@ -268,10 +269,10 @@ class Catalogue:
         """The item id of each raw id."""
         return {raw_id: row + 1 for row, raw_id in enumerate(self.table["raw_id"].to_pylist())}
 
-    def _take(self, column: str, item_ids: Sequence[int]) -> list:
+    def _take(self, column: str, item_ids: ArrayLike) -> list:
         return self.table[column].take(pa.array(self._places(item_ids, column), pa.int64())).to_pylist()
 
-    def _places(self, item_ids: Sequence[int], what: str) -> np.ndarray:
+    def _places(self, item_ids: ArrayLike, what: str) -> np.ndarray:
         """The rows of the table that some items have; `what` is asked of them, for messages."""
         ids = np.asarray(item_ids)
         if ids.size == 0:

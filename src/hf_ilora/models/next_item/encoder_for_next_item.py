@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,35 @@ from .padding import (
     restore_padding,
 )
 from .table_gradients import table_for_lookups
+from .teacher_embeddings import ItemEmbedding
 from .top_k import ItemMasks, top_k_in_chunks
+
+
+class Encoder(Protocol):
+    """Reads histories: what `EncoderForNextItem` asks of the module that it is built around."""
+
+    item_embedding: ItemEmbedding
+
+    def encode(
+        self,
+        item_ids: torch.Tensor,
+        lengths: torch.Tensor | None,
+        only_last: bool = False,
+        teacher_embeddings: torch.Tensor | None = None,
+        table: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states of sequences.
+
+        Args:
+            item_ids: (batch, length), padding last.
+            lengths: (batch,), number of real items; None when there is no padding.
+            only_last: return the last real position only.
+            teacher_embeddings: (num_items + 1, teacher_embedding_size) to read instead of the stored ones, or None.
+            table: the item table as `table_for_lookups` returns it, or None.
+
+        Returns:
+            (batch, length, hidden), or (batch, 1, hidden) with `only_last`.
+        """
 
 
 class EncoderForNextItem(NextItemPreTrainedModel):
@@ -34,9 +63,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
 
     Args:
         config: the architecture and the training loss.
-        encoder: has an `item_embedding`, and `encode(item_ids (batch, length), lengths (batch,) or None, only_last,
-            teacher_embeddings, table)`, which reads sequences with padding last and returns hidden states (batch,
-            length, hidden), or (batch, 1, hidden) with `only_last`.
+        encoder: a module that reads histories.
     """
 
     config: NextItemConfig
@@ -44,7 +71,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
     _tied_weights_keys = {"head.weight": "model.item_embedding.weight"}
     accepts_loss_kwargs = True
 
-    def __init__(self, config: NextItemConfig, encoder: nn.Module):
+    def __init__(self, config: NextItemConfig, encoder: Encoder):
         super().__init__(config)
         self.model = encoder
         self.head = NextItemHead(config)

@@ -106,6 +106,7 @@ class CaserForNextItem(EncoderForNextItem):
     """
 
     config: CaserConfig
+    model: CaserEncoder
 
     def __init__(self, config: CaserConfig):
         check_config(config, CaserConfig)

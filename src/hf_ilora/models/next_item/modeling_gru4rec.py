@@ -108,6 +108,7 @@ class GRU4RecForNextItem(EncoderForNextItem):
     """
 
     config: GRU4RecConfig
+    model: GRU4RecEncoder
 
     def __init__(self, config: GRU4RecConfig):
         check_config(config, GRU4RecConfig)
