@@ -96,5 +96,7 @@ def test_what_is_no_item_is_refused(items, message):
 
 
 def test_more_similar_items_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="top_k is 12, but row 0 has 11 of 12 items left"):
+    with pytest.raises(ValueError, match="top_k is 12, but row 0 has 11 of 12 items left") as raised:
         sasrec(NUM_ITEMS).similar_items([1], NUM_ITEMS)
+    assert "ask for fewer items, or loosen allowed_items" in str(raised.value)
+    assert "exclude_seen" not in str(raised.value), "similar_items has no such argument"

@@ -22,7 +22,7 @@ from .padding import lowest_and_highest, padding_to_the_front
 from .recommendation_pipeline import CUSTOM_PIPELINES
 from .reference_initialization import initialize_as_reference
 from .saved_model import check_download, check_sizes, read_config, saved_file, saved_shapes
-from .top_k import ItemMasks, masked_top_k, top_k_in_chunks
+from .top_k import FOR_ITEMS, ItemMasks, masked_top_k, top_k_in_chunks
 from .whole_saves import saved_whole
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,9 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             num_items = self.config.num_items
             masks = item_masks(len(items), num_items, self.device, items.unsqueeze(1), allowed_items, excluded_items)
             similarities = self._similarities(items)
-            item_ids, scores, _ = top_k_in_chunks(similarities, len(items), num_items, top_k, masks, self.device)
+            item_ids, scores, _ = top_k_in_chunks(
+                similarities, len(items), num_items, top_k, masks, self.device, FOR_ITEMS
+            )
         return item_ids.clone(), scores.clone()
 
     def _similarities(self, asked: torch.Tensor) -> Callable[[slice, slice, torch.Tensor], None]:

@@ -19,6 +19,10 @@ _SORTED_COLUMNS = 256
 _SCORES_PER_CANDIDATE = 64  # that `torch.topk` reads in the time in which a candidate is sorted
 _LOG2_E = math.log2(math.e)
 
+# What to ask for instead, where too few items are left for a user, or to be similar to an item.
+FOR_USERS = "ask for fewer items, pass exclude_seen=False, or loosen allowed_items and excluded_items"
+FOR_ITEMS = "ask for fewer items, or loosen allowed_items and excluded_items; an item is not similar to itself"
+
 
 @dataclass(frozen=True)
 class ItemMasks:
@@ -156,8 +160,8 @@ def check_top_k(top_k: int, num_items: int) -> None:
         raise ValueError(f"top_k is {top_k}: expected 1 to {num_items}, the number of items in the catalogue")
 
 
-def check_best_scores(scores: torch.Tensor, num_items: int) -> None:
-    """Raise a ValueError if any of the best scores (users, top_k) is not finite."""
+def check_best_scores(scores: torch.Tensor, num_items: int, remedy: str = FOR_USERS) -> None:
+    """Raise a ValueError if any of the best scores (users, top_k) is not finite; `remedy` says what else to ask for."""
     # One test for all that can go wrong: -inf is picked only when nothing else is left, NaN sorts above everything, and
     # amax passes it on. (torch.isfinite takes twice as long, which counts when one user waits.)
     if scores.abs().amax() < torch.inf:
@@ -170,7 +174,7 @@ def check_best_scores(scores: torch.Tensor, num_items: int) -> None:
     available = int(torch.isfinite(scores[row]).sum())
     raise ValueError(
         f"top_k is {scores.shape[-1]}, but row {row} has {available} of {num_items} items left to recommend: "
-        "ask for fewer items, pass exclude_seen=False, or loosen allowed_items and excluded_items"
+        f"{remedy}"
     )
 
 
@@ -202,6 +206,7 @@ def top_k_in_chunks(
     top_k: int,
     masks: ItemMasks,
     device: torch.device,
+    remedy: str = FOR_USERS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The best items of each user, while only some users' scores of some items are in memory.
 
@@ -213,6 +218,7 @@ def top_k_in_chunks(
         top_k: items per user.
         masks: which items the users may get.
         device: where the scores are computed.
+        remedy: for the message where a user may get fewer than `top_k` items.
 
     Returns:
         item_ids (num_users, top_k) int64, best first, the lower id first among equal scores; their scores
@@ -229,7 +235,7 @@ def top_k_in_chunks(
         scores[:, PADDING_ITEM_ID] = float("-inf")
         log_sum_exp = scores.logsumexp(1)
         best, item_ids = ordered_top_k(masks.apply_(scores), top_k)
-        check_best_scores(best, num_items)
+        check_best_scores(best, num_items, remedy)
         return item_ids, best, log_sum_exp
     kind = "cpu" if device.type == "cpu" else "other"
     users_at_once = min(num_users, _USERS_AT_ONCE[kind])
@@ -255,7 +261,7 @@ def top_k_in_chunks(
         best.merge()
         answers.append((best.item_ids, best.scores, best.log_sum_exp()))
     item_ids, scores, log_sum_exp = answers[0] if len(answers) == 1 else map(torch.cat, zip(*answers, strict=True))
-    check_best_scores(scores, num_items)
+    check_best_scores(scores, num_items, remedy)
     return item_ids, scores, log_sum_exp
 
 
@@ -343,6 +349,8 @@ def _above(limits: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 __all__ = [
+    "FOR_ITEMS",
+    "FOR_USERS",
     "ItemMasks",
     "check_best_scores",
     "check_top_k",
