@@ -17,7 +17,6 @@ from hf_ilora.models.next_item.catalogue import Catalogue
 from .history_tables import is_table, item_ids_of
 from .user_items import UserItems
 
-
 # Ids for all users or a row of them per user, raw ones or item ids; or a table.
 GivenItems = Iterable[int | str] | Iterable[Iterable[int | str]] | np.ndarray | torch.Tensor | pd.Series | Source
 

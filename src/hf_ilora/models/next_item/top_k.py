@@ -173,8 +173,7 @@ def check_best_scores(scores: torch.Tensor, num_items: int, remedy: str = FOR_US
         )
     available = int(torch.isfinite(scores[row]).sum())
     raise ValueError(
-        f"top_k is {scores.shape[-1]}, but row {row} has {available} of {num_items} items left to recommend: "
-        f"{remedy}"
+        f"top_k is {scores.shape[-1]}, but row {row} has {available} of {num_items} items left to recommend: {remedy}"
     )
 
 
