@@ -1,6 +1,7 @@
 """What the trainers of this package share."""
 
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import recursively_apply
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -30,6 +32,7 @@ from hf_ilora.models.next_item.saved_model import weights_fingerprint
 from hf_ilora_cli.shown_text import in_markdown, shareable_json
 
 from .argument_checks import check_optimizer
+from .even_batches import RowsWithFiller, WithoutFillers, fill_last_step, take_row_counts, without_fillers_labels
 from .finite_losses import FiniteLosses, check_weights
 from .trainer_card import Evaluation, card_sections, evaluations_in_training, measured_metadata, metrics_of
 
@@ -79,7 +82,7 @@ class RecommenderTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         if self.optimizer is None:
             check_optimizer(args, self.model)
-        self._losses, self._checked_step = FiniteLosses(self.accelerator), -1
+        self._losses, self._checked_step, self._is_predicting = FiniteLosses(self.accelerator), -1, False
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
@@ -128,6 +131,21 @@ class RecommenderTrainer(Trainer):
         finally:
             self.data_collator = collator
 
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn, *args, **kwargs):
+        """As in `Trainer`, but several processes repeat no row in the last step."""
+        is_dispatched = isinstance(dataset, IterableDataset) or self.args.accelerator_config.dispatch_batches
+        if self.args.world_size == 1 or is_dispatched:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **kwargs)
+        sampler, collator = sampler_fn(dataset), self.data_collator
+        self.data_collator = WithoutFillers(collator)
+        try:
+            rows = RowsWithFiller(dataset)
+            dataloader = super()._get_dataloader(rows, description, batch_size, lambda _: sampler, *args, **kwargs)
+        finally:
+            self.data_collator = collator
+        fill_last_step(dataloader)
+        return dataloader
+
     def train(self, *args, **kwargs):
         """As in `Trainer`.
 
@@ -139,10 +157,29 @@ class RecommenderTrainer(Trainer):
         self._begun["train"] = time.monotonic()
         return super().train(*args, **kwargs)
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        real_rows, _ = take_row_counts(inputs) or (1, 1)
+        if not real_rows:
+            num_items_in_batch = math.inf  # by which the loss is divided: neither loss nor gradient is left
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.add(loss)
         return loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict, *args, **kwargs):
+        """As in `Trainer`, which gathers as many rows of each process, and leaves out those behind the last one."""
+        counts, self._is_predicting = take_row_counts(inputs), True
+        try:
+            loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self._is_predicting = False
+        if counts is not None:
+            logits, labels = (recursively_apply(_with_rows, of_rows, counts[1]) for of_rows in (logits, labels))
+        return loss, logits, labels
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor | int | None:
+        if self._is_predicting:  # the Trainer averages over rows, of which processes have different numbers
+            return None
+        return super()._get_num_items_in_batch([without_fillers_labels(batch) for batch in batch_samples], device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
         """As in `Trainer`; without clipping, no pass over all gradients measures a norm that nothing needs."""
@@ -398,6 +435,11 @@ class CompletedBatches:
 
     def __call__(self, rows: list) -> dict:
         return self.complete(self.collator(rows))
+
+
+def _with_rows(of_rows: torch.Tensor, count: int) -> torch.Tensor:
+    """(rows, ...) -> (count, ...): the last row again behind the others."""
+    return of_rows[torch.arange(count, device=of_rows.device).clamp(max=len(of_rows) - 1)]
 
 
 def _listed(names: str | list[str] | None) -> list[str]:
