@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from datasets.table import InMemoryTable
 
 from hf_ilora.data import filters
@@ -15,7 +15,6 @@ from hf_ilora.data.filters import (
     k_core,
     read_interactions,
     read_items,
-    slice_indices,
     sort_chronologically,
 )
 from hf_ilora.data.workspace import Workspace
@@ -94,10 +93,6 @@ def test_first_occurrences_are_those_of_each_user(monkeypatch):
         expected.append(pair not in seen)
         seen.add(pair)
     assert first_occurrences(users, items).tolist() == expected
-
-
-def test_slice_indices_concatenates_ranges():
-    assert slice_indices(np.array([5, 2, 9]), np.array([8, 2, 11])).tolist() == [5, 6, 7, 9, 10]
 
 
 class TestReadInteractions:
@@ -237,12 +232,3 @@ class TestReadItems:
     def test_an_indices_mapping_is_followed(self):
         table = read_items(arrow_dataset(GOOD_ITEMS).select([2, 0, 1]), ITEM_IDS)
         assert table["title"].to_pylist() == ["C", "A", "B"]
-
-
-def test_features_of_the_tables_are_those_that_the_loaders_promise():
-    """The shapes of load_movielens and load_interactions pass as they are."""
-    features = Features(
-        {"item_id": Value("string"), "title": Value("string"), "year": Value("int32"), "genres": List(Value("string"))}
-    )
-    items = Dataset.from_dict({name: values.to_pylist() for name, values in GOOD_ITEMS.items()}, features=features)
-    assert read_items(items, ITEM_IDS).num_rows == 3

@@ -1,14 +1,15 @@
-"""Fixed candidate sets: the target and items that the user never interacted with, the same in every evaluation."""
+"""Draws fixed candidate sets: the target, and items that the user never interacted with."""
 
 import hashlib
 
 import numpy as np
 import pyarrow as pa
 
-from .filters import Histories, is_string, slice_indices
+from .columns import is_string, slice_indices
+from .filters import Histories
 from .protocols import Rows
 
-# Bounds the seen items that are sorted at a time, about 150 per row in MovieLens, to what a processor's cache holds.
+# Seen items, about 150 per row in MovieLens, are sorted for so many rows at a time that they fit a processor's cache.
 _ROWS_PER_BLOCK = 1 << 10
 
 
@@ -96,7 +97,7 @@ def _check_unseen(histories: Histories, users: np.ndarray, num_unseen: np.ndarra
 
 
 def _row_keys(user_ids: pa.Array, seed: int, split: str) -> np.ndarray:
-    """One 64-bit key per row, uint64 (rows,), from (seed, split, raw user id)."""
+    """A 64-bit key for each row, uint64 (rows,), from (seed, split, raw user id)."""
     if is_string(user_ids.type):
         digests = (hashlib.blake2b(user_id.encode(), digest_size=8).digest() for user_id in user_ids.to_pylist())
         users = np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
@@ -107,7 +108,7 @@ def _row_keys(user_ids: pa.Array, seed: int, split: str) -> np.ndarray:
 
 
 def _random_bits(keys: np.ndarray, counter: int) -> np.ndarray:
-    """The random number `counter` of the stream of every key: uint64 (rows,).
+    """Number `counter` of the random stream of each key: uint64 (rows,).
 
     Source: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), a stateless generator: a stream is determined by its key.
     """

@@ -1,4 +1,4 @@
-"""Columns of a split as flat arrays, because reading rows one by one from a `datasets.Dataset` is slow."""
+"""Columns as flat arrays: reads those of splits, because reading a `datasets.Dataset` row by row is slow."""
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +10,7 @@ _ROWS_PER_BATCH = 1 << 17
 
 
 def read_column(split: Dataset, column: str) -> pa.ChunkedArray:
-    """A column as an Arrow array; the other columns are not read."""
+    """Read one column as an Arrow array, without reading the others."""
     return split.select_columns([column]).with_format("arrow")[:][column]
 
 
@@ -19,6 +19,37 @@ def flatten_lists(split: Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
     lists = read_column(split, column).combine_chunks()
     lengths = lists.value_lengths().to_numpy().astype(np.int64)
     return lists.flatten().to_numpy(), np.concatenate([[0], lengths.cumsum()])
+
+
+def list_array(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    """A list column from its values, (total,), and the length of each list, (rows,)."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def repeated_values(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """The values that occur more than once, each once, in order of first appearance."""
+    counts = pc.value_counts(column)
+    return counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+
+
+def slice_indices(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The indices start, start + 1, ..., end - 1 of every slice, concatenated.
+
+    Args:
+        starts, ends: (slices,), ends not before starts.
+
+    Returns:
+        int64 (sum of the lengths,).
+    """
+    lengths = ends - starts
+    places = np.cumsum(lengths) - lengths  # where each slice begins in the result, (slices,)
+    return np.arange(lengths.sum()) + np.repeat(starts - places, lengths)
+
+
+def is_string(column_type: pa.DataType) -> bool:
+    """Whether a column has text, of either of Arrow's two types."""
+    return pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
 
 
 def padded_lists(split: Dataset, column: str) -> np.ndarray:
@@ -33,7 +64,7 @@ def padded_lists(split: Dataset, column: str) -> np.ndarray:
 def count_codes(codes: np.ndarray, length: int) -> np.ndarray:
     """How often each of the codes 0..length-1 occurs: (length,) int64.
 
-    `np.bincount` of them all would copy int32 codes to twice their size.
+    Counts piece by piece: `np.bincount` of all int32 codes at once would copy them to twice their size.
     """
     counts = np.zeros(length, dtype=np.int64)
     step = max(_CODES_PER_COUNT, length)
@@ -61,8 +92,8 @@ def training_sequences(split: Dataset) -> tuple[np.ndarray, np.ndarray]:
 def training_counts(split: Dataset, num_items: int) -> np.ndarray:
     """How often each item occurs in training: (num_items + 1,) int64, 0 for padding.
 
-    The targets of all rows count, and the history of a user's first row: where the rows of a user are prefixes of each
-    other, they repeat the rest.
+    Counts the targets of all rows, and the history of each user's first row. Further rows of a user extend the first
+    one, so their histories would count the same interactions again.
     """
     counts, last_user = np.zeros(num_items + 1, dtype=np.int64), None
     columns = split.select_columns(["user_id", "history", "target"]).with_format("arrow")
@@ -77,13 +108,13 @@ def training_counts(split: Dataset, num_items: int) -> np.ndarray:
 
 
 def repeat_share(items: np.ndarray, boundaries: np.ndarray) -> float:
-    """The share of all items of sequences but their first that occurred before in the same one, above 0.
+    """The share of targets that occur earlier in the same sequence; every item but the first of a sequence is a target.
 
-    One further target, a repeat, is counted, so that data without repeats say "rarely" rather than "never".
+    Adds one repeat to the counts, so that the share is above 0 even for data without repeats.
 
     Args:
-        items: (total,), all sequences concatenated, of `training_sequences`.
-        boundaries: (rows + 1,).
+        items: (total,), all sequences concatenated, as `training_sequences` returns them.
+        boundaries: (rows + 1,), where each sequence begins.
     """
     rows = np.repeat(np.arange(len(boundaries) - 1), np.diff(boundaries))
     different = len(np.unique(rows * (items.max() + 1) + items))

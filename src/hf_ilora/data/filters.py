@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from .columns import count_codes
+from .columns import count_codes, is_string, repeated_values
 from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _USER_BLOCKS = 1 << 8
 
 @dataclass
 class CodedInteractions:
-    """Interactions in input order. A code is the rank, from 0, of a raw id among all raw ids.
+    """Interactions in input order, with ids as codes: the rank, from 0, of a raw id among all raw ids.
 
     Raw ids rank numerically when they are integers and by code point when they are strings.
     """
@@ -35,7 +35,7 @@ class CodedInteractions:
     item_ids: pa.Array  # (items,) int64 or string, ascending
 
     def keep(self, rows: np.ndarray) -> None:
-        """Keep the rows with True in `rows`, (interactions,), in place."""
+        """Drop the rows that are False in `rows`, (interactions,), in place."""
         self.users, self.items, self.times = (_kept(column, rows) for column in (self.users, self.items, self.times))
 
 
@@ -57,8 +57,8 @@ def read_interactions(
     Args:
         interactions: columns `user_id` and `item_id` (integer or string), `timestamp` (integer or float, not negative)
             and, for `min_rating`, `rating`.
-        min_rating: ignore rows with a lower rating, as if they were absent; None keeps all rows.
-        workspace: for the codes and times; None is memory.
+        min_rating: drop rows with a lower rating; None keeps all rows.
+        workspace: where to keep the codes and times; None for memory.
 
     Raises:
         TypeError: for a column of another type.
@@ -102,12 +102,12 @@ def read_items(items: Dataset, item_ids: pa.Array) -> pa.Table:
     """Check the table of items against the raw ids that occur in the interactions.
 
     Args:
-        items: columns `item_id` (of the type of `item_ids`), `title`, `year` and `genres`, of which only years may be
+        items: columns `item_id` (of the type of `item_ids`), `title`, `year` and `genres`, of which only `year` may be
             null, and any others.
         item_ids: (distinct items,) raw ids of the interactions, int64 or string.
 
     Returns:
-        These four columns, with the types int64 or string, string, int32 and list<string>, and the others as they are.
+        These four columns as int64 or string, string, int32 and list<string>; further columns unchanged.
 
     Raises:
         TypeError: for a column of another type.
@@ -145,8 +145,7 @@ def read_items(items: Dataset, item_ids: pa.Array) -> pa.Table:
             f"columns 'year' and 'genres' of items are {found['year']} and {found['genres']}: expected int32 and "
             f"list<string> ({error}); cast them"
         ) from error
-    counts = pc.value_counts(table["item_id"])
-    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    repeated = repeated_values(table["item_id"])
     if len(repeated):
         raise ValueError(
             f"{len(repeated)} item ids occur more than once in items, first {_first(repeated)}: expected one row per "
@@ -173,16 +172,16 @@ def build_histories(
     """Sort by user and time (ties in input order), filter, and number the remaining items from 1.
 
     Args:
-        coded: what `read_interactions` returns; it is sorted and filtered itself, to save the memory of a copy.
+        coded: as `read_interactions` returns it; sorted and filtered in place, to save the memory of a copy.
         min_user_interactions, min_item_interactions: see `k_core`.
         drop_repeats: keep only the first interaction of a user with an item, before anything is counted.
-        workspace: for the sorted columns; None is memory.
+        workspace: where to keep the sorted columns; None for memory.
 
     Returns:
-        The histories, and the times of their items, (interactions,), which only the protocols need.
+        The histories, and the times of their items, (interactions,), which the protocols need.
 
     Raises:
-        ValueError: when no interaction is left.
+        ValueError: the filters leave no interaction.
     """
     sort_chronologically(coded, workspace or Workspace())
     num_users, num_items = len(coded.user_ids), len(coded.item_ids)
@@ -225,8 +224,8 @@ def build_histories(
 def sort_chronologically(coded: CodedInteractions, workspace: Workspace) -> None:
     """Sort interactions by user, then by time, then in input order, as `np.lexsort((times, users))` does.
 
-    The rows are first distributed to blocks of users, piece by piece, and then every block is sorted for itself. So
-    it takes a quarter of the time of lexsort, and no more memory than a block.
+    First distributes the rows to blocks of users, piece by piece, then sorts each block. This takes a quarter of the
+    time of lexsort, and the memory of one block.
     """
     num_users = len(coded.user_ids)
     users_per_block = -(-num_users // _USER_BLOCKS)
@@ -237,7 +236,7 @@ def sort_chronologically(coded: CodedInteractions, workspace: Workspace) -> None
     places = np.append(0, ends[:-1])  # (blocks,) where the next row of each block goes
     for part in _parts(len(coded.users)):
         block_of = (coded.users[part] // users_per_block).astype(np.uint8)
-        order = np.argsort(block_of, kind="stable")  # of bytes: numpy counts them
+        order = np.argsort(block_of, kind="stable")  # numpy sorts bytes by counting
         lengths = np.bincount(block_of, minlength=len(places))
         for column, result in zip(columns, results, strict=True):
             values, first = column[part][order], 0
@@ -262,7 +261,7 @@ def _order_of_block(users: np.ndarray, times: np.ndarray) -> np.ndarray:
     row_bits = len(users).bit_length()
     if times.dtype.kind == "f" or (int(users.max()) - lowest_user + 1) * num_moments << row_bits > 2**63:
         return np.lexsort((times, users))
-    # User, time and row in one number each: sorting numbers is faster than sorting what they refer to.
+    # Packs user, time and row into one number, because sorting numbers is faster than sorting indices.
     keys = (users - lowest_user).astype(np.int64)
     keys *= num_moments
     keys += times - lowest_time
@@ -277,8 +276,8 @@ def k_core(users: np.ndarray, items: np.ndarray, min_user_interactions: int, min
 
     Args:
         users, items: codes, (interactions,).
-        min_user_interactions, min_item_interactions: minimum number of kept interactions, including repeats, of a user
-            and of an item.
+        min_user_interactions, min_item_interactions: minimum number of interactions, including repeats, that a user and
+            an item must keep.
 
     Returns:
         bool (interactions,), True for interactions to keep.
@@ -309,29 +308,11 @@ def first_occurrences(users: np.ndarray, items: np.ndarray) -> np.ndarray:
     is_first, num_items, first = np.zeros(len(users), dtype=bool), np.int64(items.max()) + 1, 0
     while first < len(users):
         last_user = users[min(first + _ROWS_PER_BATCH, len(users)) - 1]
-        last = np.searchsorted(users, last_user, side="right")  # users are not divided
+        last = np.searchsorted(users, last_user, side="right")  # keeps each user in one piece
         keys = users[first:last] * num_items + items[first:last]
         is_first[first + np.unique(keys, return_index=True)[1]] = True
         first = int(last)
     return is_first
-
-
-def slice_indices(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """The indices start, start + 1, ..., end - 1 of every slice, concatenated.
-
-    Args:
-        starts, ends: (slices,), ends not before starts.
-
-    Returns:
-        int64 (sum of the lengths,).
-    """
-    lengths = ends - starts
-    places = np.cumsum(lengths) - lengths  # where each slice begins in the result, (slices,)
-    return np.arange(lengths.sum()) + np.repeat(starts - places, lengths)
-
-
-def is_string(column_type: pa.DataType) -> bool:
-    return pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
 
 
 def _check_names(table: Dataset, name: str, columns: list[str]) -> None:
@@ -403,7 +384,7 @@ class _IdNumbers:
         return numbers[encoded.indices.to_numpy()]
 
     def ranked(self) -> tuple[np.ndarray, pa.Array]:
-        """The rank of the id of each number, int32 (distinct,), and the ids, ascending."""
+        """The rank of the id of each number, int32 (distinct,), and the ids in ascending order."""
         order = pc.array_sort_indices(self.known)
         ranks = np.empty(len(order), dtype=np.int32)
         ranks[order.to_numpy()] = np.arange(len(order), dtype=np.int32)
@@ -411,7 +392,7 @@ class _IdNumbers:
 
 
 def _kept(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """`column[rows]`, which overwrites the column."""
+    """`column[rows]`, written over the beginning of the column to save memory."""
     kept = 0
     for part in _parts(len(rows)):
         values = column[part][rows[part]]
@@ -421,10 +402,10 @@ def _kept(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _parts(rows: int, at_least: int = 0) -> Iterator[slice]:
-    """The rows 0..rows-1 in slices that bound the memory of what is computed of them."""
+    """Slices of the rows 0..rows-1, small enough to bound the memory of computing with one of them."""
     step = max(_ROWS_PER_BATCH, at_least)
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
-__all__ = ["CodedInteractions", "Histories", "build_histories", "first_occurrences", "is_string", "k_core"]
-__all__ += ["read_interactions", "read_items", "slice_indices", "sort_chronologically"]
+__all__ = ["CodedInteractions", "Histories", "build_histories", "first_occurrences", "k_core"]
+__all__ += ["read_interactions", "read_items", "sort_chronologically"]

@@ -1,4 +1,4 @@
-"""Loads a table of (user, item, time), with or without titles, in the form that build_sequences reads."""
+"""Loads a table of (user, item, time), with or without titles, for build_sequences."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
+from hf_ilora.data.columns import repeated_values
 from hf_ilora.data.streaming import stream_interactions
 from hf_ilora.data.tables import (
     Source,
@@ -47,35 +48,35 @@ def load_interactions(
 ) -> tuple[Dataset, Dataset]:
     """Load interactions from your own table.
 
-    Ids are whole numbers or text; white space around them is ignored, as it is around the names of columns. In CSV and
-    TSV files, ids are numbers if every value of the column is a whole number of at most 18 digits without leading
-    zeros, and text otherwise; item ids are text in both tables if they are in one of them. Titles come from
-    `title_column` of the same table or from a table of items; without either, an item's title is its id.
+    Ids are whole numbers or text. White space around ids and column names is ignored. In CSV and TSV files, ids are
+    numbers if every value of the column is a whole number of at most 18 digits without leading zeros, and text
+    otherwise. Item ids that are text in one table become text in both. Titles come from `title_column` of the same
+    table or from a table of items; without either, an item's title is its id.
 
     Args:
-        path_or_dataset: path to CSV, TSV, parquet or JSON lines, or to RecBole's atomic files (.inter, .item: columns
-            are named without their types); a pandas or polars frame, lazy or not, or a `datasets.Dataset`. Text files
-            may be compressed (such as plays.csv.gz), and a folder of part files, as Spark and Dask write it, is read in
-            the order of the files' names. Other text (.dat, .data, .txt) needs a `separator`.
+        path_or_dataset: path to CSV, TSV, parquet, JSON lines or RecBole's atomic files (.inter, .item; name their
+            columns without types); a pandas or polars frame, lazy or not; or a `datasets.Dataset`. Text files may be
+            compressed (such as plays.csv.gz). A folder of part files, as Spark and Dask write it, is read in the order
+            of the file names. Other text (.dat, .data, .txt) needs a `separator`.
         user_column, item_column: columns of ids.
         time_column: numbers (seconds since 1970), timestamps, dates or ISO 8601 text (UTC unless it has a time zone);
-            None if the rows are in chronological order already: then the timestamp is the index of the row.
+            None if the rows are already in chronological order; the timestamp is then the index of the row.
         title_column: column of titles in the same table. It may be empty if another row of the item has a title.
         rating_column: numbers, for `min_rating` of `build_sequences`.
-        separator: the characters between the columns of a text file, such as "::"; by default a comma or a tab.
-            Where it has several characters, quotes are characters of the values.
-        column_names: names of all columns, for a text file whose first line is a row.
+        separator: the characters between the columns of a text file, such as "::"; by default a comma or a tab. If
+            there are several, quotes have no special meaning.
+        column_names: names of all columns, for a text file without a header.
         items: table with one row per item, in any form that `path_or_dataset` may have.
         items_item_column: column of ids in `items`; by default the name in `item_column`.
         items_title_column: column of titles in `items`.
         items_separator, items_column_names: the same as `separator` and `column_names`, for `items`.
-        metadata_columns: further columns of `items`, such as price and url, which then travel in the catalogue of data
-            sets and models. They keep their names and types; those of text files are text, null where it is blank.
+        metadata_columns: further columns of `items`, such as price and url, to keep in the catalogue of data sets and
+            models. They keep their names and types; those of text files are text, and blank values become null.
         normalize_titles: move a year at the end, "(1995)", to the column `year`, and an English article to the front.
         missing_titles: what to do about items without a title: "raise", or "item_id" to use the id as the title.
         limit_data_rows: number of rows to load, from the first; -1 for all.
-        work_dir: for parquet that does not fit in memory: folder for a copy of the interactions, 24 bytes each with
-            integer ids, from which the result is mapped; delete it afterwards. Titles come from `items` then.
+        work_dir: for parquet files that do not fit in memory: folder for a copy of the interactions (24 bytes each with
+            integer ids), which the result maps to memory. Delete it afterwards. Titles must then come from `items`.
 
     Returns:
         interactions: user_id, item_id (int64 or string), timestamp (int64, or float64 if a time has a fraction) and,
@@ -147,7 +148,7 @@ def load_interactions(
         check_different_items(known_ids, known.where["item_id"])
         if missing_titles == "raise":
             check_known_items(ids, known_ids, describe(items))
-        ids = pc.unique(pa.chunked_array([*known_ids.chunks, ids]))  # the order of the table of items comes first
+        ids = pc.unique(pa.chunked_array([*known_ids.chunks, ids]))  # in the order of the table of items
         titles = _look_up(ids, known_ids, known.titles())
         metadata = {name: _look_up(ids, known_ids, known.metadata(name)) for name in metadata_columns or ()}
     if titles is not None and missing_titles != "item_id" and titles.null_count:
@@ -167,8 +168,8 @@ def _load_whole(
     column_names: Sequence[str] | None,
     known: "_Columns | None",
 ) -> tuple[Dataset, pa.Array, pa.ChunkedArray | None, pa.Array | None]:
-    """The interactions, their different item ids, the ids of the table of items in the same type, and the titles that
-    are in the table of interactions."""
+    """The interactions, their distinct item ids, the ids of the table of items in the same type, and the titles in the
+    table of interactions."""
     plays = _Columns.read(source, names, limit, separator, column_names)
     user_ids, item_ids, known_ids = plays.ids("user_id"), plays.ids("item_id"), None
     if known is not None:
@@ -195,7 +196,7 @@ def _load_whole(
 
 
 def interactions_dataset(**columns: pa.ChunkedArray) -> Dataset:
-    """A Dataset of interactions from clean columns user_id, item_id, timestamp and, where there is one, rating."""
+    """A Dataset of interactions from the clean columns user_id, item_id, timestamp and, optionally, rating."""
     features = Features({name: Value(str(column.type)) for name, column in columns.items()})
     return to_dataset(pa.table(columns), features)
 
@@ -211,8 +212,8 @@ def items_dataset(
     """A Dataset of items.
 
     Args:
-        item_ids: (num_items,), all different.
-        titles: string, (num_items,); null titles are replaced by ids; None replaces all.
+        item_ids: (num_items,), distinct.
+        titles: string, (num_items,); ids replace null titles, and all titles if this is None.
         genres: lists of strings, (num_items,); None for empty lists.
         normalize_titles: apply `split_titles`; otherwise titles stay unchanged and years are null.
         metadata: further columns, (num_items,).
@@ -243,8 +244,7 @@ def items_dataset(
 
 def check_different_items(item_ids: pa.Array | pa.ChunkedArray, where: str) -> None:
     """Raise ValueError if a table of items lists an item twice."""
-    counts = pc.value_counts(item_ids)
-    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    repeated = repeated_values(item_ids)
     if len(repeated):
         raise ValueError(
             f"{where} lists {len(repeated):,} items more than once, first {repeated[:5].to_pylist()}; "
@@ -265,12 +265,12 @@ def check_known_items(item_ids: pa.Array | pa.ChunkedArray, known_ids: pa.Chunke
 
 @dataclass(frozen=True)
 class _Columns:
-    """The columns of one table, by what they are for.
+    """The columns of one table, named by their role.
 
     Attributes:
-        table: the columns user_id, item_id, time, title and rating, as far as they are given, and those of metadata.
-        whole_numbers: see `read_columns`.
-        where: what error messages call each column.
+        table: those of the columns user_id, item_id, time, title and rating that were asked for, and metadata columns.
+        whole_numbers: as in `read_columns`.
+        where: the name of each column in error messages.
     """
 
     table: pa.Table
@@ -294,14 +294,14 @@ class _Columns:
         return clean_ids(self.table[role], self.where[role], untyped=self.whole_numbers is not None)
 
     def are_numbers(self, role: str) -> bool:
-        """Whether the ids are text in a file without types that has nothing but numbers."""
+        """Whether the ids come from a text file and are all numbers."""
         return self.whole_numbers is not None and role in self.whole_numbers
 
     def ids_of_type(self, id_type: pa.DataType) -> pa.ChunkedArray:
-        """The ids of items, of the type of those in the interactions.
+        """The ids of items, in the type that the interactions use.
 
         Raises:
-            ValueError: when they have another type.
+            ValueError: they have another type.
         """
         ids = self.ids("item_id")
         if self.whole_numbers is not None and (pa.types.is_string(id_type) or self.are_numbers("item_id")):
@@ -323,10 +323,10 @@ class _Columns:
 def _of_one_type(
     item_ids: pa.ChunkedArray, known_ids: pa.ChunkedArray, plays: _Columns, known: _Columns
 ) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """The item ids of both tables, clean, as int64 if all of them are numbers, and else as text.
+    """The clean item ids of both tables: int64 if all of them are numbers, text otherwise.
 
     Raises:
-        ValueError: when one table has numbers, the other has text, and neither is a text file, whose ids have no type.
+        ValueError: one table has numbers and the other text, and neither is a text file, whose ids have no type.
     """
     if plays.whole_numbers is None and known.whole_numbers is None and item_ids.type != known_ids.type:
         raise ValueError(
@@ -345,13 +345,12 @@ def _agreed_titles(ids: pa.Array, item_ids: pa.ChunkedArray, titles: pa.ChunkedA
     titled = pc.and_(pc.is_valid(titles), pc.is_in(item_ids, value_set=ids))
     rows = pa.table({"item_id": item_ids, "title": titles}).filter(titled)
     pairs = rows.group_by(["item_id", "title"], use_threads=False).aggregate([])  # distinct, in order of appearance
-    counts = pc.value_counts(pairs["item_id"])
-    torn = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    if len(torn):
-        several = pairs["title"].filter(pc.equal(pairs["item_id"], torn[0])).to_pylist()
+    ambiguous = repeated_values(pairs["item_id"])
+    if len(ambiguous):
+        several = pairs["title"].filter(pc.equal(pairs["item_id"], ambiguous[0])).to_pylist()
         raise ValueError(
-            f"{len(torn):,} items have more than one title: item {torn[0].as_py()!r} has {several[:5]}; expected one "
-            "title per item: correct the rows, or pass the titles in a table of items"
+            f"{len(ambiguous):,} items have more than one title: item {ambiguous[0].as_py()!r} has {several[:5]}; "
+            "expected one title per item: correct the rows, or pass the titles in a table of items"
         )
     return _look_up(ids, pairs["item_id"], pairs["title"])
 

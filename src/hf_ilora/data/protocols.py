@@ -1,17 +1,18 @@
-"""The split protocols: they select the slices of histories that become rows of train, validation and test."""
+"""The split protocols, which select the slices of histories that become rows of train, validation and test."""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .filters import Histories, slice_indices
+from .columns import slice_indices
+from .filters import Histories
 
 
 @dataclass(frozen=True)
 class Rows:
     """Rows of one split: row r has the history items[starts[r] : ends[r]] and the target items[ends[r]].
 
-    Where a user is judged by several items, these are items[ends[r] : relevant_ends[r]].
+    If a row has several relevant items, they are items[ends[r] : relevant_ends[r]].
     """
 
     users: np.ndarray  # (rows,), ascending
@@ -34,12 +35,12 @@ def split_histories(
     """The rows of each split, before `limit_histories`, and the histories that they are slices of.
 
     Args:
-        histories: of all users.
+        histories: the histories of all users.
         times: (interactions,) the times of their items.
-        settings: of `checked_protocol`.
+        settings: as `checked_protocol` returns them.
 
     Raises:
-        ValueError: for data that the protocol cannot split.
+        ValueError: the protocol cannot split these data.
     """
     name, histories_of = settings["name"], dict.fromkeys(("train", "validation", "test"), histories)
     if name == "temporal_users":
@@ -85,10 +86,10 @@ def last_n(histories: Histories, num_targets: int) -> dict[str, Rows]:
 
 
 def draw_cold_items(num_items: int, share: float, seed: int) -> np.ndarray:
-    """Draw the items that `without_cold_items` takes out of training: bool (num_items + 1,), False for padding.
+    """Draw the items that `without_cold_items` removes from training: bool (num_items + 1,), False for padding.
 
     Raises:
-        ValueError: for a share that rounds to no item, or to all of them.
+        ValueError: the share rounds to no item, or to all of them.
     """
     num_cold = round(share * num_items)
     if not 0 < num_cold < num_items:
@@ -102,14 +103,15 @@ def draw_cold_items(num_items: int, share: float, seed: int) -> np.ndarray:
 
 
 def without_cold_items(histories: Histories, is_cold: np.ndarray) -> Histories:
-    """What leave-one-out training reads: histories without their last two items, and without cold items.
+    """The histories that leave-one-out trains on, without cold items.
 
     Args:
-        histories: of all users.
+        histories: the histories of all users.
         is_cold: (num_items + 1,) bool.
 
     Returns:
-        Histories of the same users, possibly empty. The row of a user is the whole of it, its last item the target.
+        Histories of the same users without their last two items and without cold items, possibly empty. The train row
+        of a user is the whole history, with its last item as the target.
     """
     keep = ~is_cold[histories.items]  # (interactions,)
     ends = histories.boundaries[1:]
@@ -119,18 +121,18 @@ def without_cold_items(histories: Histories, is_cold: np.ndarray) -> Histories:
 
 
 def temporal_users(histories: Histories, times: np.ndarray, order_users_by: str) -> dict[str, Rows]:
-    """The first 80% of the users in time train, the next 10% validate, the last 10% test.
+    """Train on the first 80% of the users in time, validate on the next 10% and test on the last 10%.
 
-    Validation and test take the last interaction of each of their users as target, training takes every one.
-    The boundaries are rounded down: users 0..n*8//10-1 train and users n*8//10..n*9//10-1 validate.
+    Validation and test have the last interaction of each of their users as target; training has every interaction but
+    the first. The boundaries are rounded down: users 0..n*8//10-1 train and users n*8//10..n*9//10-1 validate.
 
     Args:
-        histories: of all users.
+        histories: the histories of all users.
         times: (interactions,) the times of their items.
-        order_users_by: "first" or "last": order users by the time of that interaction; ties are ordered by raw user id.
+        order_users_by: "first" or "last": order users by the time of that interaction, and ties by raw user id.
 
     Raises:
-        ValueError: for fewer than 10 users.
+        ValueError: there are fewer than 10 users.
 
     Source: LLaRA (SIGIR 2024), its MovieLens files, which agree with "first" and disagree with "last".
     """
@@ -156,7 +158,7 @@ def temporal_users(histories: Histories, times: np.ndarray, order_users_by: str)
 
 
 def check_moments(histories: Histories, times: np.ndarray, protocol: str) -> None:
-    """Raise a ValueError if times count places in a history, as where most users begin at the same earliest time."""
+    """Raise a ValueError if most users begin at the earliest time: such times are positions in a history."""
     first_times = times[histories.boundaries[:-1]]
     earliest = first_times.min()
     begin_there = int((first_times == earliest).sum())
@@ -171,18 +173,18 @@ def check_moments(histories: Histories, times: np.ndarray, protocol: str) -> Non
 def window_borders(times: np.ndarray, settings: dict) -> tuple[float, float, float]:
     """When validation and test begin, and when test ends.
 
-    Windows of `test_share` of all interactions each are counted from the newest one; those with the time of a border
+    Each window has `test_share` of all interactions, counted from the newest one. Interactions at the time of a border
     belong to the newer window.
 
     Args:
         times: (interactions,) in any order.
-        settings: of global_time or time_folds.
+        settings: those of global_time or time_folds.
 
     Raises:
-        ValueError: when a window, or the time before the first one, has no interactions.
+        ValueError: a window, or the time before the first one, has no interactions.
     """
     if settings["name"] == "global_time":
-        num_windows, first = 2, 0  # of equal size, at the end of the data, and the one that validates
+        num_windows, first = 2, 0  # windows at the end of the data, and the index of the one that validates
         if settings["test_start"] is not None:
             return settings["validation_start"], settings["test_start"], np.inf
     else:
@@ -202,14 +204,14 @@ def window_borders(times: np.ndarray, settings: dict) -> tuple[float, float, flo
 def split_by_time(
     histories: Histories, times: np.ndarray, validation_start: float, test_start: float, test_end: float
 ) -> dict[str, Rows]:
-    """What users did before `validation_start` trains; what they do from then on, and from `test_start` on, is judged.
+    """Train on interactions before `validation_start`, validate on those from then on, test on those from `test_start`.
 
-    A user has a row in validation or test if there are items in that window. Interactions from `test_end` on are in no
-    row.
+    A user has a row in validation or test if there are items in that window. Interactions from `test_end` on are left
+    out.
     """
     starts = histories.boundaries[:-1]
     moments = (validation_start, test_start, test_end)
-    # Every user has an interaction, as reduceat needs it.
+    # reduceat needs an interaction of every user, and every user has one.
     ends = [starts + np.add.reduceat(times < moment, starts, dtype=np.int64) for moment in moments]
     users = np.arange(len(starts))
     splits = {"train": Rows(users, starts, ends[0] - 1)}
@@ -219,17 +221,17 @@ def split_by_time(
 
 
 def random_targets(histories: Histories, test_share: float, seed: int) -> tuple[dict[str, Rows], dict[str, Histories]]:
-    """Of every user, a random share of the items tests and another one validates, at least one item each.
+    """Draw a random share of every user's items for test and another for validation, at least one item each.
 
-    The draw of a user depends on the seed and on the users before, so that filters change it.
+    The draw of a user depends on the seed and on the users before, so filters change it.
 
     Returns:
-        The rows, and the histories that they are slices of: those of train and validation have the items of train
-        first, then those of validation; those of test have both in time, then those of test.
+        The rows, and the histories that they are slices of. Histories of train and validation have the items of train
+        first, then those of validation. Histories of test have both in time, then the items of test.
     """
     starts, lengths = histories.boundaries[:-1], np.diff(histories.boundaries)
     users = np.arange(len(starts))
-    drawn = np.maximum(1, (test_share * lengths).astype(np.int64))  # (users,), of test and as many of validation
+    drawn = np.maximum(1, (test_share * lengths).astype(np.int64))  # (users,), for test, and as many for validation
     drawn = np.minimum(drawn, (lengths - 1) // 2)  # at least one item trains
     user_of = np.repeat(users, lengths)  # (interactions,)
     shuffled = np.lexsort((np.random.default_rng(seed).random(len(user_of)), user_of))  # within each user
@@ -272,7 +274,7 @@ def check_splits(splits: dict[str, Rows], settings: dict) -> None:
 
 
 def _needed_interactions(split: str, settings: dict) -> str:
-    """What a user needs for a row in a split."""
+    """The interactions that a user needs to have a row in a split, in words."""
     needed = settings["min_history"] + 1
     if settings["name"] in ("global_time", "time_folds"):
         window = {

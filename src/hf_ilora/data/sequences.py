@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, DatasetInfo, Features, List, Value
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, DatasetDict, DatasetInfo, Features
 from datasets.table import InMemoryTable
 from huggingface_hub import CommitInfo
 
@@ -23,11 +21,21 @@ from hf_ilora.models.next_item.hub_upload import upload
 
 from .candidates import sample_candidates
 from .cards import card_to_publish, sequences_card
-from .columns import read_column, training_counts
-from .filters import Histories, build_histories, is_string, read_interactions, read_items, slice_indices
+from .columns import list_array, slice_indices, training_counts
+from .external_histories import read_external_histories
+from .filters import Histories, build_histories, read_interactions, read_items
 from .hub import read_source
 from .protocol_settings import IN_MEMORY, LEAKS, PROTOCOLS, SEVERAL_TARGETS, Moment, checked_protocol
 from .protocols import Rows, check_splits, limit_histories, split_histories
+from .schema import (
+    SPLIT_COLUMNS,
+    catalogue_features,
+    check_columns,
+    check_item_ids,
+    raw_id_type,
+    split_columns,
+    split_features,
+)
 from .sources import DataSource, source_to_publish
 from .storage import (
     CARD_FILE,
@@ -44,39 +52,35 @@ from .storage import (
     write_description,
     write_parquet,
 )
-from .table_files import TableFiles
 from .workspace import Workspace, dataset_of
 
 logger = logging.getLogger(__name__)
 
-# The columns of splits, in their order; `map` may add further ones.
-OWN_COLUMNS = ("user_id", "history", "target", "relevant_items", "candidates")
-# Bounds the memory for gathering histories, in addition to that of the result.
+# Bounds the memory for gathering histories, beyond that of the result.
 _ELEMENTS_PER_CHUNK = 1 << 22
-# What the preparation of 20 million interactions takes at its peak, see benchmarks/data.py.
+# Peak memory per interaction, measured with 20 million of them by benchmarks/data.py.
 _BYTES_IN_MEMORY = 100
-_ROWS_PER_CHECK = 1 << 17
 
 
 class SequenceDatasets(DatasetDict):
     """The splits train, validation and test of one protocol, with the catalogue that explains their item ids.
 
-    Every split has the columns `user_id` (raw), `history` (list of int32 item ids, oldest first) and `target` (int32);
-    validation and test also have `candidates` (list of int32) unless they were switched off, and under the protocols
-    that judge a user by several items `relevant_items` (list of int32), all of them: different items, in their order
-    after the history, so that the first is the target. Rows are in the order of the raw user ids, and in time within a
-    user. Item ids run 1..num_items; 0 is padding and never occurs.
+    Every split has the columns `user_id` (raw), `history` (list of int32 item ids, oldest first) and `target` (int32).
+    Validation and test also have `candidates` (list of int32) unless they were switched off. Under protocols with
+    several targets per user, they have `relevant_items` (list of int32): all targets, distinct and in chronological
+    order, so that the first is `target`. Rows are in the order of the raw user ids, and chronological within a user.
+    Item ids run 1..num_items; 0 is padding and never occurs.
 
-    `map` and `filter` return `SequenceDatasets`, with columns that `map` adds; other methods that `DatasetDict` brings,
-    such as `select_columns`, return a plain `DatasetDict`.
+    `map`, which may add columns, and `filter` return `SequenceDatasets`. Other methods of `DatasetDict`, such as
+    `select_columns`, return a plain `DatasetDict`.
 
     Args:
         splits: a Dataset for each of "train", "validation" and "test".
-        catalogue: titles and raw ids of the items, with `year` (may be null) and `genres`. The data set has it with
-            `count`, the occurrences of each item in the train split, 0 for items that training never sees.
+        catalogue: titles and raw ids of the items, with `year` (may be null) and `genres`. The data set replaces its
+            column `count` by the occurrences of each item in the train split, 0 for items that training never sees.
         protocol: the settings that made the splits, JSON types only; `protocol["name"]` is the name.
-        source: where the interactions come from, which decides whether the data set may be published; None if nobody
-            knows.
+        source: where the interactions come from, which decides whether the data set may be published; None if it is
+            unknown.
     """
 
     def __init__(
@@ -103,7 +107,7 @@ class SequenceDatasets(DatasetDict):
         """As `DatasetDict.map`; the result keeps the catalogue, with the counts of its train split.
 
         Returns:
-            SequenceDatasets; a plain DatasetDict when a column of sequences was removed or has another type now.
+            SequenceDatasets, or a plain DatasetDict if `map` removed one of the columns above or changed its type.
         """
         return self._with_splits(super().map(*arguments, **options))
 
@@ -113,7 +117,7 @@ class SequenceDatasets(DatasetDict):
 
     def _with_splits(self, splits: DatasetDict) -> DatasetDict:
         for name, dataset in self.items():
-            own = own_columns(dataset)
+            own = split_columns(dataset)
             if {column: splits[name].features.get(column) for column in own} != {
                 column: dataset.features[column] for column in own
             }:
@@ -122,7 +126,7 @@ class SequenceDatasets(DatasetDict):
 
     @property
     def num_items(self) -> int:
-        """Items in the catalogue, which is the largest item id."""
+        """Number of items in the catalogue, which is also the largest item id."""
         return len(self.catalogue)
 
     @property
@@ -134,24 +138,24 @@ class SequenceDatasets(DatasetDict):
     def fingerprint(self) -> str:
         """sha256, in hex, of the protocol, the catalogue and all rows in order.
 
-        It depends on values alone: every machine and every chunking gives the same. Further columns of the catalogue,
-        such as a price, and of the splits do not count: no model reads them. Each access reads the present content,
+        It depends only on values, not on the machine or the chunking. It ignores further columns of the catalogue, such
+        as a price, and of the splits, because no model reads them. Each access reads the current content, which takes
         about a second for 20 million interactions.
         """
-        digests = {name: content_digest(split.select_columns(own_columns(split))) for name, split in self.items()}
+        digests = {name: content_digest(split.select_columns(split_columns(split))) for name, split in self.items()}
         catalogue_digest = content_digest(self.catalogue.table.select(list(catalogue_features("int64"))))
         return json_digest({"protocol": self.protocol, "catalogue": catalogue_digest, "splits": digests})
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write train, validation, test and items as parquet, sequences.json, and README.md, to `directory`.
+        """Write train, validation, test and items as parquet, sequences.json and README.md to `directory`.
 
-        The folder is written whole or not at all: if the save fails or is killed, an earlier output stays as it is.
-        `datasets.load_dataset(directory, "sequences")` and `load_dataset(directory, "catalogue")` read it too: all
-        files of the splits have the same columns, with empty lists where a split has none.
+        The folder is written whole or not at all: if the save fails or is killed, an earlier output stays unchanged.
+        `datasets.load_dataset(directory, "sequences")` and `load_dataset(directory, "catalogue")` read it too, so all
+        files of splits have the same columns, with empty lists for columns that a split lacks.
 
         Raises:
-            ValueError: when `directory` is a file or contains files that no earlier save wrote, because they would be
-                deleted, and for further columns that the splits do not share.
+            ValueError: `directory` is a file, or contains files that no earlier save wrote and that would be deleted;
+                or the splits differ in further columns.
         """
         features = self._stored_features()
         with folder_written_whole(directory, replaceable_files=FILES) as folder:
@@ -187,30 +191,29 @@ class SequenceDatasets(DatasetDict):
         create_pr: bool = False,
         parent_commit: str | None = None,
     ) -> CommitInfo:
-        """Publish what `save` writes as a data set on the Hub, in one commit; it is safe to repeat.
+        """Publish the files that `save` writes as a data set on the Hub, in one commit; it is safe to repeat.
 
-        A card that was edited on the Hub stays, with the metadata by which `load_dataset` finds the files.
+        A card that was edited on the Hub stays; only the metadata by which `load_dataset` finds the files are updated.
 
         Args:
-            repo_id: "user/name", or "name" of the token's user; made when it does not exist.
-            license: of the published data set, by its name on the Hub, such as "cc-by-4.0"; None for that of `source`.
+            repo_id: "user/name", or "name" of the token's user; created if it does not exist.
+            license: the licence to publish under, by its name on the Hub ("cc-by-4.0"); None for that of `source`.
             allow_restricted_license: publish data whose licence forbids that or sets conditions, such as MovieLens.
-            commit_message, commit_description: of the commit.
+            commit_message, commit_description: title and body of the commit message.
             private: make a new repository private; None leaves it to the Hub's setting.
             token: None uses HF_TOKEN or the token of `hf auth login`.
-            revision: branch; made from main when it does not exist.
+            revision: branch; created from main if it does not exist.
             create_pr: propose the commit as a pull request.
             parent_commit: fail unless this is the latest commit of the branch.
 
         Returns:
-            The commit, or the latest one when nothing has changed.
+            The commit, or the latest one if nothing has changed.
 
         Raises:
-            PermissionError: when the token is missing, wrong, or may not write there.
-            ValueError: for data whose licence restricts their publication, or whose source nobody knows; as `save`;
-                when a private repository was requested and a public one exists; and when another commit is pushed
-                during the upload.
-            OSError: when the Hub cannot be reached.
+            PermissionError: the token is missing or wrong, or may not write there.
+            ValueError: the licence restricts publication, the source is unknown, a private repository was requested
+                and a public one exists, or somebody else pushes a commit during the upload; otherwise as `save`.
+            OSError: the Hub cannot be reached.
         """
         source = source_to_publish(self.source, license, allow_restricted_license)
         published = SequenceDatasets(self, self.catalogue, self.protocol, source)
@@ -233,23 +236,23 @@ class SequenceDatasets(DatasetDict):
             )
 
     def _card(self, name: str, fingerprint: str) -> str:
-        """The card, for a data set of this name on the Hub or in the working directory."""
+        """The card of the data set under `name`, on the Hub or in the working directory."""
         counts = {split: len(dataset) for split, dataset in self.items()}
         columns = list(self._stored_features())
         return sequences_card(name, self.protocol, self.num_items, counts, columns, self.source, fingerprint)
 
     def _stored_features(self) -> Features:
-        """The columns of every split in its file: its own ones, those that another split has, and further ones.
+        """The columns of the files of all splits: those of sequences that any split has, and further ones.
 
         Raises:
-            ValueError: for further columns that are not the same in all splits.
+            ValueError: the splits differ in further columns.
         """
         own: dict[str, Any] = {}
         further: dict[str, dict[str, Any]] = {}
         for name, dataset in self.items():
-            own |= {column: dataset.features[column] for column in own_columns(dataset)}
+            own |= {column: dataset.features[column] for column in split_columns(dataset)}
             further[name] = {
-                column: feature for column, feature in dataset.features.items() if column not in OWN_COLUMNS
+                column: feature for column, feature in dataset.features.items() if column not in SPLIT_COLUMNS
             }
             if further[name] != further["train"]:
                 raise ValueError(
@@ -257,13 +260,13 @@ class SequenceDatasets(DatasetDict):
                     f"{sorted(further[name]) or 'none'}: expected the same in all splits, with the same types; add "
                     "them with sequences.map, or remove them"
                 )
-        return Features({column: own[column] for column in OWN_COLUMNS if column in own} | further["train"])
+        return Features({column: own[column] for column in SPLIT_COLUMNS if column in own} | further["train"])
 
     def _stored_items(self) -> Dataset:
-        """The catalogue without what the splits say."""
+        """The catalogue without the column that is computed from the splits."""
         table = self.catalogue.table.drop_columns("count")
         further = Features.from_arrow_schema(table.select(self.catalogue.metadata_columns).schema)
-        features = Features({**catalogue_features(_raw_id_type(table, "raw_id")), **further})
+        features = Features({**catalogue_features(raw_id_type(table, "raw_id")), **further})
         return Dataset(InMemoryTable(table), info=DatasetInfo(features=features), fingerprint=CATALOGUE_FILE)
 
     @classmethod
@@ -283,17 +286,17 @@ class SequenceDatasets(DatasetDict):
 
         Args:
             source: a folder, or the name of a data set on the Hub, "user/name".
-            revision: of a data set on the Hub: branch, tag or commit; None for main.
+            revision: branch, tag or commit of a data set on the Hub; None for main.
             token: None uses HF_TOKEN or the token of `hf auth login`.
-            cache_dir: where files of the Hub are kept; None uses its cache.
+            cache_dir: folder for files from the Hub; None for the default cache of huggingface_hub.
             local_files_only: read that cache without asking the Hub, as with HF_HUB_OFFLINE=1.
 
         Raises:
-            FileNotFoundError: when the folder or the data set, or a file of it, is missing.
-            PermissionError: when the Hub does not accept the token.
-            ValueError: for files that are damaged or changed, of another version, or do not belong together, and for a
-                revision that does not exist or is given for a folder.
-            OSError: when the Hub cannot be reached.
+            FileNotFoundError: the folder, the data set or one of its files is missing.
+            PermissionError: the Hub does not accept the token.
+            ValueError: files are damaged, changed, of another version or do not belong together; or the revision does
+                not exist or is given for a folder.
+            OSError: the Hub cannot be reached.
         """
         return read_source(
             source,
@@ -311,40 +314,25 @@ class SequenceDatasets(DatasetDict):
     ) -> "SequenceDatasets":
         """Read histories that another program, such as Spark or Ray Data, has written as folders of parquet parts.
 
-        `folder` has the folders train, validation and test, and items; parts are read in the order of their names.
+        `folder` contains the folders train, validation, test and items; parts are read in the order of their names.
         The splits have `user_id` (integer or string), `history` (list of item ids, oldest first, not empty) and
-        `target` (item id); `candidates` (list of item ids, the target among them, as many in every row) may be in
-        validation and test. The items have `item_id` (1 to the number of items, each once), `raw_id` and `title`, and
-        may have the other columns of a catalogue. Further columns of the splits are ignored.
+        `target` (item id). Validation and test may have `candidates` (list of item ids including the target, of the
+        same length in every row). The items have `item_id` (1 to the number of items, each once), `raw_id` and
+        `title`, and may have the other columns of a catalogue. Further columns of the splits are ignored.
 
-        `datasets` copies the splits to Arrow files in its cache once, and they are mapped to memory from there, so
-        they may outgrow it.
+        `datasets` copies the splits once to Arrow files in its cache and maps these to memory, so the splits may be
+        larger than memory.
 
         Args:
-            folder: of these folders.
-            cache_dir: of the Arrow files; None uses the cache of `datasets`.
+            folder: the folder of these four folders.
+            cache_dir: folder of the Arrow files; None for the cache of `datasets`.
 
         Raises:
-            FileNotFoundError: for a missing folder.
-            ValueError: for parts that are not parquet, missing columns or columns of other types, null values, empty
-                histories, ids outside of the catalogue, and candidates that differ in number.
+            FileNotFoundError: a folder is missing.
+            ValueError: a part is not parquet, a column is missing or has another type, a value is null, a history is
+                empty, an id is outside the catalogue, or rows differ in their number of candidates.
         """
-        folder = Path(folder)
-        items = [read_parquet(file) for file in _parquet_parts(folder / "items")]
-        try:
-            table = pa.concat_tables(items, promote_options="permissive")
-            for name, feature in catalogue_features("int64").items():
-                if name not in table.column_names and name in ("year", "genres"):
-                    nulls: list = [None if name == "year" else []] * len(table)
-                    table = table.append_column(name, pa.array(nulls, Features({name: feature}).arrow_schema[0].type))
-            catalogue = Catalogue(table.drop_columns([name for name in ("count",) if name in table.column_names]))
-        except (ValueError, pa.ArrowException) as error:
-            raise ValueError(f"{folder / 'items'}: {error}") from error
-        splits = {name: _external_split(folder / name, name, len(catalogue), cache_dir) for name in SPLITS}
-        sizes = {_num_candidates(splits[name], folder / name) for name in ("validation", "test")}
-        if len(sizes) > 1:
-            raise ValueError(f"{folder} has {sorted(sizes)} candidates per row: expected as many in every row")
-        return cls(splits, catalogue, {"name": "external", "num_candidates": sizes.pop()})
+        return cls(*read_external_histories(Path(folder), cache_dir))
 
     @classmethod
     def _read(cls, directory: Path) -> "SequenceDatasets":
@@ -354,8 +342,8 @@ class SequenceDatasets(DatasetDict):
 
         path = directory / CATALOGUE_FILE
         table = read_parquet(path, num_items)
-        features = catalogue_features(_raw_id_type(table, "raw_id"))
-        _check_columns(table.select([name for name in table.column_names if name in features]), features, path)
+        features = catalogue_features(raw_id_type(table, "raw_id"))
+        check_columns(table.select([name for name in table.column_names if name in features]), features, path)
         if not np.array_equal(table["item_id"].to_numpy(), np.arange(1, num_items + 1)):
             raise ValueError(
                 f"{path} has {len(table)} items: expected the item ids 1 to {num_items} in order, the num_items of "
@@ -407,8 +395,8 @@ def build_sequences(
     """Sort interactions into histories, filter them, and split them by a protocol.
 
     Histories are chronological. Interactions of a user with the same timestamp stay in input order: the row that comes
-    first in `interactions` is the older one. (44% of the users of ML-100K have validation and test items with the same
-    timestamp, so the input order determines what is tested.) Nothing else depends on the order of the rows.
+    first in `interactions` counts as older. (44% of the users of ML-100K have validation and test items with the same
+    timestamp, so the input order decides which one is tested.) Nothing else depends on the order of the rows.
 
     Protocols:
         "leave_one_out": every user is in every split. The last item is the test target, with all items before it as
@@ -418,58 +406,58 @@ def build_sequences(
         "temporal_users": the first 80% of the users in time train, the next 10% validate and the last 10% test
             (boundaries rounded down). Validation and test have one row per user, with the last interaction as target;
             train has a row for every interaction. Histories are windows of the newest 10 items; rows with fewer than
-            3 are dropped. The published MovieLens-100K splits come from `min_rating=3`.
-        "cold_items": "leave_one_out" for items that training has never seen. A share of the items, drawn at random, is
-            cold: training rows are those of leave_one_out without them, as if nobody had bought them, with the last
-            remaining item as target; users with fewer than two remaining items have no train row. The catalogue and the
-            validation and test rows stay those of leave_one_out, with cold items in histories and as targets. So no
-            interaction with a cold item reaches training, but their titles do, and three things tell of them: the
-            filters counted their interactions, histories close up where they were, and validation, by which settings
-            are chosen, has the same cold items as test. They are drawn from all items, not from the newest ones, so
-            similar items may be newer than they are. Items with `count` 0 in the catalogue never occur in training: the
-            cold ones, and those that occur as targets of validation and test only.
-        "last_n": as leave_one_out with the last `num_targets` items of every user as `relevant_items` of test, and as
-            many before them for validation.
-        "global_time": two moments divide the interactions of all users. What lies before `validation_start` trains. A
-            user who has items before a window and in it has a row for it: the window from `validation_start` on
-            validates, that from `test_start` on tests; the items in it are `relevant_items`, all items before it the
-            history. Without moments, the newest `test_share` of the interactions tests, and as many before validate.
-        "time_folds": k-fold in time. `num_folds` windows of `test_share` of the interactions lie at the end of the data
-            and one more before them. Fold f tests on the f-th of the `num_folds` windows, validates on the one before
-            and trains on what is older; newer interactions are in no row. Each fold is a data set of its own, and all
-            of them have the same catalogue.
-        "random": of every user's items, a random `test_share` (at least one item) are `relevant_items` of test, as many
-            others those of validation. Histories are the remaining items in time; that of test contains those of
-            validation too. A target is no next item: the history may continue after it.
+            3 are dropped. `min_rating=3` gives the published MovieLens-100K splits.
+        "cold_items": as "leave_one_out", for items that training never sees. A random share of the items is cold. Train
+            rows are those of leave_one_out without cold items, with the last remaining item as target; users with
+            fewer than two remaining items have no train row. The catalogue and the validation and test rows are those
+            of leave_one_out, with cold items in histories and as targets. Training sees the titles of cold items, but
+            no interaction with them. Some knowledge of them remains: the filters counted their interactions, histories
+            close the gaps they leave, and validation, which chooses settings, has the same cold items as test. Cold
+            items are drawn from all items, not from the newest, so similar items may be newer. Items with `count` 0 in
+            the catalogue never occur in training: cold items, and items that are only targets of validation and test.
+        "last_n": as "leave_one_out", with the last `num_targets` items of every user as `relevant_items` of test, and
+            as many before them as those of validation.
+        "global_time": two moments divide the interactions of all users. Interactions before `validation_start` train.
+            The validation window begins at `validation_start`, the test window at `test_start`. A user with items
+            before a window and in it has a row for it: the items in it are `relevant_items`, and all items before it
+            are the history. Without moments, the newest `test_share` of the interactions is the test window, and as
+            many before it are the validation window.
+        "time_folds": k-fold in time. `num_folds` test windows of `test_share` of the interactions lie at the end of the
+            data, and one more window before them. Fold f tests on the f-th test window, validates on the window before
+            it and trains on what is older; newer interactions are left out. Each fold is a separate data set, and all
+            folds have the same catalogue.
+        "random": a random `test_share` of every user's items (at least one) are `relevant_items` of test, and as many
+            others are those of validation. Histories are the remaining items in chronological order; those of test
+            also contain the validation items. A target need not be the next item: the history may continue after it.
 
-    What training knows of the future or of other users, its leak, is in `LEAKS` by protocol, and logged. Under the
-    first protocol as under "last_n", training has interactions of other users that are newer than a user's targets;
-    "temporal_users" limits that, "global_time" and "time_folds" avoid it, and under "random", training even has later
-    interactions of the same user. Under all of them, filters count the interactions of all splits, and the catalogue
-    lists items that occur after training too (with `count` 0).
+    `LEAKS` says for each protocol what training knows of the future or of other users; it is also logged. Under
+    "leave_one_out" and "last_n", training has interactions of other users that are newer than a user's targets.
+    "temporal_users" limits that, "global_time" and "time_folds" avoid it, and under "random" training even has later
+    interactions of the same user. Under all protocols, filters count the interactions of all splits, and the catalogue
+    includes items that occur only after training (with `count` 0).
 
     Args:
-        interactions: one row per interaction: `user_id` and `item_id` (raw ids, integer or string), `timestamp`
-            (seconds, not negative) and, for `min_rating`, `rating`; other columns are not read.
-        items: columns `item_id` (raw, unique, every item of `interactions`), `title`, `year` (may be null), `genres`;
-            others, such as price and url, become further columns of the catalogue.
+        interactions: one row per interaction, with the columns `user_id` and `item_id` (raw ids, integer or string),
+            `timestamp` (seconds, not negative) and, for `min_rating`, `rating`; other columns are ignored.
+        items: one row per item, with the columns `item_id` (raw, unique, every item of `interactions`), `title`, `year`
+            (may be null) and `genres`; others, such as price and url, become further columns of the catalogue.
         protocol: one of the above.
-        min_user_interactions, min_item_interactions: users and items with fewer interactions are dropped, repeatedly,
-            until none is left (k-core). Repeated interactions count. None: 3 interactions of a user, or as many as
-            last_n needs.
+        min_user_interactions, min_item_interactions: drop users and items with fewer interactions, repeatedly, until
+            all that remain have enough (k-core). Repeated interactions count. None: 3 for users, or as many as last_n
+            needs.
         max_history: number of newest items to keep in a history; None: 10 for temporal_users, all for the others.
-        min_history: rows with a shorter history are dropped; None: 3 for temporal_users, 1 for the others.
-        num_candidates: items per row in `candidates` of validation and test, including the target; the others are items
-            that the user never interacted with, in any split. 0 leaves the column out.
+        min_history: drop rows with a shorter history; None: 3 for temporal_users, 1 for the others.
+        num_candidates: items per row in `candidates` of validation and test: the target, and items that the user never
+            interacted with in any split. 0 leaves the column out.
         candidate_seed: random seed of the candidates. Those of a row depend only on the seed, the split, the user, the
             items of that user and the size of the catalogue.
-        drop_repeats: keep only the first interaction of a user with an item. By default repeats stay, and a target may
-            also be in its history.
-        min_rating: interactions with a lower `rating` are ignored, as if they were absent, for candidates too.
+        drop_repeats: keep only the first interaction of a user with an item. By default repeats stay, and the history
+            may contain the target.
+        min_rating: ignore interactions with a lower `rating`, even when drawing candidates.
         order_users_by: temporal_users only: order users by their "first" or their "last" interaction; None: "first", as
-            in LLaRA's MovieLens splits. With "first", a training user may still interact after test users have started;
+            in LLaRA's MovieLens splits. With "first", training users may still interact after test users have started;
             with "last", no training target is newer than a test target. Ties are ordered by raw user id.
-        cold_share: cold_items only: share of the items to take out of training; None: 0.1.
+        cold_share: cold_items only: share of the items to remove from training; None: 0.1.
         cold_seed: cold_items only: random seed of their draw; None: 0.
         num_targets: last_n only: items of a user in test, and in validation; None: 5.
         test_share: global_time, time_folds and random only: share of the interactions in test, and in validation; None:
@@ -479,20 +467,20 @@ def build_sequences(
         num_folds: time_folds only; None: 3.
         fold: time_folds only, required: which fold, 1 (the oldest) to `num_folds`.
         split_seed: random only: random seed of the draw; None: 0.
-        work_dir: folder for what does not fit in memory: columns and splits are kept in files there, which are mapped
-            to memory, and only the ids of users and items, the counts of them and a row per user stay in memory. The
-            result is the same. It reads these files, so delete the folder when it is saved. None: all in memory.
+        work_dir: folder for data that do not fit in memory. Columns and splits are then memory-mapped files in this
+            folder; only the ids and counts of users and items, and a row per user, stay in memory. The result is the
+            same. It reads these files, so save it before you delete the folder. None: keep everything in memory.
 
     Returns:
         SequenceDatasets. The catalogue contains the items of the filtered interactions, numbered from 1 in the order of
         their raw ids (numeric for integers, by code point for strings).
 
     Raises:
-        TypeError: for arguments or columns of the wrong type.
-        ValueError: for an unknown protocol, settings that contradict it, missing columns, empty tables, null or
-            negative values, items that are repeated in or missing from `items`, filters that leave a split empty, users
-            with too few unseen items for `num_candidates`, and times that count places in a history where a protocol
-            needs moments.
+        TypeError: an argument or a column has the wrong type.
+        ValueError: the protocol is unknown or contradicts other settings; a column is missing; a table is empty; values
+            are null or negative; items are repeated in `items` or missing from it; the filters leave a split empty; a
+            user has too few unseen items for `num_candidates`; or the protocol needs real times and these are positions
+            in a history.
 
     Source: leave_one_out: SASRec (ICDM 2018), section IV. temporal_users: LLaRA (SIGIR 2024), its released data.
     """
@@ -574,28 +562,23 @@ def _split_batches(
         starts, ends = rows.starts[first:last], rows.ends[first:last]
         columns = [
             histories.user_ids.take(pa.array(rows.users[first:last])),
-            _list_array(histories.items[slice_indices(starts, ends)], ends - starts),
+            list_array(histories.items[slice_indices(starts, ends)], ends - starts),
             pa.array(histories.items[ends]),
         ]
         if rows.relevant_ends is not None:
             columns.append(_different_items(histories.items, ends, rows.relevant_ends[first:last]))
         if candidates is not None:
             block = candidates[first:last]
-            columns.append(_list_array(block.ravel(), np.full(len(block), block.shape[1])))
+            columns.append(list_array(block.ravel(), np.full(len(block), block.shape[1])))
         yield pa.record_batch(columns, schema=features.arrow_schema)
 
 
 def _different_items(items: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> pa.ListArray:
-    """The items of each slice, each once, in the order of their first occurrences."""
+    """The distinct items of each slice, in order of first appearance."""
     relevant = items[slice_indices(starts, ends)]
     rows = np.repeat(np.arange(len(starts)), ends - starts)
     first = np.sort(np.unique(rows * (np.int64(relevant.max()) + 1) + relevant, return_index=True)[1])
-    return _list_array(relevant[first], np.bincount(rows[first], minlength=len(starts)))
-
-
-def _list_array(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    return list_array(relevant[first], np.bincount(rows[first], minlength=len(starts)))
 
 
 def _catalogue(known_items: pa.Table, item_ids: pa.Array) -> Catalogue:
@@ -609,134 +592,26 @@ def _catalogue(known_items: pa.Table, item_ids: pa.Array) -> Catalogue:
     return Catalogue(rows.add_column(0, "item_id", pa.array(np.arange(1, len(rows) + 1))))
 
 
-def split_features(user_id_type: str, with_candidates: bool, with_relevant_items: bool = False) -> Features:
-    columns = {"user_id": Value(user_id_type), "history": List(Value("int32")), "target": Value("int32")}
-    if with_relevant_items:
-        columns["relevant_items"] = List(Value("int32"))
-    if with_candidates:
-        columns["candidates"] = List(Value("int32"))
-    return Features(columns)
-
-
-def catalogue_features(raw_id_type: str) -> Features:
-    return Features(
-        {
-            "item_id": Value("int64"),
-            "raw_id": Value(raw_id_type),
-            "title": Value("string"),
-            "year": Value("int32"),
-            "genres": List(Value("string")),
-        }
-    )
-
-
-def own_columns(dataset: Dataset) -> list[str]:
-    """The columns of sequences, without further ones."""
-    return [name for name in OWN_COLUMNS if name in dataset.column_names]
-
-
 def _read_split(path: Path, rows: int, name: str, protocol: dict, num_items: int) -> Dataset:
     """Read the file of a split and check it."""
     table = read_parquet(path, rows)
-    judges_lists, has_candidates = protocol["name"] in SEVERAL_TARGETS, protocol["num_candidates"] > 0
-    further = [column for column in table.column_names if column not in OWN_COLUMNS]
-    id_type = _raw_id_type(table, "user_id")
+    has_several_targets, has_candidates = protocol["name"] in SEVERAL_TARGETS, protocol["num_candidates"] > 0
+    further = [column for column in table.column_names if column not in SPLIT_COLUMNS]
+    id_type = raw_id_type(table, "user_id")
     if name == "train":
         features = split_features(id_type, False)
-        for column in set(split_features(id_type, has_candidates, judges_lists)) - set(features):
-            # Columns of the other splits, empty here; folders that were saved before they were all equal lack them.
+        for column in set(split_features(id_type, has_candidates, has_several_targets)) - set(features):
+            # Train files have the columns of the other splits, as empty lists; earlier versions left them out.
             is_list = column in table.column_names and pa.types.is_list(table.schema.field(column).type)
             if is_list and pc.list_flatten(table[column]).length() == 0:
                 table = table.drop_columns(column)
     else:
-        features = split_features(id_type, has_candidates, judges_lists)
+        features = split_features(id_type, has_candidates, has_several_targets)
     own = table.drop_columns(further)
-    _check_columns(own, features, path)
-    _check_item_ids(own, num_items, path)
+    check_columns(own, features, path)
+    check_item_ids(own, num_items, path)
     more = Features.from_arrow_schema(table.select(further).schema)
     return dataset_of(table.select([*features, *further]), Features({**features, **more}), name)
-
-
-def _parquet_parts(folder: Path) -> list[Path]:
-    """The part files of a folder, in their order."""
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} is not a folder: expected one of parquet parts; docs/data.md shows which folders and columns"
-        )
-    files = TableFiles.at(folder)
-    if files.suffix != ".parquet":
-        raise ValueError(f"{folder} has files of the type {files.suffix}: expected parquet parts")
-    return list(files.files)
-
-
-def _external_split(folder: Path, name: str, num_items: int, cache_dir: str | os.PathLike | None) -> Dataset:
-    """The split that another program wrote, mapped to memory and checked."""
-    files = _parquet_parts(folder)
-    schema = pq.read_schema(files[0])
-    if schema.names.count("user_id") != 1:
-        raise ValueError(f"{files[0]} has the columns {', '.join(schema.names)}: expected user_id, history and target")
-    id_type = "string" if is_string(schema.field("user_id").type) else "int64"
-    features = split_features(id_type, name != "train" and "candidates" in schema.names)
-    try:
-        split = Dataset.from_parquet(
-            [str(file) for file in files], features=features, columns=list(features), cache_dir=cache_dir, split=name
-        )
-    except (DatasetGenerationError, pa.ArrowException) as error:
-        raise ValueError(
-            f"{folder} cannot be read as {features} ({error.__cause__ or error}): write these columns with these types"
-        ) from error
-    for table in split.with_format("arrow").iter(batch_size=_ROWS_PER_CHECK):
-        _check_columns(table, features, folder)
-        _check_item_ids(table, num_items, folder)
-        if pc.min(pc.list_value_length(table["history"])).as_py() == 0:
-            raise ValueError(f"{folder} has rows with an empty history: expected at least one item; drop them")
-    return split
-
-
-def _num_candidates(split: Dataset, folder: Path) -> int:
-    if "candidates" not in split.column_names:
-        return 0
-    lengths = pc.unique(pc.list_value_length(read_column(split, "candidates"))).to_pylist()
-    if len(lengths) != 1:
-        raise ValueError(f"{folder} has {sorted(lengths)} candidates per row: expected as many in every row")
-    return lengths[0]
-
-
-def _raw_id_type(table: pa.Table, column: str) -> str:
-    """The type of a raw id column that was read; int64 when there is none, for the comparison of columns to report."""
-    is_string = column in table.column_names and pa.types.is_string(table.schema.field(column).type)
-    return "string" if is_string else "int64"
-
-
-def _check_columns(table: pa.Table, features: Features, path: Path) -> None:
-    """Names, types, and that only years are null."""
-    schema = features.arrow_schema
-    if table.schema.names != schema.names or table.schema.types != schema.types:
-        found, expected = (
-            ", ".join(f"{field.name}: {field.type}" for field in each) for each in (table.schema, schema)
-        )
-        raise ValueError(f"{path} has the columns {found}: expected {expected}; {REMEDY}")
-    for name in table.column_names:
-        chunks = table[name].chunks
-        nulls = sum(chunk.null_count + (chunk.values.null_count if _is_list(chunk) else 0) for chunk in chunks)
-        if nulls and name != "year":
-            raise ValueError(f"{path} has {nulls} null values in {name}: expected none; {REMEDY}")
-
-
-def _check_item_ids(table: pa.Table, num_items: int, path: Path) -> None:
-    for name in table.column_names[1:]:  # behind user_id
-        for chunk in filter(len, table[name].chunks):
-            bounds = pc.min_max(chunk.flatten() if _is_list(chunk) else chunk)
-            lowest, highest = bounds["min"].as_py(), bounds["max"].as_py()
-            if lowest is None or lowest < 1 or highest > num_items:
-                raise ValueError(
-                    f"{path} has the values {lowest} to {highest} in {name}: expected item ids of the catalogue, 1 to "
-                    f"{num_items}; {REMEDY}"
-                )
-
-
-def _is_list(chunk: pa.Array) -> bool:
-    return pa.types.is_list(chunk.type)
 
 
 __all__ = ["SequenceDatasets", "build_sequences"]

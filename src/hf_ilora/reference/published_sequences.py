@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from hf_ilora.data.columns import flatten_lists, read_column
-from hf_ilora.data.filters import slice_indices
-from hf_ilora.data.sequences import SequenceDatasets, split_features
+from hf_ilora.data.columns import flatten_lists, is_string, list_array, read_column, slice_indices
+from hf_ilora.data.schema import split_features
+from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.data.storage import read_parquet
 from hf_ilora.data.workspace import dataset_of
 from hf_ilora.models.next_item.catalogue import Catalogue
@@ -174,20 +174,15 @@ def _split(users, items, lengths, targets, candidates, name: str, min_history: i
         raise ValueError(f"no row of {name} has {min_history} history items: lower min_history")
     starts = np.maximum(ends - lengths, ends - max_history)[kept]
     ends = ends[kept]
-    columns = [
-        pa.array(users[kept], pa.string()),
-        _lists(items[slice_indices(starts, ends)], ends - starts),
-        pa.array(targets[kept], pa.int32()),
-    ]
+    columns = {
+        "user_id": users[kept],
+        "history": list_array(items[slice_indices(starts, ends)], ends - starts),
+        "target": targets[kept],
+    }
     if candidates is not None:
-        columns.append(_lists(candidates[kept].ravel(), np.full(int(kept.sum()), candidates.shape[1])))
+        columns["candidates"] = list_array(candidates[kept].ravel(), np.full(int(kept.sum()), candidates.shape[1]))
     features = split_features("string", candidates is not None)
-    return dataset_of(pa.table(columns, schema=features.arrow_schema), features, name)
-
-
-def _lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
+    return dataset_of(pa.table(columns).cast(features.arrow_schema), features, name)
 
 
 def _read(path: Path, columns: dict[str, str]) -> pa.Table:
@@ -198,7 +193,7 @@ def _read(path: Path, columns: dict[str, str]) -> pa.Table:
     is_kind = {
         "int": pa.types.is_integer,
         "list": lambda kind: pa.types.is_list(kind) and pa.types.is_integer(kind.value_type),
-        "string": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+        "string": is_string,
     }
     for name, kind in columns.items():
         if name not in table.column_names or not is_kind[kind](table.schema.field(name).type):

@@ -11,8 +11,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-from hf_ilora.data.columns import flatten_lists, read_column
-from hf_ilora.data.filters import slice_indices
+from hf_ilora.data.columns import flatten_lists, read_column, slice_indices
 from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.data.table_files import TableFiles
 from hf_ilora.data.tables import Source, clean_ids, clean_seconds, describe, is_polars, read_columns

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from hf_ilora.data.filters import slice_indices
+from hf_ilora.data.columns import slice_indices
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_ilora.data.columns import is_string, repeated_values
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.next_item_head import NextItemHead
@@ -39,8 +40,7 @@ def new_items_table(items: Items, catalogue: Catalogue) -> pa.Table:
         raise ValueError("there are no items to add: expected at least one (raw id, title)")
     schema = catalogue.table.schema
     raw_ids = _raw_ids(given["raw_id"], schema.field("raw_id").type)
-    counts = pc.value_counts(raw_ids)
-    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    repeated = repeated_values(raw_ids)
     if len(repeated):
         raise ValueError(f"raw id {repeated[0].as_py()!r} occurs more than once: expected one title per new item")
     known = catalogue.table["raw_id"]
@@ -110,8 +110,8 @@ def _raw_ids(column: pa.ChunkedArray, expected: pa.DataType) -> pa.Array:
     """The raw ids as the catalogue has them: int64 or string."""
     if column.null_count:
         raise ValueError(f"{column.null_count} of the new items have no raw id: expected one for each")
-    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    if is_text != pa.types.is_string(expected) or not (is_text or pa.types.is_integer(column.type)):
+    is_text = is_string(column.type)
+    if is_text != is_string(expected) or not (is_text or pa.types.is_integer(column.type)):
         raise ValueError(
             f"the raw ids of the new items are {column.type} (the first is {column[0].as_py()!r}): expected "
             f"{expected}, as in the catalogue of the model"
