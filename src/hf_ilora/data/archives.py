@@ -1,4 +1,4 @@
-"""Zip archives of unknown origin: checked as a whole before the first member is read, and read in place."""
+"""Reads zip archives of unknown origin in place, after checking every member."""
 
 import stat
 import zipfile
@@ -12,7 +12,7 @@ MAX_COMPRESSION_RATIO = 100  # ratings as text compress about 5:1, a zip bomb th
 
 
 class ArchiveError(ValueError):
-    """An archive is damaged, or contains what no honest archive of data contains."""
+    """An archive is damaged or unsafe to read."""
 
 
 @contextmanager
@@ -24,14 +24,14 @@ def open_archive(
     Args:
         path: the archive.
         max_unpacked_bytes: limit on the declared size of all members together.
-        max_ratio: limit on that size divided by the size of the archive, if it is above 1 MiB.
+        max_ratio: limit on that size divided by the size of the archive; up to 1 MiB is always allowed.
 
     Returns:
         The archive's root; valid inside the ``with`` block.
 
     Raises:
-        ArchiveError: the file is not a complete zip file, a member is damaged, encrypted, a link, or has an absolute
-            path or one with "..", or the declared sizes exceed the limits.
+        ArchiveError: the file is not a complete zip archive; a member is damaged, encrypted or a link, or has an
+            absolute path or one with ".."; or the declared sizes exceed the limits.
     """
     remedy = "delete the file and download it again"
     try:

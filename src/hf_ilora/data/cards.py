@@ -1,4 +1,4 @@
-"""Cards of data sets: README.md says what they are, and by which files `datasets.load_dataset` reads them."""
+"""Writes the cards of data sets: README.md describes the data and tells `datasets.load_dataset` which files to read."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,12 +27,12 @@ def sequences_card(
 
     Args:
         name: "user/name" on the Hub, or the name of the folder.
-        protocol: settings of the data set.
+        protocol: the settings that made the splits.
         num_items: size of the catalogue.
-        counts: rows of each split.
-        columns: of the splits.
-        source: of the interactions; None if nobody knows it.
-        fingerprint: of the content.
+        counts: number of rows of each split.
+        columns: names of the columns of the splits.
+        source: origin of the interactions; None if it is unknown.
+        fingerprint: digest of the content.
     """
     files = [{"split": split, "path": f"{split}.parquet"} for split in counts]
     configs = [
@@ -75,14 +75,14 @@ def sequences_card(
 
 
 def card(name: str, sections: Sequence[str], configs: Sequence[dict], source: DataSource, **metadata: object) -> str:
-    """A card, with a last line by which `is_untouched` knows it.
+    """A card that ends with a signature, by which `is_untouched` tells whether anybody edited it.
 
     Args:
-        name: of the data set; its last part is the title.
-        sections: in Markdown; names and titles of others must be escaped before.
-        configs: of `datasets.load_dataset`.
+        name: name of the data set; its last part becomes the title.
+        sections: Markdown, in which names and titles from the data are already escaped.
+        configs: the configurations that `datasets.load_dataset` offers.
         source: states the licence.
-        metadata: further ones, as `DatasetCardData` takes them.
+        metadata: further fields of `DatasetCardData`.
     """
     data = DatasetCardData(
         license=source.license or "unknown",
@@ -97,10 +97,10 @@ def card(name: str, sections: Sequence[str], configs: Sequence[dict], source: Da
 
 
 def card_to_publish(new: str, existing: str | None) -> str:
-    """The new card; where the existing one was written or edited by hand, that one, with the new `configs`.
+    """The new card, or the existing one with the new `configs` if somebody wrote or edited it by hand.
 
     Raises:
-        ValueError: for an existing card whose metadata are no YAML.
+        ValueError: the metadata of the existing card are not valid YAML.
     """
     if existing is None or is_untouched(existing):
         return new

@@ -1,4 +1,4 @@
-"""Data sets by folder or by their name on the Hub."""
+"""Reads data sets from a folder or from the Hub."""
 
 import os
 import re
@@ -32,16 +32,16 @@ def read_source(
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
 ) -> _Data:
-    """Read a folder, or what a data set on the Hub has in its place.
+    """Read a data set from a folder, or download it from the Hub first.
 
     Args:
-        source: a folder, or "user/name". A folder of that name comes first.
-        patterns: of the files to download, such as "*.parquet".
+        source: a folder, or "user/name" on the Hub. A local folder of that name takes precedence.
+        patterns: which files to download, such as "*.parquet".
         read: reads a folder; raises FileNotFoundError or ValueError.
-        revision, token, cache_dir, local_files_only: as `downloaded` takes them; for the Hub alone.
+        revision, token, cache_dir, local_files_only: as in `downloaded`; only for the Hub.
 
     Raises:
-        ValueError: for a revision that is given for a folder; as `downloaded` and `read`.
+        ValueError: a revision is given for a folder; otherwise as `downloaded` and `read`.
         FileNotFoundError, PermissionError, OSError: as `downloaded` and `read`.
     """
     if not is_hub_name(source):
@@ -64,7 +64,7 @@ def read_source(
 
 
 def is_hub_name(source: str | os.PathLike) -> bool:
-    """Whether `source` is a string like "user/name" and no file or folder, nor one whose save was interrupted."""
+    """Whether `source` is a string like "user/name" and not a local file or folder, not even an interrupted save."""
     if not isinstance(source, str) or _HUB_NAME.fullmatch(source) is None:
         return False
     return not Path(source).exists() and not previous_folder(Path(source).resolve()).exists()
@@ -79,24 +79,24 @@ def downloaded(
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Download files of a data set on the Hub to its cache, as far as they are not there.
+    """Download the files of a data set on the Hub that its cache lacks.
 
     Args:
         name: "user/name".
-        patterns: of the files, such as "*.parquet".
+        patterns: which files, such as "*.parquet".
         revision: branch, tag or commit; None for main.
         token: None uses HF_TOKEN or the token of `hf auth login`.
-        cache_dir: None uses the cache of the Hub.
-        local_files_only: read the cache alone, as with HF_HUB_OFFLINE=1 and when the Hub does not answer.
+        cache_dir: folder of the cache; None for the default cache of huggingface_hub.
+        local_files_only: read only the cache, as with HF_HUB_OFFLINE=1 and when the Hub does not answer.
 
     Returns:
-        The folder of the files in the cache.
+        The folder in the cache.
 
     Raises:
-        FileNotFoundError: when there is no such data set, or the Hub cannot be reached and the cache does not have it.
-        PermissionError: when the token is not accepted.
-        ValueError: when there is no such revision.
-        OSError: when the download fails.
+        FileNotFoundError: there is no such data set, or the Hub cannot be reached and the cache lacks it.
+        PermissionError: the Hub does not accept the token.
+        ValueError: there is no such revision.
+        OSError: the download fails.
     """
     expected = "expected a folder or a data set on the Hub"
     try:

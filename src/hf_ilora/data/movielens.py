@@ -1,4 +1,4 @@
-"""Loads the releases of MovieLens, from 100K to 32M, from a folder, a zip, a cache or the network."""
+"""Loads the MovieLens releases, from 100K to 32M, from a folder, a zip archive, the cache or the network."""
 
 import codecs
 import csv
@@ -75,17 +75,17 @@ def load_movielens(
 ) -> tuple[Dataset, Dataset]:
     """Load a MovieLens release.
 
-    Without `source`, the archive is read from the cache, or downloaded from GroupLens and verified; see GroupLens for
-    its licence. If GroupLens cannot be reached, ml-100k comes from the wheel of RecBole, which contains the same rows.
-    Archives are read in place.
+    Without `source`, the archive comes from the cache, or is downloaded from GroupLens and verified; see GroupLens for
+    its licence. If GroupLens cannot be reached, ml-100k comes from RecBole's wheel, which contains the same rows. The
+    archive is read without unpacking it.
 
     Args:
         name: "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m" or "ml-latest-small".
-        limit_data_rows: number of ratings to load, from the first; -1 for all. All items are loaded in any case.
-        source: a folder or a zip with the files of the release, directly or in the sub-folder of the release; for
+        limit_data_rows: number of ratings to load, from the first; -1 for all. Items are always loaded in full.
+        source: a folder or zip archive with the files of the release, at its top or in the release's own folder; for
             ml-100k also RecBole's wheel or its folder ml-100k.
-        cache_dir: folder for downloads; by default the folder of HF_ILORA_CACHE, or else ~/.cache/hf_ilora.
-        base_url: address of the folder of <name>.zip.
+        cache_dir: folder for downloads; by default HF_ILORA_CACHE if it is set, else ~/.cache/hf_ilora.
+        base_url: address of the folder that contains <name>.zip.
 
     Returns:
         interactions: user_id, item_id, timestamp (int64, seconds), rating (float32), (rows,) in the file's order.
@@ -93,9 +93,9 @@ def load_movielens(
             (num_items,) in the file's order; titles follow `titles.split_titles`.
 
     Raises:
-        ValueError: for an unknown name, an invalid limit, and files that are not those of the release.
+        ValueError: the name is unknown, the limit is invalid, or the files are not those of the release.
         FileNotFoundError: `source` is missing or lacks the files.
-        ArchiveError: the zip is damaged or unsafe.
+        ArchiveError: the zip archive is damaged or unsafe.
         DownloadError, ChecksumError: the archive cannot be downloaded, or is not the published one.
     """
     check_row_limit(limit_data_rows)
@@ -124,7 +124,7 @@ def load_movielens(
 
 
 def _obtain(name: str, cache_dir: Path, base_url: str) -> Path:
-    """The path of the archive in the cache, downloaded if it is missing."""
+    """The path of the archive in the cache, after downloading it if necessary."""
     folder = cache_dir / "movielens"
     archive, wheel = folder / f"{name}.zip", folder / WHEEL_FILE
     url, checksum = f"{base_url}/{name}.zip", _RELEASES[name].checksum
@@ -212,7 +212,7 @@ def _parse(
 
 
 def _check_header(file: Path | ZipPath, header: str, expected: str) -> None:
-    """Raise ValueError unless the names are the expected ones; programs that convert tables may quote them."""
+    """Raise ValueError for unexpected column names; quoted names, which some converters write, are accepted."""
     header = header.removeprefix("\ufeff").rstrip("\r\n")
     separator = "\t" if "\t" in expected else ","
     try:
@@ -244,8 +244,8 @@ def _read_items(file: Path | ZipPath, dat_encoding: str) -> tuple[pa.ChunkedArra
         return table["item_id"], table["title"], _split_genres(table["genres"], "|")
     _check_header(file, header, "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq")
     table = _parse(file, rows.encode(), "\t", list(text), text)
-    # RecBole moved the last parentheses of a title to the column of years, also the "V" of a video film, and misspells
-    # "unknown". Joined again, the titles are those of MovieLens.
+    # RecBole moves the last parentheses of a title to the column of years, even the "(V)" of a video, and misspells
+    # "unknown". Joining both columns restores the titles of MovieLens.
     whole = pc.binary_join_element_wise(table["title"], " (", table["year"], ")", "")
     titles = pc.if_else(pc.equal(table["year"], "unkonwn"), "unknown", whole)
     return table["item_id"], titles, _split_genres(table["genres"], " ")

@@ -1,4 +1,4 @@
-"""The settings of the split protocols: which there are, what they default to, and what each protocol leaks."""
+"""The settings of the split protocols, their defaults and checks, and what each protocol leaks."""
 
 import datetime
 
@@ -7,8 +7,8 @@ import pyarrow as pa
 from .seeds import check_seed
 from .tables import clean_seconds
 
-# What each protocol lets training know that a system in use would not know. For all of them, filters count the
-# interactions of all splits, and the catalogue lists the items of all of them.
+# What each protocol lets training know that a deployed system would not. In addition, for all of them, filters count
+# the interactions of all splits, and the catalogue lists the items of all splits.
 LEAKS = {
     "leave_one_out": "training has interactions of other users that are newer than a user's targets",
     "last_n": "training has interactions of other users that are newer than a user's targets",
@@ -23,9 +23,9 @@ LEAKS = {
     "up where they were, and validation has the same cold items as test",
 }
 PROTOCOLS = tuple(LEAKS)
-# Their validation and test rows have several relevant items.
+# Validation and test rows of these protocols have several relevant items.
 SEVERAL_TARGETS = ("last_n", "global_time", "time_folds", "random")
-# They divide all interactions at once, in memory, rather than those of a user.
+# These protocols need all interactions in memory at once, not those of one user at a time.
 IN_MEMORY = ("temporal_users", "random")
 USER_ORDERS = ("first", "last")
 
@@ -48,10 +48,10 @@ Moment = str | int | float | datetime.datetime | datetime.date
 
 
 def checked_protocol(protocol: str, **settings) -> dict:
-    """The settings of `build_sequences` as they are saved: checked, with the protocol's defaults in place of None.
+    """Check the settings of `build_sequences` and replace None by the protocol's defaults; the result is what is saved.
 
     Raises:
-        TypeError, ValueError: as `build_sequences`, for settings that no data could meet.
+        TypeError, ValueError: as `build_sequences`, for settings that are wrong whatever the data.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
@@ -95,7 +95,7 @@ def checked_protocol(protocol: str, **settings) -> dict:
 
 
 def _fill_in(protocol: str, settings: dict) -> None:
-    """Fill in the defaults of the protocol's own settings; those of other protocols must be None, and go."""
+    """Fill in the defaults of the protocol's own settings; remove those of other protocols, which must be None."""
     if settings["test_start"] is not None and settings["test_share"] is not None:
         raise ValueError("test_start and test_share are given: expected the moment or the share, not both")
     for name, defaults in _DEFAULTS.items():
@@ -104,7 +104,7 @@ def _fill_in(protocol: str, settings: dict) -> None:
                 settings[name] = defaults[protocol]
         elif settings[name] is not None:
             raise ValueError(f"{name} applies to {', '.join(defaults)} only: leave it out for {protocol}")
-        elif name != "order_users_by":  # folders that were prepared earlier have it for all protocols
+        elif name != "order_users_by":  # earlier versions saved it for all protocols
             del settings[name]
     if settings.get("test_start") is not None:
         settings["test_share"] = None
@@ -141,7 +141,7 @@ def _check_share(name: str, of: str, below: float, settings: dict) -> None:
 
 
 def _check_windows(protocol: str, settings: dict) -> None:
-    """Check the settings of protocols that divide interactions, and turn moments into seconds since 1970."""
+    """Check the settings of protocols that split by time or share, and turn moments into seconds since 1970."""
     if protocol == "time_folds":
         fold, num_folds = settings["fold"], settings["num_folds"]
         if fold is None or fold > num_folds:
@@ -149,7 +149,7 @@ def _check_windows(protocol: str, settings: dict) -> None:
                 f"fold is {fold}: expected 1 to num_folds={num_folds}, the oldest to the newest; each fold is a data "
                 "set of its own"
             )
-        # The windows of all folds, one to validate the first, and something to train on.
+        # The test windows of all folds, a window to validate the first fold, and something to train on.
         _check_share("test_share", f"interactions, for {num_folds + 1} windows", 1 / (num_folds + 1), settings)
     _check_share("test_share", "interactions, for test and as much for validation", 0.5, settings)
     if protocol != "global_time":

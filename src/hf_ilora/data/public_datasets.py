@@ -33,18 +33,18 @@ _ASIN = re.compile(r"""['"]asin['"]: ?['"]([^'"]*)['"]""")
 
 @dataclass(frozen=True)
 class _Published:
-    """What the files of a data set say.
+    """The content of the files of a data set.
 
     Attributes:
-        columns: user_id, item_id, time and, where there are some, rating, (rows,) in the order of the interactions.
-        where: the file, for messages.
-        titles: reads the titles of some items: columns item_id and title, in any order and number; None for data
-            without titles.
+        columns: user_id, item_id, time and, for rated data, rating, (rows,) in the order of the interactions.
+        where: the file, for error messages.
+        read_titles: returns the columns item_id and title for at least the given items, in any order, with repeats;
+            None for data without titles.
     """
 
     columns: pa.Table
     where: str
-    titles: Callable[[pa.Array], pa.Table] | None = None
+    read_titles: Callable[[pa.Array], pa.Table] | None = None
 
 
 def load_public_dataset(
@@ -55,44 +55,44 @@ def load_public_dataset(
     items: str | Path | None = None,
     missing_titles: str = "raise",
 ) -> tuple[Dataset, Dataset]:
-    """Load a public data set from a folder with its files, as they are published, plain or compressed with gzip.
+    """Load a public data set from a folder with its published files, plain or compressed with gzip.
 
     Names:
         "amazon-2014": a category of Amazon Reviews 2014: `reviews_Beauty_5.json.gz` or `ratings_Beauty.csv`, with
-            `meta_Beauty.json.gz`. Lines may be JSON or, as its authors read them, Python's literals.
+            `meta_Beauty.json.gz`. Lines may be JSON or Python literals.
         "amazon-2023": a category of Amazon Reviews 2023: `All_Beauty.jsonl.gz`, or `All_Beauty.csv.gz` of its
-            benchmark, with `meta_All_Beauty.jsonl.gz`. Items are those of `parent_asin`, times are milliseconds.
-        "steam": `steam_reviews.json.gz` and `steam_games.json.gz` of SASRec. Users are their names.
+            benchmark, with `meta_All_Beauty.jsonl.gz`. Items are identified by `parent_asin`.
+        "steam": `steam_reviews.json.gz` and `steam_games.json.gz` of SASRec. Users are identified by name.
         "yelp": `yelp_academic_dataset_review.json` and `yelp_academic_dataset_business.json`.
-        "gowalla": `loc-gowalla_totalCheckins.txt.gz` of SNAP. It has no titles: they are the ids.
-        "lastfm-1k": `userid-timestamp-artid-artname-traid-traname.tsv`. The items are artists, by their names, because
+        "gowalla": `loc-gowalla_totalCheckins.txt.gz` of SNAP. It has no titles, so the ids serve as titles.
+        "lastfm-1k": `userid-timestamp-artid-artname-traid-traname.tsv`. Items are artists, identified by name, because
             many rows have no other id.
-        "lastfm-1k-tracks": the same file. The items are tracks, by "artist - track".
-        "lastfm-2k": `user_taggedartists-timestamps.dat` and `artists.dat` of HetRec 2011: who tagged which artist. Its
-            other table, how often a user listens to an artist, has no times. Several tags of a user for an artist at
-            the same time are one interaction, and times before 2002, when LastFM began, are dropped.
+        "lastfm-1k-tracks": the same file. Items are tracks, identified by "artist - track".
+        "lastfm-2k": `user_taggedartists-timestamps.dat` and `artists.dat` of HetRec 2011: who tagged which artist.
+            (Its table of listening counts has no times.) Several tags of a user for an artist at the same time are one
+            interaction. Times before 2002, when LastFM began, are dropped.
 
-    Files that begin with the newest interaction are read backwards, so that interactions of the same time keep their
-    order. Rows without a user or an item are dropped, with a warning. k-core filters, `min_rating` (Amazon and Yelp
-    have ratings) and `drop_repeats` are options of `build_sequences`.
+    Files that begin with the newest interaction are read backwards, so that interactions at the same time end up in
+    chronological order. Rows without a user or an item are dropped, with a warning. Filter with the options of
+    `build_sequences`: k-core, `min_rating` (Amazon and Yelp have ratings) and `drop_repeats`.
 
     Args:
         name: one of the above.
         path: the folder of the files, or the file of the interactions.
         limit_data_rows: number of rows to load, from the first; -1 for all.
-        items: the file of the titles, if it is elsewhere.
-        missing_titles: what to do about items without a title, or without their file: "raise", or "item_id" to use the
-            id as the title.
+        items: the file of the titles, if it is in another folder.
+        missing_titles: what to do if items, or the whole file of titles, are missing: "raise", or "item_id" to use the
+            ids as titles.
 
     Returns:
         interactions: user_id, item_id (int64 for Gowalla and LastFM-2K, else string), timestamp (seconds: int64, or
             float64 with fractions) and, for Amazon and Yelp, rating (float64).
         items: item_id, title (without HTML entities), year (null) and genres (empty lists), in order of appearance;
-            only items that occur.
+            only items with interactions.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: for an unknown name, files of another form, and items without a title.
+        ValueError: the name is unknown, a file has another format, or items have no title.
     """
     check_row_limit(limit_data_rows)
     if name not in _READERS:
@@ -113,9 +113,9 @@ def load_public_dataset(
     interactions = _clean(published)
     item_ids = pc.unique(interactions["item_id"])
     titles = None
-    if published.titles is not None:
+    if published.read_titles is not None:
         try:
-            titles = _first_titles(item_ids, published.titles(item_ids))
+            titles = _first_titles(item_ids, published.read_titles(item_ids))
         except FileNotFoundError as error:
             if missing_titles == "raise":
                 raise FileNotFoundError(
@@ -134,7 +134,7 @@ def load_public_dataset(
 
 
 def _clean(published: _Published) -> dict[str, pa.ChunkedArray]:
-    """The columns user_id, item_id, timestamp and perhaps rating of rows that have a user and an item."""
+    """The clean columns user_id, item_id, timestamp and, if there is one, rating, of rows with a user and an item."""
     table, where = published.columns, published.where
     complete = None
     for name in ("user_id", "item_id"):
@@ -156,12 +156,12 @@ def _clean(published: _Published) -> dict[str, pa.ChunkedArray]:
 
 
 def _first_titles(item_ids: pa.Array, known: pa.Table) -> pa.ChunkedArray:
-    """The first title of each item that is not blank, without HTML entities; null if there is none."""
+    """The first non-blank title of each item, without HTML entities; null if there is none."""
     known_ids, titles = known["item_id"], clean_text(known["title"], "title")
     if pa.types.is_string(known_ids.type):
         known_ids = pc.utf8_trim_whitespace(known_ids)
     known_ids, titles = known_ids.filter(pc.is_valid(titles)), titles.drop_null()
-    found = titles.take(pc.index_in(item_ids, value_set=known_ids))  # of repeated ids, the first
+    found = titles.take(pc.index_in(item_ids, value_set=known_ids))  # the first title of repeated ids
     if pc.any(pc.match_substring(found, "&")).as_py():
         found = pa.chunked_array([[title and html.unescape(title) for title in found.to_pylist()]], pa.string())
     return found
@@ -171,7 +171,7 @@ def _first_titles(item_ids: pa.Array, known: pa.Table) -> pa.ChunkedArray:
 
 
 def _interactions_file(path: Path, patterns: Sequence[str], name: str, folders: Sequence[str] = ()) -> Path:
-    """The file of the interactions: `path` itself, or the only one in it, or in its folders, that fits a pattern."""
+    """The file of the interactions: `path` itself, or the only file in it or in `folders` that fits a pattern."""
     if path.is_file():
         return path
     places = [path, *(path / folder for folder in folders)]
@@ -192,7 +192,7 @@ def _interactions_file(path: Path, patterns: Sequence[str], name: str, folders: 
 
 
 def _titles_file(items: Path | None, reviews: Path, names: Sequence[str], folder: str = ".") -> Path:
-    """The file of the titles: as given, or beside that of the interactions, or in another folder seen from there."""
+    """The file of the titles: `items`, or one of `names` beside the interactions or in `folder` relative to them."""
     if items is not None:
         return items
     places = [place / name for place in (reviews.parent, reviews.parent / folder) for name in names]
@@ -217,12 +217,12 @@ def _read(path: Path, columns: dict[str, str], limit: int = -1, **text_options: 
 
 
 def _read_tabs(path: Path, names: Sequence[str], columns: dict[str, str], limit: int = -1, skip: int = 0) -> pa.Table:
-    """Named columns, as text, of lines with tabs and no quoting; lines with another number of values are skipped.
+    """Read named columns of unquoted text with tabs, as text; lines with another number of values are skipped.
 
     Args:
         path: the file.
-        names: of all columns.
-        columns: the name of each column of the result.
+        names: names of all columns in the file.
+        columns: the name in the file of each column of the result.
         limit: number of rows; -1 for all.
         skip: lines before the first row.
     """
@@ -274,14 +274,14 @@ def _read_literals(
     wanted: set[str] | None = None,
     numbers: Sequence[str] = (),
 ) -> pa.Table:
-    """Named columns of lines that are Python's literals, such as {u'asin': u'B01'}, or JSON; nothing in them is run.
+    """Read named columns of lines that are JSON or Python literals, such as {u'asin': u'B01'}, without running them.
 
     Args:
         path: the file.
-        columns: the key of each column of the result; values other than text are null.
+        columns: the key in the lines of each column of the result; values other than text become null.
         limit: number of rows; -1 for all.
-        wanted: read only lines whose first key `asin` is one of these, which saves most of the time.
-        numbers: columns of the result that are float64; their values other than numbers are null.
+        wanted: read only lines whose first value of `asin` is one of these, which saves most of the time.
+        numbers: columns of the result that are float64; values other than numbers become null.
     """
 
     def parsed(number: int, line: str) -> dict:
@@ -318,7 +318,7 @@ def _read_literals(
 
 
 def _begins_with_literal(path: Path) -> bool:
-    """Whether the first line is a dictionary as Python prints it, not JSON."""
+    """Whether the first line is a Python dictionary, not JSON."""
     with open_text(path) as text:
         return text.readline().lstrip().startswith(("{'", "{u'"))
 
@@ -328,7 +328,7 @@ def _texts(values: list) -> pa.Array:
     try:
         return pa.array(texts, pa.string())
     except UnicodeEncodeError:
-        # Some builds of Python 2 printed characters such as emojis as two surrogates, u'\ud83d\ude0a'.
+        # Some builds of Python 2 print characters such as emojis as two surrogates, u'\ud83d\ude0a'.
         whole = [text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
         return pa.array(whole, pa.string())
 
@@ -350,13 +350,13 @@ def _amazon_2014(path: Path, limit: int, items: Path | None) -> _Published:
         table = _read_literals(file, columns, limit, numbers=("time", "rating"))
     else:
         table = _read(file, columns, limit)
-    category = re.sub(r"^(reviews|ratings)_|(_\d+)?(\.json|\.csv)(\.gz)?$", "", file.name)  # _5: of the 5-core
+    category = re.sub(r"^(reviews|ratings)_|(_\d+)?(\.json|\.csv)(\.gz)?$", "", file.name)  # _5 marks the 5-core
 
-    def titles(item_ids: pa.Array) -> pa.Table:
+    def read_titles(item_ids: pa.Array) -> pa.Table:
         metadata = _titles_file(items, file, _plain_or_gz(f"meta_{category}.json"))
         return _read_literals(metadata, {"item_id": "asin", "title": "title"}, wanted=set(item_ids.to_pylist()))
 
-    return _Published(table, str(file), titles)
+    return _Published(table, str(file), read_titles)
 
 
 def _amazon_2023(path: Path, limit: int, items: Path | None) -> _Published:
@@ -366,11 +366,11 @@ def _amazon_2023(path: Path, limit: int, items: Path | None) -> _Published:
     table = _read(file, columns, limit)
     category = re.sub(r"(\.train|\.valid|\.test)?(\.jsonl|\.csv)(\.gz)?$", "", file.name)
 
-    def titles(_: pa.Array) -> pa.Table:
+    def read_titles(_: pa.Array) -> pa.Table:
         metadata = _titles_file(items, file, _plain_or_gz(f"meta_{category}.jsonl"), "../meta_categories")
         return _read(metadata, {"item_id": "parent_asin", "title": "title"})
 
-    return _Published(_with_seconds(table, file), str(file), titles)
+    return _Published(_with_seconds(table, file), str(file), read_titles)
 
 
 def _steam(path: Path, limit: int, items: Path | None) -> _Published:
@@ -378,23 +378,23 @@ def _steam(path: Path, limit: int, items: Path | None) -> _Published:
     columns = {"user_id": "username", "item_id": "product_id", "time": "date"}
     logger.info("reading %s line by line: about a minute of processor time per million lines", file)
 
-    def titles(_: pa.Array) -> pa.Table:
+    def read_titles(_: pa.Array) -> pa.Table:
         metadata = _titles_file(items, file, _plain_or_gz("steam_games.json"))
         games = _read_literals(metadata, {"item_id": "id", "title": "app_name", "other_title": "title"})
         return games.set_column(1, "title", pc.coalesce(games["title"], games["other_title"]))
 
-    return _Published(_read_literals(file, columns, limit), str(file), titles)
+    return _Published(_read_literals(file, columns, limit), str(file), read_titles)
 
 
 def _yelp(path: Path, limit: int, items: Path | None) -> _Published:
     file = _interactions_file(path, _plain_or_gz("yelp_academic_dataset_review.json"), "yelp")
     columns = {"user_id": "user_id", "item_id": "business_id", "time": "date", "rating": "stars"}
 
-    def titles(_: pa.Array) -> pa.Table:
+    def read_titles(_: pa.Array) -> pa.Table:
         metadata = _titles_file(items, file, _plain_or_gz("yelp_academic_dataset_business.json"))
         return _read(metadata, {"item_id": "business_id", "title": "name"})
 
-    return _Published(_read(file, columns, limit), str(file), titles)
+    return _Published(_read(file, columns, limit), str(file), read_titles)
 
 
 def _gowalla(path: Path, limit: int, items: Path | None) -> _Published:
@@ -432,17 +432,17 @@ def _lastfm_2k(path: Path, limit: int, items: Path | None) -> _Published:
     if len(real) < len(table):
         logger.warning("%s: dropped %d rows with times before 2002", file, len(table) - len(real))
 
-    def titles(_: pa.Array) -> pa.Table:
+    def read_titles(_: pa.Array) -> pa.Table:
         metadata = _titles_file(items, file, ["artists.dat"])
         header = _header_of_tabs(metadata, ["id", "name", "url", "pictureURL"])
         artists = _read_tabs(metadata, header, {"item_id": "id", "title": "name"}, skip=1)
         return artists.set_column(0, "item_id", _integers(artists["item_id"], f"id of {metadata}"))
 
-    return _Published(real, str(file), titles)
+    return _Published(real, str(file), read_titles)
 
 
 def _header_of_tabs(path: Path, expected: list[str]) -> list[str]:
-    """`expected`, if they are the names in the first line."""
+    """Check that the first line has the `expected` names, and return them."""
     with open_text(path) as text:
         line = text.readline()
     if line.strip().split("\t") != expected:
@@ -451,8 +451,8 @@ def _header_of_tabs(path: Path, expected: list[str]) -> list[str]:
 
 
 def _with_seconds(table: pa.Table, file: Path) -> pa.Table:
-    """The table with the milliseconds of its column time as seconds."""
-    milliseconds = clean_ratings(table["time"], f"timestamp of {file}")  # float64 has them exactly
+    """The table with its column time converted from milliseconds to seconds."""
+    milliseconds = clean_ratings(table["time"], f"timestamp of {file}")  # float64 represents them exactly
     return table.set_column(table.column_names.index("time"), "time", pc.divide(milliseconds, 1000.0))
 
 
@@ -470,7 +470,7 @@ def _integers(text: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 
 
 def _backwards(table: pa.Table) -> pa.Table:
-    """The rows of a file that begins with the newest, oldest first."""
+    """The rows in reverse order, for files that begin with the newest."""
     return table.take(np.arange(len(table))[::-1].copy())
 
 

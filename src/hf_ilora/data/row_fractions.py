@@ -1,4 +1,4 @@
-"""Parts of a split, so that two models can be trained on different users."""
+"""Selects rows of a split: a fraction of the users, or a random sample."""
 
 import numpy as np
 from datasets import Dataset
@@ -17,20 +17,20 @@ def check_fraction(fraction: list[float]) -> None:
 def rows_in_fraction(split: Dataset, fraction: list[float]) -> Dataset:
     """The rows from `fraction[0]` to `fraction[1]` of a split, in its order; a user's rows are never divided.
 
-    The rows of a user are adjacent in a split, and all of them belong to the part of the first one. So [0, 0.8] and
-    [0.8, 1] have no row and no user in common, and together contain all rows.
+    The rows of a user are adjacent in a split and follow the first of them. So [0, 0.8] and [0.8, 1] share no row and
+    no user, and together contain all rows.
 
-    Train a language model that reads a recommender on users that the recommender was not trained on: on its own
-    training users, the recommender ranks better than on others, and the language model would rely on it too much.
+    Train a language model that reads a recommender on users that the recommender was not trained on. The recommender
+    ranks better for its own training users than for others, and the language model would rely on it too much.
 
     Raises:
-        ValueError: for an invalid fraction, and one without rows.
+        ValueError: the fraction is invalid, or contains no row.
     """
     check_fraction(fraction)
     if fraction == [0, 1]:
         return split
     users = read_column(split, "user_id").to_numpy()
-    begins = np.flatnonzero(np.append(True, users[1:] != users[:-1]))  # first rows of the users
+    begins = np.flatnonzero(np.append(True, users[1:] != users[:-1]))  # first row of each user
     begins = np.append(begins, len(users))
     start, end = (int(begins[np.searchsorted(begins, round(limit * len(users)))]) for limit in fraction)
     if start == end:
@@ -39,16 +39,16 @@ def rows_in_fraction(split: Dataset, fraction: list[float]) -> Dataset:
 
 
 def sampled_rows(option: str, wanted: int | None, num_rows: int, seed: int) -> np.ndarray:
-    """Different row numbers of a split, drawn at random, ascending.
+    """Distinct row numbers of a split, drawn at random, ascending.
 
     Args:
-        option: the option that says how many, for the message.
-        wanted: number of rows; None is all.
-        num_rows: of the split.
+        option: the option that sets `wanted`, for the error message.
+        wanted: number of rows to draw; None for all.
+        num_rows: number of rows of the split.
         seed: random seed of the draw.
 
     Raises:
-        ValueError: for more rows than there are.
+        ValueError: there are fewer rows than wanted.
     """
     if wanted is None:
         return np.arange(num_rows)

@@ -1,4 +1,4 @@
-"""Where interactions come from, and whether their licence lets others have them."""
+"""Where interactions come from, and whether their licence allows publishing them."""
 
 from dataclasses import asdict, dataclass, replace
 
@@ -10,12 +10,12 @@ class DataSource:
     """The origin of a data set.
 
     Args:
-        name: of the public data set, as `load_movielens` and `load_public_dataset` take it; None for other data.
-        license: of the data, by its name on the Hub, such as "cc-by-4.0"; "other" if it has a licence that the Hub
-            does not know; None if no licence is stated.
+        name: name of the public data set for `load_movielens` or `load_public_dataset`; None for other data.
+        license: name of the licence on the Hub, such as "cc-by-4.0"; "other" for a licence that the Hub does not know;
+            None if no licence is stated.
         terms: what the licence says, in a sentence.
         homepage: address of the data set.
-        restricted: whether its licence forbids to give the data to others, or sets conditions for it.
+        restricted: whether the licence forbids publishing the data, or sets conditions.
     """
 
     name: str | None = None
@@ -32,7 +32,7 @@ class DataSource:
         """Read what `to_json` returned.
 
         Raises:
-            ValueError: for anything else.
+            ValueError: the value is anything else.
         """
         types = {field: bool if field == "restricted" else str for field in cls.__dataclass_fields__}
         if not isinstance(value, dict) or any(not isinstance(value[key], types.get(key, ())) for key in value):
@@ -41,8 +41,8 @@ class DataSource:
 
     @classmethod
     def of(cls, interactions: Dataset, items: Dataset) -> "DataSource":
-        """The source that the `info` of both tables tells: `dataset_name` for public data sets, else `license` and
-        `homepage` of the interactions, as their owner sets them."""
+        """The source according to the `info` of both tables: a public data set if `dataset_name` is one, else `license`
+        and `homepage` of the interactions, as their owner sets them."""
         for table in (interactions, items):
             if table.info.dataset_name in SOURCES:
                 return SOURCES[table.info.dataset_name]
@@ -50,7 +50,7 @@ class DataSource:
 
 
 def with_source(name: str, *tables: Dataset) -> tuple[Dataset, ...]:
-    """The tables of the public data set `name`; their `info` says so, also after `map`, `filter` and `select`."""
+    """Mark tables as the public data set `name` in their `info`, which `map`, `filter` and `select` keep."""
     for table in tables:
         table.info.dataset_name = name
         table.info.license, table.info.homepage = SOURCES[name].license or "", SOURCES[name].homepage
@@ -58,16 +58,16 @@ def with_source(name: str, *tables: Dataset) -> tuple[Dataset, ...]:
 
 
 def source_to_publish(source: DataSource | None, license: str | None, allow_restricted_license: bool) -> DataSource:
-    """The source as a published data set states it.
+    """The source that a published data set states.
 
     Args:
-        source: of the data; None when nobody knows it.
-        license: of the published data set; None for that of the source.
-        allow_restricted_license: publish data whose licence restricts that.
+        source: origin of the data; None if it is unknown.
+        license: licence of the published data set; None for that of the source.
+        allow_restricted_license: publish data even if their licence restricts that.
 
     Raises:
-        ValueError: for data of unknown origin without a licence, and for data whose licence restricts their publication
-            unless that is allowed.
+        ValueError: the origin is unknown and no licence is given, or the licence of the data restricts publication and
+            `allow_restricted_license` is false.
     """
     if source is None and license is None:
         raise ValueError(

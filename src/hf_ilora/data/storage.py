@@ -1,4 +1,4 @@
-"""Sequence data sets on disk: a folder of parquet files, checked when it is read."""
+"""Writes and reads the folder of a sequence data set: parquet files and a description that checks them."""
 
 import hashlib
 import json
@@ -24,14 +24,14 @@ REMEDY = "prepare the data again, or restore the file"
 
 CARD_FILE = "README.md"
 DATA_FILES = {*(f"{split}.parquet" for split in SPLITS), CATALOGUE_FILE, DESCRIPTION_FILE}
-# What a save writes. Folders that were saved before there were cards have none.
+# All files that a save writes. Earlier versions wrote no card.
 FILES = {*DATA_FILES, CARD_FILE}
 # Rows per parquet row group, and rows hashed at a time.
 _ROWS_PER_BATCH = 1 << 17
 
 
 def content_digest(dataset: Dataset | pa.Table) -> str:
-    """sha256, in hex, of the column names and values; it depends neither on the machine nor on chunking."""
+    """sha256, in hex, of the column names and values, whatever the machine and the chunking."""
     if isinstance(dataset, Dataset):
         batches = dataset.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH)
     else:
@@ -62,7 +62,7 @@ def files_digest(paths: Iterable[Path]) -> str:
 
 
 def write_parquet(dataset: Dataset, path: Path, features: Features) -> None:
-    """Write `dataset`, batch by batch, with `features` in the metadata; list columns that it lacks are empty lists."""
+    """Write `dataset` batch by batch, with the columns of `features`; list columns that it lacks become empty lists."""
     schema = features.arrow_schema
     with pq.ParquetWriter(path, schema) as writer:
         for batch in dataset.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH):
@@ -79,14 +79,14 @@ def read_parquet(path: Path, rows: int | None = None) -> pa.Table:
 
     Args:
         path: the file.
-        rows: number of rows that it must have, checked before they are read; None accepts any.
+        rows: number of rows that the file must have, checked before reading them; None accepts any.
 
     Raises:
-        ValueError: when it is not a complete parquet file, or has another number of rows.
+        ValueError: it is not a complete parquet file, or has another number of rows.
     """
     try:
-        # ParquetFile, because pq.read_table would add columns for folder names such as "seed=3". By row group, because
-        # reading all at once needs twice the memory of the table.
+        # pq.read_table would add columns for folder names such as "seed=3", and reading all row groups at once would
+        # need twice the memory of the table.
         with open_parquet(path, REMEDY) as file:
             if rows not in (None, file.metadata.num_rows):
                 raise ValueError(
@@ -102,8 +102,8 @@ def write_description(folder: Path, description: dict) -> None:
     """Write sequences.json.
 
     Args:
-        folder: of the data set.
-        description: `protocol`, `num_items`, `counts`, `fingerprint` and, if it is known, `source`.
+        folder: folder of the data set.
+        description: `protocol`, `num_items`, `counts`, `fingerprint` and, if known, `source`.
     """
     description = {"format_version": FORMAT_VERSION, **description}
     (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -113,8 +113,8 @@ def read_description(directory: Path) -> dict:
     """Read what `write_description` wrote to `directory`, and check that no file is missing.
 
     Raises:
-        FileNotFoundError: when the folder or a file in it is missing.
-        ValueError: when the description is damaged or of another version.
+        FileNotFoundError: the folder or a file in it is missing.
+        ValueError: the description is damaged or of another version.
     """
     if not directory.is_dir():
         previous = previous_folder(directory.resolve())
@@ -157,12 +157,12 @@ def read_description(directory: Path) -> dict:
 
 
 def is_count(value: object, least: int) -> bool:
-    """Whether a value of JSON is an integer of at least `least`."""
+    """Whether a value read from JSON is an integer of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _number_streams(part: str, array: pa.Array) -> Iterator[tuple[str, np.ndarray]]:
-    """The values of `array` as named streams of numbers. Concatenated arrays have concatenated streams."""
+    """The values of `array` as named streams of numbers; concatenated arrays give concatenated streams."""
     if pa.types.is_list(array.type):
         yield f"{part}.lengths", array.value_lengths().to_numpy()
         yield from _number_streams(f"{part}.values", array.flatten())

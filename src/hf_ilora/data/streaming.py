@@ -1,4 +1,4 @@
-"""Reads interactions that outgrow memory: parquet files, batch by batch, into one mapped file."""
+"""Reads interactions that do not fit in memory: parquet files, batch by batch, into one memory-mapped file."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from .table_files import TableFiles
 from .tables import clean_ids, clean_ratings, clean_seconds
 from .workspace import Workspace
 
-# How many distinct ids of batches are gathered before they are merged, at least.
+# Merge the distinct ids of batches when there are at least so many.
 _IDS_PER_MERGE = 1 << 20
 
 
@@ -23,16 +23,16 @@ def stream_interactions(
 
     Args:
         path: a file, or a folder of part files.
-        columns: the name in the files of "user_id", "item_id" and, where there are such columns, "time" and "rating".
-        work_dir: folder for the file that the result is read from.
+        columns: the name in the files of "user_id", "item_id" and, if there are such columns, "time" and "rating".
+        work_dir: folder for the file that the result maps to memory.
         limit_data_rows: number of rows to read, from the first; -1 for all.
 
     Returns:
         interactions: as `load_interactions` returns them, memory-mapped.
-        item_ids: the distinct ones, in the order of their first appearance.
+        item_ids: the distinct ids, in order of first appearance.
 
     Raises:
-        ValueError: for files of another type, and as `load_interactions`.
+        ValueError: the files are not parquet; otherwise as `load_interactions`.
     """
     if not isinstance(path, str | os.PathLike) or TableFiles.at(path).suffix != ".parquet":
         raise ValueError(
@@ -82,7 +82,7 @@ def _clean_batches(
 
 
 def _time_type(files: TableFiles, name: str) -> pa.DataType:
-    """int64 if all times are whole seconds, else float64, as for a table in memory."""
+    """int64 if all times are whole seconds, else float64, as for tables in memory."""
     for piece in files.batches({"time": name}):
         if pa.types.is_integer(piece["time"].type):
             continue
@@ -92,10 +92,10 @@ def _time_type(files: TableFiles, name: str) -> pa.DataType:
 
 
 class _DistinctIds:
-    """Different ids in the order of their first appearance."""
+    """Collects distinct ids in order of first appearance."""
 
     def __init__(self):
-        self.known: list[pa.Array] = []  # different ones, followed by those of batches
+        self.known: list[pa.Array] = []  # the merged ids, then those of each batch since
         self.num_distinct = 0
 
     def add(self, ids: pa.ChunkedArray) -> None:

@@ -1,4 +1,4 @@
-"""Reads named columns of table files: text with separators, JSON lines and parquet, one file or a folder of parts."""
+"""Reads named columns of table files: delimited text, JSON lines and parquet, one file or a folder of parts."""
 
 import codecs
 import csv
@@ -22,20 +22,20 @@ import pyarrow.parquet
 
 logger = logging.getLogger(__name__)
 
-# Of text without types; RecBole's atomic files are tables whose header has types; "" has to be given.
+# Delimited text, whose columns have no types, and its separators; the caller must pass one where it is "" here.
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t", ".dat": "", ".data": "", ".txt": ""}
-_ATOMIC_FILES = (".inter", ".item")
+_ATOMIC_FILES = (".inter", ".item")  # RecBole's, whose headers name a type after each column
 _ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
 _JSON_LINES = [".jsonl", ".ndjson", ".json"]
-_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}  # of text
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}  # text files only
 _FIRST_BYTES = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd", "lz4": b"\x04\x22\x4d\x18"}
 _SEPARATOR_GUESSES = ["::", ";", "\t", ",", "|"]
-_UNIT_SEPARATOR = "\x1f"  # replaces a separator of several characters, since Arrow splits at single ones only
+_UNIT_SEPARATOR = "\x1f"  # replaces separators of several characters, because Arrow splits only at single ones
 _JSON_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 _BLOCK_BYTES = 16 << 20  # a row must fit into a block
 _ROWS_PER_BATCH = 1 << 16
 _NUMBER_OR_TIME = re.compile(r"[\d.:+TZ -]*\d[\d.:+TZ -]*")
-# Only a writer that quotes doubles the quotes inside of a value.
+# Only a writer that quotes values doubles the quotes inside them.
 _QUOTED_BY_A_WRITER = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
 
 
@@ -45,10 +45,10 @@ class TableFiles:
 
     Attributes:
         path: the file, or the folder of the files.
-        files: in the order of their rows.
+        files: the files in the order of their rows.
         suffix: the file type, such as ".csv".
-        separator: of the columns of text without types; "" for other types.
-        column_names: of text without types whose first line is a row; None where it is a header.
+        separator: the characters between the columns of delimited text; "" for other types.
+        column_names: names of all columns of delimited text without a header; None if there is one.
     """
 
     path: Path
@@ -64,15 +64,16 @@ class TableFiles:
         """The table at a path.
 
         Args:
-            path: a file, or a folder of part files as Spark and Dask write it: parts are read in the order of their
-                names (part-2 before part-10); names that begin with "_" or "." are no parts.
+            path: a file, or a folder of part files as Spark and Dask write it. Parts are read in the order of their
+                names (part-2 before part-10); files whose names begin with "_" or "." are ignored.
             separator: the characters between the columns, such as "::"; by default a comma for CSV and a tab for TSV
                 and RecBole's atomic files.
-            column_names: names of all columns, for text without a line of names.
+            column_names: names of all columns, for delimited text without a header.
 
         Raises:
             FileNotFoundError: there is nothing at `path`.
-            ValueError: for an unknown file type, a folder of something else, and a separator that does not apply.
+            ValueError: the file type is unknown, the folder has other content, or `separator` or `column_names` does
+                not apply.
         """
         path = Path(path).expanduser()
         files = _parts(path) if path.is_dir() else (path,)
@@ -89,7 +90,7 @@ class TableFiles:
             raise FileNotFoundError(f"there is no file {path}: check the path")
         (suffix,) = suffixes
         if separator is not None:
-            separator = "\t" if separator == "\\t" else separator  # as a shell passes it
+            separator = "\t" if separator == "\\t" else separator  # shells pass backslash and t
             is_text = isinstance(separator, str) and separator.isascii() and separator != ""
             if suffix not in _SEPARATORS or not is_text or set(separator) & set('"\r\n\0'):
                 raise ValueError(
@@ -111,17 +112,17 @@ class TableFiles:
 
     @property
     def is_delimited_text(self) -> bool:
-        """Whether the columns have no types, because the files are CSV, TSV or the like."""
+        """Whether the files are CSV, TSV or the like, so that their columns have no types."""
         return self.suffix in _SEPARATORS
 
     def batches(self, columns: Mapping[str, Hashable]) -> Iterator[pa.Table]:
-        """Named columns, piece by piece; those of CSV and TSV are strings, unchanged.
+        """Read named columns piece by piece; those of delimited text are strings, unchanged.
 
         Args:
             columns: the name in the files of each column of the result.
 
         Raises:
-            ValueError: for unreadable content, and missing or repeated columns.
+            ValueError: a file is unreadable, or a column is missing or repeated.
         """
         names = list(columns.values())
         quoted = self._is_quoted(names) if self.is_delimited_text else False
@@ -139,7 +140,7 @@ class TableFiles:
                     yield pa.table(dict(zip(columns, piece.columns, strict=True)))
 
     def _files_with_rows(self) -> list[Path]:
-        """All files but parts without content, plain or compressed, which Spark writes."""
+        """The files without the empty parts, plain or compressed, that Spark writes."""
         return [file for file in self.files if self._has_content(file)] or [self.files[0]]
 
     def _has_content(self, file: Path) -> bool:
@@ -159,17 +160,17 @@ class TableFiles:
             ) from error
 
     def _is_quoted(self, names: Sequence[Hashable]) -> bool:
-        """Whether quotes in CSV or TSV files enclose values, as opposed to being characters like any other.
+        """Whether quotes in CSV or TSV files enclose values, or are ordinary characters.
 
-        Arrow takes a value that begins with a quote to reach to the next quote, over any number of rows. So quotes are
-        obeyed only if all files are as a writer that quotes writes them. Otherwise TSV, which many programs write
-        without quoting, is read verbatim, unless a value in it was clearly quoted by a writer; CSV is refused.
+        If a value begins with a quote, Arrow reads on to the next quote, across any number of rows. So quotes enclose
+        values only if a writer that quotes could have written all files. Otherwise, this refuses CSV, and reads TSV,
+        which many programs write without quoting, verbatim unless a writer has clearly quoted a value in it.
         """
         problems = {}
         for file in self._files_with_rows():
             with self._errors_named(file):
-                self._find_delimited(file, names)  # a file with other columns or separators: says so first
-                if len(self.separator) > 1:  # programs that write it do not quote
+                self._find_delimited(file, names)  # reports missing columns and wrong separators first
+                if len(self.separator) > 1:  # programs that write such separators do not quote
                     continue
                 has_quotes, plain = _quotes_of(file, self.separator)
                 if has_quotes:
@@ -191,7 +192,7 @@ class TableFiles:
         )
 
     def _find_delimited(self, file: Path, names: Sequence[Hashable]) -> list[str]:
-        """The spelling in the header, or among `column_names`, of the columns called `names`."""
+        """The columns called `names`, as the header or `column_names` spells them."""
         line = _first_line(file)
         if not line:
             raise ValueError(f"{file} is empty; expected a line of column names and at least one row")
@@ -219,7 +220,7 @@ class TableFiles:
             ) from error
 
     def _checked_column_names(self, file: Path, first_row: list[str]) -> list[str]:
-        """`column_names`, if the first row may be one of that many values."""
+        """Check `column_names` against the first row, which must have as many values and be no header."""
         names = list(self.column_names)
         if len(first_row) != len(names):
             raise ValueError(
@@ -234,7 +235,7 @@ class TableFiles:
         return names
 
     def _csv_options(self, names: list[str], quoted: bool, separator: str) -> dict:
-        """Options of Arrow to read these columns, spelled as in the file, as text."""
+        """Arrow's options to read the columns `names`, spelled as in the file, as text."""
         return {
             "read_options": pa.csv.ReadOptions(
                 block_size=_BLOCK_BYTES, column_names=None if self.column_names is None else list(self.column_names)
@@ -266,12 +267,12 @@ class TableFiles:
 
 
 def find_column(present: Sequence[Hashable], wanted: Hashable, where: str) -> int:
-    """The position of a column: the one with exactly this name, or else that with it up to blanks around it.
+    """The index of the column with exactly this name, or else of the one with this name up to white space around it.
 
-    Numbers, which pandas uses for columns without a name, are the same as their digits.
+    Numbers, with which pandas names unnamed columns, equal their digits.
 
     Raises:
-        ValueError: when there is none, or more than one.
+        ValueError: there is no such column, or more than one.
     """
     places = [place for place, name in enumerate(present) if name == wanted]
     if not places:
@@ -298,12 +299,12 @@ def _parts(folder: Path) -> tuple[Path, ...]:
 
 
 def _numbers_as_numbers(name: str) -> list[str | int]:
-    """A key that sorts part-2 before part-10: text and numbers in turn."""
+    """A sort key that puts part-2 before part-10: alternating text and numbers."""
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def file_type(path: Path) -> str:
-    """The suffix that names the type of a table, in lower case; "" if there is none."""
+    """The suffix that names the type of a table file, in lower case; "" if it is unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".parquet":
         return ".parquet"
@@ -313,7 +314,7 @@ def file_type(path: Path) -> str:
 
 
 def open_bytes(file: Path) -> pa.NativeFile:
-    """The content of a file, decompressed if its first bytes or else its suffix say that it is compressed."""
+    """Open a file, decompressing it if its first bytes or its suffix say that it is compressed."""
     with file.open("rb") as stream:
         begin = stream.read(4)
     by_content = (codec for codec, first_bytes in _FIRST_BYTES.items() if begin.startswith(first_bytes))
@@ -322,14 +323,14 @@ def open_bytes(file: Path) -> pa.NativeFile:
 
 
 def open_text(file: Path) -> io.TextIOWrapper:
-    """The content of a file as text in UTF-8, decompressed as `open_bytes` does, with its line ends as they are."""
+    """Open a file as `open_bytes` does, as text in UTF-8 with unchanged line ends."""
     return io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig", newline="")
 
 
 def _quotes_of(file: Path, separator: str) -> tuple[bool, bool]:
     """Whether a file has quotes, and whether all of them plainly enclose values, each within its line.
 
-    It takes a hundredth of the time of `quoting_problem`, which looks at the others.
+    This takes a hundredth of the time of `quoting_problem`, which examines the remaining files.
     """
     found, plain, rest = False, True, b""
     with open_bytes(file) as stream:
@@ -341,7 +342,7 @@ def _quotes_of(file: Path, separator: str) -> tuple[bool, bool]:
 
 
 def _plainly_quoted(lines: bytes, separator: str) -> bool:
-    """Whether quotes open and close in turn, at the borders of a value, with no line end (in TSV no tab) between."""
+    """Whether quotes open and close in turn, at the borders of a value, with no line end (in TSV, no tab) between."""
     if b'"' not in lines:
         return True
     text = np.frombuffer(b"\n" + lines.removeprefix(codecs.BOM_UTF8) + b"\n", np.uint8)
@@ -360,14 +361,14 @@ def _plainly_quoted(lines: bytes, separator: str) -> bool:
 
 
 def quoting_problem(text: TextIO, separator: str) -> str:
-    """What shows that the quotes in a text do not enclose values, with its line; "" if they do.
+    """Why the quotes in a text cannot enclose values, with the line; "" if they can.
 
     Args:
-        text: the whole of a CSV or TSV file, opened with `newline=""`.
-        separator: of the columns.
+        text: a whole CSV or TSV file, opened with `newline=""`.
+        separator: the character between the columns.
     """
-    columns = start = 0  # the first line of the newest row
-    row: list[str] = []  # its lines
+    columns = start = 0  # `start` is the number of the first line of the current row
+    row: list[str] = []  # lines of the current row
 
     def lines_of_rows_with_quotes() -> Iterator[str]:
         nonlocal columns, start
@@ -395,7 +396,7 @@ def quoting_problem(text: TextIO, separator: str) -> str:
 
 
 def _looks_like_rows(lines: list[str], separator: str, columns: int) -> bool:
-    """Whether the lines of a quoted value are rows that a quote, opened by chance, swallows, rather than prose."""
+    """Whether the lines of a quoted value are rows that a stray quote has swallowed, not prose."""
     first, *rest = ([value.strip() for value in line.split(separator)] for line in lines if line.strip())
     numbers = [place for place, value in enumerate(first) if _NUMBER_OR_TIME.fullmatch(value)]
     return (
@@ -434,8 +435,8 @@ def _without_type(name: str) -> str:
 def blocks_of_lines(stream: IO[bytes]) -> Iterator[bytes]:
     """The content of a file, without a byte-order mark, in blocks of whole lines.
 
-    For Arrow's reader of whole files: its streaming reader reads ahead in a thread, and must not be used with a Python
-    file. If that reader is released early, the interpreter can crash at exit.
+    Pass each block to Arrow's reader for whole files. Its streaming reader reads ahead in a thread and must not read a
+    Python file: if it is released early, the interpreter can crash at exit.
     """
     rest = stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
     while block := stream.read(_BLOCK_BYTES):
@@ -472,7 +473,7 @@ def _read_json_lines(path: Path, names: Sequence[Hashable]) -> Iterator[pa.Table
 
 
 def _read_json_lines_slowly(path: Path, keys: list[str]) -> pa.Table:
-    """Read what Arrow refuses: whole numbers before others, and columns that nobody asked for with half characters."""
+    """Read files that Arrow refuses: fractions after whole numbers, or half characters in columns not asked for."""
 
     def named(pairs: list[tuple[str, object]]) -> dict:
         row = dict(pairs)
@@ -494,8 +495,8 @@ def _read_json_lines_slowly(path: Path, keys: list[str]) -> pa.Table:
 def _json_types(path: Path, names: Sequence[Hashable]) -> dict[str, pa.DataType]:
     """The keys of the named columns, in their order, each with the type of its first value that is not null.
 
-    Arrow would infer the types of all columns, also of those that nobody asked for, and would turn text that looks like
-    a time into a time.
+    Without them, Arrow would infer the types of all columns, needed or not, and turn text that looks like a time into
+    times.
     """
     types, pending = {}, {str(name).strip() for name in names}
     with open_text(path) as text:

@@ -1,4 +1,4 @@
-"""Reads tables from files, frames and datasets into Arrow, and cleans columns of ids, text and times without loops."""
+"""Reads tables from files, frames and datasets into Arrow, and cleans columns of ids, text, times and ratings."""
 
 import hashlib
 import io
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Source = Union[str, Path, pd.DataFrame, Dataset, "polars.DataFrame", "polars.LazyFrame"]
 
-# Common marks of missing values in text files, which cannot distinguish them from words.
+# Text files cannot tell these common marks of missing values from words.
 _MISSING_WORDS = ["", "nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "NaT"]
 _IDS = {"user_id", "item_id"}
 _WHOLE_NUMBER = r"^(0|-?[1-9]\d{0,17})$"  # no leading zeros: "007" and "7" are two ids
@@ -32,7 +32,7 @@ _ISO_ZONE = r"(:\d\d|\.\d+)(Z|[+-]\d\d(:?\d\d)?)$"
 
 
 def check_row_limit(limit_data_rows: int) -> None:
-    """Raise ValueError unless it is -1 (all rows) or a positive number of rows."""
+    """Raise ValueError unless `limit_data_rows` is -1 (all rows) or a positive number of rows."""
     if (
         isinstance(limit_data_rows, bool)
         or not isinstance(limit_data_rows, int)
@@ -42,7 +42,7 @@ def check_row_limit(limit_data_rows: int) -> None:
 
 
 def describe(source: Source) -> str:
-    """The name of a source in error messages."""
+    """The name of a table in error messages."""
     if isinstance(source, pd.DataFrame):
         return "the pandas frame"
     if isinstance(source, Dataset):
@@ -66,18 +66,19 @@ def read_columns(
             or to a folder of such parts; a pandas or polars frame, lazy or not, or a `datasets.Dataset`.
         columns: the name in `source` of each column of the result.
         limit_data_rows: number of rows to read, from the first; -1 for all.
-        separator: the characters between the columns of text without types; see `TableFiles.at`.
-        column_names: names of all columns of text without types whose first line is a row.
+        separator: the characters between the columns of delimited text; see `TableFiles.at`.
+        column_names: names of all columns of delimited text without a header.
 
     Returns:
-        Arrow table with these columns; those of text without types (CSV, TSV) are strings, unchanged. With it, for such
-        text, the columns of ids that are whole numbers in all rows, also in those beyond the limit, so that a part of a
-        table has the types of the whole; None for sources with types.
+        table: Arrow table with these columns; those of delimited text (CSV, TSV) are strings, unchanged.
+        whole_numbers: for delimited text, the columns of ids that are whole numbers in all rows, even beyond the limit,
+            so that part of a table gets the types of the whole; None for sources with types.
 
     Raises:
-        TypeError: for another source.
+        TypeError: `source` is not a table.
         FileNotFoundError: the file is missing.
-        ValueError: for an unknown file type, unreadable content, missing, repeated or mixed columns, and no rows.
+        ValueError: the file type is unknown, the content is unreadable, a column is missing, repeated or of mixed
+            types, or there are no rows.
     """
     names = [str(name).strip() for name in columns.values()]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -111,10 +112,11 @@ def clean_ids(column: pa.ChunkedArray, where: str, *, untyped: bool = False) -> 
     Args:
         column: (rows,) whole numbers or text.
         where: the column's name in error messages.
-        untyped: the column is from a text file without types, so words like "NA" are missing ids. It stays text.
+        untyped: the column comes from delimited text, so words like "NA" are missing ids. It stays text.
 
     Raises:
-        ValueError: for missing or blank ids, another type, and ids too large for int64; it names the first bad row.
+        ValueError: an id is missing, blank or too large for int64, or the column has another type; the message names
+            the first bad row.
     """
     column = _readable(column, where)
     expected, remedy = "an id", "drop these rows or give them ids"
@@ -141,14 +143,14 @@ def clean_ids(column: pa.ChunkedArray, where: str, *, untyped: bool = False) -> 
 
 
 def clean_text(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """Text stripped of white space; null if nothing is left.
+    """Text without white space around it; null if nothing is left.
 
     Args:
         column: (rows,) text.
         where: the column's name in error messages.
 
     Raises:
-        ValueError: for another type.
+        ValueError: the column has another type.
     """
     column = _readable(column, where)
     if pa.types.is_null(column.type):
@@ -162,14 +164,14 @@ def clean_text(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 def clean_seconds(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     """Times as seconds since 1970 in UTC: int64, or float64 if one of them has a fraction.
 
-    Numbers are seconds already. Dates and times without a time zone are UTC.
+    Numbers count as seconds. Dates and times without a time zone count as UTC.
 
     Args:
         column: (rows,) numbers, timestamps, dates, or text with numbers or ISO 8601.
         where: the column's name in error messages.
 
     Raises:
-        ValueError: for missing, unreadable, infinite or negative times (before 1970), and another type.
+        ValueError: a time is missing, unreadable, infinite or before 1970, or the column has another type.
     """
     column = _in_utc(_readable(column, where))
     remedy = "drop these rows, or pass time_column=None if the rows are in chronological order"
@@ -194,7 +196,7 @@ def clean_ratings(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         where: the column's name in error messages.
 
     Raises:
-        ValueError: for missing, unreadable and infinite ratings, and another type.
+        ValueError: a rating is missing, unreadable or infinite, or the column has another type.
     """
     column = _readable(column, where)
     expected, remedy = "a number", "drop these rows or rate them"
@@ -212,8 +214,8 @@ def clean_ratings(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 def to_dataset(table: pa.Table, features: Features) -> Dataset:
     """A `Dataset` over an Arrow table in memory, without a copy.
 
-    Its fingerprint is a digest of the content: to compute one itself, `datasets` would pickle the table, which takes
-    three times the memory of the table.
+    The fingerprint is a digest of the content. Without one, `datasets` would pickle the table, which takes three times
+    the memory of the table.
     """
     table = table.cast(features.arrow_schema)
     sink = _DigestSink()
@@ -271,13 +273,13 @@ def _is_unicode(text: str) -> bool:
 
 
 def is_polars(source: object) -> bool:
-    """Whether it is a frame of polars, which is not needed otherwise: who has such a frame has imported it."""
+    """Whether `source` is a polars frame. Does not import polars: whoever has such a frame has imported it."""
     polars = sys.modules.get("polars")
     return polars is not None and isinstance(source, polars.DataFrame | polars.LazyFrame)
 
 
 def _read_polars(frame: "polars.DataFrame | polars.LazyFrame", columns: Mapping[str, Hashable], limit: int) -> pa.Table:
-    schema = frame.collect_schema()  # of a lazy frame, without reading rows
+    schema = frame.collect_schema()  # reads no rows, even of a lazy frame
     present = schema.names()
     found = [present[find_column(present, name, describe(frame))] for name in columns.values()]
     for name in found:
@@ -321,14 +323,14 @@ def _read_files(files: TableFiles, columns: Mapping[str, Hashable], limit: int) 
 
 
 def _are_whole_numbers(column: pa.ChunkedArray) -> bool:
-    """Whether all values are numbers that have one spelling; missing values do not count."""
+    """Whether all values are whole numbers in their usual spelling; missing values are ignored."""
     text = pc.utf8_trim_whitespace(column)
     missing = pc.is_in(text, value_set=pa.array(_MISSING_WORDS))
     return pc.all(pc.or_(missing, pc.match_substring_regex(text, _WHOLE_NUMBER)), min_count=0).as_py()
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Categories as their values, and all types of text as string."""
+    """Convert categories to their values, and all types of text to string."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
@@ -337,14 +339,14 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _in_utc(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Dates and times of any zone as times in UTC, so that parts of a table that differ in it fit together."""
+    """Convert dates and times of any zone to UTC, so that parts of a table with different zones fit together."""
     if pa.types.is_date(column.type):
         column = column.cast(pa.timestamp("s"))
     return column.cast(pa.timestamp(column.type.unit, "UTC")) if pa.types.is_timestamp(column.type) else column
 
 
 def _readable(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """The column as `_plain` makes it; parquet files and Datasets may have text that is none."""
+    """The column as `_plain` returns it, after checking that its text is valid UTF-8, which no reader has done."""
     column = _plain(column)
     try:
         column.validate(full=True)

@@ -1,10 +1,10 @@
-"""The title rule of MovieLens and iLoRA: the year in a separate column, an English article in front."""
+"""The title rule of MovieLens and iLoRA: moves the year to its own column and an English article to the front."""
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-# "Toy Story (1995)", "Fawlty Towers (1975-1979)", "Diplomatic Immunity (2009– )", "Return to Oz (1995) (V)":
-# of a span of years the first is taken, and IMDb's marks for video, television and game are removed with the year.
+# "Toy Story (1995)", "Fawlty Towers (1975-1979)", "Diplomatic Immunity (2009– )", "Return to Oz (1995) (V)": a span
+# of years counts as its first year, and IMDb's marks for video, television and game are removed with the year.
 _YEAR = (
     r"(?s)^(?P<title>.*\S)\s*\((?P<year>(?:18|19|20)\d\d)(?:\s*[-\x{2013}]\s*(?:\d{4})?\s*)?\)"
     r"(?:\s*\((?:V|TV|VG)\))?$"
@@ -21,15 +21,15 @@ def split_titles(titles: pa.Array | pa.ChunkedArray) -> tuple[pa.ChunkedArray, p
     rule: "Horseman on the Roof, The (Hussard sur le toit, Le) (1995)" becomes "The Horseman on the Roof (Hussard sur
     le toit, Le)". Articles of other languages (Le, La, Les, Il, El, Der, Das...) stay where they are.
 
-    This departs from the reference program, which removes every ", The" (or else every ", A") in a title and its last
-    seven characters: it turns "American in Paris, An (1951)" into "A American in Parisn" and "unknown" into "". Here
-    only an article at the end of a name is moved, and only a year is removed.
+    The reference program removes every ", The" (or else every ", A") from a title, and its last seven characters. It
+    turns "American in Paris, An (1951)" into "A American in Parisn" and "unknown" into "". This function moves only an
+    article at the end of a name, and removes only a year.
 
     Args:
         titles: text, (num_items,).
 
     Returns:
-        titles: string, (num_items,), stripped of white space; never shortened to an empty string.
+        titles: string, (num_items,), without white space around them. A title that is only a year stays.
         years: int32, (num_items,), null if a title does not end in a year.
 
     Source: iLoRA's preparation of MovieLens (title rule).

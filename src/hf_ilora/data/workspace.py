@@ -1,4 +1,4 @@
-"""Where large arrays and tables are kept while a data set is prepared: in memory, or in files that are mapped to it."""
+"""Keeps large arrays and tables in memory or in memory-mapped files while a data set is prepared."""
 
 import os
 import tempfile
@@ -14,13 +14,13 @@ from .storage import content_digest
 
 
 class Workspace:
-    """Makes arrays and tables, in memory or in a folder.
+    """Creates arrays and tables, in memory or in files.
 
-    The system moves the pages of mapped files to the disk and back as memory allows, so they may outgrow it.
+    The operating system moves pages of mapped files to disk and back, so files may be larger than memory.
 
     Args:
-        folder: for the files, created if it does not exist; None keeps everything in memory. Files of arrays vanish
-            with the arrays; those of tables stay, because the data sets that are made of them read them.
+        folder: folder for the files, created if it does not exist; None keeps everything in memory. The file of an
+            array is deleted with the array. Files of tables stay, because data sets read them.
     """
 
     def __init__(self, folder: str | os.PathLike | None = None):
@@ -29,14 +29,14 @@ class Workspace:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def empty(self, length: int, dtype: type) -> np.ndarray:
-        """An array (length,) of undefined content."""
+        """An uninitialised array (length,)."""
         if self.folder is None or length == 0:  # a file without bytes cannot be mapped
             return np.empty(length, dtype)
         with tempfile.TemporaryFile(dir=self.folder) as file:
             return np.memmap(file, dtype, "w+", shape=(length,)).view(np.ndarray)
 
     def dataset(self, batches: Iterable[pa.RecordBatch], features: Features, split: str | None = None) -> Dataset:
-        """A Dataset of these batches."""
+        """A Dataset with the rows of these batches."""
         schema = features.arrow_schema
         if self.folder is None:
             table = pa.Table.from_batches(batches, schema)
@@ -52,7 +52,7 @@ class Workspace:
 def dataset_of(table: pa.Table | Table, features: Features, split: str | None) -> Dataset:
     """A Dataset over an Arrow table, without a copy."""
     table = InMemoryTable(table) if isinstance(table, pa.Table) else table
-    # Without a fingerprint of its own, Dataset would pickle and hash the whole table.
+    # Without a given fingerprint, Dataset would pickle and hash the whole table.
     return Dataset(
         table,
         info=DatasetInfo(features=features),
