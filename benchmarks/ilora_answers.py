@@ -25,7 +25,7 @@ from transformers import set_seed
 from benchmarks.ilora import use_published_form
 from benchmarks.measuring import Stopwatch, check_positive, run_benchmark
 from hf_ilora import ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
-from hf_ilora.evaluation.ranking import EvaluationRows
+from hf_ilora.evaluation.evaluation_rows import EvaluationRows
 from hf_ilora.models.ilora.embedded_llm import EMBEDDED_LLM
 from hf_ilora.models.ilora.gated_lora import gated_layers
 from hf_ilora.models.ilora.language_models import load_language_model

@@ -273,7 +273,7 @@ def relevant_items(split) -> tuple[np.ndarray, str]:
     """The items that users are judged by, and the name of their ranking.
 
     Returns:
-        (users, most) item ids, padded with 0, and "relevant"; or (users,) targets and "masked", for a split with one
+        (users, relevant) item ids, padded with 0, and "relevant"; or (users,) targets and "masked", for a split with one
         relevant item per user.
     """
     if "relevant_items" not in split.column_names:

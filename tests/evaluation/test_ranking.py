@@ -182,7 +182,7 @@ def test_relevant_items_are_ranked_behind_others_of_their_score_and_in_their_ord
         ([[1, 2], [0, 0]], "target contains item 0"),
         ([[1, 7], [2, 0]], "target contains item 7"),
         ([[1, -1], [2, 0]], "relevant_items"),
-        ([[1, 2]], r"relevant_items have shape \(1, 2\): expected \(batch, most\) with batch 2"),
+        ([[1, 2]], r"relevant_items have shape \(1, 2\): expected \(batch, relevant\) with batch 2"),
     ):
         with pytest.raises(ValueError, match=message):
             relevant_ranks(scores, torch.tensor(wrong))

@@ -158,7 +158,7 @@ def test_users_with_several_relevant_items_are_judged_by_all_of_them(evaluate, m
     content = json.loads((run.output_dir / "results.json").read_text())
     assert content["context"]["compared"] == "relevant/ndcg@10"
     for folder, found in zip(models, content["models"], strict=False):
-        ranks = rank_split(load_recommender(folder), sequences["test"]).relevant  # (users, most)
+        ranks = rank_split(load_recommender(folder), sequences["test"]).relevant  # (users, relevant)
         recall = ((ranks > 0) & (ranks <= 10)).sum(axis=1) / (ranks > 0).sum(axis=1)
         assert found["quality"]["relevant/recall@10"]["mean"] == pytest.approx(recall.mean())
         assert "relevant/recall@10" in found["by_length"]["6-10"]
@@ -239,7 +239,7 @@ def test_data_without_candidates_is_measured_in_the_catalogue_alone(evaluate, se
     assert "HR@10 masked" in header and "HR@1 of" not in header
     runs = sorted((output / "ranks").iterdir())
     assert compare_runs(*runs, num_resamples=100).num_users == len(sequences["test"])
-    with pytest.raises(ValueError, match="of data without candidates: expected ranking masked or unmasked"):
+    with pytest.raises(ValueError, match="data without candidates: expected ranking masked or unmasked"):
         compare_runs(*runs, ranking="candidates")
 
 

@@ -1,4 +1,4 @@
-"""Evaluates iLoRA models one after the other on one split, together with the SASRecs that they read."""
+"""Evaluates iLoRA models one after the other on one split, together with the SASRecs that they use."""
 
 import time
 from dataclasses import replace
@@ -12,9 +12,10 @@ import torch
 from hf_ilora.data.columns import read_column
 from hf_ilora.evaluation.candidate_ranking import GeneratedAnswers, generate_answers, rank_candidates
 from hf_ilora.evaluation.candidate_report import CandidateContext, CandidateReport
+from hf_ilora.evaluation.evaluation_rows import EvaluationRows
 from hf_ilora.evaluation.expert_usage import ExpertUsage, gates_of_histories, usage_by_length
 from hf_ilora.evaluation.rank_metrics import metric_per_user
-from hf_ilora.evaluation.ranking import EvaluationRows, SplitRanks, rank_split
+from hf_ilora.evaluation.ranking import SplitRanks, rank_split
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks, parquet_name
 from hf_ilora.evaluation.statistics import Interval, bootstrap_interval, compare_runs, summarize_ranks
 from hf_ilora.files import written_whole
@@ -29,13 +30,13 @@ class CandidateEvaluation:
     """Collects the rows of a candidate table model by model, so that only one language model is in memory at a time.
 
     Args:
-        context: of all rows; `generate` determines whether and how the models generate answers.
+        context: shared by all rows; `generate` determines whether and how the models generate answers.
         split: `datasets.Dataset` with the columns user_id, history, target and candidates.
         batch_size: users per step, per process.
         max_new_tokens: longest free answer, in tokens.
 
     Attributes:
-        usages: expert usage by label of the model, which is its name and source.
+        usages: expert usage by the label of the model, "name (source)".
 
     Raises:
         ValueError: for an unknown `generate`, and a `batch_size` below 1.
@@ -59,9 +60,9 @@ class CandidateEvaluation:
         self._answers: dict[str, GeneratedAnswers] = {}
 
     def add_model(self, model: ILoraForRecommendation, name: str, source: str) -> None:
-        """Evaluate a model: its candidate ranking, its experts, its item head, and its SASRec unless that is known.
+        """Evaluate a model: its candidate ranking, experts and item head, and its SASRec unless an equal one was.
 
-        A model of which only the item head was trained has no candidate ranking by titles.
+        If only the item head was trained, there is no candidate ranking by titles.
 
         Args:
             model: loaded from `source`.
@@ -90,7 +91,7 @@ class CandidateEvaluation:
         self._language_models.append(self._candidate_ranking(model, name, source, name, 0, hits))
 
     def add_recommender(self, recommender: NextItemPreTrainedModel, name: str) -> None:
-        """Evaluate a recommender that no model reads."""
+        """Evaluate a recommender that no iLoRA model uses."""
         ranks, seconds = self._timed(rank_split, recommender)
         self._other_recommenders.append(
             self._catalogue_ranking(ranks, recommender, name, name, recommender.num_parameters(), seconds)

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel, gather_object, reduce
 
-from hf_ilora.evaluation.ranking import EvaluationRows, ranks_among_candidates
+from hf_ilora.evaluation.evaluation_rows import EvaluationRows
+from hf_ilora.evaluation.ranking import ranks_among_candidates
 from hf_ilora.evaluation.valid_answers import AnswerQuality, judge_answers, judge_items
 from hf_ilora.models.next_item.next_item_model import evaluation_mode
 
@@ -50,10 +51,10 @@ class GeneratedAnswers:
     """The answers that a model generated for the rows of a split, in their order.
 
     Args:
-        texts: (users,) the first answer of each row.
+        texts: (users,) the answer to each row.
         candidate_titles: (users, candidates) titles, in the model's spelling.
         target_titles: (users,) titles, in the model's spelling.
-        item_ids: (users,) item ids of constrained answers, 0 for none; None for free answers.
+        item_ids: (users,) item ids of constrained answers, 0 where there is none; None if answers are free.
         targets: (users,) item ids.
     """
 
@@ -128,7 +129,7 @@ def _rows_with_candidates(split, num_items: int) -> EvaluationRows:
     rows = EvaluationRows(split, num_items)
     if rows.candidates is None:
         raise ValueError(
-            "the split has no column candidates: expected data prepared with num_candidates of 2 or more, as the model "
-            "ranks candidates"
+            "the split has no column candidates: expected data prepared with num_candidates of 2 or more, which the "
+            "model ranks; prepare the data again"
         )
     return rows

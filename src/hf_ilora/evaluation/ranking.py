@@ -4,7 +4,7 @@ A rank is 1-based. Ties count against the model: every other item with the score
 constant scores rank the target last, and no model gains by giving many items the same score.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,12 +12,10 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel, reduce
 
-from hf_ilora.data.columns import flatten_lists, padded_lists, read_column
-from hf_ilora.devices import process_state
+from hf_ilora.evaluation.evaluation_rows import EvaluationRows, check_known_items
 from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at, reciprocal_rank
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
-from hf_ilora.models.next_item.histories import check_batch_size
 from hf_ilora.models.next_item.next_item_model import evaluation_mode
 from hf_ilora.models.next_item.top_k import ordered_top_k
 
@@ -30,12 +28,12 @@ class SplitRanks:
         masked: (users,) int64, in the whole catalogue without the items of the history (the target itself stays).
         unmasked: (users,) int64, in the whole catalogue.
         candidates: (users,) int64, among the row's candidates; None for a split without candidates.
-        new_items: (users,) int64, as masked, but among the new items only; 0 for targets that are none of them. None
-            where nobody said which items are new.
-        relevant: (users, most) int64, as masked, of each of the relevant items; padded with 0. None for a split with
-            one target per row.
-        recommended: (users, top_k) int64, the best items outside the history, best first, padded with 0 where fewer
-            are left. None unless they were asked for.
+        new_items: (users,) int64, as masked, but among the new items only; 0 where the target is not new. None unless
+            `is_new` was given.
+        relevant: (users, relevant) int64, as masked, of each relevant item; padded with 0. None for a split with one
+            target per row.
+        recommended: (users, top_k) int64 item ids, the best items outside the history, best first, padded with 0 where
+            fewer are left. None unless `top_k` was given.
     """
 
     masked: np.ndarray
@@ -47,7 +45,7 @@ class SplitRanks:
 
     @property
     def main(self) -> str:
-        """The ranking that a user is judged by: "relevant" where there are several relevant items, else "masked"."""
+        """The ranking that judges users: "relevant" if the split has several relevant items per row, else "masked"."""
         return "masked" if self.relevant is None else "relevant"
 
 
@@ -78,15 +76,15 @@ def target_ranks(scores: torch.Tensor, target: torch.Tensor, seen_items: torch.T
 def relevant_ranks(
     scores: torch.Tensor, relevant_items: torch.Tensor, seen_items: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The rank of each relevant item; where scores are equal, those of other items come first.
+    """The rank of each relevant item; among equal scores, other items come first.
 
     Args:
         scores: (batch, num_items + 1); column 0 is padding and is ignored.
-        relevant_items: (batch, most) item ids, different ones in a row, padded with 0.
+        relevant_items: (batch, relevant) item ids, different ones in a row, padded with 0.
         seen_items: (batch, any) item ids, padded with 0, to exclude from the ranking; the relevant ones stay in it.
 
     Returns:
-        (batch, most) int64, different ranks in a row; 0 for padding.
+        (batch, relevant) int64, different ranks in a row; 0 for padding.
 
     Raises:
         ValueError: for shapes that do not fit, a row without relevant items or with an item twice, ids outside the
@@ -94,33 +92,34 @@ def relevant_ranks(
     """
     if relevant_items.dim() != 2 or len(relevant_items) != len(scores):
         raise ValueError(
-            f"relevant_items have shape {tuple(relevant_items.shape)}: expected (batch, most) with batch {len(scores)}"
+            f"relevant_items have shape {tuple(relevant_items.shape)}: expected (batch, relevant) with batch "
+            f"{len(scores)}"
         )
-    _check_scores(scores, relevant_items.amax(dim=1))  # of a row of padding alone, 0
+    _check_scores(scores, relevant_items.amax(dim=1))  # 0, which is refused, for a row of padding alone
     if int(relevant_items.min()) < 0:
         raise ValueError(f"relevant_items contain {int(relevant_items.min())}: expected item ids, or 0 for padding")
     ordered = relevant_items.sort(dim=1).values
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > 0)).any():
         raise ValueError("relevant_items contain an item twice in a row: expected different items")
-    is_item = relevant_items != PADDING_ITEM_ID  # (batch, most)
+    is_item = relevant_items != PADDING_ITEM_ID  # (batch, relevant)
     eligible = torch.ones_like(scores, dtype=torch.bool)
     if seen_items is not None:
         eligible.scatter_(1, seen_items, False)
     eligible.scatter_(1, relevant_items, True)
     eligible[:, PADDING_ITEM_ID] = False
-    relevant_scores = scores.gather(1, relevant_items)  # (batch, most)
+    relevant_scores = scores.gather(1, relevant_items)  # (batch, relevant)
     ranks = torch.zeros_like(relevant_items, dtype=torch.int64)
-    for place in range(relevant_items.shape[1]):  # one at a time: (batch, most, items) would not fit
+    for place in range(relevant_items.shape[1]):  # one at a time: (batch, relevant, items) might not fit in memory
         score = relevant_scores[:, place, None]  # (batch, 1)
         not_below = ((scores >= score) & eligible).sum(dim=1)  # (batch,), the item itself among them
-        # Of relevant items with one score, the first in the row is ranked first.
+        # Among relevant items with equal scores, the first in the row is ranked first.
         later = is_item[:, place + 1 :] & (relevant_scores[:, place + 1 :] == score)
         ranks[:, place] = not_below - later.sum(dim=1)
     return ranks * is_item
 
 
 def recommended_items(scores: torch.Tensor, seen_items: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The best items of each user outside the history, as `recommend` orders them, and 0 where none is left.
+    """The best items of each user outside the history, in the order of `recommend`, and 0 where none is left.
 
     Args:
         scores: (batch, num_items + 1); column 0 is padding.
@@ -153,7 +152,7 @@ def candidate_ranks(scores: torch.Tensor, candidates: torch.Tensor, target: torc
     """
     _check_scores(scores, target)
     _check_candidates(candidates, target)
-    _check_ids("candidates", candidates, scores.shape[1] - 1)
+    check_known_items("candidates", candidates, scores.shape[1] - 1)
     return ranks_among_candidates(scores.gather(1, candidates), candidates, target)
 
 
@@ -220,22 +219,11 @@ def _check_scores(scores: torch.Tensor, target: torch.Tensor) -> None:
             f"scores have shape {tuple(scores.shape)} and target {tuple(target.shape)}: "
             "expected (batch, num_items + 1) and (batch,)"
         )
-    _check_ids("target", target, scores.shape[1] - 1)
+    check_known_items("target", target, scores.shape[1] - 1)
     highest = scores[:, 1:].amax(dim=1)  # (batch,); the maximum of a row with NaN is NaN
     if torch.isnan(highest).any():
         row = int(torch.isnan(highest).nonzero()[0])
         raise ValueError(f"scores of row {row} contain NaN: expected numbers; check the loaded weights")
-
-
-def _check_ids(name: str, ids: torch.Tensor | np.ndarray, num_items: int) -> None:
-    if not len(ids):
-        return
-    lowest, highest = int(ids.min()), int(ids.max())
-    if lowest < 1 or highest > num_items:
-        raise ValueError(
-            f"{name} contains item {lowest if lowest < 1 else highest}: expected ids 1..{num_items} of the model's "
-            "catalogue; evaluate a model on the data set it was trained on"
-        )
 
 
 def rank_split(
@@ -261,18 +249,19 @@ def rank_split(
         split: `datasets.Dataset` with the columns history (list of item ids, oldest first), target and, unless it was
             prepared without them, candidates. Where users are judged by several items, it has relevant_items too.
         batch_size: rows per step and process.
-        device: where to score; None means the device of the model.
+        device: device on which to score; None means that of the model.
         scorer: maps whole histories, (batch, length), padded with 0 on the right, to scores, (batch, num_items + 1).
             For models whose forward does not score the catalogue, such as `ilora.item_scores`; None uses the logits.
-        is_new: (num_items + 1,) bool, items among which new targets are ranked too; None ranks in the catalogue alone.
-        top_k: length of the lists of recommended items to return with the ranks; None: none.
+        is_new: (num_items + 1,) bool, the items among which new targets are ranked too; None ranks in the catalogue
+            alone.
+        top_k: number of recommended items to return with the ranks; None returns none.
 
     Returns:
         Ranks of all rows, in the split's order. Without candidates in the split, `candidates` is None.
 
     Raises:
         ValueError: for missing columns, no rows, empty histories, ids outside the catalogue, candidates without the
-            target, a `top_k` that the catalogue does not have, and NaN among the scores.
+            target, a `top_k` outside 1..num_items, and NaN among the scores.
     """
     config = extract_model_from_parallel(model).config
     rows = EvaluationRows(split, config.num_items)
@@ -282,28 +271,18 @@ def rank_split(
         scorer = partial(_logits, model, config.max_length)
     if top_k is not None and not 1 <= top_k <= config.num_items:
         raise ValueError(f"top_k is {top_k}: expected 1 to {config.num_items}, the items of the catalogue")
-    widths = {"masked": 1, "unmasked": 1}  # columns of each ranking
-    widths |= {} if rows.candidates is None else {"candidates": 1}
-    widths |= {} if is_new is None else {"new_items": 1}
-    widths |= {} if rows.relevant_items is None else {"relevant": rows.relevant_items.shape[1]}
-    widths |= {} if top_k is None else {"recommended": top_k}
     if is_new is not None:
         is_new = torch.from_numpy(is_new).to(device)
-    ranks = torch.zeros(len(rows), sum(widths.values()), dtype=torch.int64, device=device)
+    of_split: dict[str, torch.Tensor] = {}
     with evaluation_mode(model), torch.inference_mode():
         for batch_rows, is_own in rows.batches_of_process(batch_size):
-            batch_ranks = _rank_batch(scorer, rows, batch_rows, device, is_new, top_k)
-            if is_own:
-                ranks[torch.from_numpy(batch_rows).to(device)] = batch_ranks
+            for name, values in _rank_batch(scorer, rows, batch_rows, device, is_new, top_k).items():
+                if name not in of_split:
+                    of_split[name] = values.new_zeros(len(rows), *values.shape[1:])
+                if is_own:
+                    of_split[name][torch.from_numpy(batch_rows).to(device)] = values
     # Every row was ranked by one process and is zero in the others.
-    ranks = reduce(ranks, reduction="sum").cpu().numpy()
-    found = dict(zip(widths, np.split(ranks, np.cumsum([*widths.values()])[:-1], axis=1), strict=True))
-    return SplitRanks(
-        **{
-            name: np.ascontiguousarray(values if name in ("relevant", "recommended") else values[:, 0])
-            for name, values in found.items()
-        }
-    )
+    return SplitRanks(**{name: values.cpu().numpy() for name, values in reduce(of_split, reduction="sum").items()})
 
 
 def _logits(model, max_length: int, histories: torch.Tensor) -> torch.Tensor:
@@ -317,134 +296,32 @@ def _logits(model, max_length: int, histories: torch.Tensor) -> torch.Tensor:
     return model(input_ids=input_ids, attention_mask=(input_ids != PADDING_ITEM_ID).long()).logits
 
 
-def _rank_batch(scorer, rows: "EvaluationRows", batch_rows: np.ndarray, device, is_new, top_k) -> torch.Tensor:
-    """(batch, columns): the ranks masked, unmasked and, where they are asked for, among the row's candidates, among the
-    new items and of all relevant items, then the recommended items."""
+def _rank_batch(scorer, rows: EvaluationRows, batch_rows: np.ndarray, device, is_new, top_k) -> dict[str, torch.Tensor]:
+    """The fields of `SplitRanks` that apply, for the rows of a batch."""
     histories = rows.histories(batch_rows).to(device)  # (batch, longest)
     target = torch.from_numpy(rows.target[batch_rows]).to(device)  # (batch,)
     scores = scorer(histories)  # (batch, num_items + 1)
     unmasked = target_ranks(scores, target)
-    ranks = [unmasked - _seen_before_target(scores, target, histories), unmasked]
+    ranks = {"masked": unmasked - _seen_before_target(scores, target, histories), "unmasked": unmasked}
     if rows.candidates is not None:
         candidates = torch.from_numpy(rows.candidates[batch_rows]).to(device)  # (batch, candidates)
-        ranks.append(candidate_ranks(scores, candidates, target))
+        ranks["candidates"] = candidate_ranks(scores, candidates, target)
     if is_new is not None:
         new = is_new[target].nonzero().squeeze(1)  # rows whose target is new
-        new_ranks = torch.zeros_like(unmasked)
+        ranks["new_items"] = torch.zeros_like(unmasked)
         if len(new):
             new_scores = scores[new].masked_fill(~is_new, float("-inf"))
-            new_ranks[new] = target_ranks(new_scores, target[new], histories[new])
-        ranks.append(new_ranks)
-    ranks = [torch.stack(ranks, dim=1)]
+            ranks["new_items"][new] = target_ranks(new_scores, target[new], histories[new])
     if rows.relevant_items is not None:
-        relevant_items = torch.from_numpy(rows.relevant_items[batch_rows]).to(device)  # (batch, most)
-        ranks.append(relevant_ranks(scores, relevant_items, histories))
+        relevant_items = torch.from_numpy(rows.relevant_items[batch_rows]).to(device)  # (batch, relevant)
+        ranks["relevant"] = relevant_ranks(scores, relevant_items, histories)
     if top_k is not None:
-        ranks.append(recommended_items(scores, histories, top_k))
-    return torch.cat(ranks, dim=1)
-
-
-class EvaluationRows:
-    """An evaluation split as flat arrays: reading rows one by one from a `datasets.Dataset` takes longer than scoring.
-
-    Args:
-        split: `datasets.Dataset` with the columns history and target, and optionally candidates and relevant_items.
-        num_items: size of the catalogue.
-
-    Attributes:
-        target: (users,) int64 item ids.
-        candidates: (users, candidates) int64 item ids; None for a split without candidates.
-        relevant_items: (users, most) int64 item ids, padded with 0; None for a split with one target per row.
-
-    Raises:
-        ValueError: for missing columns, no rows, empty histories, rows with different numbers of candidates, and ids
-            outside the catalogue.
-    """
-
-    def __init__(self, split, num_items: int):
-        missing = [name for name in ("history", "target") if name not in split.column_names]
-        if missing:
-            raise ValueError(
-                f"the split has no column {', '.join(missing)} (found: {', '.join(split.column_names)}): expected an "
-                "evaluation split of build_sequences, with history and target"
-            )
-        if not len(split):
-            raise ValueError("the split is empty: expected at least one row to evaluate")
-        self.items, self.starts = flatten_lists(split, "history")  # (total,), (users + 1,)
-        self.target = read_column(split, "target").to_numpy().astype(np.int64)  # (users,)
-        self.candidates = _read_candidates(split) if "candidates" in split.column_names else None
-        self.relevant_items = _read_relevant(split) if "relevant_items" in split.column_names else None
-        self.lengths = np.diff(self.starts)  # (users,)
-        if not self.lengths.min():
-            row = int(self.lengths.argmin())
-            raise ValueError(
-                f"history of row {row} is empty: drop users with fewer interactions (min_user_interactions)"
-            )
-        for name, ids in (("history", self.items), ("target", self.target), ("candidates", self.candidates)):
-            if ids is not None:
-                _check_ids(name, ids, num_items)
-        if self.relevant_items is not None:
-            _check_ids("relevant_items", self.relevant_items[self.relevant_items != PADDING_ITEM_ID], num_items)
-
-    def __len__(self) -> int:
-        return len(self.target)
-
-    def by_length(self) -> np.ndarray:
-        """Row numbers, longest history first: (users,)."""
-        return np.argsort(-self.lengths, kind="stable")
-
-    def batches_of_process(self, batch_size: int) -> Iterator[tuple[np.ndarray, bool]]:
-        """This process's batches of row numbers, (batch,) each, and whether to keep their results.
-
-        All processes get the same number of batches, because under ZeRO-3 all of them must run every forward: a process
-        that has none left repeats one and drops the results.
-
-        Raises:
-            ValueError: for `batch_size` < 1.
-        """
-        check_batch_size(batch_size)
-        state = process_state()
-        # Longest first: if memory is too small, the first batch fails.
-        batches = np.split(self.by_length(), range(batch_size, len(self), batch_size))
-        for first in range(0, len(batches), state.num_processes):
-            mine = first + state.process_index
-            yield batches[min(mine, len(batches) - 1)], mine < len(batches)
-
-    def histories(self, rows: np.ndarray) -> torch.Tensor:
-        """The items of each row, oldest first, padded with 0 on the right: (rows, longest) int64."""
-        lengths = self.lengths[rows]
-        steps = np.arange(lengths.max())  # (longest,)
-        places = self.starts[rows][:, None] + steps  # (rows, longest)
-        real = steps < lengths[:, None]
-        histories = np.where(real, self.items[np.where(real, places, 0)], PADDING_ITEM_ID)
-        return torch.from_numpy(histories.astype(np.int64))
-
-
-def _read_candidates(split) -> np.ndarray:
-    """(users, candidates) int64."""
-    candidates, starts = flatten_lists(split, "candidates")
-    lengths = np.diff(starts)
-    if lengths.min() != lengths.max() or not lengths.max():
-        raise ValueError(
-            f"rows have {lengths.min()} to {lengths.max()} candidates: expected the same number, at least 1, in all"
-        )
-    return candidates.reshape(len(lengths), -1).astype(np.int64)
-
-
-def _read_relevant(split) -> np.ndarray:
-    """(users, most) int64, padded with 0."""
-    relevant = padded_lists(split, "relevant_items")
-    is_empty = ~relevant.any(axis=1)
-    if is_empty.any():
-        raise ValueError(
-            f"relevant_items of row {int(is_empty.argmax())} are empty: expected at least the target; prepare the data "
-            "again"
-        )
-    return relevant
+        ranks["recommended"] = recommended_items(scores, histories, top_k)
+    return ranks
 
 
 def ranks_from_logits(logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Reduce an evaluation batch of the Trainer to ranks: its `preprocess_logits_for_metrics`.
+    """Reduce an evaluation batch to ranks: the Trainer's `preprocess_logits_for_metrics`.
 
     It needs `label_names=["labels", "seen_items"]`, and a config whose `keys_to_ignore_at_inference` names every
     output except the logits.

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from hf_ilora.distillation.ensemble_members import LabelScores, Positions
+from hf_ilora.evaluation.evaluation_rows import EvaluationRows
 from hf_ilora.evaluation.rank_metrics import hit_at, ndcg_at
-from hf_ilora.evaluation.ranking import EvaluationRows, SplitRanks, target_ranks
+from hf_ilora.evaluation.ranking import SplitRanks, target_ranks
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.histories import check_batch_size
 from hf_ilora.models.next_item.next_item_losses import Columns
