@@ -88,7 +88,7 @@ def test_several_relevant_items_by_hand():
 def test_bad_ranks_of_several_items_are_refused(name):
     with pytest.raises(ValueError, match="user 1 has no relevant item"):
         metric_per_user(name, torch.tensor([[1, 2], [0, 0]]))
-    with pytest.raises(ValueError, match=r"ranks of user 1 are \[4, 4\]: expected a place of its own"):
+    with pytest.raises(ValueError, match=r"ranks of user 1 are \[4, 4\]: expected a different rank"):
         metric_per_user(name, torch.tensor([[1, 0], [4, 4]]))
     with pytest.raises(ValueError, match="lowest rank is -1"):
         metric_per_user(name, torch.tensor([[1, -1]]))

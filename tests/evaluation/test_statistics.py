@@ -213,7 +213,7 @@ def test_ranks_among_new_items_are_saved_and_compare_the_users_who_have_them(tmp
     assert (comparison.mean_a, comparison.mean_b, comparison.num_users) == (0.625, 0.75, 2)
     without = dataclasses.replace(new_items[0], candidates=None)
     assert SavedRanks.load(saved(tmp_path / "c.parquet", without)).ranks("new_items").tolist() == [0, 1, 4]
-    with pytest.raises(ValueError, match="of data without new items: expected ranking masked or unmasked"):
+    with pytest.raises(ValueError, match="data without new items: expected ranking masked or unmasked"):
         SavedRanks.load(saved(tmp_path / "d.parquet")).ranks("new_items")
 
 
@@ -268,7 +268,7 @@ def test_users_with_several_relevant_items_are_judged_by_all_of_them(tmp_path):
     assert SavedRanks.load(a).ranks("relevant").tolist() == SEVERAL.relevant.tolist()
     comparison = compare_runs(a, b, metric="precision@3", ranking="relevant", num_resamples=20)
     assert comparison.mean_a == pytest.approx((1 + 1 + 1) / 9) and comparison.mean_b == pytest.approx((2 + 1 + 0) / 9)
-    with pytest.raises(ValueError, match="of data without several relevant items per user"):
+    with pytest.raises(ValueError, match="data without several relevant items per user"):
         SavedRanks.load(saved(tmp_path / "c.parquet")).ranks("relevant")
 
 

@@ -36,7 +36,7 @@ class CandidateReport:
         source: folder or Hub name of the weights.
         quality: an interval for each metric, named "ranking/metric": "candidates/..." for the candidates ranked by
             score, "answers/..." for generated answers, "masked/..." for the catalogue without seen items.
-        comparison: with the SASRec that the model reads, by HR@1 among the candidates, paired over users; None for a
+        comparison: with the SASRec that the model uses, by HR@1 among the candidates, paired over users; None for a
             SASRec.
         num_parameters: number of parameters.
         num_trained: number of parameters that were trained for this model.
@@ -56,7 +56,7 @@ class CandidateReport:
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateContext(EvaluationContext):
-    """What all rows of a table have in common.
+    """Facts that all rows of the table share.
 
     Args:
         generate: how answers were generated: "free", "constrained" or "none".
@@ -100,7 +100,7 @@ def write_candidate_table(
 
 
 def candidate_table(reports: Sequence[CandidateReport], context: CandidateContext) -> str:
-    """The table in Markdown, with a paragraph on how it was measured; metrics that no row has are left out."""
+    """The table in Markdown, with a paragraph on how it was measured, and without metrics that no row has."""
     titles = {
         metric: title
         for metric, title in metric_titles(context).items()
@@ -137,7 +137,7 @@ def candidate_table(reports: Sequence[CandidateReport], context: CandidateContex
 
 
 def plot_candidate_hits(reports: Sequence[CandidateReport], context: CandidateContext, path: Path) -> None:
-    """Plot HR@1 among the candidates, one line per name, with its seeds or the interval of its only run.
+    """Plot HR@1 among the candidates: one line per name, with its seeds, or with the interval of its only run.
 
     Args:
         reports: in the order of the rows.

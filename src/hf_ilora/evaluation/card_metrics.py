@@ -1,4 +1,4 @@
-"""Metrics as a model card tells them: in words, and as the `EvalResult` that the Hub reads."""
+"""Writes metrics for a model card: in words, and as the `EvalResult`s that the Hub reads."""
 
 import hashlib
 import re
@@ -19,7 +19,7 @@ _NAMES = {
     "valid_ratio": "ValidRatio",
 }
 ABOUT_NDCG = "NDCG@k is 1 if held-out items always come first, and 0 if they are never among the first k."
-# For each metric its text, and whether it is a share, which is told in per cent.
+# The text of each metric, and whether it is a share, which is written in per cent.
 _OF_ONE_ITEM = {
     "hit_ratio": ("the held-out item is {place} for {value} of the users", True),
     "ndcg": ("NDCG@{k} is {value}", False),
@@ -42,7 +42,7 @@ def quality_in_words(quality: Mapping[str, Interval | float], num_items: int, nu
     """A Markdown list with one entry for each ranking.
 
     Args:
-        quality: "ranking/metric" -> mean, with or without its interval. Metrics that repeat others where each user has
+        quality: "ranking/metric" -> mean, with or without its interval. Metrics that repeat others when each user has
             one held-out item, such as recall, are left out.
         num_items: size of the catalogue.
         num_candidates: size of the candidate sets; 0 where it is unknown.
@@ -58,14 +58,14 @@ def quality_in_words(quality: Mapping[str, Interval | float], num_items: int, nu
     for ranking, title in among.items():
         found = {name.partition("/")[2]: value for name, value in quality.items() if name.startswith(f"{ranking}/")}
         texts = _OF_SEVERAL_ITEMS if ranking == "relevant" else _OF_ONE_ITEM
-        told = [
+        sentences = [
             _in_words(metric, value, *texts[known])
             for known in texts
             for metric, value in found.items()
             if known == (metric if metric in texts else metric.partition("@")[0])
         ]
-        if told:
-            lines.append(f"- {title}: {'; '.join(told)}.")
+        if sentences:
+            lines.append(f"- {title}: {'; '.join(sentences)}.")
     return "\n".join(lines)
 
 
@@ -96,7 +96,7 @@ def eval_results(
 
     Args:
         quality: as in `quality_in_words`.
-        dataset_name: as people call it.
+        dataset_name: display name of the data set.
         dataset_id: name of the data set on the Hub; None derives an identifier from `dataset_name`.
         split: evaluated split.
         revision: of the data, such as their fingerprint.
@@ -137,7 +137,7 @@ def _equals_hit_ratio(name: str) -> bool:
 
 
 def _dataset_type(dataset_name: str) -> str:
-    """An identifier as the Hub accepts it: of the ASCII letters and digits of a name, or a digest if it has none."""
+    """An identifier that the Hub accepts: the ASCII letters and digits of a name, or its digest if it has none."""
     ascii_name = unicodedata.normalize("NFKD", dataset_name).encode("ascii", "ignore").decode().lower()
     name = re.sub(r"[^a-z0-9]+", "-", ascii_name).strip("-")
     return name or f"dataset-{hashlib.sha256(dataset_name.encode()).hexdigest()[:8]}"

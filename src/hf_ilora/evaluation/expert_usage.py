@@ -23,13 +23,13 @@ EQUAL_GATES = 0.01
 
 @dataclass(frozen=True)
 class ExpertUsage:
-    """Statistics of the gates of many users.
+    """Statistics over users of their expert gates.
 
     Args:
         num_users: number of users.
         mean_gate: (experts,) mean over users.
         deviation: (experts,) standard deviation between users.
-        top_fraction: (experts,) fraction of users whose largest gate is that of this expert; of equal gates, the first
+        top_fraction: (experts,) fraction of users whose largest gate belongs to this expert; the first of equal gates
             counts.
         entropy_of_mean: entropy of the mean gate divided by its maximum, log(experts): 1 if all experts are used
             equally over all users, 0 if only one is used.
@@ -93,7 +93,7 @@ def _relative_entropy(gates: torch.Tensor) -> torch.Tensor:
 
 
 def gates_of_histories(model: torch.nn.Module, histories: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
-    """The gates of many users in evaluation mode, without gradients: (users, experts).
+    """Compute the gates of many users in evaluation mode, without gradients: (users, experts).
 
     Args:
         model: `expert_gates(histories)` returns (batch, experts). It may be wrapped for distributed training.
@@ -114,7 +114,7 @@ ALL_USERS = "all users"
 
 
 def usage_by_length(gates: torch.Tensor, lengths: np.ndarray) -> dict[str, ExpertUsage]:
-    """The usage by all users, and by each group of users with histories of a similar length.
+    """Summarise the gates of all users, and of each group of users with histories of a similar length.
 
     Args:
         gates: (users, experts), each row a distribution.
@@ -166,7 +166,7 @@ def plot_expert_usage(usages: Mapping[str, Mapping[str, ExpertUsage]], path: Pat
     """Plot the mean gate of each expert by group of users, with its deviation between users; a panel for each model.
 
     Args:
-        usages: by model and group; models by name, or by name and source in brackets, which is left out.
+        usages: by model and group; a model is labelled "name" or "name (source)", and the plot omits the source.
         path: image file; the suffix determines the format.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The serving cost of a model: the time of one recommendation, and the size."""
+"""Measures the serving cost of a model: its size and the time of one recommendation."""
 
 import time
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of `recommend` for one user at a time.
+    """The time of `recommend` for one user at a time.
 
     Args:
         p50_ms: median, milliseconds.
@@ -56,11 +56,11 @@ def measure_latency(
     """Time `recommend` for one user at a time, with the history in memory and seen items excluded.
 
     Args:
-        model: has `recommend(input_ids, top_k)` and `device`.
-        histories: (length,) item ids of one user each, oldest first; one call for each.
+        model: has `recommend(histories, top_k)` and `device`.
+        histories: the item ids of each user, (length,), oldest first; each is timed in one call.
         top_k: items to recommend.
         num_warm_up: number of calls before the measurement, with the first histories.
-        threads: number of CPU threads during the measurement; the former number is restored.
+        threads: number of CPU threads during the measurement; the previous number is restored afterwards.
 
     Returns:
         Median and 95th percentile over the histories.
@@ -72,23 +72,23 @@ def measure_latency(
         raise ValueError("there are no histories to time: expected at least one, and 100 or more for a percentile")
     if threads < 1 or num_warm_up < 0:
         raise ValueError(f"threads is {threads} and num_warm_up {num_warm_up}: expected at least 1 and at least 0")
-    inputs = [torch.as_tensor(history, dtype=torch.int64, device=model.device).unsqueeze(0) for history in histories]
+    rows = [torch.as_tensor(history, dtype=torch.int64, device=model.device).unsqueeze(0) for history in histories]
     former_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for call in range(num_warm_up):
-            model.recommend(inputs[call % len(inputs)], top_k=top_k)
-        seconds = [_time_of_call(model, input_ids, top_k) for input_ids in inputs]
+            model.recommend(rows[call % len(rows)], top_k=top_k)
+        seconds = [_time_of_call(model, row, top_k) for row in rows]
     finally:
         torch.set_num_threads(former_threads)
     p50, p95 = np.percentile(seconds, [50, 95]) * 1000
     return Latency(float(p50), float(p95), len(seconds), threads, str(model.device))
 
 
-def _time_of_call(model, input_ids: torch.Tensor, top_k: int) -> float:
+def _time_of_call(model, history: torch.Tensor, top_k: int) -> float:
     start = time.perf_counter()
-    item_ids, _ = model.recommend(input_ids, top_k=top_k)
-    # Copying the result waits for the work on an accelerator.
+    item_ids, _ = model.recommend(history, top_k=top_k)
+    # Copying the result waits until an accelerator has computed it.
     item_ids.cpu()
     return time.perf_counter() - start
 

@@ -1,4 +1,4 @@
-"""Learning curves: how the training loss falls and the quality on validation rises, from the checkpoints of runs."""
+"""Learning curves from the logs of training runs: the training loss and the quality on validation, by epoch."""
 
 import json
 import statistics
@@ -8,19 +8,19 @@ from pathlib import Path
 
 from hf_ilora.evaluation.plots import label_points, new_figure, save_figure, short_names, style
 
-# The metric on validation, by the name in the Trainer's log; the first that a run has is drawn.
+# Axis labels of the validation metrics by their names in the Trainer's log; the first one that a run has is drawn.
 VALIDATION = {"eval_ndcg@10": "NDCG@10 on validation, without seen items", "eval_loss": "loss on validation"}
 STATE_FILE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """What the Trainer logged during one run.
+    """The log of one training run.
 
     Args:
-        name: of the model; curves with the same name are runs with different seeds.
+        name: name of the model; curves with the same name are runs with different seeds.
         loss: (epoch, training loss) in order.
-        validation: by metric of `VALIDATION`, (epoch, value) in order.
+        validation: (epoch, value) in order, for each metric of `VALIDATION` that was logged.
     """
 
     name: str
@@ -29,11 +29,11 @@ class LearningCurve:
 
 
 def read_curve(folder: Path, name: str) -> LearningCurve:
-    """Read the log of a run: that of its end, or of its newest checkpoint.
+    """Read the newest log of a run, from its folder or its checkpoints.
 
     Args:
-        folder: of the run, or one of its checkpoints.
-        name: of the model.
+        folder: folder of the run, or one of its checkpoints.
+        name: name of the model.
 
     Raises:
         FileNotFoundError: when the folder has no log.
@@ -68,9 +68,9 @@ def read_curve(folder: Path, name: str) -> LearningCurve:
 
 
 def plot_learning_curves(curves: Sequence[LearningCurve], path: Path) -> None:
-    """Plot the training loss and the quality on validation by epoch, a line per name and a thin one for each seed.
+    """Plot the training loss and the quality on validation by epoch: a line per name, and a thin one for each seed.
 
-    Losses of different kinds of models are not comparable; those of one model are.
+    Losses are comparable between runs of one kind of model, and not between kinds.
 
     Args:
         curves: at least one.
@@ -98,7 +98,7 @@ def plot_learning_curves(curves: Sequence[LearningCurve], path: Path) -> None:
             for seed in seeds if len(seeds) > 1 else []:
                 axes.plot(*zip(*seed.items(), strict=True), color=colour, linewidth=0.6, alpha=0.6)
             epochs = sorted(set.intersection(*map(set, seeds)))
-            if not epochs:  # seeds that were logged at different times have no mean
+            if not epochs:  # seeds that were logged at different epochs have no common mean
                 epochs, seeds = sorted(seeds[0]), seeds[:1]
             means = [statistics.mean(seed[epoch] for seed in seeds) for epoch in epochs]
             axes.plot(epochs, means, marker=marker, markevery=max(1, len(epochs) // 10), color=colour)

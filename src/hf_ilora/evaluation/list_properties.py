@@ -1,14 +1,14 @@
-"""What lists of recommendations are like beside hitting targets, as pure functions of arrays.
+"""Properties of recommended lists beyond accuracy, as pure functions of arrays.
 
 Lists are (users, k) item ids, best first, padded with 0 where fewer are left, as `rank_split(..., top_k=k).recommended`
-or `recommend` gives them. Definitions are those of RecTools, except where it has none; each says so.
+or `recommend` returns them. The definitions are those of RecTools where it has one; each function names its source.
 """
 
 import numpy as np
 
 PADDING_ITEM_ID = 0  # as in the models: a metric folder has a copy of this file alone
 NUM_DECILES = 10
-# Bounds the memory of a part of the work: 32 MB of float64.
+# Numbers in memory at a time: 32 MB of float64.
 _MAX_NUMBERS = 4_000_000
 
 
@@ -16,14 +16,14 @@ _MAX_NUMBERS = 4_000_000
 
 
 def novelty(recommended: np.ndarray, users: np.ndarray, num_users: int) -> np.ndarray:
-    """The information in the items of each list: the mean of -log2(share of the training users who have the item).
+    """The mean information of the items of each list, -log2(share of the training users who have the item).
 
-    An item that no training user has counts as if one had it.
+    An item that no training user has counts as if one user had it.
 
     Args:
         recommended: (users, k) item ids, padded with 0.
-        users: (num_items + 1,) different training users of each item.
-        num_users: training users.
+        users: (num_items + 1,) number of different training users who have each item.
+        num_users: number of training users.
 
     Returns:
         (users,) in bits.
@@ -43,7 +43,7 @@ def serendipity(recommended: np.ndarray, relevant: np.ndarray, counts: np.ndarra
 
     Args:
         recommended: (users, k) item ids, padded with 0.
-        relevant: (users, most) item ids, padded with 0.
+        relevant: (users, relevant) item ids, padded with 0.
         counts: (num_items + 1,) occurrences in training.
 
     Returns:
@@ -90,9 +90,9 @@ def diversity(recommended: np.ndarray, vectors: np.ndarray) -> np.ndarray:
 def decile_shares(recommended: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """The share of each list that each tenth of the catalogue has, by popularity.
 
-    The items are ordered by their count and divided into ten equal parts, the first of the most popular ones. Items
-    with one count that belong to several parts are shared out: each counts in all of these parts, by the share of the
-    group that falls into them. So the order of item ids plays no role, and random lists have a tenth in each part.
+    The items are ordered by their count and divided into ten equal parts, the most popular first. A group of items with
+    equal counts may span several parts; each of its items then counts towards all of them, in proportion to the share
+    of the group in each. So the order of item ids plays no role, and random lists have a tenth in each part.
 
     Args:
         recommended: (users, k) item ids, padded with 0.
@@ -115,7 +115,7 @@ def decile_shares(recommended: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _mean_over_list(recommended: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(users,) the mean of the values of each list, (users, k), without those of padding."""
+    """(users,) the mean over each list of values (users, k), ignoring padding."""
     is_item = recommended != PADDING_ITEM_ID
     return (values * is_item).sum(axis=1) / np.maximum(is_item.sum(axis=1), 1)
 
@@ -124,7 +124,7 @@ def _mean_over_list(recommended: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def coverage(times: np.ndarray) -> np.ndarray:
-    """The share of the catalogue that is recommended to somebody.
+    """The share of the catalogue that is recommended to at least one user.
 
     Args:
         times: (num_items, ...) how often each item is recommended.
@@ -155,7 +155,7 @@ def recommendation_times(recommended: np.ndarray, num_items: int) -> np.ndarray:
     return np.bincount(recommended.ravel(), minlength=num_items + 1)[1:]
 
 
-# --- what they refuse ---
+# --- checks of the input ---
 
 
 def check_lists(recommended: np.ndarray, num_items: int) -> None:
@@ -171,6 +171,6 @@ def check_lists(recommended: np.ndarray, num_items: int) -> None:
 
 
 def check_item_ids(name: str, items: np.ndarray, num_items: int) -> None:
-    """Raise a ValueError unless an array has item ids, or 0 to pad."""
+    """Raise a ValueError unless an array contains item ids only, or 0 for padding."""
     if items.dtype.kind not in "iu" or (items.size and not 0 <= items.min() <= items.max() <= num_items):
         raise ValueError(f"{name} has values that are no item ids: expected integers, 1..{num_items} or 0 to pad")

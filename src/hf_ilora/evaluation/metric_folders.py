@@ -1,7 +1,7 @@
-"""Metrics as folders that `evaluate.load` takes, and that can be pushed to the Hub as Spaces.
+"""Writes metrics as folders that `evaluate.load` takes, and that can be pushed to the Hub as Spaces.
 
-A folder stands alone: it has copies of the files that compute the metric here, so the numbers are the same, and needs
-neither hf_ilora nor a network.
+A folder needs neither hf_ilora nor a network: it contains copies of the modules that compute the metric here, so the
+numbers are the same.
 """
 
 import inspect
@@ -30,14 +30,14 @@ _ANSWER_SOURCES = {answer_metrics: None, named_candidates: "is_valid", named_tit
 
 @dataclass(frozen=True)
 class _Folder:
-    """What a folder is made of.
+    """The parts of a metric's folder.
 
     Args:
-        metric: the class.
-        sources: the modules that it needs, each with a name to import from it; None for the one that has the class.
-        example: inputs.
-        value: of the example.
-        settings: what the metric must be built with, for the example.
+        metric: class of the metric.
+        sources: the modules to copy, each with a name to import from it; None for the module of the class.
+        example: inputs of `compute`, by name.
+        value: result for the example.
+        settings: arguments of the class, for the example.
     """
 
     metric: type[evaluate.Metric]
@@ -106,7 +106,7 @@ _SCRIPT = '''"""{description}"""
 __all__ = [{exported}]
 '''
 
-_APP = '''"""A page on which the metric can be tried."""
+_APP = '''"""A page to try the metric."""
 
 import json
 from pathlib import Path
@@ -222,8 +222,8 @@ _OF_ANSWERS = {
     "about": "This is the rule of LLaRA (SIGIR 2024).",
     "settings": "Pass `first_line_only=True` to `evaluate.load` to ignore what follows the first line of an answer.",
     "wrong": ", no candidates and blank titles",
-    "limits": "A valid answer need not be a good one. An answer with a title that contains another candidate's is "
-    "invalid.",
+    "limits": "A valid answer need not be a good one. An answer is invalid if it names a title that contains the title "
+    "of another candidate.",
 }
 
 
@@ -234,12 +234,14 @@ def metric_folder(name: str, parent: str | os.PathLike | None = None) -> str:
     `evaluate.combine([metric_folder("ndcg"), metric_folder("mrr")])` takes several.
 
     Args:
-        name: one of `METRIC_FOLDERS`: "hit_ratio", "recall", "precision", "map", "ndcg" or "mrr", of ranks; "coverage",
-            "gini", "novelty", "serendipity", "deciles" or "diversity", of lists; or "valid_ratio", of answers.
-        parent: the folder is written in here, under the name of the metric; None is the cache of hf_ilora.
+        name: one of `METRIC_FOLDERS`. "hit_ratio", "recall", "precision", "map", "ndcg" and "mrr" take ranks;
+            "coverage", "gini", "novelty", "serendipity", "deciles" and "diversity" take lists; "valid_ratio" takes
+            answers.
+        parent: folder in which to write the metric's folder, which has the name of the metric; None means the cache of
+            hf_ilora.
 
     Returns:
-        The path of the folder, as text, which `evaluate` asks for.
+        The path of the folder as a string, the type that `evaluate` expects.
 
     Raises:
         ValueError: for another name, and where a folder of this name has other files.
@@ -258,7 +260,7 @@ def metric_folder(name: str, parent: str | os.PathLike | None = None) -> str:
 
 
 def _files(name: str, folder: _Folder) -> dict[str, str]:
-    """The content of the files by name."""
+    """The content of each file of the folder, by file name."""
     metric = folder.metric
     if issubclass(metric, metrics.RankMetric):
         texts_of_kind = _OF_RANKS

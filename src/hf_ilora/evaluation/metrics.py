@@ -61,7 +61,7 @@ class RankMetric(evaluate.Metric):
         super().add(prediction=_as_list(prediction), **kwargs)
 
     def add_batch(self, *, predictions: Iterable[Ranks], **kwargs: Any) -> None:
-        """Add users: for each of them as `add`."""
+        """Add several users; see `add`."""
         super().add_batch(predictions=[_as_list(prediction) for prediction in predictions], **kwargs)
 
     def _compute(self, predictions: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -121,7 +121,9 @@ class Precision(RankMetric):
 
 
 class MAP(RankMetric):
-    """Mean over users of the precision at the place of each relevant item among the first `k`, divided by their number.
+    """Mean over users of average precision within the first `k`.
+
+    Average precision sums the precision at the place of each relevant item and divides by the number of relevant items.
 
     `MAP(k=10).compute(predictions=[[1, 4]])` is (1/1 + 2/4) / 2 = 0.75.
     """
@@ -131,7 +133,7 @@ class MAP(RankMetric):
 
 
 class NDCG(RankMetric):
-    """Sum of 1 / log2(rank + 1) within the first `k` by its best possible value, averaged over users.
+    """Sum of 1 / log2(rank + 1) within the first `k`, divided by its best possible value and averaged over users.
 
     `NDCG(k=10).compute(predictions=[1, 3])` is 0.75.
     """

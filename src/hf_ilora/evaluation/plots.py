@@ -1,7 +1,7 @@
-"""What all pictures share, and the picture of quality against cost.
+"""Styles and functions that all plots share, and the plot of quality against cost.
 
-Kinds and lines differ by marker and by a colour of Okabe and Ito, which people tell apart with any colour blindness.
-Names are written beside the points, numbers are plain, and the runs of a model with different seeds are all drawn.
+Models and lines differ by marker and by colour; the palette is that of Okabe and Ito, which is safe for colour-blind
+readers. Names are written beside the points, numbers are plain, and all seeds of a model are drawn.
 """
 
 import math
@@ -16,7 +16,7 @@ from hf_ilora.files import written_whole
 from hf_ilora_cli.shown_text import in_figure
 
 GREY = "#777777"
-# A colour and a marker for each line or model of a picture, in this order.
+# A colour and a marker for each line or model of a plot, in this order.
 STYLES = (
     ("#0072B2", "o"),
     ("#D55E00", "D"),
@@ -27,7 +27,7 @@ STYLES = (
     ("#000000", "X"),
     (GREY, "<"),
 )
-# What a model is, with the words, the colour and the marker for it.
+# Kinds of models, each with its text in the legend, colour and marker.
 KINDS = {
     "baseline": ("baselines that count", "#000000", "s"),
     "ids": ("small models, item ids only", "#0072B2", "o"),
@@ -43,8 +43,8 @@ def style(number: int) -> tuple[str, str]:
 
 
 def new_figure(width: float, height: float, panels: int = 1):
-    """A figure and its panels side by side, without a window; sizes in inches."""
-    # Importing matplotlib takes most of a second, and only pictures need it.
+    """A figure without a window and its panels, side by side; sizes in inches."""
+    # Importing matplotlib takes most of a second, and only plots need it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -85,9 +85,9 @@ def label_points(axes, labels: Sequence[str], points: Sequence[tuple[float, floa
 
     Args:
         axes: with their final limits, in which the points lie.
-        labels: (points,) texts, drawn as they are.
-        points: (points,) x and y.
-        colours: (points,).
+        labels: (points,) texts, drawn literally.
+        points: (points,) pairs of x and y.
+        colours: (points,) colours of the labels.
     """
     low, high = axes.get_ylim()
     height = axes.figure.get_size_inches()[1]  # a label of 9 points takes an eighth of an inch
@@ -122,9 +122,9 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The names without the folders that they share: as few last parts of each path as tell all of them apart.
+    """Shorten paths to as few of their last parts as tell all of them apart.
 
-    Names with a blank are no paths and stay.
+    Names that contain a blank are not paths and stay as they are.
     """
     parts_of = {name: PurePosixPath(name).parts if "/" in name and " " not in name else (name,) for name in names}
     for length in range(1, max(map(len, parts_of.values()), default=0) + 1):
@@ -135,7 +135,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def without_sources(labels: Sequence[str]) -> list[str]:
-    """The names in labels such as "iLoRA (outputs/ilora)"; runs of one name are numbered."""
+    """The names in labels such as "iLoRA (outputs/ilora)"; runs with the same name are numbered."""
     names = [label.partition(" (")[0] for label in labels]
     return [
         name if names.count(name) == 1 else f"{name}, run {names[: place + 1].count(name)}"
@@ -144,21 +144,21 @@ def without_sources(labels: Sequence[str]) -> list[str]:
 
 
 def data_name(data: str) -> str:
-    """The name of a data set by its folder: ml-100k for outputs/ml-100k/data."""
+    """The name of a data set from its folder: ml-100k for outputs/ml-100k/data."""
     parts = [part for part in PurePosixPath(data).parts if part not in ("/", "data")]
     return parts[-1] if parts else data
 
 
 @dataclass(frozen=True)
 class CostPoint:
-    """A model of the picture of quality against cost.
+    """A model in the plot of quality against cost.
 
     Args:
-        name: of the model.
+        name: name of the model.
         kind: one of `KINDS`.
-        cost: on the horizontal axis, above 0.
+        cost: value on the horizontal axis, above 0.
         values: quality of each seed.
-        interval: over users, its ends; None if there are several seeds, whose values are drawn instead.
+        interval: ends of the interval over users; None if there are several seeds, whose values are drawn instead.
     """
 
     name: str
@@ -176,9 +176,9 @@ def plot_quality_against_cost(
     Args:
         points: at least one.
         path: image file; the suffix determines the format.
-        cost: what the horizontal axis shows, in words, with its unit.
-        quality: what the vertical axis shows, in words.
-        title: of the picture.
+        cost: label of the horizontal axis, with its unit.
+        quality: label of the vertical axis.
+        title: title of the plot.
 
     Raises:
         ValueError: for no points, and a cost that is not above 0.

@@ -2,8 +2,8 @@
 
 A rank is the 1-based position of a relevant item; 1 is the best. The functions for one relevant item per user take
 ranks of any shape and return the same shape; those for several take (users, relevant), each row in any order and padded
-with 0, and return (users,). With one relevant item both agree. All return float64, so that means do not depend on the
-batches; on the CPU, since not every accelerator has float64.
+with 0, and return (users,). With one relevant item, both agree. All return float64, so that means do not depend on the
+batches, and on the CPU, because not every accelerator has float64.
 """
 
 import re
@@ -12,7 +12,7 @@ import torch
 
 
 def hit_at(ranks: torch.Tensor, k: int) -> torch.Tensor:
-    """1 where the target is among the first `k`, else 0; with one relevant item this is HitRatio@k and Recall@k.
+    """1 where the target is among the first `k`, else 0: HitRatio@k, and Recall@k with one relevant item.
 
     Args:
         ranks: integers >= 1, any shape.
@@ -31,15 +31,7 @@ def hit_at(ranks: torch.Tensor, k: int) -> torch.Tensor:
 def ndcg_at(ranks: torch.Tensor, k: int) -> torch.Tensor:
     """1 / log2(rank + 1) where the target is among the first `k`, else 0; the ideal gain is 1, for rank 1.
 
-    Args:
-        ranks: integers >= 1, any shape.
-        k: cut-off, at least 1.
-
-    Returns:
-        float64 of the shape of `ranks`, on the CPU.
-
-    Raises:
-        ValueError: for `k` < 1, ranks < 1 or ranks that are not integers.
+    Args, Returns, Raises: as `hit_at`.
     """
     ranks = _checked(ranks, k)
     return torch.where(ranks <= k, 1 / torch.log2(ranks.double() + 1), 0.0)
@@ -48,15 +40,7 @@ def ndcg_at(ranks: torch.Tensor, k: int) -> torch.Tensor:
 def reciprocal_rank(ranks: torch.Tensor, k: int | None = None) -> torch.Tensor:
     """1 / rank, or 0 where the target is not among the first `k`.
 
-    Args:
-        ranks: integers >= 1, any shape.
-        k: cut-off, at least 1; None counts every rank.
-
-    Returns:
-        float64 of the shape of `ranks`, on the CPU.
-
-    Raises:
-        ValueError: for `k` < 1, ranks < 1 or ranks that are not integers.
+    Args, Returns, Raises: as `hit_at`, and None as `k` counts every rank.
     """
     ranks = _checked(ranks, k)
     values = 1 / ranks.double()
@@ -64,7 +48,7 @@ def reciprocal_rank(ranks: torch.Tensor, k: int | None = None) -> torch.Tensor:
 
 
 def precision_at(ranks: torch.Tensor, k: int) -> torch.Tensor:
-    """Share of the first `k` places that relevant items have.
+    """Share of the first `k` places that relevant items take.
 
     Args:
         ranks: (users, relevant) integers, the rank of each relevant item, in any order; 0 is padding.
@@ -93,7 +77,7 @@ def recall_at(ranks: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def average_precision_at(ranks: torch.Tensor, k: int) -> torch.Tensor:
-    """The precision at the place of each relevant item among the first `k`, summed and divided by the relevant items.
+    """The sum of the precision at each relevant item among the first `k`, divided by the number of relevant items.
 
     Args, Returns, Raises: as `precision_at`.
 
@@ -139,7 +123,7 @@ _METRICS = {
 
 
 def metric_per_user(name: str, ranks: torch.Tensor) -> torch.Tensor:
-    """The metric that `name` spells, such as "ndcg@10", "map@10", "precision@10", "recall@20", "mrr" or "mrr@10".
+    """Compute a metric by its name, such as "ndcg@10", "map@10", "precision@10", "recall@20", "mrr" or "mrr@10".
 
     Args:
         name: metric and cut-off; the cut-off is optional for "mrr" only.
@@ -162,7 +146,7 @@ def metric_per_user(name: str, ranks: torch.Tensor) -> torch.Tensor:
 
 
 def _first(ranks: torch.Tensor, k: int | None) -> torch.Tensor:
-    """(users, relevant) bool, which of the ranks are those of relevant items among the first `k`."""
+    """(users, relevant) bool: which ranks are those of relevant items among the first `k`."""
     if ranks.dim() != 2:
         raise ValueError(
             f"ranks have shape {tuple(ranks.shape)}: expected (users, relevant), the rank of each relevant item, "
@@ -178,12 +162,12 @@ def _first(ranks: torch.Tensor, k: int | None) -> torch.Tensor:
     repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > 0)).any(dim=1)
     if repeated.any():
         row = int(repeated.nonzero()[0])
-        raise ValueError(f"ranks of user {row} are {ranks[row].tolist()}: expected a place of its own for each item")
+        raise ValueError(f"ranks of user {row} are {ranks[row].tolist()}: expected a different rank for each item")
     return is_item if k is None else is_item & (ranks <= k)
 
 
 def _checked(ranks: torch.Tensor, k: int | None) -> torch.Tensor:
-    """The ranks, on the CPU."""
+    """The ranks, on the CPU, after a check of both arguments."""
     ranks = ranks.cpu()
     if k is not None and k < 1:
         raise ValueError(f"k is {k}: expected a cut-off of at least 1")

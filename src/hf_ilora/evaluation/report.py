@@ -38,16 +38,16 @@ class ModelReport:
 
     Args:
         name: name of the model in the table; rows with the same name are runs of one model with different seeds.
-        model_type: of its configuration.
+        model_type: model type of its configuration.
         quality: an interval for each metric, named "ranking/metric", such as "masked/ndcg@10".
         latency: time of one recommendation.
         size: size of the model.
         comparison: with the first model of the table, by the metric `compared`; None for the first model.
         by_count: for each group of targets by their training count, an interval for each metric; empty for a model that
             ranked a sample of the users.
-        num_users: that the model ranked; None for all.
+        num_users: number of users that the model ranked; None for all.
         source: folder or Hub name of the model.
-        kind: one of `plots.KINDS`, for pictures.
+        kind: one of `plots.KINDS`, for the plot.
         lists: an interval for each metric of the recommended lists, such as "coverage@10"; empty if they were not
             measured.
         by_length: for each group of users by the length of their history, an interval for each metric of both kinds;
@@ -70,14 +70,14 @@ class ModelReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportContext(EvaluationContext):
-    """What all models of a table have in common.
+    """Facts that all models of the table share.
 
     Args:
         compared: metric of the paired comparison, such as "masked/ndcg@10".
         users_by_count: number of users in each group of targets by their training count.
         num_new_items: number of items that never occur in training.
         users_by_length: number of users in each group by the length of their history.
-        title_encoder: whose vectors measure the diversity of lists; None if it was not measured.
+        title_encoder: the encoder whose vectors measure the diversity of lists; None if it was not measured.
     """
 
     compared: str
@@ -88,7 +88,7 @@ class ReportContext(EvaluationContext):
 
     @property
     def main(self) -> str:
-        """The ranking that users are judged by: "relevant" where they have several relevant items, else "masked"."""
+        """The ranking that judges users: "relevant" if they have several relevant items, else "masked"."""
         return self.compared.partition("/")[0]
 
 
@@ -109,7 +109,7 @@ def write_table(reports: Sequence[ModelReport], context: ReportContext, folder: 
 
 
 def markdown_table(reports: Sequence[ModelReport], context: ReportContext) -> str:
-    """The table in Markdown, with a paragraph on how it was measured; metrics that no model has are left out."""
+    """The table in Markdown, with a paragraph on how it was measured, and without metrics that no model has."""
     k, latency = context.k, reports[0].latency
     ranked = [report.num_users or context.num_users for report in reports]
     sampled = any(num_users != context.num_users for num_users in ranked)
@@ -161,7 +161,7 @@ def markdown_table(reports: Sequence[ModelReport], context: ReportContext) -> st
 
 
 def list_table(reports: Sequence[ModelReport], context: ReportContext) -> str:
-    """The further metrics of accuracy and those of the recommended lists, in Markdown; nothing without lists."""
+    """MAP, precision and the metrics of the recommended lists, in Markdown; empty without lists."""
     if not any(report.lists for report in reports):
         return ""
     k, main = context.k, context.main
@@ -200,7 +200,7 @@ def list_table(reports: Sequence[ModelReport], context: ReportContext) -> str:
 
 
 def decile_table(reports: Sequence[ModelReport], context: ReportContext) -> str:
-    """The share of recommendations that each tenth of the items has, in Markdown; nothing without lists."""
+    """The share of recommendations that each tenth of the items has, in Markdown; empty without lists."""
     listed = [report for report in reports if report.lists]
     if not listed:
         return ""
@@ -225,7 +225,7 @@ def decile_table(reports: Sequence[ModelReport], context: ReportContext) -> str:
 
 
 def length_table(reports: Sequence[ModelReport], context: ReportContext) -> str:
-    """The metrics by the length of the history, in Markdown; nothing without groups."""
+    """The metrics by the length of the history, in Markdown; empty without groups."""
     if not context.users_by_length:
         return ""
     k = context.k
@@ -240,7 +240,7 @@ def length_table(reports: Sequence[ModelReport], context: ReportContext) -> str:
 
 
 def count_table(reports: Sequence[ModelReport], context: ReportContext) -> str:
-    """The metrics by the training count of the target, in Markdown; nothing without groups."""
+    """The metrics by the training count of the target, in Markdown; empty without groups."""
     if not context.users_by_count:
         return ""
     k = context.k
@@ -278,9 +278,9 @@ def _group_rows(
 
     Args:
         first: title of the first column.
-        num_users: of each group.
-        metrics: by the title of their column; those that nobody has are left out.
-        groups: of each run the name and, by group, an interval for each metric.
+        num_users: number of users in each group.
+        metrics: metrics by the title of their column; those that no run has are left out.
+        groups: for each run, its name and, by group, an interval for each metric.
     """
     known = {metric for _, of_model in groups for quality in of_model.values() for metric in quality}
     metrics = {title: metric for title, metric in metrics.items() if metric in known}
@@ -298,7 +298,7 @@ def _group_rows(
 
 
 def plot_quality(reports: Sequence[ModelReport], context: ReportContext, path: Path) -> None:
-    """Plot quality against the median latency: a point for each name, with its seeds or the interval of its only run.
+    """Plot quality against median latency: a point for each name, with its seeds, or with the interval of its only run.
 
     Args:
         reports: one per run.

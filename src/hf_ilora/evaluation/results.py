@@ -1,4 +1,4 @@
-"""Results as files and their numbers as text, for the tables of `report` and `candidate_report`."""
+"""Writes results to files and numbers as text, for the tables of `report` and `candidate_report`."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ RESULTS_STEM = "results"
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """What all rows of a table have in common.
+    """Facts that all rows of a table share.
 
     Args:
         data: name or folder of the data set.
@@ -81,7 +81,7 @@ def seed_summary(reports: Sequence) -> dict[str, dict[str, dict[str, float]]]:
     """Mean and standard deviation over the runs of each name that has several runs.
 
     Args:
-        reports: with a name and, for each metric, an interval in `quality`.
+        reports: each has a `name` and, in `quality`, an interval for each metric.
 
     Returns:
         name -> metric -> {"runs", "mean", "standard_deviation"}, for the metrics that all runs of the name have.
@@ -104,11 +104,11 @@ def seed_summary(reports: Sequence) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def seed_rows(reports: Sequence, titles: Mapping[str, str]) -> list[str]:
-    """The lines below a table about runs with the same name; none if all names differ.
+    """The lines below a table that summarise runs with the same name; none if all names differ.
 
     Args:
         reports: as in `seed_summary`.
-        titles: of the columns, by metric.
+        titles: titles of the columns, by metric.
     """
     summary = seed_summary(reports)
     if not summary:
@@ -126,7 +126,7 @@ def seed_rows(reports: Sequence, titles: Mapping[str, str]) -> list[str]:
 
 
 def flat_quality(quality: Mapping[str, Interval]) -> dict[str, float]:
-    """Cells of the CSV for the intervals of one row."""
+    """The CSV cells of the intervals of one row."""
     row = {}
     for name, interval in quality.items():
         row |= {name: interval.mean, f"{name} low": interval.low, f"{name} high": interval.high}
@@ -134,7 +134,7 @@ def flat_quality(quality: Mapping[str, Interval]) -> dict[str, float]:
 
 
 def flat_comparison(comparison: RunComparison | None) -> dict[str, float]:
-    """Cells of the CSV for the comparison of one row; none without a comparison."""
+    """The CSV cells of the comparison of one row; none without a comparison."""
     if comparison is None:
         return {}
     difference = comparison.difference
@@ -149,14 +149,14 @@ def markdown_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 
 
 def interval_text(interval: Interval | None) -> str:
-    """A mean with its interval in brackets; nothing for None."""
+    """A mean with its interval in brackets; empty for None."""
     if interval is None:
         return ""
     return f"{short_number(interval.mean)} [{short_number(interval.low)}, {short_number(interval.high)}]"
 
 
 def comparison_text(comparison: RunComparison | None) -> str:
-    """A difference with its interval and p-value; nothing for None."""
+    """A difference with its interval and p-value; empty for None."""
     if comparison is None:
         return ""
     difference = comparison.difference

@@ -1,4 +1,4 @@
-"""Ranks of every user in a parquet file, so that separate runs can be compared user by user."""
+"""Saves the ranks of every user in a parquet file, so that separate runs can be compared user by user."""
 
 import hashlib
 import json
@@ -45,9 +45,9 @@ class SavedRanks:
     """One row per user of an evaluation split, in its order.
 
     Args:
-        table: user_id and the int64 columns rank_masked, rank_unmasked, rank_candidates if the split has candidates,
-            rank_new_items if new items were ranked, 0 for users whose target is none, and rank_relevant, lists of equal
-            length that are padded with 0, if the split has several relevant items per user.
+        table: user_id and the int64 columns rank_masked and rank_unmasked; rank_candidates if the split has candidates;
+            rank_new_items if new items were ranked, 0 for users whose target is not new; and rank_relevant, lists of
+            equal length padded with 0, if the split has several relevant items per user.
         source: the model and the data.
     """
 
@@ -64,7 +64,7 @@ class SavedRanks:
         return cls(pa.table({"user_id": user_ids, **columns}), source)
 
     def ranks(self, ranking: str) -> np.ndarray:
-        """(users,) int64 ranks, "masked", "unmasked", "candidates" or "new_items"; (users, most) for "relevant".
+        """The int64 ranks of one of `RANKINGS`: (users, relevant) for "relevant", (users,) for the others.
 
         Raises:
             ValueError: for another name, and for ranks that were not computed.
@@ -75,7 +75,7 @@ class SavedRanks:
             kinds = {"new_items": "new items", "relevant": "several relevant items per user"}
             kind = kinds.get(ranking, ranking)
             raise ValueError(
-                f"the ranks of {self.source.model} are of data without {kind}: expected ranking masked or unmasked"
+                f"the ranks of {self.source.model} come from data without {kind}: expected ranking masked or unmasked"
             )
         column = self.table[f"rank_{ranking}"].combine_chunks()
         if ranking == "relevant":
@@ -83,7 +83,7 @@ class SavedRanks:
         return column.to_numpy()
 
     def ranked_users(self, ranking: str) -> np.ndarray:
-        """As `ranks`, without the users whose target is not ranked."""
+        """The ranks of the users whose target was ranked; see `ranks`."""
         ranks = self.ranks(ranking)
         return ranks if ranks.ndim == 2 else ranks[ranks > 0]
 

@@ -1,4 +1,4 @@
-"""Intervals of means over users, and tests of whether two models differ on the same users."""
+"""Computes intervals of means over users, and tests whether two models differ on the same users."""
 
 import math
 import os
@@ -23,7 +23,7 @@ class Interval:
     """A mean over users with its interval.
 
     Args:
-        mean: mean of the users measured.
+        mean: mean over the measured users.
         low: lower end of the interval.
         high: upper end of the interval.
     """
@@ -75,8 +75,7 @@ def bootstrap_interval(
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
     """
     values = _checked("values", values)
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}: expected a number between 0 and 1, such as 0.95")
+    _check_confidence(confidence)
     _check_num_resamples(num_resamples)
     different, counts = np.unique(values, return_counts=True)
     generator = np.random.default_rng(seed)
@@ -103,8 +102,7 @@ def wilson_interval(num_successes: int, num_trials: int, *, confidence: float = 
     """
     if not 0 <= num_successes <= num_trials or not num_trials:
         raise ValueError(f"{num_successes} successes of {num_trials}: expected 0 <= successes <= trials, trials >= 1")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}: expected a number between 0 and 1, such as 0.95")
+    _check_confidence(confidence)
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     proportion, shrinkage = num_successes / num_trials, 1 + z * z / num_trials
     centre = (proportion + z * z / (2 * num_trials)) / shrinkage
@@ -161,24 +159,24 @@ def summarize_by_count(
 ) -> dict[str, dict[str, Interval]]:
     """The metrics by how often the target occurs in training, each with its 95% interval over users.
 
-    Where users have several relevant items, a group judges the users that have relevant items of it by these alone; the
-    others stay in the ranking as any item does.
+    If users have several relevant items, a group judges each user by those of them that belong to the group; the other
+    relevant items stay in the ranking like any item, and users without an item of the group are left out.
 
     Args:
         ranks: ranks of all users.
-        counts: (users,) occurrences of each user's target in training; with several relevant items, (users, most) those
-            of each of them.
+        counts: (users,) occurrences of each user's target in training; with several relevant items, (users, relevant)
+            occurrences of each of them.
         k: cut-off, at least 1.
         num_resamples: bootstrap resamples of each interval.
         seed: random seed of each interval.
 
     Returns:
-        For each of `COUNT_GROUPS` that has users, intervals of ndcg@k and hit_ratio@k of the ranking `ranks.main`, of
-        "relevant/recall@k" if that is it, and for the group "0" of "new_items/ndcg@k" and "new_items/hit_ratio@k", if
+        For each of `COUNT_GROUPS` that has users, intervals of ndcg@k and hit_ratio@k of the ranking `ranks.main`, and
+        of recall@k if that is "relevant". The group "0" also has "new_items/ndcg@k" and "new_items/hit_ratio@k" if
         there are ranks among the new items.
 
     Raises:
-        ValueError: for `k` < 1, and counts of other users or items.
+        ValueError: for `k` < 1, and counts whose shape is not that of the ranks.
     """
     main = vars(ranks)[ranks.main]
     if counts.shape != main.shape:
@@ -207,10 +205,10 @@ def summarize_by_length(
 
     Returns:
         For each of `LENGTH_GROUPS` that has users, intervals of ndcg@k and hit_ratio@k of the ranking `ranks.main`, and
-        of "relevant/recall@k" if that is it.
+        of recall@k if that is "relevant".
 
     Raises:
-        ValueError: for `k` < 1, and lengths of other users.
+        ValueError: for `k` < 1, and another number of lengths than users.
     """
     main = vars(ranks)[ranks.main]
     if lengths.shape != main.shape[:1]:
@@ -222,7 +220,7 @@ def summarize_by_length(
 
 
 def _group_metrics(rankings: dict[str, np.ndarray], k: int, num_resamples: int, seed: int) -> dict[str, Interval]:
-    """The metrics of a group of users by the ranking, whose ranks are (users,) or (users, most)."""
+    """The metrics of a group of users for each ranking, whose ranks are (users,) or (users, relevant)."""
     return {
         f"{ranking}/{name}": bootstrap_interval(
             metric_per_user(name, torch.from_numpy(values)).numpy(), num_resamples=num_resamples, seed=seed
@@ -233,7 +231,7 @@ def _group_metrics(rankings: dict[str, np.ndarray], k: int, num_resamples: int, 
 
 
 def users_by_group(values: np.ndarray, groups: Groups) -> dict[str, int]:
-    """The number of users in each group that has any; `values` and groups as in `rows_by_group`."""
+    """The number of users in each group that has any; for the arguments, see `rows_by_group`."""
     return {group: int(rows.sum()) for group, rows in rows_by_group(values, groups).items()}
 
 
@@ -241,7 +239,8 @@ def rows_by_group(values: np.ndarray, groups: Groups) -> dict[str, np.ndarray]:
     """(users,) bool for each group that has users.
 
     Args:
-        values: (users,), such as counts of targets or lengths of histories; or (users, any), of which one is enough.
+        values: (users,), such as counts of targets or lengths of histories; or (users, any), of which one value in the
+            range of a group is enough.
         groups: the lowest and the highest value of each group, such as `COUNT_GROUPS` and `LENGTH_GROUPS`.
     """
     values = values.reshape(len(values), -1)
@@ -271,7 +270,7 @@ def sign_flip_p_value(differences: np.ndarray, *, num_resamples: int = 10_000, s
     """
     differences = _checked("differences", differences)
     _check_num_resamples(num_resamples)
-    # Of users with the same absolute difference, only the number of plus signs matters.
+    # Among users with the same absolute difference, only the number of plus signs matters.
     sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
     if not len(sizes):
         return 1.0
@@ -302,26 +301,26 @@ def compare_runs(
 ) -> RunComparison:
     """Compare two runs user by user, or two models by several runs of each.
 
-    The metric of a user is averaged over the runs of a model first. The interval and the p-value are thus about the
-    users that one meets, with the runs as they are; the two models may have different numbers of runs.
+    The metric of a user is first averaged over the runs of a model. The interval and the p-value therefore describe the
+    variation between users, for the given runs; the two models may have different numbers of runs.
 
     Args:
         a: (users,) metric of each user, or the path of the ranks that ``hf-ilora evaluate`` saved; of several runs of
             one model, such as those of several seeds, (runs, users), or a list of paths.
         b: the same for the other model, with the users in the same order.
         metric: for saved ranks, the metric to compare, such as "ndcg@10", "hit_ratio@10" or "mrr".
-        ranking: for saved ranks, "masked", "unmasked", "candidates", "relevant", which judges users by all of their
-            relevant items, or "new_items", which compares the users whose target is a new item.
+        ranking: for saved ranks, "masked", "unmasked" or "candidates"; "relevant" judges users by all of their relevant
+            items, and "new_items" compares the users whose target is a new item.
         confidence: confidence level of the interval of the difference.
         num_resamples: resamples of the bootstrap and of the p-value.
-        seed: random seed of both.
+        seed: random seed of the bootstrap and of the p-value.
 
     Returns:
         The means, the difference b - a with its interval, and the p-value.
 
     Raises:
-        ValueError: for no runs, different users, data or splits, values that are not finite, an array and a path, and
-            settings out of range.
+        ValueError: for no runs, different users, data or splits, values that are not finite, an array compared with a
+            path, and settings out of range.
     """
     paths_a, paths_b = _paths("a", a), _paths("b", b)
     if (paths_a is None) != (paths_b is None):
@@ -360,7 +359,7 @@ def _paths(name: str, runs: Runs) -> list[str | os.PathLike] | None:
 
 
 def _mean_of_runs(name: str, values: Any) -> np.ndarray:
-    """(users,) the mean over the runs of (runs, users), where there are several."""
+    """(users,) the mean over runs of values (runs, users); values (users,) are returned as they are."""
     try:
         values = np.asarray(values, dtype=np.float64)
     except ValueError as error:  # ragged
@@ -384,6 +383,11 @@ def _checked(name: str, values: np.ndarray) -> np.ndarray:
     return values
 
 
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}: expected a number between 0 and 1, such as 0.95")
+
+
 def _check_num_resamples(num_resamples: int) -> None:
     if num_resamples < 1:
         raise ValueError(
@@ -392,7 +396,7 @@ def _check_num_resamples(num_resamples: int) -> None:
 
 
 def _parts(num_resamples: int, num_different: int) -> Iterator[slice]:
-    """Slices of the resamples that bound the memory needed for resamples x different values."""
+    """Slices of the resamples, so short that resamples x different values fit in memory."""
     step = max(1, _MAX_RANDOM_NUMBERS // num_different)
     for start in range(0, num_resamples, step):
         yield slice(start, min(start + step, num_resamples))

@@ -13,8 +13,8 @@ class AnswerQuality:
     """The quality of generated answers.
 
     There are two definitions of HR@1 for generated answers, which differ if answers are invalid; both are given. The
-    intervals are Wilson's, because these are proportions of few users, often near 1: the bootstrap interval of users
-    who all agree has width 0.
+    intervals are Wilson's, because these proportions come from few users and are often near 1: if all users agree, the
+    bootstrap interval has width 0.
 
     Args:
         num_answers: number of answers.
@@ -72,10 +72,10 @@ def judge_answers(
 
 
 def judge_items(item_ids: Sequence[int], targets: Sequence[int]) -> AnswerQuality:
-    """As `judge_answers`, for answers that were constrained to titles of candidates and therefore are items.
+    """Judge answers that were constrained to titles of candidates and are therefore items; see `judge_answers`.
 
     Args:
-        item_ids: (users,) item ids; 0 for an answer that is not an item, which is invalid.
+        item_ids: (users,) item ids; 0 for an answer that is not an item and hence invalid.
         targets: (users,) item ids.
 
     Raises:
