@@ -273,8 +273,8 @@ def relevant_items(split) -> tuple[np.ndarray, str]:
     """The items that users are judged by, and the name of their ranking.
 
     Returns:
-        (users, relevant) item ids, padded with 0, and "relevant"; or (users,) targets and "masked", for a split with one
-        relevant item per user.
+        (users, relevant) item ids, padded with 0, and "relevant"; or, for a split with one relevant item per user,
+        (users,) targets and "masked".
     """
     if "relevant_items" not in split.column_names:
         return read_column(split, "target").to_numpy(), "masked"

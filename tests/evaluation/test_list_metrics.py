@@ -57,7 +57,7 @@ def test_parts_of_the_users_add_up_and_lists_may_differ_in_length():
         (lambda: Coverage(4), [], "no items: expected at least one list"),
         (lambda: Coverage(0), [[1]], "num_items is 0: expected a whole number of at least 1"),
         (lambda: Gini(4, k=0), [[1]], "k is 0"),
-        (lambda: Novelty([0, 5], 4), [[1]], "num_users is 4: expected a whole number, at least 5"),
+        (lambda: Novelty([0, 5], 4), [[1]], "num_users is 4: expected a whole number of at least 5"),
         (lambda: Deciles([[1]]), [[1]], r"counts have shape \(1, 1\) and type int64: expected numbers \(num_items"),
         (lambda: Diversity([0, 1]), [[1]], r"vectors have shape \(2,\).*expected numbers \(num_items \+ 1, size\)"),
     ],

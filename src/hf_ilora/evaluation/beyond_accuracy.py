@@ -1,4 +1,4 @@
-"""All of `list_properties` at once, with intervals: coverage, novelty, popularity, diversity, serendipity."""
+"""Computes all of `list_properties` with intervals: coverage, novelty, popularity, diversity and serendipity."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,19 +25,19 @@ from hf_ilora.evaluation.list_properties import (
 from hf_ilora.evaluation.statistics import Interval
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 
-# Bounds the memory of a part of the work: 32 MB of float64.
+# Numbers in memory at a time: 32 MB of float64.
 _MAX_NUMBERS = 4_000_000
 
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What training knows about each item; row 0 is padding.
+    """Statistics of the train split for each item; row 0 is padding.
 
     Args:
         counts: (num_items + 1,) occurrences in training.
-        users: (num_items + 1,) different users who have the item in training.
-        num_users: users of training.
-        title_vectors: (num_items + 1, size) vectors of titles; None leaves out the diversity of lists.
+        users: (num_items + 1,) number of different training users who have the item.
+        num_users: number of training users.
+        title_vectors: (num_items + 1, size) vectors of titles; with None, the diversity of lists is not computed.
     """
 
     counts: np.ndarray
@@ -47,7 +47,7 @@ class TrainingFacts:
 
     @classmethod
     def of(cls, sequences: SequenceDatasets, title_vectors: torch.Tensor | np.ndarray | None = None) -> "TrainingFacts":
-        """The facts of the train split.
+        """Compute the statistics of a data set's train split.
 
         Args:
             sequences: the data set.
@@ -70,7 +70,7 @@ class TrainingFacts:
 
 
 def _users_of_items(train: Dataset, num_rows: int) -> tuple[np.ndarray, int]:
-    """(num_rows,) number of different users of each item, and the number of users."""
+    """(num_rows,) number of different users who have each item, and the number of users."""
     user_of_row = read_column(train, "user_id").combine_chunks().dictionary_encode().indices.to_numpy()  # (rows,)
     items, boundaries = flatten_lists(train, "history")
     pairs = np.concatenate(
@@ -90,16 +90,16 @@ def beyond_accuracy(
     num_resamples: int = 2_000,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """All metrics of lists, each with its 95% bootstrap interval over users; users without a list are not counted.
+    """Compute all metrics of lists, each with its 95% bootstrap interval over users; users without a list are ignored.
 
     All metrics are computed on the same resamples. A resample repeats some users and so lacks the lists of others: its
     coverage is lower and its Gini higher than those of as many different users. The intervals of these two are
-    therefore the deviations of the resamples from their own mean, around the value that was measured.
+    therefore the deviations of the resamples from their own mean, centred on the measured value.
 
     Args:
         recommended: (users, k) item ids, best first, padded with 0.
-        facts: of the training split.
-        relevant: (users, most) the items that each user chose next, padded with 0; or (users,) one each.
+        facts: statistics of the train split.
+        relevant: (users, relevant) ids of the items that each user chose next, padded with 0; or (users,), one each.
         num_resamples: bootstrap resamples.
         seed: random seed of the resamples.
 
@@ -153,7 +153,7 @@ def beyond_accuracy(
 
 
 def _resampled_users(num_users: int, num_resamples: int, seed: int, num_items: int) -> Iterator[np.ndarray]:
-    """How often each resample has each user: parts of (resamples, users) float64."""
+    """How often each resample contains each user, in parts of (resamples, users) float64."""
     generator = np.random.default_rng(seed)
     step = max(1, _MAX_NUMBERS // max(num_users, num_items))
     for start in range(0, num_resamples, step):

@@ -1,9 +1,9 @@
-"""What lists of recommendations are like, as `evaluate.Metric`: built directly, without the Hub and without a network.
+"""Metrics of recommended lists as `evaluate.Metric`: built directly, without the Hub and without a network.
 
-They take lists of item ids, best first: `Coverage(num_items=1682).compute(predictions=item_ids)`. The constructor takes
-what training knows of the items: arrays of num_items + 1 rows, of which the first is padding, as
-`TrainingFacts.of(sequences)` has them. Users without any recommendation are not counted. `beyond_accuracy` computes the
-same numbers with intervals, and `metric_folder` makes folders of the metrics that `evaluate.load` takes.
+They take lists of item ids, best first: `Coverage(num_items=1682).compute(predictions=item_ids)`. The constructors take
+statistics of the train split, such as those of `TrainingFacts.of(sequences)`: arrays of num_items + 1 rows, of which
+the first is padding. Users without any recommendation are ignored. `beyond_accuracy` computes the same numbers with
+intervals, and `metric_folder` writes the metrics as folders that `evaluate.load` takes.
 """
 
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ class ListMetric(evaluate.Metric):
 
     Args:
         num_items: size of the catalogue.
-        k: length of the lists; what follows in longer ones is ignored.
+        k: length of the lists; the rest of longer lists is ignored.
         keep_in_memory, kwargs: as in `evaluate.Metric`.
 
     Raises:
@@ -64,7 +64,7 @@ class ListMetric(evaluate.Metric):
         )
 
     def add_batch(self, **columns: Iterable[ArrayLike] | None) -> None:
-        """Add users: a list of item ids of each for `predictions`, and for `references` if the metric takes them."""
+        """Add users: a list of item ids for each in `predictions`, and in `references` if the metric takes them."""
         given = {
             name: [np.atleast_1d(row).tolist() for row in rows] for name, rows in columns.items() if rows is not None
         }
@@ -90,7 +90,7 @@ class ListMetric(evaluate.Metric):
         return self.values(recommended[has_list], relevant)
 
     def values(self, recommended: np.ndarray, relevant: np.ndarray | None) -> dict[str, float]:
-        """The metric of lists (users, k), of which none is empty, and of relevant items (users, any)."""
+        """Compute the metric of lists (users, k), none of which is empty, and of relevant items (users, any)."""
         raise NotImplementedError
 
 
@@ -105,7 +105,7 @@ def _padded(name: str, rows: list[list[float]]) -> np.ndarray:
 
 
 def _of_items(name: str, given: ArrayLike, ndim: int = 1) -> np.ndarray:
-    """An array with a row of each item."""
+    """The values as an array, after a check that it has a row for padding and one for each item."""
     values = np.asarray(given)
     if values.ndim != ndim or len(values) < 2 or values.dtype.kind not in "iuf":
         raise ValueError(
@@ -116,12 +116,12 @@ def _of_items(name: str, given: ArrayLike, ndim: int = 1) -> np.ndarray:
 
 
 class Coverage(ListMetric):
-    """Share of the catalogue that is recommended to somebody.
+    """Share of the catalogue that is recommended to at least one user.
 
     `Coverage(num_items=4).compute(predictions=[[1, 2], [1, 3]])` is 0.75.
     """
 
-    description = "Share of the catalogue that is among the first k recommendations of somebody."
+    description = "Share of the catalogue that is among the first k recommendations of at least one user."
     short_name = "coverage"
 
     def values(self, recommended: np.ndarray, relevant: np.ndarray | None) -> dict[str, float]:
@@ -147,8 +147,8 @@ class Novelty(ListMetric):
     `Novelty(users=[0, 4, 2, 1, 0], num_users=4).compute(predictions=[[1, 2], [1, 3]])` is 0.75.
 
     Args:
-        users: (num_items + 1,) training users who have the item.
-        num_users: training users.
+        users: (num_items + 1,) number of different training users who have the item.
+        num_users: number of training users.
         k, kwargs: as in `ListMetric`.
     """
 
@@ -159,7 +159,7 @@ class Novelty(ListMetric):
         self.users, self.num_users = _of_items("users", users), num_users
         if not isinstance(num_users, int | np.integer) or num_users < max(1, self.users.max()):
             raise ValueError(
-                f"num_users is {num_users!r}: expected a whole number, at least {self.users.max()} of users"
+                f"num_users is {num_users!r}: expected a whole number of at least {self.users.max()}, the most in users"
             )
         super().__init__(len(self.users) - 1, k, **kwargs)
 
@@ -180,8 +180,8 @@ class Serendipity(ListMetric):
     description = "How much higher the first k items of a list rank relevant items than popularity does."
     short_name = "serendipity"
     inputs = (
-        f"{ListMetric.inputs}\n- `references`: (users,) item ids, what each user chose next; or lists of several for "
-        "each."
+        f"{ListMetric.inputs}\n- `references`: (users,) item ids, the item that each user chose next; or lists of "
+        "several for each."
     )
     columns = ("predictions", "references")
 
@@ -195,7 +195,7 @@ class Serendipity(ListMetric):
 
 
 class Deciles(ListMetric):
-    """Share of the recommendations that each tenth of the catalogue has, `decile_1@k` that of the most popular tenth.
+    """Share of the recommendations that each tenth of the catalogue has; `decile_1@k` is the most popular tenth's.
 
     `Deciles(counts=[0, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1]).compute(predictions=[[1, 2], [1, 10]])["decile_1@10"]` is 0.5.
 

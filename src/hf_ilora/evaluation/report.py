@@ -186,7 +186,7 @@ def list_table(reports: Sequence[ModelReport], context: ReportContext) -> str:
         for report in reports
     ]
     lines = [
-        f"The first {k} items outside the history. Coverage: share of the catalogue that somebody is recommended;",
+        f"The first {k} items outside the history. Coverage: share of the catalogue recommended to at least one user;",
         "Gini: 0 if all items are recommended equally often, 1 if one is always; novelty: mean of -log2 of the share",
         "of the training users who have the item; most popular tenth: share of the recommendations that it has;",
         "serendipity: how much higher than by popularity hits are ranked. Definitions are those of RecTools, where it",
