@@ -1,4 +1,4 @@
-"""The exact index of items against the model whose items they are."""
+"""The exact index of a model's items recommends the same items as the model."""
 
 import os
 import subprocess
@@ -48,7 +48,7 @@ def test_tables_of_any_size_are_ranked(width, num_items):
 
 
 @pytest.mark.parametrize("name", ["plain", "biases"])
-def test_filters_are_those_of_the_model(name):
+def test_filters_give_the_answers_of_the_model(name):
     model = MODELS[name](NUM_ITEMS)
     rows = [list(range(1 + row, 60 + 3 * row)) for row in range(len(HISTORIES))]
     for filters in (

@@ -1,4 +1,4 @@
-"""Exported models give the scores of their models in onnxruntime, also where torch cannot be imported."""
+"""Exported models give the scores of the original models in onnxruntime, even if torch cannot be imported."""
 
 import json
 import re
@@ -28,13 +28,13 @@ def sequences():
 
 @pytest.fixture(scope="module")
 def protos():
-    """What torch exported, which takes seconds, by model and settings."""
+    """Cache of torch's exports by model and settings, because each takes seconds."""
     return {}
 
 
 @pytest.fixture
 def export_of(protos, sequences, tmp_path, monkeypatch):
-    """Exports a model of a kind to tmp_path / "exported"; torch exports each once."""
+    """Exports a model of a kind to tmp_path / "exported"; torch exports each kind only once."""
     exported_by_torch = export_module.onnx_model
 
     def run(kind, sizes=None, seed=0, **settings):
@@ -207,7 +207,7 @@ def test_without_the_packages_of_the_extra_the_message_names_it(tmp_path, monkey
         export(next_item_model("sasrec"), tmp_path / "exported")
 
 
-def test_what_torch_cannot_export_is_an_error_that_says_why(tmp_path, monkeypatch):
+def test_a_model_that_torch_cannot_export_is_refused_with_the_reason(tmp_path, monkeypatch):
     def fails(*arguments, **settings):
         raise torch.onnx.OnnxExporterError("no translation of aten::new")
 

@@ -1,4 +1,4 @@
-"""Weights as 8-bit integers, on a small graph made by hand: the table is stored once, and read in both of its uses."""
+"""8-bit weights in a small handmade graph: the table is stored once, for its look-ups and for its products."""
 
 import numpy as np
 import onnx

@@ -1,4 +1,4 @@
-"""The approximate index of items against the model whose items they are."""
+"""The approximate index of a model's items, compared with the exact answers of the model."""
 
 import pyarrow as pa
 import pytest
@@ -77,7 +77,7 @@ def test_excluded_items_are_left_out_for_all_or_for_each(index, model):
 
 @pytest.mark.parametrize("name", ["plain", "biases"])
 @pytest.mark.parametrize("at_once", [1, 2**26])  # one user, or all
-def test_filters_are_those_of_the_model(name, at_once, monkeypatch):
+def test_filters_give_the_answers_of_the_model(name, at_once, monkeypatch):
     monkeypatch.setattr(candidate_items, "_NUMBERS_AT_ONCE", at_once)
     model = MODELS[name](NUM_ITEMS)
     index = ItemIndex.build(model, num_lists=16, probes=16)
@@ -125,7 +125,7 @@ def test_lists_that_have_too_few_items_are_followed_by_all(index, model):
         index.recommend(torch.arange(1, 7)[None], top_k + 1, probes=1)
 
 
-def test_a_saved_index_answers_alike_and_names_its_model(index, model, tmp_path):
+def test_a_saved_index_gives_the_same_answers_and_only_to_its_own_model(index, model, tmp_path):
     index.save(tmp_path)
     loaded = ItemIndex.load(tmp_path, model)
     assert loaded.probes == index.probes
@@ -143,7 +143,7 @@ def test_a_saved_index_answers_alike_and_names_its_model(index, model, tmp_path)
         ItemIndex.load(tmp_path / "elsewhere", model)
 
 
-def test_what_has_no_table_and_bad_settings_are_refused(index, model, monkeypatch):
+def test_models_without_a_table_and_bad_settings_are_refused(index, model, monkeypatch):
     with pytest.raises(TypeError, match="PopularityForNextItem: expected a SASRec"):
         ItemIndex.build(PopularityForNextItem(PopularityConfig(num_items=3)))
     with pytest.raises(ValueError, match="num_lists is 500: expected 1 to 400"):

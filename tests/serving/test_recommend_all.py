@@ -25,7 +25,7 @@ from hf_ilora import (
     recommend_all,
 )
 from hf_ilora.files import held_folder
-from hf_ilora.serving import recommend_all as module
+from hf_ilora.serving import recommend_all as recommend_all_module
 from tests.models.ilora.ilora_fixtures import tiny_model
 from tests.synthetic import cyclic_sequences
 
@@ -163,7 +163,7 @@ def test_an_ilora_recommends_to_many_users(tmp_path):
 
 
 class Rule:
-    """Recommends the items after the newest one, as a program of somebody else might."""
+    """Recommends the items after the newest one; it shares no code with the recommenders of the package."""
 
     num_items, fingerprint = NUM_ITEMS, "rule 1"
 
@@ -177,7 +177,7 @@ class Rule:
         return item_ids, [[-float(rank) for rank in range(top_k)] for _ in newest]
 
 
-def test_whoever_has_the_same_recommend_recommends_to_many_users(users, tmp_path):
+def test_any_object_with_the_same_recommend_recommends_to_many_users(users, tmp_path):
     settings = {"exclude_seen": False, "excluded_items": [RAW_IDS[-1]]}
     table = [("a", [3, 1]), ("b", [7])]
     frame = pq.read_table(recommend_all(Rule(catalogue()), frame_of(table), tmp_path / "rule.parquet", 3, **settings))
@@ -188,7 +188,7 @@ def test_whoever_has_the_same_recommend_recommends_to_many_users(users, tmp_path
     check(recommend_all(ensemble, frame_of(known), tmp_path / "ensemble.parquet", TOP_K), expected(ensemble, known))
     other = EnsembleTeacher(ensemble.members, [1, 1])
     check(recommend_all(other, frame_of(known), tmp_path / "ensemble.parquet", TOP_K), expected(other, known))
-    with pytest.raises(ValueError, match="user 'user-0' has no items, and it is unknown what is popular: leave the us"):
+    with pytest.raises(ValueError, match="no items, and it is unknown which items are popular: leave the user out"):
         recommend_all(ensemble, frame_of(users), tmp_path / "all.parquet", TOP_K)
 
 
@@ -227,7 +227,7 @@ def test_an_exact_index_gives_many_users_the_items_of_its_model(users, tmp_path)
     check(path, expected(model, users))
 
 
-def test_what_cannot_be_asked_is_told_what_is_missing(tmp_path):
+def test_objects_that_are_no_recommenders_are_refused_with_what_they_lack(tmp_path):
     class Other(Rule):
         def recommend(self, histories, top_k):
             return [], []
@@ -254,7 +254,7 @@ def test_what_cannot_be_asked_is_told_what_is_missing(tmp_path):
         recommend_all(Wrong([[3]], [[0.0]]), [[1]], path, 2)
 
 
-def test_filters_and_columns_of_the_catalogue(users, tmp_path):
+def test_filters_of_every_form_apply_and_columns_of_the_catalogue_come_back(users, tmp_path):
     model, table = sasrec(), frame_of(users)
     allowed, left_out = list(range(5, 27)), [[7, 8] if row % 2 else [] for row in range(len(users))]
     filters = {"exclude_seen": False, "allowed_items": raw(allowed), "excluded_items": [raw(row) for row in left_out]}
@@ -312,7 +312,7 @@ def test_unknown_items_of_histories_are_named_or_skipped(users, tmp_path):
 def test_a_killed_run_resumes_with_its_parts_and_a_finished_one_is_left_alone(users, tmp_path, monkeypatch):
     model, table, path = sasrec(), frame_of(users), tmp_path / "out.parquet"
     settings = {"top_k": TOP_K, "batch_size": 2, "shard_users": 5}
-    answer, answered = module.Request.answer, []
+    answer, answered = recommend_all_module.Request.answer, []
 
     def dies_at_the_third(self, shard, first, *rest):
         if len(answered) == 3:
@@ -320,7 +320,7 @@ def test_a_killed_run_resumes_with_its_parts_and_a_finished_one_is_left_alone(us
         answered.append(first)
         return answer(self, shard, first, *rest)
 
-    monkeypatch.setattr(module.Request, "answer", dies_at_the_third)
+    monkeypatch.setattr(recommend_all_module.Request, "answer", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         recommend_all(model, table, path, **settings)
     parts = tmp_path / "out.parquet.parts"
@@ -331,7 +331,7 @@ def test_a_killed_run_resumes_with_its_parts_and_a_finished_one_is_left_alone(us
         answered.append(first)
         return answer(self, shard, first, *rest)
 
-    monkeypatch.setattr(module.Request, "answer", counting)
+    monkeypatch.setattr(recommend_all_module.Request, "answer", counting)
     recommend_all(model, table, path, **settings | {"batch_size": 4})
     assert answered == [0, 5, 10, 15, 20]
     check(path, expected(model, users))
@@ -352,20 +352,20 @@ def test_parts_of_another_call_are_not_mixed_in(users, tmp_path, monkeypatch, ch
         "columns": {"columns": ["title"]},
     }.get(change, {})
     with monkeypatch.context() as patch:
-        patch.setattr(module._Job, "finish", lambda self: None)  # as if it was killed before
+        patch.setattr(recommend_all_module._Job, "finish", lambda self: None)  # as if it was killed before
         recommend_all(model, output=path, **first)
     if change == "model":
         with torch.no_grad():
             model.head.weight[1] += 1
     recommend_all(model, output=path, **second)
-    assert f"1 parts of a run with other {change}: they are deleted" in caplog.text
+    assert f"1 parts of a run that differs in {change}: deleting them" in caplog.text
     undisturbed = recommend_all(model, output=tmp_path / "whole.parquet", **second)
     assert pq.read_table(path).equals(pq.read_table(undisturbed))
     recommend_all(model, output=path, **first)  # a finished output of other settings is replaced
-    assert module.written_settings(path)["top_k"] == TOP_K
+    assert recommend_all_module.written_settings(path)["top_k"] == TOP_K
 
 
-def test_files_of_others_are_not_replaced_and_a_second_writer_is_refused(users, tmp_path):
+def test_other_files_are_not_replaced_and_a_second_writer_is_refused(users, tmp_path):
     model, table = sasrec(), frame_of(users)
     other = tmp_path / "users.parquet"
     table.to_parquet(other)
@@ -386,7 +386,7 @@ def test_files_of_others_are_not_replaced_and_a_second_writer_is_refused(users, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "users.parquet"]
 
 
-def test_the_file_says_what_made_it(users, tmp_path):
+def test_the_output_records_the_settings_that_made_it(users, tmp_path):
     path = recommend_all(sasrec(), frame_of(users), tmp_path / "out.parquet", TOP_K)
     settings = json.loads(pq.read_schema(path).metadata[b"hf_ilora.recommend_all"])
     assert settings["users"] == 23 and settings["top_k"] == TOP_K and len(settings["model"]) == 64
@@ -474,7 +474,7 @@ def test_models_that_do_not_fit_are_refused(users, tmp_path):
     with pytest.raises(ValueError, match="the model knows 30 items and the data set has 20"):
         recommend_all(model, cyclic_sequences(num_users=40, num_items=20), path)
     model.catalogue = Catalogue(model.catalogue.table.drop_columns("count"))
-    with pytest.raises(ValueError, match="user 'user-0' has no items, and it is unknown what is popular"):
+    with pytest.raises(ValueError, match="user 'user-0' has no items, and it is unknown which items are popular"):
         recommend_all(model, frame_of(users), path)
     model.catalogue = None
     with pytest.raises(ValueError, match="the pandas frame has raw ids and the model has no catalogue"):

@@ -1,4 +1,4 @@
-"""The graph that is exported answers as `recommend` does, whatever the model, the padding and the lengths."""
+"""The exported graph answers as `recommend` does, whatever the model, the padding and the lengths."""
 
 import pyarrow as pa
 import pytest
@@ -47,7 +47,7 @@ def test_without_top_k_all_items_have_their_log_probability(kind):
     torch.testing.assert_close(scores, expected)
 
 
-def test_users_without_items_get_popular_ones():
+def test_users_without_items_get_popular_items():
     model = next_item_model("sasrec")
     model.catalogue = catalogue([1] * 20 + [100] + [1] * 19)
     histories = torch.tensor([[0, 0], [4, 0]])
@@ -58,7 +58,7 @@ def test_users_without_items_get_popular_ones():
     torch.testing.assert_close(scores, expected_scores)
 
 
-def test_where_nothing_is_left_the_item_is_padding():
+def test_places_without_an_item_left_to_recommend_are_padding():
     model = next_item_model("sasrec", num_items=4)
     histories = torch.tensor([[1, 2, 4], [0, 0, 0]])  # the catalogue has no counts, so nothing is popular
     _, item_ids, scores = RecommendationGraph(model, 2)(histories)

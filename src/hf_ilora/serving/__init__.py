@@ -1,1 +1,1 @@
-"""What a trained recommender is used for: recommendations for tables of users."""
+"""Serves trained recommenders: recommendations for tables of users, exported models and indexes of items."""

@@ -13,8 +13,8 @@ from hf_ilora.models.next_item.item_filters import ItemFilter, item_masks
 from hf_ilora.models.next_item.next_item_model import evaluation_mode
 from hf_ilora.models.next_item.top_k import ItemMasks, check_best_scores, check_top_k, ordered_top_k
 
-ITEMS_AT_ONCE = 2**16
-_NUMBERS_AT_ONCE = 2**26
+ITEMS_AT_ONCE = 2**16  # rows of the item table that are read or scored at a time
+_NUMBERS_AT_ONCE = 2**26  # numbers of candidates' rows in memory: 256 MB of float32
 
 
 def check_has_table(model: EncoderForNextItem) -> None:
@@ -28,7 +28,7 @@ def check_has_table(model: EncoderForNextItem) -> None:
 
 @torch.no_grad()
 def item_rows(model: EncoderForNextItem, ids: np.ndarray | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Chunks of item ids, all of them or some, and of the rows (items, hidden size) float32 that score them."""
+    """Yield item ids, all or the given ones, in chunks with the rows that score them, (items, hidden size) float32."""
     head, offsets = model.head, model._item_offsets()
     ids = np.arange(1, model.config.num_items + 1) if ids is None else ids
     for chunk in torch.from_numpy(ids).to(head.weight.device).split(ITEMS_AT_ONCE):
@@ -49,8 +49,8 @@ def recommend_candidates(
     Args:
         model: a SASRec, GRU4Rec or Caser.
         best_in_catalogue: called with states (users, hidden size), newest items (users, length), `ItemMasks` and
-            `top_k`; returns item ids and scores (users, top_k), -inf where a user may get fewer. Users with a row of
-            `allowed_items` need no index.
+            `top_k`; returns item ids and scores (users, top_k), -inf where fewer items are left for a user. It is not
+            called for users who have a row of `allowed_items`: all of these are scored.
         histories, top_k, exclude_seen, allowed_items, excluded_items: as in the model's `recommend`.
 
     Returns:
@@ -86,7 +86,7 @@ def recommend_candidates(
 
 
 def _users_at_once(model: EncoderForNextItem, masks: ItemMasks, top_k: int) -> int:
-    """How many users' candidates, with their rows of the table, are in memory."""
+    """The number of users whose candidates, with their rows of the table, fit in memory together."""
     candidates = top_k + sum(ids.shape[1] for ids in (masks.hidden, masks.allowed) if ids is not None)
     return max(1, _NUMBERS_AT_ONCE // (candidates * model.head.in_features))
 
@@ -99,22 +99,22 @@ def best_candidates(
     masks: ItemMasks,
     top_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best of the candidates of each user that the masks leave.
+    """Score the candidates of each user that the masks leave, and return the best.
 
     Args:
-        model: whose table scores them.
-        candidates: (users, any) ids, of which 0 is none.
-        states: (users, hidden size), what is multiplied with the table.
+        model: its table scores the candidates.
+        candidates: (users, any) item ids, padded with 0.
+        states: (users, hidden size), to be multiplied with rows of the table.
         newest: (users, length), the items that the model reads.
-        masks: of the users.
+        masks: masks of these users.
         top_k: items per user.
 
     Returns:
         item_ids (users, top_k) int64, best first, the lower id first among equal scores, and scores (users, top_k),
-        -inf where a user may get fewer.
+        -inf where fewer items are left for a user.
     """
     head = model.head
-    if head.repeat_bias is not None and masks.allowed is None:  # no index knows of it
+    if head.repeat_bias is not None and masks.allowed is None:  # no index includes this bias
         candidates = torch.cat([candidates, newest], dim=1)
     candidates = F.pad(candidates, (0, max(0, top_k - candidates.shape[1])), value=PADDING_ITEM_ID)
     candidates = candidates.sort(1).values  # equal scores come in the order of ids

@@ -13,8 +13,8 @@ from hf_ilora.models.next_item.top_k import ItemMasks, ordered_top_k
 
 from .candidate_items import ITEMS_AT_ONCE, best_candidates, check_has_table, item_rows, recommend_candidates
 
-# The largest integer that a number becomes. With 127, the products of processors without VNNI instructions, such as
-# those that have AVX2 alone, would overflow their 16 bits.
+# The largest integer after rounding. With 127, 16-bit products would overflow on processors without VNNI instructions,
+# such as those with AVX2 alone.
 _LARGEST = 63
 _SMALLEST_SCALE = 1e-30
 
@@ -22,14 +22,14 @@ _SMALLEST_SCALE = 1e-30
 class ExactItemIndex:
     """Finds the best items of a user as the model does, but reads a quarter of its table.
 
-    The index keeps the table as 8-bit integers with a scale per item. Their product with a user's state, which is
-    rounded alike, is a score with a known largest error. The model's own table scores the items that can be among the
-    best by that bound: no item is left out by mistake. For one user at a time: `recommend` of the model is faster for a
-    batch. The index is on the CPU, takes (hidden size + 4) bytes per item, is built in about a second for a million
-    items, and must be built anew when the model's table changes.
+    The index keeps the table as 8-bit integers with a scale per item. The product of these integers with a user's
+    state, rounded in the same way, approximates a score with a bounded error. The model's own table then scores the
+    items that this bound admits among the best, so no item is missed. Use the index for one user at a time: for a
+    batch, the model's own `recommend` is faster. The index is on the CPU, takes (hidden size + 4) bytes per item, is
+    built in about a second for a million items, and must be rebuilt when the model's table changes.
 
     Args:
-        model: a SASRec, GRU4Rec or Caser, whose teacher embeddings, if any, count as they do in its scores.
+        model: a SASRec, GRU4Rec or Caser; its teacher embeddings, if any, are included as in its scores.
 
     Raises:
         TypeError: for a model without a table of items.
@@ -40,10 +40,10 @@ class ExactItemIndex:
         check_has_table(model)
         self.model = model
         num_items, width = catalogue_size(model.config), model.head.in_features
-        # torch multiplies a single column wrongly: it takes the transposed column for a row.
+        # Two columns at least: torch multiplies a single one wrongly, because it takes the transposed column for a row.
         self._integers = torch.zeros(num_items + 1, max(width, 2), dtype=torch.int8)
         self._scales = torch.zeros(1, num_items + 1)
-        # Of all rows, in units of their scales: the longest, and the largest distance from its integers.
+        # Maxima over all rows, in units of their scales: of the length, and of the distance from the row's integers.
         self._longest_in_scales = self._rounding_in_scales = 0.0
         self._longest = 0.0
         for ids, rows in item_rows(model):
@@ -73,15 +73,15 @@ class ExactItemIndex:
         allowed_items: ItemFilter = None,
         excluded_items: ItemFilter = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Recommend the items of the model's `recommend`.
+        """Recommend the same items as the model's `recommend`.
 
         Args:
             histories, top_k, exclude_seen, allowed_items, excluded_items: as in the model's `recommend`.
 
         Returns:
-            item_ids (batch, top_k) int64, best first, and scores (batch, top_k) float32: the logits of the model. Their
-            log p would need the scores of the whole catalogue. Items whose scores differ by the rounding of float32
-            alone may change places.
+            item_ids (batch, top_k) int64, best first, and scores (batch, top_k) float32: the logits of the model, since
+            log p would need the scores of the whole catalogue. Items whose scores differ only by float32 rounding may
+            change places.
 
         Raises:
             ValueError: as the model's `recommend`.
@@ -92,20 +92,20 @@ class ExactItemIndex:
 
     @property
     def catalogue(self) -> Catalogue | None:
-        """That of the model."""
+        """The catalogue of the model."""
         return self.model.catalogue
 
     def _best_in_catalogue(
         self, states: torch.Tensor, newest: torch.Tensor, masks: ItemMasks, top_k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Item ids and scores (users, top_k); -inf where a user may get fewer."""
+        """Item ids and scores (users, top_k); -inf where fewer items are left for a user."""
         answers = []
         for row in range(len(states)):
             one = slice(row, row + 1)
             user = states[one], newest[one], masks.of(one), top_k
             highest = masks.of(one).apply_(self._highest_scores(states[one], newest[one]))  # (1, num_items + 1)
             best = best_candidates(self.model, ordered_top_k(highest, top_k)[1], *user)
-            # Whoever is better than the worst of these has a bound at least as high as its score.
+            # The bound of any better item is at least as high as the lowest of these scores.
             candidates = (highest[0] >= best[1][0, -1]).nonzero().T if best[1].isfinite().all() else best[0][:, :0]
             for some in candidates.split(ITEMS_AT_ONCE, dim=1):
                 best = best_candidates(self.model, torch.cat([best[0], some], dim=1), *user)
@@ -114,7 +114,7 @@ class ExactItemIndex:
         return item_ids, scores
 
     def _highest_scores(self, state: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
-        """What the scores (1, num_items + 1) of a user may be at most, of a state (1, hidden size).
+        """Upper bounds (1, num_items + 1) of a user's scores, from the state (1, hidden size).
 
         With a state s and its integers i of scale a, a row r and its integers j of scale b:
         s.r = ab i.j + (s - ai).r + ai.(r - bj) <= b (a i.j + |s - ai| |r|/b + |ai| |r - bj|/b).
@@ -124,7 +124,7 @@ class ExactItemIndex:
         rounded = integers * scale
         error = float((state.cpu() - rounded).norm()) * self._longest_in_scales
         error += float(rounded.norm()) * self._rounding_in_scales
-        # What float32 loses, here and in the scores themselves.
+        # The rounding errors of float32, here and in the scores themselves.
         precision = torch.finfo(torch.float32)
         loss = 2 * precision.eps * (state.shape[1] + 16) * float(state.norm()) * self._longest + precision.tiny
         integers = F.pad(integers.to(torch.int8), (0, self._integers.shape[1] - integers.shape[1]))

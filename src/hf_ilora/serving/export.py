@@ -41,9 +41,9 @@ MAX_DIFFERENCE = 1e-4
 _EXTRA = ("onnx", "onnxscript", "onnxruntime")
 _OPSET = 20
 _INPUT = "histories"
-# Only for checks and measurements; the file that is written does not return it.
+# An output for checks and measurements, which the exported file does not have.
 _ITEM_SCORES = "item_scores"
-# A protobuf file ends at 2 GiB: larger weights get a file of their own.
+# A protobuf file is limited to 2 GiB: larger weights get a file of their own.
 _LARGEST_FILE = 2**31 - 2**24
 
 
@@ -68,19 +68,19 @@ class ExportedQuality:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """What a folder of an exported model says about itself in export.json.
+    """The content of export.json: the settings and measurements of an exported model.
 
     Args:
         format: "onnx".
-        model_type: of the model, such as "sasrec".
+        model_type: model type of the configuration, such as "sasrec".
         num_items: size of the catalogue.
         max_length: number of newest items of a history that the model reads.
         top_k: items per history; None for the scores of all items.
         exclude_seen: whether the items of the history are left out.
         quantize: "int8" or None.
         num_bytes: size of the file and its weights.
-        max_difference: largest difference from the scores of the model in onnxruntime, on random histories.
-        ndcg_at_10: measured quality, or None.
+        max_difference: largest difference between the scores of onnxruntime and of the model, on random histories.
+        ndcg_at_10: measured quality; None if it was not measured.
     """
 
     format: str
@@ -110,12 +110,12 @@ def export(
     program that recommends. The graph takes `histories` (batch, length) int64, padded with 0 on either side, for any
     batch and any length; ids outside 1..num_items are read as padding. With `top_k` it returns `item_ids` and `scores`,
     as `recommend` does, but with id 0 and score -inf where nothing is left to recommend; without, `scores` (batch,
-    num_items + 1): log p of all items, and -inf for padding and what is left out. Before the folder is written,
-    onnxruntime scores some histories with the file.
+    num_items + 1): log p of all items, and -inf for padding and excluded items. Before the folder is written,
+    onnxruntime's scores of some histories are compared with the model's.
 
     Args:
         model: a SASRec, GRU4Rec or Caser.
-        folder: is replaced if it is one that an earlier export wrote.
+        folder: output folder; one that an earlier export wrote is replaced.
         format: "onnx".
         top_k: items per history; None returns the scores of all items.
         exclude_seen: leave out the items of the history.
@@ -125,7 +125,7 @@ def export(
             file is compared with the model's.
 
     Returns:
-        What export.json says.
+        The content of export.json.
 
     Raises:
         ValueError: for a model that cannot be exported, teacher embeddings that are not folded in, settings out of
@@ -180,7 +180,7 @@ def export(
 
 
 def onnx_model(graph: RecommendationGraph) -> "onnx.ModelProto":
-    """The graph as an ONNX model that returns `item_scores`, then its answers; the GRU of `graph` is replaced.
+    """Convert a graph to an ONNX model that returns `item_scores`, then its answers; the GRU of `graph` is replaced.
 
     Raises:
         ValueError: when torch cannot export it.
@@ -188,7 +188,7 @@ def onnx_model(graph: RecommendationGraph) -> "onnx.ModelProto":
     for name, module in graph.encoder.named_children():
         if isinstance(module, GRU):
             setattr(graph.encoder, name, OnnxGRU(module))
-    # Sizes that are neither 1 nor equal, which torch might take for a rule.
+    # The sizes are neither 1 nor equal, because torch might generalise from either.
     histories = torch.zeros(graph.max_length + 3, graph.max_length + 2, dtype=torch.int64)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     answers = ["scores"] if graph.top_k is None else ["item_ids", "scores"]
@@ -215,13 +215,12 @@ def onnx_model(graph: RecommendationGraph) -> "onnx.ModelProto":
 
 
 class OnnxGRU(nn.Module):
-    """The GRU operator of ONNX with the weights of a `GRU`: torch would export a loop, which takes 2.7 times as
-    long for 50 items.
+    """The GRU operator of ONNX with the weights of a `GRU`, for export only: it computes nothing in torch.
 
-    It computes nothing in torch.
+    torch itself would export a loop, which takes 2.7 times as long for 50 items.
 
     Args:
-        gru: its layers, of one width.
+        gru: layers of equal width.
     """
 
     def __init__(self, gru: GRU):
@@ -277,7 +276,7 @@ def _check_extra() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporter says about packages and operators that have nothing to do with these models."""
+    """Silence the messages of torch's exporter about packages and operators that these models do not use."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)
@@ -290,7 +289,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _save(proto: "onnx.ModelProto", folder: Path) -> None:
-    """Write model.onnx; weights that are too large for it get a file of their own."""
+    """Write model.onnx, and weights that are too large for it to a file of their own."""
     import onnx
 
     is_large = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > _LARGEST_FILE
@@ -299,13 +298,13 @@ def _save(proto: "onnx.ModelProto", folder: Path) -> None:
 
 
 def _item_scores(session: "onnxruntime.InferenceSession", histories: torch.Tensor) -> torch.Tensor:
-    """(batch, num_items + 1) scores by an exported file that still returns them."""
+    """(batch, num_items + 1) scores from a file that still has the output for checks."""
     (scores,) = session.run([_ITEM_SCORES], {_INPUT: histories.numpy()})
     return torch.from_numpy(scores)
 
 
 def _examples(graph: RecommendationGraph) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Random histories of other sizes than those of the export, and the scores that they have in torch."""
+    """Random histories of other shapes than in the export, and their scores in torch."""
     generator = torch.Generator().manual_seed(0)
     examples = []
     for batch, length in ((1, 1), (4, graph.max_length + 7)):
@@ -320,7 +319,7 @@ def _examples(graph: RecommendationGraph) -> list[tuple[torch.Tensor, torch.Tens
 def _largest_difference(
     session: "onnxruntime.InferenceSession", examples: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> float:
-    """The largest difference of scores, NaN if there are NaN among them."""
+    """The largest difference between scores; NaN if any score is NaN."""
     differences = [(_item_scores(session, histories) - scores)[:, 1:].abs().max() for histories, scores in examples]
     return float(torch.stack(differences).max())
 
@@ -340,7 +339,7 @@ def _measured(model: EncoderForNextItem, session: "onnxruntime.InferenceSession"
 
 
 def _readme(described: ExportedModel, has_catalogue: bool) -> str:
-    """How to recommend from the folder."""
+    """The README of the folder, with a program that recommends."""
     size = described.top_k or 10
     program = [
         "import numpy as np",

@@ -1,4 +1,4 @@
-"""Reads the histories of many users, shard by shard: from tables with raw ids, prepared data sets and plain rows."""
+"""Reads the histories of many users, shard by shard, from tables with raw ids, data sets and rows of item ids."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,14 +27,14 @@ _OTHER_LIST = r"^\[|\]$|,"
 
 
 class HistoryTable:
-    """Users with their histories, in an order that is the same each time they are read.
+    """Users with their histories, in the same order each time they are read.
 
     Args:
-        pieces: returns tables with `user_id`, and `history`, lists of ids.
-        catalogue: maps raw ids; None where the lists hold item ids already.
-        name: of the table, for messages.
+        pieces: returns an iterator over tables with the columns `user_id` and `history`, lists of ids.
+        catalogue: maps raw ids to item ids; None if the lists contain item ids already.
+        name: name of the table, for messages.
         unknown_items: "raise" for raw ids that the catalogue lacks, or "skip" to leave them out.
-        has_raw_ids: whether filters for these users name items by raw ids.
+        has_raw_ids: whether filters for these users contain raw ids.
     """
 
     def __init__(
@@ -118,18 +118,19 @@ def history_table(
     separator: str | None = None,
     unknown_items: str = "raise",
 ) -> HistoryTable:
-    """The histories of a table, of every user of a data set, or given as rows of item ids.
+    """Read the histories of a table, of all users of a data set, or of rows of item ids.
 
     Args:
         histories: a path to a table, a frame or a Dataset, with a row per user or, with `item_column`, per interaction;
-            `SequenceDatasets`, whose users have all items that it knows of them, targets included; or rows of item ids,
-            as `recommend` takes them, whose users are called by the numbers of their rows.
-        catalogue: of the model; None if it has none.
-        num_items: of the model.
-        user_column, history_column: of a table with a row per user. Histories are lists of raw ids, oldest first; in
-            CSV and TSV, text with blanks between the ids.
-        item_column, time_column: of a table with a row per interaction; without times, the rows are in their order.
-        separator: of the columns of CSV or TSV.
+            `SequenceDatasets`, whose histories contain all items of a user, targets included; or rows of item ids, as
+            `recommend` takes them, whose row numbers become the user ids.
+        catalogue: catalogue of the model; None if it has none.
+        num_items: size of the model's catalogue.
+        user_column, history_column: columns of a table with a row per user. Histories are lists of raw ids, oldest
+            first; in CSV and TSV, text with blanks between the ids.
+        item_column, time_column: columns of a table with a row per interaction; without a time column, the rows are
+            taken to be in order.
+        separator: separator of the columns in CSV or TSV.
         unknown_items: "raise" for raw ids that the catalogue lacks, or "skip" to leave them out.
 
     Raises:
@@ -163,12 +164,12 @@ def history_table(
 
 
 def is_table(source) -> bool:
-    """Whether histories or a filter come as a table: a path to one, a frame or a Dataset."""
+    """Whether histories or a filter are a table: a path to one, a frame or a Dataset."""
     return isinstance(source, str | Path | pd.DataFrame | Dataset) or is_polars(source)
 
 
 def regrouped(pieces: Iterator[pa.Table], num_rows: int) -> Iterator[pa.Table]:
-    """The rows of some tables as tables of `num_rows` rows; the last one may be smaller."""
+    """Regroup the rows of some tables into tables of `num_rows` rows; the last one may be smaller."""
     held, missing = [], num_rows
     for piece in pieces:
         while piece.num_rows:
@@ -184,7 +185,7 @@ def regrouped(pieces: Iterator[pa.Table], num_rows: int) -> Iterator[pa.Table]:
 
 
 def item_ids_of(catalogue: Catalogue, raw_ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """(ids,) int32 item ids, 0 for a raw id that the catalogue lacks; numbers and their digits are the same id."""
+    """(ids,) int32 item ids, 0 for raw ids that the catalogue lacks; a number and its digits are the same raw id."""
     known = catalogue.table["raw_id"]
     if pa.types.is_dictionary(raw_ids.type):
         raw_ids = raw_ids.cast(raw_ids.type.value_type)
@@ -199,7 +200,7 @@ def item_ids_of(catalogue: Catalogue, raw_ids: pa.Array | pa.ChunkedArray) -> np
 
 
 def raise_unknown(catalogue: Catalogue, raw_id, where: str) -> None:
-    """Raise the ValueError of `Catalogue.item_ids` with its place."""
+    """Raise the ValueError of `Catalogue.item_ids`, and say where the raw id was found."""
     try:
         catalogue.item_ids([raw_id])
     except ValueError as error:
@@ -207,7 +208,7 @@ def raise_unknown(catalogue: Catalogue, raw_id, where: str) -> None:
 
 
 def _typed(table: pa.Table, whole_numbers: set[str] | None) -> pa.Table:
-    """A table whose user ids are numbers where text without types has nothing else."""
+    """The table, with integer user ids if they were read from a text file and are all whole numbers."""
     if whole_numbers is None or "user_id" not in whole_numbers:
         return table
     users = clean_ids(table["user_id"], "user_id", untyped=True).cast(pa.int64())
@@ -223,7 +224,7 @@ def _interactions(
     catalogue: Catalogue,
     unknown_items: str,
 ) -> pa.Table:
-    """A row per user, in the order of their first interactions, of a table of interactions."""
+    """Group a table of interactions into a row per user, in the order of the users' first interactions."""
     names = {"user_id": user_column, "item_id": item_column, "time": time_column}
     names = {role: name for role, name in names.items() if name is not None}
     table, whole_numbers = read_columns(source, names, separator=separator)
@@ -246,10 +247,10 @@ def _interactions(
 
 
 def every_user(sequences: SequenceDatasets) -> pa.Table:
-    """All users of a data set, each with all items of the newest row that it has in any split, targets included.
+    """All users of a data set, each with all items of the user's newest row in any split, targets included.
 
     Returns:
-        user_id, raw ids, and history, lists of item ids, oldest first.
+        A table with the columns user_id (raw ids) and history (lists of item ids, oldest first).
     """
     tables, taken = [], None
     for name in ("test", "validation", "train"):

@@ -1,11 +1,11 @@
 """Stores the weights of an ONNX model as 8-bit integers, with one scale per row.
 
-onnxruntime's own tools quantise a table that is both looked up and multiplied with twice, and its matrix products round
-the activations of a whole batch together, so that one user's answers would depend on the others'. Here
+onnxruntime's own tools store a table twice if it is both looked up and multiplied, and their matrix products round the
+activations of a whole batch together, so that one user's answers would depend on the others'. Here,
 
-    table[ids]   looks up integers and scales,
-    states @ table.T   multiplies integers, the states rounded user by user, and
-    every other weight becomes float again when onnxruntime loads the model, and costs no time afterwards.
+    table[ids] looks up integers and scales,
+    states @ table.T multiplies integers, after rounding the states user by user, and
+    every other weight becomes float again when onnxruntime loads the model, which costs no time afterwards.
 """
 
 import numpy as np
@@ -48,7 +48,7 @@ def _is_matrix(tensor: onnx.TensorProto) -> bool:
 
 
 def _integers_and_scales(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Integers of the same shape, and a scale for each place in the first axis that has several."""
+    """Integers of the same shape, and a scale for each index of the first axis that is longer than 1."""
     rows = next(axis for axis, size in enumerate(weight.shape) if size > 1)
     largest = np.abs(weight).max(axis=tuple(range(rows + 1, weight.ndim)), keepdims=True)
     scales = np.where(largest > 0, largest / _STEPS, 1).astype(np.float32)
@@ -76,7 +76,7 @@ def _lookup(node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _float_again(weight: str) -> list[onnx.NodeProto]:
-    """weight = (integers - zero) * scales, of constants alone, which onnxruntime computes when it loads the model."""
+    """weight = (integers - zero) * scales: constants only, so onnxruntime computes it when it loads the model."""
     return _as_float(f"{weight}.uint8", f"{weight}.scales", weight)
 
 

@@ -1,4 +1,4 @@
-"""An approximate index of the items of a model, for catalogues whose exact ranking takes too long for one user."""
+"""An approximate index of a model's items, for catalogues that are too large to rank exactly for each user."""
 
 import hashlib
 import os
@@ -24,22 +24,22 @@ from .candidate_items import best_candidates, check_has_table, item_rows, recomm
 
 INDEX_FILE = "item_index.safetensors"
 
-# Of k-means, which divides the catalogue into lists.
+# Settings of k-means, which divides the catalogue into lists.
 _POINTS_PER_LIST, _ROUNDS = 64, 10
 
 
 class ItemIndex:
-    """Finds most of the best items of a user by looking at a few lists of similar items.
+    """Finds most of a user's best items by searching a few lists of similar items.
 
-    The catalogue is divided into lists around centroids. A user is compared with the centroids, then with the items of
-    the nearest `probes` lists, and the model's own table scores what was found. The index keeps a copy of the table on
-    the CPU, and must be built anew when the model's table changes.
+    The catalogue is divided into lists around centroids. A user's state is compared with the centroids, then with the
+    items of the nearest `probes` lists, and the model's own table scores the items found. The index keeps a copy of the
+    table on the CPU, and must be rebuilt when the model's table changes.
 
     Args:
         model: a SASRec, GRU4Rec or Caser.
         centroids: (lists, width) float32.
-        list_of_item: (num_items,) int64, the list of the items 1, 2 and so on.
-        probes: lists to look at.
+        list_of_item: (num_items,) int64, the lists of items 1, 2 and so on.
+        probes: number of lists to search for each user.
 
     Source: inverted files as in faiss, inner product.
     """
@@ -67,9 +67,9 @@ class ItemIndex:
         """Divide the catalogue of a model into lists.
 
         Args:
-            model: a SASRec, GRU4Rec or Caser, whose teacher embeddings, if any, count as they do in its scores.
+            model: a SASRec, GRU4Rec or Caser; its teacher embeddings, if any, are included as in its scores.
             num_lists: number of lists; None means 4 x the square root of the number of items.
-            probes: lists to look at for each user, see `tune`; None means an eighth of the lists.
+            probes: number of lists to search for each user, see `tune`; None means an eighth of the lists.
             seed: random seed of k-means.
 
         Raises:
@@ -107,7 +107,7 @@ class ItemIndex:
         return cls(model, kmeans.centroids, np.concatenate(lists), probes)
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Write the lists to `item_index.safetensors` in a folder; the vectors remain those of the model."""
+        """Write the lists to `item_index.safetensors` in a folder; the item vectors stay in the model."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"centroids": self.centroids, "list_of_item": self.list_of_item.astype(np.int32)}
@@ -161,16 +161,16 @@ class ItemIndex:
         *,
         probes: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Recommend items as the model does, with few of them left out by mistake.
+        """Recommend items as the model does, but miss some of them.
 
         Args:
-            histories, top_k, exclude_seen, allowed_items, excluded_items: as in the model's `recommend`. Under a filter
-                for all users, more lists are looked at, so that about as many items are compared as without. If each
+            histories, top_k, exclude_seen, allowed_items, excluded_items: as in the model's `recommend`. With a filter
+                for all users, more lists are searched, so that about as many items are compared as without. If each
                 user has a row of `allowed_items`, all of them are compared.
-            probes: lists to look at for each user; None means those of the index.
+            probes: number of lists to search for each user; None means the index's own `probes`.
 
         Returns:
-            item_ids (batch, top_k) int64, best first, and scores (batch, top_k) float32: the logits of the model. Their
+            item_ids (batch, top_k) int64, best first, and scores (batch, top_k) float32: the logits of the model, since
             log p would need the scores of the whole catalogue.
 
         Raises:
@@ -189,23 +189,23 @@ class ItemIndex:
 
     @property
     def catalogue(self) -> Catalogue | None:
-        """That of the model."""
+        """The catalogue of the model."""
         return self.model.catalogue
 
     def recall(
         self, histories: Histories, top_k: int = 10, exclude_seen: bool = True, probes: int | None = None
     ) -> float:
-        """Share of the items of the model's `recommend` that the index finds, averaged over histories."""
+        """Share of the model's recommended items that the index finds, averaged over histories."""
         exact, _ = self.model.recommend(histories, top_k, exclude_seen)
         return self._recall(exact, histories, exclude_seen, probes)
 
     def tune(self, histories: Histories, recall: float = 0.98, top_k: int = 10, exclude_seen: bool = True) -> float:
-        """Set `probes` to the smallest power of two that reaches a recall on some histories, and return the recall.
+        """Set `probes` to the smallest power of two that reaches a recall on some histories, and return that recall.
 
         Args:
-            histories: some hundred of those that will be served.
-            recall: to reach, in (0, 1].
-            top_k, exclude_seen: as they will be asked for.
+            histories: a few hundred histories like those that will be served.
+            recall: recall to reach, in (0, 1].
+            top_k, exclude_seen: as in the requests that will be served.
 
         Raises:
             ValueError: for a recall outside of (0, 1].
@@ -226,12 +226,12 @@ class ItemIndex:
     def _best_in_lists(
         self, states: torch.Tensor, newest: torch.Tensor, masks: ItemMasks, top_k: int, probes: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Item ids and scores (users, top_k); -inf where a user may get fewer."""
+        """Item ids and scores (users, top_k); -inf where fewer items are left for a user."""
         num_candidates = top_k + (0 if masks.hidden is None else masks.hidden.shape[1])
         candidates = self._search(states, num_candidates, probes, masks.available)
         item_ids, scores = best_candidates(self.model, candidates, states, newest, masks, top_k)
         lacking = ~scores.isfinite().all(1)
-        if lacking.any():  # too few of the items in the lists are left
+        if lacking.any():  # the searched lists have too few items left
             rows = states[lacking], newest[lacking], masks.of(lacking)
             candidates = self._search(rows[0], num_candidates, len(self.centroids), masks.available)
             item_ids[lacking], scores[lacking] = best_candidates(self.model, candidates, *rows, top_k)
@@ -240,7 +240,7 @@ class ItemIndex:
     def _search(
         self, states: torch.Tensor, num_candidates: int, probes: int, available: torch.Tensor | None
     ) -> torch.Tensor:
-        """(users, num_candidates) ids of available items, 0 where the lists have no more."""
+        """(users, num_candidates) ids of available items, 0 where the searched lists have no more."""
         import faiss
 
         if self.model.head.bias is not None:
@@ -282,9 +282,9 @@ def _width(model: EncoderForNextItem) -> int:
 
 
 def _item_vectors(model: EncoderForNextItem, ids: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Chunks of item ids, all of them or some, and of what a user's state is multiplied with, (items, width) float32.
+    """Yield item ids, all or the given ones, in chunks with the vectors of these items, (items, width) float32.
 
-    A bias is one more column, for a state with a 1 behind it.
+    If the model has a bias, it is one more column; `_search` appends a 1 to the states to match.
     """
     for chunk, rows in item_rows(model, ids):
         if model.head.bias is not None:

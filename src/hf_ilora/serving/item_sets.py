@@ -1,4 +1,4 @@
-"""Filters of many users: one set of items for all of them, or a row for each, in raw ids or item ids."""
+"""Reads filters for many users: one set of items for all users, or a row for each, in raw ids or item ids."""
 
 import hashlib
 from collections.abc import Iterable
@@ -23,13 +23,13 @@ GivenItems = Iterable[int | str] | Iterable[Iterable[int | str]] | np.ndarray | 
 
 @dataclass(frozen=True)
 class ItemSets:
-    """Different item ids for all users, or for each.
+    """A set of item ids that all users share, or one for each user.
 
     Args:
-        name: of the filter, for messages.
-        shared: (items,) int64, for all users; empty where each has a row.
-        rows: a row for each user; None where all share a set.
-        by_user: whether rows belong to the users that they name, rather than to the users in their order.
+        name: name of the filter, for messages.
+        shared: (items,) int64, the set of all users; empty if each user has a row.
+        rows: a row for each user; None if all users share a set.
+        by_user: whether rows are matched to users by `rows.users`; else the rows are in the order of the users.
     """
 
     name: str
@@ -38,7 +38,7 @@ class ItemSets:
     by_user: bool = False
 
     def of(self, users: pa.Array, first: int) -> UserItems | None:
-        """The rows of some users, who are the users `first`, `first + 1`, ... of all; None where all share a set."""
+        """The rows of some users, who are number `first`, `first + 1`, ... of all users; None if all share a set."""
         if self.rows is None:
             return None
         if not self.by_user:
@@ -62,7 +62,7 @@ class ItemSets:
         return digest.hexdigest()
 
     def check_users(self, num_users: int) -> None:
-        """Raise a ValueError unless there is a row for each user, where rows are in the order of the users."""
+        """Raise a ValueError if rows are in the order of the users and their number is not that of the users."""
         if self.rows is not None and not self.by_user and len(self.rows) != num_users:
             raise ValueError(
                 f"{self.name} have {len(self.rows)} rows for {num_users} users: expected a row per user in their "
@@ -82,12 +82,12 @@ def item_sets(
     """Turn a filter into sets of item ids.
 
     Args:
-        name: of the argument, for messages.
-        given: ids for all users, a row of ids per user, in the order of the users, or a table (a path, a frame or a
-            Dataset) with a row for each pair of a user and an item; None for no filter.
-        catalogue: maps raw ids; None if `given` has item ids.
+        name: name of the argument, for messages.
+        given: ids for all users; a row of ids per user, in the order of the users; or a table (a path, a frame or a
+            Dataset) with a row for each pair of a user and an item. None means no filter.
+        catalogue: maps raw ids to item ids; None if `given` contains item ids.
         num_items: size of the catalogue.
-        user_column, item_column: of a table.
+        user_column, item_column: columns of the table.
 
     Raises:
         ValueError: for anything else, and for unknown ids.
@@ -115,12 +115,12 @@ def item_sets(
         row = row.tolist() if isinstance(row, np.ndarray | torch.Tensor) else list(row)
         parts.append(np.unique(_item_ids(f"row {number} of {name}", row, catalogue, num_items)))
     starts = np.append(0, np.cumsum([len(part) for part in parts]))
-    users = pa.nulls(len(parts), pa.int64())  # they are known by their order
+    users = pa.nulls(len(parts), pa.int64())  # rows are matched by their order
     return ItemSets(name, rows=UserItems(users, np.concatenate(parts), starts))
 
 
 def _item_ids(where: str, ids: list, catalogue: Catalogue | None, num_items: int) -> np.ndarray:
-    """(items,) int64, of raw ids where there is a catalogue."""
+    """(items,) int64 item ids without padding, from raw ids if there is a catalogue."""
     if catalogue is not None:
         try:
             return np.array(catalogue.item_ids(ids), dtype=np.int64)

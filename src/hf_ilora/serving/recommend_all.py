@@ -1,7 +1,7 @@
-"""Recommendations for many users into one parquet file: bounded memory, several processes, resumed after a crash.
+"""Recommends to many users into one parquet file, in bounded memory and by several processes; a killed run can resume.
 
-The users are divided into shards. Shard n is written whole or not at all, as a part beside the output, by process
-n % processes. The parts are therefore the whole state of the run; when all exist, they become the output.
+The users are divided into shards. Process n % processes writes shard n, whole or not at all, as a part beside the
+output. The parts are therefore the entire state of a run; when all exist, they are merged into the output.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -79,44 +79,45 @@ def recommend_all(
 ) -> Path:
     """Recommend items to every user of a table or data set, and write them to a parquet file.
 
-    Users of similar history lengths share a batch, and no more than a shard of recommendations and a batch of scores
-    are in memory. A run that was killed resumes when the same call is repeated; `output` is replaced when all is done,
-    and a finished one of the same model, users and settings is left as it is. Under `accelerate launch`, every process
-    makes the same call and takes its share of the users.
+    Users with histories of similar lengths share a batch, and at most one shard of recommendations and one batch of
+    scores are in memory. To resume a run that was killed, repeat the same call. `output` is replaced once all users are
+    done; a finished output of the same model, users and settings is left as it is. Under `accelerate launch`, every
+    process makes the same call and takes its share of the users.
 
     Args:
-        model: a recommender, on the device that it is to run on; an `ItemIndex` or `ExactItemIndex` of one, an
-            `EnsembleTeacher`, or any object with their `recommend`, see `Recommender`.
+        model: a recommender, on the device on which it should run; an `ItemIndex` or `ExactItemIndex` of one, an
+            `EnsembleTeacher`, or any object with the same `recommend`, see `Recommender`.
         histories: a path to a table (parquet, CSV, TSV, JSON lines), a frame or a `datasets.Dataset` with raw ids, with
-            a row per user or, with `item_column`, per interaction; `SequenceDatasets`, whose users have all items that
-            it knows of them, targets included; or rows of item ids, as `recommend` takes them. A user without items
-            gets the most popular ones, if the catalogue has their counts.
+            a row per user or, with `item_column`, per interaction; `SequenceDatasets`, whose histories contain all
+            items of a user, targets included; or rows of item ids, as `recommend` takes them. A user without items
+            gets the most popular ones, if the catalogue has counts.
         output: the parquet file to write.
         top_k: items per user.
-        batch_size: users per call of the model; None: 256 on a CPU, 2048 on an accelerator, 8 for an iLoRA.
+        batch_size: users per call of the model; None means 256 on a CPU, 2048 on an accelerator, and 8 for an iLoRA.
         exclude_seen: leave out the items of the history.
-        allowed_items: the only items to choose from, in raw ids where the histories have them: ids for all users, a row
-            of ids per user, in the order of the users, or a table with the columns `user_column` and `item_column` (by
-            default item_id), whose rows belong to the users that they name. None allows all.
+        allowed_items: the only items to choose from, in raw ids if the histories have them: ids for all users; a row of
+            ids per user, in the order of the users; or a table with the columns `user_column` and `item_column` (by
+            default item_id) and a row for each pair of a user and an item. None allows all.
         excluded_items: items to leave out, in the same forms.
-        columns: of the catalogue, such as title or price, that come back with the recommendations.
-        user_column, history_column: of a table with a row per user. Histories are lists of raw ids, oldest first; in
-            CSV and TSV, text with blanks between the ids.
-        item_column, time_column: of a table with a row per interaction; without times, the rows are in their order.
-        separator: of the columns of CSV or TSV.
+        columns: columns of the catalogue, such as title or price, to add to the recommendations.
+        user_column, history_column: columns of a table with a row per user. Histories are lists of raw ids, oldest
+            first; in CSV and TSV, text with blanks between the ids.
+        item_column, time_column: columns of a table with a row per interaction; without a time column, the rows are
+            taken to be in order.
+        separator: separator of the columns in CSV or TSV.
         unknown_items: "raise" for raw ids in histories that the catalogue lacks, or "skip" to leave them out.
-        shard_users: users per part, the most that a crash can lose per process; None: 64 batches.
+        shard_users: users per part, the most that a crash can lose per process; None means 64 batches.
 
     Returns:
-        The path of the output. Its columns are `user_id`, `rank` (1 for the best), `item_id` (the raw id, or the item
-        id of a model without catalogue), `score` (log p over the whole catalogue; of an index, the model's logits) and
-        `columns`; a row for each user and rank, in the order of the users.
+        The path of the output. It has a row for each user and rank, in the order of the users, and the columns
+        `user_id`, `rank` (1 for the best), `item_id` (the raw id, or the item id if the model has no catalogue),
+        `score` (log p over the whole catalogue; for an index, the model's logits) and `columns`.
 
     Raises:
-        TypeError: for an object that cannot be asked.
+        TypeError: for an object that is not a recommender.
         ValueError: before anything is computed, for tables that cannot be read, unknown ids, users with fewer than
-            `top_k` items to recommend, users without items while it is unknown what is popular, and an output that is
-            named as another type of table, that another process is writing, or that something else wrote.
+            `top_k` items to recommend, users without items if it is unknown which items are popular, and an output
+            whose name is that of another type of table, that another process is writing, or that something else wrote.
         TimeoutError: when no process has written a part for two hours.
     """
     output = _parquet_path(output)
@@ -171,15 +172,15 @@ def recommend_all(
 
 @dataclass(frozen=True)
 class Request:
-    """What every user is to get.
+    """The settings that determine each user's recommendations.
 
     Args:
         asked: the recommender.
-        catalogue: of its items; None if it has none.
+        catalogue: its catalogue; None if it has none.
         top_k: items per user.
         exclude_seen: leave out the items of the history.
         allowed_items, excluded_items: the filters, or None.
-        columns: of the catalogue that come back.
+        columns: columns of the catalogue to add to the recommendations.
     """
 
     asked: AskedRecommender
@@ -188,10 +189,10 @@ class Request:
     exclude_seen: bool
     allowed_items: ItemSets | None = None
     excluded_items: ItemSets | None = None
-    columns: tuple[str, ...] = field(default=())
+    columns: tuple[str, ...] = ()
 
     def settings(self) -> dict:
-        """Everything but the users that determines the recommendations, in JSON types."""
+        """Everything that determines the recommendations, except for the users, in JSON types."""
         filters = {"allowed_items": self.allowed_items, "excluded_items": self.excluded_items}
         return {
             "format_version": FORMAT_VERSION,
@@ -204,10 +205,10 @@ class Request:
         }
 
     def check(self, table: HistoryTable, shard_users: int) -> tuple[str, int]:
-        """Read all histories once: their digest and the number of users.
+        """Read all histories once, to check them and to return their digest and the number of users.
 
         Raises:
-            ValueError: for whatever would fail later, and for no or repeated users.
+            ValueError: for no users, repeated users, and everything that `answer` would fail on.
         """
         num_items = self.asked.num_items
         check_top_k(self.top_k, num_items)
@@ -243,8 +244,8 @@ class Request:
         if not shard.lengths.all() and not self.asked.knows_popular_items:
             user = shard.users[int(shard.lengths.argmin())].as_py()
             raise ValueError(
-                f"user {user!r} has no items, and it is unknown what is popular: leave the user out, or ask a model "
-                "that has a catalogue with the column count (model.catalogue.with_counts)"
+                f"user {user!r} has no items, and it is unknown which items are popular: leave the user out, or use a "
+                "model whose catalogue has the column count (model.catalogue.with_counts)"
             )
         num_items = self.asked.num_items
         allowed, excluded = (
@@ -257,7 +258,7 @@ class Request:
             left -= shard.lengths
         if self.excluded_items is not None:
             left -= len(self.excluded_items.shared) if excluded is None else excluded.lengths
-        # Only of users who might have too few, items that are left out twice or are not allowed anyway are looked for.
+        # `left` may count an item as left out twice, so users who seem to have too few items are counted exactly.
         for row in np.flatnonzero(left < self.top_k).tolist():
             left_out = np.zeros(num_items + 1, dtype=bool)
             left_out[0] = True
@@ -277,7 +278,7 @@ class Request:
                 )
 
     def answer(self, shard: UserItems, first: int, batch_size: int, progress: tqdm) -> pa.Table:
-        """The recommendations to the users of one shard, who are the users `first`, `first + 1`, ... of all."""
+        """Recommend to the users of one shard, who are number `first`, `first + 1`, ... of all users."""
         item_ids = np.empty((len(shard), self.top_k), dtype=np.int64)
         scores = np.empty((len(shard), self.top_k), dtype=np.float32)
         sets = {"allowed_items": self.allowed_items, "excluded_items": self.excluded_items}
@@ -322,13 +323,13 @@ def recommendations_table(
     """Recommendations as a table with a row for each user and rank.
 
     Args:
-        catalogue: maps item ids to raw ids; None leaves them as they are.
+        catalogue: maps item ids to raw ids; None keeps item ids.
         users: (users,) raw ids.
         item_ids, scores: (users, top_k).
-        columns: of the catalogue that come along.
+        columns: columns of the catalogue to add.
 
     Returns:
-        Columns user_id, rank, item_id, score and `columns`.
+        A table with the columns user_id, rank, item_id, score and `columns`.
     """
     num_users, top_k = item_ids.shape
     flat = item_ids.reshape(-1)
@@ -343,14 +344,14 @@ def recommendations_table(
     )
     if columns:
         assert catalogue is not None  # see `Request.check`
-        told = catalogue.take(flat, list(columns))
-        for name in told.column_names:
-            table = table.append_column(name, told[name])
+        added = catalogue.take(flat, list(columns))
+        for name in added.column_names:
+            table = table.append_column(name, added[name])
     return table
 
 
 class _Job:
-    """The output of a call and the parts that it consists of.
+    """The output of a call and its parts.
 
     Args:
         output: the file.
@@ -363,9 +364,9 @@ class _Job:
         self.settings, self.num_parts = settings, num_parts
 
     def start(self) -> bool:
-        """Make the folder of parts ready for this call; whether its output is finished already.
+        """Prepare the folder of parts for this call, and return whether the output is finished already.
 
-        All processes call it, and the main one looks.
+        All processes call it, and the main process does the work.
 
         Raises:
             ValueError: for an output that something else wrote.
@@ -383,7 +384,7 @@ class _Job:
 
     def _start(self) -> bool:
         if self.output.exists() and written_settings(self.output) == self.settings:
-            shutil.rmtree(self.folder)  # of a run that was killed at its end
+            shutil.rmtree(self.folder)  # left over if a run was killed at its very end
             return True
         remove_unfinished(self.folder)
         remove_unfinished(self.output.parent, self.output.stem)
@@ -397,7 +398,10 @@ class _Job:
             )
             parts = list(self.folder.glob("part-*.parquet"))
             logger.warning(
-                "%s has %d parts of a run with other %s: they are deleted", self.folder, len(parts), ", ".join(changed)
+                "%s has %d parts of a run that differs in %s: deleting them",
+                self.folder,
+                len(parts),
+                ", ".join(changed),
             )
             for part in parts:
                 part.unlink()
@@ -409,7 +413,7 @@ class _Job:
         return self.folder / f"part-{number:05d}.parquet"
 
     def missing(self) -> list[int]:
-        """The parts that nobody has written yet."""
+        """The numbers of the parts that do not exist yet."""
         return [number for number in range(self.num_parts) if not self.part(number).exists()]
 
     def write(self, number: int, table: pa.Table) -> None:
@@ -417,10 +421,10 @@ class _Job:
             pq.write_table(table, unfinished)
 
     def wait(self) -> None:
-        """Wait until all processes have written their parts, as long as any of them makes progress.
+        """Wait until all processes have written their parts.
 
         Raises:
-            TimeoutError: when none has written a part for two hours.
+            TimeoutError: when no process has written a part for two hours.
         """
         found, since = self.num_parts, time.monotonic()
         while missing := self.missing():
@@ -429,13 +433,13 @@ class _Job:
             elif time.monotonic() - since > _SECONDS_WITHOUT_A_PART:
                 raise TimeoutError(
                     f"{len(missing)} parts are missing in {self.folder}, {self.part(missing[0]).name} first, and no "
-                    "process has written one for two hours: a process hangs; run the same command again, which "
-                    "computes the missing ones only"
+                    "process has written one for two hours: a process has probably stopped; run the same command "
+                    "again, which computes only the missing parts"
                 )
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def finish(self) -> None:
-        """Make the output of the parts, one at a time, and delete them."""
+        """Merge the parts into the output, one at a time, and delete them."""
         metadata = {_SETTINGS_KEY: json.dumps(self.settings)}
         with written_whole(self.output) as unfinished:
             schema = pq.read_schema(self.part(0)).with_metadata(metadata)
@@ -460,14 +464,14 @@ def written_settings(path: Path) -> dict:
             metadata = None
     if not metadata or _SETTINGS_KEY not in metadata:
         raise ValueError(
-            f"{path} exists and recommend_all did not write it: choose another output, or delete it, since it would be "
-            "replaced"
+            f"{path} exists and recommend_all did not write it: choose another output, or delete the file, which would "
+            "be replaced"
         )
     return json.loads(metadata[_SETTINGS_KEY])
 
 
 def _parquet_path(output: str | os.PathLike) -> Path:
-    """The path of the output, unless it is a folder, or its name says that it is another table than parquet."""
+    """The path of the output, after a check that it is neither a folder nor named as another type of table."""
     path = Path(output)
     if path.is_dir():
         raise ValueError(f"output {path} is a folder: expected a file, such as {path / 'recommendations.parquet'}")
@@ -486,7 +490,7 @@ def _parts_folder(output: Path) -> Path:
 def _write_parts(
     job: _Job, request: Request, table: HistoryTable, shard_users: int, batch_size: int, num_users: int
 ) -> None:
-    """Write the parts that this process still has to write, and show the progress and the time left."""
+    """Write the missing parts of this process, and show the progress and the time left."""
     state = process_state()
     mine = {number for number in job.missing() if number % state.num_processes == state.process_index}
     if not mine:
@@ -494,7 +498,7 @@ def _write_parts(
     total = sum(min(shard_users, num_users - number * shard_users) for number in mine)
     logger.info("%d of %d users are left for this process, in %d parts", total, num_users, len(mine))
     begin = time.monotonic()
-    # A terminal is told every 0.1 s, a file of messages rarely.
+    # Refresh a terminal every 0.1 s, but do not flood a log file.
     interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_REPORTS
     bar = {"unit": " users", "mininterval": interval, "disable": not state.is_main_process}
     with tqdm(total=total, desc="recommending", **bar) as progress:

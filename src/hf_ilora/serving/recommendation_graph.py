@@ -16,7 +16,7 @@ from hf_ilora.models.next_item.padding import padding_to_the_end
 class RecommendationGraph(nn.Module):
     """A copy of a model in float32 on the CPU that answers as `recommend` does, but checks nothing.
 
-    Item ids outside 1..num_items are read as padding. Among equal scores, `torch.topk` leaves the order open; in ONNX,
+    Item ids outside 1..num_items are read as padding. `torch.topk` leaves the order of equal scores open; in ONNX,
     whose TopK takes the lower index first, it is that of `recommend`.
 
     Args:
@@ -36,7 +36,7 @@ class RecommendationGraph(nn.Module):
             raise ValueError(f"top_k is {top_k!r}: expected 1 to {self.num_items}, the catalogue, or None for scores")
         self.top_k, self.exclude_seen = top_k, exclude_seen
         self.encoder, self.head = _float32_copy(model)
-        # The table is scored as it is, and the scores are scaled: it need not be stored or read a second time.
+        # Scaling the scores instead of the table saves storing and reading a second table.
         row_scales = None
         if model.config.score_temperature is not None:
             row_scales = 1 / self.head.weight.detach().norm(dim=-1).clamp(min=1e-12)  # (num_items + 1,)
@@ -46,13 +46,13 @@ class RecommendationGraph(nn.Module):
         self.eval()
 
     def forward(self, histories: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Scores of the whole catalogue, and the answers.
+        """Score the whole catalogue, and recommend.
 
         Args:
             histories: (batch, length) int64 item ids, oldest first, padded with 0 on either side, of any length.
 
         Returns:
-            item_scores (batch, num_items + 1) as `next_item_scores` has them, followed by what `answers` returns.
+            item_scores (batch, num_items + 1), those of the model's `next_item_scores`, then the result of `answers`.
         """
         is_item = (histories > PADDING_ITEM_ID) & (histories <= self.num_items)
         histories = histories.where(is_item, PADDING_ITEM_ID)
@@ -60,7 +60,7 @@ class RecommendationGraph(nn.Module):
         return item_scores, *self.answers(item_scores, histories)
 
     def item_scores(self, histories: torch.Tensor) -> torch.Tensor:
-        """(batch, num_items + 1) scores, -inf for padding; rows without items have the popular ones, if known."""
+        """(batch, num_items + 1) scores, -inf for padding; rows without items get the popular scores, if known."""
         real, order, _ = padding_to_the_end(histories, None)
         num_real = real.sum(1)  # (batch,)
         lengths = num_real.clamp(max=self.max_length)
@@ -83,7 +83,7 @@ class RecommendationGraph(nn.Module):
         return scores
 
     def answers(self, item_scores: torch.Tensor, histories: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What is recommended by scores (batch, num_items + 1) to histories (batch, length).
+        """Recommend to histories (batch, length) by scores (batch, num_items + 1).
 
         Returns:
             With `top_k`, item_ids (batch, top_k) int64, best first, and scores (batch, top_k): log p over the whole
@@ -97,7 +97,7 @@ class RecommendationGraph(nn.Module):
             scores = scores.scatter(1, histories, float("-inf"))
         if self.top_k is None:
             return ((scores - log_sum_exp).clamp(max=0),)
-        scores, item_ids = scores.topk(self.top_k, dim=1)  # (batch, top_k) each; of scores that no difference rounds
+        scores, item_ids = scores.topk(self.top_k, dim=1)  # (batch, top_k) each; before log p rounds scores to ties
         scores = (scores - log_sum_exp).clamp(max=0)
         return item_ids.masked_fill(scores.isneginf(), PADDING_ITEM_ID), scores
 

@@ -1,4 +1,4 @@
-"""What `recommend_all` can ask for recommendations, and what it has to know about each."""
+"""The recommenders that `recommend_all` accepts, and what it needs to know about each."""
 
 import hashlib
 import inspect
@@ -26,9 +26,9 @@ class Recommender(Protocol):
 
     Attributes:
         num_items: size of the catalogue; item ids run 1..num_items.
-        catalogue: of these items, or None.
-        fingerprint: identifies everything that determines the answers, such as the sha256 of a file of weights: a run
-            is resumed with the same one only.
+        catalogue: catalogue of these items, or None.
+        fingerprint: identifies everything that determines the answers, such as the sha256 of the weights; a run is
+            resumed only if it has not changed.
     """
 
     num_items: int
@@ -44,8 +44,8 @@ class Recommender(Protocol):
             histories: (users, longest) int64 array of item ids, oldest first, padded with 0 on the right.
             top_k: items per user.
             exclude_seen: leave out the items of the history.
-            allowed_items, excluded_items: None, item ids (items,) for all users, or rows of ids (users, any) padded
-                with 0; arrays.
+            allowed_items, excluded_items: None, or an array of item ids: (items,) for all users, or (users, any) with
+                a row for each, padded with 0.
 
         Returns:
             item_ids (users, top_k), best first, and scores (users, top_k): tensors, arrays or lists.
@@ -54,14 +54,14 @@ class Recommender(Protocol):
 
 @dataclass(frozen=True)
 class AskedRecommender:
-    """A recommender, and what is known about it before it is asked.
+    """A recommender with the facts that `recommend_all` needs before it asks for recommendations.
 
     Args:
-        recommender: to ask.
+        recommender: the recommender to ask.
         num_items: size of its catalogue.
-        catalogue: of its items, or None.
-        knows_popular_items: whether it recommends to users without history.
-        batch_size: users per call, unless the caller says otherwise.
+        catalogue: its catalogue, or None.
+        knows_popular_items: whether it recommends to users without a history.
+        batch_size: default number of users per call.
     """
 
     recommender: (
@@ -74,11 +74,11 @@ class AskedRecommender:
 
     @classmethod
     def of(cls, recommender) -> "AskedRecommender":
-        """Look at a recommender.
+        """Find out these facts about a recommender.
 
         Raises:
-            TypeError: for an object that cannot be asked.
-            ValueError: for an ensemble with stored labels, which are about the training rows only.
+            TypeError: for an object that is not a recommender.
+            ValueError: for an ensemble with stored labels, which cover the training rows only.
         """
         model = recommender.model if isinstance(recommender, ItemIndex | ExactItemIndex) else recommender
         if isinstance(model, NextItemPreTrainedModel | ILoraForRecommendation):
@@ -87,8 +87,8 @@ class AskedRecommender:
         if isinstance(recommender, EnsembleTeacher):
             if recommender.labels:
                 raise ValueError(
-                    "a member of the ensemble is stored labels, which are about the training rows only: expected "
-                    "members that can be asked about anybody; leave the labels out"
+                    "the ensemble contains stored labels, which cover the training rows only: expected members that "
+                    "recommend to any user; leave the labels out"
                 )
             batch_size = _batch_size(recommender.device)
             return cls(recommender, recommender.num_items, recommender.catalogue, False, batch_size)

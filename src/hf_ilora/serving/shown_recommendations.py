@@ -1,4 +1,4 @@
-"""Recommendations as lines of text: titles to read, a table for other programs, or JSON."""
+"""Formats recommendations as lines of text: titles to read, a table for other programs, or JSON."""
 
 import itertools
 import json
@@ -9,19 +9,19 @@ import pyarrow as pa
 from hf_ilora_cli.shown_text import shown
 
 FORMS = ("titles", "table", "json")
-_OWN_COLUMNS = 4  # user, rank, item and score; what the catalogue tells follows
+_OWN_COLUMNS = 4  # user, rank, item and score; columns of the catalogue follow
 
 
 def recommendation_lines(
     tables: Iterable[pa.Table], form: str, heading: Callable[[object], str] = "Recommended to {}:".format
 ) -> Iterator[str]:
-    """Lines that show recommendations.
+    """Format recommendations as lines.
 
     Args:
-        tables: with the columns of `recommend_all`, in its order; a user may continue in the next one.
+        tables: tables with the columns of `recommend_all`, in its order; a user's rows may continue in the next table.
         form: "titles", a heading for each user and the items below; "table", a row for each item, with tabs between the
             columns; or "json", an object for each user.
-        heading: of a user, by its id.
+        heading: returns the heading of a user, given the user's id.
     """
     if form == "table":
         yield from _table_lines(tables)
@@ -29,15 +29,15 @@ def recommendation_lines(
     rows = itertools.chain.from_iterable(table.to_pylist() for table in tables)
     for user, items in itertools.groupby(rows, key=lambda row: next(iter(row.items()))):
         if form == "json":
-            told = [dict(list(item.items())[1:]) for item in items]
-            yield json.dumps({user[0]: user[1], "recommendations": told}, default=str)
+            recommendations = [dict(list(item.items())[1:]) for item in items]
+            yield json.dumps({user[0]: user[1], "recommendations": recommendations}, default=str)
         else:
             yield shown(heading(user[1]))
             yield from title_lines(items)
 
 
 def title_lines(items: Iterable[dict]) -> Iterator[str]:
-    """A line for each item: its rank, title (or else id), score, and what else is told of it."""
+    """A line for each item: its rank, title (or raw id without one), score and further columns."""
     for item in items:
         others = [
             f"{name} {_text(value)}"

@@ -1,4 +1,4 @@
-"""A row of item ids for each of many users, in flat arrays: the histories and filters of all users in little memory."""
+"""Rows of item ids for many users in flat arrays, so that all histories and filters take little memory."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class UserItems:
 
     Args:
         users: (rows,) the raw id of each row's user.
-        items: (total,) int32, all rows concatenated.
+        items: (total,) integer item ids, all rows concatenated.
         starts: (rows + 1,) int64, where each row begins.
     """
 
