@@ -457,6 +457,12 @@ def test_settings_that_do_not_fit_are_refused(windows, tmp_path, settings, messa
         trainer_of(student(), windows, tmp_path, **settings)
 
 
+@pytest.mark.parametrize("name", ["alpha", "embedding_weight", "kl_weight"])
+def test_title_neighbours_alone_are_no_teacher_of_other_losses(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} 0.5.* without a teacher: expected 0 for all of them"):
+        trainer_of(student(), None, tmp_path, teacher=None, title_neighbours=1.0, **{"alpha": 0.0, name: 0.5})
+
+
 def test_labels_that_the_rows_do_not_meet_are_refused(windows, tmp_path):
     of_last = RuleLabels(windows, positions="last")
     with pytest.raises(ValueError, match="which random windows hardly ever meet: expected windows='last'"):

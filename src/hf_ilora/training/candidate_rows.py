@@ -1,5 +1,7 @@
 """Rows of history, target and candidates for training and evaluating a language model that picks titles."""
 
+from typing import TypedDict
+
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from torch.utils.data import Dataset as TorchDataset
@@ -7,6 +9,15 @@ from torch.utils.data import Dataset as TorchDataset
 from hf_ilora.data.columns import flatten_lists, read_column
 
 TARGET_ITEMS = ("last", "random")
+
+
+class CandidateRow(TypedDict):
+    """A row for a prompt, see `CandidateRows`."""
+
+    history: np.ndarray
+    target: int
+    candidates: np.ndarray
+    uniforms: np.ndarray
 
 
 class CandidateRows(TorchDataset):
@@ -85,7 +96,7 @@ class CandidateRows(TorchDataset):
         """Draw other candidates from now on; worker processes must be started anew, as the Trainer does per epoch."""
         self.epoch = epoch
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
+    def __getitem__(self, index: int) -> CandidateRow:
         index = range(len(self))[index]  # a negative index would draw differently, one too large read past the end
         history = self.items[self.boundaries[index] : self.boundaries[index + 1]]
         target = self.targets[index]

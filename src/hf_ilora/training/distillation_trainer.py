@@ -2,14 +2,17 @@
 
 import os
 from collections.abc import Callable
+from functools import reduce
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import TrainOutput
 
-from hf_ilora.distillation.ensemble import EnsembleTeacher
+from hf_ilora.distillation.ensemble import AskedMember, EnsembleTeacher
 from hf_ilora.distillation.ensemble_members import LabelScores, TitleSimilarity
 from hf_ilora.distillation.losses import (
     NO_LABEL,
@@ -20,11 +23,18 @@ from hf_ilora.distillation.losses import (
     label_weights,
     propensity_scores,
 )
-from hf_ilora.distillation.policies import AllSamplesPolicy, KLDivergencePolicy, rank_gap_weights, sample_policy
+from hf_ilora.distillation.policies import (
+    AllSamplesPolicy,
+    KLDivergencePolicy,
+    SamplePolicy,
+    rank_gap_weights,
+    sample_policy,
+)
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.models.loading import load_recommender
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
+from hf_ilora.models.next_item.next_item_output import NextItemOutput
 from hf_ilora.titles.pca import pca_embeddings, whitened
 
 from .distillation_arguments import DistillationArguments
@@ -33,6 +43,17 @@ from .next_item_trainer import NextItemTrainer
 from .soft_targets import SoftTargets, check_soft_targets
 from .teacher_checks import check_labels_of_rows, check_teacher, check_teachers_catalogue, given_labels
 from .windows import NextItemCollator, item_counts
+
+
+class RankingTeacher(Protocol):
+    """A teacher that is asked in every step."""
+
+    def rank_items(self, histories: torch.Tensor, top_k: int, exclude_seen: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rank the catalogue after histories (batch, length), padded with 0.
+
+        Returns:
+            item_ids (batch, top_k), best first, and distances (batch, top_k), smaller for more confident answers.
+        """
 
 
 class DistillationTrainer(NextItemTrainer):
@@ -72,21 +93,22 @@ class DistillationTrainer(NextItemTrainer):
         data_collator: Callable | None = None,
         *,
         teacher_labels: TeacherLabels | None = None,
-        teacher: object | str | os.PathLike | None = None,
+        teacher: RankingTeacher | str | os.PathLike | None = None,
         trust_remote_code: bool = False,
-        policy=None,
-        **kwargs,
+        policy: SamplePolicy | None = None,
+        **kwargs: Any,
     ):
         args = self.checked_arguments(args)
         teacher_labels = given_labels(teacher, teacher_labels, args, kwargs.get("train_dataset"))
-        self.teacher_labels, self.teacher = teacher_labels, teacher
-        self._ensemble = None  # of teachers that are asked about every position
+        self.teacher_labels = teacher_labels
+        self.teacher: RankingTeacher | None = None  # set below
+        self._ensemble: EnsembleTeacher | None = None  # of teachers that are asked about every position
         if policy is None:
             policy = sample_policy(args.policy, args.policy_threshold)
         self.policy = policy
         at_all_positions = args.distilled_positions == "all" or teacher is None or teacher_labels is not None
         self._needs_whole_scores = isinstance(policy, KLDivergencePolicy) or (args.kl_weight and not at_all_positions)
-        check_teacher(self.teacher, self.teacher_labels, policy, args)
+        check_teacher(teacher, teacher_labels, policy, args)
         super().__init__(model, args, data_collator, **kwargs)
         if teacher_labels is not None and self._train_rows is not None:
             check_labels_of_rows(teacher_labels, len(self._train_rows), self.model.config.num_items, args)
@@ -96,12 +118,18 @@ class DistillationTrainer(NextItemTrainer):
                 "teacher ranks"
             )
         if isinstance(teacher, str | os.PathLike):
-            self.teacher = load_recommender(str(teacher), trust_remote_code=trust_remote_code)
+            teacher = load_recommender(str(teacher), trust_remote_code=trust_remote_code)
         if args.kl_weight and at_all_positions:
-            self._ensemble = self.teacher
-            if not isinstance(self.teacher, EnsembleTeacher):
-                self._ensemble = EnsembleTeacher([self.teacher or LabelScores(teacher_labels)], [1.0])
-            self.teacher = None
+            if isinstance(teacher, EnsembleTeacher):
+                self._ensemble = teacher
+            else:
+                member: object = teacher
+                if teacher is None:
+                    assert teacher_labels is not None  # see `check_teacher`
+                    member = LabelScores(teacher_labels)
+                self._ensemble = EnsembleTeacher([cast(AskedMember, member)], [1.0])  # it refuses what cannot be one
+        else:
+            self.teacher = teacher
         for asked in (self.teacher, self._ensemble):
             if isinstance(asked, nn.Module):
                 asked.eval().to(self.args.device)
@@ -140,13 +168,15 @@ class DistillationTrainer(NextItemTrainer):
         if self.args.initial_items != "teacher":
             super()._start_items(model)
             return
+        assert self.teacher_labels is not None  # see `check_teacher`
         embeddings = pca_embeddings(self.teacher_labels.item_embeddings(), model.config.hidden_size)
         model.start_from_item_embeddings(embeddings, self.args.initial_mixing)
 
     def _build_losses(self) -> None:
         args, config = self.args, self.model.config
-        self._target_embeddings = None
+        self._target_embeddings: torch.Tensor | None = None
         if args.embedding_weight:
+            assert self.teacher_labels is not None  # see `check_teacher`
             table = pca_embeddings(self.teacher_labels.item_embeddings(), config.hidden_size)
             self._target_embeddings = table.to(args.device)  # (num_items + 1, hidden)
         propensity = None
@@ -221,13 +251,24 @@ class DistillationTrainer(NextItemTrainer):
         self._logged = torch.zeros(len(self._weights), device=args.device)  # sums of the parts since step `_logged_at`
         self._logged_at: int | None = None  # a resumed run begins at a later one
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """As `NextItemTrainer.train`; at the end the teacher's item embeddings are folded into the item table."""
         result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self.model.fold_teacher_embeddings()
         return result
 
-    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, NextItemOutput]:
         if not model.training:  # the validation loss is the student's own
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if "teacher_indices" not in inputs:  # a batch that somebody else made, which waits for the device
@@ -247,9 +288,10 @@ class DistillationTrainer(NextItemTrainer):
         soft_targets = None
         if self._soft_targets is not None:
             stored = None
-            if teacher_items is not None:
+            if teacher_items is not None and distances is not None:
                 places = torch.searchsorted(labelled, asked)  # (asked,), of each in `labelled`
-                stored = tuple(_spread(len(labelled), places, rows) for rows in (teacher_items, distances))
+                size = len(labelled)
+                stored = _spread(size, places, teacher_items), _spread(size, places, distances)
             soft_targets = self._soft_targets.of_batch(inputs["input_ids"], labelled, stored)
         if not self._needs_scores:
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch, soft_targets=soft_targets)
@@ -263,8 +305,10 @@ class DistillationTrainer(NextItemTrainer):
         shares_scores = self._may_share_scores and 2 * len(asked) > len(labelled)
         scored = asked if has_student_loss else labelled
         if not has_student_loss:  # the base loss wants every label, whether the teacher was asked about it or not
+            assert teacher_items is not None and distances is not None
             places = torch.searchsorted(labelled, asked)  # (asked,), of each in `labelled`
-            teacher_items, distances = (_spread(len(labelled), places, rows) for rows in (teacher_items, distances))
+            teacher_items = _spread(len(labelled), places, teacher_items)
+            distances = _spread(len(labelled), places, distances)
         if not has_student_loss or shares_scores:
             del inputs["labels"], inputs["label_indices"]  # the student would compute its own loss
         targets = labels.flatten()[scored]  # (positions,)
@@ -276,6 +320,7 @@ class DistillationTrainer(NextItemTrainer):
         )
         sample, num_best = self._sampled_items(named_items, negatives), 0  # (items,) or None
         if self._looks_up_scores:
+            assert teacher_items is not None
             sample = self._looked_up_items(negatives, teacher_items)  # (asked, negatives + k)
             num_best = min(self.args.top_k, self.model.config.num_items) if self.args.gamma_consistency else 0
         outputs = model(
@@ -302,14 +347,14 @@ class DistillationTrainer(NextItemTrainer):
         parts = {name: value * (len(targets) / num_labels) for name, value in parts.items()}
         if has_student_loss:
             parts["base_loss"] = outputs.loss
-        loss = sum(self._weights[name] * value for name, value in parts.items())
+        loss = reduce(torch.add, [self._weights[name] * value for name, value in parts.items()])
         if self._soft_targets is not None:  # their weighted sum is part of the student's loss
             parts |= dict(zip(self._students_parts, outputs.loss_parts, strict=True))
         self._log_parts(parts, loss)
         loss = self._over_processes(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _over_processes(self, loss: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+    def _over_processes(self, loss: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         """A loss that is a mean over the labels of all processes, whose gradients are averaged."""
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             return loss * self.accelerator.num_processes
@@ -344,6 +389,7 @@ class DistillationTrainer(NextItemTrainer):
         """
         if self.args.num_scored_items is None:
             return None
+        assert named_items is not None  # see `batch_completion`
         num_items = self.model.config.num_items
         size = min(num_items, len(named_items) + negatives.numel() + self.args.num_scored_items)
         keys = torch.rand(num_items + 1, device=negatives.device)
@@ -355,32 +401,54 @@ class DistillationTrainer(NextItemTrainer):
         """(positions, negatives + k) item ids whose scores the ranking distillation reads; item 1 in place of none."""
         return torch.cat([negatives, teacher_items[:, : self.args.top_k].clamp(min=1)], dim=1)
 
-    def _looked_up_parts(self, outputs, targets, negatives, teacher_items, distances) -> dict[str, torch.Tensor]:
+    def _looked_up_parts(
+        self,
+        outputs: NextItemOutput,
+        targets: torch.Tensor,
+        negatives: torch.Tensor,
+        teacher_items: torch.Tensor | None,
+        distances: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
         """As `_parts`, from the scores of `_looked_up_items` and the student's best items."""
-        loss, top_k = self.distillation_loss, self.args.top_k
+        loss, top_k, scores = self.distillation_loss, self.args.top_k, outputs.logits
+        assert scores is not None
         if not len(targets) or not loss.lam:
-            return {"ranking_loss": outputs.logits.sum() * 0.0}  # with a gradient of zeros
+            return {"ranking_loss": scores.sum() * 0.0}  # with a gradient of zeros
+        assert teacher_items is not None and distances is not None
         labels = teacher_items[:, :top_k].masked_fill(teacher_items[:, :top_k].eq(PADDING_ITEM_ID), NO_LABEL)
         weights = label_weights(labels, distances[:, :top_k], outputs.best_items, *loss.gammas)  # (positions, k)
-        negative_scores, label_scores = outputs.logits.tensor_split([negatives.shape[1]], dim=1)
+        negative_scores, label_scores = scores.tensor_split([negatives.shape[1]], dim=1)
         of = (negative_scores, label_scores, negatives, targets.unsqueeze(1), labels)
         return {"ranking_loss": loss.ranking_loss(*of, weights)}
 
-    def _embedding_loss(self, outputs, targets, scored) -> torch.Tensor:
+    def _embedding_loss(self, outputs: NextItemOutput, targets: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
         """The mean distance between users and the teacher's embeddings of their targets, a scalar."""
+        assert self._target_embeddings is not None and outputs.last_hidden_state is not None
         users = outputs.last_hidden_state.flatten(0, 1)[scored]  # (positions, hidden)
         wanted = self._target_embeddings[targets]  # (positions, hidden)
         return embedding_loss(users, wanted, self.args.embedding_loss).mean()
 
-    def _parts(self, outputs, targets, negatives, teacher_items, distances, sample) -> dict[str, torch.Tensor]:
+    def _parts(
+        self,
+        outputs: NextItemOutput,
+        targets: torch.Tensor,
+        negatives: torch.Tensor,
+        teacher_items: torch.Tensor | None,
+        distances: torch.Tensor | None,
+        sample: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
         """The parts of the loss on scores but the student's own, scalars, as means over the scored positions."""
+        scores = outputs.logits
+        assert scores is not None
         if not len(targets):
-            return {"ranking_loss": outputs.logits.sum()}  # of no numbers: 0, with a gradient of zeros
+            return {"ranking_loss": scores.sum()}  # of no numbers: 0, with a gradient of zeros
+        assert teacher_items is not None and distances is not None
         arguments = self.args
-        scores, columns, propensity = outputs.logits, [targets, negatives, teacher_items], None
+        columns, propensity = [targets, negatives, teacher_items], None
         if sample is not None:
             columns = [torch.searchsorted(sample, ids) for ids in columns]
             if arguments.alpha:
+                assert self.distillation_loss.propensity is not None
                 propensity = self.distillation_loss.propensity[sample - 1]
         elif arguments.alpha or self._needs_whole_scores:
             # Without padding, which these terms would read. Elsewhere its -inf does no harm, and a slice costs a copy.
@@ -400,12 +468,18 @@ class DistillationTrainer(NextItemTrainer):
             parts["base_loss"] = losses.base_loss
         if arguments.alpha:
             parts["dro_loss"] = losses.dro_loss
-        if arguments.kl_weight and self._needs_whole_scores:
+        if arguments.kl_weight and teacher_scores is not None:
             divergence = distribution_loss(scores, teacher_scores, arguments.kl_temperature, arguments.kl_direction)
             parts["kl_loss"] = (divergence * sample_weights).mean()
         return parts
 
-    def _sample_weights(self, scores, teacher_scores, target, teacher_columns) -> torch.Tensor:
+    def _sample_weights(
+        self,
+        scores: torch.Tensor,
+        teacher_scores: torch.Tensor | None,
+        target: torch.Tensor,
+        teacher_columns: torch.Tensor,
+    ) -> torch.Tensor:
         """How much each position's teacher labels count, (positions,): 0 where the policy leaves them out."""
         with torch.no_grad():
             weights = teacher_columns[:, 0].ne(NO_LABEL).float()
@@ -436,7 +510,9 @@ class _TeacherWasMetCallback(TrainerCallback):
     def __init__(self, trainer: DistillationTrainer):
         self.trainer, self.is_checked = trainer, False
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.is_checked:
             return
         self.is_checked = True

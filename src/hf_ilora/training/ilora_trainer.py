@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer
 from transformers.trainer_utils import PredictionOutput
@@ -71,7 +72,7 @@ class ILoraTrainer(RecommenderTrainer):
         train_dataset: datasets.Dataset | TorchDataset | None = None,
         eval_dataset: datasets.Dataset | TorchDataset | dict | None = None,
         processing_class: Catalogue | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         args = self.checked_arguments(args)
         if model is not None:
@@ -109,7 +110,12 @@ class ILoraTrainer(RecommenderTrainer):
             histories = left_padded([rows[row]["history"] for row in range(min(len(eval_dataset), USERS_OF_USAGE))])
             self.add_callback(ExpertUsageCallback(self, torch.from_numpy(histories)))
 
-    def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
+    def evaluate(
+        self,
+        eval_dataset: datasets.Dataset | TorchDataset | dict | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """As `Trainer.evaluate`; outside of training, with `eval_ranking`, the targets are ranked too.
 
         Args:
@@ -176,22 +182,22 @@ class ILoraTrainer(RecommenderTrainer):
                 metrics[f"{prefix}mrr"] = float(reciprocal_rank(values).mean())
         return ranks, metrics
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: datasets.Dataset | TorchDataset | str | None = None) -> DataLoader:
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(rows, datasets.Dataset):
-            rows = self._evaluation_prompts(rows)
+            rows = ConcatDataset(self._evaluation_prompts(rows))
         return super().get_eval_dataloader(rows)
 
-    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: TorchDataset | None = None) -> Sampler | None:
         """As in `Trainer`; the prompts of an optimizer step of several batches are sorted by length."""
         rows = self.train_dataset if train_dataset is None else train_dataset
         args, collator = self.args, self.data_collator
         if isinstance(collator, CompletedBatches):
             collator = collator.collator
-        is_ours = isinstance(rows, CandidateRows) and isinstance(collator, PromptCollator)
-        if not is_ours or args.gradient_accumulation_steps == 1 or args.train_sampling_strategy != "random":
+        sorts = args.gradient_accumulation_steps > 1 and args.train_sampling_strategy == "random"
+        if not (sorts and isinstance(rows, CandidateRows) and isinstance(collator, PromptCollator)):
             return super()._get_train_sampler(train_dataset)
         rows_per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -203,7 +209,7 @@ class ILoraTrainer(RecommenderTrainer):
     def optimizer_of(self, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
         return ilora_optimizer(model, self.args)
 
-    def call_model_init(self, trial=None) -> nn.Module:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
         _check_model(model)
         self._freeze_lora(model)
@@ -231,7 +237,7 @@ class ILoraTrainer(RecommenderTrainer):
             epochs = range(self._num_epochs(self.train_dataset))
             check_prompt_lengths(self.data_collator, self.train_dataset, epochs, catalogue, "train_dataset")
         if isinstance(eval_dataset, datasets.Dataset) and self.args.eval_strategy != "no":
-            for rows in self._evaluation_prompts(eval_dataset).datasets:
+            for rows in self._evaluation_prompts(eval_dataset):
                 check_prompt_lengths(self.data_collator, rows, range(1), catalogue, "eval_dataset")
 
     def _num_epochs(self, rows: CandidateRows) -> int:
@@ -270,10 +276,10 @@ class ILoraTrainer(RecommenderTrainer):
             self._rows_of_evaluation[key] = rows, made  # the rows are kept, so that their id stays theirs
         return self._rows_of_evaluation[key][1]
 
-    def _evaluation_prompts(self, rows: datasets.Dataset) -> ConcatDataset:
+    def _evaluation_prompts(self, rows: datasets.Dataset) -> list[CandidateRows]:
         """The rows as prompts of the kinds that training shows: with candidates, then without."""
         kinds = [True] * (self.candidate_fraction > 0) + [False] * (self.candidate_fraction < 1)
-        return ConcatDataset([self._evaluation_rows(rows, shows_candidates) for shows_candidates in kinds])
+        return [self._evaluation_rows(rows, shows_candidates) for shows_candidates in kinds]
 
 
 def _with_candidates_on_cpu(batch: dict) -> dict:
@@ -322,7 +328,9 @@ def ilora_optimizer(
     router).
     """
     optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    lora, others, router = [], [], []
+    lora: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    router: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -1,20 +1,22 @@
 """A Trainer of next-item models that takes splits of histories as they are."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sized
+from typing import Any, TypeAlias, cast
 
 import datasets
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from hf_ilora.data.columns import flatten_lists, read_column, repeat_share, training_sequences
 from hf_ilora.evaluation.ranking import RankingMetrics, ranks_from_logits
 from hf_ilora.models.loading import check_catalogue
 from hf_ilora.models.next_item.catalogue import Catalogue
+from hf_ilora.models.next_item.configuration_next_item import catalogue_size
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.modeling_caser import CaserForNextItem
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
@@ -48,7 +50,7 @@ logger = logging.getLogger(__name__)
 METRICS_CUTOFF = 10  # of NDCG and hit ratio
 METRICS = ("loss", *(f"{seen}{name}" for seen in ("", "unmasked_") for name in ("ndcg@10", "hit_ratio@10", "mrr")))
 
-Rows = datasets.Dataset | datasets.IterableDataset
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 class NextItemTrainer(RecommenderTrainer):
@@ -94,7 +96,7 @@ class NextItemTrainer(RecommenderTrainer):
         compute_metrics: Callable | None = None,
         preprocess_logits_for_metrics: Callable | None = None,
         title_embeddings: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         args = self.checked_arguments(args)
         if processing_class is not None and not isinstance(processing_class, Catalogue):
@@ -139,7 +141,12 @@ class NextItemTrainer(RecommenderTrainer):
                 "the model has no catalogue and will be saved without titles: pass processing_class=sequences.catalogue"
             )
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """As `Trainer.train`; an untrained model first gets the item embeddings that `initial_items` names."""
         if self.model_init is None and not resume_from_checkpoint and not self._is_started:
             self._start_items(self.model)
@@ -181,26 +188,26 @@ class NextItemTrainer(RecommenderTrainer):
         """
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: Rows | TorchDataset | str | None = None) -> DataLoader:
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         return super().get_eval_dataloader(None if rows is None else self._evaluation_histories(rows))
 
-    def get_test_dataloader(self, test_dataset):
+    def get_test_dataloader(self, test_dataset: Rows | TorchDataset) -> DataLoader:
         return super().get_test_dataloader(self._evaluation_histories(test_dataset))
 
-    def _get_eval_sampler(self, eval_dataset):
+    def _get_eval_sampler(self, eval_dataset: TorchDataset) -> Sampler | None:
         # In the order of the rows, also where training groups them by length: `predict` answers row by row.
         if self.args.train_sampling_strategy == "group_by_length":
-            return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+            return SequentialSampler(cast(Sized, eval_dataset)) if self.args.world_size <= 1 else None
         return super()._get_eval_sampler(eval_dataset)
 
     def optimizer_of(self, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
-        _give_sparse_gradients(model, self.args.item_optimizer == "lazy_adam")
+        _give_sparse_gradients(cast(EncoderForNextItem, model), self.args.item_optimizer == "lazy_adam")
         return next_item_optimizer(model, self.args)
 
-    def call_model_init(self, trial=None) -> nn.Module:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
         self._prepare_model(model, self.args)
         if self.is_in_train:
@@ -228,11 +235,11 @@ class NextItemTrainer(RecommenderTrainer):
             model.catalogue = self.catalogue
         if args.item_optimizer == "lazy_adam":
             check_lazy_adam(model, args)
-        labelled_positions = self._labelled_positions(model, args)
+        labelled_positions, num_items = self._labelled_positions(model, args), catalogue_size(model.config)
         if self._train_rows is not None:
-            _check_item_ids(self._train_rows, model.config.num_items)
+            _check_item_ids(self._train_rows, num_items)
             if model.config.popularity_power:
-                model.set_item_counts(item_counts(self._train_rows, model.config.num_items, labelled_positions))
+                model.set_item_counts(item_counts(self._train_rows, num_items, labelled_positions))
         elif model.config.popularity_power and not model.item_counts.any():
             raise ValueError(
                 "popularity_power needs the item counts of the training rows, which a stream does not have: pass a "
@@ -246,7 +253,7 @@ class NextItemTrainer(RecommenderTrainer):
                     "co-occurrences are counted before training"
                 )
         if self._title_embeddings is not None:
-            self._title_embeddings = checked_title_embeddings(self._title_embeddings, model.config.num_items)
+            self._title_embeddings = checked_title_embeddings(self._title_embeddings, num_items)
         elif args.initial_items in WITH_TITLES:
             check_titles(model.catalogue, args.title_encoder)
 
@@ -285,6 +292,7 @@ class NextItemTrainer(RecommenderTrainer):
             return rows
         if id(rows) not in self._evaluation_rows:
             max_length = self.model.config.max_length
+            made: TorchDataset
             if isinstance(rows, datasets.Dataset):
                 _check_columns(rows, "eval_dataset")
                 made = EvaluationHistories(rows, max_length)
@@ -302,7 +310,7 @@ class NextItemTrainer(RecommenderTrainer):
         if self.args.initial_items == "random":
             return
         labelled_positions = self._labelled_positions(model, self.args)
-        counts = item_counts(self._train_rows, model.config.num_items, labelled_positions)
+        counts = item_counts(self._train_rows, catalogue_size(model.config), labelled_positions)
         embeddings = initial_item_embeddings(
             self.args.initial_items,
             self._train_rows,
@@ -326,7 +334,8 @@ def next_item_optimizer(
     optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     if arguments.item_optimizer == "lazy_adam":
         optimizer_class = LazyAdamW
-    items, others = [], []
+    items: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (items if name.endswith("item_embedding.weight") else others).append(parameter)
     groups = [
@@ -341,7 +350,7 @@ def next_item_optimizer(
     return optimizer_class, {"params": groups, **settings}
 
 
-def _give_sparse_gradients(model: nn.Module, sparse: bool) -> None:
+def _give_sparse_gradients(model: EncoderForNextItem, sparse: bool) -> None:
     """Whether the tables of a model get gradients of the rows that a step reads, or of all rows."""
     model.get_input_embeddings().sparse = model.head.sparse = sparse
 

@@ -61,6 +61,7 @@ class RecommenderTrainer(Trainer):
     """
 
     arguments_class: type[TrainingArguments]
+    data_collator: Callable[[list], dict]
 
     def __init__(self, model: nn.Module | None, args: TrainingArguments | None, **kwargs):
         if args.n_gpu > 1:

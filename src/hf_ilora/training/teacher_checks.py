@@ -65,11 +65,11 @@ def check_teacher(teacher: object | None, labels: TeacherLabels | None, policy, 
             "policy kl_divergence compares whole distributions, and teacher_labels have the teacher's best items "
             "only: expected an online teacher (teacher=model), or another policy"
         )
-    if teacher is None and labels is None and (args.alpha or args.embedding_weight):
-        raise ValueError(
-            f"alpha is {args.alpha} and embedding_weight {args.embedding_weight} without a teacher: expected 0 for "
-            "both, or teacher_labels"
-        )
+    if teacher is None and labels is None:
+        needing = {name: getattr(args, name) for name in ("alpha", "embedding_weight", "kl_weight")}
+        if any(needing.values()):
+            found = ", ".join(f"{name} {value}" for name, value in needing.items())
+            raise ValueError(f"weights are {found} without a teacher: expected 0 for all of them, or teacher_labels")
     if teacher is None:
         return
     check_not_spread()
