@@ -238,7 +238,7 @@ HOLD = "with held_folder(path):\n    "
 
 def test_a_folder_has_one_writer_and_a_second_one_is_told_who_it_is(tmp_path):
     with writing(HOLD, tmp_path / "run") as process:
-        message = rf"run has another writer: process {process.pid} holds this folder since 20.* choose another output_d"
+        message = rf"run is in use: process {process.pid} on .* writing there since 20.* choose another output_dir"
         for _ in range(2):  # being refused takes nothing from the holder
             with pytest.raises(ValueError, match=message), held_folder(tmp_path / "run"):
                 pass
@@ -268,7 +268,7 @@ def test_a_killed_writer_holds_nothing_whatever_its_lock_file_says(tmp_path):
     (tmp_path / "run" / LOCK_FILE).write_text("no JSON")
     with (
         held_folder(tmp_path / "run"),
-        pytest.raises(ValueError, match="holds this folder since"),
+        pytest.raises(ValueError, match="has been writing there since"),
         held_folder(tmp_path / "run"),
     ):
         pass

@@ -1,4 +1,4 @@
-"""Downloads to a cache: resumed after interruptions, verified, and whole or not at all."""
+"""Downloads files to a cache: resumes after interruptions, verifies checksums, and leaves no half files."""
 
 import hashlib
 import logging
@@ -27,15 +27,15 @@ class DownloadError(RuntimeError):
 
 
 class ChecksumError(DownloadError):
-    """A downloaded file is not the expected one."""
+    """A downloaded file has another checksum than expected."""
 
 
 class _TransientFailure(Exception):
-    """The server failed in a way that may be temporary."""
+    """The server failed, perhaps temporarily."""
 
 
 def default_cache_dir() -> Path:
-    """The folder of ``HF_ILORA_CACHE``, else ``~/.cache/hf_ilora``."""
+    """The folder of ``HF_ILORA_CACHE`` if it is set, else ``~/.cache/hf_ilora``."""
     return Path(os.environ.get("HF_ILORA_CACHE") or Path.home() / ".cache" / "hf_ilora").expanduser()
 
 
@@ -58,18 +58,18 @@ def download_file(
         url: http or https.
         destination: the file to write; its folder is created.
         checksum: "md5:<hex>" or "sha256:<hex>".
-        attempts: number of consecutive failures without progress after which to give up.
-        backoff_seconds: pause after the first failure; doubles with each further one.
+        attempts: give up after this many consecutive failures without progress.
+        backoff_seconds: pause after the first failure; it doubles with each further one.
         connect_timeout, read_timeout: seconds to wait for the connection, and for the next bytes.
 
     Returns:
         `destination`.
 
     Raises:
-        DownloadError: the server cannot be reached, refuses, or keeps failing; the partial download is kept.
+        DownloadError: the server cannot be reached, refuses, or keeps failing; the partial download stays.
         ChecksumError: the checksum is wrong; the download is deleted.
     """
-    if destination.is_file():  # perhaps in a cache that cannot be written, where a lock would fail
+    if destination.is_file():  # before the lock, which would fail in a read-only cache
         return destination
     destination.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{destination}.lock"):
@@ -87,7 +87,7 @@ def download_file(
 def download_wheel(requirement: str, destination: Path, *, checksum: str, python: str = sys.executable) -> Path:
     """Download a wheel with ``pip download``, so that pip's configuration of indexes and proxies applies.
 
-    The wheel is not installed, and nothing in it is run.
+    The wheel is not installed, and none of its code runs.
 
     Args:
         requirement: an exact requirement, such as "recbole==1.2.1".
@@ -99,8 +99,8 @@ def download_wheel(requirement: str, destination: Path, *, checksum: str, python
         `destination`.
 
     Raises:
-        DownloadError: that Python has no pip, or pip fails.
-        ChecksumError: the wheel is not the expected one.
+        DownloadError: `python` has no pip, or pip fails.
+        ChecksumError: the wheel has another checksum.
     """
     if destination.is_file():
         return destination
@@ -140,17 +140,17 @@ def folder_of_wheel(
     needed_files: Collection[str],
     make: Callable[[Path, Path], None],
 ) -> Path:
-    """Make a folder of what a wheel contains, unless the folder is there with all that it needs.
+    """Make a folder from the content of a wheel, unless the folder exists with all needed files.
 
-    The folder is created atomically, and processes that call at the same time wait for the first one. If files of it
-    have vanished since, as caches are cleaned, it is made anew. The wheel itself is not kept.
+    The folder is created atomically, and processes that call this at the same time wait for the first one. If files are
+    missing, perhaps because somebody cleaned the cache, the folder is made again. The wheel is deleted afterwards.
 
     Args:
         folder: the folder to make.
         requirement, checksum: as in `download_wheel`.
         wheel_name: the wheel's own file name.
-        needed_files: names of files without which the folder is not whole.
-        make: writes to a folder what it takes from the wheel, `make(wheel, folder)`.
+        needed_files: names of the files that the folder must have.
+        make: called as `make(wheel, folder)`; writes the files to the folder.
 
     Returns:
         `folder`.
@@ -162,7 +162,7 @@ def folder_of_wheel(
     def missing_files() -> list[str]:
         return [name for name in needed_files if not (folder / name).is_file()]
 
-    if not missing_files():  # perhaps in a cache that cannot be written, where a lock would fail
+    if not missing_files():  # before the lock, which would fail in a read-only cache
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -170,7 +170,7 @@ def folder_of_wheel(
         if not missing:
             return folder
         if folder.exists():
-            logger.warning("%s lacks %s: making it anew", folder, ", ".join(missing))
+            logger.warning("%s lacks %s: making it again", folder, ", ".join(missing))
             shutil.rmtree(folder)
         wheel = download_wheel(requirement, folder.with_name(wheel_name), checksum=checksum)
         with folder_written_whole(folder) as unfinished:
@@ -212,7 +212,7 @@ def _transfer(client: httpx2.Client, url: str, destination: Path, part: Path) ->
         headers["Range"] = f"bytes={start}-"
     with client.stream("GET", url, headers=headers) as response:
         status = response.status_code
-        if status == 416 and start:  # no bytes after `start`: complete, if the checksum is right
+        if status == 416 and start:  # there are no bytes after `start`; the checksum will tell whether all is here
             return
         if status in _TRANSIENT_STATUS:
             raise _TransientFailure(f"the server answered {status} {response.reason_phrase}")

@@ -1,6 +1,6 @@
-"""Files and folders that are written whole or not at all, and the lock of an output folder.
+"""Writes files and folders whole or not at all, and locks output folders.
 
-A crash never leaves half of a file under its real name, and a folder never has two writers.
+A crash never leaves half of a file under its final name, and a folder never has two writers.
 """
 
 import errno
@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
-SECONDS_TO_SEE = 30.0  # network disks show what another machine wrote after a while
-# What a disk answers that knows no locks.
+SECONDS_TO_SEE = 30.0  # network disks show with a delay what another machine wrote
+# Errors of file systems without locks.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -31,9 +31,10 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` when the block ends without an error.
 
-    Until then, and after an error, an earlier file at `path` stays as it is. The file gets the permissions of the
-    umask, even if the writer is stricter (safetensors is). The suffix is kept, for writers that choose their format by
-    it. What a killed process leaves, `.<stem>.<number>.unfinished<suffix>`, is removed by the next write of the file.
+    Until then, and after an error, an earlier file at `path` stays unchanged. The file gets the permissions of the
+    umask, even if the writer is stricter (safetensors is). The temporary path has the same suffix, for writers that
+    choose their format by it. If a process is killed, the next write of the file removes the leftover
+    `.<stem>.<number>.unfinished<suffix>`.
     """
     path = Path(path)
     with staged(path, path.stem, path.suffix) as unfinished:
@@ -48,17 +49,17 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 def folder_written_whole(path: str | os.PathLike, replaceable_files: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `path` when the block ends without an error.
 
-    Until then, and after an error, an earlier folder at `path` stays as it is. All files get the permissions of the
-    umask. What a killed process leaves, `.<name>.<number>.unfinished`, is removed by the next call. If it is killed
-    between the two renames of the exchange, the earlier folder is left as `previous_folder(path)`; the next call moves
-    it back first.
+    Until then, and after an error, an earlier folder at `path` stays unchanged. All files get the permissions of the
+    umask. If a process is killed, the next call removes the leftover `.<name>.<number>.unfinished`. If it is killed
+    between the two renames of the exchange, the earlier folder remains as `previous_folder(path)`, and the next call
+    first moves it back.
 
     Args:
         path: the folder to write. A symbolic link stays a link; the folder it points to is replaced.
-        replaceable_files: names that an earlier folder at `path` may contain.
+        replaceable_files: names of the files that an earlier folder at `path` may contain.
 
     Raises:
-        ValueError: on entry, when `path` is a file, or contains anything else, which the replacement would delete.
+        ValueError: on entry, if `path` is a file or contains anything else, which the replacement would delete.
     """
     path = Path(path).resolve()
     previous = previous_folder(path)
@@ -85,14 +86,14 @@ def previous_folder(path: Path) -> Path:
 
 @contextmanager
 def staged(path: Path, name: str, suffix: str = "") -> Iterator[Path]:
-    """Yield `.<name>.<number>.unfinished<suffix>`, a new path beside `path`; what the block leaves there is deleted.
+    """Yield `.<name>.<number>.unfinished<suffix>`, a new path beside `path`, and delete anything left there afterwards.
 
-    Beside that, a lock file shows as long as the block runs that the writer lives: the operating system frees the lock
-    with the process, also for other machines and containers, which cannot see a process by its id. First, what killed
-    processes left of the same name is removed. The folder of `path` is created.
+    While the block runs, a lock file beside it shows that the writer is alive. The operating system releases the lock
+    when the process ends, even for other machines and containers, which cannot look up a process id. On entry, this
+    creates the folder of `path` and removes leftovers of killed processes with the same name.
 
     Raises:
-        OSError: with the name of `path`, when the file system refuses.
+        OSError: the file system refuses; the error names `path`.
     """
     number = f"{os.getpid()}-{secrets.token_hex(4)}"
     unfinished, writer = (path.with_name(f".{name}.{number}.{end}") for end in (f"unfinished{suffix}", "writer"))
@@ -102,7 +103,7 @@ def staged(path: Path, name: str, suffix: str = "") -> Iterator[Path]:
     lock = _lock(writer)
     try:
         with write_errors_named(path, writer):
-            lock.acquire(timeout=-1)  # nobody else has this number
+            lock.acquire(timeout=-1)  # no other writer has this number
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -116,11 +117,11 @@ def staged(path: Path, name: str, suffix: str = "") -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path, name: str | None = None) -> None:
-    """Delete what killed processes left in `folder`; what a living process writes stays.
+    """Delete unfinished files and folders of killed processes; those of living processes stay.
 
     Args:
-        folder: where the unfinished files and folders are.
-        name: of the file, without its suffix, or of the folder that they were to become; None for any.
+        folder: where to look for them.
+        name: final name of the folder, or of the file without its suffix; None for any.
     """
     pattern = re.compile(
         rf"\.{'.+' if name is None else re.escape(name)}\.\d+(-[0-9a-f]+)?\.(unfinished.*|writer)", re.DOTALL
@@ -133,7 +134,7 @@ def remove_unfinished(folder: Path, name: str | None = None) -> None:
         lock = _lock(folder / f"{prefix}writer")
         try:
             lock.acquire(blocking=False)
-        except (Timeout, OSError):  # its writer lives, or nobody knows
+        except (Timeout, OSError):  # the writer is alive, or might be
             continue
         for entry in entries:
             _delete(entry)
@@ -142,13 +143,13 @@ def remove_unfinished(folder: Path, name: str | None = None) -> None:
 
 
 def _lock(path: Path) -> FileLock:
-    # No soft lock where the disk has no real ones: the file of a killed process would hold for ever.
-    # A few attempts, since a holder that ends takes its file with it.
+    # Without real locks, a soft lock would not do: a killed process would keep it for ever.
+    # Tries for a moment, because a holder that ends deletes its lock file.
     return FileLock(path, timeout=0.2, thread_local=False, fallback_to_soft=False)
 
 
 def _delete(path: Path) -> None:
-    """Delete a file or folder that may be gone; what cannot be deleted, such as another user's, stays."""
+    """Delete a file or folder if it exists and may be deleted; another user's, for example, stays."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -158,29 +159,27 @@ def _delete(path: Path) -> None:
 
 @contextmanager
 def held_folder(folder: str | os.PathLike) -> Iterator[None]:
-    """Create `folder` and hold it: until the block or this process ends, no other process can.
+    """Create `folder` and lock it against other processes until the block or this process ends.
 
-    The operating system keeps the lock, also between machines that share a network disk, and frees it with the process,
-    however that ends. A killed process leaves the file `.lock` behind, which holds nothing: what it says about the
-    holder is for messages alone. A new folder in which the block writes nothing is removed.
+    The operating system keeps the lock, even between machines that share a network disk, and releases it when the
+    process ends, however it ends. A killed process leaves the file `.lock` behind, which locks nothing; its content
+    only serves error messages. A new folder in which the block writes nothing is removed.
 
     Raises:
-        ValueError: when another process holds the folder, and when there is a file in its place.
+        ValueError: another process holds the lock, or there is a file in place of the folder.
     """
     folder = Path(folder)
     path, is_new = folder / LOCK_FILE, not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(
-            f"{folder} is a file, or inside of one: expected a folder; choose another output_dir"
-        ) from error
+        raise ValueError(f"{folder} is a file, or inside one: expected a folder; choose another output_dir") from error
     lock = _lock(path)
     try:
         lock.acquire()
     except Timeout as error:
         raise ValueError(
-            f"{folder} has another writer: {_holder(path)}; wait for its end, end it, or choose another output_dir"
+            f"{folder} is in use: {_holder(path)}; wait until it ends, stop it, or choose another output_dir"
         ) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
@@ -200,11 +199,11 @@ def held_folder(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def sees_holder(folder: str | os.PathLike, holder: str | None) -> bool:
-    """Whether this process finds in `folder` what its holder wrote there, which a network disk may show late.
+    """Whether this process sees in `folder` the lock file of its holder, which a network disk may show late.
 
     Args:
-        folder: held by another process.
-        holder: what that process reads in the lock file; None, on a disk without locks, is found anywhere.
+        folder: a folder that another process holds.
+        holder: content of the lock file as that process reads it; None, on a disk without locks, is always seen.
     """
     end = time.monotonic() + SECONDS_TO_SEE
     while holder is not None and lock_text(folder) != holder:
@@ -215,7 +214,7 @@ def sees_holder(folder: str | os.PathLike, holder: str | None) -> bool:
 
 
 def lock_text(folder: str | os.PathLike) -> str | None:
-    """What the lock file of a folder says about its holder; None without one."""
+    """The content of the lock file of a folder; None if there is no such file."""
     try:
         return (Path(folder) / LOCK_FILE).read_text(encoding="utf-8")
     except OSError:
@@ -223,10 +222,10 @@ def lock_text(folder: str | os.PathLike) -> str | None:
 
 
 def remove_folder(folder: str | os.PathLike) -> None:
-    """Delete a folder, if it exists, unless a process holds it.
+    """Delete a folder if it exists.
 
     Raises:
-        ValueError: when a process holds it.
+        ValueError: another process holds it.
     """
     if (Path(folder) / LOCK_FILE).exists():
         with held_folder(folder):
@@ -241,31 +240,31 @@ def _write_holder(lock_file: Path) -> None:
         "since": datetime.now(UTC).isoformat(sep=" ", timespec="seconds"),
         "machine": platform.node(),
     }
-    with suppress(OSError):  # a full disk: the run will say so where it matters
+    with suppress(OSError):  # on a full disk, the run will fail where it matters
         lock_file.write_text(json.dumps(holder) + "\n", encoding="utf-8")
 
 
 def _holder(lock_file: Path) -> str:
-    """A sentence that names the holder of a folder, read from its lock file."""
+    """A clause that names the process that holds a folder, from its lock file."""
     try:
         holder = json.loads(lock_file.read_text(encoding="utf-8"))
-        return f"process {holder['process']} holds this folder since {holder['since']} (on {holder['machine']})"
-    except (OSError, ValueError, LookupError, TypeError):  # it has only just begun
-        return "another process holds this folder"
+        return f"process {holder['process']} on {holder['machine']} has been writing there since {holder['since']}"
+    except (OSError, ValueError, LookupError, TypeError):  # the holder has only just begun
+        return "another process is writing there"
 
 
 @contextmanager
 def write_errors_named(path: str | os.PathLike, unfinished: str | os.PathLike | None = None) -> Iterator[None]:
-    """What fails to be written in this block raises an OSError with a number and `path`, whatever library writes it.
+    """Turn errors of writing in this block into OSErrors that have a number and name `path`, whatever library writes.
 
-    A full disk names no file, and safetensors and torch raise errors of their own.
+    Errors of a full disk name no file, and safetensors and torch raise errors of their own.
 
     Args:
-        path: what is written.
-        unfinished: the temporary path that is written to, which says nothing to the user.
+        path: the file or folder to write.
+        unfinished: the temporary path, which means nothing to the user.
 
     Raises:
-        OSError: when the file system refuses.
+        OSError: the file system refuses.
     """
     try:
         yield
@@ -283,18 +282,18 @@ def write_errors_named(path: str | os.PathLike, unfinished: str | os.PathLike | 
 
 
 def failed_write(error: Exception) -> OSError | None:
-    """The error of the file system that `error` is or, without the file, reports; None for other errors."""
+    """The error of the file system that `error` is or reports (then without a file name); None for other errors."""
     if isinstance(error, OSError):
         return error if error.errno is not None else None
     if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors and tokenizers, which are written in Rust
         return OSError(int(number[1]), os.strerror(int(number[1])))
     if isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|unexpected pos \d+ vs \d+", str(error)):
-        return OSError(errno.EIO, "Not written whole")  # torch.save does not say why
+        return OSError(errno.EIO, "Not written whole")  # torch.save gives no reason
     return None
 
 
 def _is_full(path: Path) -> bool:
-    """Whether the disk of a folder that exists, or that one above it is on, has no megabyte left."""
+    """Whether the disk of `path`, or of its nearest existing parent, has less than a megabyte left."""
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free < 1 << 20
 
@@ -313,7 +312,7 @@ def _exchange(unfinished: Path, path: Path, previous: Path) -> None:
 
 
 def check_replaceable(path: str | os.PathLike, replaceable_files: Collection[str]) -> None:
-    """Raise the ValueError of `folder_written_whole` before work begins whose result would be lost."""
+    """Raise the ValueError of `folder_written_whole` early, before doing work that could not be saved."""
     path = Path(path)
     if not path.exists():
         return

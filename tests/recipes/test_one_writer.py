@@ -28,7 +28,7 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_folder_that_is_held_is_refused_before_anything_is_read(run_recipe, tmp_path, name):
     folder = tmp_path / ("out_run" if name == "prepare_data" else "out")
-    message = rf"has another writer: process {os.getpid()} holds this folder since "
+    message = rf"is in use: process {os.getpid()} on .* has been writing there since "
     with held_folder(folder), pytest.raises(ValueError, match=message):
         run_recipe(name, output_dir=tmp_path / "out", **RECIPES[name])
 
@@ -54,7 +54,7 @@ def test_a_second_command_changes_nothing_of_a_run_and_a_killed_one_holds_nothin
         wait_for_checkpoint(first, run.output_dir, 8)  # four steps are an epoch
         second = start_recipe("train_sasrec", **settings)
         assert second.returncode == 2, second.stderr
-        assert second.stderr.count("\n") == 1 and f"process {first.pid} holds this folder since " in second.stderr
+        assert second.stderr.count("\n") == 1 and f"in use: process {first.pid} on " in second.stderr
         assert first.poll() is None and run.record["status"] == "running" and "earlier_runs" not in run.record
         kill_with_children(first)
     third = start_recipe("train_sasrec", **settings | {"hidden_size": 8})

@@ -23,7 +23,7 @@ from hf_ilora import convert_reference_sasrec
 from hf_ilora.reference import pickle_reader
 from hf_ilora.reference.convert_models import load_reference_state_dict
 from hf_ilora.reference.pickle_reader import UnsafePickleError, read_frame, read_state_dict
-from hf_ilora.reference.published_sequences import load_reference_interactions
+from hf_ilora.reference.published_sequences import load_reference_sequences
 from tests.reference.published_sasrec import Call, save
 
 # Files of torch.save.
@@ -178,7 +178,7 @@ def test_a_file_that_runs_code_is_refused_by_the_name_it_calls(tmp_path, form, n
         with pytest.raises(UnsafePickleError, match=f"names {refused}"):
             load_reference_state_dict(path)
         with pytest.raises(ValueError, match=r"names|is not a whole pickle|not a DataFrame"):
-            load_reference_interactions(path)
+            load_reference_sequences(path)
         assert not marker.exists()
 
 
@@ -259,7 +259,7 @@ def test_a_registered_extension_cannot_pass_by_the_list(tmp_path):
 def test_broken_pickles_raise_an_error_that_names_the_file(tmp_path, content):
     path = tmp_path / "sasrec.pt"
     path.write_bytes(content)
-    for load in (load_reference_state_dict, load_reference_interactions):
+    for load in (load_reference_state_dict, load_reference_sequences):
         with pytest.raises(ValueError, match=str(path)):
             load(path)
 
@@ -441,7 +441,7 @@ def test_a_pickled_frame_gives_unpadded_histories_under_our_ids(tmp_path, protoc
         frame().set_index(pd.Index([5, 7, 9])),
     ):
         table.to_pickle(path, protocol=protocol)
-        assert load_reference_interactions(path).to_pydict() == EXPECTED_SEQUENCES
+        assert load_reference_sequences(path).to_pydict() == EXPECTED_SEQUENCES
 
 
 def test_a_frame_in_the_layout_before_pandas_1_3_is_read(tmp_path):
@@ -463,7 +463,7 @@ def test_a_frame_in_the_layout_before_pandas_1_3_is_read(tmp_path):
 
     with open(tmp_path / "train_data.df", "wb") as file:
         OldLayout(file, protocol=4).dump(frame(other=[0.5, 1.5, 2.5]))
-    assert load_reference_interactions(tmp_path / "train_data.df").to_pydict() == EXPECTED_SEQUENCES
+    assert load_reference_sequences(tmp_path / "train_data.df").to_pydict() == EXPECTED_SEQUENCES
 
 
 COLUMNS = r"with columns seq, len_seq and next \("
@@ -487,27 +487,27 @@ def test_another_frame_is_refused(tmp_path, table, message):
     path = tmp_path / "train_data.df"
     path.write_bytes(pickle.dumps(table))
     with pytest.raises(ValueError, match=f"is not a DataFrame {message}"):
-        load_reference_interactions(path)
+        load_reference_sequences(path)
 
 
 def test_a_frame_that_runs_code_or_is_cut_off_is_refused(tmp_path):
     marker, path = tmp_path / "code_ran", tmp_path / "train_data.df"
     frame(other=[Call(os.system, f"touch {marker}")] * 3).to_pickle(path)
     with pytest.raises(UnsafePickleError, match=r"names posix\.system"):
-        load_reference_interactions(path)
+        load_reference_sequences(path)
     frame().to_pickle(path)
     whole = path.read_bytes()
     for size in range(0, len(whole), 11):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="is not a whole pickle"):
-            load_reference_interactions(path)
+            load_reference_sequences(path)
     generator = random.Random(0)
     for _ in range(150):
         damaged = bytearray(whole)
         damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
         path.write_bytes(damaged)
         try:
-            load_reference_interactions(path)
+            load_reference_sequences(path)
         except ValueError:
             continue
     assert not marker.exists()

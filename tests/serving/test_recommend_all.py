@@ -380,7 +380,7 @@ def test_other_files_are_not_replaced_and_a_second_writer_is_refused(users, tmp_
     for name in ("out.csv", "out.tsv.gz", "out.jsonl"):
         with pytest.raises(ValueError, match=rf"output is .*{name}: expected a parquet file, such as .*out.*\.parquet"):
             recommend_all(model, table, tmp_path / name)
-    message = rf"has another writer: process {os.getpid()} holds this folder"
+    message = rf"is in use: process {os.getpid()} on "
     with held_folder(tmp_path / "out.parquet.parts"), pytest.raises(ValueError, match=message):
         recommend_all(model, table, tmp_path / "out.parquet")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "users.parquet"]

@@ -334,7 +334,7 @@ def test_a_cache_that_cannot_be_written_costs_the_cache_alone(bert, tmp_path, mo
     (tmp_path / "file").write_text("no folder")
     vectors = encode_titles(TITLES, bert, cache_dir=tmp_path / "file")
     assert torch.equal(vectors, encode_titles(TITLES, bert))
-    assert "cannot be written" in caplog.text and "are not kept" in caplog.text
+    assert "cannot be written" in caplog.text and "are not cached" in caplog.text
 
 
 def test_callers_at_the_same_time_encode_once(bert, monkeypatch):

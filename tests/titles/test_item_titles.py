@@ -319,7 +319,7 @@ def test_bad_vectors_of_the_catalogue_models_and_counts_are_refused():
         ItemTitles(model, title_embeddings=embeddings, item_counts=torch.ones(NUM_ITEMS))
     titles = ItemTitles(model, title_embeddings=embeddings)
     model.catalogue = catalogue()
-    with pytest.raises(ValueError, match="the catalogue of the model is another one now"):
+    with pytest.raises(ValueError, match="the catalogue of the model has been replaced since"):
         titles.add_items(NEW, new_vectors())
     model.catalogue = None
     with pytest.raises(ValueError, match="the model has no catalogue"):
@@ -447,7 +447,7 @@ def test_bad_descriptions_are_refused(described):
     with pytest.raises(ValueError, match="top_k is 41: expected 1 to 40, the items of the catalogue"):
         described.nearest_items(["group 1"], 41)
     described.model.catalogue = catalogue(counts=None)
-    with pytest.raises(ValueError, match="the catalogue of the model is another one now"):
+    with pytest.raises(ValueError, match="the catalogue of the model has been replaced since"):
         described.recommend([["group 1"]])
     titles = ItemTitles(described.model, title_embeddings=embeddings_of_catalogue())
     with pytest.raises(ValueError, match=r"history 1 is empty.* whose catalogue has the column count"):

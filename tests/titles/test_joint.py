@@ -83,7 +83,7 @@ def test_whitened_titles_have_unit_variance_in_every_direction(monkeypatch):
 def test_a_new_item_is_placed_by_the_components_of_the_others():
     titles = table(5, 3)
     components = pca.principal_components(titles, 5)
-    torch.testing.assert_close(components.of(titles[4:6]).float(), whitened(titles)[4:6])
+    torch.testing.assert_close(components.project(titles[4:6]).float(), whitened(titles)[4:6])
 
 
 BROKEN = table(4, 1)

@@ -1,1 +1,1 @@
-"""Reads the files that the authors of SASRec, LLaRA, iLoRA and DLLM2Rec published."""
+"""Reads the files that the authors of LLaRA, iLoRA and DLLM2Rec published."""

@@ -1,4 +1,4 @@
-"""The SASRec, GRU4Rec and Caser of LLaRA, iLoRA and DLLM2Rec as models of this package, with the same scores."""
+"""Converts the SASRec, GRU4Rec and Caser of LLaRA, iLoRA and DLLM2Rec to models of this package with equal scores."""
 
 import os
 from pathlib import Path
@@ -20,8 +20,8 @@ from hf_ilora.models.next_item.modeling_gru4rec import GRU4RecForNextItem
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 from hf_ilora.reference.pickle_reader import read_state_dict
 
-# The published programs read the newest 10 items and have this dropout; their files contain neither, except where a
-# shape depends on the number of items.
+# The published programs read the newest 10 items and use this dropout. Their files do not say so, except where a shape
+# depends on the number of items.
 _MAX_LENGTH = 10
 _DROPOUT = 0.1
 _HEAD_AND_LOSS = {
@@ -34,7 +34,7 @@ _HEAD_AND_LOSS = {
 _ITEMS, _HEAD = "item_embeddings", "s_fc"
 _COMMON_MODULES = {_ITEMS: "model.item_embedding", _HEAD: "head"}
 
-# The authors' names of modules, and ours.
+# The authors' names of modules -> ours.
 _SASREC_MODULES = _COMMON_MODULES | {
     "positional_embeddings": "model.position_embedding",
     "ln_1": "model.layers.0.attention_norm",
@@ -50,16 +50,16 @@ _SASREC_MODULES = _COMMON_MODULES | {
 
 
 def convert_reference(state_dict: dict[str, torch.Tensor]) -> EncoderForNextItem:
-    """Convert the authors' SASRec, GRU4Rec or Caser, whichever the names of the tensors belong to.
+    """Convert the authors' SASRec, GRU4Rec or Caser, which the names of the tensors tell apart.
 
     Args:
         state_dict: the authors' names and tensors (`load_reference_state_dict`), for N items.
 
     Returns:
-        As `convert_reference_sasrec`, `convert_reference_gru4rec` or `convert_reference_caser`.
+        The result of `convert_reference_sasrec`, `convert_reference_gru4rec` or `convert_reference_caser`.
 
     Raises:
-        ValueError: as these.
+        ValueError: as these functions.
     """
     names = [str(name) for name in state_dict]
     if any(name.startswith("gru.") for name in names):
@@ -112,7 +112,7 @@ def convert_reference_gru4rec(state_dict: dict[str, torch.Tensor]) -> GRU4RecFor
 
     Returns:
         The model, in eval mode. The reference's item i becomes i + 1, and its padding id N becomes 0. The files do not
-        contain the number of items that the model reads, which is set to 10, that of the published programs.
+        contain the length of histories, which is set to 10, as in the published programs.
 
     Raises:
         ValueError: for missing or unexpected names, and for shapes that do not fit one another.
@@ -190,13 +190,13 @@ def reference_catalogue(items_path: str | os.PathLike, num_items: int) -> Catalo
 
     Args:
         items_path: parquet with `item_id` (the reference's ids, 0..num_items - 1) and `title`, and optionally `raw_id`,
-            `year` and `genres`. Without `raw_id`, the reference's id is the raw id. Or the catalogue of a prepared data
-            set with the same items, whose ids are 1..num_items, such as that of the whole of MovieLens-100K.
+            `year` and `genres`. Without `raw_id`, the reference's ids become the raw ids. The catalogue of a prepared
+            data set with the same items, with the ids 1..num_items, is also accepted.
         num_items: number of items of the model.
 
     Raises:
-        FileNotFoundError: when there is no file.
-        ValueError: when the file is not such a table, or has other ids.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not such a table, or has other ids.
     """
     try:
         items = pq.read_table(items_path)
@@ -218,15 +218,15 @@ def reference_catalogue(items_path: str | os.PathLike, num_items: int) -> Catalo
 
 
 def load_reference_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The authors' names and tensors from their file, without running anything in it.
+    """Read the authors' names and tensors from their file, without running anything in it.
 
     Args:
         path: a safetensors file with the authors' names, or a file of `torch.save` (in either of its formats) with the
             whole module (SASRec, GRU4Rec or Caser) or its state dict.
 
     Raises:
-        UnsafePickleError: when a pickle names a class or function that the authors' files do not.
-        ValueError: when the file is truncated, is of another kind, or its sizes do not fit its bytes.
+        UnsafePickleError: a pickle names a class or function that the authors' files do not.
+        ValueError: the file is truncated or of another kind, or its sizes do not fit its bytes.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -242,7 +242,7 @@ def _is_horizontal(name: str) -> bool:
 
 
 def _parameters_of(modules: dict[str, str]) -> set[str]:
-    """The authors' names of the parameters of `modules`: embeddings have no bias."""
+    """The authors' names of the parameters of `modules`; embeddings have no bias."""
     names = {f"{module}.weight" for module in modules}
     return names | {f"{module}.bias" for module in modules if not module.endswith("_embeddings")}
 
@@ -278,7 +278,7 @@ def _sizes(state_dict: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _renamed(state_dict: dict[str, torch.Tensor], modules: dict[str, str]) -> dict[str, tuple[str, torch.Tensor]]:
-    """The authors' name -> our name, and the tensor with the ids of this package."""
+    """The authors' name -> our name, and the tensor with its rows in the order of our ids."""
     renamed = {}
     for name, tensor in state_dict.items():
         module, _, kind = name.rpartition(".")
@@ -294,7 +294,7 @@ def _renamed(state_dict: dict[str, torch.Tensor], modules: dict[str, str]) -> di
 def _with_weights(
     model: EncoderForNextItem, state_dict: dict[str, torch.Tensor], renamed: dict[str, tuple[str, torch.Tensor]]
 ) -> EncoderForNextItem:
-    """The model with the tensors of `_renamed`, in eval mode."""
+    """The model with the tensors that `_renamed` returned, in eval mode."""
     expected = model.state_dict()
     for name, (our_name, values) in renamed.items():
         if values.shape != expected[our_name].shape:

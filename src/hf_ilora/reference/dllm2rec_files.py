@@ -1,4 +1,4 @@
-"""The text files of DLLM2Rec's program, in which a teacher's answers were published, as a teacher."""
+"""A teacher that answers from the text files of DLLM2Rec's published program."""
 
 import io
 import os
@@ -14,20 +14,20 @@ RANKS_FILE, CONFIDENCE_FILE, EMBEDDINGS_FILE = "myrank_train.txt", "confidence_t
 
 
 class DLLM2RecFilesTeacher:
-    """A teacher whose answers are the text files that DLLM2Rec's program reads.
+    """A teacher that answers from the text files that DLLM2Rec's program reads.
 
-    It answers for rows of the train split (`hf_ilora.distillation.teachers` describes teachers). The lists are used as
-    they are: items that a history already contains cannot be replaced, because the lists end.
+    It answers for rows of the train split; see `hf_ilora.distillation.teachers`. It cannot exclude items that a history
+    already contains, because the lists have no further items to replace them.
 
     Args:
         folder: contains `myrank_train.txt` and `confidence_train.txt`, the teacher's items and their distances, with a
             line per training row and numbers separated by white space or commas. Item ids start at 0; ours are one
             higher. It may also contain `all_embeddings.pt`, (num_items, size).
-        num_rows: rows of the train split.
+        num_rows: number of rows of the train split.
         num_items: size of the catalogue.
 
     Raises:
-        ValueError: for files that do not fit the data set or each other.
+        ValueError: the files do not fit the data set or each other.
 
     Source: DLLM2Rec (RecSys 2024), its published program.
     """
@@ -86,7 +86,7 @@ class DLLM2RecFilesTeacher:
 
 
 def _read_numbers(path: Path, num_rows: int) -> np.ndarray:
-    """A text file of numbers as (rows, columns) float64."""
+    """Read a text file of numbers as (rows, columns) float64."""
     try:
         text = path.read_text(encoding="ascii").replace(",", " ")
         numbers = np.loadtxt(io.StringIO(text), ndmin=2) if text.strip() else np.zeros((0, 0))
@@ -98,7 +98,8 @@ def _read_numbers(path: Path, num_rows: int) -> np.ndarray:
             "that the ranking was made for"
         )
     if not np.isfinite(numbers).all():
-        raise ValueError(f"line {np.argwhere(~np.isfinite(numbers))[0][0] + 1} of {path} contains NaN or infinity")
+        line = np.argwhere(~np.isfinite(numbers))[0][0] + 1
+        raise ValueError(f"line {line} of {path} contains NaN or infinity: expected finite numbers; download it again")
     return numbers
 
 

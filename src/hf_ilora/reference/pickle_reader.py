@@ -1,11 +1,11 @@
-"""The fence around the authors' pickles: the only file of hf_ilora that reads pickles, and it runs nothing in them.
+"""Reads the authors' pickles without running anything in them; no other module of hf_ilora reads pickles.
 
-A pickle is a program that names functions and calls them. Here the calls are only recorded. Each name on a list becomes
-an inert `_Record` class that keeps arguments and state, any other name raises before anything happens, and plain code
-then reads tensors and columns from the records and checks every size against the bytes in the file. No function or
-class of torch, numpy, pandas or the authors is called, so odd arguments to them do no harm. torch's own `weights_only`
-unpickler, in contrast, calls the functions on its list, cannot read whole modules of the older format, and accepts
-further classes only through a process-wide list.
+A pickle is a program that names functions and calls them. This module only records the calls. Each name on a list
+becomes an inert `_Record` class that keeps arguments and state; any other name raises an error before anything happens.
+Plain code then reads tensors and columns from the records and checks every size against the bytes in the file. No
+function or class of torch, numpy, pandas or the authors is called, so odd arguments to them do no harm. In contrast,
+torch's `weights_only` unpickler calls the functions on its list, cannot read whole modules of the older format, and
+accepts further classes only through a process-wide list.
 """
 
 import copyreg
@@ -36,7 +36,7 @@ _STORAGE_DTYPES = {
 }
 _TENSOR_FUNCTIONS = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"}
 _PARAMETER_FUNCTION = "torch._utils._rebuild_parameter"
-# A class is pickled under another name if its script was run as a program instead of imported as a module.
+# A class is pickled under "__main__" if its script runs as a program, not as an imported module.
 _MODULE_CLASSES = {
     f"{module}.{name}"
     for module in (
@@ -100,14 +100,14 @@ class UnsafePickleError(ValueError):
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Names and tensors in a file of `torch.save` with the authors' SASRec, GRU4Rec or Caser or its state dict.
+    """Read names and tensors from a file of `torch.save` with the authors' SASRec, GRU4Rec or Caser or its state dict.
 
     Args:
         path: a file in either of torch's two formats.
 
     Raises:
-        UnsafePickleError: when the pickle names a class or function that is not on the list.
-        ValueError: when the file is truncated, is of another kind, or its sizes do not fit its bytes.
+        UnsafePickleError: the pickle names a class or function that is not on the list.
+        ValueError: the file is truncated or of another kind, or its sizes do not fit its bytes.
     """
     path = Path(path)
     root, storages = _read_saved(path)
@@ -130,11 +130,11 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def read_tensor(path: str | os.PathLike) -> torch.Tensor:
-    """The one tensor in a file of `torch.save`, such as DLLM2Rec's `all_embeddings.pt`.
+    """Read the one tensor in a file of `torch.save`, such as DLLM2Rec's `all_embeddings.pt`.
 
     Raises:
-        UnsafePickleError: when the pickle names a class or function that is not on the list.
-        ValueError: when the file is truncated, is of another kind, or its sizes do not fit its bytes.
+        UnsafePickleError: the pickle names a class or function that is not on the list.
+        ValueError: the file is truncated or of another kind, or its sizes do not fit its bytes.
     """
     path = Path(path)
     root, storages = _read_saved(path)
@@ -142,13 +142,13 @@ def read_tensor(path: str | os.PathLike) -> torch.Tensor:
 
 
 def read_frame(path: str | os.PathLike) -> dict[Any, Any]:
-    """The columns of a pickled pandas DataFrame: name -> (rows,) values.
+    """Read the columns of a pickled pandas DataFrame: name -> (rows,) values.
 
-    Pass what should be a whole number to `integer`, since values may be records of numpy numbers.
+    Values may be records of numpy numbers: pass them to `integer` to get whole numbers.
 
     Raises:
-        UnsafePickleError: when the pickle names a class or function that is not on the list.
-        ValueError: when the file is truncated, or is not a DataFrame in a known layout.
+        UnsafePickleError: the pickle names a class or function that is not on the list.
+        ValueError: the file is truncated, or is not a DataFrame in a known layout.
     """
     path = Path(path)
     frame, _ = _unpickle(io.BytesIO(path.read_bytes()), _FRAME_NAMES, path)
@@ -162,10 +162,10 @@ def read_frame(path: str | os.PathLike) -> dict[Any, Any]:
 
 
 def integer(value: Any) -> int:
-    """A whole number of at least 0 from a DataFrame: a number, or the first of a tuple such as (id, rating).
+    """A whole number of at least 0 from a DataFrame: the value, or the first of a tuple such as (id, rating).
 
     Raises:
-        ValueError: for anything else.
+        ValueError: the value is anything else.
     """
     if type(value) is tuple:
         value = value[0]
@@ -176,7 +176,7 @@ def integer(value: Any) -> int:
     return int(value)
 
 
-# The fence turns pickles into records.
+# --- from pickles to records ---
 
 
 class _Record:
@@ -210,10 +210,10 @@ class _Storage(_Record):
 
 
 class _RecordingUnpickler(pickle.Unpickler):
-    """Finds no function but the constructors of records, see the module docstring.
+    """Finds no functions but the constructors of records; see the module docstring.
 
     Attributes:
-        storages: key -> (dtype, number of elements) of the storages that the pickle refers to.
+        storages: key -> (dtype, number of elements) of each storage that the pickle refers to.
     """
 
     def __init__(self, stream: io.BytesIO, allowed: set[str], path: Path):
@@ -234,13 +234,13 @@ class _RecordingUnpickler(pickle.Unpickler):
             )
         if full_name == _DICTIONARY:
             return _RecordedDictionary
-        if full_name not in self.classes:  # however often the pickle names it
+        if full_name not in self.classes:  # one class for each name
             self.classes[full_name] = type(name, (_Record,), {"__slots__": (), "name": full_name})
         return self.classes[full_name]
 
     def persistent_load(self, pid):
         match pid:
-            # The older format stores the source of each module class with its name; it is not read.
+            # The older format stores the source code of each module class, which is ignored.
             case ("module", type() as module_class, _, _) if issubclass(module_class, _Record):
                 return module_class
             case ("storage", type() as storage, str() as key, _, int() as numel, *view) if (
@@ -253,7 +253,7 @@ class _RecordingUnpickler(pickle.Unpickler):
 
 
 class _Outline:
-    """What a pickle would build at one place: the number of its plain values, and the containers and records in it."""
+    """An object that a pickle would build, as the number of its plain values and the outlines of the objects in it."""
 
     __slots__ = ("depth", "parts", "size")
 
@@ -265,7 +265,7 @@ class _Outline:
         for part in parts:
             if isinstance(part, _Outline):
                 self.parts.append(part)
-                self.depth = max(self.depth, part.depth + 1)  # of `part` as it is so far
+                self.depth = max(self.depth, part.depth + 1)  # `part` may grow later
             else:
                 self.size += part
 
@@ -277,27 +277,27 @@ _TEXTS |= {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
 _EMPTY = {"EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_DICT", "EMPTY_SET"}
 _FROM_MARK = {"LIST", "TUPLE", "DICT", "FROZENSET"}
 _ADD_FROM_MARK = {"APPENDS", "SETITEMS", "ADDITEMS"}
-# Numbers of objects that are taken from the stack and put into one, and into the object below them.
+# Opcode -> number of objects that it takes from the stack to build one object, or to add them to the object below.
 _FROM_STACK = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "BINPERSID": 1}
 _CALLS = {"REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3}
 _ADD_FROM_STACK = {"APPEND": 1, "SETITEM": 2, "BUILD": 1}
-_KEYS = {"DICT": 2, "SETITEMS": 2, "SETITEM": 2, "ADDITEMS": 1, "FROZENSET": 1}  # every so many objects is a key
-# A file of the authors has less than one object per byte, even if those that are shared count as often as they occur.
+_KEYS = {"DICT": 2, "SETITEMS": 2, "SETITEM": 2, "ADDITEMS": 1, "FROZENSET": 1}  # every n-th object is a key
+# Files of the authors have less than one object per byte, even if shared objects count as often as they occur.
 _MAX_OBJECTS_PER_BYTE = 8
 _ALWAYS_ALLOWED_OBJECTS = 100_000
 _MAX_DEPTH = 500
 _LARGEST_KEY = 8
-_BYTES_PER_OBJECT = 16  # in texts
+_BYTES_PER_OBJECT = 16  # how many bytes of a text count as an object
 
 
 def _check_expansion(stream: io.BytesIO, path: Path) -> None:
-    """Follow the next pickle of the stream without building anything, and refuse it if it holds too much for its size.
+    """Follow the next pickle of the stream without building anything, and refuse it if it describes too much.
 
-    A pickle can refer to one object many times, so that a few bytes describe lists of any length; nest containers
-    without end; and use containers as keys, whose hashes take as long as the containers are large.
+    A pickle can refer to one object many times, so that a few bytes describe lists of any length. It can nest
+    containers endlessly, and use large containers as keys, which take long to hash.
 
     Raises:
-        UnsafePickleError: for such a pickle, and for operations that no file of the authors needs.
+        UnsafePickleError: the pickle does so, or uses operations that no file of the authors needs.
     """
     start = stream.tell()
     stack, marks, memo = [], [], {}
@@ -315,7 +315,7 @@ def _check_expansion(stream: io.BytesIO, path: Path) -> None:
         del stack[len(stack) - count :]
         return objects
 
-    # Frames of the authors hold a million small tuples of numbers: those of one size share an outline.
+    # Frames of the authors have a million small tuples of numbers, so tuples of the same size share an outline.
     small: dict[tuple[int, ...], _Outline] = {}
 
     def outline(parts: list) -> _Outline:
@@ -337,7 +337,7 @@ def _check_expansion(stream: io.BytesIO, path: Path) -> None:
             stack.append(memo[argument])
         elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT"):
             number = len(memo) if name == "MEMOIZE" else argument
-            # Objects are numbered in their order: a larger number would only allocate memory.
+            # Picklers number objects consecutively; a larger number would only allocate memory.
             if number > position - start:
                 raise UnsafePickleError(f"{path} numbers its objects in a way that no pickler does: it was not read")
             memo[number] = stack[-1]
@@ -395,7 +395,7 @@ def _nested(path: Path) -> UnsafePickleError:
 
 
 def _expanded_size(root: _Outline, limit: int, path: Path) -> int:
-    """The number of values in `root`, counted as often as they occur, or any number above `limit`."""
+    """The number of values in `root`, counted as often as they occur, or some number above `limit`."""
     sizes: dict[int, int] = {}
     waiting = [(root, iter(root.parts))]
     inside = {id(root)}
@@ -421,7 +421,7 @@ def _unpickle(stream: io.BytesIO, allowed: set[str], path: Path) -> tuple[Any, d
     try:
         _check_expansion(stream, path)
         stream.seek(start)
-        copyreg.clear_extension_cache()  # objects in this cache would bypass find_class
+        copyreg.clear_extension_cache()  # cached objects would bypass find_class
         unpickler = _RecordingUnpickler(stream, allowed, path)
         return unpickler.load(), unpickler.storages
     except UnsafePickleError:
@@ -444,7 +444,7 @@ def _all_strings(values: Iterable) -> bool:
     return all(type(value) is str for value in values)
 
 
-# Tensors out of the two formats of torch.save.
+# --- from the two formats of torch.save to tensors ---
 
 
 def _read_saved(path: Path) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -552,7 +552,7 @@ def _tensor(value: Any, storages: dict[str, torch.Tensor], where: str) -> torch.
     raise ValueError(f"{where}: its shape does not fit the bytes in the file; it is not a file of torch.save")
 
 
-# Columns out of a pickled DataFrame.
+# --- from a pickled DataFrame to columns ---
 
 
 def _frame_columns(frame: Any) -> dict[Any, Any]:

@@ -1,4 +1,4 @@
-"""Reads the released rows of LLaRA and iLoRA, with their fixed candidates, and the authors' pickled sequences."""
+"""Reads the rows that LLaRA and iLoRA released, with their fixed candidates, and the authors' pickled sequences."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from datasets import Dataset
 from hf_ilora.data.columns import flatten_lists, is_string, list_array, read_column, slice_indices
 from hf_ilora.data.schema import split_features
 from hf_ilora.data.sequences import SequenceDatasets
-from hf_ilora.data.storage import read_parquet
+from hf_ilora.data.storage import REMEDY, read_parquet
 from hf_ilora.data.workspace import dataset_of
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.reference.pickle_reader import integer, read_frame
@@ -27,25 +27,25 @@ def load_published_sequences(
     min_history: int = 3,
     max_history: int = 10,
 ) -> SequenceDatasets:
-    """Read rows with the published ids 0..num_items - 1, which are padded with num_items.
+    """Read published rows, which have the ids 0..num_items - 1 and are padded with num_items.
 
     Args:
         folder: contains `items.parquet` (item_id from 0, title), `validation.parquet` and `test.parquet` (history
             oldest first, target, candidates), and `train.parquet` (history, target) unless `rebuilt` is given.
-        rebuilt: a data set of the same items whose train split to use instead. Its raw ids must be the published ids
-            + 1, as those of MovieLens-100K are.
-        min_history: train rows with a shorter history are dropped, as in the published program.
+        rebuilt: a data set of the same items, whose train split replaces `train.parquet`. Its raw ids must be the
+            published ids + 1, as those of MovieLens-100K are.
+        min_history: drop train rows with a shorter history, as the published program does.
         max_history: number of newest items to keep in a history.
 
     Returns:
-        The splits with the published ids + 1. The catalogue has all items of `items.parquet`, with the published id as
-        raw id, stripped titles, and "unknown" for a blank title. The published rows have no users: their `user_id` is
-        the split and the row, such as "test-0"; rows of `rebuilt` keep theirs.
+        The splits, with the published ids + 1. The catalogue has all items of `items.parquet`, with the published ids
+        as raw ids, titles without white space around them, and "unknown" for a blank title. The published rows do not
+        name users, so `user_id` is the split and the row, such as "test-0"; rows of `rebuilt` keep theirs.
 
     Raises:
-        FileNotFoundError: when a file is missing.
-        ValueError: for damaged files, other columns, ids outside 0..num_items - 1, targets that are not among their
-            candidates, and settings out of range.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or has other columns, an id is outside 0..num_items - 1, a target is not among its
+            candidates, or a setting is out of range.
 
     Source: LLaRA (SIGIR 2024) and iLoRA (NeurIPS 2024), their released data.
     """
@@ -74,8 +74,8 @@ def load_published_sequences(
     return SequenceDatasets(splits, catalogue, protocol, None if rebuilt is None else rebuilt.source)
 
 
-def load_reference_interactions(path: str | os.PathLike) -> pa.Table:
-    """The sequences in the authors' pickled pandas `.df` files, without running anything in them.
+def load_reference_sequences(path: str | os.PathLike) -> pa.Table:
+    """Read the sequences in the authors' pickled pandas `.df` files, without running anything in them.
 
     Args:
         path: a pickled DataFrame with columns `seq` (padded histories of ids or (id, rating)), `len_seq` and `next`.
@@ -84,8 +84,8 @@ def load_reference_interactions(path: str | os.PathLike) -> pa.Table:
         `history` (list<int32>, oldest first, without padding) and `target` (int32), under our ids: the reference's + 1.
 
     Raises:
-        UnsafePickleError: when the pickle names a class or function that no such file needs.
-        ValueError: when the file is truncated, or is not such a table.
+        UnsafePickleError: the pickle names a class or function that no such file needs.
+        ValueError: the file is truncated, or is not such a table.
     """
     columns = read_frame(path)
     try:
@@ -167,7 +167,7 @@ def _rebuilt_split(rebuilt: SequenceDatasets, num_items: int, min_history: int, 
 
 
 def _split(users, items, lengths, targets, candidates, name: str, min_history: int, max_history: int) -> Dataset:
-    """Rows with at least `min_history` items, truncated to the newest `max_history`."""
+    """Rows whose history has at least `min_history` items, truncated to the newest `max_history`."""
     ends = np.cumsum(lengths)
     kept = lengths >= min_history  # (rows,)
     if not kept.any():
@@ -186,9 +186,11 @@ def _split(users, items, lengths, targets, candidates, name: str, min_history: i
 
 
 def _read(path: Path, columns: dict[str, str]) -> pa.Table:
-    """The columns of a published file, whose types must be of the kinds int, list or string."""
+    """Read columns of a published file; `columns` maps each name to its kind: int, list (of int) or string."""
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: expected the files of the published data, or another --train_from")
+        raise FileNotFoundError(
+            f"there is no {path}: expected the files of the published data; check the folder, or --train_from"
+        )
     table = read_parquet(path)
     is_kind = {
         "int": pa.types.is_integer,
@@ -199,8 +201,8 @@ def _read(path: Path, columns: dict[str, str]) -> pa.Table:
         if name not in table.column_names or not is_kind[kind](table.schema.field(name).type):
             raise ValueError(f"{path} has {table.schema.to_string()}: expected a column {name} of kind {kind}")
         if table[name].null_count:
-            raise ValueError(f"{path} has {table[name].null_count} empty values in {name}: expected none")
+            raise ValueError(f"{path} has {table[name].null_count} null values in {name}: expected none; {REMEDY}")
     return table.select(list(columns))
 
 
-__all__ = ["load_published_sequences", "load_reference_interactions"]
+__all__ = ["load_published_sequences", "load_reference_sequences"]

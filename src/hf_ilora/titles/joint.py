@@ -1,4 +1,4 @@
-"""Item embeddings of co-occurrence and titles together, by how often an item occurs in training."""
+"""Item embeddings that mix co-occurrence and titles, according to how often an item occurs in training."""
 
 import torch
 import torch.nn.functional as F
@@ -19,23 +19,23 @@ def joint_item_embeddings(
         both side by side      X[i] = (sqrt(1 - a[i]) unit(cooccurrence[i]), sqrt(a[i]) unit(whitened(titles)[i]))
         embeddings             X P, with P the `size` leading eigenvectors of X'X
 
-    so that X[i] . X[j] mixes the cosines of co-occurrence and titles, by what is known about both items. The tables are
-    read in pieces: beside them and the result, memory does not grow with the number of items.
+    X[i] . X[j] mixes the cosines of co-occurrence and titles: the more often both items occur, the more co-occurrence
+    counts. The tables are read in pieces, so beyond them and the result, memory does not grow with the number of items.
 
     Args:
         cooccurrence: (num_items + 1, any), such as `cooccurrence_embeddings`; zeros for items without a pair.
-        titles: (num_items + 1, any), such as `item_title_embeddings`; it is reduced to its leading `size` components,
+        titles: (num_items + 1, any), such as `item_title_embeddings`; reduced to its `size` leading components and
             whitened.
         item_counts: (num_items + 1,), how often each item occurs in training.
         size: numbers per item.
-        prior: number of occurrences with which co-occurrence and titles count alike.
+        prior: number of occurrences at which co-occurrence and titles have equal weight.
 
     Returns:
         (num_items + 1, size) float32, with zeros in row 0 and a mean length of 1 over the items.
 
     Raises:
-        ValueError: for tables of different items, a wrong shape, numbers that are not finite or negative counts, a
-            `size` or `prior` out of range, and titles that are all equal.
+        ValueError: tables have different numbers of items or a wrong shape; a number is not finite, or a count is
+            negative; `size` or `prior` is out of range; or all titles are equal.
     """
     _check(cooccurrence, titles, item_counts, size, prior)
     num_items = len(titles) - 1
@@ -44,7 +44,7 @@ def joint_item_embeddings(
 
     def side_by_side(first: int, items: torch.Tensor) -> torch.Tensor:
         share = shares[first : first + len(items), None]
-        by_titles = F.normalize(components.of(titles[first : first + len(items)]), dim=1)
+        by_titles = F.normalize(components.project(titles[first : first + len(items)]), dim=1)
         return torch.cat([(1 - share).sqrt() * F.normalize(items, dim=1), share.sqrt() * by_titles], dim=1)
 
     width = cooccurrence.shape[1] + components.directions.shape[1]

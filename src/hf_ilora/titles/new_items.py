@@ -1,4 +1,4 @@
-"""Items that join a trained model: their catalogue entries, and their rows in its tables."""
+"""Adds items to a trained model: rows of its catalogue and of its item tables."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -21,19 +21,19 @@ Items = Iterable[tuple[int | str, str]] | Mapping[int | str, str] | pa.Table | p
 
 
 def new_items_table(items: Items, catalogue: Catalogue) -> pa.Table:
-    """The rows by which a catalogue grows.
+    """The rows that new items add to a catalogue.
 
     Args:
         items: (raw id, title) pairs, a dictionary of titles by raw id, or a table (of pyarrow, pandas or datasets) with
             the columns `raw_id` (or `item_id`), `title` and optionally others of the catalogue, such as `year`.
-        catalogue: that grows.
+        catalogue: the catalogue to add to.
 
     Returns:
-        Its columns; `count` is 0, `genres` empty and all others null where the items have none.
+        The columns of the catalogue. `count` is 0; columns that the items lack are null, and `genres` empty.
 
     Raises:
-        ValueError: for no items, other columns, raw ids that are repeated, in the catalogue already or of another type,
-            and missing or blank titles.
+        ValueError: there are no items; a column is missing or has another type; raw ids are repeated, already in the
+            catalogue or of another type; or a title is missing or blank.
     """
     given = _as_table(items)
     if not len(given):
@@ -69,7 +69,7 @@ def new_items_table(items: Items, catalogue: Catalogue) -> pa.Table:
 
 
 def _as_table(items: Items) -> pa.Table:
-    """With the columns raw_id and title, and others of a table."""
+    """A table with the columns raw_id and title, and further ones if `items` is a table."""
     if isinstance(items, datasets.Dataset):
         items = items.with_format("arrow")[:]
     elif isinstance(items, Catalogue):
@@ -107,7 +107,7 @@ def _table_of_pairs(pairs: list) -> pa.Table:
 
 
 def _raw_ids(column: pa.ChunkedArray, expected: pa.DataType) -> pa.Array:
-    """The raw ids as the catalogue has them: int64 or string."""
+    """The raw ids in the type of the catalogue: int64 or string."""
     if column.null_count:
         raise ValueError(f"{column.null_count} of the new items have no raw id: expected one for each")
     is_text = is_string(column.type)
@@ -120,11 +120,11 @@ def _raw_ids(column: pa.ChunkedArray, expected: pa.DataType) -> pa.Array:
 
 
 def item_tables(model: EncoderForNextItem) -> list[nn.Parameter]:
-    """The tables with a row per item: the one that is read and the one that scores, or both in one if they are tied.
+    """The tables with a row per item: the input embeddings and the head, or one table if they are tied.
 
     Raises:
-        TypeError: for a model that has none.
-        ValueError: for teacher embeddings that are not folded, and weights that are spread over processes.
+        TypeError: the model has no such tables.
+        ValueError: teacher embeddings are not folded, or the weights are spread over processes.
     """
     if not isinstance(model, EncoderForNextItem):
         raise TypeError(
@@ -145,7 +145,7 @@ def item_tables(model: EncoderForNextItem) -> list[nn.Parameter]:
 def set_item_rows(
     model: EncoderForNextItem, item_ids: torch.Tensor, rows: list[torch.Tensor], bias: float | None
 ) -> None:
-    """Write the rows of items, one tensor (items, size) for each of `item_tables`, and their bias in the head."""
+    """Set the rows of items, one tensor (items, size) for each of `item_tables`, and their bias in the head."""
     for table, values in zip(item_tables(model), rows, strict=True):
         table[item_ids.to(table.device)] = values.to(table)
     if bias is not None:
@@ -156,13 +156,13 @@ def set_item_rows(
 def add_item_rows(
     model: EncoderForNextItem, rows: list[torch.Tensor], bias: float | None, catalogue: Catalogue
 ) -> None:
-    """Let a model grow by items, in place.
+    """Add items to a model, in place.
 
     Args:
         model: the model.
         rows: a tensor (items, size) for each of `item_tables`.
-        bias: of the new items in the head; None for a head without biases.
-        catalogue: of all items, the new ones last.
+        bias: bias of the new items in the head; None for a head without biases.
+        catalogue: the catalogue of all items, the new ones last.
     """
     tables = [_grown(table, values) for table, values in zip(item_tables(model), rows, strict=True)]
     config = copy.copy(model.config)  # another model may share it

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Tables are read in pieces of at most as many numbers; each of a few copies in double precision has 32 MB.
+# Tables are read in pieces of at most so many numbers, each 32 MB in double precision.
 _NUMBERS_AT_ONCE = 1 << 22
 
 
@@ -21,8 +21,8 @@ class Components:
     mean: torch.Tensor
     directions: torch.Tensor
 
-    def of(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows (items, any) of embeddings, also of items that are not in the table -> (items, components) float64."""
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        """The components of embeddings, in the table or not: (items, any) -> (items, components) float64."""
         return (rows.detach().cpu().double() - self.mean) @ self.directions
 
 
@@ -70,20 +70,20 @@ def pca_embeddings(table: torch.Tensor, size: int, whiten: bool = True) -> torch
         sign of each component makes its largest loading positive, so equal tables give equal embeddings.
 
     Raises:
-        ValueError: for another shape, numbers that are not finite, a `size` out of range, or embeddings that are all
+        ValueError: the table has another shape, a number is not finite, `size` is out of range, or all embeddings are
             equal.
     """
     components = principal_components(table, size, whiten)
     embeddings = torch.zeros(len(table), size)
     for first, items in item_pieces(table):
-        embeddings[first : first + len(items)] = components.of(items)
+        embeddings[first : first + len(items)] = components.project(items)
     return embeddings
 
 
 def whitened(table: torch.Tensor, size: int | None = None) -> torch.Tensor:
     """Item embeddings with mean zero and, in every direction, variance 1 over the items.
 
-    The cosines of raw title embeddings are dominated by what most titles share; those of whitened ones are not.
+    Directions that most titles share dominate the cosines of raw title embeddings, but not of whitened ones.
 
     Args:
         table: (num_items + 1, any), row 0 for padding, such as `item_title_embeddings`.
@@ -101,7 +101,7 @@ def whitened(table: torch.Tensor, size: int | None = None) -> torch.Tensor:
 
 
 def item_pieces(table: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Ids of the first item and embeddings (items, any) float64 of one piece of a table (num_items + 1, any)."""
+    """Pieces of a table (num_items + 1, any): the id of the first item, and embeddings (items, any) float64."""
     step = max(1, _NUMBERS_AT_ONCE // max(1, table.shape[1]))
     for first in range(1, len(table), step):
         yield first, table[first : first + step].detach().cpu().double()

@@ -1,4 +1,4 @@
-"""Titles as vectors without a language model: TF-IDF of words and word pairs."""
+"""Encodes titles without a language model: TF-IDF of words and pairs of words."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ MAX_SIZE = 384
 def encode_with_tf_idf(titles: Sequence[str]) -> torch.Tensor:
     """Singular vectors of the TF-IDF of words and pairs of words, with logarithmic term frequencies.
 
-    Words of one letter or of one title only are left out, unless that leaves none. The vectors depend on all the
-    titles: those of two calls cannot be compared.
+    Words of one letter, and words that occur in one title only, are ignored unless there are no others. The vectors
+    depend on all titles, so vectors from different calls cannot be compared.
 
     Args:
         titles: (titles,) strings.
 
     Returns:
-        (titles, size) float32, with at most 384 numbers per title; zero for a title without a word that counts.
+        (titles, size) float32, with at most 384 numbers per title; zero for titles whose words are all ignored.
 
     Raises:
-        ValueError: when no title has a word, and when scikit-learn is not installed.
+        ValueError: no title has a word, or scikit-learn is not installed.
     """
     if importlib.util.find_spec("sklearn") is None:
         raise ValueError('TF-IDF needs scikit-learn: pip install "hf_ilora[titles]"')

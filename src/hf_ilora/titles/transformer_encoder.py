@@ -1,4 +1,4 @@
-"""Titles through a model of transformers: pooled hidden states of a text encoder or of a causal language model."""
+"""Encodes titles with a model of transformers: pools hidden states of a text encoder or a causal language model."""
 
 import importlib.util
 import logging
@@ -25,12 +25,12 @@ from .encoder_source import MODULES_FILE, EncoderSource
 logger = logging.getLogger(__name__)
 
 EXTRA = 'pip install "hf_ilora[titles]"'
-SHORT_TITLE = 32  # tokens; of longer ones there are fewer in a batch, which bounds its memory
-_TITLES_PER_CALL = 10_000  # of the tokenizer
-_MAX_TOKENS = 1 << 20  # of models without a limit; tokenizers take no 10**30
+SHORT_TITLE = 32  # tokens; batches contain fewer longer titles, to bound their memory
+_TITLES_PER_CALL = 10_000  # titles tokenised at a time
+_MAX_TOKENS = 1 << 20  # for models without a limit, because tokenizers refuse the 10**30 that stands for none
 _SECONDS_BETWEEN_PROGRESS = 10.0
 _POOLING_MODES = ("mean", "cls", "lasttoken")
-# How versions of sentence-transformers before 5.5 name them.
+# The names of these modes in sentence-transformers before 5.5.
 _POOLING_FLAGS = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "lasttoken"}
 _TRANSFORMER_SETTINGS = {"max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name"}
 
@@ -40,9 +40,9 @@ class Pooling:
     """How the hidden states of a title become one vector.
 
     Attributes:
-        mode: "mean" of the tokens, "cls" (the first) or "lasttoken".
-        special_tokens: whether the tokens that the tokenizer adds count.
-        max_tokens: where titles are cut; None leaves that to the tokenizer and the model.
+        mode: "mean" of the tokens, "cls" (the first token) or "lasttoken".
+        special_tokens: whether the mean includes the tokens that the tokenizer adds.
+        max_tokens: length to truncate titles to; None leaves it to the tokenizer and the model.
     """
 
     mode: str = "mean"
@@ -58,28 +58,28 @@ def load_transformer(
     device: torch.device,
     trust_remote_code: bool,
 ) -> Callable[[Sequence[str], int], torch.Tensor]:
-    """Load the model of `source` and return what encodes titles with it.
+    """Load the model of `source` and return a function that encodes titles with it.
 
-    A model that sentence-transformers saved is pooled as its files say; it needs that library where they name more than
-    pooling. Another encoder gives the mean over all tokens, a causal language model the mean over those of the title
-    behind a token for the beginning: the first one often has a norm that hides the others.
+    A model that sentence-transformers saved is pooled as its files say; it needs that library if the files name more
+    modules than pooling. Another encoder gives the mean over all tokens. A causal language model gives the mean over
+    the tokens of the title, after a first token that is left out because its norm often outweighs the others.
 
     Args:
         source: where the model is.
-        layer: number of blocks after which hidden states are read; None: after the last block and its normalisation,
+        layer: number of blocks after which hidden states are read; None: after the last block and its normalisation;
             -2: one block earlier.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         device: where to compute.
         trust_remote_code: run code that comes with the model.
 
     Returns:
-        A function of (titles,) different strings and the batch size, in titles of up to 32 tokens per forward, fewer of
-        longer ones. It returns (titles, size) float32 on the CPU, and raises a ValueError for a title without tokens.
+        A function of (titles,) distinct strings and the batch size: the number of titles per forward if they have up to
+        32 tokens; longer titles are fewer. It returns (titles, size) float32 on the CPU, and raises a ValueError for a
+        title without tokens.
 
     Raises:
-        ValueError: for a layer that the model does not have, and a model that cannot be loaded.
-        OSError: if there are no weights in safetensors.
-        ImportError: when sentence-transformers is needed and not installed.
+        ValueError: the model lacks the layer, cannot be loaded, or needs sentence-transformers, which is not installed.
+        OSError: there are no weights in safetensors.
     """
     pooling = pooling_of(source)
     if pooling is None:
@@ -105,7 +105,7 @@ def _pooled(
     padding = tokenizer.pad_token_id or 0
     progress = _Progress(len(titles), len(token_ids))
     table = None
-    # Titles of equal length need no padding, and the longest come first: they tell whether memory suffices.
+    # Titles of equal length need no padding. The longest come first, to run out of memory at once or not at all.
     order = lengths.argsort(kind="stable")[::-1].copy()
     first = 0
     while first < len(order):
@@ -130,10 +130,10 @@ def _pooled(
 
 
 def pooling_of(source: EncoderSource) -> Pooling | None:
-    """How the vectors of a model are pooled; None for what only sentence-transformers can do.
+    """How the hidden states of a model are pooled; None if only sentence-transformers can do it.
 
     Raises:
-        ValueError: for files of sentence-transformers that say nothing that can be understood.
+        ValueError: the files of sentence-transformers are damaged.
     """
     modules = source.read_json(MODULES_FILE)
     if modules is None:
@@ -179,7 +179,7 @@ def _load_encoder(
     """The model, its tokenizer, and `layer` counted from the first block, None for the last."""
     check_config_sizes(source.location, source.hub_arguments)
     tokenizer = load_tokenizer(source.location, trust_remote_code=trust_remote_code, **source.hub_arguments)
-    # Of an encoder and decoder, such as T5, only the encoder is wanted, and some repositories have nothing else.
+    # Load only the encoder of encoder-decoders such as T5; some repositories contain nothing else.
     loader = AutoModelForTextEncoding if source.config.get("is_encoder_decoder") else AutoModel
     try:
         model, loading = loader.from_pretrained(
@@ -196,7 +196,7 @@ def _load_encoder(
             "weights in safetensors: name another folder or model"
         ) from error
     wrong = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
-    wrong = sorted(key for key in wrong if not key.startswith("pooler."))  # which is not asked
+    wrong = sorted(key for key in wrong if not key.startswith("pooler."))  # the pooler is not used
     if wrong:
         raise ValueError(
             f"{source.location} has no matching weights for {len(wrong)} tensors of {type(model).__name__}, such as "
@@ -208,13 +208,13 @@ def _load_encoder(
 def _load_decoder(
     source: EncoderSource, layer: int | None, dtype: torch.dtype | str, trust_remote_code: bool
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, int | None]:
-    """As `_load_encoder`, with no more blocks than are needed."""
+    """As `_load_encoder`, without the blocks that are not needed."""
     llm, tokenizer, _ = load_language_model(
         source.location, dtype=dtype, trust_remote_code=trust_remote_code, **source.hub_arguments
     )
     place = _place(layer, llm.config, source)
     if place is not None:
-        truncate_layers(llm, place + 1)  # the one more is not normalised with the last
+        truncate_layers(llm, place + 1)  # one more, because the last hidden states would be normalised
     return llm.get_decoder(), tokenizer, place
 
 
@@ -234,14 +234,14 @@ def _place(layer: int | None, config, source: EncoderSource) -> int | None:
 def _tokenised(
     tokenizer: PreTrainedTokenizerBase, titles: Sequence[str], pooling: Pooling, config
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens (total,) of all titles one after the other, whether they count (total,), and starts (titles + 1,)."""
+    """All titles' tokens (total,), whether each of them counts (total,), and where each title starts (titles + 1,)."""
     limits = (
         pooling.max_tokens,
         tokenizer.model_max_length,
         getattr(config, "max_position_embeddings", None),
         _MAX_TOKENS,
     )
-    # The first token of a causal language model attracts attention and says little, whichever it is.
+    # In a causal language model, the first token attracts attention and says little, whatever it is.
     front = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     front = None if pooling.special_tokens else front
     max_length = min(limit for limit in limits if limit) - (front is not None)
@@ -273,9 +273,12 @@ def _tokenised(
 
 
 def _weights(mask: np.ndarray, counted: np.ndarray, mode: str) -> np.ndarray:
-    """The share of each token in the vector of its title, (rows, tokens) float32, of which tokens there are and count.
+    """The weight of each token in the vector of its title, (rows, tokens) float32.
 
-    The first token is the one of "cls", whichever it is.
+    Args:
+        mask: (rows, tokens), False for padding.
+        counted: (rows, tokens), whether "mean" includes the token.
+        mode: as in `Pooling`; "cls" takes the first token, whatever it is.
     """
     if mode == "mean":
         return (counted / counted.sum(1, keepdims=True)).astype(np.float32)
@@ -284,7 +287,7 @@ def _weights(mask: np.ndarray, counted: np.ndarray, mode: str) -> np.ndarray:
 
 
 class _Progress:
-    """Logs how many titles are encoded and how long the others take, now and then."""
+    """Logs from time to time how many titles are encoded and how long the rest will take."""
 
     def __init__(self, num_titles: int, num_tokens: int):
         self.num_titles, self.num_tokens, self.tokens = num_titles, num_tokens, 0
@@ -303,7 +306,7 @@ class _Progress:
 def _load_sentence_transformers(
     source: EncoderSource, layer: int | None, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool
 ) -> Callable[[Sequence[str], int], torch.Tensor]:
-    """As `load_transformer`, for all modules of a model."""
+    """As `load_transformer`, with all modules of a model of sentence-transformers."""
     if layer is not None:
         raise ValueError(
             f"layer is {layer} for {source.location}, whose modules read its last one: expected layer=None"
@@ -330,7 +333,7 @@ def _load_sentence_transformers(
 
     def encode(titles: Sequence[str], batch_size: int) -> torch.Tensor:
         vectors = model.encode(list(titles), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
-        return vectors.float().cpu().clone()  # what was made in inference mode takes no part in training
+        return vectors.float().cpu().clone()  # tensors made in inference mode cannot take part in training
 
     return encode
 

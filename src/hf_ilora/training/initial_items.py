@@ -15,7 +15,7 @@ from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 from hf_ilora.titles.cooccurrence import cooccurrence_embeddings
-from hf_ilora.titles.encoders import TF_IDF, distinct_titles, item_title_embeddings
+from hf_ilora.titles.encoders import TF_IDF, checked_item_titles, item_title_embeddings
 from hf_ilora.titles.joint import joint_item_embeddings
 from hf_ilora.titles.pca import pca_embeddings
 
@@ -136,7 +136,7 @@ def check_titles(catalogue: Catalogue | None, encoder: str) -> None:
             "there is no catalogue, whose titles are encoded: expected processing_class=sequences.catalogue, or "
             "title_embeddings"
         )
-    distinct_titles(catalogue)
+    checked_item_titles(catalogue)
     if encoder != TF_IDF and is_deepspeed_zero3_enabled():
         raise ValueError(
             "ZeRO-3 spreads the weights of the title encoder over processes: expected title_embeddings that were "

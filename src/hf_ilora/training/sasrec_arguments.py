@@ -8,7 +8,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.models.next_item.configuration_sasrec import SASRecConfig
-from hf_ilora.titles.encoders import TF_IDF, distinct_titles
+from hf_ilora.titles.encoders import TF_IDF, checked_item_titles
 
 from .initial_items import INITIAL_ITEMS
 from .next_item_arguments import NextItemTrainingArguments
@@ -59,7 +59,7 @@ def decide_initial_items(training: SASRecTrainingArguments, config: SASRecConfig
 def _obstacle(training: SASRecTrainingArguments, config: SASRecConfig, sequences: SequenceDatasets) -> str | None:
     """Why a model cannot start from titles and co-occurrence; None if it can."""
     try:
-        distinct_titles(sequences.catalogue)
+        checked_item_titles(sequences.catalogue)
     except ValueError:
         return "the data have no titles that tell items apart"
     if config.block_type != "pre_norm":

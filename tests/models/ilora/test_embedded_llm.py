@@ -71,7 +71,7 @@ def test_a_folder_from_which_files_have_vanished_is_made_anew(fetched, tmp_path,
         (folder / name).unlink()
         assert embedded_llm_folder(tmp_path / "cache") == folder
         assert names(folder) == before
-        assert f"lacks {name}: making it anew" in caplog.text
+        assert f"lacks {name}: making it again" in caplog.text
     assert len(fetched) == 3
 
 
