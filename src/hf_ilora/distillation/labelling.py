@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -187,7 +188,7 @@ class LabelFolder:
             "data_fingerprint" and "teacher_fingerprint".
     """
 
-    def __init__(self, folder: str | os.PathLike, settings: dict[str, object]):
+    def __init__(self, folder: str | os.PathLike, settings: dict[str, Any]):
         self.folder, self.settings = Path(folder), settings
         self.top_k, self.num_items = settings["top_k"], settings["num_items"]
         self.shard_rows = settings["shard_rows"]

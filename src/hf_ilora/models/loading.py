@@ -13,6 +13,7 @@ from transformers.utils import CONFIG_NAME
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.next_item.catalogue import Catalogue
+from hf_ilora.models.next_item.configuration_next_item import catalogue_size
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.models.next_item.saved_model import WRONG_TYPES
 
@@ -111,7 +112,7 @@ def check_catalogue(
     Raises:
         ValueError: for another number of items, or other raw ids.
     """
-    return check_same_items(model.config.num_items, model.catalogue, name, num_items, raw_ids)
+    return check_same_items(catalogue_size(model.config), model.catalogue, name, num_items, raw_ids)
 
 
 def check_same_items(

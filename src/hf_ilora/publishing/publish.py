@@ -161,7 +161,8 @@ def push_folder(
         )
 
     def card(repo_id: str, existing: str | None) -> str:
-        own = checked.files[CARD_FILE].read_text(encoding="utf-8")
+        file = checked.files[CARD_FILE]
+        own = file.decode() if isinstance(file, bytes) else file.read_text(encoding="utf-8")
         if existing not in (None, own) and is_untouched(own) and is_edited(existing):
             raise ValueError(
                 f"the card of {repo_id} was written or edited on the Hub: expected no card, or an unchanged one of "

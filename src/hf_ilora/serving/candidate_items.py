@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
+from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID, catalogue_size
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.histories import Histories, padded_histories
 from hf_ilora.models.next_item.item_filters import ItemFilter, item_masks
@@ -30,7 +30,7 @@ def check_has_table(model: EncoderForNextItem) -> None:
 def item_rows(model: EncoderForNextItem, ids: np.ndarray | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield item ids, all or the given ones, in chunks with the rows that score them, (items, hidden size) float32."""
     head, offsets = model.head, model._item_offsets()
-    ids = np.arange(1, model.config.num_items + 1) if ids is None else ids
+    ids = np.arange(1, catalogue_size(model.config) + 1) if ids is None else ids
     for chunk in torch.from_numpy(ids).to(head.weight.device).split(ITEMS_AT_ONCE):
         yield chunk, head.item_rows(chunk, offsets).float()
 
@@ -59,7 +59,7 @@ def recommend_candidates(
     Raises:
         ValueError: as the model's `recommend`.
     """
-    num_items = model.config.num_items
+    num_items = catalogue_size(model.config)
     check_top_k(top_k, num_items)
     with evaluation_mode(model), torch.inference_mode():
         histories = padded_histories(histories, num_items, model.device, model.knows_popular_items)

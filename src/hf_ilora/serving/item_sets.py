@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral
+from typing import TypeAlias, cast
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,9 @@ from .history_tables import is_table, item_ids_of
 from .user_items import UserItems
 
 # Ids for all users or a row of them per user, raw ones or item ids; or a table.
-GivenItems = Iterable[int | str] | Iterable[Iterable[int | str]] | np.ndarray | torch.Tensor | pd.Series | Source
+GivenItems: TypeAlias = (
+    Iterable[int | str] | Iterable[Iterable[int | str]] | np.ndarray | torch.Tensor | pd.Series | Source
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ class ItemSets:
         digest = hashlib.sha256()
         parts = [self.shared] if self.rows is None else [self.rows.items, self.rows.starts]
         for part in parts:
-            digest.update(np.ascontiguousarray(part, dtype="<i8"))
-        if self.by_user:
+            digest.update(np.ascontiguousarray(part, dtype="<i8").data)
+        if self.rows is not None and self.by_user:
             digest.update(repr(self.rows.users.to_pylist()).encode())
         return digest.hexdigest()
 
@@ -99,7 +102,9 @@ def item_sets(
             raise ValueError(f"{name} are a table, and the histories rows of item ids: expected ids, or a row per user")
         return _of_table(name, given, catalogue, user_column, item_column)
     try:
-        rows = given.tolist() if isinstance(given, np.ndarray | pd.Series | torch.Tensor) else list(given)
+        rows = (
+            given.tolist() if isinstance(given, np.ndarray | pd.Series | torch.Tensor) else list(cast(Iterable, given))
+        )
     except TypeError as error:
         raise ValueError(
             f"{name} are of type {type(given).__name__}: expected ids, or a row of them per user"
@@ -126,13 +131,13 @@ def _item_ids(where: str, ids: list, catalogue: Catalogue | None, num_items: int
             return np.array(catalogue.item_ids(ids), dtype=np.int64)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-    wrong = next((each for each in ids if not isinstance(each, Integral) or not 0 <= each <= num_items), None)
+    wrong = next((each for each in ids if not isinstance(each, Integral) or not 0 <= int(each) <= num_items), None)
     if wrong is not None:
         raise ValueError(f"{where} contains {wrong!r}: expected ids 1..{num_items} of this model's catalogue")
     return np.array([each for each in ids if each], dtype=np.int64)  # without padding
 
 
-def _of_table(name: str, source, catalogue: Catalogue, user_column: str, item_column: str) -> ItemSets:
+def _of_table(name: str, source: Source, catalogue: Catalogue, user_column: str, item_column: str) -> ItemSets:
     names = {"user_id": user_column, "item_id": item_column}
     table, whole_numbers = read_columns(source, names)
     where = {role: f"column {column!r} of {describe(source)}" for role, column in names.items()}

@@ -26,21 +26,16 @@ from hf_ilora.data.storage import content_digest
 from hf_ilora.data.table_files import file_type
 from hf_ilora.data.tables import Source
 from hf_ilora.devices import process_state
-from hf_ilora.distillation.ensemble import EnsembleTeacher
 from hf_ilora.files import remove_unfinished, written_whole
-from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.loading import check_same_items
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.histories import Histories
-from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.models.next_item.top_k import check_top_k
 from hf_ilora.runs.processes import sole_writer
 
-from .exact_item_index import ExactItemIndex
 from .history_tables import HistoryTable, history_table
-from .item_index import ItemIndex
 from .item_sets import GivenItems, ItemSets, item_sets
-from .recommenders import AskedRecommender, Recommender
+from .recommenders import AnyRecommender, AskedRecommender
 from .user_items import UserItems
 
 logger = logging.getLogger(__name__)
@@ -57,9 +52,7 @@ ANSWER_COLUMNS = ["user_id", "rank", "item_id", "score"]
 
 
 def recommend_all(
-    model: (
-        NextItemPreTrainedModel | ILoraForRecommendation | ItemIndex | ExactItemIndex | EnsembleTeacher | Recommender
-    ),
+    model: AnyRecommender,
     histories: Source | SequenceDatasets | Histories,
     output: str | os.PathLike = "recommendations.parquet",
     top_k: int = 10,

@@ -3,15 +3,17 @@
 import hashlib
 import inspect
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from hf_ilora.distillation.ensemble import EnsembleTeacher
 from hf_ilora.distillation.teachers import model_fingerprint
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.next_item.catalogue import Catalogue
+from hf_ilora.models.next_item.configuration_next_item import catalogue_size
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 
 from .exact_item_index import ExactItemIndex
@@ -36,8 +38,13 @@ class Recommender(Protocol):
     fingerprint: str
 
     def recommend(
-        self, histories, top_k: int, exclude_seen: bool, allowed_items, excluded_items
-    ) -> tuple[object, object]:
+        self,
+        histories: np.ndarray,
+        top_k: int,
+        exclude_seen: bool,
+        allowed_items: np.ndarray | None,
+        excluded_items: np.ndarray | None,
+    ) -> tuple[ArrayLike, ArrayLike]:
         """Recommend items to a batch of users.
 
         Args:
@@ -52,6 +59,11 @@ class Recommender(Protocol):
         """
 
 
+AnyRecommender: TypeAlias = (
+    NextItemPreTrainedModel | ILoraForRecommendation | ItemIndex | ExactItemIndex | EnsembleTeacher | Recommender
+)
+
+
 @dataclass(frozen=True)
 class AskedRecommender:
     """A recommender with the facts that `recommend_all` needs before it asks for recommendations.
@@ -64,16 +76,14 @@ class AskedRecommender:
         batch_size: default number of users per call.
     """
 
-    recommender: (
-        NextItemPreTrainedModel | ILoraForRecommendation | ItemIndex | ExactItemIndex | EnsembleTeacher | Recommender
-    )
+    recommender: AnyRecommender
     num_items: int
     catalogue: Catalogue | None
     knows_popular_items: bool
     batch_size: int
 
     @classmethod
-    def of(cls, recommender) -> "AskedRecommender":
+    def of(cls, recommender: AnyRecommender) -> "AskedRecommender":
         """Find out these facts about a recommender.
 
         Raises:
@@ -83,7 +93,9 @@ class AskedRecommender:
         model = recommender.model if isinstance(recommender, ItemIndex | ExactItemIndex) else recommender
         if isinstance(model, NextItemPreTrainedModel | ILoraForRecommendation):
             batch_size = 8 if isinstance(model, ILoraForRecommendation) else _batch_size(model.device)
-            return cls(recommender, model.config.num_items, model.catalogue, model.knows_popular_items, batch_size)
+            return cls(
+                recommender, catalogue_size(model.config), model.catalogue, model.knows_popular_items, batch_size
+            )
         if isinstance(recommender, EnsembleTeacher):
             if recommender.labels:
                 raise ValueError(
@@ -113,8 +125,8 @@ class AskedRecommender:
         recommender = self.recommender
         if isinstance(recommender, ItemIndex):
             digest = hashlib.sha256(f"{model_fingerprint(recommender.model)} {recommender.probes}".encode())
-            digest.update(np.ascontiguousarray(recommender.centroids))
-            digest.update(np.ascontiguousarray(recommender.list_of_item))
+            digest.update(np.ascontiguousarray(recommender.centroids).data)
+            digest.update(np.ascontiguousarray(recommender.list_of_item).data)
             return digest.hexdigest()
         if isinstance(recommender, ExactItemIndex):  # other scores than the model's
             return hashlib.sha256(f"{model_fingerprint(recommender.model)} logits".encode()).hexdigest()
@@ -123,14 +135,25 @@ class AskedRecommender:
         return recommender.fingerprint
 
     def recommend(
-        self, histories: np.ndarray, top_k: int, exclude_seen: bool, **filters: np.ndarray | None
+        self,
+        histories: np.ndarray,
+        top_k: int,
+        exclude_seen: bool,
+        allowed_items: np.ndarray | None = None,
+        excluded_items: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The recommender's answer, checked: item ids int64 and scores float32, (users, top_k) each.
 
         Raises:
             ValueError: for an answer of another shape, and ids outside the catalogue.
         """
-        answer = self.recommender.recommend(histories, top_k=top_k, exclude_seen=exclude_seen, **filters)
+        answer = self.recommender.recommend(
+            histories,
+            top_k=top_k,
+            exclude_seen=exclude_seen,
+            allowed_items=allowed_items,
+            excluded_items=excluded_items,
+        )
         item_ids, scores = (torch.as_tensor(values).cpu() for values in answer)
         expected = (len(histories), top_k)
         if item_ids.shape != expected or scores.shape != expected or item_ids.is_floating_point():

@@ -2,24 +2,32 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_ilora.files import check_replaceable
-from hf_ilora.models.next_item.histories import check_batch_size, padded_histories
-from hf_ilora.models.next_item.item_filters import item_masks
+from hf_ilora.models.next_item.catalogue import Catalogue
+from hf_ilora.models.next_item.configuration_next_item import catalogue_size
+from hf_ilora.models.next_item.histories import Histories, check_batch_size, padded_histories
+from hf_ilora.models.next_item.item_filters import ItemFilter, item_masks
+from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
 from hf_ilora.models.next_item.next_item_model import evaluation_mode, newest_items
 from hf_ilora.models.next_item.next_item_output import popular_scores, scores_or_popular
 from hf_ilora.models.next_item.top_k import masked_top_k
 
 from .candidate_order import preferred_order
 from .candidate_scoring import candidate_log_likelihoods, check_context, token_positions
-from .prompts import Prompts
+from .configuration_ilora import ILoraConfig
+from .item_head import ItemHead
+from .prompts import PromptBuilder, Prompts
 from .title_generation import GeneratedRecommendation, generate_freely, generate_titles
-from .title_tokens import check_titles, continuation_ids
+from .title_tokens import TitleTokens, check_titles, continuation_ids
 from .title_trie import TitleTrie
 from .user_lora import LORA_FILES, gated_stack, lora_config, stacked_lora, write_lora
 
@@ -32,7 +40,26 @@ class ILoraAnswers:
     head read as many as the recommender can.
     """
 
-    def item_scores(self, histories) -> torch.Tensor:
+    # What the model has, and its answers read.
+    config: ILoraConfig
+    device: torch.device
+    llm: PreTrainedModel
+    llm_size: int
+    recommender: SASRecForNextItem
+    catalogue: Catalogue
+    tokenizer: PreTrainedTokenizerBase
+    title_tokens: TitleTokens
+    prompts: PromptBuilder
+    router: nn.Module
+    item_head: ItemHead | None
+    embed_prompts: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    expert_gates: Callable[[Histories], torch.Tensor]
+    _user_embeddings: Callable[[torch.Tensor], torch.Tensor]
+    _last_hidden_states: Callable[..., torch.Tensor]
+    _item_logits: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    _pool_with_recommender: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def item_scores(self, histories: Histories) -> torch.Tensor:
         """Score the whole catalogue by the item head, in one forward per batch.
 
         Args:
@@ -47,7 +74,12 @@ class ILoraAnswers:
         return self._item_scores(self._padded(histories))
 
     def recommend(
-        self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None
+        self,
+        histories: Histories,
+        top_k: int = 10,
+        exclude_seen: bool = True,
+        allowed_items: ItemFilter = None,
+        excluded_items: ItemFilter = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Recommend the `top_k` best items of the catalogue by the item head.
 
@@ -67,9 +99,9 @@ class ILoraAnswers:
             ValueError: as `item_scores`, and if fewer than `top_k` items are left. A row without items gets the most
                 popular ones instead of an error, if the catalogue has their counts.
         """
-        histories = padded_histories(histories, self.config.num_items, self.device, self.knows_popular_items)
+        histories = padded_histories(histories, self._num_items, self.device, self.knows_popular_items)
         seen = histories if exclude_seen else None
-        sizes = (len(histories), self.config.num_items, self.device)
+        sizes = (len(histories), self._num_items, self.device)
         masks = item_masks(*sizes, seen, allowed_items, excluded_items)
         scores = scores_or_popular(self._item_scores, self.popular_scores, histories)
         log_probabilities = scores.log_softmax(-1)  # (batch, num_items + 1)
@@ -82,17 +114,23 @@ class ILoraAnswers:
 
     def popular_scores(self) -> torch.Tensor:
         """(num_items + 1,) scores for users without history."""
+        assert self.catalogue.counts is not None  # see `knows_popular_items`
         return popular_scores(self.catalogue.counts, self.device)
 
     def rank_items(
-        self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None
+        self,
+        histories: Histories,
+        top_k: int = 10,
+        exclude_seen: bool = True,
+        allowed_items: ItemFilter = None,
+        excluded_items: ItemFilter = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The items of `recommend` with their distances, which are the negative log-probabilities."""
         item_ids, log_probabilities = self.recommend(histories, top_k, exclude_seen, allowed_items, excluded_items)
         return item_ids, -log_probabilities
 
     @torch.no_grad()
-    def score_candidates(self, histories, candidates) -> torch.Tensor:
+    def score_candidates(self, histories: Histories, candidates: ArrayLike) -> torch.Tensor:
         """Score each candidate by the log-likelihood of its title after the prompt.
 
         The prompt is read once for all candidates. With `config.recommender_weight` w > 0 the score is a logarithmic
@@ -111,17 +149,17 @@ class ILoraAnswers:
                 context, and attention implementations that ignore a custom mask.
         """
         with evaluation_mode(self):
-            histories = self._padded(histories)
-            candidates = self._checked_candidates(candidates, len(histories))
-            inputs = self._prompt_inputs(histories, self._user_embeddings(histories), candidates)
-            log_likelihoods = candidate_log_likelihoods(self.llm, self.title_tokens, candidates, **inputs)
-            return self._pool_with_recommender(log_likelihoods, histories, candidates.to(self.device))
+            asked = self._padded(histories)
+            item_ids = self._checked_candidates(candidates, len(asked))
+            inputs = self._prompt_inputs(asked, self._user_embeddings(asked), item_ids)
+            log_likelihoods = candidate_log_likelihoods(self.llm, self.title_tokens, item_ids, **inputs)
+            return self._pool_with_recommender(log_likelihoods, asked, item_ids.to(self.device))
 
     @torch.no_grad()
     def generate_recommendation(
         self,
-        histories,
-        candidates=None,
+        histories: Histories,
+        candidates: ArrayLike | None = None,
         top_k: int = 1,
         constrained: bool = True,
         max_new_tokens: int = 64,
@@ -154,23 +192,23 @@ class ILoraAnswers:
         if num_beams < fewest_beams:
             raise ValueError(f"num_beams is {num_beams}: expected at least {fewest_beams} for top_k {top_k}")
         with evaluation_mode(self):
-            histories = self._padded(histories)
-            most_answers = self.config.num_items
+            asked, item_ids = self._padded(histories), None
+            most_answers = self._num_items
             if candidates is not None:
-                candidates = self._checked_candidates(candidates, len(histories))
-                most_answers = candidates.shape[1]
+                item_ids = self._checked_candidates(candidates, len(asked))
+                most_answers = item_ids.shape[1]
             if not 1 <= top_k <= most_answers:
                 raise ValueError(f"top_k is {top_k}: expected 1 to {most_answers}, the number of items to choose from")
-            inputs = self._prompt_inputs(histories, self._user_embeddings(histories), candidates)
+            inputs = self._prompt_inputs(asked, self._user_embeddings(asked), item_ids)
             longest_answer = int(self.title_tokens.lengths.max()) + 1 if constrained else max_new_tokens
             check_context(self.llm, inputs["inputs_embeds"].shape[1] + longest_answer)
             parts = (self, inputs, self.tokenizer, self.title_tokens)
             if not constrained:
-                return generate_freely(*parts, candidates, top_k, num_beams, max_new_tokens, first_line_only)
-            if candidates is None:
-                tries = [self._catalogue_trie] * len(histories)
+                return generate_freely(*parts, item_ids, top_k, num_beams, max_new_tokens, first_line_only)
+            if item_ids is None:
+                tries = [self._catalogue_trie] * len(asked)
             else:
-                tries = [TitleTrie(self.title_tokens, row) for row in candidates.tolist()]
+                tries = [TitleTrie(self.title_tokens, row) for row in item_ids.tolist()]
             return generate_titles(*parts, tries, top_k, num_beams)
 
     @torch.no_grad()
@@ -224,11 +262,11 @@ class ILoraAnswers:
         with evaluation_mode(self):
             for first in range(0, len(order), batch_size):
                 rows = order[first : first + batch_size]
-                mask = np.arange(lengths[rows].max()) < lengths[rows, None]  # (rows, tokens)
-                input_ids = np.full(mask.shape, self.title_tokens.terminator_id)
-                input_ids[mask] = np.concatenate([titles[row] for row in rows])
+                is_token = np.arange(lengths[rows].max()) < lengths[rows, None]  # (rows, tokens)
+                padded = np.full(is_token.shape, self.title_tokens.terminator_id)
+                padded[is_token] = np.concatenate([titles[row] for row in rows])
                 input_ids, mask = (
-                    torch.from_numpy(part.astype(np.int64)).to(self.device) for part in (input_ids, mask)
+                    torch.from_numpy(part.astype(np.int64)).to(self.device) for part in (padded, is_token)
                 )
                 equal_gates = torch.full((len(rows), self.config.num_experts), 1 / self.config.num_experts)
                 hidden_states = self._last_hidden_states(
@@ -243,7 +281,10 @@ class ILoraAnswers:
 
     @torch.no_grad()
     def materialize_lora(
-        self, history, output_dir: str | os.PathLike | None = None, base_model: str | os.PathLike | None = None
+        self,
+        history: ArrayLike,
+        output_dir: str | os.PathLike | None = None,
+        base_model: str | os.PathLike | None = None,
     ) -> dict[str, torch.Tensor]:
         """Merge the experts into the ordinary LoRA that one user's gates make of them.
 
@@ -268,14 +309,14 @@ class ILoraAnswers:
         if output_dir is not None:
             check_replaceable(output_dir, LORA_FILES)
         try:
-            history = torch.as_tensor(history)
+            row = torch.as_tensor(history)
         except (TypeError, ValueError) as error:
             raise ValueError(f"history is no row of item ids ({error}): expected one, such as [3, 1, 2]") from error
-        if history.dim() == 1:
-            history = history.unsqueeze(0)
-        if history.dim() != 2 or len(history) != 1:
-            raise ValueError(f"history has shape {tuple(history.shape)}: expected one, (length,) or (1, length)")
-        state = gated_stack(stacked_lora(self.llm), self.config.num_experts, self.expert_gates(history)[0])
+        if row.dim() == 1:
+            row = row.unsqueeze(0)
+        if row.dim() != 2 or len(row) != 1:
+            raise ValueError(f"history has shape {tuple(row.shape)}: expected one, (length,) or (1, length)")
+        state = gated_stack(stacked_lora(self.llm), self.config.num_experts, self.expert_gates(row)[0])
         if output_dir is not None:
             write_lora(output_dir, state, lora_config(self.config, base_model))
         return state
@@ -305,7 +346,7 @@ class ILoraAnswers:
             write_lora(output_dir, state, lora_config(self.config, base_model), self.config.num_experts)
         return state
 
-    def build_prompts(self, histories, candidates=None) -> Prompts:
+    def build_prompts(self, histories: Histories, candidates: ArrayLike | None = None) -> Prompts:
         """Build the prompts that the answers start from.
 
         Args:
@@ -319,21 +360,24 @@ class ILoraAnswers:
             ValueError: for an empty history or no candidates, ids outside the catalogue, and prompts longer than the
                 context.
         """
-        histories = self._padded(histories)
-        if candidates is not None:
-            candidates = self._checked_candidates(candidates, len(histories))
-        return self._prompts(histories, candidates)
+        asked = self._padded(histories)
+        item_ids = None if candidates is None else self._checked_candidates(candidates, len(asked))
+        return self._prompts(asked, item_ids)
 
     # --- steps of the answers, which check histories and candidates once, before the others ---
 
-    def _padded(self, histories) -> torch.Tensor:
+    def _padded(self, histories: Histories) -> torch.Tensor:
         """(batch, length) int64 on the model's device, checked."""
-        return padded_histories(histories, self.config.num_items, self.device)
+        return padded_histories(histories, self._num_items, self.device)
 
-    def _checked_candidates(self, candidates, batch_size: int) -> torch.Tensor:
+    @property
+    def _num_items(self) -> int:
+        return catalogue_size(self.config)
+
+    def _checked_candidates(self, given: ArrayLike, batch_size: int) -> torch.Tensor:
         """(batch, candidates) int64 on the CPU."""
         try:
-            candidates = torch.as_tensor(candidates).cpu()
+            candidates = torch.as_tensor(given).cpu()
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"candidates are no table of item ids ({error}): expected rows of equal length; pad them with 0"
@@ -347,10 +391,10 @@ class ILoraAnswers:
         if len(empty):
             raise ValueError(f"row {int(empty[0])} has no candidates: expected at least one; leave the row out")
         lowest, highest = map(int, candidates.aminmax())
-        if lowest < 0 or highest > self.config.num_items:
+        if lowest < 0 or highest > self._num_items:
             raise ValueError(
                 f"candidates contain item {lowest if lowest < 0 else highest}: expected ids 1 to "
-                f"{self.config.num_items} of the catalogue, and 0 for padding"
+                f"{self._num_items} of the catalogue, and 0 for padding"
             )
         return candidates.long()
 
@@ -373,9 +417,8 @@ class ILoraAnswers:
             candidates = None
         if candidates is not None and self.config.candidate_order == "recommender":
             candidates = preferred_order(self.recommender, histories, candidates.to(self.device))
-        histories = newest_items(histories, self.config.max_history).cpu().numpy()
-        candidates = None if candidates is None else candidates.cpu().numpy()
-        return self.prompts.assemble(histories, candidates).to(self.device)
+        shown = newest_items(histories, self.config.max_history).cpu().numpy()
+        return self.prompts.assemble(shown, None if candidates is None else candidates.cpu().numpy()).to(self.device)
 
     def _prompt_inputs(
         self, histories: torch.Tensor, user_embeddings: torch.Tensor, candidates: torch.Tensor | None = None

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from .configuration_next_item import PADDING_ITEM_ID
-from .histories import Histories, ItemIds, is_integer, padded_rows
+from .histories import is_integer, padded_rows
 from .top_k import ItemMasks
 
-ItemFilter = ItemIds | Iterable[int] | Histories | None  # for all users, or a row per user
+# Ids for all users, or a row of them per user.
+ItemFilter = Iterable[int] | Iterable[Iterable[int]] | np.ndarray | torch.Tensor | None
 
 _FORMS = "such as [3, 1, 2] for all users, or a row per history such as [[3, 1], [2]]"
 

@@ -5,18 +5,21 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .catalogue import CATALOGUE_FILE, Catalogue, open_parquet
 from .configuration_next_item import NextItemConfig
 from .handler import EndpointHandler  # noqa: F401  transformers saves the files that a model imports
-from .histories import padded_histories, single_items
+from .histories import Histories, ItemIds, padded_histories, single_items
 from .hub_upload import HubUploads, UploadOfSaved
-from .item_filters import item_masks
+from .item_filters import ItemFilter, item_masks
 from .next_item_output import popular_scores, scores_or_popular
 from .padding import lowest_and_highest, padding_to_the_front
 from .recommendation_pipeline import CUSTOM_PIPELINES
@@ -62,7 +65,7 @@ class evaluation_mode:
                 self.model.eval()
             self._inside[self.model] = (calls + 1, trained)
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         if not self.switches:
             return
         with self._lock:
@@ -92,12 +95,12 @@ def check_has_weights(model: PreTrainedModel) -> None:
 class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
     """A model that scores the next item: `forward(input_ids, ...).logits` are (batch, num_items + 1)."""
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         self._catalogue: Catalogue | None = None
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(self.config, NextItemConfig) and self.config.initialization == "reference":
             initialize_as_reference(module)
@@ -127,7 +130,12 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         self._catalogue = catalogue
 
     def recommend(
-        self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None
+        self,
+        histories: Histories,
+        top_k: int = 10,
+        exclude_seen: bool = True,
+        allowed_items: ItemFilter = None,
+        excluded_items: ItemFilter = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Recommend the `top_k` most probable next items of each history.
 
@@ -164,7 +172,12 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         return item_ids, self.log_probabilities(best_scores, scores)
 
     def rank_items(
-        self, histories, top_k: int = 10, exclude_seen: bool = True, allowed_items=None, excluded_items=None
+        self,
+        histories: Histories,
+        top_k: int = 10,
+        exclude_seen: bool = True,
+        allowed_items: ItemFilter = None,
+        excluded_items: ItemFilter = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The items of `recommend` with distances instead of scores, as distillation reads them.
 
@@ -182,7 +195,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         return item_ids, -log_probabilities
 
     def similar_items(
-        self, items, top_k: int = 10, allowed_items=None, excluded_items=None
+        self, items: ItemIds, top_k: int = 10, allowed_items: ItemFilter = None, excluded_items: ItemFilter = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The items that are most like each of some items, the item itself left out.
 
@@ -222,6 +235,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
 
     def popular_scores(self) -> torch.Tensor:
         """(num_items + 1,) scores for users without history, of the kind that `next_item_scores` gives."""
+        assert self._catalogue is not None and self._catalogue.counts is not None  # see `knows_popular_items`
         return popular_scores(self._catalogue.counts, self.device)
 
     def _scores_of_newest(self, histories: torch.Tensor) -> torch.Tensor:
@@ -251,10 +265,10 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             )
         if input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids are {input_ids.dtype}: expected item ids as int64 or int32")
-        found = lowest_and_highest(input_ids)
-        if found is None:
+        bounds = lowest_and_highest(input_ids)
+        if bounds is None:
             return
-        lowest, highest = found
+        lowest, highest = bounds
         if lowest < 0 or highest > self.config.num_items:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(
@@ -262,7 +276,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
                 "0 for padding; map raw ids with model.catalogue.item_ids"
             )
 
-    def check_input(self, input_ids, **aligned: torch.Tensor | None) -> None:
+    def check_input(self, input_ids: torch.Tensor, **aligned: torch.Tensor | None) -> None:
         """Raise a ValueError unless `input_ids` fit the model and `aligned` tensors have their shape."""
         self.check_item_ids(input_ids)
         if input_ids.shape[1] > self.config.max_length:
@@ -276,7 +290,9 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
                     f"{name} have shape {tuple(tensor.shape)}: expected {tuple(input_ids.shape)}, that of input_ids"
                 )
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> CommitInfo | None:
         """As in transformers; also writes the catalogue, and the code of the model, its pipeline and its handler.
 
         An earlier model in the folder stays whole until all files are written, see `saved_whole`.
@@ -303,7 +319,9 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         return None if upload is None else upload.send(self)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any
+    ) -> Self:  # a tuple with output_loading_info, as in transformers
         """As in transformers; also reads the catalogue, if there is one.
 
         With `ignore_mismatched_sizes=True`, tensors of other sizes than the configuration's are initialised at random,
@@ -358,4 +376,5 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
                     f"{file} belongs to another model: the catalogue has {num_items} items: expected "
                     f"{config.num_items}, the num_items of the model; restore the folder that save_pretrained wrote"
                 )
-        return (model, info) if wants_info else model
+        loaded: Any = (model, info) if wants_info else model
+        return loaded
