@@ -69,6 +69,8 @@ class Step:
         self.model.get_input_embeddings().sparse = optimizer == "lazy_adam"
         optimizer_class = LazyAdamW if optimizer == "lazy_adam" else torch.optim.AdamW
         self.optimizer = optimizer_class(self.model.parameters(), lr=1e-3, fused=True)
+        if config.popularity_power:
+            self.model.set_item_counts(torch.randint(1, 1000, (config.num_items + 1,)))
 
     def loss(self) -> torch.Tensor:
         config = self.model.config
@@ -130,13 +132,15 @@ def measured(steps: dict[str, Callable[[], None]], positions: dict[str, int], ro
 
 
 def measure_catalogues(arguments: StepBenchmarkArguments) -> dict:
-    """The sampled softmax with 512 shared negatives, for each number of items, and scored by cosine."""
+    """The sampled softmax with 512 shared negatives, for each number of items: plain, by cosine, by popularity."""
     sampled = {"loss_type": "sampled_softmax", "num_negatives": 512}
     found = {}
     for name, optimizer, changes in (
         ("AdamW", "adamw", {}),
         ("AdamW, scores by cosine", "adamw", {"score_temperature": 0.07}),
+        ("AdamW, popular negatives", "adamw", {"popularity_power": 0.5}),
         ("lazy Adam", "lazy_adam", {}),
+        ("lazy Adam, popular negatives", "lazy_adam", {"popularity_power": 0.5}),
     ):
         steps = {
             str(items): Step(SASRecConfig(num_items=items, **sampled, **changes), arguments.positions, optimizer)

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,26 @@ from .padding import (
     places_behind_padding,
     restore_padding,
 )
+from .popular_negatives import draw_items, ends_of_shares, log_probabilities
 from .table_gradients import table_for_lookups
 from .teacher_embeddings import ItemEmbedding
 from .top_k import ItemMasks, top_k_in_chunks
+
+_TEACHER_TABLE = "model.item_embedding.teacher.table"
+
+
+class _KeptShares(NamedTuple):
+    """The shares that negatives are drawn by, with what they were computed from.
+
+    Args:
+        ends: of `ends_of_shares`.
+        counts: the tensor of the counts itself.
+        version: of its contents.
+    """
+
+    ends: torch.Tensor
+    counts: torch.Tensor
+    version: int | None
 
 
 class Encoder(Protocol):
@@ -77,16 +94,17 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         self.head = NextItemHead(config)
         if config.tie_word_embeddings:
             self._keys_to_ignore_on_save = ["head.weight"]  # the Trainer would warn that a checkpoint lacks it
+        self._shares: _KeptShares | None = None
         if config.popularity_power:
             self.register_buffer("item_counts", torch.zeros(config.num_items + 1))
-            self._has_counts = False  # whether the counts are known to be non-zero
-        if config.teacher_embedding_size is not None:
-            # Every process has the same table: broadcasting it in every step would waste time.
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                self, ["model.item_embedding.teacher.table"]
-            )
+        self._keep_buffers_from_broadcasts()
         self._find_head_offsets()
         self.post_init()
+
+    def _keep_buffers_from_broadcasts(self) -> None:
+        """Every process has the same tables: broadcasting them in every step would waste time."""
+        tables = [name for name, _ in self.named_buffers() if name in ("item_counts", _TEACHER_TABLE)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, tables)
 
     def _find_head_offsets(self) -> None:
         both = self.config.teacher_embedding_use == "input_and_head"
@@ -105,7 +123,12 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         return self.head
 
     def set_item_counts(self, item_counts: torch.Tensor) -> None:
-        """Set the training counts, (num_items + 1,), from which `popularity_power` draws negatives."""
+        """Set the training counts, (num_items + 1,), from which `popularity_power` draws negatives.
+
+        Raises:
+            ValueError: without `popularity_power` in the configuration, for another shape, and for counts of which none
+                is positive or some are not finite.
+        """
         if not self.config.popularity_power:
             raise ValueError("popularity_power is 0: expected a positive one, since uniform negatives read no counts")
         if item_counts.shape != self.item_counts.shape:
@@ -115,6 +138,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
             )
         self.item_counts.copy_(item_counts)
         self.item_counts[PADDING_ITEM_ID] = 0
+        self._shares = self._shares_of_counts()
 
     def set_teacher_embeddings(self, table: torch.Tensor) -> None:
         """Set the language model's item embeddings, (num_items + 1, teacher_embedding_size), row 0 for padding.
@@ -166,7 +190,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         for module in self.modules():
             if isinstance(module, NextItemPreTrainedModel | NextItemHead):
                 module.config = config
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, [])
+        self._keep_buffers_from_broadcasts()
         self._find_head_offsets()
         return self
 
@@ -426,18 +450,50 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         if not config.popularity_power:
             log_q = -math.log(config.num_items) if config.logq_correction else None
             return torch.randint(1, config.num_items + 1, shape, device=targets.device), log_q
-        self._check_counts()
-        q = self.item_counts**config.popularity_power * (self.item_counts > 0)
-        drawn = torch.multinomial(q, math.prod(shape), replacement=True).view(shape)
-        return drawn, (q / q.sum()).log() if config.logq_correction else None  # -inf of items that are never drawn
+        ends = self._ends_of_shares()
+        drawn = draw_items(ends, shape)
+        return drawn, log_probabilities(ends, drawn) if config.logq_correction else None
 
-    def _check_counts(self) -> None:
-        """Raise a ValueError if there are no item counts; after the first call this waits for no device."""
-        if self._has_counts or torch.compiler.is_compiling():
-            return
-        if not self.item_counts.any():
-            raise ValueError("popularity_power needs item counts: call set_item_counts before training")
-        self._has_counts = True
+    def _ends_of_shares(self) -> torch.Tensor:
+        """What popular negatives are drawn by, computed again only after the counts have changed."""
+        if torch.compiler.is_compiling():  # a graph cannot ask for versions: see `_apply` and `_load_from_state_dict`
+            kept = self._shares
+            return ends_of_shares(self.item_counts, self.config.popularity_power) if kept is None else kept.ends
+        kept, version = self._shares, _version(self.item_counts)
+        if kept is None or kept.counts is not self.item_counts or version is None or kept.version != version:
+            self._shares = self._shares_of_counts()
+        return self._shares.ends
+
+    def _shares_of_counts(self) -> _KeptShares:
+        counts = self.item_counts
+        if not counts.gt(0).any():
+            raise ValueError(
+                "popularity_power needs item counts, of which some are positive: call set_item_counts before training"
+            )
+        if not counts.isfinite().all():
+            raise ValueError(
+                f"item_counts have numbers that are not finite in {counts.dtype}: expected finite counts; float16 ends "
+                "at 65504, so train in bfloat16 or float32"
+            )
+        return _KeptShares(ends_of_shares(counts, self.config.popularity_power), counts, _version(counts))
+
+    def _apply(self, *args, **kwargs):
+        """As in torch; what negatives are drawn by moves along."""
+        super()._apply(*args, **kwargs)
+        if self._shares is not None and self.item_counts is not self._shares.counts:
+            ends, device = self._shares.ends, self.item_counts.device
+            self._shares = None if device.type == "meta" else self._shares._replace(ends=ends.to(device))
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        """As in torch; forgets what negatives were drawn by."""
+        self._shares = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """A number that every change in place increases, or None for tensors of inference mode, which have none."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _with_log_probabilities(

@@ -59,8 +59,8 @@ class NextItemHead(nn.Linear):
                 with `repeat_bias`.
             targets: (positions,) item ids, or None.
             negatives: (negatives,) or (positions, negatives) item ids, for the sampled losses.
-            log_q: log probability of each item in a draw of negatives, (num_items + 1,), or a number for uniform draws;
-                None does not correct for the draw.
+            log_q: log probability of each negative in one draw, of the shape of `negatives`, or a number for uniform
+                draws; None does not correct for the draw.
             item_offsets: (num_items + 1, hidden), added to the table, or None.
             scored_items: (items,) different ids, none of them padding: the scores are of these, in their order; or
                 (positions, items), other ones for each position, some perhaps more than once.
@@ -122,8 +122,7 @@ class NextItemHead(nn.Linear):
             target_scores, negative_scores = target_scores + self.bias[targets], negative_scores + self.bias[negatives]
         collisions = negatives == targets.unsqueeze(1)  # (positions, negatives)
         if self.config.loss_type == "sampled_softmax":
-            negative_log_q = log_q[negatives] if isinstance(log_q, torch.Tensor) else log_q
-            loss = sampled_softmax_loss(target_scores, negative_scores, collisions, negative_log_q, counted)
+            loss = sampled_softmax_loss(target_scores, negative_scores, collisions, log_q, counted)
         else:
             calibration = self.config.gbce_calibration if self.config.loss_type == "gbce" else 0.0
             loss = gbce_loss(target_scores, negative_scores, collisions, self.config.num_items, calibration, counted)
@@ -159,7 +158,7 @@ class NextItemHead(nn.Linear):
             targets,
             negatives,
             seen,
-            log_q[negatives] if isinstance(log_q, torch.Tensor) else log_q,
+            log_q,
             counted=counted,
             soft_targets=soft_targets,
         )
