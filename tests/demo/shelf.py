@@ -1,4 +1,4 @@
-"""A shelf of soaps and pens whose recommendations can be told by hand: what is like the newest item comes next."""
+"""A shelf of soaps and pens whose recommendations are known by hand: items like the newest one come next."""
 
 import re
 from pathlib import Path
@@ -60,7 +60,7 @@ def sasrec(seed: int = 0, with_counts: bool = True) -> SASRecForNextItem:
 
 
 def counts() -> TransitionCountsForNextItem:
-    """What follows what: item 2 follows 1 twice, 3 follows 1 once, 6 follows 5 once."""
+    """Transition counts: item 2 follows 1 twice, 3 follows 1 once, 6 follows 5 once."""
     settings = TransitionCountsConfig(num_items=len(TITLES), max_gap=1, backward_weight=0)
     model = TransitionCountsForNextItem.fit([[1, 2], [1, 2], [1, 3], [5, 6]], settings)
     model.catalogue = catalogue()

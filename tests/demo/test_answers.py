@@ -1,4 +1,4 @@
-"""What models answer to a history, and which of its items are near the answers."""
+"""The answers of models to a history, and the items of the history that are near them."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_only_items_that_the_model_reads_are_near():
     assert {item for each in answer.recommendations for item, _ in each.nearest} <= {5, 6, 7, 8}
 
 
-def test_counts_name_the_transitions_from_the_history():
+def test_a_counting_model_shows_the_transitions_from_the_history():
     answer = answer_of(shelf.counts(), [5, 1], top_k=2)
     by_item = {each.item_id: each.nearest for each in answer.recommendations}
     assert [item for item, _ in by_item[2]] == [1] and answer.similarity == "weight"
@@ -46,7 +46,7 @@ def test_counts_name_the_transitions_from_the_history():
     assert all(each.nearest == [] for each in backwards)  # 1 comes before 2, and nothing after it
 
 
-def test_popularity_knows_of_no_similarity():
+def test_popularity_has_no_similar_items():
     model = PopularityForNextItem.fit([[1, 2], [2, 3]], PopularityConfig(num_items=8))
     model.catalogue = shelf.catalogue()
     answer = answer_of(model, [1], top_k=2)
@@ -63,7 +63,7 @@ def test_an_ilora_shows_the_gates_of_its_experts(tmp_path):
     assert answer.similarity == "cosine" and answer.recommendations[0].nearest
 
 
-def test_a_new_item_is_told_at_its_rank_though_it_is_not_among_the_best():
+def test_a_new_item_is_shown_at_its_rank_even_if_it_is_not_among_the_best():
     model = shelf.sasrec()
     add_items(model, [(900, "Lavender soap four")], title_embeddings=vectors_of_titles())
     new = 9
@@ -78,7 +78,7 @@ def test_a_new_item_is_told_at_its_rank_though_it_is_not_among_the_best():
 
 
 def vectors_of_titles() -> torch.Tensor:
-    """(10, 3): of no item, the shelf and a new soap."""
+    """(10, 3) vectors of padding, of the items of the shelf and of a new soap."""
     generator = torch.Generator().manual_seed(0)
     groups = torch.tensor([[1.0, 0, 0]] * 4 + [[0, 1.0, 0]] * 4 + [[1.0, 0, 0]])
     return torch.cat([torch.zeros(1, 3), groups + 0.1 * torch.randn(9, 3, generator=generator)])
@@ -91,7 +91,7 @@ def test_items_that_a_model_does_not_know_are_left_out_of_the_history():
     assert "left out" in with_new.notes[0] and "without training" in with_new.notes[0]
 
 
-def test_without_a_history_the_popular_items_are_told_or_a_title_is_asked_for():
+def test_without_a_history_popular_items_are_shown_or_a_title_is_asked_for():
     answer = answer_of(shelf.sasrec(), [], 2)
     assert [each.item_id for each in answer.recommendations] == [2, 5] and "popular" in answer.notes[0]
     answer = answer_of(shelf.sasrec(with_counts=False), [], 2)

@@ -1,4 +1,4 @@
-"""Completion of titles."""
+"""Completion of what a visitor types to titles."""
 
 import pytest
 

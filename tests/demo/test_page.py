@@ -23,7 +23,7 @@ SOAP = re.compile(r"Lavender soap")
 
 @contextmanager
 def served(command: list[str], **settings):
-    """Start a server, wait until it says its address, and yield that."""
+    """Start a server, wait until it prints its address, and yield the address."""
     process = subprocess.Popen(
         command,
         env=os.environ | ENVIRONMENT | {"PYTHONUNBUFFERED": "1"},
@@ -77,7 +77,7 @@ def test_a_visitor_builds_a_history_reads_two_models_and_adds_an_item(models, en
         status, search = page.get_by_role("status"), page.get_by_label("Search titles")
         expect(sasrec.get_by_text("the most popular items")).to_be_visible()
 
-        # The keyboard alone: type, read what is offered, take the first with Enter, and go on typing.
+        # The keyboard alone: type, read what is offered, take the first with Enter, and continue typing.
         search.focus()
         page.keyboard.type("soap one")
         matches = page.get_by_role("group", name="Matching titles")
@@ -95,7 +95,7 @@ def test_a_visitor_builds_a_history_reads_two_models_and_adds_an_item(models, en
         page.keyboard.press("Enter")
         expect(page.get_by_role("listitem")).to_have_text(["Lavender soap one", shelf.SCRIPT])
 
-        # What two models say, each with its time, and the gates of one.
+        # The answers of two models, each with its time, and the gates of one.
         for region in (sasrec, ilora):
             rows = region.get_by_role("table", name="Recommended next").get_by_role("row")
             expect(rows.nth(1)).to_contain_text(SOAP)

@@ -1,9 +1,8 @@
-"""What a visitor of the demo does, without the page."""
+"""The session of a visitor of the demo, without the page."""
 
 import pytest
 
 from hf_ilora import Catalogue
-from hf_ilora.demo import sessions
 from hf_ilora.demo.rendering import answers_html, history_html
 from hf_ilora.demo.sessions import MAX_NEW_ITEMS, Demo, Session
 from hf_ilora.models.next_item.item_names import ItemNames
@@ -61,7 +60,7 @@ def test_a_new_item_is_found_shown_and_recommended_to_the_one_who_added_it(encod
     assert raw_ids == [[108]] * 3
 
 
-def test_new_items_that_cannot_be_are_refused(encoder, monkeypatch):
+def test_invalid_new_items_are_refused(encoder, monkeypatch):
     demo = Demo(shelf.shown(shelf.sasrec()), title_encoder=encoder)
     session = Session(demo)
     for title, message in {
@@ -80,14 +79,20 @@ def test_new_items_that_cannot_be_are_refused(encoder, monkeypatch):
         Session(demo_without_new_items(shelf.sasrec())).add_new_item("Lavender soap five")
 
 
-def test_raw_ids_that_are_text_get_text(encoder):
+@pytest.mark.parametrize(
+    ("raw_ids", "new_raw_ids"),
+    [
+        ([100 + item for item in range(1, 9)], [109, 110]),
+        ([f"thing {item}" for item in range(8)], ["thing 0-new-1", "thing 0-new-2"]),
+    ],
+)
+def test_new_items_get_new_raw_ids_of_the_same_type(encoder, raw_ids, new_raw_ids):
     model = shelf.sasrec()
-    table = model.catalogue.table.set_column(1, "raw_id", [[f"thing {item}" for item in range(8)]])
-    model.catalogue = Catalogue(table)
+    model.catalogue = Catalogue(model.catalogue.table.set_column(1, "raw_id", [raw_ids]))
     session = Session(Demo(shelf.shown(model), title_encoder=encoder))
     session.add_new_item("Lavender soap five")
     session.add_new_item("Lavender soap six")
-    assert session.new_items == [9, 10]
+    assert session._models[0].catalogue.raw_ids(session.new_items) == new_raw_ids
 
 
 def test_a_demo_needs_an_encoder_that_knows_any_title(tmp_path, monkeypatch):
@@ -102,7 +107,7 @@ def test_a_demo_needs_an_encoder_that_knows_any_title(tmp_path, monkeypatch):
     assert not Demo(shelf.shown(shelf.counts()), title_encoder=str(tmp_path / "no-encoder")).takes_new_items
 
 
-def test_titles_of_others_are_shown_as_text():
+def test_titles_cannot_inject_code_into_the_page():
     session = Session(demo_without_new_items(shelf.sasrec(), shelf.counts()))
     (label,) = session.complete("window broken")
     assert label == shelf.SCRIPT  # Gradio shows the text of a button as text
@@ -113,7 +118,7 @@ def test_titles_of_others_are_shown_as_text():
     assert "&lt;script&gt;window.broken = 1&lt;/script&gt; &#36;&#123;1 + 1&#125;" in history_html(session)
 
 
-def test_a_page_tells_nothing_by_colour_or_order_alone(tmp_path):
+def test_a_page_labels_everything_for_screen_readers(tmp_path):
     session = Session(demo_without_new_items(shelf.sasrec(), shelf.ilora(tmp_path)))
     session.history.append(1)
     shown = answers_html(session, session.answers())
@@ -131,6 +136,6 @@ def test_large_catalogues_are_completed_without_comparing_every_title(monkeypatc
         raise AssertionError("titles are compared")
 
     monkeypatch.setattr(ItemNames, "closest", refuse)
-    assert session.complete("lav") and sessions.MATCHES == 8
+    assert session.complete("lav")
     with pytest.raises(AssertionError, match="compared"):
         session.complete("lavendar")

@@ -1,4 +1,4 @@
-"""Loading the models of a demo, and what cannot be shown."""
+"""Loading the models of a demo, and refusing those that cannot be shown."""
 
 import json
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_models_are_called_by_their_folders_or_as_you_like(folder):
+def test_models_are_named_after_their_folders_or_as_the_caller_says(folder):
     first, second, counts = (str(folder / name) for name in ("first/sasrec", "second/sasrec", "counts"))
     assert [each.name for each in load_models([first, counts])] == ["sasrec", "counts"]
     assert [each.name for each in load_models([first, second, counts])] == [
@@ -59,12 +59,12 @@ def test_models_are_called_by_their_folders_or_as_you_like(folder):
         (["bert"], r"no model could be loaded from .*bert"),
     ],
 )
-def test_what_cannot_be_shown_is_named(folder, names, message):
+def test_models_that_cannot_be_shown_side_by_side_are_refused(folder, names, message):
     with pytest.raises(ValueError, match=message):
         load_models([str(folder / name) for name in names])
 
 
-def test_other_numbers_of_items_and_of_names_are_named(folder, tmp_path):
+def test_different_numbers_of_items_or_names_are_refused(folder, tmp_path):
     smaller = shelf.counts()
     smaller = type(smaller).fit([[1, 2]], type(smaller.config)(num_items=2))
     smaller.catalogue = Catalogue(shelf.catalogue().table.slice(0, 2))

@@ -1,4 +1,4 @@
-"""The folder of a Space."""
+"""The folder of a Space contains everything that the Space needs, and nothing that only this machine has."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def space(tmp_path_factory):
     return folder / "space"
 
 
-def test_the_first_lines_of_the_card_tell_the_hub_how_to_run_it(space):
+def test_the_metadata_of_the_card_tell_the_hub_how_to_run_the_space(space):
     front_matter = (space / "README.md").read_text().split("---\n")[1]
     settings = yaml.safe_load(front_matter)
     assert settings["sdk"] == "gradio" and settings["sdk_version"] == gradio.__version__
@@ -38,14 +38,14 @@ def test_the_first_lines_of_the_card_tell_the_hub_how_to_run_it(space):
     assert re.fullmatch(r"3\.\d+", settings["python_version"])
 
 
-def test_what_to_install_is_pinned_without_local_versions(space):
+def test_requirements_are_pinned_without_local_versions(space):
     lines = (space / "requirements.txt").read_text().splitlines()
     names = {Requirement(line).name for line in lines}
     assert {"torch", "transformers", "gradio"} <= names and "pytest" not in names and "hf_ilora" not in names
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
 
 
-def test_models_of_folders_are_copied_without_what_only_training_needs(space):
+def test_models_in_folders_are_copied_without_the_files_that_only_training_needs(space):
     settings = json.loads((space / "demo.json").read_text())
     assert settings["models"] == ["models/1", "user/counts"] and settings["names"] == ["sasrec", "counts"]
     assert {path.name for path in (space / "models" / "1").iterdir()} == {
@@ -57,11 +57,11 @@ def test_models_of_folders_are_copied_without_what_only_training_needs(space):
     assert not list(space.rglob("__pycache__"))
 
 
-def test_what_only_this_machine_has_is_refused(tmp_path, encoder):
+def test_language_models_and_encoders_that_only_this_machine_has_are_refused(tmp_path, encoder):
     shelf.ilora(tmp_path).save_pretrained(tmp_path / "ilora")
     with pytest.raises(ValueError, match=r"language model, which only this machine has"):
         write_space(tmp_path / "space", load_models([str(tmp_path / "ilora")]), **SETTINGS)
-    with pytest.raises(ValueError, match=r"title_encoder .* is a folder here: expected a name on the Hub"):
+    with pytest.raises(ValueError, match=r"title_encoder .* is a folder on this machine: expected its name on the Hub"):
         write_space(tmp_path / "space", shelf.shown(shelf.counts()), **SETTINGS | {"title_encoder": encoder})
     assert not (tmp_path / "space").exists()
 

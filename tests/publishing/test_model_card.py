@@ -1,4 +1,4 @@
-"""The card: what was measured and how, metadata that the Hub reads, and no card that a person wrote is lost."""
+"""The card has the measurements and the metadata that the Hub reads, and never replaces a card that a person wrote."""
 
 import ast
 import json
@@ -53,18 +53,18 @@ def test_card_holds_the_measured_table_and_the_metadata_of_this_row(sasrec_run, 
     assert (result.dataset_split, result.dataset_revision) == ("test", FINGERPRINT)
 
 
-def test_measurements_are_told_in_words_with_protocol_seed_and_intervals(sasrec_run, tmp_path):
+def test_measurements_are_in_words_with_protocol_seed_and_intervals(sasrec_run, tmp_path):
     results = write_results(tmp_path / "evaluation")
     protocol = {"name": "leave_one_out", "num_candidates": 20}
     path = write_card(sasrec_run, "user/sasrec", results=[results], row="SASRec", protocol=protocol, **NAMES)
-    told = path.read_text().split("## Measurements\n\n")[1].split("### MovieLens-100K, test split")[0]
-    assert "Protocol leave_one_out. What training knows of the future and of others: training has" in told
-    assert "One training run, with seed 7. In brackets: 95% intervals over users." in told
-    assert "MovieLens-100K, test split, 943 users:" in told
-    assert "the held-out item is among the first 10 for 21.2% [19.0%, 24.0%] of the users" in told
+    measurements = path.read_text().split("## Measurements\n\n")[1].split("### MovieLens-100K, test split")[0]
+    assert "Protocol leave_one_out. What training knows of the future and of other users: training has" in measurements
+    assert "One training run, with seed 7. In brackets: 95% intervals over users." in measurements
+    assert "MovieLens-100K, test split, 943 users:" in measurements
+    assert "the held-out item is among the first 10 for 21.2% [19.0%, 24.0%] of the users" in measurements
 
 
-def test_an_evaluation_of_candidates_and_answers_is_told_too(sasrec_run, tmp_path):
+def test_an_evaluation_of_candidates_and_answers_is_in_words_too(sasrec_run, tmp_path):
     quality = {
         "candidates/hit_ratio@1": Interval(0.5, 0.4, 0.6),
         "answers/valid_ratio": Interval(0.9, 0.8, 1.0),
@@ -92,7 +92,7 @@ def test_metadata_name_the_task_the_data_and_what_an_adapter_adapts(sasrec_run):
     assert (data["pipeline_tag"], data["datasets"]) == ("sequential-recommendation", ["user/films"])
     assert {"hf_ilora", "sasrec", "sequential-recommendation"} <= set(data["tags"])
     assert "base_model" not in data and "base_model_relation" not in data
-    with pytest.raises(ValueError, match="dataset_ids have 'my films', which is no name on the Hub"):
+    with pytest.raises(ValueError, match="dataset_ids contain 'my films', which the Hub does not accept as a name"):
         write_card(sasrec_run, "user/sasrec", dataset_ids=["my films"], **NAMES)
     config = ILoraConfig(
         recommender_config=SASRecConfig(num_items=30), llm_name_or_path="user/llm", llm_revision="v1", num_llm_layers=4
@@ -111,7 +111,7 @@ def test_the_card_holds_limits_and_the_papers(sasrec_run):
         assert f"@inproceedings{{{key}," in text
 
 
-def test_the_card_tells_what_was_measured_of_popularity_and_what_training_never_saw(tmp_path):
+def test_the_card_states_the_bias_towards_popular_items_and_the_number_of_unseen_items(tmp_path):
     model = sasrec()
     table = catalogue().table
     model.catalogue = Catalogue(table.append_column("count", pa.array([0, 0, *range(1, 29)])))

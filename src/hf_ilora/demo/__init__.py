@@ -1,4 +1,4 @@
-"""A page in the browser on which people try models side by side; `page` alone imports Gradio."""
+"""A web page on which visitors try models side by side; only `page` imports Gradio."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""What a model answers to a history, how long it takes, and which items of the history are near its answers."""
+"""Asks a model what comes after a history, times it, and finds the items of the history that are near its answers."""
 
 import statistics
 import time
@@ -10,9 +10,9 @@ from hf_ilora.models.next_item.modeling_counting import PopularityForNextItem, T
 
 from .shown_models import Recommender
 
-_MAX_CALLS, _MAX_MILLISECONDS = 5, 100  # calls of a model are repeated, for a stable time, within these limits
-_NEAREST = 2  # items of the history that are shown beside a recommendation
-_LEAST_SIMILARITY = 1e-6  # below it, counts know of no transition and vectors do not point the same way
+_MAX_CALLS, _MAX_MILLISECONDS = 5, 100  # limits on repeating a call to measure its time
+_NEAREST = 2  # items of the history shown beside a recommendation
+_LEAST_SIMILARITY = 1e-6  # below it, there is no counted transition, or the vectors do not point the same way
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Recommendation:
     """A recommended item, or a new one at its rank.
 
     Args:
-        item_id: of the item.
-        rank: among all items that are not in the history, from 1.
-        probability: over the whole catalogue.
-        nearest: items of the history with their similarities, the most similar first.
+        item_id: id of the item.
+        rank: rank among all items that are not in the history, from 1.
+        probability: probability over the whole catalogue.
+        nearest: ids of items of the history with their similarities, the most similar first.
     """
 
     item_id: int
@@ -34,14 +34,14 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model answers.
+    """The answer of one model to a history.
 
     Args:
         recommendations: the best items, best first, then the new items that are not among them.
-        milliseconds: median time of a call of `recommend`; None where the model was not asked.
-        similarity: what the similarities of `nearest` are; None where there are none.
+        milliseconds: median time of a call of `recommend`; None if the model was not asked.
+        similarity: measure of the similarities in `nearest`, "cosine" or "weight"; None if there are none.
         expert_gates: weights of an iLoRA's experts for this history, which sum to 1; empty for other models.
-        notes: what the answer leaves out, in words.
+        notes: sentences on what the answer leaves out.
     """
 
     recommendations: list[Recommendation] = field(default_factory=list)
@@ -55,13 +55,13 @@ def answer_of(model: Recommender, history: Sequence[int], top_k: int, new_items:
     """Ask a model what comes next.
 
     Args:
-        model: may know fewer items than the history names.
+        model: the model to ask; it may know fewer items than the history contains.
         history: item ids, oldest first; may be empty.
-        top_k: number of recommendations; fewer where fewer items are left.
-        new_items: item ids that are told too where they are not among the best.
+        top_k: number of recommendations; fewer are returned if fewer items are left.
+        new_items: item ids to append to the recommendations, with their ranks, unless they are among the best.
 
     Returns:
-        The answer. Items that the model does not know are left out of the history, and named in the notes.
+        The answer. Items that the model does not know are left out of the history, and a note says so.
     """
     num_items = model.config.num_items
     known = [item for item in history if item <= num_items]
@@ -95,13 +95,13 @@ def answer_of(model: Recommender, history: Sequence[int], top_k: int, new_items:
 
 
 def _asked(model: Recommender, history: list[int], top_k: int) -> tuple[list[int], list[float]]:
-    """The item ids and the probabilities of one answer, best first."""
+    """The recommended item ids and their probabilities, best first."""
     item_ids, scores = model.recommend([history], top_k)
     return item_ids[0].tolist(), scores[0].exp().tolist()
 
 
 def _timed(model: Recommender, history: list[int], top_k: int) -> tuple[tuple[list[int], list[float]], float]:
-    """An answer, and the median milliseconds of a call; models that are slow are asked once."""
+    """The recommendations, and the median milliseconds of a call; slow models are asked once."""
     milliseconds = []
     while len(milliseconds) < _MAX_CALLS and sum(milliseconds) < _MAX_MILLISECONDS:
         begun = time.perf_counter()
@@ -113,10 +113,10 @@ def _timed(model: Recommender, history: list[int], top_k: int) -> tuple[tuple[li
 def _nearest_in_history(
     model: Recommender, item_ids: list[int], history: list[int]
 ) -> tuple[dict[int, list[tuple[int, float]]], str | None]:
-    """The items of the history that are most similar to each of `item_ids` by the model's own item vectors.
+    """The items of the history that are most similar to each of `item_ids`, and the measure of similarity.
 
-    Those of an iLoRA are its recommender's, with which its item head scores. Counts give the weight of the transition
-    from the item of the history.
+    Similarity is the cosine of the model's item vectors; an iLoRA uses those of its recommender, with which its item
+    head scores. In a model that counts, it is the weight of the transition from the item of the history.
     """
     nearest = {item: [] for item in item_ids}
     if isinstance(model, PopularityForNextItem) or not history:

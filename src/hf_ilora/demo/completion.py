@@ -13,10 +13,10 @@ _APOSTROPHES = {ord("'"): None, 0x2019: None}
 
 
 class TitleSearch:
-    """Finds items by the beginnings of words of their titles, whatever their case, accents and punctuation.
+    """Finds items by the beginnings of words in their titles, ignoring case, accents and punctuation.
 
     Args:
-        catalogue: its counts, if there are any, put popular items first.
+        catalogue: the items to search; its counts, if any, put popular items first.
     """
 
     def __init__(self, catalogue: Catalogue):
@@ -26,9 +26,9 @@ class TitleSearch:
         self._names = ItemNames(catalogue)
 
     def complete(self, text: str, count: int) -> list[int]:
-        """At most `count` items whose titles contain words that begin with those of `text`.
+        """Return at most `count` items whose titles contain words that begin with those of `text`.
 
-        Titles that begin with the text come first, then popular items. Where no title matches, the items with the most
+        Titles that begin with the text come first, then popular items. If no title matches, the items with the most
         similar titles are returned.
         """
         words = folded(text).split()
@@ -39,7 +39,7 @@ class TitleSearch:
 
 
 def folded(text: str) -> str:
-    """The words of a text, without regard to case, accents and punctuation."""
+    """The words of a text in lower case, without accents and punctuation."""
     letters = unicodedata.normalize("NFKD", text.casefold()).translate(_APOSTROPHES)
     return " ".join(re.findall(r"\w+", "".join(each for each in letters if not unicodedata.combining(each))))
 

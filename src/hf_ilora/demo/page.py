@@ -9,10 +9,10 @@ import gradio as gr
 from .rendering import CSS, answers_html, escaped, history_html
 from .sessions import MATCHES, MAX_TITLE_LENGTH, Demo, Session
 
-# Each visitor who adds items has copies of the models.
+# Limits memory: each visitor who adds items has copies of the models.
 _MAX_SESSIONS = 100
 _FOCUS_SEARCH = "() => { document.querySelector('#search input, #search textarea').focus() }"
-# Gradio has no settings for these. A live region has to be there before its text changes.
+# Gradio has no settings for these roles. A live region must exist before its text changes.
 _ROLES = """() => {
     const matches = document.getElementById("matches")
     matches.setAttribute("role", "group")
@@ -25,7 +25,7 @@ _ADD = "Add "
 
 
 class _Visitors:
-    """The session of each page that is open; of too many, the one that was idle for longest is forgotten."""
+    """The sessions of the open pages; if there are too many, the one that was idle for longest is dropped."""
 
     def __init__(self, demo: Demo):
         self._demo, self._sessions, self._lock = demo, OrderedDict(), threading.Lock()
@@ -43,13 +43,13 @@ class _Visitors:
             self._sessions.pop(request.session_hash, None)
 
 
-def said(message: str) -> str:
-    """What the live region says."""
+def status_html(message: str) -> str:
+    """The content of the live region."""
     return f"<p>{escaped(message)}</p>"
 
 
 def build_page(demo: Demo, title: str) -> gr.Blocks:
-    """The page; every visitor has a session of the demo."""
+    """Build the page; every visitor has a session of the demo."""
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         visitors = _Visitors(demo)
         gr.HTML(f"<h1>{escaped(title)}</h1>")
@@ -82,8 +82,8 @@ def build_page(demo: Demo, title: str) -> gr.Blocks:
         answers = gr.HTML(elem_id="answers", apply_default_css=False)
 
         def changed(visitor: Session, message: str, text: str = ""):
-            """All that a change of the history shows, but for the answers of the models, which may take seconds."""
-            return [text, *offered(visitor, text), history_html(visitor), said(message)]
+            """The updates after a change of the history, except for the models' answers, which may take seconds."""
+            return [text, *offered(visitor, text), history_html(visitor), status_html(message)]
 
         def offered(visitor: Session, text: str):
             labels = visitor.complete(text)
@@ -99,9 +99,9 @@ def build_page(demo: Demo, title: str) -> gr.Blocks:
             before = len(visitor.offered)
             updates = offered(visitor, text)
             count = len(visitor.offered)
-            if not text.strip():  # nothing is offered any more, or the title that was typed has been added
-                return [*updates, said("") if before else gr.skip()]
-            return [*updates, said(f"{count} {'title is' if count == 1 else 'titles are'} offered")]
+            if not text.strip():  # the text was deleted, or its title has just been added
+                return [*updates, status_html("") if before else gr.skip()]
+            return [*updates, status_html(f"{count} {'title is' if count == 1 else 'titles are'} offered")]
 
         def entered(text: str, request: gr.Request):
             visitor = visitors.session(request)
@@ -132,17 +132,17 @@ def build_page(demo: Demo, title: str) -> gr.Blocks:
             try:
                 nearest = visitors.session(request).add_new_item(title)
             except ValueError as error:
-                return [title, said(f"Not added: {error}")]
-            return ["", said(f"Added the new item {title}. The most similar titles are {', '.join(nearest)}.")]
+                return [title, status_html(f"Not added: {error}")]
+            return ["", status_html(f"Added the new item {title}. The most similar titles are {', '.join(nearest)}.")]
 
         private = {"show_progress": "hidden", "api_visibility": "private"}
-        # One at a time: models are timed alone, and nobody asks a model that grows.
+        # One event at a time, so that models are timed alone, and no model is asked while items are added to it.
         asks = private | {"concurrency_limit": 1, "concurrency_id": "models"}
         answers_of = (answered, None, answers)
         page.load(js=_ROLES)
         page.load(*answers_of, **asks)
         page.unload(visitors.leave)
-        # `input` is about pressed keys alone: not about what is pasted, spoken or deleted.
+        # `change`, since `input` reports pressed keys only, and not pasted, dictated or deleted text.
         search.change(completed, search, [*buttons, status], trigger_mode="always_last", **private)
         outputs = [search, *buttons, history, status]
         events = [(search.submit, entered, search)]
@@ -150,7 +150,7 @@ def build_page(demo: Demo, title: str) -> gr.Blocks:
         events += [(remove.click, removed, search), (clear.click, cleared, search)]
         for event, change, inputs in events:
             done = event(change, inputs, outputs, **private)
-            if change in (entered, pressed):  # the button that was pressed is gone
+            if change in (entered, pressed):  # the pressed button has disappeared
                 done = done.then(js=_FOCUS_SEARCH)
             done.then(*answers_of, **asks)
         for event in (new_title.submit, add_new.click):
@@ -159,17 +159,17 @@ def build_page(demo: Demo, title: str) -> gr.Blocks:
 
 
 def serve(page: gr.Blocks, server_name: str | None = None, server_port: int | None = None) -> None:
-    """Serve a page until Ctrl-C; nothing that it shows comes from elsewhere.
+    """Serve a page until Ctrl-C; it loads nothing from other servers.
 
     Args:
-        page: what `build_page` returned.
-        server_name: address to listen on; None: GRADIO_SERVER_NAME if it is set, as on a Space, else 127.0.0.1.
-        server_port: None: GRADIO_SERVER_PORT if it is set, else the first free one from 7860 on.
+        page: the page from `build_page`.
+        server_name: address to listen on; None means GRADIO_SERVER_NAME if it is set, as on a Space, else 127.0.0.1.
+        server_port: port to listen on; None means GRADIO_SERVER_PORT if it is set, else the first free one from 7860.
 
     Raises:
         OSError: when the port is taken.
     """
-    # The fonts of the machine: those of Gradio's themes may come from another one. Its hints are hard to read in grey.
+    # System fonts, since those of Gradio's themes may come from another server; and hints in black, which read better.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     theme.set(block_info_text_color="*body_text_color", block_title_text_color="*body_text_color")
     _, address, _ = page.launch(

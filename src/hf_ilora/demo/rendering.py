@@ -1,4 +1,4 @@
-"""HTML of a demo: every title, name and note is escaped, and nothing is told by colour alone."""
+"""HTML of a demo: every title, name and note is escaped, and no information is conveyed by colour alone."""
 
 import html
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from hf_ilora_cli.shown_text import shown
 from .answers import Answer, Recommendation
 from .sessions import Session
 
-# Gradio's HTML component reads its content as a template of JavaScript and of Handlebars.
+# Gradio's HTML component interprets its content as a JavaScript and a Handlebars template.
 _TEMPLATE_CHARACTERS = {ord(character): f"&#{ord(character)};" for character in "${}`\\"}
 
 ABOUT_NUMBERS = (
@@ -36,7 +36,7 @@ button:focus-visible, input:focus-visible, textarea:focus-visible { outline: 3px
 
 
 def escaped(text: object) -> str:
-    """A text as HTML shows it, in one line."""
+    """A text in one line, escaped for HTML."""
     return html.escape(shown(text)).translate(_TEMPLATE_CHARACTERS)
 
 
@@ -49,7 +49,7 @@ def history_html(session: Session) -> str:
 
 
 def answers_html(session: Session, answers: Sequence[Answer]) -> str:
-    """The answers of all models beside each other."""
+    """The answers of all models, side by side."""
     sections = []
     for number, (model, answer) in enumerate(zip(session.demo.models, answers, strict=True)):
         parts = [f'<h2 id="model-{number}">{escaped(model.name)}</h2>', f"<p>{escaped(model.kind)}</p>"]
@@ -75,7 +75,7 @@ def _table(session: Session, answer: Answer) -> str:
 
 
 def _nearest(session: Session, recommendation: Recommendation, similarity: str | None) -> str:
-    """Which titles of the history are near a recommendation; nothing where the model knows of no similarity."""
+    """The titles of the history that are near a recommendation; empty if the model has no measure of similarity."""
     if similarity is None:
         return ""
     digits = ".2f" if similarity == "cosine" else ".3g"

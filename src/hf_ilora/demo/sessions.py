@@ -1,4 +1,4 @@
-"""What visitors of a demo share, and what each of them does: a history, new items, answers."""
+"""The state of a demo: what its visitors share, and the history, new items and answers of each of them."""
 
 import copy
 import logging
@@ -19,19 +19,20 @@ from .shown_models import ShownModel
 logger = logging.getLogger(__name__)
 
 MATCHES = 8  # titles that are offered at once
-# A visitor who adds items gets models of his own.
+# A visitor who adds items gets copies of the models, which grow with them.
 MAX_NEW_ITEMS = 20
 MAX_TITLE_LENGTH = 200
-_NEIGHBOURS = 3  # known titles that are named beside a new one
+_NEIGHBOURS = 3  # known titles that are reported for a new one
 
 
 class Demo:
-    """What all visitors share.
+    """The models and titles that all visitors share.
 
     Args:
-        models: what `load_models` returned.
-        top_k: recommendations of each model.
-        title_encoder: places new items by their titles, see `encode_titles`; None for a demo without new items.
+        models: the models from `load_models`.
+        top_k: number of recommendations of each model.
+        title_encoder: encoder that places new items by their titles, see `encode_titles`; None for a demo without new
+            items.
         trust_remote_code: run code that comes with the title encoder.
 
     Raises:
@@ -58,28 +59,28 @@ class Demo:
             shown_model.model.recommend([[1]], 1, exclude_seen=False)
 
     def _encode_catalogue(self, title_encoder: str, trust_remote_code: bool) -> None:
-        """Encode the titles before anybody waits for them."""
+        """Encode the titles of the catalogue before the first visitor needs them."""
         remedy = "name another --title_encoder, or show the models without new items: --new_items false"
         if title_encoder == TF_IDF:
-            raise ValueError(f"the vectors of tf-idf depend on all titles, so a new one has none: {remedy}")
+            raise ValueError(f"the vectors of tf-idf depend on all titles, so a new title has none: {remedy}")
         try:
-            logger.info("encoding the titles of %d items, if that was not done before", len(self.catalogue))
+            logger.info("encoding the titles of %d items, unless they are in the cache", len(self.catalogue))
             self.encoder = TitleEncoder(title_encoder, trust_remote_code=trust_remote_code)
             self.title_embeddings = item_title_embeddings(self.catalogue, self.encoder)
         except (ValueError, OSError, DownloadError) as error:
-            raise ValueError(f"titles cannot be encoded, which places new items: {error}; {remedy}") from error
+            raise ValueError(f"titles cannot be encoded, so new items have no place: {error}; {remedy}") from error
 
 
 class Session:
-    """What one visitor does.
+    """The state of one visitor.
 
     Args:
-        demo: what all visitors share.
+        demo: the models and titles that all visitors share.
 
     Attributes:
         history: item ids, oldest first, each once.
-        new_titles: of the items that the visitor has added; their ids follow those of the catalogue.
-        offered: the item id behind each label that is offered.
+        new_titles: titles of the items that the visitor has added; their ids follow those of the catalogue.
+        offered: the item id of each label that is offered.
     """
 
     def __init__(self, demo: Demo):
@@ -88,7 +89,7 @@ class Session:
         self.new_titles: list[str] = []
         self.offered: dict[str, int] = {}
         self._models = [each.model for each in demo.models]
-        self._item_titles: list[ItemTitles] = []  # of the models that take new items, once there is one
+        self._item_titles: list[ItemTitles] = []  # one for each copied model; empty until the first new item
 
     @property
     def new_items(self) -> list[int]:
@@ -97,13 +98,13 @@ class Session:
         return list(range(first, first + len(self.new_titles)))
 
     def title(self, item_id: int) -> str:
-        """The title of an item, in one line that shows hidden characters."""
+        """The title of an item, in one line and with hidden characters made visible."""
         num_items = len(self.demo.catalogue)
         known = item_id <= num_items
         return shown(self.demo.catalogue.titles([item_id])[0] if known else self.new_titles[item_id - num_items - 1])
 
     def complete(self, text: str) -> list[str]:
-        """The labels of the items whose titles complete a text; they are offered from now on."""
+        """Offer the items whose titles complete a text, and return their labels."""
         text = text[:MAX_TITLE_LENGTH]
         words = folded(text).split()
         items = zip(self.new_items, self.new_titles, strict=True)
@@ -118,7 +119,7 @@ class Session:
         return list(self.offered)
 
     def add(self, label: str) -> bool:
-        """Add an offered item to the history; False for a label that is not offered any more."""
+        """Add an offered item to the history; return False if the label is no longer offered."""
         item = self.offered.pop(label, None)
         if item is None or item in self.history:
             return False
@@ -129,24 +130,27 @@ class Session:
         """Add an item to the visitor's copies of the models that take one.
 
         Args:
-            title: of the item.
+            title: title of the item.
 
         Returns:
-            The known titles that are most similar, of which the item's place in the models is an average.
+            The most similar known titles, whose vectors the models average for the new item.
 
         Raises:
-            ValueError: for a blank title, one that is too long or there already, and too many new items.
+            ValueError: for a blank title, one that is too long or exists already, too many new items, and a demo that
+                takes none.
         """
         title = " ".join(title.split())
         if not self.demo.takes_new_items:
-            raise ValueError("this demo takes no new items")
+            raise ValueError(
+                "this demo takes no new items: expected a title encoder and a model that takes items without training"
+            )
         if not folded(title) or len(title) > MAX_TITLE_LENGTH:
             raise ValueError(f"the title has {len(title)} characters: expected words of 1 to {MAX_TITLE_LENGTH}")
         if len(self.new_titles) >= MAX_NEW_ITEMS:
-            raise ValueError(f"there are {MAX_NEW_ITEMS} new items: expected no more; load the page anew")
+            raise ValueError(f"there are {MAX_NEW_ITEMS} new items: expected no more; reload the page to start again")
         titles = [*self.demo.catalogue.table["title"].to_pylist(), *self.new_titles]
         if title.casefold() in (each.strip().casefold() for each in titles):
-            raise ValueError(f"{shown(title)} is there already: search for it")
+            raise ValueError(f"{shown(title)} exists already: search for it")
         vectors = encode_titles([title], self.demo.encoder)
         if not self._item_titles:
             self._copy_models()
@@ -159,12 +163,12 @@ class Session:
         return neighbours
 
     def answers(self) -> list[Answer]:
-        """What each model answers to the history."""
-        history = list(self.history)  # the visitor may go on meanwhile
+        """Ask each model what comes after the history."""
+        history = list(self.history)  # a copy: the visitor may change the history meanwhile
         return [answer_of(model, history, self.demo.top_k, self.new_items) for model in self._models]
 
     def _copy_models(self) -> None:
-        """Give the visitor models that may grow."""
+        """Give the visitor copies of the models that take new items."""
         for place, shown_model in enumerate(self.demo.models):
             if shown_model.takes_new_items:
                 self._models[place] = copy.deepcopy(shown_model.model)

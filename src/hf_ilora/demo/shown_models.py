@@ -1,4 +1,4 @@
-"""The models that a demo shows beside each other, which have one catalogue."""
+"""Loads the models that a demo shows side by side; all have the same catalogue."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ Recommender = NextItemPreTrainedModel | ILoraForRecommendation
 
 @dataclass(frozen=True)
 class ShownModel:
-    """A model and what the page calls it.
+    """A model of the demo.
 
     Args:
-        name: what the page calls it.
-        source: the folder or Hub name that it was loaded from.
-        model: it has a catalogue.
+        name: its name on the page.
+        source: the folder or Hub name from which it was loaded.
+        model: the model, which has a catalogue.
     """
 
     name: str
@@ -30,7 +30,7 @@ class ShownModel:
 
     @property
     def kind(self) -> str:
-        """The kind of the model, for people."""
+        """A description of the model for the page."""
         config = self.model.config
         if isinstance(self.model, ILoraForRecommendation):
             return f"iLoRA on {shareable(config.llm_name_or_path)}, {config.num_experts} experts"
@@ -40,7 +40,7 @@ class ShownModel:
 
     @property
     def takes_new_items(self) -> bool:
-        """Whether items can join the model without training."""
+        """Whether items can be added to the model without training."""
         return isinstance(self.model, EncoderForNextItem) and self.model.config.teacher_embedding_size is None
 
 
@@ -51,14 +51,14 @@ def load_models(
 
     Args:
         sources: folders or Hub names.
-        names: what the page calls the models; None takes the last part of each source, or as many of the last parts as
-            tell them apart.
+        names: names of the models on the page; None means the last part of each source, or as many of the last parts
+            as tell the sources apart.
         trust_remote_code: run code that comes with the language model of an iLoRA.
 
     Raises:
-        FileNotFoundError: for a source that is neither.
-        ValueError: for no models, another number of names, equal names, a folder that is no recommender, and models
-            without catalogue or with different ones.
+        FileNotFoundError: for a source that is neither a folder nor a Hub name.
+        ValueError: for no models, another number of names than sources, equal names, a folder without a recommender,
+            and models without a catalogue or with different ones.
     """
     if not sources:
         raise ValueError("there are no models: expected at least one folder or Hub name of a saved model")
@@ -86,7 +86,7 @@ def load_models(
 
 
 def _last_parts(sources: Sequence[str]) -> list[str]:
-    """As few of the last parts of each path as tell the paths apart; a page need not show whole paths."""
+    """Shorten paths to as few of their last parts as tell them apart, because a page need not show whole paths."""
     parts = [Path(source).parts for source in sources]
     for number in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-number:]) for each in parts]

@@ -1,4 +1,4 @@
-"""Writes a demo as a folder that a Space of the Hub runs: this package, the models, and what to install."""
+"""Writes a demo as the folder of a Hub Space: this package, the models, and their requirements."""
 
 import importlib.metadata
 import json
@@ -45,16 +45,19 @@ def write_space(
     """Write the folder of a Space.
 
     Args:
-        folder: one that an earlier call wrote is replaced.
-        models: those of folders are copied, without what only training needs; those of the Hub are named.
-        title, top_k, title_encoder: of the demo.
+        folder: output folder; one that an earlier call wrote is replaced.
+        models: the models of the demo. Those in folders are copied, without the files that only training needs; those
+            on the Hub are referred to by name.
+        title, top_k, title_encoder: settings of the demo.
 
     Raises:
-        ValueError: for a folder with other files, broken files of models, and a title encoder or the language model of
-            an iLoRA that is a folder on this machine.
+        ValueError: for a folder with other files, models with broken files, and a title encoder or an iLoRA's language
+            model that is a folder on this machine.
     """
     if title_encoder is not None and Path(title_encoder).is_dir():
-        raise ValueError(f"title_encoder {title_encoder} is a folder here: expected a name on the Hub")
+        raise ValueError(
+            f"title_encoder {title_encoder} is a folder on this machine: expected its name on the Hub; push it first"
+        )
     with folder_written_whole(folder, _FILES) as unfinished:
         sources = [_source(model, number, unfinished) for number, model in enumerate(models, start=1)]
         for name, package in _PACKAGES.items():
@@ -77,7 +80,7 @@ def write_space(
 
 
 def _source(model: ShownModel, number: int, space: Path) -> str:
-    """What the Space calls a model: its name on the Hub, or the folder of its copy."""
+    """The source of a model in the Space: its name on the Hub, or the folder of its copy."""
     if not Path(model.source).is_dir():
         return model.source
     if isinstance(model.model.config, ILoraConfig):
@@ -85,20 +88,20 @@ def _source(model: ShownModel, number: int, space: Path) -> str:
     folder = f"models/{number}"
     (space / folder).mkdir(parents=True)
     for name, path in files_of_model(model.source).items():
-        if path.suffix != ".py":  # the installed classes load it
+        if path.suffix != ".py":  # the package beside it has the code
             shutil.copyfile(path, space / folder / name)
     return folder
 
 
 def _requirements() -> list[str]:
-    """What hf_ilora needs, and the extra of the demo, in the versions that are installed here."""
+    """The requirements of hf_ilora and its extra `demo`, pinned to the versions installed here."""
     needed = [Requirement(text) for text in importlib.metadata.requires("hf_ilora")]
     needed = [each for each in needed if each.marker is None or each.marker.evaluate({"extra": "demo"})]
     return [f"{each.name}=={Version(importlib.metadata.version(each.name)).public}" for each in needed]
 
 
 def _readme(title: str, hub_models: list[str]) -> str:
-    """The card of the Space, whose first lines tell the Hub how to run it."""
+    """The card of the Space; its metadata tells the Hub how to run it."""
     settings = {
         "title": title,
         "sdk": "gradio",

@@ -1,4 +1,4 @@
-"""Publishes a saved model on the Hub: complete files, in one commit, with a card of its measurements."""
+"""Publishes a saved model on the Hub in one commit: its complete files and a card with its measurements."""
 
 from .model_card import write_card
 from .publish import ModelFolder, card_files, check_folder, files_of_model, push_folder

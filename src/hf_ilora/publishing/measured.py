@@ -21,7 +21,7 @@ class MeasuredTable:
         report: measurements of the published model.
         context: of all models of the table.
         table: the table of all models in Markdown, with the paragraph on how it was measured.
-        picture: plot of the table; None if there is none beside it.
+        picture: file of the plot beside the table; None if there is none.
     """
 
     report: ModelReport | CandidateReport
@@ -40,7 +40,7 @@ class MeasuredTable:
 
     @property
     def popularity(self) -> str:
-        """What was measured of the model's bias towards popular items, in sentences; nothing if that was not."""
+        """The model's bias towards popular items, in sentences; empty if it was not measured."""
         if not isinstance(self.report, ModelReport):
             return ""
         k, lists, by_count, sentences = self.context.k, self.report.lists, self.report.by_count, []
@@ -48,7 +48,7 @@ class MeasuredTable:
             sentences.append(
                 f"In the evaluation above, the most popular tenth of the items makes up "
                 f"{lists[f'decile_1@{k}'].mean:.1%} of the recommendations, and {lists[f'coverage@{k}'].mean:.1%} of "
-                "the items are recommended to somebody."
+                "the items are recommended to at least one user."
             )
         if len(by_count) > 1:
             metric = f"{self.context.main}/ndcg@{k}"
@@ -65,7 +65,7 @@ def read_measured(path: Path, row: str | None, dataset_name: str) -> MeasuredTab
 
     Args:
         path: the file, or its folder.
-        row: name or source of the published model in the table; None if there is only one row.
+        row: name or source of the published model in the table; None if the table has only one row.
         dataset_name: name of the data set on the card.
 
     Raises:
@@ -74,7 +74,7 @@ def read_measured(path: Path, row: str | None, dataset_name: str) -> MeasuredTab
     """
     reports, context = read_reports(path)
     number = _row_number(path, row, [report.name for report in reports], [report.source for report in reports])
-    # Names of models are by default their folders.
+    # By default, the names of models are their folders.
     reports = [replace(report, name=shareable(report.name)) for report in reports]
     context = replace(context, data=dataset_name)
     table = candidate_table if isinstance(context, CandidateContext) else markdown_table
@@ -83,7 +83,7 @@ def read_measured(path: Path, row: str | None, dataset_name: str) -> MeasuredTab
 
 
 def read_reports(path: Path) -> tuple[list[ModelReport] | list[CandidateReport], ReportContext | CandidateContext]:
-    """Read the rows of a table that `hf-ilora evaluate` or `hf-ilora evaluate-ilora` wrote, and what they share.
+    """Read the rows of a table that `hf-ilora evaluate` or `hf-ilora evaluate-ilora` wrote, and their context.
 
     Args:
         path: results.json, or its folder.
@@ -128,7 +128,7 @@ def _model_report(report: dict) -> ModelReport:
     for groups in ("by_count", "by_length"):
         parts[groups] = {group: _intervals(quality) for group, quality in report.get(groups, {}).items()}
     parts["lists"] = _intervals(report.get("lists", {}))
-    if "kind" not in report:  # results that were written before pictures told kinds apart
+    if "kind" not in report:  # older results have no kinds
         kinds = {"popularity": "baseline", "transition_counts": "baseline", "ilora": "language model"}
         parts["kind"] = kinds.get(report["model_type"], "ids")
     return ModelReport(**report | parts | _measured_parts(report))
@@ -142,10 +142,7 @@ def _measured_parts(report: dict) -> dict:
     comparison = report["comparison"]
     if comparison is not None:
         comparison = RunComparison(**comparison | {"difference": Interval(**comparison["difference"])})
-    return {
-        "quality": _intervals(report["quality"]),
-        "comparison": comparison,
-    }
+    return {"quality": _intervals(report["quality"]), "comparison": comparison}
 
 
 def _intervals(quality: dict) -> dict[str, Interval]:

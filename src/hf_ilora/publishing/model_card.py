@@ -37,18 +37,18 @@ def write_card(
     checked: ModelFolder | None = None,
     output_dir: str | Path | None = None,
 ) -> Path:
-    """Write README.md into a model's folder, or into another one, with the plots that lie beside the results.
+    """Write README.md into a model's folder, or into another one, with copies of the plots beside the results.
 
-    A Trainer that pushes the same weights later keeps a card with results.
+    If a Trainer pushes the same weights later, it keeps a card with results.
 
     Args:
         folder: a folder that `check_folder` accepts.
         repo_id: "user/name" of the model on the Hub.
         dataset_name: name of the data set on the card, such as "MovieLens-100K".
         license: licence of the weights by its name on the Hub, such as "apache-2.0".
-        dataset_ids: names of the data sets on the Hub, "user/name", where they are there.
+        dataset_ids: names of the data sets on the Hub, "user/name", if they are published.
         results: results.json of `hf-ilora evaluate` and `hf-ilora evaluate-ilora`, or their folders.
-        row: name or source of this model in them; None if they have only one row.
+        row: name or source of this model in the results; None if they have only one row.
         protocol: the `protocol` of the data set.
         seeds_table: JSON of experiments/seeds.py for the same configuration with other seeds.
         revision: branch of the model; None means main.
@@ -61,7 +61,7 @@ def write_card(
     Raises:
         FileNotFoundError, ValueError: as `check_folder` and `read_measured`; for results on other data than the run's;
             for a name that the Hub does not accept; and for a card in either folder that was written or edited by hand,
-            because it is not overwritten.
+            which is not overwritten.
     """
     check_repo_id(repo_id)
     _check_dataset_ids(dataset_ids)
@@ -112,7 +112,7 @@ def _check_dataset_ids(dataset_ids: Sequence[str]) -> None:
             validate_repo_id(name)
         except HFValidationError as error:
             raise ValueError(
-                f"dataset_ids have {name!r}, which is no name on the Hub ({error}): expected user/name"
+                f"dataset_ids contain {name!r}, which the Hub does not accept as a name ({error}): expected user/name"
             ) from error
 
 
@@ -127,14 +127,14 @@ def _check_data(run: dict, source: str, fingerprint: str) -> None:
 def _measurements(
     tables: Sequence[MeasuredTable], run: dict, protocol: dict | None, seeds_table: str | Path | None
 ) -> str:
-    """All that was measured, in words and as tables; nothing if that is nothing."""
+    """All measurements, in words and as tables; empty if there are none."""
     parts = [] if seeds_table is None else [_seeds_section(Path(seeds_table))]
     if tables:
         of_protocol = ""
         if protocol is not None:
             leak = LEAKS.get(protocol.get("name"))
             of_protocol = f"Protocol {in_markdown(protocol.get('name'))}."
-            of_protocol += f" What training knows of the future and of others: {leak}. " if leak else " "
+            of_protocol += f" What training knows of the future and of other users: {leak}. " if leak else " "
         about = f"{of_protocol}One training run, with seed {in_markdown(run['seed'])}. "
         parts[:0] = [f"{about}In brackets: 95% intervals over users. {ABOUT_NDCG}", *(table.words for table in tables)]
         parts += [table.table.replace("# ", "### ", 1).strip() for table in tables]
@@ -159,7 +159,7 @@ def _measured_metadata(
 
 
 def _copied_pictures(tables: Sequence[MeasuredTable], folder: Path) -> list[dict[str, str]]:
-    """Copies the plots of the tables into the folder of the card, and says what they show."""
+    """Copy the plots of the tables into the folder of the card; return the file and the text of each."""
     pictures = []
     for table in tables:
         if table.picture is not None:
@@ -172,7 +172,7 @@ def _copied_pictures(tables: Sequence[MeasuredTable], folder: Path) -> list[dict
 
 
 def _seeds_section(path: Path) -> str:
-    """Mean and standard deviation over seeds on the test split."""
+    """The section with mean and standard deviation over seeds on the test split."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         seeds, test = content["seeds"], content["test"]

@@ -1,4 +1,4 @@
-"""Publishes the folder of a finished run on the Hub, after checking that others can use it."""
+"""Publishes the folder of a finished run on the Hub, after a check that others can use it."""
 
 import json
 import re
@@ -37,7 +37,7 @@ class ModelFolder:
     """A complete folder of a model.
 
     Args:
-        files: the files to publish, by path in the repository: their paths here, or their contents.
+        files: the files to publish by their paths in the repository; each is a path here, or its content.
         config: configuration of the model.
         catalogue: catalogue of the model.
         run: content of run.json.
@@ -59,19 +59,19 @@ def check_folder(
 ) -> ModelFolder:
     """Read the folder of a model and check that all files to publish are complete.
 
-    Absolute paths in run.json are cut to their last part, as they name places of this machine.
+    Absolute paths in run.json are cut to their last part, because they name folders of this machine.
 
     Args:
-        folder: with config.json, weights, items.parquet, run.json, and for iLoRA the tokenizer.
+        folder: folder with config.json, weights, items.parquet, run.json, and for an iLoRA the tokenizer.
         run_file: path of run.json if it is not in the folder.
-        llm_name: for iLoRA: Hub name of the language model, to publish instead of the name in config.json.
-        llm_revision: its commit; None means its main branch at the time of loading.
+        llm_name: for an iLoRA, Hub name of the language model, to publish instead of the name in config.json.
+        llm_revision: commit of the language model; None means its main branch at the time of loading.
         trust_remote_code: run code that comes with the tokenizer of an iLoRA.
 
     Raises:
         FileNotFoundError: when a file is missing.
-        ValueError: when a file is broken or does not fit the others, the run is not finished, the model is not of this
-            package, or the name of the language model is a local path.
+        ValueError: when a file is broken or does not fit the others, the run is not finished, the model is not one of
+            this package, or the name of the language model is a local path.
     """
     folder = Path(folder)
     files: dict[str, Path | bytes] = dict(files_of_model(folder))
@@ -119,7 +119,7 @@ def files_of_model(folder: str | Path) -> dict[str, Path]:
 
 
 def card_files(card: Path) -> dict[str, Path]:
-    """A card and the pictures in its folder that it shows, by name."""
+    """A card and the images in its folder that it shows, by file name."""
     shown = re.findall(r"!\[[^\n]*?\]\(([\w.-]+\.(?:png|svg|jpg))\)", card.read_text(encoding="utf-8"))
     return {card.name: card} | {name: card.parent / name for name in shown if (card.parent / name).is_file()}
 
