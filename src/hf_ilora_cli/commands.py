@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 PROGRAM = "hf-ilora"
-# The environment variable that tells a recipe what its messages call the program; by default the recipe's file name.
+# The environment variable that names the program in a recipe's messages; by default they use the recipe's file name.
 PROGRAM_VARIABLE = "HF_ILORA_PROGRAM"
 
 
@@ -14,10 +14,10 @@ class Command:
     Args:
         name: the word after `hf-ilora`.
         recipe: name of the shipped recipe, without suffix.
-        summary: what the list of commands says about it.
+        summary: its line in the list of commands.
         example: a command line to copy.
-        launched: whether accelerate's launcher starts the recipe, which then trains or runs on several processes.
-        may_be_launched: whether it does so where `--launch` or `--num_processes` is given.
+        launched: whether accelerate's launcher always starts the recipe, possibly in several processes.
+        may_be_launched: whether the launcher starts it if `--launch` or `--num_processes` is given.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Command:
 
     @property
     def program(self) -> str:
-        """What messages of the recipe call the program."""
+        """The name of the program in messages of the recipe."""
         return f"{PROGRAM} {self.name}"
 
 

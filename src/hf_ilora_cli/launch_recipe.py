@@ -13,7 +13,7 @@ from .signals import INTERRUPTED_CODE, end_with_parent
 if __name__ == "__main__":
     end_with_parent()
     try:
-        from .launching import launch_words  # takes seconds, in which Ctrl-C ends quietly too
+        from .launching import launch_words  # takes seconds, during which Ctrl-C must end quietly too
 
         sys.exit(launch_words(Path(sys.argv[1]), sys.argv[2:]))
     except KeyboardInterrupt:

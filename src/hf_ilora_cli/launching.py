@@ -1,6 +1,6 @@
-"""Starts a recipe through accelerate's launcher, and ends with the recipe's exit code.
+"""Starts a recipe through accelerate's launcher, and returns the recipe's exit code.
 
-`accelerate launch` ends with code 1 and a traceback of its own whatever the recipe ended with.
+`accelerate launch` itself ends with code 1 and a traceback of its own, whatever the recipe's exit code was.
 """
 
 import logging
@@ -74,10 +74,10 @@ def take_launch_options(words: list[str]) -> tuple[str | None, int | None, list[
 
 
 def launch_config(launch: str | None, num_processes: int | None) -> Path:
-    """The accelerate configuration that is asked for, or the one that fits this machine.
+    """The accelerate configuration that `launch` names; None takes the one that fits this machine.
 
     Raises:
-        ValueError: for an unknown configuration, and for several processes with one that starts a single process.
+        ValueError: the configuration is unknown, or it starts a single process and `num_processes` is larger.
     """
     if launch is None:
         several = num_processes is not None and num_processes > 1
@@ -124,7 +124,7 @@ def run_launched(recipe: Path, options: list[str], config_file: Path, num_proces
 
 
 def end_children(error: KeyboardInterrupt) -> None:
-    """End the children of this process after `error`; Ctrl-C the terminal sends to them too, so they get a moment."""
+    """End the children of this process after `error`. A terminal sends them Ctrl-C too, so they first get a moment."""
     alive = psutil.Process().children(recursive=True)
     if not isinstance(error, Terminated):
         _, alive = psutil.wait_procs(alive, timeout=SECONDS_TO_NOTICE)
@@ -138,10 +138,10 @@ def end_children(error: KeyboardInterrupt) -> None:
 
 
 def _report(error: ChildFailedError, program: str) -> int:
-    """Print what the main process has not printed itself; returns the exit code of the failure that matters.
+    """Print the error unless the main process has; returns the exit code of the failure that caused the others.
 
     When one process fails, the others fail with it: torchrun ends them, or they lose the connection. A user's mistake
-    comes first, then a process that was killed, then what `run_main` recorded in another process than the main one.
+    comes first, then a killed process, then an error that `run_main` recorded in a process other than the main one.
     """
     failures = list(error.failures.values())
     recorded = [failure for failure in failures if isinstance(failure.message, dict)]

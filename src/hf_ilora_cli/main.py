@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: that of the recipe, 2 for a mistake on the command line, 130 after Ctrl-C.
 
     Raises:
-        SystemExit: with code 141 when nobody reads what is printed.
+        SystemExit: with code 141, when the reader of the output has left.
     """
     with closed_output_ends():
         return _main(argv)
@@ -86,8 +86,10 @@ def start(command: Command, options: list[str]) -> int:
     """Run the recipe of a command to its end, through accelerate's launcher if it needs that; returns the exit code."""
     recipe = shipped_folder(RECIPE) / f"{command.recipe}.py"
     os.environ[PROGRAM_VARIABLE] = command.program
-    asks = any(word.partition("=")[0].replace("-", "_") in ("__launch", "__num_processes") for word in options)
-    if (command.launched or (command.may_be_launched and asks)) and "--help-all" not in options:
+    has_launch_option = any(
+        word.partition("=")[0].replace("-", "_") in ("__launch", "__num_processes") for word in options
+    )
+    if (command.launched or (command.may_be_launched and has_launch_option)) and "--help-all" not in options:
         from .launching import launch_words
 
         return launch_words(recipe, options)

@@ -1,7 +1,7 @@
 """Makes the threads of a program sleep while they wait. Import it before torch, which loads OpenMP.
 
-By default OpenMP's threads spin while they wait for one another. A small model takes thousands of small operations a
-second, and beside another busy program each of them waits for a thread that does not run: training takes 20 times as
+By default OpenMP's threads spin while they wait for one another. A small model runs thousands of small operations a
+second. Beside another busy program, each operation waits for a thread that has no core, and training takes 20 times as
 long. An OMP_WAIT_POLICY that is already set is kept.
 """
 

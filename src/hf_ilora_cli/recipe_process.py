@@ -1,7 +1,7 @@
 """Runs a recipe in this process as `python recipe.py` does, but ends quietly after Ctrl-C from its first line on.
 
-The launcher starts this file, with the recipe and its options: importing what a recipe needs takes seconds, in which
-`run_main` is not there yet. The process ends with the launcher.
+The launcher starts this file, with the recipe and its options: the imports of a recipe take seconds, and `run_main`
+handles Ctrl-C only after them. The process ends with the launcher.
 """
 
 import os

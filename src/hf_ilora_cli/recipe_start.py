@@ -1,7 +1,7 @@
-"""What a recipe imports before anything else: it answers `--help`, and lets OpenMP's threads sleep.
+"""Answers `--help`, and lets OpenMP's threads sleep. A recipe imports it before anything else.
 
-The other imports of a recipe take seconds, so `python recipes/x.py --help` ends here, with the options as
-`hf-ilora x --help` prints them. Importing a recipe as a module prints nothing.
+The other imports of a recipe take seconds, so `python recipes/x.py --help` ends here; it prints the same options as
+`hf-ilora x --help`. Importing a recipe as a module prints nothing.
 """
 
 import sys
@@ -19,7 +19,7 @@ def help_of_recipe(recipe: Path, docstring: str) -> str:
 
     Args:
         recipe: the file.
-        docstring: of the recipe; its first indented block is an example.
+        docstring: the recipe's docstring; its first indented block is an example.
     """
     command = next(command for command in COMMANDS.values() if command.recipe == recipe.stem)
     usage, summary, _, *groups = help_file(command).read_text(encoding="utf-8").split("\n\n")
@@ -35,10 +35,10 @@ def docstring_example(docstring: str) -> str:
 
 
 def answer_help() -> None:
-    """Print the help and end the program, if it is a shipped recipe that was asked for it."""
+    """Print the help and end the program, if the program is a shipped recipe and `--help` is among its options."""
     recipe, words = Path(sys.argv[0]).resolve(), set(sys.argv[1:])
-    asks = {"-h", "--help"} & words and "--help-all" not in words
-    if asks and recipe.parent == shipped_folder(RECIPE).resolve():
+    asks_for_help = {"-h", "--help"} & words and "--help-all" not in words
+    if asks_for_help and recipe.parent == shipped_folder(RECIPE).resolve():
         with closed_output_ends():
             print(help_of_recipe(recipe, sys.modules["__main__"].__doc__), end="")
         sys.exit(0)

@@ -11,7 +11,7 @@ class Kind:
     """A kind of shipped file.
 
     Args:
-        description: what an error message calls such a file.
+        description: the name of such a file in error messages.
         folder: the files' folder, relative to the root of the project.
         suffix: the files' suffix, which a name may leave out.
     """
@@ -30,7 +30,7 @@ LAUNCH = Kind("accelerate configuration", "accelerate_configs", ".yaml")
 def shipped_folder(kind: Kind) -> Path:
     """The folder of the shipped files of a kind.
 
-    An installed wheel has them inside of the package hf_ilora, a checkout beside `src`.
+    An installed wheel has them inside the package hf_ilora, a checkout beside `src`.
     """
     package = Path(importlib.util.find_spec("hf_ilora").origin).parent  # found, not imported
     installed = package / kind.folder
@@ -66,7 +66,7 @@ def find_file(kind: Kind, word: str) -> Path:
 
 
 def closest_first(word: str, names: list[str]) -> list[str]:
-    """The names in the order of their likeness to `word`."""
+    """The names, the most similar to `word` first."""
     # the last part counts too: `sasrec` is close to `ml-100k/sasrec`
     return sorted(names, key=lambda name: -max(_likeness(word, name), _likeness(word, name.rpartition("/")[2])))
 

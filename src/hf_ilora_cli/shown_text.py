@@ -1,6 +1,7 @@
-"""Shows text of others (titles, names, messages) so that it drives neither a terminal nor the page of a document.
+"""Escapes foreign text (titles, names, messages) so that it controls neither a terminal nor a document.
 
-A model of the Hub brings its catalogue: what is printed, logged or written to Markdown of it passes through here.
+A model from the Hub brings its own catalogue: all text that is printed, logged or written to Markdown passes through
+here.
 """
 
 import json
@@ -10,18 +11,18 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-# Control characters, those that reorder or hide text, halves of characters, and separators of lines. The two joiners
-# belong to the spelling of Persian, of Indian languages and of emoji.
+# Control characters, those that reorder or hide text, surrogates, and line separators. Persian, Indian languages and
+# emoji need the two joiners.
 _HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _JOINERS = "\u200c\u200d"
 _MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\`*[]|$~"} | {"<": "&lt;", ">": "&gt;"})
 _ENTITY = re.compile(r"&(?=#?\w+;)")
-# How an absolute path begins. Inside of a text it does not follow what makes it part of a relative path or an address.
+# The beginning of an absolute path. Inside a text, it does not follow characters of a relative path or an address.
 _ROOT = r"(?:file:/+|~[\w.-]*[/\\]|[A-Za-z]:[\\/]|\\\\|/)"
 _WHOLE_PATH = re.compile(rf"(-{{1,2}}[\w-]+=)?({_ROOT}.*)", re.DOTALL)
 _PATH_INSIDE = re.compile(rf"(?<![\w.:/\\~-]){_ROOT}[^\s\"',;]+")
 _ADDRESS = re.compile(r"(\w+://)(?:[^\s/@]*@)?([^\s?#\"']*)(?:[?#][^\s\"']*)?")
-_EMPHASIS = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # not inside of a word
+_EMPHASIS = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # not inside a word
 
 
 def shown(text: object) -> str:
@@ -56,8 +57,8 @@ def in_figure(text: object) -> str:
 
 
 def shareable(word: str) -> str:
-    """A name, or a word of a command, for others: an absolute path becomes its last part, and an address loses its user
-    and its query, which may be a signature."""
+    """A name, or a word of a command, that is safe to publish: an absolute path becomes its last part, and an address
+    loses its user and its query, which may be a signature."""
     whole = _WHOLE_PATH.fullmatch(word)
     if whole:
         return (whole[1] or "") + _last_part(whole[2])
@@ -70,7 +71,7 @@ def shareable_command(words: Sequence[str]) -> str:
 
 
 def shareable_values(value: object) -> object:
-    """A JSON value for others: every text in it, the keys included, as `shareable` makes it."""
+    """A JSON value that is safe to publish: every text in it, keys included, as `shareable` makes it."""
     if isinstance(value, dict):
         return {shareable(key): shareable_values(each) for key, each in value.items()}
     if isinstance(value, list):

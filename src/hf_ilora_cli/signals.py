@@ -1,6 +1,6 @@
-"""How a program ends when it is asked to from outside: SIGTERM and SIGHUP end it as Ctrl-C does.
+"""Makes SIGTERM and SIGHUP end a program as Ctrl-C does.
 
-By default, SIGTERM kills a process on the spot: what it has started runs on, and its record says that it still runs.
+By default, SIGTERM kills a process on the spot: its children keep running, and its record says that it still runs.
 """
 
 import ctypes
@@ -19,10 +19,10 @@ _LAUNCHERS = {"accelerate", "accelerate-launch", "torchrun", "accelerate.command
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which batch systems and containers send, or SIGHUP of a terminal that is closed.
+    """SIGTERM, which batch systems and containers send, or SIGHUP of a closed terminal.
 
     Args:
-        number: of the signal.
+        number: the signal's number.
     """
 
     def __init__(self, number: int):
@@ -32,7 +32,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def termination_raises() -> Iterator[None]:
-    """In this block, SIGTERM and SIGHUP raise `Terminated`, unless somebody ignores or handles them already."""
+    """In this block, SIGTERM and SIGHUP raise `Terminated`, unless they are already ignored or handled."""
     if threading.current_thread() is not threading.main_thread():  # only that thread may set handlers
         yield
         return
@@ -40,8 +40,8 @@ def termination_raises() -> Iterator[None]:
 
     def raise_terminated(number, frame):
         nonlocal raised
-        # A process group and a parent that passes the signal on deliver it twice: the second must not disturb the
-        # cleaning up. A later one raises again, since Python drops what is raised inside of a finalizer.
+        # The process group and a parent that forwards the signal may both deliver it; the second must not disturb the
+        # cleanup. A later one raises again, since Python drops an exception raised inside a finalizer.
         if time.monotonic() - raised >= _SECONDS_OF_ONE_REQUEST:
             raised = time.monotonic()
             raise Terminated(number)
@@ -63,14 +63,14 @@ def interrupted_code(error: KeyboardInterrupt) -> int:
 
 
 def end_with_parent() -> None:
-    """Have this process sent SIGTERM when the one that started it ends, even by SIGKILL; on Linux only."""
+    """Ask Linux to send this process SIGTERM when its parent ends, even by SIGKILL; does nothing elsewhere."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def end_with_launcher() -> None:
-    """Call `end_with_parent` if `accelerate launch` or torchrun started this process: neither ends it in all cases."""
+    """Call `end_with_parent` if `accelerate launch` or torchrun started this process: they do not always end it."""
     with suppress(OSError):  # no /proc
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
         if any(os.path.basename(word) in _LAUNCHERS for word in words[:3]):

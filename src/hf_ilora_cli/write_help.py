@@ -14,7 +14,7 @@ from .shipped import RECIPE, shipped_folder
 
 
 def rendered_help(command: Command) -> str:
-    """The help text of a command as the recipe's options are now."""
+    """The help text of a command, from the current options of its recipe."""
     recipe = shipped_folder(RECIPE) / f"{command.recipe}.py"
     module = load_recipe(recipe)
     return recipe_help(recipe, module.__doc__, module.ARGUMENTS, command.program)

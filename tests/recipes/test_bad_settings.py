@@ -96,7 +96,7 @@ def test_a_metric_that_an_ilora_does_not_compute_in_training(refused, parts, set
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k": 1000}, "k is 1000: expected at most 17, the 30 items of the catalogue less the 13 that a history holds"),
+        ({"k": 1000}, "k is 1000: expected at most 17, the 30 items of the catalogue minus the 13 that"),
         ({"seed": -1}, "seed is -1: expected a whole number"),
         ({"device": "evil"}, "device is 'evil': expected cpu, or one that torch finds here"),
         ({"latency_threads": 100000}, "latency_threads is 100000: expected at most"),

@@ -114,7 +114,7 @@ def test_a_resumed_run_logs_and_learns_what_an_undisturbed_one_does(distill, par
     for name in ("fingerprint", "embeddings_fingerprint"):
         other = record | {"metrics": {"teacher_labels": record["metrics"]["teacher_labels"] | {name: "other"}}}
         (killed / "run.json").write_text(json.dumps(other))
-        with pytest.raises(ValueError, match=f"was trained on teacher_labels with the {name} other"):
+        with pytest.raises(ValueError, match=f"was trained on teacher_labels whose {name} was other"):
             distill(**settings, output_dir=killed)
     (killed / "run.json").write_text(json.dumps(record))
     resumed = distill(**settings, output_dir=killed)
@@ -186,7 +186,7 @@ def test_a_resumed_run_asks_the_same_ensemble_and_learns_what_an_undisturbed_one
         key = "encoder" if name == "titles" else "fingerprint"
         other["metrics"][f"teacher {name}"][key] = "other"
         (killed / "run.json").write_text(json.dumps(other))
-        with pytest.raises(ValueError, match=f"was trained on teacher {name} with the {key} other, and"):
+        with pytest.raises(ValueError, match=f"was trained on teacher {name} whose {key} was other and"):
             distill(**settings, output_dir=killed)
     (killed / "run.json").write_text(json.dumps(record))
     resumed = distill(**settings, output_dir=killed)

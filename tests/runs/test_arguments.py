@@ -201,7 +201,7 @@ def test_a_configuration_extends_others(tmp_path):
     assert read_config(tmp_path / "wide.yaml", (StudentArguments,)) == {"hidden_size": 16, "dropout": 0.5}
     assert read_config(tmp_path / "both.yaml", (StudentArguments,)) == {"hidden_size": 16, "dropout": 0.1}
     for name, message in (
-        ("first", r"first\.yaml extends .*second\.yaml extends .*first\.yaml: expected no circle"),
+        ("first", r"first\.yaml extends .*second\.yaml extends .*first\.yaml: expected no cycle"),
         ("number", "extends expects names of configurations, found 3"),
         ("mistake", r"wrong\.yaml: unknown key 'hiden_size': did you mean hidden_size"),
     ):

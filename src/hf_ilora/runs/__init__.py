@@ -1,4 +1,4 @@
-"""The frame of every recipe: it reads settings, writes a log and `run.json`, and finds checkpoints to resume from."""
+"""The parts that every recipe shares: settings, the log, `run.json`, and resuming from checkpoints."""
 
 from .arguments import parse_arguments, prompt_path, read_config
 from .checkpoints import check_same_inputs, configuration_differences, resumable_checkpoint

@@ -5,8 +5,8 @@ the name of one that ships with hf_ilora, such as ``ml-100k/sasrec``. The YAML i
 dataclasses, and ``extends``, which names configurations whose settings come first. Later configurations override
 earlier ones, and the command line overrides them all. Other paths count from the working directory.
 
-Where a dataclass names a list field as ``POSITIONAL``, the first words are its values: ``recipe.py VALUE ... [--field
-...]``. Where it names one as ``ASSIGNMENTS``, the first words with an equals sign are.
+If a dataclass names a list field as ``POSITIONAL``, the first words are that field's values: ``recipe.py VALUE ...
+[--field ...]``. If it names one as ``ASSIGNMENTS``, those of the first words that have an equals sign are its values.
 """
 
 import dataclasses
@@ -79,7 +79,10 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str] | None 
 
 
 def prompt_path(word: str) -> Path:
-    """The prompt file that the setting `prompt_file` names: a path, or the name of a shipped one such as `movies`.
+    """The path of a prompt file.
+
+    Args:
+        word: a setting `prompt_file`: a path, or the name of a shipped prompt file such as `movies`.
 
     Raises:
         ValueError: neither exists.
@@ -109,7 +112,7 @@ def read_config(config_file: str | Path, dataclass_types: Sequence[type]) -> dic
 
 
 def read_configs(config_files: Sequence[str | Path], dataclass_types: Sequence[type]) -> dict[str, object]:
-    """The settings of several YAML files, of which later ones override earlier ones; see `read_config`."""
+    """The settings of several YAML files; later files override earlier ones. See `read_config`."""
     settings = {}
     for config_file in config_files:
         settings |= read_config(config_file, dataclass_types)
@@ -117,11 +120,11 @@ def read_configs(config_files: Sequence[str | Path], dataclass_types: Sequence[t
 
 
 def config_contents(config_file: str | Path, within: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
-    """A YAML file and all that it extends, each with its own settings; later ones override earlier ones.
+    """The settings of a YAML file and of the files that it extends, file by file; later ones override earlier ones.
 
     Args:
         config_file: a path, or the name of a shipped one.
-        within: the files that led here, the outermost first.
+        within: the files that extend this one, the outermost first.
 
     Raises:
         ValueError: a file is missing, not a mapping, extends itself, or holds a key twice.
@@ -140,7 +143,7 @@ def config_contents(config_file: str | Path, within: tuple[Path, ...] = ()) -> l
         raise ValueError(f"{file}: extends expects names of configurations, found {extended!r}")
     chain = (*within, file)
     if file in within:
-        raise ValueError(f"{' extends '.join(map(str, chain))}: expected no circle; remove one `extends`")
+        raise ValueError(f"{' extends '.join(map(str, chain))}: expected no cycle; remove one `extends`")
     return [*(content for name in extended for content in config_contents(name, chain)), (file, settings)]
 
 
@@ -150,13 +153,13 @@ def checked_settings(settings: dict, dataclass_types: Sequence[type], source: st
     Args:
         settings: the values by field name.
         dataclass_types: the dataclasses that the fields belong to.
-        source: where the settings are from, for error messages.
+        source: where the settings come from, for error messages.
 
     Returns:
         The settings, with numbers that YAML reads as text (`5e-5`) as floats where a float is expected.
 
     Raises:
-        ValueError: for an unknown key, a value of a wrong type and one that is not among the field's choices.
+        ValueError: a key is unknown, or a value has a wrong type or is not among the field's choices.
     """
     fields, choices, checked = _fields(dataclass_types), _choices(dataclass_types), {}
     for name, value in settings.items():
@@ -199,7 +202,7 @@ def _take_config_files(argv: list[str], assignments: str | None) -> tuple[list[s
 
     Args:
         argv: the command line.
-        assignments: the field that takes the first words with an equals sign, if there is one.
+        assignments: the field of `ASSIGNMENTS`, if there is one.
     """
     files, options, values = [], [], []
     while argv and not argv[0].startswith("-"):
@@ -223,10 +226,10 @@ def _take_config_files(argv: list[str], assignments: str | None) -> tuple[list[s
 
 
 def _process_group_defaults(dataclass_types: Sequence[type]) -> dict[str, object]:
-    """What TrainingArguments must be told for the processes of one launch to find one another without an accelerator.
+    """The defaults of TrainingArguments with which the processes of a launch find one another without an accelerator.
 
-    `accelerate launch` tells the processes it starts to use DeepSpeed, but not to use the CPU. On their own, each then
-    takes itself for the only one (world size 1), and under DeepSpeed every process reads all of the data.
+    `accelerate launch` tells the processes it starts to use DeepSpeed, but not to use the CPU. Without these defaults,
+    each process would take itself for the only one (world size 1) and read all of the data.
     """
     if "LOCAL_RANK" not in os.environ:
         return {}  # one process, and no need to import torch
@@ -258,7 +261,7 @@ def _choices(dataclass_types: Sequence[type]) -> dict[str, Sequence[str]]:
 
 
 def _checked(value: object, expected: object) -> object:
-    """The value as the expected type holds it; TypeError where it does not fit."""
+    """The value as the expected type; TypeError if it does not fit."""
     origin, members = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
         for member in members:

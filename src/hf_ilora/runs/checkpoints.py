@@ -22,27 +22,26 @@ _FREE_FIELDS = {"output_dir", "disable_tqdm", "report_to", "log_level", "local_r
 def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], data_fingerprint: str) -> str | None:
     """The checkpoint from which a run with these settings resumes in `output_dir`, or None to start from scratch.
 
-    Incomplete checkpoints, which a killed run left, are deleted: newer than those that this run will write, they would
-    be kept in their place.
+    Deletes the incomplete checkpoints of a killed run: they would count as newer than those that this run writes, and
+    the Trainer would keep them instead.
 
     Args:
         output_dir: the folder of the run.
         arguments: the dataclasses of the run, as passed to `RunRecord`.
-        data_fingerprint: of the run's data.
+        data_fingerprint: fingerprint of the run's data.
 
     Returns:
         The path of the last complete checkpoint of an interrupted run; None if there is none.
 
     Raises:
-        ValueError: when the folder contains a finished run, checkpoints of a run with other settings or on other data,
-            or checkpoints of unknown origin, and for a `resume_from_checkpoint`. Earlier runs are never overwritten,
-            but for those without a checkpoint.
+        ValueError: `resume_from_checkpoint` is set, or the folder contains a finished run, checkpoints of a run with
+            other settings or data, or checkpoints of unknown origin. Only a run without a checkpoint is overwritten.
     """
     for settings in arguments:
         if isinstance(settings, TrainingArguments) and settings.resume_from_checkpoint is not None:
             raise ValueError(
-                f"resume_from_checkpoint is {settings.resume_from_checkpoint!r}: leave it out, since a run resumes "
-                "from the last whole checkpoint in its own output_dir; to resume there, pass that output_dir"
+                f"resume_from_checkpoint is {settings.resume_from_checkpoint!r}: leave it out; a run resumes from the "
+                "last complete checkpoint in its output_dir, so pass the output_dir of the run to resume"
             )
     output_dir = Path(output_dir)
     record = output_dir / "run.json"
@@ -63,7 +62,7 @@ def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], da
     if differences:
         raise ValueError(
             f"{output_dir} contains an unfinished run that differs from this one: {'; '.join(differences)}; "
-            "choose another output_dir, delete the folder, or resume with the settings and the launch that it had"
+            "choose another output_dir, delete the folder, or resume with the same settings and launch"
         )
     _delete_incomplete(output_dir)
     logger.info("resuming from %s", checkpoint)
@@ -71,15 +70,15 @@ def resumable_checkpoint(output_dir: str | Path, arguments: Sequence[object], da
 
 
 def check_same_inputs(checkpoint: str | None, inputs: Mapping[str, Mapping[str, object]]) -> None:
-    """Make sure that a resumed run reads what the run before it read.
+    """Check that a resumed run reads the same inputs as the interrupted run.
 
     Args:
-        checkpoint: what `resumable_checkpoint` returned.
-        inputs: what the run reads beside its data set, with the fingerprints that tell it apart; as recorded with
-            `RunRecord.add_metrics`.
+        checkpoint: the result of `resumable_checkpoint`.
+        inputs: the fingerprints of the inputs other than the data set, by input and kind of fingerprint, as recorded
+            with `RunRecord.add_metrics`.
 
     Raises:
-        ValueError: when the run that the checkpoint belongs to read something else.
+        ValueError: the run that wrote the checkpoint read other inputs.
     """
     if checkpoint is None:
         return
@@ -89,8 +88,8 @@ def check_same_inputs(checkpoint: str | None, inputs: Mapping[str, Mapping[str, 
             earlier = recorded.get(name, {}).get(key)
             if earlier != value:
                 raise ValueError(
-                    f"{checkpoint} was trained on {name} with the {key} {earlier}, and they have {value} now: expected "
-                    "the same; choose another output_dir, or delete it"
+                    f"{checkpoint} was trained on {name} whose {key} was {earlier} and is {value} now: expected the "
+                    "same; choose another output_dir, or delete it"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Checks of settings that several recipes share: what cannot work is refused before anything is read or written."""
+"""Checks of settings that several recipes share; they run before a recipe reads or writes anything."""
 
 import importlib.util
 import os
@@ -42,13 +42,13 @@ def check_top_k(name: str, top_k: int, num_items: int, most_seen: int = 0) -> No
     """Raise a ValueError if the catalogue has fewer than `top_k` items to recommend.
 
     Args:
-        name: of the setting, for the message.
+        name: name of the setting, for the message.
         top_k: number of items to recommend.
         num_items: size of the catalogue.
-        most_seen: the largest number of different items of a history that are left out.
+        most_seen: the largest number of distinct items in a history, if seen items are excluded; else 0.
     """
     if top_k > num_items - most_seen:
-        seen = f" less the {most_seen} that a history holds" if most_seen else ""
+        seen = f" minus the {most_seen} that one history contains" if most_seen else ""
         raise ValueError(
             f"{name} is {top_k}: expected at most {num_items - most_seen}, the {num_items} items of the catalogue"
             f"{seen}; lower it"
@@ -56,7 +56,7 @@ def check_top_k(name: str, top_k: int, num_items: int, most_seen: int = 0) -> No
 
 
 def most_seen_items(histories: Sequence[np.ndarray]) -> int:
-    """The largest number of different items in a history."""
+    """The largest number of distinct items in a history."""
     most = 0
     for history in sorted(histories, key=len, reverse=True):
         if len(history) <= most:
@@ -69,7 +69,7 @@ def names_of_models(models: Sequence[str], names: Sequence[str] | None) -> list[
     """The names of the models in a table: `names`, by default the folders and Hub names themselves.
 
     Raises:
-        ValueError: for no models, and a number of names other than that of the models.
+        ValueError: there are no models, or the numbers of names and models differ.
     """
     if not models:
         raise ValueError("models is empty: expected at least one folder or Hub name")
@@ -81,10 +81,10 @@ def names_of_models(models: Sequence[str], names: Sequence[str] | None) -> list[
 
 
 def checked_plot(plot: bool | None) -> bool:
-    """Whether to plot: as asked for, by default where matplotlib is installed.
+    """Whether to plot: `plot` itself, or for None whether matplotlib is installed.
 
     Raises:
-        ValueError: if a plot is asked for and matplotlib is not installed.
+        ValueError: `plot` is true and matplotlib is not installed.
     """
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None
     if plot and not has_matplotlib:

@@ -1,4 +1,4 @@
-"""Locks that a killed compilation of DeepSpeed's operations leaves behind, on which every later launch would wait."""
+"""Finds the locks that a killed DeepSpeed compilation leaves behind; every later launch would wait for them."""
 
 import os
 import time
@@ -14,8 +14,8 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 def check_compile_locks() -> None:
     """Raise a ValueError for a lock of torch's extensions that no process of this machine holds.
 
-    DeepSpeed compiles an operation when it is first used, under a lock that is a mere file: the other processes wait
-    until it is gone, without a limit or a word. A process that compiles keeps it open.
+    DeepSpeed compiles an operation at its first use and locks it with a plain file. The other processes wait until that
+    file is gone, without a timeout or a message. A process that compiles keeps the file open.
     """
     locks = _unheld_locks()
     if locks:
@@ -23,9 +23,9 @@ def check_compile_locks() -> None:
         locks = [lock for lock in _unheld_locks() if lock in locks]
     if locks:
         raise ValueError(
-            f"{locks[0]} is the lock of a compilation that was killed: no process of this machine has it open, and "
-            "DeepSpeed would wait for its end for ever; delete the file, unless another machine that shares the disk "
-            "is compiling"
+            f"{locks[0]} is the lock of a compilation that was killed: no process on this machine has it open, and "
+            "DeepSpeed would wait for it forever; delete the file, unless another machine that shares the disk is "
+            "compiling"
         )
 
 
@@ -38,7 +38,7 @@ def _unheld_locks() -> list[Path]:
 
 
 def _open_files() -> set[Path]:
-    """Files that processes of this user have open; of others nothing can be known."""
+    """The files that this user's processes have open; those of other users cannot be listed."""
     found = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error):

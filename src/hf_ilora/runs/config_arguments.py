@@ -1,4 +1,4 @@
-"""The fields of a model's configuration as a dataclass that recipes can parse, so that they are declared once."""
+"""Turns the fields of a model's configuration into a dataclass that recipes can parse, so they are declared once."""
 
 import dataclasses
 import re
@@ -9,11 +9,11 @@ from transformers import PreTrainedConfig
 
 
 def config_arguments(config_class: type[PreTrainedConfig], exclude: tuple[str, ...] = ()) -> type:
-    """A dataclass with the fields that `config_class` and our classes behind it declare, and their docstrings' help.
+    """A dataclass with the fields that `config_class` and its bases below `PreTrainedConfig` declare.
 
     Args:
-        config_class: a configuration whose docstring has an `Args:` section of `name: text` entries, and so have those
-            that it inherits from, up to `PreTrainedConfig`.
+        config_class: a configuration. Its docstring and those of its bases have an `Args:` section of `name: text`
+            entries, which become the help texts.
         exclude: fields that the recipe fills from the data, such as `num_items`.
 
     Returns:
@@ -39,7 +39,7 @@ def config_arguments(config_class: type[PreTrainedConfig], exclude: tuple[str, .
 
 
 def _parsable(annotation):
-    """`float | int`, which a strict configuration needs to take 0, is a float to a command line."""
+    """The annotation with `float | int` as `float`: a strict configuration needs the former to accept 0."""
     if isinstance(annotation, types.UnionType):
         kinds = set(typing.get_args(annotation))
         if {float, int} <= kinds:

@@ -36,10 +36,10 @@ def recipe_help(
 
     Args:
         recipe_file: file of the recipe.
-        docstring: of the recipe. Its first paragraph says what the recipe does; its first indented block is an example.
+        docstring: docstring of the recipe. Its first paragraph is the summary; its first indented block is the example.
         dataclass_types: the dataclasses of the recipe's options. The first sentence of a docstring titles a group.
         program: what the text calls the program. A command of `hf-ilora` has an example of its own.
-        everything: whether to show all of `transformers.TrainingArguments`, not only what ours declare.
+        everything: whether to show all of `transformers.TrainingArguments`, not only the fields that ours declare.
     """
     name = Path(recipe_file).stem
     command = next((command for command in COMMANDS.values() if command.program == program), None)
@@ -85,7 +85,7 @@ def _wrapped_command(command: str) -> str:
 
 
 def _about_configurations(recipe_name: str, subject: str) -> str:
-    """What `subject`, such as CONFIG, may be, with the shipped configurations whose first line names the recipe."""
+    """Explains `subject`, such as CONFIG, and lists the shipped configurations whose first line names the recipe."""
     text = (
         f"{subject} is a YAML file of options, or the name of one that ships with hf_ilora. Of several, later ones "
         "override earlier ones, and options on the command line override them all. All other paths in it count from "
@@ -116,7 +116,7 @@ def _option_groups(dataclass_types: Sequence[type], everything: bool) -> list[tu
 
 
 def _declared_fields(dataclass_type: type) -> tuple[list[dataclasses.Field], list[dataclasses.Field]]:
-    """The fields that our classes declare, then those that they override; and what `TrainingArguments` alone has."""
+    """The fields that our classes declare (new ones before overrides), and those of `TrainingArguments` alone."""
     fields = [field for field in dataclasses.fields(dataclass_type) if field.init]
     if not issubclass(dataclass_type, TrainingArguments):
         return fields, []
@@ -144,7 +144,7 @@ def _title(dataclass_type: type) -> str:
 
 
 def _option(dataclass_type: type, field: dataclasses.Field) -> tuple[str, str]:
-    """How an option is written, and its help with the default."""
+    """The spelling of an option, and its help text with the default."""
     kind = typing.get_type_hints(dataclass_type)[field.name]
     option = f"--{field.name} {_metavar(kind, field)}"
     if field.default is True and kind is bool:

@@ -1,4 +1,4 @@
-"""What a launch decides about a training: settings that are in no dataclass of the recipe, and count on resuming."""
+"""The settings that a launch decides, such as the number of processes. A resumed run must be launched with the same."""
 
 import hashlib
 import os
@@ -10,8 +10,9 @@ from transformers import TrainingArguments
 
 from hf_ilora.devices import process_state
 
-# The variables with which `accelerate launch` passes the settings of a way to distribute on, by its switch.
-_OF_SWITCHES = {
+# `accelerate launch` passes its settings on in environment variables: the prefixes of their names, by the variable that
+# switches the way to distribute on.
+_PREFIXES_BY_SWITCH = {
     "ACCELERATE_USE_DEEPSPEED": ("ACCELERATE_DEEPSPEED_", "ACCELERATE_GRADIENT_", "ACCELERATE_CONFIG_DS_"),
     "ACCELERATE_USE_FSDP": ("FSDP_",),
     "ACCELERATE_USE_MEGATRON_LM": ("MEGATRON_LM_",),
@@ -20,13 +21,13 @@ _OF_SWITCHES = {
 
 
 def launch_settings(arguments: Sequence[object] = ()) -> dict[str, object]:
-    """The settings of this launch in JSON types, the same for `python recipe.py` as for a launch that decides nothing.
+    """The settings of this launch in JSON types; `python recipe.py` has those of a launch without options.
 
     Args:
         arguments: the dataclasses of the run; the `TrainingArguments` among them say which precision is in effect.
     """
     state = process_state()
-    # The state says so only once there is an Accelerator, which is after an earlier run's record is read.
+    # The state shows FSDP only once an Accelerator exists, which is after a run has looked for checkpoints.
     uses_fsdp = str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
     training = [part for part in arguments if isinstance(part, TrainingArguments)]
     launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -38,9 +39,9 @@ def launch_settings(arguments: Sequence[object] = ()) -> dict[str, object]:
     }
     prefixes = [
         prefix
-        for switch, names in _OF_SWITCHES.items()
+        for switch, switched_prefixes in _PREFIXES_BY_SWITCH.items()
         if str_to_bool(os.environ.get(switch, "false"))
-        for prefix in names
+        for prefix in switched_prefixes
     ]
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         prefixes.append("ACCELERATE_DYNAMO_")
@@ -63,6 +64,6 @@ def launch_differences(record: dict, arguments: Sequence[object]) -> list[str]:
 
 
 def _content(value: str) -> str:
-    """The value, or for a file, such as a configuration of DeepSpeed, the sha256 of its content."""
+    """The value; if it names a file, such as a DeepSpeed configuration, the sha256 of the file."""
     path = Path(value)
     return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" if value and path.is_file() else value

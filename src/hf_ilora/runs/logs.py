@@ -22,7 +22,7 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class _Formatter(logging.Formatter):
-    """Shows control characters escaped, and indents all lines but the first: no text can look like another message."""
+    """Escapes control characters and indents all lines but the first, so that no text can pass for another message."""
 
     def format(self, record: logging.LogRecord) -> str:
         return shown_lines(super().format(record)).replace("\n", "\n  ")
@@ -43,12 +43,12 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _RunFileHandler(logging.FileHandler):
-    """The handler of this module, a class of its own so that a second call recognises and replaces it."""
+    """Writes `run.log`. It is a class of its own so that a second `set_up_logging` recognises and replaces it."""
 
     failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Tell once on the console that the log cannot be written, such as to a full disk: the run is worth more."""
+        """Report once on the console that the log cannot be written, for example to a full disk; the run continues."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
         elif not self.failed:
@@ -57,7 +57,7 @@ class _RunFileHandler(logging.FileHandler):
             tqdm.write(shown_lines(f"{reason}: lines are missing"), sys.stderr)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be written before
+        with contextlib.suppress(OSError):  # closing tries again to write the lines that failed before
             super().close()
 
 
@@ -98,9 +98,9 @@ def set_up_logging(output_dir: str | Path) -> None:
 
 
 def log_to_run(trainer) -> None:
-    """Make a Trainer write its losses and metrics to the run's log, one line each, and nowhere else on the console.
+    """Make a Trainer log its losses and metrics, one line each, instead of printing them as dictionaries.
 
-    Without it, transformers prints them a second time, as a dictionary. The progress bars stay.
+    The progress bars stay.
 
     Args:
         trainer: a `transformers.Trainer`, before training.
@@ -153,9 +153,9 @@ class LogMetricsCallback(TrainerCallback):
 
 
 class WaitingStepsCallback(TrainerCallback):
-    """Warns once when training steps wait for the machine: they take many times their processor time.
+    """Warns once when training steps wait for the machine: they take far longer than their processor time.
 
-    Sums over `STEPS` steps are compared, since a single short step may lose its core for a moment.
+    It compares sums over `STEPS` steps, since a single short step may lose its core for a moment.
     """
 
     STEPS, MANY_TIMES = 20, 5

@@ -1,7 +1,7 @@
-"""The stages of a pipeline: what they run, when they are skipped, and what is recorded about them.
+"""Runs the stages of a pipeline, skips those that nothing has changed for, and records which are finished.
 
-A pipeline may offer groups, such as `student`: the configuration of a stage that is written as `{student}` is chosen by
-name, and shipped in the folder of the group.
+A pipeline may offer groups, such as `student`: the user chooses the configuration that replaces `{student}` in a stage,
+by its file or by the name of one that ships in the folder of the group.
 """
 
 import hashlib
@@ -36,14 +36,14 @@ class Stage:
     """A recipe with its settings. Recipe, config and launch are paths or names of shipped files.
 
     Args:
-        name: of the stage, and of its folder in the output folder.
-        recipe: such as train_sasrec.py.
-        options: settings of the recipe, by option; {output_dir} stands for the pipeline's folder.
+        name: name of the stage, and of its folder in the output folder.
+        recipe: the recipe, such as train_sasrec.py.
+        options: settings of the recipe, by option; {output_dir} is replaced by the pipeline's folder.
         reads: names of the earlier stages whose folders the recipe reads.
         config: YAML files of the recipe; later ones override earlier ones, and the options override them all.
         launch: accelerate configuration to launch the recipe with; None runs it with python.
-        minutes: about how long it takes, for the time left.
-        resumes: whether the recipe resumes in its folder after a crash; else the folder is made anew.
+        minutes: its expected duration, to estimate the time left.
+        resumes: whether the recipe resumes in its folder after a crash; else the folder is deleted first.
     """
 
     name: str
@@ -73,21 +73,21 @@ class Stage:
         return words
 
     def settings(self) -> dict:
-        """The settings of the recipe: those of the configurations with the options over them."""
-        return self._over(self._config_contents())
+        """The settings of the recipe: its configurations, overridden by its options."""
+        return self._with_options(self._config_contents())
 
     def _config_contents(self) -> list[tuple[Path, dict]]:
         """The files of the configurations, each with its own settings; later ones override earlier ones."""
         return [content for config in self.config for content in config_contents(config)]
 
-    def _over(self, contents: list[tuple[Path, dict]]) -> dict:
+    def _with_options(self, contents: list[tuple[Path, dict]]) -> dict:
         settings = {}
         for _, own in contents:
             settings |= own
         return settings | self.options
 
     def check(self) -> None:
-        """Raises a ValueError where a file of the stage does not exist or the recipe does not know a setting."""
+        """Raise a ValueError if a file of the stage does not exist or the recipe does not know a setting."""
         try:
             argument_types = load_recipe(find_file(RECIPE, self.recipe)).ARGUMENTS
             read_configs(self.config, argument_types)
@@ -100,29 +100,28 @@ class Stage:
             raise ValueError(f"stage {self.name}: {error}") from error
 
     def key(self, keys_read: list[str], output_dir: Path) -> str:
-        """Changes when something that is tracked does.
+        """A digest that changes when something that is tracked changes.
 
         Tracked are the stage's settings, the version of hf_ilora, the runs of the stages in `reads`, and the content of
-        all recipes, of the config and launch files, and of the files that the settings name, be it in the options or in
-        those two files, in lists too. Of a folder that the settings name, the names, sizes and times of change of its
-        files are tracked.
+        all recipes, of the config and launch files, and of every file that the options or those two files name, also in
+        lists. Of a folder that they name, the names, sizes and modification times of its files are tracked.
 
-        Not tracked are what lies in `output_dir` (that is for `reads`), folders around it or around the working
-        directory, the source of hf_ilora under the same version, where it is installed, other packages, and what is
-        downloaded.
+        Not tracked are the files in `output_dir` (`reads` tracks those), folders that contain it or the working
+        directory, the source of hf_ilora under the same version, the place of its installation, other packages, and
+        downloads.
 
         Args:
-            keys_read: of the stages that it reads: their keys and when they were finished.
+            keys_read: `PipelineState.run_of` each stage in `reads`.
             output_dir: folder of the pipeline.
 
         Raises:
-            ValueError: for a config or launch file without settings.
+            ValueError: a config or launch file has no settings.
         """
         files = sorted(shipped_folder(RECIPE).glob("*.py"))  # recipes import one another
         files.append(find_file(RECIPE, self.recipe))
         contents = self._config_contents()
         files += [file for file, _ in contents]
-        settings, launch_settings = self._over(contents), {}
+        settings, launch_settings = self._with_options(contents), {}
         if self.launch is not None:
             files.append(find_file(LAUNCH, self.launch))
             launch_settings = _read_yaml(files[-1])
@@ -131,9 +130,9 @@ class Stage:
             files.append(prompt_path(settings["prompt_file"]))
         files += _named_paths([settings, launch_settings], output_dir)
         content = [_content(file) for file in files]
-        what = {"stage": asdict(self), "files": content, "reads": keys_read, "version": metadata.version("hf_ilora")}
-        del what["stage"]["minutes"]
-        return _digest(what)
+        tracked = {"stage": asdict(self), "files": content, "reads": keys_read, "version": metadata.version("hf_ilora")}
+        del tracked["stage"]["minutes"]
+        return _digest(tracked)
 
 
 def read_stages(stages: dict, overrides: Sequence[str] = (), groups: Mapping[str, str] | None = None) -> list[Stage]:
@@ -142,13 +141,13 @@ def read_stages(stages: dict, overrides: Sequence[str] = (), groups: Mapping[str
     Args:
         stages: the settings of each stage, by its name. In its `config`, {student} is replaced by the configuration
             that is chosen from the group student.
-        overrides: choices of groups, as `group=name`, and options of stages to replace or add, as `stage.option=value`.
-        groups: the name that is chosen of each group by default.
+        overrides: choices in groups, as `group=name`, and options of stages to replace or add, as `stage.option=value`.
+        groups: the default choice of each group.
 
     Raises:
-        ValueError: for a stage with unknown or missing settings, files that do not exist or have no settings, options
-            that the recipe does not know, stages that read what does not come before them, and overrides of what does
-            not exist.
+        ValueError: a stage has unknown or missing settings, files that do not exist or have no settings, or options
+            that the recipe does not know; a stage reads one that does not come before it; or an override names a group
+            or stage that does not exist.
     """
     choices, options = dict(groups or {}), []
     for override in overrides:
@@ -201,10 +200,10 @@ def composed(stages: Sequence[Stage]) -> str:
 
 
 def selected(stages: list[Stage], only: list[str] | None) -> list[Stage]:
-    """The stages that are asked for, with all that they read.
+    """The stages that `only` names and all that they read, or every stage.
 
     Raises:
-        ValueError: for a name that is none of a stage.
+        ValueError: `only` names a stage that does not exist.
     """
     if only is None:
         return stages
@@ -220,25 +219,25 @@ def selected(stages: list[Stage], only: list[str] | None) -> list[Stage]:
 
 
 class PipelineState:
-    """Which stages are finished, by the key they had; kept in pipeline.json of the output folder."""
+    """The status of each stage and the key it had then; saved in pipeline.json of the output folder."""
 
     def __init__(self, output_dir: Path):
         self.path, self.source = output_dir / STATE_FILE, source_digest()
         self.stages = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
 
     def note(self, name: str, key: str, status: str, seconds: float = 0.0) -> None:
-        """Records the status of a stage."""
+        """Record the status of a stage."""
         entry = {"key": key, "status": status, "seconds": round(seconds, 1), "time": time.time()}
         self.stages[name] = entry | {"source": self.source}
         with written_whole(self.path) as path:
             path.write_text(json.dumps(self.stages, indent=2) + "\n", encoding="utf-8")
 
     def run_of(self, name: str) -> str:
-        """Tells the runs of a stage apart: what reads a stage that ran again has to run again."""
+        """Identifies the last run of a stage; when it runs again, the stages that read it must run again too."""
         return f"{self.stages[name]['key']} {self.stages[name]['time']}"
 
     def source_changed(self, name: str) -> bool:
-        """Whether hf_ilora's source differs from that when the stage was noted."""
+        """Whether hf_ilora's source has changed since the stage was noted."""
         return self.stages[name]["source"] != self.source
 
     def has(self, name: str, key: str, status: str) -> bool:
@@ -247,12 +246,12 @@ class PipelineState:
 
 
 def run_stages(stages: list[Stage], output_dir: Path, force: Sequence[str] = ()) -> None:
-    """Run the stages in their order, but for those that nothing has changed for.
+    """Run the stages in order; skip those that nothing has changed for since they were finished.
 
     Args:
-        stages: the stages to run, all that they read among them.
+        stages: the stages to run, including all that they read.
         output_dir: folder of the pipeline.
-        force: names of stages to run although nothing has changed.
+        force: names of stages to run even if nothing has changed.
 
     Raises:
         ProgramFailed: a stage failed.
@@ -294,15 +293,15 @@ def run_stages(stages: list[Stage], output_dir: Path, force: Sequence[str] = ())
 
 
 def source_digest() -> str:
-    """Changes when a Python file of hf_ilora does; recipes, which an installed package holds too, count in the keys."""
+    """A digest of hf_ilora's Python files, without the recipes of an installed package: the keys track those."""
     package, recipes = Path(__file__).parents[1], shipped_folder(RECIPE)
     files = [file for file in package.rglob("*.py") if not file.is_relative_to(recipes)]
     return _digest({str(file.relative_to(package)): _content(file) for file in files})
 
 
 def _run(stage: Stage, output_dir: Path) -> int:
-    """Run a stage to its end; the exit code."""
-    # In messages, the stage is the recipe and not the command that started the pipeline.
+    """Run a stage to its end; returns the exit code."""
+    # Messages then name the stage beside the command that started the pipeline.
     environment = {**os.environ, PROGRAM_VARIABLE: f"{program_name()} ({stage.name})"}
     process = subprocess.Popen(stage.command(output_dir), env=environment)
     try:
@@ -355,18 +354,18 @@ def _read_yaml(file: Path) -> dict:
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{file} holds {str(settings)[:40]}: expected lines of `field: value`; fix the file")
+        raise ValueError(f"{file} contains {str(settings)[:40]}: expected lines of `field: value`; fix the file")
     return settings
 
 
 def _named_paths(settings: object, output_dir: Path) -> Iterator[Path]:
-    """Files and folders that text in settings names, at any depth, but for what is in or around `output_dir`."""
+    """The existing files and folders that settings name, at any depth, except those in or around `output_dir`."""
     if isinstance(settings, dict | list):
         for value in settings.values() if isinstance(settings, dict) else settings:
             yield from _named_paths(value, output_dir)
     elif isinstance(settings, str):
         output = output_dir.resolve()
-        # os.path takes text of any length. "." and "/" may be separators of something: nobody means all that is there.
+        # os.path takes text of any length. A setting such as "." or "/" may be a separator, not a folder.
         path = Path(os.path.realpath(settings.replace("{output_dir}", str(output))))
         around = output.is_relative_to(path) or Path.cwd().is_relative_to(path)
         if os.path.exists(path) and not around and not path.is_relative_to(output):
@@ -374,7 +373,7 @@ def _named_paths(settings: object, output_dir: Path) -> Iterator[Path]:
 
 
 def _content(path: Path) -> str | list:
-    """sha256 of a file; for a folder name, size and time of change of its files, which are large."""
+    """The sha256 of a file; of a folder, whose files may be large, their names, sizes and modification times."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != LOCK_FILE)
         return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

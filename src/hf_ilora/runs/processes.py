@@ -1,4 +1,4 @@
-"""How a program starts its work and how it ends, alone or as one of several processes."""
+"""Starts and ends the work of a program, alone or as one of several processes."""
 
 import atexit
 import errno
@@ -24,12 +24,12 @@ from hf_ilora_cli.commands import COMMANDS, PROGRAM, PROGRAM_VARIABLE
 from hf_ilora_cli.shown_text import shown, shown_lines
 from hf_ilora_cli.signals import end_with_launcher, interrupted_code, termination_raises
 
-# What a user causes and can cure: a wrong setting, a file that is missing or cannot be written, a download that fails.
+# A user causes and can fix these: a wrong setting, a file that is missing or cannot be written, a download that fails.
 _MISTAKES = (ValueError, OSError, DownloadError)
 # The values of TrainingArguments' own option --debug.
 _TRAINER_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
 _MISTAKE_CODE, _BUG_CODE = 2, 1
-# What cures an error of the file system.
+# The remedies for errors of the file system.
 _AGAIN = "and run the same command again"
 _SPACE = f"free some space or choose a folder on another disk, {_AGAIN}"
 _PERMISSION = "change its owner or permissions, or choose another one"
@@ -65,7 +65,7 @@ class ProgramFailed(RuntimeError):
 
 
 def program_name() -> str:
-    """What messages call this program: `hf-ilora prepare`, or the file name of the recipe."""
+    """The name of this program in messages: `hf-ilora prepare`, or the file name of the recipe."""
     return os.environ.get(PROGRAM_VARIABLE) or Path(sys.argv[0]).name
 
 
@@ -86,15 +86,15 @@ def command_words() -> list[str] | None:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run the main function of a recipe and end the process with an exit code: what a recipe does when it is started.
+    """Run the main function of a recipe, and end the process with an exit code.
 
     A user's mistake (a ValueError, a file that cannot be read or written, a failed download) ends in a message of one
     or two lines, with the remedy, and exit code 2; `--debug` on the command line adds the traceback. Any other error
     shows its traceback and ends with exit code 1, Ctrl-C with 130, SIGTERM with 143: both raise, so `run.json` says how
-    the run ended. When nobody reads what is printed, as behind `| head`, it ends with 141 and no message. Once
-    `set_up_logging` was called, `run.log` has every traceback.
+    the run ended. If the reader of the output has left, as in `| head`, it ends with 141 and no message. After
+    `set_up_logging`, `run.log` has every traceback.
 
-    Of several processes only the main one prints. The others leave their error to the launcher.
+    Only the main process of a launch prints. The others leave their error to the launcher.
     """
     debug = _take_debug(sys.argv)
     end_with_launcher()
@@ -127,14 +127,14 @@ def run_main(main: Callable[[], None]) -> None:
 
 @contextmanager
 def sole_writer(output_dir: str | os.PathLike) -> Iterator[None]:
-    """Lock the output folder of a run, which refuses a second command for it. Only the main process takes the lock.
+    """Lock the output folder of a run, so that a second command for it is refused. Only the main process locks it.
 
-    Every process of a launch enters it, after `parse_arguments`, which initialises the state that the processes share.
-    All of them must see the folder: they read checkpoints that the main process wrote.
+    Every process of a launch enters this block, after `parse_arguments`, which initialises the state that the processes
+    share. All of them must see the folder: they read checkpoints that the main process wrote.
 
     Raises:
-        ValueError, OSError: in every process, as `held_folder` raises in the main one, and where a process does not see
-            the folder, on a machine without a shared disk.
+        ValueError, OSError: `held_folder` fails in the main process, or a process does not see the folder because its
+            machine does not share the disk. Every process raises it.
     """
     refusal, holder, state = None, None, process_state()
     with ExitStack() as stack:
@@ -157,22 +157,22 @@ def sole_writer(output_dir: str | os.PathLike) -> Iterator[None]:
 
 
 def leave_launch() -> None:
-    """End this process, with success, when it is one of several of a launch; the last thing that a program does.
+    """End this process with success if it is one of several of a launch; a program calls it last.
 
-    Gloo's threads may hold tensors for a moment longer than the program runs. A thread that lets go of one when the
-    interpreter is being taken down aborts the process ("terminate called without an active exception"), now and then,
-    and the launcher calls a finished run failed; destroying the process group first does not help while a wrapped model
-    refers to it (pytorch/pytorch, pull request 179291). So what is registered for the exit is run here, and the
-    interpreter is not taken down. A single process returns.
+    Gloo's threads may keep tensors for a moment after the program ends. A thread that releases one while the
+    interpreter shuts down sometimes aborts the process ("terminate called without an active exception"), and the
+    launcher then reports a finished run as failed. Destroying the process group first does not help while a wrapped
+    model refers to it (pytorch/pytorch, pull request 179291). This function therefore runs the exit handlers itself and
+    ends the process without shutting the interpreter down. In a single process it does nothing.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
-    torch.distributed.barrier()  # nobody leaves while another still waits for it
+    torch.distributed.barrier()  # no process leaves while another one still waits for it
     _end(0)
 
 
 def _end(code: int) -> None:
-    """End this process, at once where others of a launch would end it otherwise, or where `leave_launch` says why."""
+    """End this process; one of several ends at once, without shutting the interpreter down (see `leave_launch`)."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
     if code == 0:
@@ -187,7 +187,7 @@ def _is_main_process() -> bool:
 
 
 def _take_debug(words: list[str]) -> bool:
-    """Remove the bare `--debug` from a command line; whether it was there."""
+    """Remove each bare `--debug` from a command line; returns whether there was one."""
     places = [
         place
         for place, word in enumerate(words)
@@ -209,7 +209,7 @@ def _message(error: Exception) -> str:
 
 
 def _remedy(error: OSError) -> str:
-    """What to do about an error of the file system; caches are moved by variables."""
+    """The remedy for an error of the file system; for a cache, it names the variable that moves the cache."""
     caches = {"HF_ILORA_CACHE": default_cache_dir(), "HF_HOME": Path(HF_HOME)}
     if error.filename is not None and error.errno not in (errno.ENOENT, errno.EFBIG):
         for variable, folder in caches.items():
@@ -227,7 +227,7 @@ def _explains_itself(error: Exception) -> bool:
 
 
 def _write_to_run_log(error: Exception) -> None:
-    """Write the traceback to the log files of the run alone: the console gets what a user needs."""
+    """Write the traceback to the log files of the run, but not to the console."""
     logger = logging.getLogger(__name__)
     info = (type(error), error, error.__traceback__)
     record = logger.makeRecord(__name__, logging.ERROR, __file__, 0, "the run failed", (), info)

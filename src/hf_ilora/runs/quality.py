@@ -1,4 +1,4 @@
-"""What a training recipe measures at its end."""
+"""Measures a trained model at the end of a recipe."""
 
 import logging
 
@@ -7,19 +7,18 @@ from transformers import Trainer
 from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.evaluation.ranking import rank_split
 from hf_ilora.evaluation.statistics import summarize_ranks
-
-from .record import RunRecord
+from hf_ilora.runs.record import RunRecord
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate_splits(trainer: Trainer, sequences: SequenceDatasets, record: RunRecord) -> None:
-    """Rank both evaluation splits with the trained model, and put their metrics on record and in the log.
+    """Rank both evaluation splits with the trained model; write their metrics to the record and the log.
 
     Args:
-        trainer: of a next-item model, after training.
-        sequences: its data set.
-        record: of the run.
+        trainer: the trainer of a next-item model, after training.
+        sequences: the model's data set.
+        record: the record of the run.
     """
     for split in ("validation", "test"):
         with record.stage(f"evaluate_{split}"):
@@ -27,6 +26,3 @@ def evaluate_splits(trainer: Trainer, sequences: SequenceDatasets, record: RunRe
         record.add_metrics(split, metrics)
         for name, value in metrics.items():
             logger.info("%s %s %.4f [%.4f, %.4f]", split, name, value.mean, value.low, value.high)
-
-
-__all__ = ["evaluate_splits"]

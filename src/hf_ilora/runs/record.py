@@ -87,10 +87,10 @@ class RunRecord:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Record the duration of a stage and its processor time; repeated stages of one name are added up.
+        """Record the duration of a stage and its processor time; stages of the same name add up.
 
-        The processor time is that of all threads of the main process. It tells what a stage costs wherever other
-        programs run beside it.
+        The processor time sums all threads of the main process. Unlike the duration, it hardly depends on other
+        programs on the machine.
         """
         starts = {"durations_seconds": time.monotonic(), "processor_seconds": time.process_time()}
         try:
@@ -125,7 +125,7 @@ class RunRecord:
         except OSError as failure:
             if error is None:
                 raise
-            logger.warning("%s still says that the run is running: %s", self.path, failure)  # `error` is told instead
+            logger.warning("%s still says that the run is running: %s", self.path, failure)  # raise `error`, not this
 
     def _write(self) -> None:
         if not self.is_main_process:
@@ -139,7 +139,7 @@ def read_record(path: str | Path) -> dict[str, object]:
     """The content of a `run.json`.
 
     Raises:
-        ValueError: when the file is not the record of a run.
+        ValueError: the file is not the record of a run.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -154,7 +154,7 @@ def is_finished(folder: Path) -> bool:
     """Whether a folder has the record of a finished run.
 
     Raises:
-        ValueError: when its `run.json` is not the record of a run.
+        ValueError: its `run.json` is not the record of a run.
     """
     record = folder / "run.json"
     return record.exists() and read_record(record)["status"] == "finished"
