@@ -3,8 +3,8 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/distill_sasrec.py ml-100k/sasrec \
         --teacher_labels outputs/ml-100k/labels --distilled_positions all --output_dir outputs/ml-100k/distilled
 
-The teacher may also be asked in every step instead of beforehand: a saved recommender, or an ensemble of several with
-weights. The word `titles` names a member that compares the titles of the catalogue with those of the history:
+The recipe can also ask a teacher in every step: a saved recommender, or a weighted ensemble of several. The word
+`titles` names a member that compares the titles of the catalogue with those of the history:
 
     python recipes/distill_sasrec.py beauty/sasrec --teacher outputs/beauty/sasrec titles \
         outputs/beauty/counts/transition_counts --teacher_weights 1 3 0.5 --kl_weight 1 --lam 0 \

@@ -78,7 +78,7 @@ class ILoraEvaluationArguments:
     )
     first_line_only: bool = field(
         default=False,
-        metadata={"help": "judge only the first line of a free answer, as the programs of LLaRA and iLoRA do"},
+        metadata={"help": "read only the first line of a free answer, as the programs of LLaRA and iLoRA do"},
     )
     max_new_tokens: int = field(default=40, metadata={"help": "longest free answer, in tokens"})
     recommenders: list[str] | None = field(
@@ -113,7 +113,9 @@ class ILoraEvaluationArguments:
     def __post_init__(self):
         self.names = names_of_models(self.models, self.names)
         if ZERO_SHOT in self.names:
-            raise ValueError(f"names are {self.names}: expected others than {ZERO_SHOT!r}, a row of the table")
+            raise ValueError(
+                f"names are {self.names}: {ZERO_SHOT!r} is the row of the plain language model; choose another name"
+            )
         check_fraction(self.train_fraction)
         if self.split != "train" and self.train_fraction != [0, 1]:
             raise ValueError(f"train_fraction is {self.train_fraction} for split {self.split}: expected --split train")
@@ -150,13 +152,16 @@ def evaluate(arguments: ILoraEvaluationArguments, state: PartialState) -> None:
         check_catalogue(recommender, name, sequences.num_items, raw_ids)
     output = Path(arguments.output_dir)
     set_up_logging(output)
+    num_candidates = len(split[0]["candidates"])
+    if "candidates" not in sequences[arguments.split].column_names:
+        logger.info("the data have no candidates: %d are drawn per row, with seed %d", num_candidates, arguments.seed)
     context = CandidateContext(
         data=arguments.data_dir,
         data_fingerprint=sequences.fingerprint,
         split=arguments.split,
         num_users=len(split),
         num_items=sequences.num_items,
-        num_candidates=len(split[0]["candidates"]),
+        num_candidates=num_candidates,
         k=arguments.k,
         generate=arguments.generate,
         first_line_only=arguments.first_line_only,
@@ -199,7 +204,7 @@ def evaluate(arguments: ILoraEvaluationArguments, state: PartialState) -> None:
 
 
 def load_data(arguments: ILoraEvaluationArguments):
-    """The data set, and the rows to evaluate with their candidates."""
+    """The data set, and the rows to evaluate, with candidates that are drawn if the data have none."""
     sequences = SequenceDatasets.load(arguments.data_dir)
     split = sequences[arguments.split]
     if arguments.split == "train":
@@ -210,12 +215,9 @@ def load_data(arguments: ILoraEvaluationArguments):
     if "candidates" in split.column_names:
         return sequences, split
     num_candidates = sequences.protocol["num_candidates"]
-    if not num_candidates:  # as many as there are items for
+    if not num_candidates:  # at most as many as every user has unseen items
         most = most_seen_items(np.split(*training_sequences(split))[1:-1])
         num_candidates = min(NUM_CANDIDATES, sequences.num_items - most + 1)
-        logger.info(
-            "the data have no candidates: %d are drawn for each row, with seed %d", num_candidates, arguments.seed
-        )
     return sequences, draw_candidates(split, sequences.num_items, num_candidates, arguments.seed)
 
 

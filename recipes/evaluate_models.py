@@ -8,10 +8,10 @@ results.json, results.png, run.json, and the ranks of every user under ranks/ (f
 Every model is compared with the first one, user by user. All models are loaded and checked before any is measured.
 Models with the same name are runs with different seeds: the table adds their mean and standard deviation, and the plot
 of quality against the time of a recommendation shows all of them in one place.
-Further tables show what the recommended lists are like beside hitting targets (coverage, Gini, novelty, popularity,
-serendipity, and with --title_encoder their diversity by titles), and the quality by the length of the history and by
-how often the target occurs in training; targets that never do, as under the protocol cold_items, are also ranked among
-the new items alone. Where users have several relevant items, they are judged by all of them.
+Further tables describe the recommended lists (coverage, Gini, novelty, popularity, serendipity, and with
+--title_encoder their diversity by titles), and group the quality by the length of the history and by how often the
+target occurs in training. Targets that never occur there, as under the protocol cold_items, are also ranked among the
+new items alone. If users have several relevant items, the metrics count all of them.
 
 A language model takes seconds for what a small model does in milliseconds: with `--ilora_users 200`, an iLoRA ranks a
 random sample of the users, and is compared with the first model on these.
@@ -124,7 +124,7 @@ class EvaluationArguments:
         self.names = names_of_models(self.models, self.names)
         runs = list(zip(self.names, self.models, strict=True))
         if len(set(runs)) < len(runs):
-            raise ValueError(f"models are {self.models}: expected different ones among those of a name; pass --names")
+            raise ValueError(f"models are {self.models}: expected no model twice under one name; pass --names")
         check_at_least_one(self, "k", "batch_size", "num_resamples", "latency_calls", "latency_threads")
         if self.ilora_users is not None:
             check_at_least_one(self, "ilora_users")
@@ -256,7 +256,7 @@ def load_and_check(arguments: EvaluationArguments):
 
 
 def kind_of(model: torch.nn.Module, folder: Path) -> str:
-    """What a model is, one of `plots.KINDS`: by its type, and by the run that trained it, where its folder says so."""
+    """The kind of a model, one of `plots.KINDS`: by its type, and by the run.json in its folder if there is one."""
     if isinstance(model, ILoraForRecommendation):
         return "language model"
     if isinstance(model, PopularityForNextItem | TransitionCountsForNextItem):
@@ -270,7 +270,7 @@ def kind_of(model: torch.nn.Module, folder: Path) -> str:
 
 
 def relevant_items(split) -> tuple[np.ndarray, str]:
-    """The items that users are judged by, and the name of their ranking.
+    """The items that count as right answers, and the name of their ranking.
 
     Returns:
         (users, relevant) item ids, padded with 0, and "relevant"; or, for a split with one relevant item per user,

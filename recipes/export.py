@@ -37,7 +37,7 @@ class ExportArguments:
         },
     )
     data_dir: str | None = field(
-        default=None, metadata={"help": "prepared data set, on whose validation split the quality is measured"}
+        default=None, metadata={"help": "prepared data set; the quality is measured on its validation split"}
     )
 
 

@@ -98,7 +98,7 @@ def fit(arguments: FitArguments, searched: SearchedValues) -> None:
     folder = Path(arguments.output_dir)
     with RunRecord(folder, [arguments, searched], seed=0) as record:
         record.add_data(sequences.fingerprint)
-        # If the rows are all prefixes of a history, a pair occurs in many rows: count pairs with targets only.
+        # If the rows are all prefixes of a history, a pair occurs in many rows, so only pairs with targets are counted.
         targets_only = sequences.protocol["name"] == "temporal_users"
         rows = np.split(*training_sequences(sequences["train"]))[1:-1]
         validation = sequences["validation"]

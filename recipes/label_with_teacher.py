@@ -97,7 +97,7 @@ class LabelArguments:
     )
     timeout_minutes: int = field(
         default=120,
-        metadata={"help": "minutes that a process waits for the others without a new shard of any before it gives up"},
+        metadata={"help": "minutes without a new shard after which a process no longer waits for the others"},
     )
 
     def __post_init__(self):
@@ -114,7 +114,9 @@ class LabelArguments:
         if self.acquire == "random":
             return
         if self.budget is None:
-            raise ValueError(f"acquire is {self.acquire}, which selects what to ask: expected a budget with it")
+            raise ValueError(
+                f"acquire is {self.acquire} and budget None: expected the number of labels to choose; pass --budget"
+            )
         if self.recommender is None:
             raise ValueError(
                 f"acquire is {self.acquire} and recommender None: expected a recommender for all but random"
@@ -148,7 +150,7 @@ def label(arguments: LabelArguments, state: PartialState) -> None:
         settings["split"] = arguments.split
     folder = LabelFolder(arguments.output_dir, settings | {name: vars(arguments)[name] for name in names})
     if state.is_main_process:
-        folder.start(partial(what_to_ask, all_requests, teacher, recommender, arguments))
+        folder.start(partial(requests_within_budget, all_requests, teacher, recommender, arguments))
     state.wait_for_everyone()
     set_up_logging(arguments.output_dir)
     with RunRecord(arguments.output_dir, [arguments], seed=arguments.seed) as record:
@@ -216,8 +218,10 @@ def load_and_check(arguments: LabelArguments, device: torch.device):
     return sequences, teacher, recommender
 
 
-def what_to_ask(requests: LabelRequests, teacher: Teacher, recommender, arguments: LabelArguments) -> LabelRequests:
-    """The requests within the budget, longest first, so that a batch has similar lengths and memory runs out early."""
+def requests_within_budget(
+    requests: LabelRequests, teacher: Teacher, recommender, arguments: LabelArguments
+) -> LabelRequests:
+    """The requests to ask, longest first, so that a batch has similar lengths and too little memory shows early."""
     if arguments.budget is not None:
         requests = acquire_requests(requests, arguments.acquire, arguments.budget, recommender, arguments.seed)
     if arguments.exclude_seen:

@@ -12,7 +12,6 @@ the same name are seeds of one model. The suffix of `--output`, .png, .pdf or .s
 
 import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
 import importlib.util
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,15 +21,14 @@ from hf_ilora.evaluation.report import plot_quality
 from hf_ilora.publishing.measured import read_reports
 from hf_ilora.runs import parse_arguments, run_main
 from hf_ilora.runs.checks import check_choice, names_of_models
-
-logger = logging.getLogger(__name__)
+from hf_ilora_cli.shown_text import shown
 
 SUFFIXES = (".png", ".pdf", ".svg")
 
 
 @dataclass
 class PlotArguments:
-    """What to draw, and the file to write it to."""
+    """The results or runs to draw, and the file to write."""
 
     output: str = field(metadata={"help": "image file to write"})
     results: str | None = field(
@@ -69,7 +67,7 @@ def main() -> None:
         reports, context = read_reports(Path(arguments.results))
         draw = plot_candidate_hits if isinstance(context, CandidateContext) else plot_quality
         draw(reports, context, output)
-    logger.info("wrote %s", output)
+    print(f"wrote {shown(output)}")
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ class ReferenceDataArguments:
         check_at_least_one(self, "min_history", "max_history")
         if self.max_history < self.min_history:
             raise ValueError(
-                f"max_history is {self.max_history} and min_history {self.min_history}: expected a window that holds "
-                "the shortest history"
+                f"max_history is {self.max_history} and min_history {self.min_history}: expected max_history to be at "
+                "least min_history"
             )
 
 

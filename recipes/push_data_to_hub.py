@@ -8,8 +8,8 @@
 and so does `datasets.load_dataset("user/songs", "sequences")`, without hf_ilora. After a failure, run the same command
 again: files that have arrived are not sent twice.
 
-A data set knows the public data that it was made of. Data whose licence forbids publication or sets conditions, such as
-MovieLens, are refused unless `--allow_restricted_license true` is given.
+A data set records the public data that it was made from. Data whose licence forbids publication or sets conditions,
+such as MovieLens, are refused unless `--allow_restricted_license true` is given.
 """
 
 import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
@@ -33,13 +33,13 @@ class PublishDataArguments:
     license: str | None = field(
         default=None,
         metadata={
-            "help": "licence of what is published, by its name on the Hub, such as cc-by-4.0; by default that of the "
-            "public data that the data set was made of"
+            "help": "licence of the published data, by its name on the Hub, such as cc-by-4.0; by default that of the "
+            "public data that the data set was made from"
         },
     )
     allow_restricted_license: bool = field(
         default=False,
-        metadata={"help": "publish data whose licence forbids that or sets conditions: you have the permission"},
+        metadata={"help": "publish data although their licence forbids it or sets conditions: you have permission"},
     )
     dataset: str | None = field(
         default=None, metadata={"help": "labels: name on the Hub of the data set that they are about, for the card"}
@@ -63,7 +63,7 @@ def main() -> None:
     are_labels = (folder / DESCRIPTION_FILE).is_file()
     if arguments.dataset is not None and not are_labels:
         raise ValueError(
-            f"dataset is given and {folder} has no {DESCRIPTION_FILE}: expected labels with it; leave it out"
+            f"dataset is given and {folder} has no {DESCRIPTION_FILE}: expected a folder of labels; leave dataset out"
         )
     settings = {"license": arguments.license, "private": arguments.private, "revision": arguments.revision}
     settings["commit_message"] = arguments.commit_message

@@ -1,4 +1,5 @@
-"""Recommends items to a user, a history, liked titles or nobody known, to a table of users or all of a data set.
+"""Recommends items to one user (a user id, a history, liked titles or a new user), to a table of users or to all users
+of a data set.
 
     python recipes/recommend.py --model outputs/ml-100k/sasrec --data_dir outputs/ml-100k/data --user 1
     python recipes/recommend.py --model outputs/ml-100k/sasrec --history 50 172 181 --format json
@@ -42,16 +43,16 @@ class RecommendArguments:
 
     model: str = field(metadata={"help": "folder or Hub name of a saved model with a catalogue"})
     data_dir: str | None = field(
-        default=None, metadata={"help": "prepared data set with the users, or to count what is popular"}
+        default=None, metadata={"help": "prepared data set with the users, or with the popularity of items"}
     )
     user: str | None = field(default=None, metadata={"help": "raw user id in the data set"})
     history: list[str] | None = field(default=None, metadata={"help": "raw item ids, oldest first"})
     liked: list[str] | None = field(default=None, metadata={"help": "titles that the user likes, or any texts"})
     similar_to: list[str] | None = field(
-        default=None, metadata={"help": "raw item ids: print the items that are most like each of them"}
+        default=None, metadata={"help": "raw item ids: print the items that are most similar to each of them"}
     )
     title_encoder: str = field(
-        default=EMBEDDED_ENCODER, metadata={"help": "what encodes titles for liked; see encode_titles"}
+        default=EMBEDDED_ENCODER, metadata={"help": "encoder of titles, for liked; see encode_titles"}
     )
     top_k: int = field(default=10, metadata={"help": "number of recommendations"})
     exclude_seen: bool = field(
@@ -213,7 +214,7 @@ def recommend_to_many(model, source: SequenceDatasets | str, arguments: Recommen
             print(f"The recommendations are in {shown(users.output)}")
         return
     if state.num_processes > 1:
-        raise ValueError(f"--output is missing: expected a file, into which {state.num_processes} processes write")
+        raise ValueError(f"--output is missing: expected a file for {state.num_processes} processes to write; pass it")
     with tempfile.TemporaryDirectory() as folder:
         output = recommend_all(model, source, Path(folder) / "recommendations.parquet", **settings)
         for line in recommendation_lines(tables_of(output), arguments.format):
@@ -242,7 +243,7 @@ def recommend_to_one(model, sequences: SequenceDatasets | None, arguments: Recom
             history = history_of_user(sequences, arguments.data_dir, arguments.user)
         if not history and not model.knows_popular_items:
             raise ValueError(
-                f"{arguments.model} was saved without the counts of its items, so nothing is known to be popular: pass "
+                f"{arguments.model} was saved without the counts of its items, so it knows no popular items: pass "
                 "--data_dir, or --user, --history or --liked"
             )
         item_ids, scores = model.recommend([history], arguments.top_k, arguments.exclude_seen, **filters)
@@ -260,7 +261,7 @@ def recommend_to_one(model, sequences: SequenceDatasets | None, arguments: Recom
 
 
 def print_similar(model, arguments: RecommendArguments) -> None:
-    """Print the items that are most like some items."""
+    """Print the items that are most similar to those of `similar_to`."""
     if isinstance(model, ILoraForRecommendation):
         raise ValueError(f"{arguments.model} is an iLoRA: expected a SASRec, GRU4Rec, Caser or transition counts")
     filters = {

@@ -6,7 +6,7 @@
     python recipes/run_pipeline.py experiment data=ml-100k teacher=ilora student=sasrec distill=dllm2rec active=entropy
 
 A pipeline is a YAML file of stages; each stage is a recipe with its settings. It may offer groups: `student=sasrec`
-takes recipes/configs/student/sasrec.yaml, and `student=mine.yaml` a file of yours. `--compose_only true` prints all
+takes recipes/configs/student/sasrec.yaml, and `student=mine.yaml` your own file. `--compose_only true` prints all
 settings and runs nothing. A run writes them to <output_dir>/composed.yaml, which is a pipeline too.
 
 A finished stage is skipped if its recipe, its settings and its inputs have not changed; otherwise its folder is deleted

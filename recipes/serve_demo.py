@@ -1,4 +1,4 @@
-"""Serves a page in the browser that shows models side by side: their recommendations, times, and why.
+"""Serves a web page that shows models side by side: their recommendations, times and most similar items.
 
     python recipes/serve_demo.py outputs/quickstart/sasrec outputs/quickstart/distilled outputs/quickstart/ilora
     python recipes/serve_demo.py outputs/quickstart/sasrec outputs/quickstart/distilled \
@@ -6,7 +6,7 @@
     python recipes/serve_demo.py outputs/quickstart/sasrec outputs/quickstart/distilled --space_dir outputs/space
 
 Visitors build a history from titles, and may add an item by its title: models that take new items recommend it without
-training. The models have one catalogue. With `--space_dir`, the recipe writes a folder that a Space of the Hub runs
+training. All models need the same catalogue. With `--space_dir`, the recipe writes the folder of a Space
 (`hf upload user/name outputs/space --repo-type space`), with copies of the models and their catalogue: check that the
 licence of the data allows titles to be published. Needs the package of the extra `demo`.
 """
@@ -33,13 +33,13 @@ class DemoArguments:
 
     models: list[str] = field(metadata={"help": "folders or Hub names of saved models with a catalogue"})
     names: list[str] | None = field(
-        default=None, metadata={"help": "what the page calls the models; by default the names of their folders"}
+        default=None, metadata={"help": "names of the models on the page; by default those of their folders"}
     )
     title: str = field(default="Recommendations side by side", metadata={"help": "title of the page"})
     top_k: int = field(default=10, metadata={"help": "recommendations of each model"})
     new_items: bool = field(default=True, metadata={"help": "let visitors add items by their titles"})
     title_encoder: str = field(
-        default=EMBEDDED_ENCODER, metadata={"help": "what encodes the titles for new items; see encode_titles"}
+        default=EMBEDDED_ENCODER, metadata={"help": "encoder of titles, for new items; see encode_titles"}
     )
     host: str = field(
         default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 lets other machines see the page"}

@@ -71,7 +71,7 @@ def train(arguments: tuple) -> None:
     sequences = SequenceDatasets.load(data.data_dir)
     fingerprint = sequences.fingerprint
     config = SASRecConfig(num_items=sequences.num_items, **dataclasses.asdict(model_arguments))
-    asked = (*arguments[:-1], copy.copy(training))  # runs are compared by what was asked for, such as "auto"
+    asked = (*arguments[:-1], copy.copy(training))  # a resumed run is compared by the settings as given, such as "auto"
     decide_initial_items(training, config, sequences)
     checkpoint = resumable_checkpoint(training.output_dir, asked, fingerprint)
     rows = rows_in_fraction(sequences["train"], data.train_fraction)

@@ -61,7 +61,7 @@ class TuningArguments:
         default=1.0, metadata={"help": "divides the weighted sum of scores in distillation; ranks do not depend on it"}
     )
     title_decay: float = field(
-        default=0.6, metadata={"help": "of the member titles: weight of an item relative to the next newer one"}
+        default=0.6, metadata={"help": "for the member titles: weight of an item relative to the next newer one"}
     )
     title_encoder: str = field(
         default=EMBEDDED_ENCODER,

@@ -51,7 +51,7 @@ COMMANDS = {
         Command(
             "fit-counts",
             "fit_counts",
-            "Fit the baselines that count: popularity and transitions.",
+            "Fit the counting baselines: popularity and transition counts.",
             "hf-ilora fit-counts --data_dir outputs/ml-100k/data --output_dir outputs/ml-100k/counts",
         ),
         Command(
@@ -71,7 +71,7 @@ COMMANDS = {
         Command(
             "label",
             "label_with_teacher",
-            "Ask a teacher what comes next and save its answers as labels.",
+            "Ask a teacher for the next items and save its answers as labels.",
             "hf-ilora label --data_dir outputs/ml-100k/data --teacher outputs/ml-100k/ilora "
             "--output_dir outputs/ml-100k/labels",
             launched=True,

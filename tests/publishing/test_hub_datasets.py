@@ -321,7 +321,7 @@ RECIPE = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__'
 def test_recipe_publishes_data_sets_and_labels(client, saved, labels, tmp_path):
     (data_folder, _), (folder, _) = saved, labels
     wrong = ["--folder", data_folder, "--repo_id", "user/data", "--dataset", "user/data"]
-    assert "expected labels with it" in client.fail(RECIPE, PUSH_RECIPE, *wrong)
+    assert "expected a folder of labels" in client.fail(RECIPE, PUSH_RECIPE, *wrong)
     client.succeed(RECIPE, PUSH_RECIPE, "--folder", data_folder, "--repo_id", "user/data", "--license", "mit")
     client.succeed(RECIPE, PUSH_RECIPE, "--folder", folder, "--repo_id", "user/labels", "--dataset", "user/data")
     assert b"license: mit" in repository(client).commit("main").files["README.md"]

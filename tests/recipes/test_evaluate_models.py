@@ -248,7 +248,7 @@ def test_data_without_candidates_is_measured_in_the_catalogue_alone(evaluate, se
     [
         ({"split": "train"}, "invalid choice: 'train' .*validation.*test"),
         ({"names": "one"}, "for 2 models: expected one name for each"),
-        ({"models": ["a", "a"], "names": ["same", "same"]}, "expected different ones among those of a name"),
+        ({"models": ["a", "a"], "names": ["same", "same"]}, "expected no model twice under one name"),
         ({"k": 0}, "k is 0: expected at least 1"),
         ({"ilora_users": 0}, "ilora_users is 0: expected at least 1"),
         ({"latency_threads": 0}, "latency_threads is 0"),

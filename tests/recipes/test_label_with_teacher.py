@@ -119,7 +119,7 @@ def test_a_table_of_positions_labels_all_of_them(label, parts, tmp_path):
     [
         ({"top_k": 0}, "top_k is 0: expected at least 1"),
         ({"labelled_positions": "first"}, "invalid choice: 'first' .*last.*all"),
-        ({"acquire": "entropy"}, "which selects what to ask: expected a budget with it"),
+        ({"acquire": "entropy"}, "acquire is entropy and budget None: expected the number of labels to choose"),
         ({"acquire": "entropy", "budget": 3}, "expected a recommender for all but random"),
         ({"budget": 0}, "budget is 0: expected at least 1"),
         ({"budget": 41}, "budget is 41"),

@@ -86,7 +86,7 @@ def test_models_without_counts_need_the_data_to_know_what_is_popular(prepared, r
     model = SASRecForNextItem(SASRecConfig(num_items=sequences.num_items, hidden_size=8))
     model.catalogue = Catalogue(sequences.catalogue.table.drop_columns("count"))
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="so nothing is known to be popular: pass --data_dir, or --user"):
+    with pytest.raises(ValueError, match="so it knows no popular items: pass --data_dir, or --user"):
         run_recipe("recommend", model=tmp_path / "model")
     run_recipe("recommend", model=tmp_path / "model", data_dir=prepared / "data", top_k=1)
     most = sequences.catalogue.titles([int(sequences.catalogue.counts.argmax())])[0]

@@ -13,10 +13,11 @@ RESULTS = PROJECT / "docs" / "results"
 
 
 @pytest.mark.parametrize("results", ["ml-100k-evaluation.json", "reference-lastfm-test.json"])
-def test_a_published_evaluation_is_drawn_from_its_file(run_recipe, results, tmp_path):
+def test_a_published_evaluation_is_drawn_from_its_file(run_recipe, results, tmp_path, capsys):
     output = tmp_path / "drawn.png"
     run_recipe("plot_results", results=RESULTS / results, output=output)
     assert output.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"wrote {output}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["drawn.png"]
 
 
