@@ -15,7 +15,7 @@ help: ## list the targets
 setup: ## make .venv from requirements.lock, unless it is there and complete
 	@cat $(INSTALLED) | cmp -s - .venv/installed || $(MAKE) --no-print-directory environment
 
-# What decides on the contents of .venv.
+# The files that determine the contents of .venv.
 INSTALLED := requirements.lock setup.py pyproject.toml
 # What was installed is noted last: an environment without the note is half made, one with another note is outdated.
 environment:
@@ -70,7 +70,7 @@ format: setup ## put the code in the project's style
 help-texts: setup ## write what `hf-ilora COMMAND --help` prints, after a change to the options of a recipe
 	python -m hf_ilora_cli.write_help
 
-# glibc would give large blocks back after every operation and ask for them anew, which costs more than the arithmetic.
+# glibc would return large blocks after every operation and request them again, which takes longer than the arithmetic.
 quickstart: export MALLOC_MMAP_THRESHOLD_ := 4000000000
 quickstart: export MALLOC_TRIM_THRESHOLD_ := 16000000000
 quickstart: setup ## MovieLens-100K from the ratings to a distilled SASRec, and ten recommendations for one user

@@ -5,9 +5,9 @@
     python -m benchmarks.data --rows 100000000 --out_of_core --memory_gigabytes 4 --output_dir outputs/benchmarks/large
 
 The table is synthetic and shaped like MovieLens-20M: long-tailed histories and item frequencies, times in random order
-with ties. The stages run in a process of their own, whose peak memory is reported. Pages of mapped files, which the
-system takes back when memory is short, count in the peak; `--memory_gigabytes` limits all other memory, so a run that
-needs more fails. Set OMP_NUM_THREADS=1 to measure one thread.
+with ties. The stages run in their own process, whose peak memory is reported. Pages of mapped files, which the system
+reclaims when memory is short, count in the peak; `--memory_gigabytes` limits all other memory, so a run that needs more
+fails. Set OMP_NUM_THREADS=1 to measure one thread.
 """
 
 import logging
@@ -94,14 +94,14 @@ def write_tables(folder: Path, arguments: DataBenchmarkArguments) -> None:
 
 
 def limit_memory(gigabytes: float) -> None:
-    """Let this process have so much memory, without mapped files; what the libraries reserve unused does not count."""
+    """Limit the memory of this process, not counting mapped files and memory that libraries reserve without use."""
     process = psutil.Process()
     reserved_unused = process.memory_info().data - process.memory_info().rss
     resource.setrlimit(resource.RLIMIT_DATA, (round(gigabytes * 1e9) + max(0, reserved_unused),) * 2)
 
 
 def prepare(folder: Path, protocol: str, out_of_core: bool, memory_gigabytes: float | None) -> dict:
-    """Prepare the tables in `folder`: seconds per stage and the peak memory of this process."""
+    """Prepare the tables in `folder`; returns seconds per stage and the peak memory of this process."""
     disable_progress_bars()
     if memory_gigabytes is not None:
         limit_memory(memory_gigabytes)

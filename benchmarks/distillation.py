@@ -196,7 +196,6 @@ def report(results: dict) -> str:
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    torch.set_num_threads(arguments.threads)
     run_benchmark(arguments, lambda: measure(arguments), report)
 
 

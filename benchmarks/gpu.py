@@ -1,10 +1,10 @@
-"""Checks and measures on one GPU, in less than ten minutes, what no CPU can show.
+"""Runs the checks and measurements that need a GPU, in less than ten minutes on one.
 
     python -m benchmarks.gpu --output_dir outputs/benchmarks/gpu
 
-Each check stands alone: one that fails is reported with its error, and the others run. Models have random weights, and
-nothing is downloaded. `--rehearse true` runs the same code on a CPU with tiny sizes, to find mistakes in it; its
-figures say nothing.
+The checks are independent: a failing one is reported with its error, and the others run. Models have random weights,
+and nothing is downloaded. `--rehearse true` runs the same code on a CPU with tiny sizes, to find mistakes in it; its
+figures mean nothing.
 """
 
 import logging
@@ -65,7 +65,7 @@ class GpuBenchmarkArguments:
 
 
 def milliseconds(program: Callable[[], object], arguments: GpuBenchmarkArguments) -> float:
-    """Median time of a call, until the device has done its work."""
+    """Median time of a call, including the device's work."""
     times = []
     for _ in range(arguments.rounds + 3):
         wait(arguments)
@@ -82,7 +82,7 @@ def wait(arguments: GpuBenchmarkArguments) -> None:
 
 
 def peak_mebibytes(program: Callable[[], object], arguments: GpuBenchmarkArguments) -> float | None:
-    """Peak of the device's memory in a call, above what is held before it; None in a rehearsal."""
+    """How far a call raises the peak of the device's memory; None in a rehearsal."""
     if arguments.rehearse:
         program()
         return None
@@ -281,7 +281,7 @@ CHECKS = {
 
 
 def measure(arguments: GpuBenchmarkArguments) -> dict:
-    """What each check found, with "error" for one that failed."""
+    """The findings of each check, with "error" for one that failed."""
     device = "CPU, rehearsal" if arguments.rehearse else torch.cuda.get_device_name()
     results = {"device": device, "checks": {}}
     for name in arguments.only or CHECKS:

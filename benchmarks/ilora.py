@@ -203,7 +203,7 @@ def measure_training_step(steps: dict[str, TrainingStep], rounds: int) -> dict:
 
 
 def added_mebibytes(name: str, arguments: ILoraBenchmarkArguments) -> float:
-    """How far three steps raise the peak memory of this process above what it holds once the program is built."""
+    """How far three steps raise the peak memory of this process above its memory after building the program."""
     torch.set_num_threads(arguments.threads)
     step = TrainingStep(name, arguments)
     peak = PeakMemory()
@@ -259,7 +259,6 @@ def report(results: dict) -> str:
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    torch.set_num_threads(arguments.threads)
     run_benchmark(arguments, lambda: measure(arguments), report)
 
 

@@ -3,10 +3,10 @@
     python -m benchmarks.ilora_answers --data_dir outputs/ml-100k/data --recommender outputs/ml-100k/sasrec \
         --output_dir outputs/benchmarks/ilora_answers --dtypes float32 bfloat16 --threads 1
 
-First, rows per second of `score_candidates` against greedy generation from embeddings, as in the published program,
-with the layer in its published form and in ours; the programs take turns on each batch. Second, the time of drawing
-candidates and assembling prompts, as a fraction of a training step on the first layers, and the number of tokenizer
-calls in it. The adapter is new and random: its weights do not change what is measured.
+It measures first the rows per second of `score_candidates` and of greedy generation from embeddings, as in the
+published program, with the layer in its published form and in ours; the programs take turns on each batch. Second, it
+measures the time of drawing candidates and assembling prompts, as a fraction of a training step on the first layers,
+and counts the tokenizer calls in it. The adapter is new and random: its weights do not affect the times.
 """
 
 import copy
@@ -31,12 +31,12 @@ from hf_ilora.models.ilora.gated_lora import gated_layers
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.models.ilora.prompts import read_templates
 from hf_ilora.runs import parse_arguments, prompt_path, run_main
+from hf_ilora.runs.checks import DTYPES
 from hf_ilora.training.candidate_rows import CandidateRows
 from hf_ilora.training.prompt_collator import PromptCollator
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("float32", "bfloat16", "float16")
 ANSWER_TITLES = {
     "published": "generating, published form of the layer",
     "gated": "generating, gated layer",
@@ -285,7 +285,6 @@ def measure(sequences: SequenceDatasets, arguments: AnswerBenchmarkArguments) ->
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    torch.set_num_threads(arguments.threads)
     sequences = SequenceDatasets.load(arguments.data_dir)
     run_benchmark(arguments, lambda: measure(sequences, arguments), report, sequences.fingerprint)
 

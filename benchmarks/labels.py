@@ -126,11 +126,10 @@ def report(results: dict) -> str:
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    torch.set_num_threads(arguments.threads)
     sequences = SequenceDatasets.load(arguments.data_dir)
     teacher = load_teacher(arguments.teacher, len(sequences["train"]), sequences.num_items, dtype=arguments.dtype)
     if not isinstance(teacher, ModelTeacher) or not isinstance(teacher.model, ILoraForRecommendation):
-        raise ValueError(f"{arguments.teacher} is no iLoRA model: expected one, to compare it with its language model")
+        raise ValueError(f"{arguments.teacher} is no iLoRA: expected one, to compare it with its language model")
     requests = benchmark_requests(sequences["train"], teacher, arguments.rows)
     run_benchmark(arguments, lambda: {"labels": measure(requests, teacher, arguments)}, report, sequences.fingerprint)
 

@@ -88,11 +88,11 @@ def time_in_turn(programs: dict[str, Callable[[], object]], rounds: int, warm_up
 
 
 def in_own_process(function: Callable[..., _Result], *arguments) -> _Result:
-    """Call a function in a new process, whose peak of memory is its own.
+    """Call a function in a new process, so that the peak memory is the function's own.
 
     Args:
         function: a function at the top of a module.
-        arguments: what it is called with; they and the result are pickled.
+        arguments: its arguments; they and the result are pickled.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
@@ -107,9 +107,9 @@ def peak_bytes() -> int:
 
 
 class PeakMemory:
-    """How much the peak of this process rises above the memory that it holds now.
+    """Measures how far the peak memory of this process rises above its memory at the start.
 
-    Linux forgets the earlier peak; elsewhere it counts, so that the rise is an upper bound.
+    On Linux the earlier peak is reset; elsewhere it counts, so the result is an upper bound.
     """
 
     def __init__(self):
@@ -138,7 +138,7 @@ def run_benchmark(
     """Measure, print the report, and write benchmark.json, benchmark.md, run.json and run.log.
 
     Args:
-        arguments: dataclass of the settings, with `output_dir`.
+        arguments: dataclass of the settings, with `output_dir`; a setting `threads` limits torch's CPU threads.
         measure: returns the results by name.
         report: turns the results, with the settings under "setting", into Markdown.
         data_fingerprint: fingerprint of the data set, for run.json.
@@ -152,6 +152,8 @@ def _measure_and_report(
 ) -> None:
     set_up_logging(arguments.output_dir)
     settings = {name: value for name, value in asdict(arguments).items() if name != "output_dir"}
+    if "threads" in settings:
+        torch.set_num_threads(settings["threads"])
     with RunRecord(arguments.output_dir, [arguments], seed=0) as record:
         if data_fingerprint is not None:
             record.add_data(data_fingerprint)

@@ -17,8 +17,7 @@ from hf_ilora import SequenceDatasets
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.models.ilora.prompts import PromptBuilder, read_templates
 from hf_ilora.models.ilora.title_tokens import TitleTokens
-from hf_ilora.runs import parse_arguments, run_main
-from hf_ilora.runs.arguments import prompt_path
+from hf_ilora.runs import parse_arguments, prompt_path, run_main
 from hf_ilora.training.candidate_rows import CandidateRows
 from hf_ilora.training.prompt_collator import PromptCollator
 from hf_ilora.training.sorted_steps import SortedSteps
@@ -51,7 +50,7 @@ ARGUMENTS = (PaddingBenchmarkArguments,)
 
 
 def prompt_shapes(arguments: PaddingBenchmarkArguments) -> dict[str, tuple[list[list[tuple[int, int]]], int]]:
-    """By program: the (prompts, longest prompt) of each batch of each step of an epoch; and the real tokens of all."""
+    """For each program, the (prompts, longest prompt) of each batch of each step of an epoch, and their real tokens."""
     sequences = SequenceDatasets.load(arguments.data_dir)
     _, tokenizer, _ = load_language_model() if arguments.llm is None else load_language_model(arguments.llm)
     titles = sequences.catalogue.titles(range(1, sequences.num_items + 1))
@@ -131,7 +130,6 @@ def report(results: dict) -> str:
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    torch.set_num_threads(arguments.threads)
     run_benchmark(arguments, lambda: measure(arguments), report)
 
 

@@ -257,7 +257,6 @@ def measure(sequences: SequenceDatasets, arguments: SASRecBenchmarkArguments) ->
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    torch.set_num_threads(arguments.threads)
     sequences = SequenceDatasets.load(arguments.data_dir)
     run_benchmark(arguments, lambda: measure(sequences, arguments), report, sequences.fingerprint)
 

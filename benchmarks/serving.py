@@ -52,7 +52,7 @@ class ServingBenchmarkArguments:
     num_items: list[int] = field(
         default_factory=lambda: [1_682, 12_101, 100_000, 1_000_000], metadata={"help": "sizes of the catalogue"}
     )
-    forms: list[str] = field(default_factory=lambda: list(FORMS), metadata={"help": "of serving one user"})
+    forms: list[str] = field(default_factory=lambda: list(FORMS), metadata={"help": "forms of serving one user"})
     hidden_size: int = field(default=64, metadata={"help": "width of the models"})
     history_length: int = field(default=50, metadata={"help": "items per history"})
     calls: int = field(default=200, metadata={"help": "answers to one user per form"})
@@ -61,7 +61,7 @@ class ServingBenchmarkArguments:
     memory_users: int = field(default=100_000, metadata={"help": "users of the measurement of memory; 0 skips it"})
     memory_items: int = field(default=100_000, metadata={"help": "items of the measurement of memory"})
     batch_size: int = field(default=256, metadata={"help": "users per batch"})
-    recall: float = field(default=0.98, metadata={"help": "that the index is tuned to on other users"})
+    recall: float = field(default=0.98, metadata={"help": "recall that the index is tuned to, on other users"})
     threads: int = field(default=1, metadata={"help": "CPU threads of all programs"})
 
     def __post_init__(self):
@@ -95,7 +95,7 @@ def random_histories(num_users: int, num_items: int, length: int, seed: int = 0)
 def programs_for_one_user(
     model: SASRecForNextItem, arguments: ServingBenchmarkArguments, folder: Path
 ) -> tuple[dict[str, Callable], dict]:
-    """Programs that answer a history (1, length) by form, and what is known of them: bytes, and recall of the index."""
+    """Programs that answer a history (1, length) by form, and their facts: bytes of files, recall of the index."""
     programs, facts = {"eager": lambda history: model.recommend(history, TOP_K)}, {}
     if "compile" in arguments.forms:
         compiled = torch.compile(RecommendationGraph(model, TOP_K), fullgraph=True)
@@ -119,7 +119,7 @@ def programs_for_one_user(
 
 
 def measure_one_user(model: SASRecForNextItem, arguments: ServingBenchmarkArguments) -> dict[str, dict]:
-    """Milliseconds of an answer to one user, by form, with what `programs_for_one_user` says."""
+    """Milliseconds of an answer to one user, by form, with the facts of `programs_for_one_user`."""
     histories = random_histories(100, model.config.num_items, arguments.history_length)
     warm_up, stopwatch = Stopwatch(), Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
@@ -215,7 +215,6 @@ def memory_of_recommend(num_users: int, num_items: int, arguments: ServingBenchm
 
 
 def measure(arguments: ServingBenchmarkArguments) -> dict:
-    torch.set_num_threads(arguments.threads)
     if arguments.model is None:
         models = (clustered_model(num_items, arguments) for num_items in arguments.num_items)
     else:

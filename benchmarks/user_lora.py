@@ -4,8 +4,8 @@
 
 Both programs answer the same prompts with the same random Llama and the same mixes of experts: iLoRA by the gates of
 all users, PEFT by the LoRAs that `user_lora` makes of the stack, named per row by `adapter_names`. Their logits are
-compared first. The language model without adapters takes turns with them, as a lower bound. They answer whole prompts
-without a cache, as for the scores of candidates, and one token after prompts that a cache holds, as in generation.
+compared first. The language model without adapters takes turns with them, as a lower bound. They read whole prompts
+without a cache, as for the scores of candidates, and one token after a cached prompt, as in generation.
 """
 
 import tempfile
@@ -68,7 +68,7 @@ ARGUMENTS = (UserLoraBenchmarkArguments,)
 
 
 def random_llama(arguments: UserLoraBenchmarkArguments) -> PreTrainedModel:
-    """The same one at every call."""
+    """A Llama with random weights, the same at every call."""
     set_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -210,7 +210,6 @@ def report(results: dict) -> str:
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    torch.set_num_threads(arguments.threads)
     run_benchmark(arguments, lambda: measure(arguments), report)
 
 

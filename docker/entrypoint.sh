@@ -3,8 +3,8 @@
 #
 #     entrypoint.sh COMMAND [ARGUMENT ...]
 #
-# HOST_UID and HOST_GID name the user; without them, the command runs as root. requirements.lock is installed when it is
-# newer than what is installed, and differs from it.
+# HOST_UID and HOST_GID name the user; without them, the command runs as root. requirements.lock is installed if it is
+# newer than the installed one and differs from it.
 set -euo pipefail
 
 project=${PROJECT_DIR:-/workspace}
@@ -24,7 +24,7 @@ fail() {
 [[ -f $project/requirements.lock ]] \
     || fail "$project/requirements.lock is not there: expected the project; mount it with --volume FOLDER:$project"
 
-# A user and a group with these ids; those that the image has already are taken as they are.
+# Make a user and a group with these ids, unless the image has them.
 as_user=()
 if ((uid != 0)); then
     getent group "$gid" > /dev/null || groupadd --gid "$gid" hf_ilora
@@ -36,7 +36,7 @@ if ((uid != 0)); then
     export HOME USER LOGNAME=$USER
 fi
 
-# The folders may be volumes, of root at first, or of another user of the host.
+# The folders may be volumes that belong to root at first, or to another user of the host.
 for folder in "$home" "$environment"; do
     mkdir --parents "$folder"
     [[ $(stat --format %u:%g "$folder") == "$uid:$gid" ]] || chown --recursive "$uid:$gid" "$folder"
@@ -48,7 +48,7 @@ is_outdated() {
         && ! cmp --silent "$project/requirements.lock" "$environment/installed"
 }
 
-# One container installs; others of the same volume wait for it. What was installed is noted last.
+# One container installs; others with the same volume wait for it. The lock file is copied last, as the mark of success.
 exec {lock}> "$environment.lock"
 flock "$lock"
 if is_outdated; then

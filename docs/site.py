@@ -1,7 +1,7 @@
-"""Pages of the site that have their home elsewhere (mkdocs.yml names this file as a hook).
+"""Adds the pages of the site whose sources are elsewhere in the repository (a hook that mkdocs.yml names).
 
-The home page is README.md, the reference is made of the public names and the help texts of the commands. Links in the
-pages are those that work in the repository; on the site they lead to its pages, and links to source files are text.
+The home page is README.md; the reference is made from the public names and the help texts of the commands. Links in the
+pages work in the repository; on the site they lead to its pages, and links to source files become text.
 """
 
 import ast
@@ -34,7 +34,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Make the links of a page those of the site."""
+    """Rewrite the links of a page for the site."""
     sources = {page: source for source, page in PAGES.items()}
     source = sources.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     parts = _CODE.split(markdown)  # text, code, text, ...
@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def site_link(link: re.Match, source: str, page: str) -> str:
-    """A link of the file `source`, as the page has it."""
+    """A link of the file `source`, rewritten for the page."""
     text, target, anchor = link[1], link[2], link[3] or ""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
     if path not in PAGES and (not path.startswith("docs/") or path.endswith(".ipynb")):
@@ -71,7 +71,7 @@ def reference_pages() -> dict[str, str]:
         pages[room] = f"# hf_ilora: {room}\n\nImport these names from `hf_ilora`: {listed}.\n\n{blocks}\n"
     helps = sorted((PROJECT / "src" / "hf_ilora_cli" / "help").glob("*.txt"))
     texts = [(path.stem, path.read_text(encoding="utf-8").strip()) for path in helps]
-    pages["commands"] = "# Commands\n\nWhat `hf-ilora COMMAND --help-all` prints, by recipe.\n\n" + "\n\n".join(
+    pages["commands"] = "# Commands\n\nThe output of `hf-ilora COMMAND --help`, by recipe.\n\n" + "\n\n".join(
         f"## {name}\n\n```text\n{text}\n```" for name, text in texts
     )
     return pages

@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def compare(arguments: AcquisitionArguments, output: Path) -> None:
-    """Train the students that are not there yet, and write the table."""
+    """Train the missing students, and write the table."""
     check_settings(arguments, output)
     set_up_logging(output)
     runs = [Run(None, 0, seed) for seed in arguments.seeds]
@@ -118,10 +118,10 @@ def compare(arguments: AcquisitionArguments, output: Path) -> None:
 def check_settings(arguments: AcquisitionArguments, output: Path) -> None:
     """Check that the finished runs in `output`, which are not repeated, have these settings.
 
-    The content of the data and the models is compared too, since it may be replaced under the same name.
+    It compares the content of the data and the models too, which may have been replaced under the same name.
 
     Raises:
-        ValueError: when `output` contains runs with other settings.
+        ValueError: `output` contains runs with other settings.
     """
     names = ("config_file", "data_dir", "teacher", "recommender", "lam")
     settings = {name: vars(arguments)[name] for name in names}

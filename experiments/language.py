@@ -1,13 +1,13 @@
-"""Does language pay? Trains SASRecs with and without what titles say, with controls, and tabulates them.
+"""Does language pay? Trains SASRecs with and without titles, with controls, and tabulates them.
 
     hf-ilora prepare beauty/data
     python -m experiments.language --data beauty --table main --seeds 1 2 3 4 5 --parallel 2 \
         --output_dir outputs/beauty/language
 
-experiments/language_rows.py has the rows of each table. Every row is trained whole with each of its seeds, its teachers
-too. Settings are chosen on validation with the first seeds; `--test true` adds what the claimed rows reach on the test
-split. The same command skips finished runs and resumes killed ones; `--run false` tabulates the runs that are finished,
-also while another process trains. Writes <report>.md, <report>.json and <report>.png.
+experiments/language_rows.py lists the rows of each table. Every row and its teachers are trained anew with each of its
+seeds. Settings are chosen on validation with the first seeds; `--test true` adds the quality of the claimed rows on the
+test split. The same command skips finished runs and resumes killed ones; `--run false` tabulates the runs that are
+finished, also while another process trains. Writes <report>.md, <report>.json and <report>.png.
 
 `--table llm` asks whether a fine-tuned language model adds to title vectors: by default a few layers of SmolLM2, which
 a CPU can train. On a GPU, name a configuration with a larger one:

@@ -1,4 +1,4 @@
-"""What the study on language measures of mixtures of scores, which tune_ensemble.py found on some validation users."""
+"""Measures the mixtures of scores of the study on language, which tune_ensemble.py found on some validation users."""
 
 import logging
 import re
@@ -28,14 +28,14 @@ class MixtureReport:
     """The measurements of a mixture on the users that its weights were chosen on.
 
     Args:
-        name, title: of the row.
-        weights: of the members, by name.
-        alone: NDCG@10 of the members, by name.
-        num_users: of the validation split.
+        name, title: name and title of the row.
+        weights: weights of the members, by name.
+        alone: NDCG@10 of each member alone, by name.
+        num_users: number of validation users.
         ndcg: NDCG@10, masked, at the chosen weights.
         hit_ratio: HR@10, masked.
-        to_reference: comparison with the mixture that all are compared with; None for that one.
-        to_twin: comparison with the row's control, where it has one.
+        to_reference: comparison with the reference mixture; None for that one.
+        to_twin: comparison with the row's control, if it has one.
     """
 
     name: str
@@ -56,8 +56,8 @@ def report_mixtures(
 
     Args:
         study: the runs.
-        names: of the rows.
-        reference: the mixture that all others are compared with.
+        names: names of the rows.
+        reference: name of the mixture that all others are compared with.
         sequences: the data set of the study.
     """
     rows = [study.rows[name] for name in names]
@@ -143,6 +143,6 @@ def mixture_lines(reports: Sequence[MixtureReport], reference: str) -> list[str]
 
 
 def _short_name(member: str) -> str:
-    """The row that a member of a mixture is of, or the word titles."""
+    """The name of the row that a member of a mixture belongs to, or the word titles."""
     found = re.search(r"\{(\w+)\}", member)
     return found[1] if found else member

@@ -1,4 +1,4 @@
-"""What the study on language measures of its finished runs: quality, differences, cost, and a plot of the two."""
+"""Measures the finished runs of the study on language: quality, differences and cost, as tables and a plot."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ from hf_ilora.training.windows import item_counts
 
 logger = logging.getLogger(__name__)
 
-# The columns of a table: ranking, metric and what the table calls it.
+# The columns of a table: their names by ranking and metric.
 METRICS = {
     ("masked", "ndcg@10"): "NDCG@10 masked",
     ("masked", "hit_ratio@10"): "HR@10 masked",
@@ -47,13 +47,13 @@ TITLES_OF_A_SAMPLE = 2000
 
 @dataclass(frozen=True)
 class MeasuredSplit:
-    """What the runs of a row reach on a split.
+    """The quality of a row's runs on a split.
 
     Args:
         metrics: for each "ranking/metric", its value for each seed.
         groups: for each group of users by the target's training count, their number and mean NDCG@10, masked.
-        to_reference: comparison with the row that all are compared with; None for that row.
-        to_twin: comparison with the row's twin, where it has one.
+        to_reference: comparison with the reference row; None for that row.
+        to_twin: comparison with the row's twin, if it has one.
     """
 
     metrics: dict[str, list[float]]
@@ -67,15 +67,15 @@ class RowReport:
     """The measurements of a row.
 
     Args:
-        name, title, kind: of the row.
-        seeds: of its runs.
-        settings: those that were chosen, by option.
-        trials: settings and their metric on validation, where they were chosen among several.
-        splits: by split; without "test" where the row is not claimed or the study does not read it yet.
+        name, title, kind: name, title and kind of the row.
+        seeds: seeds of its runs.
+        settings: the chosen settings, by option.
+        trials: settings and their metric on validation, if they were chosen among several.
+        splits: quality by split; without "test" if the row is not claimed or the study does not read it yet.
         training_minutes: processor time of the run, its teachers and their titles' encoding, averaged over seeds; None
-            where a run was resumed, which leaves no record of the time before.
-        latency: of the model of the first seed.
-        size: of the same.
+            if a run was resumed, since the time before is not recorded.
+        latency: latency of the first seed's model.
+        size: size of that model.
     """
 
     name: str
@@ -104,10 +104,10 @@ def report_rows(
 
     Args:
         study: the runs.
-        names: of the rows; the reference is among them.
-        reference: the row that all others are compared with.
+        names: names of the rows; the reference is among them.
+        reference: name of the row that all others are compared with.
         sequences: the data set of the study.
-        splits: the splits to read; "test" is read of claimed rows alone.
+        splits: the splits to read; "test" is read for claimed rows only.
         parallel: models that rank at a time.
         latency_calls: recommendations to time for each row.
     """
@@ -182,8 +182,8 @@ def measured_split(
 
     Args:
         files: saved ranks of each seed.
-        reference: those of the row that all are compared with; None for that row.
-        twin: those of the row's twin, if it has one.
+        reference: saved ranks of the reference row; None for that row.
+        twin: saved ranks of the row's twin, if it has one.
         target_counts: (users,) how often the target of each user occurs in training.
     """
     runs = [SavedRanks.load(file) for file in files]
@@ -236,9 +236,9 @@ def title_encoder(record: dict) -> str | None:
 
 
 def encoding_seconds(study: Study, encoder: str, sequences: SequenceDatasets) -> float:
-    """Processor time that the encoding of the catalogue's titles takes, measured once for a study.
+    """Processor time of encoding the catalogue's titles, measured once for a study.
 
-    Models read a title in a time that depends on that title alone: they encode a sample of them.
+    A model's time for a title depends on that title alone, so it is extrapolated from a sample.
     """
     file = study.folder / "encoding_seconds.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -272,12 +272,12 @@ def write_report(
     """Write <path>.md and <path>.json with all tables, and <path>.png with the first; returns the text.
 
     Args:
-        path: without suffix.
-        reports: of the rows that are measured.
-        mixtures: likewise.
+        path: path of the report, without suffix.
+        reports: reports of the measured rows.
+        mixtures: reports of the measured mixtures.
         tables: the names of the rows of each table.
-        reference: the row that all are compared with.
-        command: that makes the report.
+        reference: name of the row that all are compared with.
+        command: the command that makes the report.
         study: the runs, for their origin.
     """
     by_name = {report.name: report for report in reports}
@@ -372,7 +372,7 @@ def mean_text(values: Sequence[float]) -> str:
 
 
 def difference_text(comparison: RunComparison | None) -> str:
-    """The difference with interval and p-value, and as a part of the other row's mean."""
+    """The difference with interval and p-value, and relative to the other row's mean."""
     if comparison is None:
         return ""
     part = f" ({comparison.difference.mean / comparison.mean_a:+.1%})" if comparison.mean_a else ""
@@ -394,7 +394,7 @@ def settings_text(settings: Mapping[str, object]) -> str:
 def plot(reports: Sequence[RowReport], path: Path) -> None:
     """Plot quality against the time of one recommendation, with the name of each row beside its point.
 
-    On the test split where every row has it, else on validation.
+    It shows the test split if every row has it, else validation.
     """
     split = "test" if all("test" in report.splits for report in reports) else "validation"
     first = reports[0].latency

@@ -1,12 +1,12 @@
-"""The rows of the study on language: what is trained on a data set, and the trials that settings are chosen from.
+"""The rows of the study on language: the runs on a data set, and the trials that their settings are chosen from.
 
-Ids only get as many trials as a chain of language: start and teachers together. TF-IDF titles get those of MiniLM.
-To add rows, add them to `language_rows` and to a table.
+The ids-only row gets as many trials as a whole chain with titles, start and teachers together. Rows with TF-IDF titles
+get the same trials as those with MiniLM. To add rows, add them to `language_rows` and to a table.
 
-The table llm asks whether a fine-tuned language model adds to titles as vectors: as one more member of a mixture of
-scores, as the encoder of the titles that a student starts from, and as both. The control of each is the same language
-model as it is, of which only an item head is trained on the same prompts; that of the member is also the SASRec that
-gates iLoRA, since an untrained iLoRA gives its scores.
+The table llm asks whether a fine-tuned language model adds to title vectors: as one more member of a mixture of scores,
+as the encoder of the titles that a student starts from, and as both. The control of each is the same language model
+without fine-tuning: only an item head is trained on the same prompts. The member has a second control, the SASRec that
+gates iLoRA, since an untrained iLoRA gives the scores of that SASRec.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,20 +32,20 @@ TABLES = {
 }  # fmt: skip
 # The row that all are compared with.
 REFERENCE = "ids_tuned"
-# The mixture that those with a language model are compared with, on the users whom language models are asked about.
+# Mixtures with a language model are compared with this one, on the users whom language models are asked about.
 MIXTURE_REFERENCE = "mixture_sample"
-# A student begins with another seed than its teacher, and the second of two ids-only teachers with another than both.
+# Offsets of seeds, so that a student, a second ids-only teacher and the SASRec of a gate differ from their teachers.
 STUDENT_SEED, SECOND_SEED, GATE_SEED = 100, 200, 300
-# Items that a language model names for a user; the others share what is left of the probability.
+# Items that a language model names for a user; the others share the remaining probability.
 ITEMS_OF_ANSWER = 100
-# Language models learn from users whom their SASRec has not seen: on its own training rows it ranks several times
-# better than on others, and they would learn to rely on it.
+# Language models learn from users whom their SASRec has not seen: it ranks its own training rows several times better
+# than others, and the language models would learn to rely on it.
 USERS_OF_GATE, USERS_OF_LLM = (0.0, 0.8), (0.8, 1.0)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What differs between data sets.
+    """The settings of the study on a data set.
 
     Args:
         config: YAML file of train_sasrec.py, ids only.
@@ -326,7 +326,7 @@ def _with_language_models(settings: Settings) -> list[Row]:
     encoder = {"title_encoder": settings.title_encoder}
     joint = settings.joint_start
     reads = {"recommender": "{ilora_gate}", "train_fraction": USERS_OF_LLM, "language_loss_weight": 0.0}
-    # No gradient passes through this one: the head reads plain hidden states of prompts of titles alone.
+    # The language model without fine-tuning: the head reads its plain hidden states of prompts with titles alone.
     plain = {"lora_learning_rate_factor": 0.0, "num_experts": 1, "item_placeholders": False}
 
     def asked(name: str, teacher: str) -> Row:

@@ -1,4 +1,4 @@
-"""What the experiments share: running recipes in processes of their own, and reading what they recorded."""
+"""Runs recipes in their own processes, and reads their records; shared by the experiments."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from hf_ilora_cli.shipped import RECIPE, find_file
 
 logger = logging.getLogger(__name__)
 
-_loading = threading.Lock()  # a module that is half loaded by one thread is whole to another
+_loading = threading.Lock()  # another thread would take a half-loaded module for a whole one
 
 _Setting, _Result = TypeVar("_Setting"), TypeVar("_Result")
 
@@ -53,17 +53,17 @@ def run_recipe(recipe: str, options: Sequence[object], threads: int) -> None:
 
 
 def record_of_run(recipe: str, options: Sequence[object], folder: Path, threads: int) -> dict:
-    """The record of a finished run, which a recipe does unless it is there.
+    """Run a recipe unless its run is finished, and return the record of the run.
 
     Args:
         recipe: name of the recipe.
-        options: its command line but for `output_dir`.
-        folder: of the run.
+        options: its command line without `output_dir`.
+        folder: folder of the run.
         threads: CPU threads of the process.
 
     Raises:
-        ProgramFailed: when the recipe fails.
-        ValueError: when the folder contains a finished run of another configuration.
+        ProgramFailed: the recipe failed.
+        ValueError: the folder contains a finished run of another configuration.
     """
     words = [*map(str, options), "--output_dir", str(folder)]
     if not is_finished(folder):

@@ -1,7 +1,7 @@
-"""A study: named runs that use one another, made in the order that this takes, several at a time, and resumable.
+"""A study: named runs that use one another. It runs them in the order of their needs, several at a time.
 
-A `Row` says what is run, once for each seed. What is missing is run; finished runs are checked and kept, killed ones
-resume. The settings of a row may be chosen on validation among trials, which are runs of the study too.
+A `Row` describes a run, which is done once for each seed. A study does missing runs, resumes killed ones, and keeps and
+checks finished ones. The settings of a row may be chosen on validation among trials, which are runs of the study too.
 """
 
 import json
@@ -42,21 +42,21 @@ class Row:
     """Runs of one kind, one for each seed.
 
     Args:
-        name: of the row, and of its folder in the study's.
-        title: what the tables call it.
-        recipe: such as train_sasrec; None for a model that the run of another row writes too.
+        name: name of the row, and of its folder in the study's folder.
+        title: its name in the tables.
+        recipe: the recipe, such as train_sasrec; None for a model that the run of another row writes too.
         config: YAML file of the recipe, or name of a shipped one.
-        options: settings that override the config's. In a text, {name} stands for the folder of that row's run of the
-            same seed.
-        settings_from: a row whose chosen settings come before `options`.
-        trials: settings to choose from on validation, the first of them when nothing is tuned. They override `options`.
+        options: settings that override the config's. In a text, {name} is replaced by the folder of that row's run with
+            the same seed.
+        settings_from: a row whose chosen settings this one starts from; `options` override them.
+        trials: settings to choose from on validation; the first one if nothing is tuned. They override `options`.
         seeds: number of seeds, the first ones of the study.
-        seed_offset: added to the seed of the recipe: a student begins with another seed than its teacher.
+        seed_offset: added to the seed of the recipe, so that a student and its teacher start differently.
         shuffled_titles: whether the run reads a copy of the data whose titles are permuted over the items.
-        model: folder of the model in that of the run; of a row without a recipe, with {name} as in `options`.
-        kind: what a plot distinguishes.
-        claimed: whether the tables show what it reaches on the test split.
-        twin: a row that it is compared with, beside the reference of all rows: its control.
+        model: folder of the model in the run's folder; for a row without a recipe, a path with {name} as in `options`.
+        kind: the kind of model that a plot shows.
+        claimed: whether the tables show its quality on the test split.
+        twin: its control: a row that it is compared with, beside the reference of all rows.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Row:
 
     @property
     def reads(self) -> set[str]:
-        """Names of the rows whose runs this row's use."""
+        """Names of the rows whose runs this row's runs use."""
         values = [self.model]
         for settings in (self.options, *self.trials):
             for value in settings.values():
@@ -102,16 +102,16 @@ class Study:
     """The runs of some rows in one folder.
 
     Args:
-        rows: by name, in the order in which runs begin where there is a choice.
-        folder: of the study.
+        rows: the rows; of several runs that can begin, those of earlier rows do.
+        folder: folder of the study.
         data_dir: folder of the prepared data set.
-        seeds: of the study.
+        seeds: seeds of the study.
         trial_seeds: number of seeds, the first ones, over which a trial's metric is averaged.
-        tune: whether settings are chosen among the trials; else the first of them are taken.
+        tune: whether settings are chosen among the trials; otherwise the first trial is taken.
         threads: CPU threads of a run.
 
     Raises:
-        ValueError: for rows that name unknown ones, or one another in a circle.
+        ValueError: rows name unknown rows, or one another in a cycle.
     """
 
     def __init__(
@@ -136,19 +136,19 @@ class Study:
                     f"row {row.name} names {', '.join(sorted(unknown))}: expected other rows, {', '.join(self.rows)}"
                 )
         order = TopologicalSorter({row.name: self._needs(row) for row in rows})
-        order.prepare()  # raises a ValueError on a circle
+        order.prepare()  # raises a ValueError on a cycle
 
     def _needs(self, row: Row) -> set[str]:
         return row.reads | ({row.settings_from} if row.settings_from else set())
 
-    # --- what is run ---
+    # --- the runs ---
 
     def seeds_of(self, row: Row) -> list[int]:
         """The seeds of a row's runs."""
         return list(self.seeds[: row.seeds] if row.has_seeds else self.seeds[:1])
 
     def tasks(self, names: Collection[str]) -> dict[Task, set[Task]]:
-        """The runs of these rows and of all that they need, each with those that come before it."""
+        """The runs of these rows and all runs that they need, each with the runs that must come before it."""
         graph: dict[Task, set[Task]] = {}
 
         def add(task: Task) -> None:
@@ -157,7 +157,7 @@ class Study:
             row = self.rows[task.row]
             before = {self._final(name, task.seed) for name in row.reads}
             if row.settings_from:
-                before.add(self._final(row.settings_from, self.seeds[0]))  # which its trials come before
+                before.add(self._final(row.settings_from, self.seeds[0]))  # it comes after the trials of that row
             if task.trial is None and self.is_tuned(row):
                 before |= {Task(row.name, seed, trial) for trial in range(len(row.trials)) for seed in self.trial_seeds}
             graph[task] = before
@@ -177,12 +177,12 @@ class Study:
         return self.tune and len(row.trials) > 1
 
     def run(self, names: Collection[str], parallel: int) -> None:
-        """Run what is missing of these rows, `parallel` runs at a time.
+        """Do the missing runs of these rows, `parallel` at a time.
 
-        What does not need a run that failed is run all the same.
+        A failed run stops only the runs that need it.
 
         Raises:
-            ProgramFailed: when runs failed; the message names them.
+            ProgramFailed: runs failed; the message names them.
         """
         graph = self.tasks(names)
         place = {name: number for number, name in enumerate(self.rows)}
@@ -191,15 +191,17 @@ class Study:
         def run(task: Task) -> None:
             self.run_task(task)
             done.append(task)
-            logger.info("%d of %d runs are there", len(done), len(graph))
+            logger.info("%d of %d runs are finished", len(done), len(graph))
 
         failures = run_graph(graph, run, parallel, key=lambda task: (task.seed, place[task.row], task.trial is None))
         if failures:
             text = "; ".join(f"{task.row}, seed {task.seed}: {error}" for task, error in failures.items())
-            raise ProgramFailed(f"{len(failures)} of {len(graph)} runs failed, and what needs them was left: {text}", 1)
+            raise ProgramFailed(
+                f"{len(failures)} of {len(graph)} runs failed, and the runs that need them were skipped: {text}", 1
+            )
 
     def run_task(self, task: Task) -> None:
-        """Do one run unless it is there."""
+        """Do one run unless it is finished."""
         row = self.rows[task.row]
         if row.recipe is None:
             return
@@ -221,7 +223,7 @@ class Study:
         fingerprint = read_description(Path(data_dir))["fingerprint"]
         if record["data_fingerprint"] != fingerprint:
             raise ValueError(
-                f"{folder} contains a run on data of the fingerprint {record['data_fingerprint']}: expected "
+                f"{folder} contains a run on data with fingerprint {record['data_fingerprint']}: expected "
                 f"{fingerprint}, that of {data_dir}; choose another output_dir, or delete the folder"
             )
         for name in sorted(row.reads):
@@ -233,10 +235,10 @@ class Study:
     def _filled(self, text: str, seed: int) -> str:
         return re.sub(r"\{(\w+)\}", lambda found: str(self.folder_of(self.rows[found[1]], seed)), text)
 
-    # --- where it is ---
+    # --- their settings and folders ---
 
     def settings(self, row: Row) -> dict[str, object]:
-        """The settings of a row that were chosen, with those of the row that it takes them from."""
+        """The chosen settings of a row, with those of its `settings_from`."""
         if not self.is_tuned(row):
             return self._settings(row, row.trials[0])
         return self._settings(row, max(self.trials(row), key=lambda trial: trial[1])[0])
@@ -274,16 +276,16 @@ class Study:
         return folder if row.recipe is None else folder / row.model
 
     def is_whole(self, row: Row) -> bool:
-        """Whether all runs of a row are finished, and all that they need."""
+        """Whether all runs of a row, and all runs that they need, are finished."""
         order = TopologicalSorter(self.tasks([row.name])).static_order()
-        return all(self._is_done(task) for task in order)  # the settings of one depend on those before it
+        return all(self._is_done(task) for task in order)  # in order: the settings of a run depend on earlier runs
 
     def _is_done(self, task: Task) -> bool:
         row = self.rows[task.row]
         return row.recipe is None or is_finished(self._folder(row, self._settings_of(task), task.seed))
 
     def runs_behind(self, row: Row, seed: int) -> set[Path]:
-        """The folders of a run and of all runs that it uses: what its model costs to train."""
+        """The folders of a run and of all runs that it uses; together they are the cost of its model."""
         folders = set() if row.recipe is None else {self.folder_of(row, seed)}
         return folders.union(*(self.runs_behind(self.rows[name], seed) for name in row.reads))
 
@@ -297,13 +299,13 @@ def run_graph(
     """Run nodes after those that they need, several at a time.
 
     Args:
-        graph: what each node needs.
+        graph: for each node, the nodes that it needs.
         run: runs one node.
-        parallel: nodes at a time.
-        key: the nodes with the lowest keys begin first, among those that can.
+        parallel: number of nodes that run at a time.
+        key: of the nodes that can begin, those with the lowest keys begin first.
 
     Returns:
-        The errors of the nodes that failed. What needs them has not run.
+        The errors of the nodes that failed. The nodes that need them have not run.
     """
     sorter = TopologicalSorter(graph)
     sorter.prepare()
@@ -330,10 +332,10 @@ def run_graph(
 
 
 def save_with_shuffled_titles(data_dir: str, folder: str, seed: int) -> None:
-    """Save a copy of a data set whose titles are permuted over the items; one that is there stays.
+    """Save a copy of a data set whose titles are permuted over the items, unless `folder` has it.
 
     Raises:
-        ValueError: when there is another data set at `folder`.
+        ValueError: `folder` contains another data set.
     """
     sequences = SequenceDatasets.load(data_dir)
     table = sequences.catalogue.table
@@ -348,12 +350,12 @@ def save_with_shuffled_titles(data_dir: str, folder: str, seed: int) -> None:
 
 
 def _check_older(used: Path, folder: Path) -> None:
-    """Raise a ValueError if the run in `used`, which that in `folder` uses, was begun after it."""
+    """Raise a ValueError if the run in `folder` began before the run in `used`, which it uses."""
     started = [datetime.fromisoformat(read_record(each / "run.json")["started"]) for each in (used, folder)]
     if started[0] > started[1]:
         raise ValueError(
-            f"{folder} was run before {used}, which it uses, was run anew: expected it to be the newer one; delete "
-            f"{folder}"
+            f"{folder} is older than {used}, which it uses: expected the newer of the two; delete {folder} to run it "
+            "again"
         )
 
 
@@ -362,7 +364,7 @@ def _chosen_by(record: dict) -> float:
 
 
 def _label(settings: Mapping[str, object]) -> str:
-    """The name of the folder of some settings."""
+    """The name of the folder of a run with these settings."""
     if not settings:
         return "configured"
     return re.sub(r"[^\w.,-]+", "", json.dumps(dict(settings), separators=(",", "-")))

@@ -1,4 +1,4 @@
-"""The programs that the benchmark of distillation compares compute what they are named after."""
+"""The benchmark of distillation compares the losses that its programs are named after."""
 
 import json
 

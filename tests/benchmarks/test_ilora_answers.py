@@ -1,4 +1,4 @@
-"""The programs whose speed is compared give the same answers, and the measurements count what they say."""
+"""The compared programs give the same answers, and tokens, layers and tokenizer calls are counted."""
 
 import cProfile
 
@@ -66,7 +66,7 @@ def test_both_forms_generate_the_same_tokens_from_the_same_weights(answers):
     assert not gated_layers(answers.published)
 
 
-def test_answers_end_where_the_program_says(answers):
+def test_answers_end_after_the_length_of_their_program_or_at_the_terminator(answers):
     model = answers.model
     longest = max(len(model.title_tokens.sequence(int(item))) for item in answers.rows.target[ROWS])
     lengths = {name: program().shape[1] for name, program in answers.programs(ROWS, 9).items()}
@@ -86,7 +86,7 @@ def test_answers_end_where_the_program_says(answers):
     assert forced.shape[1] == 9 and model.title_tokens.terminator_id not in forced[0, :8]
 
 
-def test_report_says_what_was_measured(sequences, arguments):
+def test_the_report_has_the_measured_values(sequences, arguments):
     results = {
         "setting": vars(arguments) | {"torch": "2"},
         "answers": {"float32": ilora_answers.measure_answers(sequences, arguments, "float32")},

@@ -45,5 +45,5 @@ def test_labels_are_compared_with_the_plain_decoder_on_the_same_tokens(run, tmp_
     ratio = f"| labels over the decoder | {found['labels_over_forward']:.3f} (in CPU time "
     assert ratio in (tmp_path / "benchmark" / "benchmark.md").read_text()
 
-    with pytest.raises(ValueError, match="is no iLoRA model: expected one"):
+    with pytest.raises(ValueError, match="is no iLoRA: expected one"):
         run(teacher=parts.recommender, **{**settings, "dtype": None})

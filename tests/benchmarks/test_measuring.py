@@ -1,4 +1,4 @@
-"""The tools of the benchmarks measure what they say."""
+"""The tools of the benchmarks: stopwatch, turns, memory of a process, and result files."""
 
 import json
 import time
@@ -27,6 +27,7 @@ MEBIBYTE = 2**20
 class Settings:
     output_dir: str
     rounds: int = 3
+    threads: int = 1
 
 
 def work(seconds: float) -> str:
@@ -84,13 +85,22 @@ def test_settings_below_one_are_refused():
         check_positive(Settings("out", rounds=0), "rounds")
 
 
-def test_results_are_written_with_the_settings_they_belong_to(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def threads_as_before():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_results_are_written_with_the_settings_they_belong_to(monkeypatch, tmp_path, capsys, threads_as_before):
     monkeypatch.setattr(measuring, "set_up_logging", lambda output_dir: None)  # for a process of its own
-    run_benchmark(Settings(str(tmp_path)), lambda: {"speed": 2.5}, lambda found: f"speed {found['speed']}\n", "abc")
-    results = {"setting": {"rounds": 3, "torch": torch.__version__}, "speed": 2.5}
+    torch.set_num_threads(2)
+    arguments, report = Settings(str(tmp_path)), lambda found: f"{found['threads']} thread(s)\n"
+    run_benchmark(arguments, lambda: {"threads": torch.get_num_threads()}, report, "abc")
+    results = {"setting": {"rounds": 3, "threads": 1, "torch": torch.__version__}, "threads": 1}
     assert json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8")) == results
-    assert (tmp_path / "benchmark.md").read_text(encoding="utf-8") == "speed 2.5\n"
-    assert "speed 2.5" in capsys.readouterr().out
+    assert (tmp_path / "benchmark.md").read_text(encoding="utf-8") == "1 thread(s)\n"
+    assert "1 thread(s)" in capsys.readouterr().out
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
-    assert record["status"] == "finished" and record["data_fingerprint"] == "abc"
+    assert record["status"] == "finished" and record["data_fingerprint"] == "abc" and record["threads"] == 1
     assert record["metrics"]["benchmark"] == results

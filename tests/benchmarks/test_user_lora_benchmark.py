@@ -1,4 +1,4 @@
-"""The programs that the benchmark of users' LoRAs compares answer alike, and its report says what was measured."""
+"""The programs that the benchmark of users' LoRAs compares give the same logits, and its report has their times."""
 
 import pytest
 

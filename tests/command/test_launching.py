@@ -108,7 +108,7 @@ def test_several_processes_run_and_end_well(launched, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", ["cpu", "multi_cpu"])
-def test_a_mistake_that_every_process_sees_is_told_once(launched, launch):
+def test_a_mistake_that_every_process_sees_is_reported_once(launched, launch):
     result = launched("raise ValueError('seed is -1: expected at least 0')", "--launch", launch)
     assert (result.returncode, result.stderr) == (2, "program.py: error: seed is -1: expected at least 0\n")
 
@@ -121,7 +121,7 @@ def test_a_mistake_that_the_main_process_alone_sees_ends_the_others_quietly(laun
 
 
 @pytest.mark.slow
-def test_a_mistake_that_another_process_sees_is_told_too(launched):
+def test_a_mistake_that_only_another_process_sees_is_reported_too(launched):
     lines = "if not state.is_main_process:\n    raise ValueError('half of it is missing')\nimport time; time.sleep(60)"
     result = launched(lines, "--launch", "multi_cpu")
     assert (result.returncode, result.stderr) == (2, "program.py: error: half of it is missing\n")

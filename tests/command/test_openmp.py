@@ -1,4 +1,4 @@
-"""OpenMP's waiting threads sleep in every program that computes: spinning, they wait for a busy neighbour's core."""
+"""OpenMP's waiting threads sleep in every recipe and command; spinning threads are slow beside a busy program."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from tests.paths import PROJECT, RECIPES
 
 
 def openmp_settings(*command: str, **environment: str) -> str:
-    """What OpenMP says of its settings when a program loads it."""
+    """The settings that OpenMP prints when a program loads it."""
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment = inherited | {"OMP_DISPLAY_ENV": "true"} | environment
     done = subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, check=False)

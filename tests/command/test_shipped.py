@@ -1,4 +1,4 @@
-"""Shipped files are found by name, where an existing file comes first."""
+"""Shipped files are found by name; an existing file comes first."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def test_an_unknown_name_lists_the_shipped_files_closest_first(tmp_path, monkeyp
     )
 
 
-def test_the_last_part_of_a_name_counts_for_its_likeness():
+def test_names_are_also_compared_by_their_last_part():
     assert closest_first("sasrek", ["beauty/data", "ml-100k/ilora", "ml-100k/sasrec"])[0] == "ml-100k/sasrec"
 
 

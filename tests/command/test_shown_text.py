@@ -1,4 +1,4 @@
-"""Titles and names come with models of the Hub: whatever they contain, terminals, logs and pages show it as text."""
+"""Titles and names come with models from the Hub: terminals, logs and pages show all of their content as text."""
 
 import unicodedata
 
@@ -89,11 +89,11 @@ def test_a_figure_draws_dollars():
         ("--seed", "--seed"),
     ],
 )
-def test_what_is_shared_names_no_place_of_this_machine(word, expected):
+def test_shared_words_contain_no_absolute_paths(word, expected):
     assert shareable(word) == expected
 
 
-def test_what_is_shared_of_a_record_has_the_same_form_and_names_no_place_of_this_machine():
+def test_a_shared_record_keeps_its_form_and_contains_no_absolute_paths():
     record = {"seed": 1, "data": {"/home/alice/data": [None, True, 0.5, "/home/alice/out"]}, "error": "no /home/a/b"}
     assert shareable_values(record) == {"seed": 1, "data": {"data": [None, True, 0.5, "out"]}, "error": "no b"}
 

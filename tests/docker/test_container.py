@@ -13,7 +13,7 @@ from tests.paths import PROJECT
 
 DOCKER = PROJECT / "docker"
 UID, GID = 23456, 23457  # of no user and no group
-# Notes what it is asked to do, and makes an environment whose python is itself.
+# A python that writes its arguments to a log, and makes an environment whose python is itself.
 PYTHON = """\
 #!/bin/bash
 echo "$(id -u) $*" >> "$LOG"
@@ -33,7 +33,7 @@ pytestmark = [
 
 
 class Container:
-    """What a container has: the mounted project, a volume for the environment, and /etc."""
+    """The parts of a container: the mounted project, a volume for the environment, and /etc."""
 
     def __init__(self, folder):
         self.project, self.environment = folder / "project", folder / "volume" / "environment"
@@ -153,7 +153,7 @@ def test_a_signal_reaches_the_command(container, name):
         ({"PROJECT_DIR": "/nowhere"}, "/nowhere/requirements.lock is not there: expected the project; mount it"),
     ],
 )
-def test_mistakes_are_told(container, variables, message):
+def test_mistakes_end_with_code_2_and_a_message(container, variables, message):
     result = container.run("echo", "started", **variables)
     assert result.returncode == 2 and message in result.stderr and result.stdout == ""
 

@@ -99,7 +99,7 @@ def study(tmp_path, monkeypatch):
     return run
 
 
-def test_the_study_trains_what_is_missing_and_tabulates_it(study, tmp_path):
+def test_the_study_trains_missing_runs_and_tabulates_them(study, tmp_path):
     ran = study(table="all", test=True)
     assert ran.count("fit_counts") == ran.count("tune_ensemble") == 1
     assert ran.count("train_sasrec") == 2 + 1 + 1  # trials of ids only, the start and the shuffled one

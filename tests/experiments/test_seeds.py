@@ -12,7 +12,7 @@ from tests.synthetic import cyclic_sequences
 pytestmark = pytest.mark.slow
 
 
-def test_table_of_seeds_holds_their_mean_and_runs_no_seed_twice(tmp_path):
+def test_the_table_of_seeds_has_their_mean_and_no_seed_runs_twice(tmp_path):
     cyclic_sequences(num_users=60).save(tmp_path / "data")
     config = tmp_path / "small.yaml"
     config.write_text(

@@ -1,4 +1,4 @@
-"""A study runs what is missing, each run after those that it uses, and chooses settings on validation."""
+"""A study does its missing runs, each after those that it uses, and chooses settings on validation."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -15,7 +15,7 @@ from hf_ilora.runs.recipe_files import load_recipe
 from tests.paths import RECIPES
 from tests.synthetic import cyclic_sequences
 
-# What the fake recipe reaches on validation, by a word of its options.
+# The fake recipe's quality on validation, by a word of its options.
 QUALITY = {"0.2": 0.7, "0.3": 0.9, "0.4": 0.8}
 
 
@@ -114,7 +114,7 @@ def test_without_tuning_the_first_trial_is_taken(begun, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_failed_run_stops_only_what_needs_it(begun, tmp_path):
+def test_a_failed_run_stops_only_the_runs_that_need_it(begun, tmp_path):
     rows = [
         Row("failing", "failing", "train_sasrec"),
         Row("needs", "needs", "distill_sasrec", options={"teacher": "{failing}"}),
@@ -132,14 +132,14 @@ def test_a_student_of_a_teacher_that_was_trained_anew_is_refused(begun, tmp_path
     study.run(["student"], parallel=1)
     (tmp_path / "study" / "counts" / "run.json").unlink()
     (tmp_path / "study" / "counts").rmdir()
-    with pytest.raises(ProgramFailed, match=r"was run before .*counts, which it uses, was run anew"):
+    with pytest.raises(ProgramFailed, match=r"is older than .*counts, which it uses"):
         study.run(["student"], parallel=1)
 
 
 def test_runs_on_other_data_are_refused(begun, tmp_path):
     study_of(ROWS, tmp_path).run(["counts"], parallel=1)
     cyclic_sequences(num_users=21).save(tmp_path / "data")
-    with pytest.raises(ProgramFailed, match="contains a run on data of the fingerprint"):
+    with pytest.raises(ProgramFailed, match="contains a run on data with fingerprint"):
         study_of(ROWS, tmp_path).run(["counts"], parallel=1)
 
 

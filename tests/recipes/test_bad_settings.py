@@ -49,7 +49,7 @@ def parts(tmp_path_factory):
 
 @pytest.fixture
 def refused(run_recipe, parts, tmp_path):
-    """A recipe refuses its settings with a message, and writes nothing."""
+    """Checks that a recipe refuses its settings with a message, and writes nothing."""
 
     def run(name, message, settings):
         with pytest.raises((ValueError, StrictDataclassError), match=message):
@@ -60,7 +60,7 @@ def refused(run_recipe, parts, tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "message"), TRAINING)
-def test_settings_of_a_training(refused, settings, message):
+def test_bad_settings_of_a_training_are_refused(refused, settings, message):
     refused("train_sasrec", message, SMALL | settings)
 
 
@@ -75,18 +75,18 @@ def test_settings_of_a_training(refused, settings, message):
         ({"student_type": "caser", "windows": "all", "labelled_positions": "all"}, "Caser predicts the item after"),
     ],
 )
-def test_settings_of_a_distillation(refused, parts, settings, message):
+def test_bad_settings_of_a_distillation_are_refused(refused, parts, settings, message):
     labels = {"teacher_labels": parts / "labels", "top_k": 4, "windows": "last"}
     refused("distill_sasrec", message, SMALL | labels | settings)
 
 
-def test_settings_of_a_distillation_by_an_online_teacher(refused, parts):
+def test_bad_settings_of_a_distillation_by_an_online_teacher_are_refused(refused, parts):
     message = "top_k is 31: expected at most 30, the number of items that the teacher ranks"
     refused("distill_sasrec", message, SMALL | {"teacher": parts / "sasrec", "top_k": 31})
 
 
 @pytest.mark.parametrize("settings", [{}, {"early_stopping_patience": 0, "load_best_model_at_end": False}])
-def test_a_metric_that_an_ilora_does_not_compute_in_training(refused, parts, settings):
+def test_a_metric_that_an_ilora_does_not_compute_in_training_is_refused(refused, parts, settings):
     parts_of_ilora = {"recommender": parts / "parts" / "sasrec", "llm": parts / "parts" / "llm", "num_candidates": 5}
     settings |= parts_of_ilora | {"metric_for_best_model": "ndcg@10", "use_cpu": True}
     message = "metric_for_best_model is 'ndcg@10': expected one of loss"
@@ -102,7 +102,7 @@ def test_a_metric_that_an_ilora_does_not_compute_in_training(refused, parts, set
         ({"latency_threads": 100000}, "latency_threads is 100000: expected at most"),
     ],
 )
-def test_settings_of_an_evaluation(refused, parts, settings, message):
+def test_bad_settings_of_an_evaluation_are_refused(refused, parts, settings, message):
     refused("evaluate_models", message, {"models": parts / "sasrec"} | settings)
 
 
@@ -114,7 +114,7 @@ def test_settings_of_an_evaluation(refused, parts, settings, message):
         ({"k": 31}, "k is 31: expected at most 30, the 30 items of the catalogue"),
     ],
 )
-def test_settings_of_an_evaluation_of_ilora(refused, parts, settings, message):
+def test_bad_settings_of_an_evaluation_of_ilora_are_refused(refused, parts, settings, message):
     refused("evaluate_ilora", message, {"models": parts / "ilora"} | settings)
 
 
@@ -126,7 +126,7 @@ def test_settings_of_an_evaluation_of_ilora(refused, parts, settings, message):
         ({"max_rounds": 0}, "max_rounds is 0: expected at least 1"),
     ],
 )
-def test_settings_of_counts(refused, settings, message):
+def test_bad_settings_of_counts_are_refused(refused, settings, message):
     refused("fit_counts", message, settings)
 
 
@@ -138,7 +138,7 @@ def test_settings_of_counts(refused, settings, message):
         ({"limit_data_rows": 0}, "limit_data_rows is 0: expected at least 1, or -1 for all"),
     ],
 )
-def test_settings_of_a_data_set(run_recipe, tmp_path, settings, message):
+def test_bad_settings_of_a_data_set_and_foreign_folders_are_refused(run_recipe, tmp_path, settings, message):
     table = {"interactions": "nowhere.csv", "user_column": "user", "item_column": "item"}
     with pytest.raises(ValueError, match=message):
         run_recipe("prepare_data", output_dir=tmp_path / "out", **table | settings)

@@ -208,7 +208,7 @@ def validation_labels(run_recipe, parts):
 
 @pytest.fixture
 def tuned(run_recipe, parts, tmp_path):
-    """A folder that tune_ensemble.py wrote about some members; its weights are then set by hand."""
+    """Runs tune_ensemble.py on some members, and sets the weights in its folder by hand."""
 
     def run(members, weights, **changes):
         settings = {"data_dir": parts / "data", "grid": [1], "max_rounds": 1, "validation_users": 5}
@@ -291,7 +291,7 @@ def test_early_stopping_keeps_the_best_epoch_and_folds_it(distill, parts):
     assert load_recommender(run.output_dir).config.teacher_embedding_size is None
 
 
-def test_a_trained_student_goes_on_from_its_weights(distill, parts, tmp_path):
+def test_a_trained_student_starts_from_its_weights(distill, parts, tmp_path):
     first = distill(teacher_labels=parts / "labels", distilled_positions="all")
     settings = {"student": first.output_dir, "learning_rate": 0.0, "output_dir": tmp_path / "second"}
     second = distill(teacher_labels=parts / "labels", distilled_positions="all", **settings)
@@ -388,8 +388,7 @@ def test_labels_of_other_data_are_refused(distill, parts, tmp_path):
     assert SequenceDatasets.load(tmp_path / "other").fingerprint != SequenceDatasets.load(parts / "data").fingerprint
 
 
-def test_labels_of_the_teacher_that_is_expected_are_taken(distill, parts, tmp_path):
-    """By what it is, and not by where it lies."""
+def test_the_teacher_of_labels_is_recognised_by_its_content_in_any_folder(distill, parts, tmp_path):
     shutil.copytree(parts / "teacher", tmp_path / "copy")
     run = distill(teacher_labels=parts / "labels", labels_teacher=tmp_path / "copy", num_train_epochs=1)
     assert run.record["status"] == "finished"

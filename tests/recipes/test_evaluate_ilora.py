@@ -112,6 +112,7 @@ def test_two_processes_give_the_table_of_one(evaluate, folder, tmp_path, launch)
     ("settings", "message"),
     [
         ({"names": ["a", "b"]}, "for 1 models: expected one name for each"),
+        ({"names": "zero-shot LLM"}, "is the row of the plain language model; choose another name"),
         ({"split": "all"}, "invalid choice: 'all'"),
         ({"train_fraction": [0.5, 1]}, "expected --split train"),
         ({"generate": "all"}, "invalid choice: 'all'"),

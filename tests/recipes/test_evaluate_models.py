@@ -151,7 +151,7 @@ def test_the_run_of_a_model_says_what_it_learnt_from(models, tmp_path, configura
     assert load_recipe(RECIPES / "evaluate_models.py").kind_of(load_recommender(models[2]), tmp_path) == kind
 
 
-def test_users_with_several_relevant_items_are_judged_by_all_of_them(evaluate, models, tmp_path):
+def test_metrics_count_all_relevant_items_of_a_user(evaluate, models, tmp_path):
     sequences = cyclic_sequences(num_users=40, protocol="last_n")
     sequences.save(tmp_path / "data")
     run = evaluate(data_dir=tmp_path / "data", models=models[:2], names=["popularity", "counts"], plot=False)
@@ -260,7 +260,7 @@ def test_bad_options_are_refused(evaluate, settings, message):
         evaluate(**{"models": ["a", "b"]} | settings)
 
 
-def test_a_plot_is_left_out_without_matplotlib_or_refused_where_it_is_asked_for(evaluate, models, monkeypatch):
+def test_without_matplotlib_the_plot_is_left_out_or_refused_if_asked_for(evaluate, models, monkeypatch):
     find_spec = importlib.util.find_spec
     missing = lambda name: None if name == "matplotlib" else find_spec(name)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", missing)

@@ -54,7 +54,7 @@ def test_fitting_reads_training_rows_only(fitted, sequences):
     assert popularity.catalogue == sequences.catalogue
 
 
-def test_data_without_candidates_serve(run_recipe, sequences, tmp_path):
+def test_data_without_candidates_can_be_fitted(run_recipe, sequences, tmp_path):
     splits = {name: split.select_columns(["user_id", "history", "target"]) for name, split in sequences.items()}
     SequenceDatasets(splits, sequences.catalogue, sequences.protocol | {"num_candidates": 0}).save(tmp_path / "data")
     run = run_recipe("fit_counts", data_dir=tmp_path / "data", output_dir=tmp_path / "counts", **SHORT_SEARCH)

@@ -1,4 +1,4 @@
-"""What ends a run from outside: kill -9 at any moment, signals, a disk that is full. The next run gives the same."""
+"""Runs that end from outside (kill -9 at any moment, signals, a full disk): the next run gives the same result."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ RATINGS = "user,item,when,name\n" + "".join(
     for user in range(12)
     for when, item in enumerate(range(user % 4, user % 4 + 8))
 )
-# Measured times, how much was left to do, and the loss on that.
+# Measured times, the amount that was left to do, and the loss on it.
 NOT_REPEATED = ("per_second", "runtime", "labelled_now", "latency", "train_loss")
 
 pytestmark = pytest.mark.slow
@@ -84,7 +84,7 @@ def settings(tmp_path_factory):
 
 
 def results(folder: Path) -> dict[str, object]:
-    """All that a run leaves and that the next one must leave too: its files by content, and its metrics."""
+    """The files of a run by content, and its metrics, as far as every run must give the same."""
     kept = {}
     for path in folder.parent.rglob("*"):
         name = str(path.relative_to(folder.parent))
@@ -206,7 +206,7 @@ def test_a_pipeline_takes_its_stages_along_when_it_is_killed_or_ended(forked, se
     assert found == expected
 
 
-def test_the_death_of_a_loader_process_is_told(forked, settings, tmp_path):
+def test_the_death_of_a_loader_process_is_reported(forked, settings, tmp_path):
     changes = {"dataloader_num_workers": 2, "per_device_train_batch_size": 4, "output_dir": tmp_path / "run"}
     changes |= {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no", "load_best_model_at_end": False}
     every = settings["train_sasrec"] | changes
@@ -218,10 +218,8 @@ def test_the_death_of_a_loader_process_is_told(forked, settings, tmp_path):
 
 @pytest.mark.parametrize("largest_file", [0, 20_000])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_disk_that_takes_no_more_is_told_in_a_sentence_with_the_remedy(
-    forked, settings, tmp_path, name, largest_file
-):
-    """The limit of a process for its files fails each write as a full disk does, with another number."""
+def test_a_full_disk_is_reported_in_a_sentence_with_the_remedy(forked, settings, tmp_path, name, largest_file):
+    """The process's limit for the size of files fails each write as a full disk does, with another error number."""
     fork, folder = {"largest_file": largest_file}, tmp_path / "run"
     ended = forked.run(name, watched=tmp_path, fork=fork, **settings[name], output_dir=folder)
     if ended.code == 0 and largest_file:

@@ -1,4 +1,4 @@
-"""What a recipe that is started as a process says to a user's mistake."""
+"""A recipe that is started as a process reports a user's mistake in one line."""
 
 import pytest
 
@@ -16,8 +16,8 @@ MISTAKES = {
 }
 
 
-def check_is_told(result, name, message):
-    """The process ended with exit code 2, and said what is wrong in one line."""
+def check_one_line(result, name, message):
+    """Check that the process ended with exit code 2, and said what is wrong in one line."""
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith(f"{name}.py: error: ") and message in result.stderr
@@ -25,7 +25,7 @@ def check_is_told(result, name, message):
 
 def test_a_mistake_in_the_settings_ends_in_one_line_and_exit_code_2(start_recipe, tmp_path):
     result = start_recipe("recommend", working_dir=tmp_path, model="nowhere", user=1)
-    check_is_told(
+    check_one_line(
         result, "recommend", "--user is given without --data_dir: expected the prepared data set with the user"
     )
 
@@ -35,11 +35,11 @@ def test_a_mistake_in_the_settings_ends_in_one_line_and_exit_code_2(start_recipe
 def test_a_mistake_ends_in_one_line_and_exit_code_2(start_recipe, tmp_path, name):
     settings, message = MISTAKES[name]
     result = start_recipe(name, working_dir=tmp_path, output_dir=tmp_path / "out", **settings)
-    check_is_told(result, name, message)
+    check_one_line(result, name, message)
 
 
 @pytest.mark.slow
 def test_a_mistake_that_comes_up_after_the_log_began_has_its_traceback_there(start_recipe, tmp_path):
     result = start_recipe("train_sasrec", data_dir="nowhere", output_dir=tmp_path / "out")
-    check_is_told(result, "train_sasrec", "nowhere")
+    check_one_line(result, "train_sasrec", "nowhere")
     assert "Traceback (most recent call last)" in (tmp_path / "out" / "run.log").read_text()

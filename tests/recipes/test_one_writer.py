@@ -1,4 +1,4 @@
-"""One output folder has one writer: a second command is told who holds it, before it reads or writes anything."""
+"""An output folder has one writer: a second command is refused, with the writer's name, before it reads or writes."""
 
 import os
 import subprocess

@@ -73,7 +73,7 @@ def test_a_user_of_the_data_becomes_recommendations_in_titles(prepared, run_reci
     assert "The song-h" in printed and "1. The song-i" in printed  # user-0 ended with song-h
 
 
-def test_nobody_known_gets_popular_items(prepared, run_recipe, capsys, tmp_path):
+def test_a_new_user_gets_popular_items(prepared, run_recipe, capsys, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(prepared / "counts" / "transition_counts", model)
     run_recipe("recommend", model=model, top_k=3)
@@ -81,7 +81,7 @@ def test_nobody_known_gets_popular_items(prepared, run_recipe, capsys, tmp_path)
     assert "Popular, since there is no history:" in printed and "3. The song-" in printed
 
 
-def test_models_without_counts_need_the_data_to_know_what_is_popular(prepared, run_recipe, capsys, tmp_path):
+def test_models_without_counts_need_the_data_for_popular_items(prepared, run_recipe, capsys, tmp_path):
     sequences = SequenceDatasets.load(prepared / "data")
     model = SASRecForNextItem(SASRecConfig(num_items=sequences.num_items, hidden_size=8))
     model.catalogue = Catalogue(sequences.catalogue.table.drop_columns("count"))

@@ -51,9 +51,13 @@ def test_published_files_become_a_data_set_and_a_model_of_one_catalogue(run_reci
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"train_from": "lastfm"}, "invalid choice: 'lastfm'"), ({"source": "nowhere"}, "nowhere")],
+    [
+        ({"train_from": "lastfm"}, "invalid choice: 'lastfm'"),
+        ({"source": "nowhere"}, "nowhere"),
+        ({"max_history": 2}, "max_history is 2 and min_history 3: expected max_history to be at least min_history"),
+    ],
 )
-def test_bad_sources_name_what_is_wrong(run_recipe, source, tmp_path, settings, message):
+def test_bad_settings_are_named(run_recipe, source, tmp_path, settings, message):
     with pytest.raises((ValueError, OSError)) as raised:
         run_recipe("prepare_reference_data", output_dir=tmp_path / "out", **{"source": source} | settings)
     assert message in str(raised.value)

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_filters_and_prices_of_one_user(folder, run_recipe, capsys):
+def test_one_user_gets_filtered_items_with_their_prices(folder, run_recipe, capsys):
     settings = {"model": folder / "model", "history": ["103", "104"], "top_k": 2}
     run_recipe("recommend", **settings)
     assert "Title 105  (" in capsys.readouterr().out
@@ -40,7 +40,7 @@ def test_filters_and_prices_of_one_user(folder, run_recipe, capsys):
     assert printed.splitlines()[-1].endswith("price 5")
 
 
-def test_one_user_as_json_and_as_a_table(folder, run_recipe, capsys):
+def test_one_user_is_answered_as_json_and_as_a_table(folder, run_recipe, capsys):
     settings = {"model": folder / "model", "data_dir": folder / "data", "user": 3, "top_k": 2}
     run_recipe("recommend", **settings, format="json")
     answer = json.loads(capsys.readouterr().out)
@@ -74,7 +74,7 @@ def test_one_user_of_a_data_set_gets_what_that_user_gets_among_all(protocol, use
     assert [item["item_id"] for item in answer] == frame[frame.user_id == user].item_id.tolist()
 
 
-def test_similar_items(folder, run_recipe, capsys):
+def test_similar_items_of_each_item_are_printed(folder, run_recipe, capsys):
     run_recipe("recommend", model=folder / "model", similar_to=[103, 110], top_k=2)
     printed = capsys.readouterr().out
     assert printed.startswith("Similar to Title 103:\n  1. Title 10") and "Similar to Title 110:\n" in printed
@@ -84,7 +84,7 @@ def test_similar_items(folder, run_recipe, capsys):
 
 
 @pytest.mark.parametrize("output_form", ["json", "titles", "file"])
-def test_a_table_of_interactions(folder, run_recipe, capsys, tmp_path, output_form):
+def test_users_of_a_table_get_what_each_gets_alone(folder, run_recipe, capsys, tmp_path, output_form):
     settings = {"model": folder / "model", "table": folder / "walk.csv", "top_k": 2, "excluded_items": 111}
     settings |= {"user_column": "who", "item_column": "what", "time_column": "when"}
     expected = {}
@@ -110,7 +110,7 @@ def test_a_table_of_interactions(folder, run_recipe, capsys, tmp_path, output_fo
             assert [item["item_id"] for item in found] == [item["item_id"] for item in items]
 
 
-def test_all_users_of_a_data_set(folder, run_recipe, tmp_path):
+def test_all_users_of_a_data_set_are_answered_without_the_excluded_items(folder, run_recipe, tmp_path):
     pd.DataFrame({"user_id": [0, 1], "item_id": [100, 101]}).to_csv(tmp_path / "bought.csv", index=False)
     settings = {"data_dir": folder / "data", "all_users": True, "top_k": 5, "exclude_seen": False}
     output = tmp_path / "out.parquet"
@@ -152,7 +152,7 @@ def test_bad_input_names_what_is_wrong(folder, run_recipe, settings, message, mo
 @pytest.mark.parametrize(
     ("words", "launched"), [(["--num_processes", "2"], True), (["--launch=cpu"], True), ([], False)]
 )
-def test_the_command_uses_the_launcher_where_that_is_asked_for(words, launched, monkeypatch):
+def test_the_command_uses_the_launcher_if_a_launch_option_is_given(words, launched, monkeypatch):
     calls = []
     monkeypatch.setenv(command.PROGRAM_VARIABLE, "")  # set by start for the recipe, and unset again after this test
     monkeypatch.setattr(launching, "launch_words", lambda recipe, options: calls.append("launched") or 0)

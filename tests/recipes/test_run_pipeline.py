@@ -1,4 +1,4 @@
-"""recipes/run_pipeline.py: stages run in order, are skipped when nothing has changed, and go on after a failure."""
+"""recipes/run_pipeline.py: stages run in order, are skipped when nothing has changed, and resume after a failure."""
 
 import json
 
@@ -68,8 +68,8 @@ def test_a_failed_stage_is_named_and_run_again(pipeline, tmp_path):
     assert whole.startswith("run_pipeline.py: error: stage 2 of 2, counts, failed with exit code 2; its log is ")
     state = json.loads((tmp_path / "out" / "pipeline.json").read_text())
     assert (state["data"]["status"], state["counts"]["status"]) == ("finished", "started")
-    mended = pipeline(counts={"max_gap": [2]})
-    assert mended.returncode == 0 and "data: nothing has changed" in mended.stderr
+    fixed = pipeline(counts={"max_gap": [2]})
+    assert fixed.returncode == 0 and "data: nothing has changed" in fixed.stderr
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_a_stage_whose_run_had_finished_when_the_pipeline_was_killed_is_not_star
 
 
 @pytest.mark.slow
-def test_an_edit_of_the_source_is_told_and_does_not_throw_a_finished_stage_away(pipeline, tmp_path):
+def test_an_edit_of_the_source_is_reported_and_keeps_finished_stages(pipeline, tmp_path):
     assert pipeline(only="data").returncode == 0
     state_file = tmp_path / "out" / "pipeline.json"
     state = json.loads(state_file.read_text())

@@ -140,7 +140,7 @@ def test_plain_placeholders_are_trained_by_the_curriculum_only(train, plain, tmp
 
 
 @pytest.mark.slow
-def test_candidates_stand_in_the_order_of_the_recommender(train, parts, tmp_path):
+def test_prompts_show_candidates_in_the_order_of_the_recommender(train, parts, tmp_path):
     trainer = train(tmp_path, candidate_order="recommender").trainer
     rows = [trainer.train_dataset[row] for row in range(4)]
     batch = trainer.data_collator([row | {"uniforms": (0.0, 0.0)} for row in rows])
@@ -308,7 +308,7 @@ def finished(start_recipe, parts, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_log_tells_the_run_without_warnings(finished):
+def test_the_log_has_the_run_and_no_warnings(finished):
     run, console = finished
     log = (run.output_dir / "run.log").read_text()
     # The file system's clock is not the recipe's concern.

@@ -81,7 +81,7 @@ def test_items_start_from_titles_by_default_if_there_are_any(train, data_dir, tm
         assert (told is None and "initial_items is" not in caplog.text) or re.search(told, caplog.text)
 
 
-def test_an_encoder_that_cannot_be_downloaded_is_told_with_the_way_out(train, tmp_path, monkeypatch):
+def test_an_encoder_that_cannot_be_downloaded_is_reported_with_alternatives(train, tmp_path, monkeypatch):
     def offline(*arguments, **settings):
         raise DownloadError("no network")
 
@@ -173,7 +173,7 @@ def finished(start_recipe, data_dir, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_log_tells_every_epoch_once(finished):
+def test_the_log_has_every_epoch_once(finished):
     run, console = finished
     log = (run.output_dir / "run.log").read_text()
     for text in (log, console):

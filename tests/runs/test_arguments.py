@@ -1,4 +1,4 @@
-"""parse_arguments: what a wrong configuration says, and which of YAML and command line wins."""
+"""parse_arguments: the errors of wrong configurations, and the order of YAML and command line."""
 
 import dataclasses
 import sys
@@ -267,7 +267,7 @@ def test_fields_that_are_not_settable_are_unknown_keys(write_config):
         ({"LOCAL_RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"}, (False, "gloo")),
     ],
 )
-def test_launched_processes_without_an_accelerator_are_told_how_to_meet(monkeypatch, environment, expected):
+def test_launched_processes_without_an_accelerator_find_one_another(monkeypatch, environment, expected):
     from hf_ilora.runs import arguments
 
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -288,7 +288,7 @@ class ChoiceArguments:
     splits: list[str] | None = field(default=None, metadata={"help": "splits", "choices": ("validation", "test")})
 
 
-def test_choices_hold_on_the_command_line_and_in_the_yaml(write_config):
+def test_choices_are_checked_on_the_command_line_and_in_the_yaml(write_config):
     (arguments,) = parse_arguments((ChoiceArguments,), [write_config("split: validation\norder: null\n")])
     assert (arguments.split, arguments.order) == ("validation", None)
     for option in ("--split", "--splits"):

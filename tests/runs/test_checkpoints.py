@@ -1,4 +1,4 @@
-"""When a run goes on from an earlier one, and when it must not."""
+"""When a run resumes an earlier one, and when it must not."""
 
 import json
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ def begun(folder, settings=None, fingerprint="abc"):
     RunRecord(folder, [settings or Settings()], seed=0).add_data(fingerprint)
 
 
-def test_empty_folder_begins_anew(tmp_path):
+def test_a_run_in_an_empty_folder_starts_from_scratch(tmp_path):
     assert resumable_checkpoint(tmp_path / "new", [Settings()], "abc") is None
 
 
-def test_killed_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
+def test_a_killed_run_resumes_from_its_newest_whole_checkpoint(tmp_path):
     begun(tmp_path)
     assert resumable_checkpoint(tmp_path, [Settings()], "abc") is None
     checkpoint(tmp_path, 9)
@@ -73,7 +73,7 @@ def test_another_launch_is_refused(tmp_path, launched, message):
         resumable_checkpoint(tmp_path, [Settings()], "abc")
 
 
-def test_what_the_launcher_passes_on_is_recorded_and_a_launch_that_decides_nothing_is_none(tmp_path, monkeypatch):
+def test_settings_of_the_launcher_are_recorded_and_a_launch_without_any_equals_none(tmp_path, monkeypatch):
     begun(tmp_path)
     whole = checkpoint(tmp_path, 5)
     nothing = {
@@ -110,14 +110,14 @@ def test_the_precision_of_the_launch_is_that_of_the_arguments(kind, tmp_path, mo
     assert record["configuration"][kind.__name__]["bf16"] is True and record["launch"]["mixed_precision"] == "bf16"
 
 
-def test_a_run_without_a_whole_checkpoint_blocks_no_corrected_command(tmp_path):
+def test_a_run_without_a_whole_checkpoint_does_not_block_the_corrected_command(tmp_path):
     begun(tmp_path)
     checkpoint(tmp_path, 5, state=None)
     assert resumable_checkpoint(tmp_path, [Settings(learning_rate=0.2)], "xyz") is None
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-def test_a_checkpoint_that_is_named_is_refused(tmp_path):
+def test_resume_from_checkpoint_is_refused(tmp_path):
     arguments = NextItemTrainingArguments("unused", resume_from_checkpoint="elsewhere/checkpoint-3")
     with pytest.raises(ValueError, match="'elsewhere/checkpoint-3': leave it out"):
         resumable_checkpoint(tmp_path, [Settings(), arguments], "abc")
@@ -133,7 +133,7 @@ def test_finished_run_and_unknown_checkpoints_are_refused(tmp_path):
         resumable_checkpoint(tmp_path / "foreign", [Settings()], "abc")
 
 
-def test_failed_run_may_be_given_again(tmp_path):
+def test_a_failed_run_without_a_checkpoint_may_be_repeated(tmp_path):
     with pytest.raises(RuntimeError), RunRecord(tmp_path, [Settings()], seed=0):
         raise RuntimeError("out of memory")
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"

@@ -1,4 +1,4 @@
-"""DeepSpeed's first compilation: a lock that is left behind is told, one that is held is waited for."""
+"""DeepSpeed's first compilation: a lock that is left behind is an error, one that is held is waited for."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def lock(tmp_path, monkeypatch):
     return tmp_path / "deepspeed_shm_comm" / "lock"
 
 
-def test_a_lock_that_nobody_holds_is_told_before_deepspeed_waits_for_it(lock, monkeypatch):
+def test_a_lock_that_nobody_holds_is_an_error_before_deepspeed_waits_for_it(lock, monkeypatch):
     check_compile_locks()
     lock.touch()
     with pytest.raises(ValueError, match=rf"{lock} is the lock of a compilation that was killed.* delete the file"):

@@ -1,4 +1,4 @@
-"""What appears on the console and in run.log, once each, also from a Trainer."""
+"""Messages appear once on the console and once in run.log, also those of a Trainer."""
 
 import logging
 import re
@@ -51,7 +51,7 @@ def test_every_message_is_once_in_the_file_with_its_time(tmp_path):
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO hf_ilora.data: from ours$", file, re.MULTILINE)
 
 
-def test_no_text_in_a_message_drives_the_terminal_or_looks_like_a_message(tmp_path, capsys):
+def test_no_text_in_a_message_controls_the_terminal_or_looks_like_a_message(tmp_path, capsys):
     set_up_logging(tmp_path)
     title = "\x1b[2J\u202e\n2026-01-01 00:00:00,000 INFO hf_ilora: forged"
     logging.getLogger("hf_ilora.data").info("a title is %s", title)
@@ -65,7 +65,7 @@ def test_no_text_in_a_message_drives_the_terminal_or_looks_like_a_message(tmp_pa
         assert not re.search(r"^2026-01-01 .* forged", text, re.MULTILINE)
 
 
-def test_a_log_on_a_full_disk_is_told_once_and_ends_nothing(tmp_path, capsys):
+def test_a_log_on_a_full_disk_is_reported_once_and_the_run_continues(tmp_path, capsys):
     (tmp_path / "run.log").symlink_to("/dev/full")
     set_up_logging(tmp_path)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Stages of a pipeline: what is refused before anything runs, and what makes a stage run again."""
+"""Stages of a pipeline: the settings that are refused before anything runs, and the changes that run a stage again."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from hf_ilora_cli.shipped import CONFIG, find_file, shipped_names
 from tests.paths import RECIPES
 
 
-def test_a_key_changes_with_all_that_the_settings_name_but_for_the_pipelines_own_output(tmp_path, monkeypatch):
+def test_a_key_changes_with_every_file_that_the_settings_name_outside_the_output_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ["ratings.csv", "items.csv", "first.json", "model/weights", "model/deep/more", "overridden.csv"]
     for name in [*names, "out/data/table", "unnamed.csv"]:
@@ -159,7 +159,7 @@ STAGES = {
 GROUPS = {"data": "ml-100k", "student": "sasrec", "distill": "dllm2rec"}
 
 
-def test_stages_take_the_configurations_that_are_chosen_of_groups(tmp_path):
+def test_stages_take_the_configurations_that_are_chosen_in_groups(tmp_path):
     data, sasrec, distilled = read_stages(STAGES, groups=GROUPS)
     assert (data.config, sasrec.config) == (["data/ml-100k"], ["student/sasrec"])
     assert distilled.config == ["student/sasrec", "distill/dllm2rec"]

@@ -1,4 +1,4 @@
-"""run_main: which errors are a user's, what is printed about them, and the exit code."""
+"""run_main: which errors are a user's, what it prints about them, and its exit code."""
 
 import json
 import logging
@@ -71,14 +71,14 @@ def test_a_mistake_is_one_line_and_code_2(ended, error, message):
     assert ended(raising(error)) == (2, f"recipe.py: error: {message}\n")
 
 
-def test_what_a_library_raises_points_to_debug(ended):
+def test_an_error_of_a_library_points_to_debug(ended):
     code, printed = ended(lambda: json.loads("{"))
     assert code == 2
     assert printed.splitlines()[0].startswith("recipe.py: error: Expecting property name")
     assert printed.splitlines()[1:] == ["--debug shows the traceback"]
 
 
-def test_the_check_of_a_configuration_speaks_for_itself(ended):
+def test_the_error_of_a_configuration_is_one_line_without_a_pointer_to_debug(ended):
     code, printed = ended(lambda: SASRecConfig(num_items=3, hidden_dropout=2))
     assert code == 2
     (line,) = printed.splitlines()
@@ -122,7 +122,7 @@ def test_a_cache_that_cannot_be_written_is_moved_by_its_variable(ended, monkeypa
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_request_to_end_lets_the_run_clean_up_and_says_so_in_the_log(ended, tmp_path, caplog, number, code):
+def test_a_signal_lets_the_run_clean_up_and_is_named_in_the_log(ended, tmp_path, caplog, number, code):
     def main():
         with RunRecord(tmp_path, [], seed=0):
             os.kill(os.getpid(), number)
@@ -175,6 +175,6 @@ def test_another_process_leaves_its_error_to_the_launcher(ended, tmp_path, monke
     assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "ValueError: seed is 1"
 
 
-def test_the_name_of_the_command_is_told_where_there_is_one(ended, monkeypatch):
+def test_messages_name_the_command_if_there_is_one(ended, monkeypatch):
     monkeypatch.setenv("HF_ILORA_PROGRAM", "hf-ilora prepare")
     assert ended(raising(ValueError("no"))) == (2, "hf-ilora prepare: error: no\n")

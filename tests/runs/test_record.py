@@ -1,4 +1,4 @@
-"""RunRecord: what run.json says at each point of a run's life."""
+"""RunRecord: the content of run.json at each point of a run's life."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def read(folder):
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
-def test_start_records_what_the_run_was_made_of(tmp_path):
+def test_the_start_records_settings_versions_and_device_without_secrets(tmp_path):
     training = TrainingArguments(str(tmp_path), learning_rate=1e-3, use_cpu=True, hub_token="secret", report_to="none")
     RunRecord(tmp_path / "new" / "run", [ModelArguments(), training], seed=7)
     content = read(tmp_path / "new" / "run")
@@ -49,7 +49,7 @@ def test_hostname_is_not_recorded(tmp_path):
     assert socket.gethostname() not in (tmp_path / "run.json").read_text()
 
 
-def test_stages_metrics_and_data_are_written_as_they_come(tmp_path):
+def test_stages_metrics_and_data_are_written_at_once(tmp_path):
     with RunRecord(tmp_path, [ModelArguments()], seed=0) as record:
         with record.stage("data"):
             assert read(tmp_path)["durations_seconds"] == {}
@@ -66,7 +66,7 @@ def test_stages_metrics_and_data_are_written_as_they_come(tmp_path):
     assert content["durations_seconds"]["total"] >= content["durations_seconds"]["data"] >= 0
 
 
-def test_a_stage_that_comes_twice_adds_up(tmp_path, monkeypatch):
+def test_durations_of_a_repeated_stage_add_up(tmp_path, monkeypatch):
     record = RunRecord(tmp_path, [ModelArguments()], seed=0)
     times, processor_times = iter([10.0, 12.0, 20.0, 21.5]), iter([1.0, 2.0, 3.0, 3.25])
     monkeypatch.setattr(record_module.time, "monotonic", lambda: next(times))
@@ -78,7 +78,7 @@ def test_a_stage_that_comes_twice_adds_up(tmp_path, monkeypatch):
     assert read(tmp_path)["processor_seconds"] == {"evaluation": 1.25}
 
 
-def test_a_failed_run_says_so_and_keeps_what_it_had(tmp_path):
+def test_a_failed_run_records_its_error_and_keeps_its_metrics(tmp_path):
     with (
         pytest.raises(ValueError, match="no users"),
         RunRecord(tmp_path, [ModelArguments()], seed=0) as record,
@@ -91,7 +91,7 @@ def test_a_failed_run_says_so_and_keeps_what_it_had(tmp_path):
     assert content["metrics"] == {"validation": {"ndcg@10": 0.1}} and "data" in content["durations_seconds"]
 
 
-def test_an_error_is_told_although_the_disk_is_full(tmp_path, monkeypatch, caplog):
+def test_an_error_is_raised_although_the_disk_is_full(tmp_path, monkeypatch, caplog):
     with pytest.raises(ValueError, match="no users"), RunRecord(tmp_path, [ModelArguments()], seed=0) as record:
         monkeypatch.setattr(Path, "write_text", raising(OSError(28, "No space left on device")))
         with record.stage("data"):
@@ -122,7 +122,7 @@ def test_a_write_that_dies_half_way_leaves_the_earlier_file_whole(tmp_path, monk
     assert (tmp_path / "run.json").read_text() == before
 
 
-def test_a_resumed_run_keeps_what_the_killed_one_left(tmp_path):
+def test_a_resumed_run_keeps_the_records_of_earlier_runs(tmp_path):
     RunRecord(tmp_path, [ModelArguments()], seed=3).add_metrics("validation", {"ndcg@10": 0.1})
     with RunRecord(tmp_path, [ModelArguments()], seed=3):
         pass
