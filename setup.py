@@ -1,8 +1,8 @@
-"""Where the packages of hf_ilora are; pyproject.toml has everything else."""
+"""Names the packages of hf_ilora; pyproject.toml has everything else."""
 
 from setuptools import find_packages, setup
 
-# Recipes and configurations have one home, at the top of the project; a wheel has them inside of the package.
+# Recipes and configurations have one home, at the top of the project; a wheel has them inside the package.
 SHIPPED = ["recipes", "accelerate_configs"]
 
 setup(

@@ -261,7 +261,7 @@ def report(results: dict) -> str:
         lines += [
             "",
             f"CPU milliseconds of `recommend` for {setting['batch_size']} users, encoder included, and of the matrix "
-            "product of their states with the item table, which holds all scores.",
+            "product of their states with the item table, which contains all scores.",
             "",
             "| items | recommend | product | ratio |",
             "|---:|---:|---:|---:|",

@@ -34,7 +34,7 @@ def threads_per_run(parallel: int) -> int:
 
 
 def run_recipe(recipe: str, options: Sequence[object], threads: int) -> None:
-    """Run a recipe in a process of its own.
+    """Run a recipe in its own process.
 
     Args:
         recipe: name of the recipe, such as "train_sasrec".

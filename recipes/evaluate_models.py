@@ -42,7 +42,7 @@ from hf_ilora.data.seeds import check_seed
 from hf_ilora.devices import process_state
 from hf_ilora.evaluation.latency import measure_latency, model_size
 from hf_ilora.evaluation.rank_metrics import metric_per_user
-from hf_ilora.evaluation.ranking import rank_split
+from hf_ilora.evaluation.ranking import SplitRanks, rank_split
 from hf_ilora.evaluation.report import ModelReport, ReportContext, markdown_table, plot_quality, write_table
 from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks, parquet_name
 from hf_ilora.evaluation.statistics import (
@@ -209,11 +209,7 @@ def evaluate(arguments: EvaluationArguments, state: PartialState) -> None:
                 lists = beyond_accuracy(ranks.recommended, facts, relevant[rows], **context.bootstrap)
                 if len(rows) == len(split):
                     by_count = summarize_by_count(ranks, item_counts, arguments.k, **context.bootstrap)
-                    by_length = summarize_by_length(ranks, lengths, arguments.k, **context.bootstrap)
-                    for group, users in rows_by_group(lengths, LENGTH_GROUPS).items():
-                        by_length[group] |= beyond_accuracy(
-                            ranks.recommended[users], facts, relevant[users], **context.bootstrap
-                        )
+                    by_length = quality_by_length(ranks, lengths, facts, relevant, context)
             reports.append(
                 ModelReport(
                     name=name,
@@ -253,6 +249,24 @@ def load_and_check(arguments: EvaluationArguments):
         if not check_catalogue(model, name, sequences.num_items, raw_ids):
             logger.warning("%s has no catalogue, so its item ids could not be checked against those of the data", name)
     return sequences, split, models, folders, histories
+
+
+def quality_by_length(
+    ranks: SplitRanks, lengths: np.ndarray, facts: TrainingFacts, relevant: np.ndarray, context: ReportContext
+) -> dict[str, dict]:
+    """The quality of the ranks and of the recommended lists, by the length of the history.
+
+    Args:
+        ranks: ranks and recommended lists of all users.
+        lengths: (users,) length of each history.
+        facts: the training data, for the quality of lists.
+        relevant: relevant items of the users, as `relevant_items` returns them.
+        context: settings of the evaluation.
+    """
+    found = summarize_by_length(ranks, lengths, context.k, **context.bootstrap)
+    for group, users in rows_by_group(lengths, LENGTH_GROUPS).items():
+        found[group] |= beyond_accuracy(ranks.recommended[users], facts, relevant[users], **context.bootstrap)
+    return found
 
 
 def kind_of(model: torch.nn.Module, folder: Path) -> str:

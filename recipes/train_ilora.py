@@ -105,7 +105,7 @@ def train(arguments: tuple) -> None:
     set_seed(training.seed)
     llm, tokenizer, source, recommender = load_ilora_parts(parts, sequences.catalogue)
     config.llm_name_or_path, config.llm_revision, config.llm_gguf_file = dataclasses.astuple(source)
-    set_seed(training.seed)  # the adapter starts alike whatever loading the parts drew
+    set_seed(training.seed)  # the adapter's start does not depend on the numbers that loading drew
     model = ILoraForRecommendation.from_base(
         llm, recommender, tokenizer, sequences.catalogue, config, untrained_recommender=parts.untrained_recommender
     )

@@ -1,4 +1,4 @@
-"""What all tests share. No test reaches a hub: without a network the libraries would wait for one."""
+"""Fixtures that all tests share. No test reaches a hub: without a network the libraries would wait for one."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from tests.paths import PROJECT, RECIPES
 from tests.processes import kill_with_children
 
-# What the recipes build their Trainer of.
+# The Trainer classes that recipes use.
 TRAINERS = ("NextItemTrainer", "ILoraTrainer", "DistillationTrainer")
 
 for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
@@ -29,8 +29,8 @@ def same_random_numbers():
 def run_recipe():
     """Runs a recipe in this process: `run_recipe("train_sasrec", data_dir=..., output_dir=..., hidden_size=16)`.
 
-    The settings become the words of a command line: a list gives several values, and None leaves a setting out. What a
-    recipe raises is raised here. Returns a `RecipeRun`. Logging stays as the test has it.
+    The settings become the words of a command line: a list gives several values, and None leaves a setting out. An
+    error of the recipe is raised here. Returns a `RecipeRun`. The recipe does not set up logging.
     """
     from hf_ilora.runs.recipe_files import load_recipe
     from tests.recipe_runs import RecipeRun, recipe_words
@@ -98,7 +98,7 @@ def launch():
         environment = os.environ | {
             # pytest may run without the environment's programs on PATH: DeepSpeed compiles with its ninja
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-            # what DeepSpeed compiles holds paths of this environment, so another one must not find it
+            # DeepSpeed compiles paths of this environment in, so another environment must not find the result
             "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions",
         }
         process = subprocess.Popen(

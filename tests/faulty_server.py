@@ -7,7 +7,7 @@ import pytest
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Serves `content` at every path; the attributes say what goes wrong.
+    """Serves `content` at every path, with the faults that its attributes name.
 
     Attributes:
         ranges: whether Range requests are answered with 206.

@@ -1,7 +1,7 @@
 """Runs recipes in forks of one process that has imported everything: importing torch takes seconds, a tiny run less.
 
-A fork can be killed at a moment of its progress, which is counted in changes to files: the moments that matter are
-those between two of them, and the count is the same in every run.
+A fork can be killed at a given point of its progress, counted in changes to files: only the moments between two changes
+matter, and the count is the same in every run.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"
 
 @dataclass
 class Ended:
-    """How a fork ended.
+    """The end of a fork.
 
     Args:
         code: the exit code, or minus the number of the signal.
@@ -69,15 +69,15 @@ class ForkedRecipes:
         self._server.wait()
 
     def run(self, name: str, /, watched: Path, fork: dict | None = None, **settings) -> Ended:
-        """Run a recipe to its end, whatever that is.
+        """Run a recipe until it ends or is killed.
 
         Args:
-            name: of the recipe.
+            name: name of the recipe.
             watched: the folder whose files count.
-            fork: `kill_at`, the number of the change before which it is killed; `delay`, the seconds by which the kill
-                is late; `kill_children`, which are killed in its place; `signal`, that it gets instead of SIGKILL;
-                `largest_file`, in bytes.
-            settings: of the recipe, as `run_recipe` takes them.
+            fork: `kill_at`: number of the change before which it is killed; `delay`: seconds by which the kill is late;
+                `kill_children`: kill its children instead; `signal`: a signal to send instead of SIGKILL;
+                `largest_file`: limit for the size of files, in bytes.
+            settings: settings of the recipe, as `run_recipe` takes them.
         """
         request = {"name": name, "words": recipe_words(**settings), "watched": str(watched), "fork": fork or {}}
         self._server.stdin.write(json.dumps(request) + "\n")
@@ -115,7 +115,7 @@ def _serve() -> None:
 
 
 def _become(recipes: dict, request: dict, changes: mmap.mmap) -> None:
-    """Run the recipe that is asked for in this fork, and end it."""
+    """Run the requested recipe in this fork, and end it."""
     import torch
 
     import hf_ilora.runs.pipeline as pipeline

@@ -1,4 +1,4 @@
-"""A Python process in which some packages cannot be imported, as on the machine of somebody who lacks them."""
+"""A Python process in which some packages cannot be imported, as on a machine without them."""
 
 import os
 import subprocess

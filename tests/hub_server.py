@@ -1,6 +1,6 @@
 """A small Hub on loopback: repositories, commits, large files, branches, tags and tokens, and the faults of real ones.
 
-It speaks what the clients of huggingface_hub and transformers ask when models are pushed and loaded. `*.parquet` and
+It answers the requests of huggingface_hub and transformers when models are pushed and loaded. `*.parquet` and
 `*.safetensors` are large files: uploaded apart from the commit, and answered with a redirect.
 """
 
@@ -35,7 +35,7 @@ class Commit:
 
 @dataclass
 class Repository:
-    """Commits by oid, and what names them."""
+    """Commits by oid, and the branches and tags that name them."""
 
     private: bool
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         tokens: user and role ("write" or "read") of each token.
         repositories: by id, "user/name".
-        large_files: what was uploaded, by its sha256.
+        large_files: uploaded files, by their sha256.
         faults: (method, part of the path, fault) of requests to come; each happens once. Faults: a status such as 503;
             "drop" (no answer, nothing done); "drop_answer" (done, but no answer); "cut" (half of the body);
             "flip" (another last byte);
@@ -224,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
 
-    # --- who asks ---
+    # --- users and their rights ---
 
     def user(self) -> tuple[str | None, str]:
         """Name and role; an unknown token is refused, as the Hub does, also where none is needed."""

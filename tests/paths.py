@@ -1,4 +1,4 @@
-"""Where the project and what it is checked against are."""
+"""The folders of the project and of the files that it is checked against."""
 
 from pathlib import Path
 

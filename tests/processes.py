@@ -1,4 +1,4 @@
-"""Killing what a test has started."""
+"""Kills processes that a test has started."""
 
 import subprocess
 from contextlib import suppress
@@ -7,7 +7,7 @@ import psutil
 
 
 def kill_with_children(process: subprocess.Popen) -> None:
-    """Kill a process and all below it, one by one: torchrun starts each in a session that no group reaches."""
+    """Kill a process and its descendants one by one: torchrun starts each in its own session, outside the group."""
     with suppress(psutil.NoSuchProcess):
         for running in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             with suppress(psutil.NoSuchProcess):

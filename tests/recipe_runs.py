@@ -1,4 +1,4 @@
-"""Recipes in tests: the command line of one, what it wrote, and a run that is killed."""
+"""Recipes in tests: their command lines, their results, and runs that are killed."""
 
 import json
 import os
@@ -15,17 +15,17 @@ from transformers import Trainer, TrainerState
 from tests.paths import RECIPES
 from tests.processes import kill_with_children
 
-# Several threads add up in another order each time, and the last digits change with it.
+# Several threads add numbers in another order each time, which changes the last digits.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 @dataclass
 class RecipeRun:
-    """What a recipe did.
+    """The results of a recipe.
 
     Args:
-        output_dir: the folder that it wrote, None for a recipe without one.
-        trainer: the Trainer that it built, None for a recipe that does not train, or in a process of its own.
+        output_dir: the folder that it wrote; None for a recipe without one.
+        trainer: the Trainer that it built; None for a recipe that does not train or ran in another process.
     """
 
     output_dir: Path | None
@@ -43,7 +43,7 @@ class RecipeRun:
 
     @property
     def state(self) -> TrainerState:
-        """The state of the Trainer; of a run in a process of its own, as the newest checkpoint has it."""
+        """The state of the Trainer; for a run in another process, the state in its newest checkpoint."""
         if self.trainer is not None:
             return self.trainer.state
         return TrainerState.load_from_json(newest_checkpoint(self.output_dir) / "trainer_state.json")
@@ -64,7 +64,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def wait_for_checkpoint(process: subprocess.Popen, output_dir: Path, step: int) -> None:
-    """Wait until a run, in a process of its own, has a checkpoint of `step` or more steps, or has ended.
+    """Wait until a run in another process has a checkpoint of `step` or more steps, or has ended.
 
     The newest checkpoint may be half written; with more than one epoch's steps, the one before it is whole.
     """

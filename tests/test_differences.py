@@ -26,7 +26,7 @@ from tests.paths import PROJECT, RECIPES
 PAGE = (PROJECT / "docs" / "differences.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 NEXT_ITEM = (SASRecConfig, NextItemTrainingArguments)
-# Whose options the last column of a table names: classes, functions and recipes.
+# The classes, functions and recipes whose options the last column of a table names.
 OPTIONS_OF = {
     "SASRec": NEXT_ITEM,
     "GRU4Rec and Caser": (GRU4RecConfig, CaserConfig),
@@ -73,7 +73,7 @@ def test_every_option_that_restores_something_exists(section):
 
 @pytest.fixture(scope="module")
 def published():
-    """What the code at the end of the page defines, for 40 items."""
+    """The names that the code at the end of the page defines, for 40 items."""
     settings = {}
 
     def sequences_of(*_, **given):
@@ -107,17 +107,17 @@ def test_the_code_builds_the_published_models(published):
     ],
 )
 def test_the_code_has_the_values_of_the_tables(published, section, row_prefix, names):
-    told = {}
+    stated = {}
     for row, name, value in restoring(section):
         if value and row.startswith(row_prefix):
-            told.setdefault(name, []).append(yaml.safe_load(value))
-    assert len(told) > 2
-    for name, values in told.items():
+            stated.setdefault(name, []).append(yaml.safe_load(value))
+    assert len(stated) > 2
+    for name, values in stated.items():
         (owner,) = (published[each] for each in names if hasattr(published[each], name))
         assert getattr(owner, name) in values, name
 
 
-def test_defaults_that_the_page_names():
+def test_defaults_are_those_that_the_page_names():
     sasrec, caser, ilora = SASRecConfig(), CaserConfig(), ILoraConfig()
     assert (sasrec.num_hidden_layers, sasrec.num_attention_heads, sasrec.max_length) == (2, 2, 50)
     assert (sasrec.hidden_dropout, sasrec.initializer_range, sasrec.loss_type) == (0.2, 0.02, "cross_entropy")

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole: what a failure, a kill and the umask leave behind; and who may write."""
+"""Files and folders are written whole or not at all, whatever fails or kills the writer; a folder has one writer."""
 
 import errno
 import json
@@ -140,7 +140,7 @@ class TestFiles:
                 again.write_text("again")
             assert path.read_text() == "ours"
             assert len(os.listdir(tmp_path)) == 3
-        assert path.read_text() == "half"  # the process went on to its end
+        assert path.read_text() == "half"  # the process ran to its end
         assert os.listdir(tmp_path) == ["letter.txt"]
 
     def test_a_disk_without_locks_is_written_and_nothing_on_it_is_taken_for_dead(self, tmp_path, monkeypatch):
@@ -236,7 +236,7 @@ class TestFolders:
 HOLD = "with held_folder(path):\n    "
 
 
-def test_a_folder_has_one_writer_and_a_second_one_is_told_who_it_is(tmp_path):
+def test_a_folder_has_one_writer_and_the_error_of_a_second_one_names_it(tmp_path):
     with writing(HOLD, tmp_path / "run") as process:
         message = rf"run is in use: process {process.pid} on .* writing there since 20.* choose another output_dir"
         for _ in range(2):  # being refused takes nothing from the holder
@@ -274,7 +274,7 @@ def test_a_killed_writer_holds_nothing_whatever_its_lock_file_says(tmp_path):
         pass
 
 
-def test_a_new_folder_in_which_nothing_is_written_does_not_stay(tmp_path):
+def test_a_new_folder_without_files_is_removed(tmp_path):
     with pytest.raises(RuntimeError), held_folder(tmp_path / "new"):
         raise RuntimeError
     (tmp_path / "old").mkdir()

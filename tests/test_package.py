@@ -1,4 +1,4 @@
-"""What holds for the package as a whole: what importing it costs, who imports whom, and that its files agree."""
+"""The package as a whole: the cost of importing it, the direction of its imports, and the agreement of its files."""
 
 import ast
 import importlib
@@ -70,7 +70,7 @@ def relative(path: Path) -> str:
 
 
 def test_importing_costs_little_and_loads_nothing_heavy():
-    """Little beside importing PreTrainedModel, in processor time; what that loads is no business of ours."""
+    """Little beside importing PreTrainedModel, in processor time; the modules that it loads do not count."""
     code = (
         "import sys, time\n"
         "from transformers import PreTrainedModel\n"
@@ -97,11 +97,11 @@ def test_every_public_name_can_be_imported():
         _ = hf_ilora.SASRek
 
 
-# --- who imports whom ---
+# --- the direction of imports ---
 
 
 def our_imports(source: str, package: str) -> set[str]:
-    """What a file imports of hf_ilora and its command, wherever in it; `package` is the one that the file lies in."""
+    """The names that a file imports from hf_ilora and its command, anywhere in it; `package` is the file's package."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -137,11 +137,11 @@ def test_imports_go_one_way(part):
 def test_every_part_of_the_package_has_a_rule_and_no_two_may_import_each_other():
     parts = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert parts == set(ALLOWED_IMPORTS)
-    list(TopologicalSorter(ALLOWED_IMPORTS).static_order())  # raises on a circle
+    list(TopologicalSorter(ALLOWED_IMPORTS).static_order())  # raises on a cycle
 
 
 def test_the_command_starts_without_importing_the_package():
-    """All but the program that renders its help, which the project runs beforehand."""
+    """Except the program that renders its help, which the project runs beforehand."""
     for path in sorted((PROJECT / "src" / "hf_ilora_cli").glob("*.py")):
         imported = our_imports(path.read_text(encoding="utf-8"), "hf_ilora_cli")
         assert path.name == "write_help.py" or not any(name.startswith("hf_ilora.") for name in imported), path.name
@@ -157,7 +157,7 @@ def test_no_recipe_imports_another():
 
 
 def test_only_declared_dependencies_are_imported():
-    """Else an installation works as long as another package happens to bring one along."""
+    """Otherwise an installation works only as long as another package depends on the missing one."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [*project["optional-dependencies"].items()]
     declared = [*project["dependencies"], *chain(*(each for name, each in extras if name != "dev"))]
@@ -210,7 +210,7 @@ def started(words: list[str]) -> tuple[ModuleType, list[str]] | None:
 
 
 def printed_commands(text: str) -> list[list[str]]:
-    """The words of the commands in the bash blocks of a document; but for those that end in `...`."""
+    """The words of the commands in the bash blocks of a document, except those that end in `...`."""
     commands = []
     for block in re.findall(r"```(?:bash|sh|shell)\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
@@ -243,7 +243,7 @@ def test_printed_commands_are_read_by_what_they_start(document, monkeypatch):
 
 
 def test_readme_prints_commands():
-    """The test above is about something."""
+    """So the test above checks something."""
     assert sum(started(words) is not None for words in printed_commands(DOCUMENTS[0].read_text(encoding="utf-8"))) > 3
 
 

@@ -1,4 +1,4 @@
-"""Everything that recipes/train_ilora.py reads, tiny and on disk: data, a language model, a SASRec, templates."""
+"""Tiny inputs of recipes/train_ilora.py on disk: data, a language model, a SASRec and templates."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +20,8 @@ def save_parts(folder: Path, **data_settings) -> SimpleNamespace:
     """Write the parts.
 
     Args:
-        folder: for all of them.
-        data_settings: as `cyclic_sequences` takes them.
+        folder: the folder to write them to.
+        data_settings: arguments of `cyclic_sequences`.
 
     Returns:
         Paths: data_dir, llm, recommender, prompt_file.
@@ -52,7 +52,7 @@ def known_recommender(sequences: SequenceDatasets) -> SASRecForNextItem:
 
 
 def save_ilora(parts, folder: Path) -> None:
-    """An iLoRA with an item head and a fresh adapter, of what `save_parts` saved."""
+    """Save an iLoRA with an item head and a fresh adapter, made from the parts of `save_parts`."""
     llm, tokenizer, _ = load_language_model(str(parts.llm))
     recommender = SASRecForNextItem.from_pretrained(parts.recommender)
     config = ILoraConfig(

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, as far as learning curves read them."""
+"""Checkpoints with the part of a run that learning curves read."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ LOG = [
 
 
 def save_run(folder: Path, log: list[dict] = LOG) -> Path:
-    """Write two checkpoints with what the Trainer logged until then; returns the folder of the run."""
+    """Write two checkpoints, each with the Trainer's log up to its step; returns the folder of the run."""
     for step in (10, 20):
         state = {"global_step": step, "log_history": [entry for entry in log if entry["step"] <= step]}
         (folder / f"checkpoint-{step}").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The wheel: it holds what the project has and no more, and works where it is installed, without the clone."""
+"""The wheel contains the project's files and no others, and works where it is installed, without the clone."""
 
 import ast
 import json
@@ -75,7 +75,7 @@ def quickstart(run_installed):
         assert result.returncode == 0, result.stderr
 
 
-def test_the_wheel_holds_the_files_of_the_project_and_no_others(wheel):
+def test_the_wheel_contains_the_files_of_the_project_and_no_others(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = set()

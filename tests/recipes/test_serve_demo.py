@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def served(monkeypatch):
-    """What would be served."""
+    """The arguments of each call of `serve`, which serves nothing here."""
     calls = []
     monkeypatch.setattr(page, "serve", lambda *arguments: calls.append(arguments))
     return calls

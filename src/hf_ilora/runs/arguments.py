@@ -102,7 +102,7 @@ def read_config(config_file: str | Path, dataclass_types: Sequence[type]) -> dic
         The values by field name. Numbers that YAML reads as text (`5e-5`) are floats where a float is expected.
 
     Raises:
-        ValueError: a file is missing, not a flat mapping, extends itself, or holds an unknown key, a key twice or a
+        ValueError: a file is missing, not a flat mapping, extends itself, or contains an unknown key, a key twice or a
             wrong type.
     """
     settings = {}
@@ -127,7 +127,7 @@ def config_contents(config_file: str | Path, within: tuple[Path, ...] = ()) -> l
         within: the files that extend this one, the outermost first.
 
     Raises:
-        ValueError: a file is missing, not a mapping, extends itself, or holds a key twice.
+        ValueError: a file is missing, not a mapping, extends itself, or contains a key twice.
     """
     file = find_file(CONFIG, str(config_file))
     try:

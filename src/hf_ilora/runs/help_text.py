@@ -38,7 +38,7 @@ def recipe_help(
         recipe_file: file of the recipe.
         docstring: docstring of the recipe. Its first paragraph is the summary; its first indented block is the example.
         dataclass_types: the dataclasses of the recipe's options. The first sentence of a docstring titles a group.
-        program: what the text calls the program. A command of `hf-ilora` has an example of its own.
+        program: the name of the program in the text. A command of `hf-ilora` has its own example.
         everything: whether to show all of `transformers.TrainingArguments`, not only the fields that ours declare.
     """
     name = Path(recipe_file).stem

@@ -103,7 +103,7 @@ class Stage:
         """A digest that changes when something that is tracked changes.
 
         Tracked are the stage's settings, the version of hf_ilora, the runs of the stages in `reads`, and the content of
-        all recipes, of the config and launch files, and of every file that the options or those two files name, also in
+        its recipe, of the config and launch files, and of every file that the options or those two files name, also in
         lists. Of a folder that they name, the names, sizes and modification times of its files are tracked.
 
         Not tracked are the files in `output_dir` (`reads` tracks those), folders that contain it or the working
@@ -117,10 +117,8 @@ class Stage:
         Raises:
             ValueError: a config or launch file has no settings.
         """
-        files = sorted(shipped_folder(RECIPE).glob("*.py"))  # recipes import one another
-        files.append(find_file(RECIPE, self.recipe))
         contents = self._config_contents()
-        files += [file for file, _ in contents]
+        files = [find_file(RECIPE, self.recipe), *(file for file, _ in contents)]
         settings, launch_settings = self._with_options(contents), {}
         if self.launch is not None:
             files.append(find_file(LAUNCH, self.launch))
@@ -293,7 +291,7 @@ def run_stages(stages: list[Stage], output_dir: Path, force: Sequence[str] = ())
 
 
 def source_digest() -> str:
-    """A digest of hf_ilora's Python files, without the recipes of an installed package: the keys track those."""
+    """A digest of hf_ilora's Python files, without the recipes of an installed package, which the keys track."""
     package, recipes = Path(__file__).parents[1], shipped_folder(RECIPE)
     files = [file for file in package.rglob("*.py") if not file.is_relative_to(recipes)]
     return _digest({str(file.relative_to(package)): _content(file) for file in files})

@@ -1,20 +1,15 @@
-"""Reads a recipe as a module, to look at its options without starting it."""
+"""Imports a recipe as a module, to read its options without starting it."""
 
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
-from hf_ilora_cli.shipped import RECIPE, shipped_folder
-
 
 def load_recipe(recipe: Path) -> ModuleType:
     """The recipe as a module, whose `ARGUMENTS` are the dataclasses of its options."""
     name = f"hf_ilora_recipe_{recipe.stem}"
     if name not in sys.modules:
-        folder = str(shipped_folder(RECIPE))
-        if folder not in sys.path:
-            sys.path.append(folder)  # recipes import one another
         spec = importlib.util.spec_from_file_location(name, recipe)
         sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their types up there
         spec.loader.exec_module(sys.modules[name])
