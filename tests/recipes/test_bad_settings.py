@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from hf_ilora.distillation.teachers import load_teacher
-from tests.recipes.test_distill_sasrec import NUM_ITEMS, save_labels
+from tests.saved_labels import save_labels
 from tests.synthetic import cyclic_sequences
 from tests.tiny_ilora_parts import known_recommender, save_ilora, save_parts
 
@@ -41,7 +41,7 @@ def parts(tmp_path_factory):
     sequences = cyclic_sequences(num_users=40)
     sequences.save(folder / "data")
     known_recommender(sequences).save_pretrained(folder / "sasrec")
-    teacher = load_teacher(str(folder / "sasrec"), len(sequences["train"]), NUM_ITEMS)
+    teacher = load_teacher(str(folder / "sasrec"), len(sequences["train"]), sequences.num_items)
     save_labels(folder / "labels", sequences, teacher, "all")
     save_ilora(save_parts(folder / "parts", num_users=40), folder / "ilora")
     return folder

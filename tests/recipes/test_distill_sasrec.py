@@ -14,11 +14,11 @@ from hf_ilora import (
     TransitionCountsConfig,
     TransitionCountsForNextItem,
 )
-from hf_ilora.distillation.labelling import LabelFolder, LabelRequests, label_shards
 from hf_ilora.distillation.teachers import ScoreTableTeacher, load_teacher
 from hf_ilora.models.loading import load_recommender
 from hf_ilora.training import initial_items
 from tests.recipe_runs import RecipeRun, checkpoint_step, newest_checkpoint
+from tests.saved_labels import save_labels
 from tests.synthetic import cyclic_sequences
 from tests.tiny_ilora_parts import known_recommender, save_ilora, save_parts
 from tests.titles.encoder_folders import save_bert
@@ -38,20 +38,6 @@ class EmbeddingTeacher(ScoreTableTeacher):
         table = torch.randn(NUM_ITEMS + 1, EMBEDDING_SIZE, generator=torch.Generator().manual_seed(3))
         table[0] = 0
         return table
-
-
-def save_labels(folder, sequences, teacher, labelled_positions, **changes):
-    requests = LabelRequests.of_split(sequences["train"], labelled_positions)
-    settings = {
-        "data_fingerprint": sequences.fingerprint, "teacher_fingerprint": teacher.fingerprint, "num_items": NUM_ITEMS,
-        "top_k": 4, "shard_rows": 64, "labelled_positions": labelled_positions,
-    }  # fmt: skip
-    labels = LabelFolder(folder, settings | changes)
-    labels.start(lambda: requests)
-    label_shards(
-        labels, labels.requests(requests), teacher, exclude_seen=False, batch_size=16, process=0, num_processes=1
-    )
-    labels.finish(labels.requests(requests), teacher)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from .checkpoints import check_same_inputs, configuration_differences, resumable
 from .config_arguments import config_arguments
 from .logs import LogMetricsCallback, log_to_run, set_up_logging
 from .processes import ProgramFailed, leave_launch, run_main, sole_writer
-from .quality import evaluate_splits
 from .record import RunRecord, is_finished, read_record
+from .split_evaluation import evaluate_splits
 
 __all__ = [
     "LogMetricsCallback",
