@@ -47,7 +47,7 @@ SHOWN_TEXT = "hf_ilora_cli.shown_text"  # imports nothing of ours
 ALLOWED_IMPORTS = {
     "data": {"downloads", "files", CATALOGUE, CARD, HUB_UPLOAD, SHOWN_TEXT},
     "models": {"downloads", "files"},
-    "titles": {"models", "devices", "downloads", "files"},
+    "titles": {"data", "models", "devices", "downloads", "files"},
     "reference": {"data", "models"},
     "runs": {"data", "evaluation", "devices", "downloads", "files", "hf_ilora_cli"},
     "evaluation": {"data", "models", "devices", "downloads", "files", SHOWN_TEXT},
