@@ -39,9 +39,10 @@ class RuleLabels:
 
     num_items, folder = NUM_ITEMS, Path("labels")
 
-    def __init__(self, windows, asked=lambda history_ids, prefix_lengths: prefix_lengths > 0, positions="all", rows=24):
-        self.items = windows.items
-        self.boundaries = np.append(windows._first_starts, len(windows.items))
+    def __init__(
+        self, asked=lambda history_ids, prefix_lengths: prefix_lengths > 0, positions="all", rows=24, split=SPLIT
+    ):
+        self.items, self.boundaries = training_sequences(split)
         self.asked, self.description = asked, {"labelled_positions": positions}
         self.table = pa.table({"history_id": np.arange(rows)})
 
@@ -78,7 +79,7 @@ def trainer_of(model, rows, folder, labels=None, **settings):
     defaults |= {"disable_tqdm": True, "eval_strategy": "no", "load_best_model_at_end": False, "windows": "last"}
     defaults |= {"early_stopping_patience": 0, "top_k": TOP_K}
     if "teacher" not in given:
-        given["teacher_labels"] = labels or RuleLabels(rows)
+        given["teacher_labels"] = labels or RuleLabels()
     return DistillationTrainer(
         model, DistillationArguments(output_dir=str(folder), **defaults | settings), **{"train_dataset": SPLIT} | given
     )
@@ -94,7 +95,7 @@ def plain_batch():
 
 
 def test_the_newest_position_or_all_are_distilled(windows):
-    batch = batch_of(windows, DistillationCollator(RuleLabels(windows)), range(4))
+    batch = batch_of(windows, DistillationCollator(RuleLabels()), range(4))
     # the rule's best item is the target itself, so that a wrong place would show
     labelled = batch["labels"] != -100
     assert torch.equal(batch["teacher_items"][..., 0][labelled], batch["labels"][labelled])
@@ -114,7 +115,7 @@ def test_the_newest_position_or_all_are_distilled(windows):
 def test_one_setting_says_which_positions_are_distilled(windows, tmp_path, positions):
     """Whoever makes the batches: the default, or a collator that the caller passes."""
     found = []
-    for collator in (None, DistillationCollator(RuleLabels(windows))):
+    for collator in (None, DistillationCollator(RuleLabels())):
         trainer = trainer_of(student(), windows, tmp_path, distilled_positions=positions, data_collator=collator)
         batch = next(iter(trainer.get_train_dataloader()))
         found.append(len(batch["teacher_indices"]))
@@ -179,9 +180,7 @@ def test_the_students_own_loss_is_the_base_by_default(windows, tmp_path):
 )
 def test_ways_that_read_fewer_scores_change_nothing(windows, tmp_path, share, attribute, settings):
     """One pass over the catalogue for both losses where most labels were asked about; or none but the student's own."""
-    some = RuleLabels(
-        windows, asked=lambda history_ids, prefix_lengths: (7 * history_ids + prefix_lengths) % 10 < 10 * share
-    )
+    some = RuleLabels(asked=lambda history_ids, prefix_lengths: (7 * history_ids + prefix_lengths) % 10 < 10 * share)
     batch = batch_of(windows, DistillationCollator(some))
     found = []
     for switched_on in (True, False):
@@ -197,7 +196,7 @@ def test_ways_that_read_fewer_scores_change_nothing(windows, tmp_path, share, at
 
 
 def test_a_ranking_is_distilled_without_a_matrix_of_scores(windows, tmp_path):
-    batch = batch_of(windows, DistillationCollator(RuleLabels(windows)))
+    batch = batch_of(windows, DistillationCollator(RuleLabels()))
     model = student(repeat_bias=True)
     trainer = trainer_of(model, windows, tmp_path, distilled_positions="all", alpha=0.0)
     _, outputs = trainer.compute_loss(model.train(), dict(batch), return_outputs=True)
@@ -208,7 +207,7 @@ def test_a_ranking_is_distilled_without_a_matrix_of_scores(windows, tmp_path):
 
 
 def test_rows_without_teacher_labels_have_the_students_own_loss(windows, tmp_path):
-    nobody = RuleLabels(windows, asked=lambda history_ids, prefix_lengths: prefix_lengths > 1000)
+    nobody = RuleLabels(asked=lambda history_ids, prefix_lengths: prefix_lengths > 1000)
     model = student()
     trainer = trainer_of(model, windows, tmp_path, labels=nobody)
     batch = batch_of(windows, trainer.data_collator)
@@ -222,7 +221,7 @@ def test_rows_without_teacher_labels_have_the_students_own_loss(windows, tmp_pat
 def test_small_batches_accumulate_to_the_big_one(windows, tmp_path, base_loss, monkeypatch):
     # negatives are drawn per batch: fixed ones make the two comparable
     monkeypatch.setattr(torch, "randint", lambda low, high, size, device=None: torch.full(size, 5))
-    some = RuleLabels(windows, asked=lambda history_ids, prefix_lengths: (history_ids + prefix_lengths) % 3 == 0)
+    some = RuleLabels(asked=lambda history_ids, prefix_lengths: (history_ids + prefix_lengths) % 3 == 0)
     settings = {"base_loss": base_loss, "distilled_positions": "all", "alpha": 0.5}
     trained = []
     for batch_size, accumulation in ((8, 1), (1, 8)):
@@ -296,7 +295,7 @@ def test_an_online_teacher_goes_with_a_base_loss_over_every_label(windows, tmp_p
 
 def test_ten_lines_distil_from_the_split(tmp_path):
     sequences = cyclic_sequences(num_users=24)
-    labels = RuleLabels(TrainingWindows(sequences["train"], 6, windows="last"))
+    labels = RuleLabels(split=sequences["train"])
     trainer = DistillationTrainer(
         student(),
         DistillationArguments(str(tmp_path), num_train_epochs=2, top_k=TOP_K, use_cpu=True, disable_tqdm=True),
@@ -313,7 +312,7 @@ def test_ten_lines_distil_from_the_split(tmp_path):
 
 def test_policies_leave_labels_out(windows, tmp_path):
     model = student()
-    batch = batch_of(windows, DistillationCollator(RuleLabels(windows)))
+    batch = batch_of(windows, DistillationCollator(RuleLabels()))
     own = model.train()(batch["input_ids"], labels=batch["labels"]).loss
     none, every = (
         trainer_of(model, windows, tmp_path, policy=GroundTruthErrorPolicy(threshold)).compute_loss(model, dict(batch))
@@ -339,7 +338,7 @@ def test_the_embedding_loss_pulls_users_to_the_embedding_of_the_target(windows, 
 
 def test_rank_gaps_weigh_the_labels(windows, tmp_path):
     model = student()
-    batch = batch_of(windows, DistillationCollator(RuleLabels(windows)))
+    batch = batch_of(windows, DistillationCollator(RuleLabels()))
     trainer = trainer_of(model, windows, tmp_path, rank_gap_weighting=True, distilled_positions="all")
     torch.manual_seed(4)
     loss = trainer.compute_loss(model.train(), dict(batch))
@@ -376,7 +375,7 @@ def test_the_divergence_from_an_online_teacher_by_hand(windows, tmp_path, direct
 
 
 def test_rows_without_origins_are_refused(windows):
-    collator = DistillationCollator(RuleLabels(windows))
+    collator = DistillationCollator(RuleLabels())
     plain = TrainingWindows(cyclic_sequences(num_users=24)["train"], 6, windows="last")
     with pytest.raises(ValueError, match="expected those of TrainingWindows"):
         batch_of(plain, collator)
@@ -422,12 +421,12 @@ def test_a_teacher_may_be_a_folder(windows, tmp_path):
 
 
 def test_a_run_that_meets_no_label_ends_with_its_first_epoch(windows, tmp_path):
-    nobody = RuleLabels(windows, asked=lambda history_ids, prefix_lengths: prefix_lengths > 1000)
+    nobody = RuleLabels(asked=lambda history_ids, prefix_lengths: prefix_lengths > 1000)
     trainer = trainer_of(student(), windows, tmp_path, labels=nobody, max_steps=-1, num_train_epochs=5)
     with pytest.raises(ValueError, match="no batch of the first epoch had a teacher label"):
         trainer.train()
     assert trainer.state.global_step == 3  # 24 rows in batches of 8
-    some = RuleLabels(windows, asked=lambda history_ids, prefix_lengths: history_ids == 5)
+    some = RuleLabels(asked=lambda history_ids, prefix_lengths: history_ids == 5)
     trainer_of(student(), windows, tmp_path, labels=some, max_steps=-1, num_train_epochs=2).train()
 
 
@@ -464,18 +463,18 @@ def test_title_neighbours_alone_are_no_teacher_of_other_losses(tmp_path, name):
 
 
 def test_labels_that_the_rows_do_not_meet_are_refused(windows, tmp_path):
-    of_last = RuleLabels(windows, positions="last")
+    of_last = RuleLabels(positions="last")
     with pytest.raises(ValueError, match="which random windows hardly ever meet: expected windows='last'"):
         trainer_of(student(), windows, tmp_path, labels=of_last, **{"windows": "random"})
     with pytest.raises(ValueError, match="the labels are about row 29 and train_dataset has 24 rows"):
-        trainer_of(student(), windows, tmp_path, labels=RuleLabels(windows, rows=30))
+        trainer_of(student(), windows, tmp_path, labels=RuleLabels(rows=30))
     with pytest.raises(ValueError, match="the labels are about 30 items and the model has 31"):
         trainer_of(student(num_items=31), windows, tmp_path)
 
 
 def test_one_teacher_is_expected(windows, tmp_path):
     arguments = DistillationArguments(str(tmp_path), use_cpu=True)
-    for given in ({}, {"teacher_labels": RuleLabels(windows), "teacher": student()}):
+    for given in ({}, {"teacher_labels": RuleLabels(), "teacher": student()}):
         with pytest.raises(ValueError, match=r"expected either teacher_labels=.* or teacher=model"):
             DistillationTrainer(student(), arguments, train_dataset=SPLIT, eval_dataset=SPLIT, **given)
 
@@ -487,7 +486,7 @@ def test_labels_are_loaded_by_the_caller_who_knows_the_data(tmp_path):
 
 def test_plain_arguments_are_refused(windows, tmp_path):
     with pytest.raises(TypeError, match="args is a TrainingArguments: expected DistillationArguments"):
-        DistillationTrainer(student(), TrainingArguments(str(tmp_path)), teacher_labels=RuleLabels(windows))
+        DistillationTrainer(student(), TrainingArguments(str(tmp_path)), teacher_labels=RuleLabels())
 
 
 def test_batches_without_labels_are_refused(windows, tmp_path):
@@ -533,9 +532,9 @@ def test_the_divergence_at_every_position_is_that_of_whole_distributions(windows
 
 
 def test_stored_labels_are_distilled_as_distributions_where_there_are_any(windows, tmp_path):
-    asked_about = RuleLabels(windows, asked=lambda history_ids, prefix_lengths: prefix_lengths % 2 == 0)
+    asked_about = RuleLabels(asked=lambda history_ids, prefix_lengths: prefix_lengths % 2 == 0)
     losses = []
-    for labels in (asked_about, RuleLabels(windows, asked=lambda history_ids, prefix_lengths: prefix_lengths < 0)):
+    for labels in (asked_about, RuleLabels(asked=lambda history_ids, prefix_lengths: prefix_lengths < 0)):
         model = student(seed=1)
         trainer = trainer_of(model, windows, tmp_path, labels=labels, distilled_positions="all", kl_weight=2.0, lam=0.0)
         batch = batch_of(windows, trainer.data_collator)
@@ -548,7 +547,7 @@ def test_stored_labels_are_distilled_as_distributions_where_there_are_any(window
 
 
 def test_members_that_are_asked_and_labels_teach_together(windows, tmp_path):
-    teacher = EnsembleTeacher([student(seed=7), LabelScores(RuleLabels(windows))], [1.0, 0.5])
+    teacher = EnsembleTeacher([student(seed=7), LabelScores(RuleLabels())], [1.0, 0.5])
     trainer = trainer_of(
         student(seed=1), windows, tmp_path, teacher=teacher, distilled_positions="all", kl_weight=1.0, lam=0.0
     )

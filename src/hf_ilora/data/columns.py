@@ -1,5 +1,8 @@
 """Columns as flat arrays: reads those of splits, because reading a `datasets.Dataset` row by row is slow."""
 
+from bisect import bisect_right
+from collections.abc import Iterator
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,6 +22,39 @@ def flatten_lists(split: Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
     lists = read_column(split, column).combine_chunks()
     lengths = lists.value_lengths().to_numpy().astype(np.int64)
     return lists.flatten().to_numpy(), np.concatenate([[0], lengths.cumsum()])
+
+
+class ListColumn:
+    """A list column whose rows are read where they are, in memory or in mapped files, without a copy.
+
+    Args:
+        split: the data set.
+        column: of lists, without nulls.
+
+    `lengths` are those of the lists, (rows,) int64.
+    """
+
+    def __init__(self, split: Dataset, column: str):
+        chunks = [chunk for chunk in read_column(split, column).chunks if len(chunk)]
+        self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]  # (rows of the chunk + 1,) each
+        self._values = [chunk.values.to_numpy() for chunk in chunks]
+        self._first_rows = np.cumsum([0] + [len(chunk) for chunk in chunks])[:-1].tolist()
+        self.lengths = np.concatenate([np.zeros(0, np.int64), *map(np.diff, self._offsets)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """The list of a row, (its length,)."""
+        chunk = bisect_right(self._first_rows, row) - 1
+        offsets, place = self._offsets[chunk], row - self._first_rows[chunk]
+        return self._values[chunk][offsets[place] : offsets[place + 1]]
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """All values of the column in their order, piece by piece."""
+        for offsets, values in zip(self._offsets, self._values, strict=True):
+            for first in range(offsets[0], offsets[-1], _CODES_PER_COUNT):
+                yield values[first : min(first + _CODES_PER_COUNT, offsets[-1])]
 
 
 def list_array(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
@@ -73,6 +109,12 @@ def count_codes(codes: np.ndarray, length: int) -> np.ndarray:
     return counts
 
 
+def check_has_rows(split: Dataset) -> None:
+    """Raise a ValueError for a training split without rows."""
+    if len(split) == 0:
+        raise ValueError("the training split is empty: no user has two training items; loosen the filters")
+
+
 def training_sequences(split: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Each training row as one sequence: its history, followed by its target.
 
@@ -82,8 +124,7 @@ def training_sequences(split: Dataset) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: for a split without rows.
     """
-    if len(split) == 0:
-        raise ValueError("the training split is empty: no user has two training items; loosen the filters")
+    check_has_rows(split)
     histories, boundaries = flatten_lists(split, "history")
     targets = read_column(split, "target").to_numpy()
     return np.insert(histories, boundaries[1:], targets), boundaries + np.arange(len(boundaries))

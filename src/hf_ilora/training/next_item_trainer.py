@@ -12,7 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from hf_ilora.data.columns import flatten_lists, read_column, repeat_share, training_sequences
+from hf_ilora.data.columns import ListColumn, read_column, repeat_share, training_sequences
 from hf_ilora.evaluation.ranking import RankingMetrics, ranks_from_logits
 from hf_ilora.models.loading import check_catalogue
 from hf_ilora.models.next_item.catalogue import Catalogue
@@ -365,14 +365,15 @@ def _check_columns(rows: datasets.Dataset, name: str) -> None:
 
 
 def _check_item_ids(rows: datasets.Dataset, num_items: int) -> None:
-    for column in ("history", "target"):
-        items = flatten_lists(rows, column)[0] if column == "history" else read_column(rows, column).to_numpy()
-        if len(items) and (items.min() < 1 or items.max() > num_items):
-            wrong = items.min() if items.min() < 1 else items.max()
-            raise ValueError(
-                f"train_dataset holds item {wrong} in {column}: expected ids 1 to {num_items}, the model's num_items; "
-                "build the model with num_items=sequences.num_items"
-            )
+    targets = read_column(rows, "target").to_numpy()
+    for column, pieces in (("history", ListColumn(rows, "history").pieces()), ("target", [targets])):
+        for items in pieces:
+            if len(items) and (items.min() < 1 or items.max() > num_items):
+                wrong = items.min() if items.min() < 1 else items.max()
+                raise ValueError(
+                    f"train_dataset holds item {wrong} in {column}: expected ids 1 to {num_items}, the model's "
+                    "num_items; build the model with num_items=sequences.num_items"
+                )
 
 
 __all__ = ["NextItemTrainer", "next_item_optimizer"]

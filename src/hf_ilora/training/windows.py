@@ -10,7 +10,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import TrainerCallback
 
-from hf_ilora.data.columns import flatten_lists, read_column, training_sequences
+from hf_ilora.data.columns import ListColumn, check_has_rows, read_column
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID
 
 WINDOWS = ("random", "all", "last")
@@ -55,8 +55,12 @@ def item_counts(split: Dataset, num_items: int, labelled_positions: str = "all")
     Raises:
         ValueError: for a split without rows.
     """
-    items = read_column(split, "target").to_numpy() if labelled_positions == "last" else training_sequences(split)[0]
-    return torch.from_numpy(np.bincount(items, minlength=num_items + 1).astype(np.float32))
+    check_has_rows(split)
+    counts = np.bincount(read_column(split, "target").to_numpy(), minlength=num_items + 1)
+    if labelled_positions == "all":
+        for items in ListColumn(split, "history").pieces():
+            counts += np.bincount(items, minlength=num_items + 1)
+    return torch.from_numpy(counts.astype(np.float32))
 
 
 class TrainingWindows(TorchDataset):
@@ -93,25 +97,24 @@ class TrainingWindows(TorchDataset):
         with_origins: bool = False,
     ):
         check_windows(windows, labelled_positions, skip_probability, shuffle_distance)
-        self.items, boundaries = training_sequences(split)
-        lengths = np.diff(boundaries) - 1  # inputs per sequence, (rows,)
+        check_has_rows(split)
+        self.histories, self.targets = ListColumn(split, "history"), read_column(split, "target").to_numpy()
+        lengths = self.histories.lengths  # inputs per sequence, (rows,)
         self.max_length, self.windows, self.seed = max_length, windows, seed
         self.labelled_positions = labelled_positions
         self.skip_probability, self.shuffle_distance, self.epoch = skip_probability, shuffle_distance, 0
         self.with_origins = with_origins
-        sequence_starts = boundaries[:-1]
-        self._rows = np.arange(len(lengths))  # (windows,), the row of each
         if windows == "all":
             per_row = -(-lengths // max_length)  # windows of max_length inputs, aligned to the newest item
-            self._rows = row = np.repeat(self._rows, per_row)
+            self._rows = row = np.repeat(np.arange(len(lengths)), per_row)  # (windows,), the row of each
             from_newest = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
             last_inputs = lengths[row] - from_newest * max_length  # inputs that lie before the window's end
             self.lengths = np.minimum(last_inputs, max_length)
-            self.starts = sequence_starts[row] + last_inputs - self.lengths
+            self.starts = last_inputs - self.lengths  # in the row
         else:
+            self._rows = np.arange(len(lengths))
             self.lengths = np.minimum(lengths, max_length)
-            self.starts = sequence_starts + lengths - self.lengths
-        self._first_starts = sequence_starts  # (rows,)
+            self.starts = lengths - self.lengths
         self._newest_starts = self.starts
         self.set_epoch(0)
 
@@ -119,9 +122,8 @@ class TrainingWindows(TorchDataset):
         """Move the random windows to their places of this epoch."""
         self.epoch = epoch
         if self.windows == "random":
-            choices = self._newest_starts - self._first_starts + 1  # (rows,)
             generator = np.random.default_rng((self.seed, epoch))
-            self.starts = self._first_starts + generator.integers(0, choices)
+            self.starts = generator.integers(0, self._newest_starts + 1)
 
     @property
     def num_targets(self) -> int:
@@ -132,16 +134,21 @@ class TrainingWindows(TorchDataset):
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        places = np.arange(self.starts[index], self.starts[index] + self.lengths[index] + 1)
+        history_id, start = self._rows[index], self.starts[index]
+        end = start + self.lengths[index]  # of the inputs
+        history = self.histories[history_id]
+        sequence = history[start : end + 1]
+        if end == len(history):
+            sequence = np.append(sequence, self.targets[history_id])
+        places = np.arange(len(sequence))
         if self.skip_probability or self.shuffle_distance:
             generator = np.random.default_rng((self.seed, self.epoch, index))
             places = disturbed(places, self.skip_probability, self.shuffle_distance, generator)
-        sequence = self.items[places]
+            sequence = sequence[places]
         row = labelled_window(sequence, self.labelled_positions)
         if self.with_origins:
-            history_id = self._rows[index]
             row["history_ids"] = np.full(len(places) - 1, history_id)
-            row["prefix_lengths"] = places[1:] - self._first_starts[history_id]
+            row["prefix_lengths"] = start + places[1:]
         return row
 
 
@@ -248,16 +255,14 @@ class EvaluationHistories(TorchDataset):
     def __init__(self, split: Dataset, max_length: int):
         if len(split) == 0:
             raise ValueError("the evaluation split is empty: expected one row per user; loosen the filters")
-        self.items, self.boundaries = flatten_lists(split, "history")
-        self.targets = read_column(split, "target").to_numpy()
+        self.histories, self.targets = ListColumn(split, "history"), read_column(split, "target").to_numpy()
         self.max_length = max_length
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        history = self.items[self.boundaries[index] : self.boundaries[index + 1]]
-        return evaluation_row(history, self.targets[index], self.max_length)
+        return evaluation_row(self.histories[index], self.targets[index], self.max_length)
 
 
 class NextItemCollator:
