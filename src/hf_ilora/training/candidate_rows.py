@@ -81,7 +81,7 @@ class CandidateRows(TorchDataset):
             self.candidates = self._own_candidates(split)
             self.num_candidates = self.candidates.shape[1]
             return
-        for row in np.flatnonzero(lengths + num_candidates > num_items):
+        for row in np.flatnonzero(lengths + num_candidates > num_items).tolist():
             free = int((~self._taken(row)).sum())
             if free < num_candidates - 1:
                 raise ValueError(

@@ -1,12 +1,14 @@
 """Turns rows of histories, candidates and targets into batches for an iLoRA model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from hf_ilora.models.ilora.prompts import PromptBuilder
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL, PADDING_ITEM_ID
+
+from .candidate_rows import CandidateRow
 
 
 class PromptCollator:
@@ -41,7 +43,7 @@ class PromptCollator:
         self.prompt_builder, self.candidate_fraction = prompt_builder, candidate_fraction
         self.order_candidates, self.scores_candidates = order_candidates, scores_candidates
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[CandidateRow]) -> dict[str, torch.Tensor]:
         """Collate rows.
 
         Returns:
@@ -55,9 +57,9 @@ class PromptCollator:
             ValueError: as `PromptBuilder.build`.
         """
         histories = left_padded([row["history"] for row in rows])  # (batch, longest)
-        candidates = left_padded([row["candidates"] for row in rows])  # (batch, num_candidates)
+        candidates: np.ndarray | torch.Tensor = left_padded([row["candidates"] for row in rows])  # (batch, candidates)
         if self.order_candidates is not None:
-            candidates = self.order_candidates(torch.from_numpy(histories), torch.from_numpy(candidates))
+            candidates = self.order_candidates(torch.from_numpy(histories), torch.as_tensor(candidates))
         targets = np.array([row["target"] for row in rows], dtype=np.int64)  # (batch,)
         uniforms = np.array([row["uniforms"] for row in rows])  # (batch, 2)
         shows_candidates = uniforms[:, 1] < self.candidate_fraction
@@ -76,7 +78,8 @@ class PromptCollator:
         if self.scores_candidates:
             answers = {"candidates": torch.as_tensor(candidates)}
         else:
-            longest = int((prompts.title_labels != IGNORED_LABEL).sum(1).max())
+            assert prompts.title_labels is not None  # of the targets
+            longest = int(prompts.title_labels.ne(IGNORED_LABEL).sum(1).max())
             answers = {"title_labels": prompts.title_labels[:, -longest:]}
         return {
             "input_ids": prompts.input_ids,

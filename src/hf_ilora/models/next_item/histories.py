@@ -159,7 +159,7 @@ def _empty(row: int) -> str:
     )
 
 
-def _shown(row) -> str:
+def _shown(row: object) -> str:
     text = repr(row)
     return text if len(text) <= 60 else f"{text[:60]}..."
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def item_filter(
     return ids
 
 
-def _as_tensor(name: str, given) -> torch.Tensor:
+def _as_tensor(name: str, given: Any) -> torch.Tensor:
     """(items,) or (rows, longest), padded with 0."""
     if isinstance(given, torch.Tensor):
         return given
