@@ -18,6 +18,8 @@ for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEME
 
 from transformers import set_seed  # noqa: E402
 
+from tests.faulty_server import dead_url, server  # noqa: E402, F401 - fixtures
+
 
 @pytest.fixture(autouse=True)
 def same_random_numbers():

@@ -1,4 +1,4 @@
-"""Candidate sets: what they hold, what they depend on, and their distribution."""
+"""Candidate sets: their content, what they depend on, and their distribution."""
 
 import hashlib
 import itertools
@@ -136,7 +136,7 @@ class TestInSequences:
         return build_sequences(interactions_table(list(rows)), items_table(range(60)), **keywords)
 
     @pytest.mark.parametrize("protocol", ["leave_one_out", "temporal_users"])
-    def test_rows_hold_the_target_and_items_that_the_user_never_saw(self, protocol):
+    def test_candidates_are_the_target_and_items_that_the_user_never_saw(self, protocol):
         sequences = self.build(protocol=protocol)
         raw_ids = [None, *sequences.raw_ids.tolist()]
         assert "candidates" not in sequences["train"].column_names
@@ -150,7 +150,7 @@ class TestInSequences:
     def test_the_same_seed_gives_the_same_candidates(self):
         assert self.build()["test"]["candidates"][:] == self.build()["test"]["candidates"][:]
 
-    def test_seeds_and_splits_differ(self):
+    def test_other_seeds_and_splits_give_other_candidates(self):
         found = self.build()
         other = self.build(candidate_seed=1)
         assert other["test"]["target"][:] == found["test"]["target"][:]
@@ -170,7 +170,7 @@ class TestInSequences:
         for row in self.build(fewer)["validation"]:
             assert row["candidates"] == by_user[row["user_id"]]
 
-    def test_zero_switches_them_off(self):
+    def test_zero_candidates_leave_the_column_out(self):
         sequences = self.build(num_candidates=0)
         assert all("candidates" not in split.column_names for split in sequences.values())
 

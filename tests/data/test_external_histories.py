@@ -94,7 +94,7 @@ def test_ids_may_be_64_bits_wide_and_candidates_absent(sequences, folder):
         ("items", with_column("item_id", lambda table: pa.array(np.arange(len(table)))), "items: item ids must be 1"),
     ],
 )
-def test_what_does_not_fit_the_schema_is_refused(part, change, message, folder):
+def test_parts_that_do_not_fit_the_schema_are_refused(part, change, message, folder):
     rewrite(folder / part, change)
     with pytest.raises(ValueError, match=message):
         read(folder)

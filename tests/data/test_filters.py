@@ -53,7 +53,7 @@ class TestKCore:
         found = k_core(np.array(users), np.array(items), min_user, min_item)
         assert set(np.flatnonzero(found).tolist()) == kept
 
-    def test_a_chain_falls_one_by_one(self):
+    def test_a_chain_of_users_is_dropped_one_by_one(self):
         """Each user loses the second interaction only when the user before is gone."""
         users, items = np.repeat(np.arange(6), 2)[:-1], np.arange(11) // 2 + np.arange(11) % 2
         assert not k_core(users, items, 2, 2).any()
@@ -105,7 +105,7 @@ class TestReadInteractions:
         assert coded.item_ids.to_pylist() == ["a", "b", "c"]
         assert {coded.users.dtype, coded.items.dtype} == {np.dtype(np.int32)}
 
-    def test_batches_make_one_code_book(self, monkeypatch):
+    def test_codes_agree_across_batches(self, monkeypatch):
         monkeypatch.setattr(filters, "_ROWS_PER_BATCH", 4)
         generator = np.random.default_rng(0)
         columns = {"user_id": generator.integers(-9, 9, 50), "item_id": generator.integers(0, 20, 50)}
@@ -160,7 +160,7 @@ class TestReadInteractions:
         with pytest.raises(ValueError, match=message):
             read_interactions(arrow_dataset({**GOOD, "timestamp": [1, time, 3]}), None)
 
-    def test_a_rating_that_is_no_number_is_an_error(self):
+    def test_a_nan_rating_is_an_error(self):
         with pytest.raises(ValueError, match="column 'rating' of interactions has NaN values"):
             read_interactions(arrow_dataset({**GOOD, "rating": [1.0, float("nan"), 2.0]}), min_rating=2)
         read_interactions(arrow_dataset({**GOOD, "rating": [1.0, float("nan"), 2.0]}), min_rating=None)

@@ -91,7 +91,7 @@ def test_titles_come_from_a_table_of_items_in_its_order(as_source):
     assert items["year"][:] == [None, None, None, 1999]
 
 
-def test_the_first_rows_can_be_asked_for(as_source):
+def test_a_limit_loads_the_first_rows(as_source):
     source = as_source(ROWS | {"title": TITLES})
     interactions, items = load(source, title_column="title", limit_data_rows=2)
     assert interactions.to_dict() == {name: values[:2] for name, values in EXPECTED.items()}
@@ -99,19 +99,19 @@ def test_the_first_rows_can_be_asked_for(as_source):
     assert load(source, limit_data_rows=99)[0].num_rows == load(source, limit_data_rows=10**30)[0].num_rows == 4
 
 
-def test_without_a_time_column_the_position_is_the_time(as_source):
+def test_without_a_time_column_the_row_number_is_the_time(as_source):
     interactions, _ = load_interactions(as_source(ROWS), "user", "item", None)
     assert interactions["timestamp"][:] == [0, 1, 2, 3]
     assert interactions.features["timestamp"] == Value("int64")
 
 
-def test_an_items_table_may_call_its_id_column_otherwise(tmp_path):
+def test_an_items_table_may_have_another_name_for_its_id_column(tmp_path):
     items = write(tmp_path / "items.csv", {"sku": [10, 20, 30], "name": ["Ten", "Twenty", "Thirty"]})
     _, loaded = load(pd.DataFrame(ROWS), items=str(items), items_item_column="sku", items_title_column="name")
     assert loaded["title"][:] == ["Ten", "Twenty", "Thirty"]
 
 
-def test_titles_can_be_left_as_they_are():
+def test_titles_stay_unchanged_without_normalize_titles():
     _, items = load(pd.DataFrame(ROWS | {"title": TITLES}), title_column="title", normalize_titles=False)
     assert items["title"][:] == ["Night, The (1999)", "Day", "Dawn, A"]
     assert items["year"][:] == [None, None, None]
@@ -272,7 +272,7 @@ def test_a_missing_id_is_named_with_its_row(column, ids):
 
 
 @pytest.mark.parametrize("word", ["", "NaN", "NULL", "None"])
-def test_a_word_for_nothing_in_a_text_file_is_a_missing_id(tmp_path, word):
+def test_a_word_that_marks_missing_values_in_a_text_file_is_a_missing_id(tmp_path, word):
     path = write(tmp_path / "t.csv", {"user": [1, 2], "item": [1, word], "time": [1, 2]})
     with pytest.raises(ValueError, match=rf"column 'item' of .* has '{word}' in row 1 .*if such a word is a real id"):
         load(path)
@@ -290,7 +290,7 @@ def test_an_empty_id_is_refused():
 
 
 @pytest.mark.parametrize("ids", [[1.0, 2.0], [True, False], [datetime.date(2000, 1, 1)] * 2])
-def test_ids_of_a_type_that_is_no_id_are_refused(ids):
+def test_ids_that_are_neither_integers_nor_text_are_refused(ids):
     with pytest.raises(ValueError, match=r"column 'item' of .* has type .*; expected integers or strings: cast"):
         load(pd.DataFrame({"user": [1, 2], "item": ids, "time": [1, 2]}))
 
@@ -366,12 +366,12 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("source", [DatasetDict(train=Dataset.from_dict(ROWS)), ROWS, None])
-def test_a_source_that_is_no_table_is_refused(source):
+def test_a_source_that_is_not_a_table_is_refused(source):
     with pytest.raises(TypeError, match=r"cannot read a table from .*; expected a path .*dataset\['train'\]"):
         load(source)
 
 
-def test_a_spoilt_file_is_refused_with_its_name(tmp_path):
+def test_a_damaged_file_is_refused_with_its_name(tmp_path):
     short = tmp_path / "t.csv"
     short.write_text("user,item,time\n1,2,3\n4,5\n")
     with pytest.raises(ValueError, match=r"t.csv cannot be read: .*Expected 3 columns, got 2.*fix the file"):
@@ -391,7 +391,7 @@ def test_a_spoilt_file_is_refused_with_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0, -2, True])
-def test_a_limit_that_means_nothing_is_refused(limit):
+def test_an_invalid_limit_is_refused(limit):
     with pytest.raises(ValueError, match=r"expected -1 \(all rows\) or a positive integer"):
         load(pd.DataFrame(ROWS), limit_data_rows=limit)
 
@@ -412,7 +412,7 @@ def test_items_without_a_title_are_refused_or_called_by_their_id(blank):
     assert items["title"][:] == ["Night", "10", "Dawn"]
 
 
-def test_a_column_of_titles_that_is_no_text_is_refused():
+def test_a_column_of_titles_that_is_not_text_is_refused():
     with pytest.raises(ValueError, match="column 'title' of the pandas frame has type int64; expected text"):
         load(pd.DataFrame(ROWS | {"title": [1, 2, 2, 3]}), title_column="title")
 
@@ -443,15 +443,15 @@ def test_ids_of_two_types_in_the_two_tables_are_refused():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"items": pd.DataFrame()},
-        {"items": pd.DataFrame(), "items_title_column": "a", "title_column": "b"},
-        {"items_title_column": "a"},
-        {"items_item_column": "a"},
-        {"missing_titles": "guess"},
+        ({"items": pd.DataFrame()}, "items is given with items_title_column=None"),
+        ({"items": pd.DataFrame(), "items_title_column": "a", "title_column": "b"}, "title_column to be None"),
+        ({"items_title_column": "a"}, "is given without items: pass the table of items"),
+        ({"items_item_column": "a"}, "is given without items: pass the table of items"),
+        ({"missing_titles": "guess"}, "missing_titles is 'guess'; expected 'raise' or 'item_id'"),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(options):
-    with pytest.raises(ValueError, match=r"expected|pass the table of items"):
+def test_options_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         load(pd.DataFrame(ROWS), **options)

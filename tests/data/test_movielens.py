@@ -185,7 +185,7 @@ def test_every_genre_flag_has_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ml-100k", "ml-1m", "ml-25m"])
-def test_the_first_rows_can_be_asked_for(name, tmp_path):
+def test_a_limit_loads_the_first_rows(name, tmp_path):
     source = write_folder(tmp_path, native_files(name))
     interactions, items = load_movielens(name, 3, source=source)
     assert interactions.to_dict() == {column: values[:3] for column, values in EXPECTED_INTERACTIONS.items()}
@@ -195,7 +195,7 @@ def test_the_first_rows_can_be_asked_for(name, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0, -2, 1.5, True, "3"])
-def test_a_limit_that_means_nothing_is_refused(limit, tmp_path):
+def test_an_invalid_limit_is_refused(limit, tmp_path):
     with pytest.raises(ValueError, match=r"limit_data_rows is .*; expected -1 \(all rows\) or a positive integer"):
         load_movielens(limit_data_rows=limit, source=tmp_path)
 
@@ -218,7 +218,7 @@ def test_a_file_larger_than_a_block_is_read_whole_and_in_order(large_zip):
     assert load_movielens("ml-20m", 1_150_000, source=large_zip)[0].num_rows == 1_150_000
 
 
-def test_an_early_stop_leaves_the_interpreter_healthy(large_zip):
+def test_stopping_at_a_limit_lets_the_interpreter_exit_cleanly(large_zip):
     """Arrow's streaming reader over a Python file aborts the process at exit when it is dropped before the end."""
     code = f"from hf_ilora.data.movielens import load_movielens; load_movielens('ml-20m', 5, source={str(large_zip)!r})"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -295,7 +295,7 @@ def test_a_zip_with_a_path_outside_is_an_error(tmp_path):
         ),
     ],
 )
-def test_a_spoilt_file_is_an_error_that_names_the_place(name, file, old, new, message, tmp_path):
+def test_a_damaged_file_is_an_error_that_names_the_place(name, file, old, new, message, tmp_path):
     files = native_files(name)
     assert old in files[file]
     files[file] = files[file].replace(old, new)
@@ -411,7 +411,7 @@ def test_ml_100k_has_its_known_size_and_rows(real):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"needs the golden titles in {REFERENCE}")
-def test_ml_100k_titles_are_the_golden_ones_except_where_those_are_spoilt(real):
+def test_ml_100k_titles_are_the_golden_ones_except_where_the_reference_damaged_them(real):
     golden = pq.read_table(REFERENCE / "items.parquet").to_pydict()
     assert golden["item_id"] == list(range(1682))
     different = {
@@ -420,7 +420,7 @@ def test_ml_100k_titles_are_the_golden_ones_except_where_those_are_spoilt(real):
         if item["title"] != title
     }
     assert different == {
-        # ", The" taken out wherever it stands
+        # ", The" removed wherever it is
         177: ("The Good, The Bad and The Ugly", "The Good Bad and The Ugly"),
         1005: (
             "Double vie de Véronique, La (The Double Life of Veronique)",

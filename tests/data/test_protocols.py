@@ -114,9 +114,9 @@ class TestGlobalTime:
             assert row["target"] in row["candidates"] and len(others) == 4 and not own & set(others)
 
     @pytest.mark.parametrize("protocol", ["global_time", "time_folds"])
-    def test_places_in_a_history_are_no_moments(self, protocol):
+    def test_positions_in_a_history_are_refused_as_times(self, protocol):
         rows = [(user, item, item) for user in range(6) for item in range(10)]
-        with pytest.raises(ValueError, match=r"6 of 6 users begin at the time 0: .* look like places in a history"):
+        with pytest.raises(ValueError, match=r"6 of 6 users begin at the time 0: .* look like positions in a history"):
             build_sequences(*tables(rows), protocol, fold=1 if protocol == "time_folds" else None)
 
     @pytest.mark.parametrize(

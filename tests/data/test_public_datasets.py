@@ -173,7 +173,7 @@ def test_characters_that_python_2_printed_as_surrogates_are_read(tmp_path):
     assert items["title"][:] == ["Smile \U0001f60a"]
 
 
-def test_lines_that_are_no_literals_are_named_and_nothing_in_them_runs(tmp_path):
+def test_lines_that_are_not_literals_are_named_and_not_run(tmp_path):
     good = "{u'username': u'a', u'product_id': u'7', u'date': u'2017-12-17'}\n"
     for bad in ("{u'username': open('x', 'w')}\n", "[1]\n", "{u'username': u'cut\n"):
         folder = write(tmp_path, {"steam_reviews.json": good + bad, "steam_games.json": python_lines(GAMES)})
@@ -314,7 +314,7 @@ def test_lastfm_2k_has_who_tagged_whom_and_when(tmp_path, caplog):
         ),
     ],
 )
-def test_mistakes_are_named(name, files, settings, error, message, tmp_path):
+def test_wrong_names_files_and_settings_are_errors(name, files, settings, error, message, tmp_path):
     write(tmp_path, files)
     path = tmp_path / "yelp_dataset.tar" if "yelp_dataset.tar" in files else tmp_path
     with pytest.raises(error, match=message):

@@ -108,7 +108,7 @@ def test_map_and_filter_keep_the_catalogue_with_the_counts_of_their_rows(tmp_pat
     assert SequenceDatasets.load(tmp_path / "kept").fingerprint == kept.fingerprint != built.fingerprint
 
 
-def test_columns_that_map_adds_are_saved_and_leave_the_fingerprint_alone(tmp_path):
+def test_columns_that_map_adds_are_saved_and_leave_the_fingerprint_unchanged(tmp_path):
     built = sequences()
     mapped = built.map(lambda row: {"length": len(row["history"])})
     assert isinstance(mapped, SequenceDatasets) and mapped.fingerprint == built.fingerprint
@@ -155,7 +155,7 @@ def test_licence_of_own_data_is_that_of_their_info():
     )
 
 
-def test_restricted_data_are_published_with_an_explicit_word_only():
+def test_restricted_data_are_published_only_with_explicit_permission():
     built = build_sequences(*with_source("ml-100k", *tables()), num_candidates=0)
     for license in (None, "mit"):
         with pytest.raises(ValueError, match=r"made of ml-100k, and its licence says .* allow_restricted_license=True"):
@@ -191,19 +191,19 @@ def test_card_edited_by_hand_stays_and_takes_the_new_files():
 
 def test_revision_of_a_folder_is_refused(tmp_path):
     sequences().save(tmp_path)
-    with pytest.raises(ValueError, match=r"revision is 'v1' and .* is a folder"):
+    with pytest.raises(ValueError, match=r"revision is 'v1', but .* is a folder"):
         SequenceDatasets.load(tmp_path, revision="v1")
 
 
-def test_name_that_is_neither_a_folder_nor_in_the_cache_is_told_apart(tmp_path, monkeypatch):
+def test_a_hub_name_is_read_from_the_hub_unless_a_folder_has_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="outputs/data is no folder, the Hub cannot be reached"):
+    with pytest.raises(FileNotFoundError, match="outputs/data is not a folder, the Hub cannot be reached"):
         SequenceDatasets.load("outputs/data", cache_dir=tmp_path)
     sequences().save("outputs/data")
     assert len(SequenceDatasets.load("outputs/data")["test"]) == 3
 
 
-def test_saved_tables_have_no_index_of_pandas_and_no_loading_script(tmp_path):
+def test_saved_files_have_no_metadata_but_that_of_datasets_and_no_loading_script(tmp_path):
     sequences().save(tmp_path)
     assert not list(tmp_path.glob("*.py"))
     assert set(pq.read_schema(tmp_path / "train.parquet").metadata) == {b"huggingface"}

@@ -209,7 +209,7 @@ class TestOrder:
         for split in in_order:
             assert shuffled[split].to_dict() == in_order[split].to_dict()
 
-    def test_fractions_of_seconds_count(self):
+    def test_fractions_of_seconds_order_the_items(self):
         rows = [(1, 10, 2.75), (1, 20, 2.25), (1, 30, 2.5), (1, 40, 0.0)]
         sequences = build_sequences(interactions_table(rows), items_table([10, 20, 30, 40]), num_candidates=0)
         assert in_raw_ids(sequences)["test"] == [(1, [40, 20, 30], 10)]
@@ -331,7 +331,7 @@ class TestCounts:
         )
         assert sequences.catalogue.counts.tolist() == [0] + 15 * [8]  # of eight training users
 
-    def test_they_are_no_part_of_the_stored_data(self, small, tmp_path):
+    def test_counts_are_not_stored(self, small, tmp_path):
         sequences = build_sequences(*small, num_candidates=0)
         sequences.save(tmp_path / "data")
         assert "count" not in pq.read_table(tmp_path / "data" / "items.parquet").column_names
@@ -354,7 +354,7 @@ class TestTemporalUsers:
         assert sequences["validation"]["target"][:] == [7]
         assert sequences["test"]["user_id"][:] == [1]
 
-    def test_windows_hold_ten_items(self):
+    def test_histories_have_at_most_ten_items(self):
         rows = [(user, place + 1, user + place) for user in range(10) for place in range(15)]
         sequences = build_sequences(
             interactions_table(rows), items_table(range(1, 16)), "temporal_users", num_candidates=0
@@ -534,7 +534,7 @@ class TestFingerprint:
         sequences = build_sequences(interactions_table(rows), items, num_candidates=3)
         assert sequences.fingerprint == "a8a720ccff7f02dccc635293e8545a40efcfd933a552e6599fbe27997314ae39"
 
-    def test_chunks_and_indices_do_not_count(self, wide):
+    def test_chunks_and_indices_do_not_change_it(self, wide):
         sequences = build_sequences(*wide, num_candidates=2)
         fingerprint = sequences.fingerprint
         test = sequences["test"]
@@ -548,11 +548,11 @@ class TestFingerprint:
     @pytest.mark.parametrize(
         "keywords", [{"candidate_seed": 1}, {"num_candidates": 3}, {"max_history": 3}, {"drop_repeats": True}]
     )
-    def test_other_settings_have_another(self, wide, keywords):
+    def test_other_settings_change_it(self, wide, keywords):
         base = {"num_candidates": 2}
         assert build_sequences(*wide, **base).fingerprint != build_sequences(*wide, **(base | keywords)).fingerprint
 
-    def test_a_changed_row_or_title_has_another(self, small):
+    def test_a_changed_row_or_title_changes_it(self, small):
         interactions, items = small
         fingerprint = build_sequences(interactions, items, num_candidates=0).fingerprint
         times = interactions["timestamp"][:]
@@ -622,7 +622,7 @@ class TestSaveAndLoad:
         sequences.save(tmp_path / "data")
         assert hashlib.sha256((tmp_path / "data" / "items.parquet").read_bytes()).hexdigest() == items_digest
 
-    def test_the_folder_holds_parquet_a_card_and_one_description(self, sequences, tmp_path):
+    def test_the_folder_contains_parquet_a_card_and_a_description(self, sequences, tmp_path):
         sequences.save(tmp_path / "data")
         names = {"train.parquet", "validation.parquet", "test.parquet", "items.parquet", "sequences.json", "README.md"}
         assert set(os.listdir(tmp_path / "data")) == names
@@ -652,7 +652,7 @@ class TestSaveAndLoad:
         assert printed.split() == [sequences.fingerprint, sequences.fingerprint]
         assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []
 
-    def test_further_columns_of_items_travel_and_leave_the_fingerprint_alone(self, small, tmp_path):
+    def test_further_columns_of_items_are_saved_and_leave_the_fingerprint_unchanged(self, small, tmp_path):
         interactions, items = small
         plain = build_sequences(interactions, items, num_candidates=0)
         columns = {"price": [1.5, None, 3.0, 4.0, 5.0, 6.0], "tags": [["a"], [], None, ["b", "c"], [], []]}
@@ -669,7 +669,7 @@ class TestSaveAndLoad:
         with pytest.raises(ValueError, match="raw_id and count are columns of the catalogue itself; rename or drop"):
             build_sequences(interactions, items.add_column("count", range(6)), num_candidates=0)
 
-    def test_the_catalogue_must_be_one_with_all_columns(self, sequences):
+    def test_the_catalogue_must_be_a_catalogue_with_all_columns(self, sequences):
         table = sequences.catalogue.table
         with pytest.raises(TypeError, match="catalogue is a Table: expected a Catalogue"):
             SequenceDatasets(dict(sequences), table, sequences.protocol)

@@ -1,4 +1,4 @@
-"""Folders of sequence data: what a failed save leaves, and what load says about damaged or foreign files."""
+"""Folders of sequence data: what a failed save leaves, and the errors of damaged or foreign files."""
 
 import json
 import os
@@ -303,22 +303,25 @@ class TestLoading:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "message"),
     [
-        {"num_items": 10**12},
-        {"num_items": 0},
-        {"num_items": True},
-        {"num_items": None},
-        {"counts": {"train": 10**12, "validation": 4, "test": 4}},
-        {"counts": {"train": None, "validation": 4, "test": 4}},
-        {"protocol": {"name": 3, "num_candidates": 2}},
-        {"protocol": {"name": "leave_one_out", "num_candidates": True}},
+        ({"num_items": 10**12}, "items.parquet has 6 rows: expected 1000000000000"),
+        ({"num_items": 0}, "num_items=0: expected an int, 1 or more"),
+        ({"num_items": True}, "num_items=True: expected an int"),
+        ({"num_items": None}, "num_items=None: expected an int"),
+        ({"counts": {"train": 10**12, "validation": 4, "test": 4}}, "train.parquet has 4 rows: expected 1000000000000"),
+        ({"counts": {"train": None, "validation": 4, "test": 4}}, "expected an int, 0 or more, for each split"),
+        ({"protocol": {"name": 3, "num_candidates": 2}}, "a protocol without name: expected a string"),
+        (
+            {"protocol": {"name": "leave_one_out", "num_candidates": True}},
+            "without num_candidates: expected an integer",
+        ),
     ],
     ids=str,
 )
-def test_absurd_numbers_are_refused_by_the_files_footers(folder, changes):
+def test_absurd_values_in_the_description_are_refused(folder, changes, message):
     edit_description(folder, **changes)
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=message):
         SequenceDatasets.load(folder)
 
 

@@ -1,4 +1,4 @@
-"""Tables that outgrow memory: work_dir changes where columns are kept, and nothing in the data set."""
+"""Tables larger than memory: work_dir changes where columns are kept, but not the data set."""
 
 import gc
 
@@ -139,7 +139,7 @@ def test_protocols_that_divide_all_interactions_at_once_say_what_they_need(proto
         ("plays.parquet", {"title_column": "song"}, "expected the titles in a table of items"),
     ],
 )
-def test_what_cannot_be_streamed_is_refused(source, options, message, tmp_path):
+def test_tables_that_cannot_be_streamed_are_refused(source, options, message, tmp_path):
     if isinstance(source, str):
         (tmp_path / source).touch()
         source = tmp_path / source

@@ -71,13 +71,13 @@ def test_a_csv_with_a_stray_quote_is_refused_with_the_line(rows, line, tmp_path)
             load(path, **options)
 
 
-def test_a_tsv_of_a_writer_that_quotes_is_refused_if_it_is_cut(tmp_path):
+def test_a_truncated_tsv_of_a_writer_that_quotes_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"quotes in line 3 are not closed"):
         titles(write(tmp_path / "t.tsv", 'user\titem\ttime\ttitle\n1\ta\t1\t"Say ""Yes"""\n1\tb\t2\t"Cut'))
 
 
 @pytest.mark.parametrize("separator", [",", "\t"])
-def test_what_pandas_writes_is_read_as_it_was(separator, tmp_path):
+def test_titles_that_pandas_writes_come_back_unchanged(separator, tmp_path):
     names = ["two\nlines", "in\nred, green, blue, white", "in\n\na\tb\tc\td", 'Say "Yes"', "a, b\tc", '"', '5" pipe']
     frame = pd.DataFrame({"user": 1, "item": range(7), "time": range(7), "title": names})
     path = tmp_path / ("t.csv" if separator == "," else "t.tsv")
@@ -85,7 +85,7 @@ def test_what_pandas_writes_is_read_as_it_was(separator, tmp_path):
     assert titles(path) == names
 
 
-def test_quotes_are_obeyed_whichever_way_they_are_checked(tmp_path):
+def test_quotes_enclose_values_under_the_quick_and_the_thorough_check(tmp_path):
     rows = ['1,1,1,""""', '1,2,2,"a ""b"", c"', '"1","3","3",""', "1,4,4,d"]
     plain = titles(write(tmp_path / "t.csv", "user,item,time,title\n" + "\r\n".join(rows)), missing_titles="item_id")
     rows.append('1,5,5,"two\nlines"')  # looked at line by line
@@ -96,7 +96,7 @@ def test_quotes_are_obeyed_whichever_way_they_are_checked(tmp_path):
     assert titles(path) == ["a\tb", '"']
 
 
-def test_quotes_inside_of_a_value_are_characters(tmp_path):
+def test_quotes_inside_a_value_are_ordinary_characters(tmp_path):
     assert titles(write(tmp_path / "t.csv", 'user,item,time,title\n1,1,1,5" pipe\n1,2,2,"a, b"\n')) == [
         '5" pipe',
         "a, b",
@@ -106,7 +106,7 @@ def test_quotes_inside_of_a_value_are_characters(tmp_path):
 # Ids and names of columns
 
 
-def test_blanks_around_ids_and_names_do_not_count(tmp_path):
+def test_white_space_around_ids_and_column_names_is_ignored(tmp_path):
     columns = {" user": ["u ", "u", "\tv"], "item ": ["42", " 42", "\u00a043 "], "time": [1, 2, 3]}
     frame = pd.DataFrame(columns)
     frame.to_parquet(tmp_path / "t.parquet")
@@ -120,7 +120,7 @@ def test_blanks_around_ids_and_names_do_not_count(tmp_path):
         assert named["title"][:] == ["A", "B"]
 
 
-def test_an_exact_name_comes_before_one_with_blanks(tmp_path):
+def test_an_exact_column_name_takes_precedence_over_one_with_white_space(tmp_path):
     path = write(tmp_path / "t.csv", "user,item, item,time\n1,2,3,4\n")
     assert load(path)[0]["item_id"][:] == [2]
     with pytest.raises(ValueError, match="2 columns named 'item'"):
@@ -151,7 +151,7 @@ def test_text_tables_decide_together_whether_item_ids_are_numbers(odd, tmp_path)
     assert load(whole, limit_data_rows=2)[0]["item_id"][:] == load(whole)[0]["item_id"][:2] == ["12", "56"]
 
 
-def test_a_text_table_takes_the_type_of_a_table_with_types(tmp_path):
+def test_ids_of_a_text_table_take_the_type_of_the_other_table(tmp_path):
     plays = write(tmp_path / "t.csv", "user,item,time\n1,12,1\n1,56,2\n")
     items = write(tmp_path / "items.csv", "item,name\n12,A\n56,B\n9X,C\n")
     text = pd.DataFrame({"item": ["12", "56"], "name": ["A", "B"]})
@@ -181,7 +181,7 @@ def test_only_the_named_columns_of_json_lines_matter(half, tmp_path):
     assert titles(path, missing_titles="item_id") == ["i0", "i1"] + ["2012-12-21"] * (len(unread) - 2)
 
 
-def test_times_in_json_may_be_whole_and_fractions(tmp_path):
+def test_times_in_json_may_mix_whole_numbers_and_fractions(tmp_path):
     path = write(tmp_path / "t.jsonl", '{"user":1,"item":2,"time":1}\n\n{"user":1,"item":3,"time":2.5}\n')
     assert load(path)[0]["timestamp"][:] == [1.0, 2.5]
 
@@ -219,7 +219,7 @@ def test_json_lines_that_cannot_be_read_are_refused(line, message, tmp_path):
     ],
 )
 @pytest.mark.parametrize("column", ["user", "item", "time", "title"])
-def test_objects_that_no_column_can_hold_are_refused(column, values, message):
+def test_objects_that_fit_no_column_type_are_refused(column, values, message):
     frame = pd.DataFrame(ROWS | {"title": ["A", "B"]} | {column: pd.Series(values, dtype=object)})
     with pytest.raises(ValueError, match=f"column '{column}' of the pandas frame .*{message}"):
         titles(frame)
@@ -345,7 +345,7 @@ def test_compressed_text_is_recognised_by_its_content(name, tmp_path):
     assert load(write(tmp_path / name, gzip.compress(text.encode())))[0]["item_id"][:] == [2]
 
 
-def test_a_compressed_file_that_is_cut_or_none_is_refused(tmp_path):
+def test_a_compressed_file_that_is_truncated_or_not_compressed_is_refused(tmp_path):
     whole = gzip.compress(b"user,item,time\n" + b"".join(b"%d,%d,3\n" % (row, row * 7919) for row in range(9999)))
     for content in (whole[:-500], b"user,item,time\n1,2,3\n"):
         with pytest.raises(ValueError, match=r"t.csv.gz cannot be read"):
@@ -353,7 +353,7 @@ def test_a_compressed_file_that_is_cut_or_none_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("header", ["user;item;time", '"user";"item";"time"', "user|item|time", "user\titem\ttime"])
-def test_another_separator_is_named_and_can_be_given(header, tmp_path):
+def test_the_error_names_another_separator_which_can_then_be_passed(header, tmp_path):
     separator = header[-5] if '"' not in header else ";"
     path = write(tmp_path / "t.csv", f"{header}\n1{separator}10{separator}3\n")
     with pytest.raises(ValueError, match=r"look separated by .*: pass separator="):
@@ -413,7 +413,7 @@ def test_rows_without_a_header_are_named(tmp_path):
     [
         ("1,2,3\n", {"column_names": ["user", "item"]}, "has 3 values: expected a name for each column"),
         ("user,item,time\n1,2,3\n", {"column_names": NAMES[:3]}, "expected a row, not names; leave column_names out"),
-        ("1,2,3\n", {"column_names": ["user", "user", "item"]}, "expected the different names of all columns"),
+        ("1,2,3\n", {"column_names": ["user", "user", "item"]}, "expected distinct names of all columns"),
         ("user::item::time\n1::2::3\n", {}, "look separated by '::': pass separator='::'"),
         ("1::2::3\n1::2\n", {"separator": "::", "column_names": NAMES[:3]}, "t.csv cannot be read: .*3 columns, got 2"),
         ("1::2::\x1f\n", {"separator": "::", "column_names": NAMES[:3]}, "it has the control character"),
@@ -424,7 +424,7 @@ def test_wrong_names_and_separators_are_errors(content, options, message, tmp_pa
         load(write(tmp_path / "t.csv", content), **options)
 
 
-def test_a_text_file_of_no_known_form_needs_a_separator(tmp_path):
+def test_a_text_file_without_a_default_separator_needs_one(tmp_path):
     with pytest.raises(ValueError, match=r"t.dat has the file type '.dat', .* pass separator, such as '::'"):
         load(write(tmp_path / "t.dat", "1::2::3\n"))
 
@@ -485,7 +485,7 @@ def test_frames_of_polars_are_read_like_those_of_pandas(polars_frame):
     assert found[0]["user_id"][:] == ["u1", "u0"]
 
 
-def test_types_of_polars_keep_their_meaning(polars_frame):
+def test_polars_types_are_converted_without_loss(polars_frame):
     columns = {
         "user": pl.Series(["b", "a", "b"], dtype=pl.Categorical),
         "item": pl.Series([3, 2**63 - 1, 3], dtype=pl.UInt64),
@@ -524,7 +524,7 @@ def test_errors_name_the_column_of_polars(polars_frame, column, message):
 # Ratings
 
 
-def test_ratings_make_min_rating_work(tmp_path):
+def test_min_rating_filters_by_the_rating_column(tmp_path):
     rows = "".join(f"{user},{item},{item},{3.3 if item % 4 else 2}\n" for user in range(3) for item in range(12))
     path = write(tmp_path / "t.csv", "user,item,time,stars\n" + rows)
     interactions, items = load(path, rating_column="stars")
@@ -536,7 +536,7 @@ def test_ratings_make_min_rating_work(tmp_path):
     ("rating", "message"),
     [("", "has '' in row 1"), ("good", "has 'good' in row 1"), ("nan", "has 'nan' in row 1"), ("1e999", "row 1")],
 )
-def test_a_rating_that_is_none_is_an_error(rating, message, tmp_path):
+def test_a_rating_that_is_not_a_number_is_an_error(rating, message, tmp_path):
     path = write(tmp_path / "t.csv", f"user,item,time,stars\n1,2,3,4\n1,2,3,{rating}\n")
     with pytest.raises(ValueError, match=f"column 'stars' of .*t.csv .*{message}.* expected a number"):
         load(path, rating_column="stars")

@@ -114,7 +114,7 @@ def test_data_set_loads_offline_from_the_cache(client, saved, tmp_path):
     client.succeed(PUSH, folder, "user/data", {})
     offline = cache(tmp_path) | {"local_files_only": True}
     refused = client.fail(LOAD, "user/data", offline)
-    assert "FileNotFoundError: user/data is no folder, the Hub cannot be reached, and its cache lacks" in refused
+    assert "FileNotFoundError: user/data is not a folder, the Hub cannot be reached, and its cache lacks" in refused
     client.succeed(LOAD, "user/data", cache(tmp_path))
     requests = len(client.hub.requests)
     assert last_line(client.succeed(LOAD, "user/data", offline)).startswith(sequences.fingerprint)
@@ -128,7 +128,9 @@ def test_private_data_set_is_for_its_owner(client, saved, tmp_path):
     assert last_line(client.succeed(LOAD, "user/data", {})).startswith(sequences.fingerprint)
     for token in (None, STRANGER):
         refused = client.fail(LOAD, "user/data", cache(tmp_path, str(token)), token=token)
-        assert "FileNotFoundError: user/data is no folder, and the Hub has no such data set for this token" in refused
+        assert (
+            "FileNotFoundError: user/data is not a folder, and the Hub has no such data set for this token" in refused
+        )
     client.succeed(PUSH, folder, "user/public", {})
     assert "is public: expected a private" in client.fail(PUSH, folder, "user/public", {"private": True})
 

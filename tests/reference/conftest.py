@@ -1,4 +1,4 @@
-"""The published networks with weights, and their classes under the authors' names."""
+"""The published networks with random weights, and their classes under the authors' module names."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""The authors' models: same scores after conversion, their titles, and the command."""
+"""Conversion of the authors' models: equal scores, titles, and the command."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def test_the_converted_model_scores_as_the_published_formula(reference):
 
 
 @torch.no_grad()
-def test_every_weight_counts(reference):
+def test_every_weight_changes_the_scores(reference):
     ids, _ = histories()
     state_dict = reference.state_dict()
     scores = convert_reference_sasrec(state_dict)(input_ids=to_our_ids(ids, NUM_ITEMS)).logits[:, 1:]
@@ -145,7 +145,7 @@ def test_gru4rec_and_caser_score_as_the_published_formulas(other_reference):
 
 
 @torch.no_grad()
-def test_every_weight_of_gru4rec_and_caser_counts(other_reference):
+def test_every_weight_of_gru4rec_and_caser_changes_the_scores(other_reference):
     ids, _ = histories()
     state_dict = other_reference.state_dict()
     scores = convert_reference(state_dict)(input_ids=to_our_ids(ids, NUM_ITEMS)).logits[:, 1:]
@@ -209,7 +209,7 @@ def test_weights_of_another_model_are_refused(convert, build, changes, message):
         convert({name: value for name, value in state_dict.items() if value is not None})
 
 
-# Goldens: the authors' trained weights.
+# Golden values: the authors' trained weights.
 
 
 def golden(name, folder):
@@ -272,7 +272,7 @@ def test_titles_follow_the_shift_of_the_ids(tmp_path):
     assert reference_catalogue(path, NUM_ITEMS).item_ids(["B3"]) == [4]
 
 
-def test_a_catalogue_of_ours_is_taken_as_it_is(tmp_path):
+def test_a_catalogue_with_our_ids_stays_unchanged(tmp_path):
     ids = range(1, NUM_ITEMS + 1)
     ours = Catalogue(titles(ids, raw_id=[f"B{i}" for i in ids]))
     ours.to_parquet(tmp_path / "items.parquet")
@@ -296,7 +296,7 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_the_command_writes_a_folder_that_speaks_titles(reference, authors_modules, tmp_path):
+def test_the_command_writes_a_folder_with_titles(reference, authors_modules, tmp_path):
     save(reference, tmp_path / "sasrec.pt", True)
     pq.write_table(titles(), tmp_path / "items.parquet")
     output_dir = tmp_path / "new" / "sasrec"

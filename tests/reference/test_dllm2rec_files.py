@@ -81,7 +81,7 @@ def test_damaged_published_files_are_refused(published, name, text, message):
         DLLM2RecFilesTeacher(published, ROWS, ITEMS)
 
 
-def test_published_lists_are_neither_filtered_nor_continued(published):
+def test_excluding_seen_items_and_longer_lists_are_refused(published):
     teacher = DLLM2RecFilesTeacher(published, ROWS, ITEMS)
     with pytest.raises(
         ValueError, match="finished lists, from which seen items cannot be excluded: pass exclude_seen false"

@@ -219,7 +219,7 @@ def test_a_pickle_inside_a_tensor_stays_numbers(tmp_path):
         assert not marker.exists()
 
 
-def test_a_registered_extension_cannot_pass_by_the_list(tmp_path):
+def test_a_registered_extension_cannot_bypass_the_list(tmp_path):
     marker, path = tmp_path / "code_ran", tmp_path / "sasrec.pt"
     copyreg.add_extension("posix", "system", 200)
     try:
@@ -243,7 +243,7 @@ def test_a_registered_extension_cannot_pass_by_the_list(tmp_path):
         b"\x80\x02ctorch\nFloatStorage\nN}\x92.",  # keyword arguments
         b"\x80\x02K\x01)R.",  # calls a number
         b"\x80\x02X\x06\x00\x00\x00moduleQ.",  # a persistent id that is a string
-        b"(S'module'\nctorch\nFloatStorage\nNNtQ.",  # stands for a class, but then is no model
+        b"(S'module'\nctorch\nFloatStorage\nNNtQ.",  # is a class, but not a model
         b"\x80\x02(X\x07\x00\x00\x00storagecposix\nsystem\ntQ.",
         b"\x80\x02(r\xff\xff\xff\xff.",  # memo number 4294967295
         b"\x80\x05\x96\x00\x00\x00\x00\x00\x00\x00\x70.",  # a byte array of 8 exabytes
@@ -266,7 +266,9 @@ def test_broken_pickles_raise_an_error_that_names_the_file(tmp_path, content):
 
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code", "ignore:Duplicate name", "ignore:invalid escape")
 @pytest.mark.parametrize("zip_format", [True, False])
-def test_truncated_and_damaged_files_raise_or_read_the_same_names(reference, authors_modules, tmp_path, zip_format):
+def test_truncated_files_raise_and_damaged_ones_raise_nothing_but_value_errors(
+    reference, authors_modules, tmp_path, zip_format
+):
     path = tmp_path / "sasrec.pt"
     save(reference, path, zip_format)
     whole = path.read_bytes()
@@ -543,7 +545,7 @@ ONES = b"K\x01" * 100_000
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        # 60,000 rows that all are one list; and the same, filled after it is referred to
+        # 60,000 rows that are all the same list; and such a list, filled after it is referred to
         (pickle.dumps([[0] * 20_000] * 60_000, 2), "hold more than"),
         (b"\x80\x02]q\0](" + b"h\0" * 100_000 + b"eh\0(" + b"K\x01" * 20_000 + b"e0.", "hold more than"),
         # ten references to the level below, forty times; and a long text, again and again
@@ -552,7 +554,7 @@ ONES = b"K\x01" * 100_000
         (b"\x80\x02)" + b"\x85" * 100_000 + b".", "inside each other"),
         (b"\x80\x02" + b"](" * 5_000 + b"e" * 5_000 + b".", "inside each other"),
         (b"\x80\x02]q\0h\0a.", "inside themselves"),
-        # keys whose hash takes for ever, or more depth than there is
+        # keys that take forever to hash, or are nested too deeply
         (b"\x80\x02}" + SHARED_TUPLE + PAIR * 60 + b"K\x01s.", "containers as keys"),
         (b"\x80\x02})" + b"\x85" * 300 + b"K\x01s.", "containers as keys"),
         (b"\x80\x02\x8f(" + SHARED_TUPLE + PAIR * 60 + b"\x90.", "containers as keys"),
@@ -564,7 +566,7 @@ ONES = b"K\x01" * 100_000
         (b"0.", "not a whole pickle"),
     ],
 )
-def test_pickles_that_hold_more_than_their_bytes_are_refused_before_anything_is_built(
+def test_pickles_that_describe_too_much_for_their_size_are_refused_before_anything_is_built(
     tmp_path, monkeypatch, content, message
 ):
     def built(*_):

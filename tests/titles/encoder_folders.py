@@ -1,4 +1,4 @@
-"""Tiny title encoders as folders, and their vectors by hand: one title at a time, without padding."""
+"""Folders of tiny title encoders, and their hidden states for one title at a time, without padding."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,6 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, set_se
 
 from tests.tiny_tokenizers import word_piece
 
-MODULES = ("Transformer", "Pooling", "Normalize")
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 
@@ -27,7 +26,7 @@ def save_sentence_transformer(
     modules: tuple[str, ...] = ("Transformer", "Pooling", "Normalize"),
     **more,
 ) -> Path:
-    """The same with the files that sentence-transformers adds; `more` are of sentence_bert_config.json."""
+    """As `save_bert`, with the files that sentence-transformers adds; `more` goes to sentence_bert_config.json."""
     save_bert(folder)
     paths = {"Transformer": ""} | {name: f"{place}_{name}" for place, name in enumerate(modules) if place}
     entries = [
@@ -45,7 +44,7 @@ def save_sentence_transformer(
 
 @torch.no_grad()
 def states_by_hand(folder: Path, title: str, max_tokens: int = 24, layer: int = -1) -> torch.Tensor:
-    """(tokens, size)"""
+    """The hidden states of a title, (tokens, size)."""
     tokens = AutoTokenizer.from_pretrained(folder)(
         title, return_tensors="pt", truncation=True, max_length=max_tokens, split_special_tokens=True
     )

@@ -1,4 +1,4 @@
-"""The embedded title encoder: copied once out of a wheel; a tiny one stands in for the real one."""
+"""The embedded title encoder, which is copied once out of a wheel; here out of one with a tiny model."""
 
 import hashlib
 import zipfile
@@ -23,7 +23,7 @@ TITLES = ["Heat", "Toy Story", "1984"]
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """Puts a wheel with a tiny model in the place of the real one; the list has an entry for every download."""
+    """Replaces the real wheel by one with a tiny model; returns the list of downloaded requirements."""
     model, requirements = save_sentence_transformer(tmp_path / "model"), []
     (model / "special_tokens_map.json").write_text("{}")
     digest = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
@@ -44,7 +44,7 @@ def wheel(tmp_path, monkeypatch):
     return requirements
 
 
-def test_the_files_are_copied_once_and_the_code_is_left(wheel, tmp_path):
+def test_the_files_but_not_the_code_are_copied_once(wheel, tmp_path):
     folder = embedded_encoder_folder()
     assert folder.parent == tmp_path / "cache" / "title_encoders"
     assert embedded_encoder_folder() == folder and wheel == [WHEEL_REQUIREMENT]
@@ -53,7 +53,7 @@ def test_the_files_are_copied_once_and_the_code_is_left(wheel, tmp_path):
     assert embedded_encoder_folder() == folder and len(wheel) == 2
 
 
-def test_the_default_encoder_is_the_wheel_where_the_hub_is_out_of_reach(wheel, tmp_path, caplog):
+def test_the_default_encoder_comes_from_the_wheel_without_the_hub(wheel, tmp_path, caplog):
     vectors = encode_titles(TITLES)  # tests run with HF_HUB_OFFLINE
     assert f"the Hub does not serve {EMBEDDED_ENCODER}" in caplog.text
     assert torch.equal(vectors, encode_titles(TITLES, tmp_path / "model", cache_dir=tmp_path / "other"))

@@ -1,4 +1,4 @@
-"""Titles as vectors: by transformers, by iLoRA and by TF-IDF, against one title at a time, and what is refused."""
+"""Title vectors of transformers, iLoRA and TF-IDF, compared with one title at a time; and what is refused."""
 
 import importlib.util
 import json
@@ -91,7 +91,7 @@ def test_other_sentence_transformers_need_the_library(tmp_path, monkeypatch, set
         encode_titles(TITLES, folder)
 
 
-def test_of_an_encoder_and_decoder_the_encoder_is_read(tmp_path):
+def test_only_the_encoder_of_an_encoder_decoder_is_used(tmp_path):
     tokenizer, config = unigram(), T5Config(vocab_size=200, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
     model = T5ForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path / "t5")
@@ -243,12 +243,12 @@ def test_a_table_has_a_row_for_padding(bert):
         (["Heat"] * 3, "all 3 titles are 'Heat': expected titles that tell items apart"),
     ],
 )
-def test_titles_that_say_nothing_are_refused(bert, titles, message):
+def test_unusable_titles_are_refused(bert, titles, message):
     with pytest.raises(ValueError, match=message):
         item_title_embeddings(titles, bert)
 
 
-def test_raw_ids_are_no_titles(bert):
+def test_raw_ids_as_titles_are_refused(bert):
     for raw_ids in ([10, 20], ["10", "20"]):
         with pytest.raises(ValueError, match=r"titles of the catalogue are its raw ids \(the first is '10'\)"):
             item_title_embeddings(catalogue(["10", "20"], raw_ids), bert)
@@ -257,7 +257,7 @@ def test_raw_ids_are_no_titles(bert):
 # --- encoders that are refused ---
 
 
-def test_unknown_encoders_are_named(bert, tmp_path):
+def test_the_error_names_an_unknown_encoder(bert, tmp_path):
     for name in ("nobody/no-such-model", str(tmp_path / "missing")):
         with pytest.raises((ValueError, OSError), match=f"{name} .*is neither|{name} .*the Hub cannot be reached"):
             encode_titles(TITLES, name)
@@ -313,7 +313,7 @@ def test_titles_are_encoded_again_only_for_another_encoder_or_other_settings(ber
     assert len(list(cache.glob("*.safetensors"))) == 4
 
 
-def test_another_cache_may_be_named(bert, tmp_path, cache):
+def test_the_cache_folder_can_be_chosen(bert, tmp_path, cache):
     encode_titles(TITLES, bert, cache_dir=tmp_path / "mine")
     assert list((tmp_path / "mine").rglob("*.safetensors")) and not cache.exists()
 
@@ -330,7 +330,7 @@ def test_a_broken_file_in_the_cache_is_replaced(bert, cache, caplog):
     assert len(load_file(kept)["embeddings"]) == len(TITLES)
 
 
-def test_a_cache_that_cannot_be_written_costs_the_cache_alone(bert, tmp_path, monkeypatch, caplog):
+def test_titles_are_encoded_even_if_the_cache_cannot_be_written(bert, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("no folder")
     vectors = encode_titles(TITLES, bert, cache_dir=tmp_path / "file")
     assert torch.equal(vectors, encode_titles(TITLES, bert))
@@ -361,6 +361,8 @@ def test_an_encoder_that_stays_in_memory_is_loaded_once_and_when_the_cache_lacks
         encode_titles(TITLES, encoder, layer=0)
 
 
-def test_a_million_equal_titles_cost_one(bert):
+def test_a_million_equal_titles_are_encoded_once(bert, cache):
     table = item_title_embeddings(["Heat"] * 999_999 + ["Toy Story"], bert)
+    (cached,) = cache.glob("*.safetensors")
+    assert len(load_file(cached)["embeddings"]) == 2
     assert table.shape == (1_000_001, 16) and torch.equal(table[1], table[999_999])

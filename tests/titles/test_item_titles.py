@@ -1,4 +1,4 @@
-"""Items that join a model by their titles, and users who describe themselves, on planted groups of similar items."""
+"""Items added to a model by their titles, and users who name what they like, on planted groups of similar items."""
 
 import copy
 import math
@@ -92,7 +92,7 @@ def new_vectors(seed=1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_new_items_take_the_place_of_similar_ones_and_are_saved_with_the_model(name, tmp_path):
+def test_new_items_get_rows_near_similar_ones_and_are_saved_with_the_model(name, tmp_path):
     model = planted(name)
     config = model.config
     histories = torch.tensor([[3, 8, 13], [5, 10, 15]])
@@ -369,7 +369,7 @@ def test_tf_idf_encodes_all_titles_together():
         titles.recommend([["no title of the catalogue"]])
 
 
-def test_a_grown_model_trains_on():
+def test_a_model_with_new_items_can_be_trained_further():
     model = planted("head of its own")
     add_items(model, NEW, title_embeddings=torch.cat([embeddings_of_catalogue(), new_vectors()]))
     model.train()
@@ -380,7 +380,7 @@ def test_a_grown_model_trains_on():
     assert model.head.weight.grad[-1].abs().sum() > 0 and model.get_input_embeddings().weight.grad[-2].abs().sum() > 0
 
 
-# --- users who describe themselves ---
+# --- users who name what they like ---
 
 
 @pytest.fixture
@@ -394,7 +394,7 @@ def described(monkeypatch):
     return ItemTitles(planted("dot product"), title_embeddings=embeddings_of_catalogue())
 
 
-def test_texts_stand_for_the_nearest_items_and_titles_for_their_own(described):
+def test_titles_become_their_items_and_other_texts_the_nearest_items(described):
     item_ids, cosines = described.nearest_items(["I liked group 3", "group 0"], top_k=4)
     assert [{group_of(item) for item in row} for row in item_ids.tolist()] == [{3}, {0}]
     assert (cosines.diff(dim=1) <= 0).all() and (cosines > 0.5).all()
@@ -405,7 +405,7 @@ def test_texts_stand_for_the_nearest_items_and_titles_for_their_own(described):
     assert first[1:] == described.nearest_items(["liked group 3"], 5)[0].flip(1)[0].tolist()
 
 
-def test_users_who_describe_themselves_get_items_but_not_those_they_name(described):
+def test_users_get_recommendations_without_the_items_they_name(described):
     model, title = described.model, "Group 1, mint, item 2"
     liked = [[title, "group 3"], [], [title]]
     item_ids, scores = described.recommend(liked, top_k=NUM_ITEMS - 1)
@@ -431,7 +431,7 @@ def test_users_who_describe_themselves_get_items_but_not_those_they_name(describ
     assert set(titles.recommend([["group 3"]], top_k=2)[0][0].tolist()) == {1, 2}
 
 
-def test_bad_descriptions_are_refused(described):
+def test_bad_lists_of_liked_titles_are_refused(described):
     with pytest.raises(ValueError, match=r"liked\[0\] is the string 'group 1': expected a list of titles per user"):
         described.recommend(["group 1"])
     with pytest.raises(ValueError, match=r"liked\[0\] is the string 'g'"):

@@ -22,7 +22,7 @@ _Data = TypeVar("_Data")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
-def read_source(
+def read_folder_or_hub(
     source: str | os.PathLike,
     patterns: Collection[str],
     read: Callable[[Path], _Data],
@@ -38,21 +38,21 @@ def read_source(
         source: a folder, or "user/name" on the Hub. A local folder of that name takes precedence.
         patterns: which files to download, such as "*.parquet".
         read: reads a folder; raises FileNotFoundError or ValueError.
-        revision, token, cache_dir, local_files_only: as in `downloaded`; only for the Hub.
+        revision, token, cache_dir, local_files_only: as in `download_dataset`; only for the Hub.
 
     Raises:
-        ValueError: a revision is given for a folder; otherwise as `downloaded` and `read`.
-        FileNotFoundError, PermissionError, OSError: as `downloaded` and `read`.
+        ValueError: a revision is given for a folder; otherwise as `download_dataset` and `read`.
+        FileNotFoundError, PermissionError, OSError: as `download_dataset` and `read`.
     """
     if not is_hub_name(source):
         if revision is not None:
             raise ValueError(
-                f"revision is {revision!r} and {source} is a folder: expected a data set on the Hub with it; leave it "
+                f"revision is {revision!r}, but {source} is a folder: expected a data set on the Hub; leave revision "
                 "out"
             )
         return read(Path(source))
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    folder = downloaded(source, patterns, **hub)
+    folder = download_dataset(source, patterns, **hub)
     try:
         return read(folder)
     except (FileNotFoundError, ValueError) as error:
@@ -70,7 +70,7 @@ def is_hub_name(source: str | os.PathLike) -> bool:
     return not Path(source).exists() and not previous_folder(Path(source).resolve()).exists()
 
 
-def downloaded(
+def download_dataset(
     name: str,
     patterns: Collection[str],
     *,
@@ -111,14 +111,14 @@ def downloaded(
         )
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} is no folder, the Hub cannot be reached, and its cache lacks the data set ({told(error)}): "
+            f"{name} is not a folder, the Hub cannot be reached, and its cache lacks the data set ({told(error)}): "
             f"{expected}; check the path, the network and HF_HUB_OFFLINE"
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"{name} has no revision {revision!r}: expected a branch, a tag or a commit of it") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} is no folder, and the Hub has no such data set for this token ({told(error)}): {expected}; "
+            f"{name} is not a folder, and the Hub has no such data set for this token ({told(error)}): {expected}; "
             "prepare the data first, check the spelling, or pass token= if it is private or gated"
         ) from error
     except HfHubHTTPError as error:
@@ -133,4 +133,4 @@ def downloaded(
     return Path(folder)
 
 
-__all__ = ["downloaded", "is_hub_name", "read_source"]
+__all__ = ["download_dataset", "is_hub_name", "read_folder_or_hub"]

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, List, Value
 from hf_ilora.data.columns import repeated_values
 from hf_ilora.data.streaming import stream_interactions
 from hf_ilora.data.tables import (
-    Source,
+    TableSource,
     check_row_limit,
     clean_ids,
     clean_ratings,
@@ -26,7 +26,7 @@ from hf_ilora.data.titles import split_titles
 
 
 def load_interactions(
-    path_or_dataset: Source,
+    path_or_dataset: TableSource,
     user_column: str,
     item_column: str,
     time_column: str | None,
@@ -35,7 +35,7 @@ def load_interactions(
     rating_column: str | None = None,
     separator: str | None = None,
     column_names: Sequence[str] | None = None,
-    items: Source | None = None,
+    items: TableSource | None = None,
     items_item_column: str | None = None,
     items_title_column: str | None = None,
     items_separator: str | None = None,
@@ -106,7 +106,8 @@ def load_interactions(
     own = {"item_id", "raw_id", "title", "year", "genres", "count"} & set(metadata_columns or ())
     if own:
         raise ValueError(
-            f"metadata_columns has {min(own)!r}, which the catalogue has itself: expected others; rename the column"
+            f"metadata_columns has {min(own)!r}, which the catalogue has itself: expected other names; rename the "
+            "column"
         )
 
     if user_column is None or item_column is None:
@@ -161,7 +162,7 @@ def load_interactions(
 
 
 def _load_whole(
-    source: Source,
+    source: TableSource,
     names: dict[str, str | None],
     limit: int,
     separator: str | None,
@@ -280,7 +281,7 @@ class _Columns:
     @classmethod
     def read(
         cls,
-        source: Source,
+        source: TableSource,
         names: dict[str, str | None],
         limit: int = -1,
         separator: str | None = None,

@@ -12,15 +12,15 @@ from .tables import clean_seconds
 LEAKS = {
     "leave_one_out": "training has interactions of other users that are newer than a user's targets",
     "last_n": "training has interactions of other users that are newer than a user's targets",
-    "temporal_users": "training users may go on after the first test user has begun; with order_users_by='last', no "
+    "temporal_users": "training users may interact after the first test user has begun; with order_users_by='last', no "
     "training target is newer than a test target",
-    "global_time": "none in time: all of training is older than all of validation, and that than all of test",
+    "global_time": "none in time: all of training is older than all of validation, which is older than all of test",
     "time_folds": "none in time within a fold, but the test window of a fold validates the next one: choose settings "
     "by the validation of the same fold",
     "random": "training has later interactions of the same user and of all others, and histories have items that are "
-    "newer than the targets: figures are too high for a system that has to look ahead",
-    "cold_items": "that of leave_one_out; besides, filters counted the interactions with cold items, histories close "
-    "up where they were, and validation has the same cold items as test",
+    "newer than the targets: figures are too high for a system that must predict the future",
+    "cold_items": "that of leave_one_out; in addition, filters counted the interactions with cold items, histories "
+    "close the gaps that they leave, and validation has the same cold items as test",
 }
 PROTOCOLS = tuple(LEAKS)
 # Validation and test rows of these protocols have several relevant items.

@@ -23,8 +23,8 @@ class Rows:
     def __len__(self) -> int:
         return len(self.users)
 
-    def take(self, keep: np.ndarray) -> "Rows":
-        """The rows with True in `keep`, (rows,)."""
+    def filter(self, keep: np.ndarray) -> "Rows":
+        """The rows where `keep`, (rows,), is True."""
         ends = None if self.relevant_ends is None else self.relevant_ends[keep]
         return Rows(self.users[keep], self.starts[keep], self.ends[keep], ends)
 
@@ -165,8 +165,8 @@ def check_moments(histories: Histories, times: np.ndarray, protocol: str) -> Non
     if len(first_times) > 1 and 2 * begin_there > len(first_times):
         raise ValueError(
             f"{begin_there} of {len(first_times)} users begin at the time {earliest}: {protocol} expects moments that "
-            "users share, in seconds since 1970, and these look like places in a history; pass a column of real times, "
-            "or use last_n or leave_one_out"
+            "users share, in seconds since 1970, and these look like positions in a history; pass a column of real "
+            "times, or use last_n or leave_one_out"
         )
 
 
@@ -216,7 +216,7 @@ def split_by_time(
     users = np.arange(len(starts))
     splits = {"train": Rows(users, starts, ends[0] - 1)}
     for name, begin, end in (("validation", ends[0], ends[1]), ("test", ends[1], ends[2])):
-        splits[name] = Rows(users, starts, begin, end).take(end > begin)
+        splits[name] = Rows(users, starts, begin, end).filter(end > begin)
     return splits
 
 
@@ -255,7 +255,7 @@ def random_targets(histories: Histories, test_share: float, seed: int) -> tuple[
 
 def limit_histories(rows: Rows, max_history: int | None, min_history: int) -> Rows:
     """Drop rows with a history of fewer than `min_history` items; keep the newest `max_history` items of the rest."""
-    rows = rows.take(rows.ends - rows.starts >= min_history)
+    rows = rows.filter(rows.ends - rows.starts >= min_history)
     if max_history is not None:
         rows = replace(rows, starts=np.maximum(rows.starts, rows.ends - max_history))
     return rows

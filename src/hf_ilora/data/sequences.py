@@ -24,7 +24,7 @@ from .cards import card_to_publish, sequences_card
 from .columns import list_array, slice_indices, training_counts
 from .external_histories import read_external_histories
 from .filters import Histories, build_histories, read_interactions, read_items
-from .hub import read_source
+from .hub import read_folder_or_hub
 from .protocol_settings import IN_MEMORY, LEAKS, PROTOCOLS, SEVERAL_TARGETS, Moment, checked_protocol
 from .protocols import Rows, check_splits, limit_histories, split_histories
 from .schema import (
@@ -298,7 +298,7 @@ class SequenceDatasets(DatasetDict):
                 not exist or is given for a folder.
             OSError: the Hub cannot be reached.
         """
-        return read_source(
+        return read_folder_or_hub(
             source,
             DATA_FILES,
             cls._read,

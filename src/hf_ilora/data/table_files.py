@@ -85,7 +85,10 @@ class TableFiles:
                 f"{', '.join(_COMPRESSED)}): convert it, or pass a frame"
             )
         if len(suffixes) > 1:
-            raise ValueError(f"folder {path} has files of the types {sorted(suffixes)}; expected parts of one table")
+            raise ValueError(
+                f"folder {path} has files of the types {sorted(suffixes)}; expected parts of one table: move the "
+                "others out"
+            )
         if not path.exists():
             raise FileNotFoundError(f"there is no file {path}: check the path")
         (suffix,) = suffixes
@@ -98,14 +101,14 @@ class TableFiles:
                 )
         elif _SEPARATORS.get(suffix) == "":
             raise ValueError(
-                f"{path} has the file type {suffix!r}, which says nothing about its columns; expected the characters "
-                "between them: pass separator, such as '::' or '\\t'"
+                f"{path} has the file type {suffix!r}, which does not tell the separator of its columns; expected the "
+                "characters between them: pass separator, such as '::' or '\\t'"
             )
         if column_names is not None:
             if suffix not in _SEPARATORS or len(set(column_names)) < len(column_names) or not column_names:
                 raise ValueError(
-                    f"column_names are {list(column_names)} for {path}; expected the different names of all columns of "
-                    "a file of CSV, TSV or the like that has no line of names"
+                    f"column_names are {list(column_names)} for {path}; expected distinct names of all columns of a "
+                    "CSV, TSV or similar file without a header"
                 )
             column_names = tuple(column_names)
         return cls(path, files, suffix, separator or _SEPARATORS.get(suffix, ""), column_names)
@@ -183,10 +186,10 @@ class TableFiles:
             return bool(problems)
         file, problem = found[0]
         if self.separator == "\t" and not any(_is_written_with_quotes(file, self.separator) for file in problems):
-            logger.warning("%s: %s; so all quotes in %s are read as characters of the values", file, problem, self.path)
+            logger.warning("%s: %s; so all quotes in %s are read as ordinary characters", file, problem, self.path)
             return False
         raise ValueError(
-            f"{file}: {problem}; expected quotes only around whole values, and doubled inside of them, as pandas' "
+            f"{file}: {problem}; expected quotes only around whole values, and doubled inside them, as pandas' "
             'to_csv writes them ("Say ""Yes"""): fix the line, or read the file with pandas.read_csv(..., quoting=3) '
             "and pass the frame"
         )
@@ -224,12 +227,12 @@ class TableFiles:
         names = list(self.column_names)
         if len(first_row) != len(names):
             raise ValueError(
-                f"column_names are {names}, and the first line of {file} has {len(first_row)} values: expected a name "
+                f"column_names are {names}, but the first line of {file} has {len(first_row)} values: expected a name "
                 "for each column"
             )
         if any(name.strip() == value.strip() for name, value in zip(names, first_row, strict=True)):
             raise ValueError(
-                f"column_names are {names}, and the first line of {file} is {first_row}: expected a row, not names; "
+                f"column_names are {names}, but the first line of {file} is {first_row}: expected a row, not names; "
                 "leave column_names out"
             )
         return names
@@ -384,7 +387,7 @@ def quoting_problem(text: TextIO, separator: str) -> str:
     try:
         for values in csv.reader(lines_of_rows_with_quotes(), delimiter=separator, strict=True):
             if len(values) != columns:
-                return f"line {start} has {len(values)} values, if its quotes enclose values, not {columns}"
+                return f"if quotes enclose values, line {start} has {len(values)} values, not {columns}"
             if _looks_like_rows(row, separator, columns):
                 return f"the quote in line {start} swallows the {len(row) - 1} rows after it"
             row.clear()

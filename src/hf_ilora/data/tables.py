@@ -17,7 +17,7 @@ from hf_ilora.data.table_files import TableFiles, find_column
 if TYPE_CHECKING:
     import polars
 
-Source = Union[str, Path, pd.DataFrame, Dataset, "polars.DataFrame", "polars.LazyFrame"]
+TableSource = Union[str, Path, pd.DataFrame, Dataset, "polars.DataFrame", "polars.LazyFrame"]
 
 # Text files cannot tell these common marks of missing values from words.
 _MISSING_WORDS = ["", "nan", "NaN", "NAN", "null", "NULL", "None", "<NA>", "NA", "N/A", "n/a", "NaT"]
@@ -41,7 +41,7 @@ def check_row_limit(limit_data_rows: int) -> None:
         raise ValueError(f"limit_data_rows is {limit_data_rows!r}; expected -1 (all rows) or a positive integer")
 
 
-def describe(source: Source) -> str:
+def describe(source: TableSource) -> str:
     """The name of a table in error messages."""
     if isinstance(source, pd.DataFrame):
         return "the pandas frame"
@@ -53,7 +53,7 @@ def describe(source: Source) -> str:
 
 
 def read_columns(
-    source: Source,
+    source: TableSource,
     columns: Mapping[str, Hashable],
     limit_data_rows: int = -1,
     separator: str | None = None,

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 
 from hf_ilora.data.cards import card_to_publish
-from hf_ilora.data.hub import read_source
+from hf_ilora.data.hub import read_folder_or_hub
 from hf_ilora.data.storage import content_digest, is_count, read_parquet
 from hf_ilora.distillation.labels_card import labels_card, named_teacher
 from hf_ilora.models.next_item.catalogue import open_parquet
@@ -106,7 +106,7 @@ class TeacherLabels:
                 changed.
             OSError: when the Hub cannot be reached.
         """
-        return read_source(
+        return read_folder_or_hub(
             source,
             PUBLISHED_FILES,
             partial(cls._read, data_fingerprint, teacher_fingerprint, split),

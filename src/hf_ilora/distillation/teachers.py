@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hf_ilora.data.hub import read_source
+from hf_ilora.data.hub import read_folder_or_hub
 from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.data.storage import files_digest
 from hf_ilora.distillation.teacher_labels import DESCRIPTION_FILE, TeacherLabels, keys, read_description
@@ -300,7 +300,7 @@ def labels_of_teacher(
                 f"labels_teacher is {teacher} and ZeRO-3 would spread its weights over processes: leave it out, or use "
                 "another accelerate configuration"
             )
-        dtype = read_source(folder, (DESCRIPTION_FILE,), read_description).get("dtype")
+        dtype = read_folder_or_hub(folder, (DESCRIPTION_FILE,), read_description).get("dtype")
         try:
             expected = load_teacher(
                 teacher,

@@ -14,7 +14,7 @@ from datasets import Dataset
 from hf_ilora.data.columns import flatten_lists, read_column, slice_indices
 from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.data.table_files import TableFiles
-from hf_ilora.data.tables import Source, clean_ids, clean_seconds, describe, is_polars, read_columns
+from hf_ilora.data.tables import TableSource, clean_ids, clean_seconds, describe, is_polars, read_columns
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 
@@ -216,7 +216,7 @@ def _typed(table: pa.Table, whole_numbers: set[str] | None) -> pa.Table:
 
 
 def _interactions(
-    source: Source,
+    source: TableSource,
     user_column: str,
     item_column: str,
     time_column: str | None,

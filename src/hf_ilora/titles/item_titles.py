@@ -194,7 +194,7 @@ class ItemTitles:
 
         return max(TEMPERATURES, key=quality)
 
-    # --- users who describe themselves ---
+    # --- users who name what they like ---
 
     def nearest_items(
         self, titles: Sequence[str], top_k: int = 1, title_embeddings: torch.Tensor | None = None

@@ -39,7 +39,7 @@ def test_an_md5_checksum_is_accepted_too(fetch):
     assert fetch(checksum=f"md5:{hashlib.md5(CONTENT).hexdigest()}").read_bytes() == CONTENT
 
 
-def test_a_file_in_the_cache_is_not_asked_for_again(fetch, server):
+def test_a_file_in_the_cache_is_not_downloaded_again(fetch, server):
     fetch()
     fetch()
     assert len(server.ranges_asked) == 1
@@ -120,7 +120,7 @@ def test_wrong_bytes_are_deleted_and_the_error_names_both_checksums(fetch, serve
     assert fetch().read_bytes() == CONTENT
 
 
-def test_a_spoilt_part_does_not_survive_its_checksum(fetch):
+def test_a_damaged_part_is_deleted_when_its_checksum_is_wrong(fetch):
     fetch.part.parent.mkdir()
     fetch.part.write_bytes(b"other bytes")
     with pytest.raises(ChecksumError):
@@ -133,7 +133,7 @@ def test_a_redirect_is_followed(fetch, server):
     assert fetch().read_bytes() == CONTENT
 
 
-def test_a_silent_server_is_given_up(fetch, server):
+def test_a_silent_server_times_out(fetch, server):
     server.silent.set()
     start = time.monotonic()
     with pytest.raises(DownloadError, match="ReadTimeout"):
@@ -141,7 +141,7 @@ def test_a_silent_server_is_given_up(fetch, server):
     assert time.monotonic() - start < 3
 
 
-def test_a_dead_address_is_given_up_in_seconds(dead_url, tmp_path):
+def test_an_unreachable_address_fails_in_seconds(dead_url, tmp_path):
     start = time.monotonic()
     with pytest.raises(DownloadError, match="ConnectError"):
         download_file(f"{dead_url}/file", tmp_path / "file", checksum=CHECKSUM, attempts=2, backoff_seconds=0.01)
