@@ -17,7 +17,7 @@ from datasets import Dataset, Features, List, Value
 from hf_ilora import build_sequences
 from hf_ilora.data import candidates as candidates_module
 from hf_ilora.data.candidates import sample_candidates
-from hf_ilora.data.filters import Histories
+from hf_ilora.data.histories import Histories
 from hf_ilora.data.protocols import Rows
 
 

@@ -10,7 +10,7 @@ import pytest
 from datasets.table import MemoryMappedTable
 
 from hf_ilora import SequenceDatasets, build_sequences, load_interactions, load_movielens
-from hf_ilora.data import filters, streaming
+from hf_ilora.data import histories, input_tables, streaming
 from hf_ilora.data.protocol_settings import IN_MEMORY, PROTOCOLS
 
 STREAMED = [protocol for protocol in PROTOCOLS if protocol not in IN_MEMORY]
@@ -20,7 +20,8 @@ COLUMNS = ("user", "song", "when")
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Pieces of so few rows that a small table has many."""
-    monkeypatch.setattr(filters, "_ROWS_PER_BATCH", 100)
+    monkeypatch.setattr(input_tables, "_ROWS_PER_BATCH", 100)
+    monkeypatch.setattr(histories, "_ROWS_PER_BLOCK", 100)
     monkeypatch.setattr(streaming, "_IDS_PER_MERGE", 10)
 
 

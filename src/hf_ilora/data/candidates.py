@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from .columns import is_string, slice_indices
-from .filters import Histories
+from .histories import Histories
 from .protocols import Rows
 
 # Seen items, about 150 per row in MovieLens, are sorted for so many rows at a time that they fit a processor's cache.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .columns import slice_indices
-from .filters import Histories
+from .histories import Histories
 
 
 @dataclass(frozen=True)

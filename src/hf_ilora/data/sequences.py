@@ -23,8 +23,9 @@ from .candidates import sample_candidates
 from .cards import card_to_publish, sequences_card
 from .columns import list_array, slice_indices, training_counts
 from .external_histories import read_external_histories
-from .filters import Histories, build_histories, read_interactions, read_items
+from .histories import Histories, build_histories
 from .hub import read_folder_or_hub
+from .input_tables import read_interactions, read_items
 from .protocol_settings import IN_MEMORY, LEAKS, PROTOCOLS, SEVERAL_TARGETS, Moment, checked_protocol
 from .protocols import Rows, check_splits, limit_histories, split_histories
 from .schema import (
