@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from hf_ilora.data.tables import Source, clean_ids, describe, read_columns
+from hf_ilora.data.tables import TableSource, clean_ids, describe, read_columns
 from hf_ilora.models.next_item.catalogue import Catalogue
 
 from .history_tables import is_table, item_ids_of
@@ -20,7 +20,7 @@ from .user_items import UserItems
 
 # Ids for all users or a row of them per user, raw ones or item ids; or a table.
 GivenItems: TypeAlias = (
-    Iterable[int | str] | Iterable[Iterable[int | str]] | np.ndarray | torch.Tensor | pd.Series | Source
+    Iterable[int | str] | Iterable[Iterable[int | str]] | np.ndarray | torch.Tensor | pd.Series | TableSource
 )
 
 
@@ -137,7 +137,7 @@ def _item_ids(where: str, ids: list, catalogue: Catalogue | None, num_items: int
     return np.array([each for each in ids if each], dtype=np.int64)  # without padding
 
 
-def _of_table(name: str, source: Source, catalogue: Catalogue, user_column: str, item_column: str) -> ItemSets:
+def _of_table(name: str, source: TableSource, catalogue: Catalogue, user_column: str, item_column: str) -> ItemSets:
     names = {"user_id": user_column, "item_id": item_column}
     table, whole_numbers = read_columns(source, names)
     where = {role: f"column {column!r} of {describe(source)}" for role, column in names.items()}

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.data.storage import content_digest
 from hf_ilora.data.table_files import file_type
-from hf_ilora.data.tables import Source
+from hf_ilora.data.tables import TableSource
 from hf_ilora.devices import process_state
 from hf_ilora.files import remove_unfinished, written_whole
 from hf_ilora.models.loading import check_same_items
@@ -53,7 +53,7 @@ ANSWER_COLUMNS = ["user_id", "rank", "item_id", "score"]
 
 def recommend_all(
     model: AnyRecommender,
-    histories: Source | SequenceDatasets | Histories,
+    histories: TableSource | SequenceDatasets | Histories,
     output: str | os.PathLike = "recommendations.parquet",
     top_k: int = 10,
     batch_size: int | None = None,
