@@ -1,4 +1,4 @@
-"""A Hub, a process with its real clients, and folders to publish."""
+"""A Hub, a process with the real clients of the Hub, and folders to publish."""
 
 import json
 import os
@@ -19,28 +19,35 @@ class HubClient:
 
     Attributes:
         hub: the server; its faults and requests are those since the test began.
+        environment: variables that point the clients to the server.
     """
 
     def __init__(self, hub: HubServer, home: Path):
         self.hub, self.home = hub, home
-        environment = os.environ | {
+        self.environment = {
             "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "0",
-            "HF_DATASETS_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
             "NO_PROXY": "127.0.0.1,localhost",
             "no_proxy": "127.0.0.1,localhost",
+        }
+        settings = {
+            "HF_HOME": str(home),
+            "HF_DATASETS_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
             "OMP_NUM_THREADS": "1",
         }
         self.process = subprocess.Popen(
-            [sys.executable, CLIENT], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, CLIENT],
+            env=os.environ | self.environment | settings,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def run(self, program: str, *arguments, token: str | None = WRITER) -> tuple[bool, str]:
-        """Whether the program ended without an error, and what it printed."""
+        """Return whether the program ended without an error, and what it printed."""
         output = self.home / "output.txt"
         request = {
             "program": program,
@@ -55,13 +62,13 @@ class HubClient:
         return int(exit_code) == 0, output.read_text()
 
     def succeed(self, program: str, *arguments, token: str | None = WRITER) -> str:
-        """What the program printed; the test fails when it does."""
+        """Return what the program printed; the test fails if the program does."""
         succeeded, printed = self.run(program, *arguments, token=token)
         assert succeeded, printed
         return printed
 
     def fail(self, program: str, *arguments, token: str | None = WRITER) -> str:
-        """What the program printed, with its traceback; the test fails when the program does not."""
+        """Return what the program printed, with its traceback; the test fails if the program succeeds."""
         succeeded, printed = self.run(program, *arguments, token=token)
         assert not succeeded, printed
         return printed
@@ -73,14 +80,14 @@ def client_process(tmp_path_factory):
         hub.start()
         client = HubClient(hub, tmp_path_factory.mktemp("home"))
         yield client
-        client.process.kill()  # what Python does at its end would take seconds
+        client.process.kill()  # a regular exit of Python would take seconds
         client.process.communicate()
         hub.shutdown()
 
 
 @pytest.fixture
 def client(client_process):
-    """The client, with a Hub that is empty and sound."""
+    """The client, with an empty Hub that has no faults."""
     hub = client_process.hub
     for what in (hub.repositories, hub.renamed, hub.large_files, hub.faults, hub.requests):
         what.clear()

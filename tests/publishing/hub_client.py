@@ -18,7 +18,7 @@ hf_ilora.models.next_item.hub_upload.WAITS_SECONDS = (0.01, 0.02, 0.04)
 
 
 def run(program: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """What the fork does; it never returns."""
+    """Run a program in the fork, and exit."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

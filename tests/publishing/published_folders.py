@@ -1,4 +1,4 @@
-"""Folders as finished runs leave them, made in milliseconds, and results as the evaluation writes them."""
+"""Makes the folders of finished runs in milliseconds, and the results that an evaluation writes."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def write_run(folder: Path, **changes) -> None:
 
 
 def save_sasrec_run(folder: Path, seed: int = 0) -> Path:
-    """A SASRec with its record, and beside them what stays behind."""
+    """A SASRec with its record, beside files that are not published."""
     sasrec(seed).save_pretrained(folder)
     write_run(folder)
     for name in ("run.log", "training_args.bin", "checkpoint-3/model.safetensors", "checkpoint-3/optimizer.pt"):

@@ -60,12 +60,12 @@ def test_answers_are_those_of_the_pipeline_as_json(endpoint, folder):
         ({"inputs": []}, "the history is empty"),
     ],
 )
-def test_wrong_requests_are_told(endpoint, request_, error):
+def test_wrong_requests_are_refused(endpoint, request_, error):
     with pytest.raises(ValueError, match=error):
         endpoint(request_)
 
 
-def test_a_folder_without_a_model_is_told(tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         EndpointHandler(str(tmp_path))
 

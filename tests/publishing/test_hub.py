@@ -1,4 +1,4 @@
-"""Models go to a Hub and come back, with the real clients and a server that has the faults of real ones."""
+"""Models are pushed to a Hub and loaded again, with the real clients and a server with realistic faults."""
 
 import json
 import re
@@ -12,16 +12,11 @@ from hf_ilora.models.ilora.language_models import load_language_model
 from tests.hidden_package import run_without, run_without_hf_ilora
 from tests.hub_server import READER, STRANGER, sha256
 from tests.paths import RECIPES
+from tests.publishing.hub_programs import PUSH_ILORA, PUSH_LLM, PUSH_MODEL, RECIPE, USE_CARD, last_line
 from tests.publishing.published_folders import HISTORIES, catalogue, sasrec, save_ilora_run, write_results
 
 MODEL_FILES = {"README.md", "config.json", "items.parquet", "model.safetensors"}
 
-PUSH_MODEL = """
-import sys
-from hf_ilora import SASRecForNextItem
-folder, repo_id, arguments = sys.argv[1], sys.argv[2], eval(sys.argv[3])
-print(SASRecForNextItem.from_pretrained(folder).push_to_hub(repo_id, **arguments).oid)
-"""
 PUSH_FOLDER = """
 import sys
 from hf_ilora.publishing import push_folder, write_card
@@ -30,18 +25,12 @@ write_card(folder, repo_id, dataset_name="Data", license="mit")
 print(push_folder(folder, repo_id, **arguments).oid)
 """
 PUSH_RECIPE = RECIPES / "push_to_hub.py"
-RECIPE = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 LOAD = """
 import sys, torch
 from hf_ilora import SASRecForNextItem
 model = SASRecForNextItem.from_pretrained(sys.argv[1], **eval(sys.argv[2]))
 item_ids, _ = model.recommend(torch.tensor([[3, 1, 2]]), top_k=3)
 print(model.catalogue.titles(item_ids[0]))
-"""
-USE_CARD = """
-import sys
-from huggingface_hub import ModelCard
-exec(ModelCard.load(sys.argv[1]).text.split("```python")[1].split("```")[0])
 """
 
 
@@ -50,12 +39,8 @@ def titles(model: SASRecForNextItem, history=(3, 1, 2), top_k=3) -> str:
     return str(model.catalogue.titles(item_ids[0]))
 
 
-def last_line(printed: str) -> str:
-    return printed.strip().splitlines()[-1]
-
-
 def code_files(folder) -> set[str]:
-    """The code that a saved next-item model brings along."""
+    """The names of the code files in the folder of a saved next-item model."""
     names = {path.name for path in folder.glob("*.py")}
     assert {"modeling_sasrec.py", "configuration_sasrec.py", "catalogue.py"} <= names
     return names
@@ -79,7 +64,7 @@ def test_published_run_recommends_titles_by_the_code_on_its_card(client, sasrec_
     assert last_line(printed) == titles(sasrec(), history=(1, 2), top_k=10)
 
 
-def test_kept_card_goes_out_as_it_is_and_with_nothing_that_a_new_one_would_show(client, sasrec_run, tmp_path):
+def test_a_kept_card_is_published_unchanged_and_refuses_settings_of_a_new_card(client, sasrec_run, tmp_path):
     (sasrec_run / "README.md").write_text("# Mine")
     options = ["--model", sasrec_run, "--repo_id", "user/sasrec", "--dataset_name", "Data", "--license", "mit"]
     options += ["--keep_card", "true", "--output_dir", tmp_path / "out"]
@@ -91,7 +76,7 @@ def test_kept_card_goes_out_as_it_is_and_with_nothing_that_a_new_one_would_show(
     assert (tmp_path / "out" / "README.md").read_text() == "# Mine"
 
 
-def test_a_card_of_the_hub_is_lost_neither_to_a_new_one_nor_for_metadata_alone(client, sasrec_run):
+def test_an_edited_card_on_the_hub_is_kept_and_one_of_metadata_alone_is_completed(client, sasrec_run):
     client.succeed(PUSH_FOLDER, sasrec_run, "user/edited", {})
     repository = client.hub.repositories["user/edited"]
     files = repository.commit("main").files
@@ -110,7 +95,7 @@ def test_a_card_of_the_hub_is_lost_neither_to_a_new_one_nor_for_metadata_alone(c
     assert "license: cc0-1.0" in card and "## How to use it" in card
 
 
-def test_model_object_takes_its_catalogue_along_and_is_sent_once(client, sasrec_run):
+def test_a_pushed_model_object_includes_its_catalogue_and_is_sent_once(client, sasrec_run):
     first = client.succeed(PUSH_MODEL, sasrec_run, "user/object", {"tags": "mine"})
     repository = client.hub.repositories["user/object"]
     assert set(repository.commit("main").files) == MODEL_FILES | code_files(sasrec_run) | {".gitattributes"}
@@ -121,7 +106,7 @@ def test_model_object_takes_its_catalogue_along_and_is_sent_once(client, sasrec_
     assert last_line(client.succeed(LOAD, "user/object", {}, token=None)) == titles(sasrec())
 
 
-def test_saving_and_pushing_sends_what_is_written_and_nothing_else(client, sasrec_run, tmp_path):
+def test_saving_with_a_push_sends_the_files_it_writes_and_no_others(client, sasrec_run, tmp_path):
     (tmp_path / "object").mkdir()
     (tmp_path / "object" / "optimizer.pt").write_bytes(b"stays behind")
     program = (
@@ -158,16 +143,15 @@ print(json.dumps([[model.catalogue.titles(row) for row in item_ids], scores.toli
 @pytest.mark.parametrize("push", [PUSH_MODEL, PUSH_FOLDER], ids=["push_to_hub", "push_folder"])
 def test_pushed_model_recommends_where_the_package_is_not_installed(client, sasrec_run, tmp_path, push):
     client.succeed(push, sasrec_run, "user/remote", {})
-    hub = {"HF_ENDPOINT": client.hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    hub |= {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
     program = USE_REMOTE_CODE + USE_CARD
-    printed = run_without_hf_ilora(program, "user/remote", HISTORIES.tolist(), home=tmp_path, **hub).splitlines()
+    printed = run_without_hf_ilora(program, "user/remote", HISTORIES.tolist(), home=tmp_path, **client.environment)
     item_ids, scores = sasrec().recommend(HISTORIES, top_k=3)
     rows = [catalogue().titles(row) for row in item_ids]
-    answered_rows, answered_scores = json.loads(printed[0])
+    recommended, printed_titles = printed.splitlines()
+    answered_rows, answered_scores = json.loads(recommended)
     assert answered_rows == rows
     torch.testing.assert_close(torch.tensor(answered_scores), scores)  # the number of threads differs there
-    assert printed[1:] == [titles(sasrec(), history=(1, 2), top_k=10)]
+    assert printed_titles == titles(sasrec(), history=(1, 2), top_k=10)
 
 
 def test_branches_and_commits_keep_their_own_weights(client, sasrec_run, tmp_path):
@@ -197,7 +181,7 @@ def test_private_repository_stays_private(client, sasrec_run):
 
 
 @pytest.mark.parametrize("token", [None, "hf_unknown", READER, STRANGER])
-def test_tokens_that_may_not_write_are_told_so(client, sasrec_run, token):
+def test_tokens_that_may_not_write_are_refused(client, sasrec_run, token):
     error = client.fail(PUSH_MODEL, sasrec_run, "user/refused", {}, token=token)
     assert "PermissionError: the Hub does not let this token write to user/refused" in error
     assert token is None or token not in error
@@ -225,14 +209,14 @@ def test_a_fault_of_the_hub_neither_loses_nor_doubles_the_commit(client, sasrec_
     assert [commit.oid for commit in repository.history()][:1] == [oid] and len(repository.commits) == 2
 
 
-def test_addresses_are_told_without_their_signatures(client, sasrec_run):
+def test_addresses_in_messages_have_no_signatures(client, sasrec_run):
     client.hub.faults.append(("PUT", "/large_files/", 503))
     printed = client.succeed(PUSH_MODEL, sasrec_run, "user/signed", {})
     assert "503 thrown while requesting PUT http://" in printed and "Signature" not in printed
     client.hub.faults.append(("PUT", "/large_files/", 403))
     sasrec(seed=1).save_pretrained(sasrec_run)
-    told = client.fail(PUSH_MODEL, sasrec_run, "user/signed", {}).strip().splitlines()[-1]
-    assert "OSError: user/signed could not be sent" in told and "/large_files/" in told and "Signature" not in told
+    error = last_line(client.fail(PUSH_MODEL, sasrec_run, "user/signed", {}))
+    assert "OSError: user/signed could not be sent" in error and "/large_files/" in error and "Signature" not in error
 
 
 def test_a_hub_that_stays_down_is_an_error_and_pushing_again_completes(client, sasrec_run):
@@ -244,7 +228,7 @@ def test_a_hub_that_stays_down_is_an_error_and_pushing_again_completes(client, s
     assert client.hub.count("PUT", "/large_files/") == 2  # weights and catalogue, not sent a second time
 
 
-def test_somebody_elses_commit_is_not_overwritten(client, sasrec_run):
+def test_a_concurrent_commit_is_not_overwritten(client, sasrec_run):
     client.hub.faults.append(("POST", "/commit/", "overtaken"))
     assert "somebody else has committed" in client.fail(PUSH_FOLDER, sasrec_run, "user/shared", {})
     repository = client.hub.repositories["user/shared"]
@@ -255,7 +239,7 @@ def test_somebody_elses_commit_is_not_overwritten(client, sasrec_run):
     assert {"other.txt", "run.json"} <= set(repository.commit("main").files)
 
 
-def test_download_that_breaks_off_goes_on(client, sasrec_run):
+def test_a_download_that_breaks_off_resumes(client, sasrec_run):
     client.succeed(PUSH_MODEL, sasrec_run, "user/download", {})
     client.hub.faults.append(("GET", "/large_files/", "cut"))
     assert last_line(client.succeed(LOAD, "user/download", {})) == titles(sasrec())
@@ -270,7 +254,7 @@ def test_a_rate_limit_while_loading_is_waited_out(client, sasrec_run, tmp_path, 
     assert not client.hub.faults
 
 
-def test_a_token_that_may_read_loads_what_is_private_and_a_wrong_one_is_told(client, sasrec_run, tmp_path):
+def test_a_reading_token_loads_a_private_model_and_a_wrong_token_is_refused(client, sasrec_run, tmp_path):
     client.succeed(PUSH_MODEL, sasrec_run, "user/private", {"private": True})
     refused = client.fail(LOAD, "user/private", {"cache_dir": str(tmp_path)}, token="hf_unknown")
     assert "user/private" in refused and "hf_unknown" not in refused
@@ -287,26 +271,26 @@ def test_a_token_that_may_read_loads_what_is_private_and_a_wrong_one_is_told(cli
         ("config.json", "config.json"),
     ],
 )
-def test_a_tampered_file_is_told_and_the_revision_before_loads(client, sasrec_run, name, message):
+def test_a_tampered_file_is_reported_and_the_revision_before_loads(client, sasrec_run, name, message):
     sound = last_line(client.succeed(PUSH_MODEL, sasrec_run, "user/tampered", {}))
     repository = client.hub.repositories["user/tampered"]
     files = repository.commit("main").files
     cut = files[name][: len(files[name]) // 2]
     client.hub.large_files[sha256(cut)] = cut
     repository.add("main", "tampered", files | {name: cut})
-    assert message in client.fail(LOAD, "user/tampered", {}).strip().splitlines()[-1]
+    assert message in last_line(client.fail(LOAD, "user/tampered", {}))
     assert last_line(client.succeed(LOAD, "user/tampered", {"revision": sound})) == titles(sasrec())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "items.parquet"])
-def test_a_download_with_another_content_of_the_same_size_is_told(client, sasrec_run, tmp_path, name):
-    """The client of the Hub looks at sizes alone: what was damaged on the way or on the disk would load."""
+def test_a_download_with_another_content_of_the_same_size_is_reported(client, sasrec_run, tmp_path, name):
+    """The Hub's client checks only sizes, so a file damaged on the way or on disk would load."""
     client.succeed(PUSH_MODEL, sasrec_run, "user/damaged", {})
     client.hub.faults.append(("GET", sha256((sasrec_run / name).read_bytes()), "flip"))
-    told = last_line(client.fail(LOAD, "user/damaged", {"cache_dir": str(tmp_path)}))
+    error = last_line(client.fail(LOAD, "user/damaged", {"cache_dir": str(tmp_path)}))
     assert not client.hub.faults
-    assert f"ValueError: {name} of user/damaged is broken: its sha256 is" in told
-    Path(re.search("delete (.*) and load again", told)[1]).unlink()
+    assert f"ValueError: {name} of user/damaged is broken: its sha256 is" in error
+    Path(re.search("delete (.*) and load again", error)[1]).unlink()
     assert last_line(client.succeed(LOAD, "user/damaged", {"cache_dir": str(tmp_path)})) == titles(sasrec())
 
 
@@ -319,19 +303,14 @@ def test_pull_request_leaves_the_branch_as_it_is(client, sasrec_run, tmp_path):
         assert last_line(client.succeed(LOAD, "user/proposal", {"revision": revision})) == titles(model)
 
 
-def test_names_that_the_hub_does_not_take_are_refused(client, sasrec_run):
+def test_names_that_the_hub_does_not_accept_are_refused(client, sasrec_run):
     assert "HFValidationError" in client.fail(PUSH_MODEL, sasrec_run, "user/a/b", {})
     assert not client.hub.repositories
 
 
 def test_adapter_and_its_language_model_come_from_the_hub(client, tmp_path):
     folder = save_ilora_run(tmp_path / "ilora")
-    program = (
-        "import sys, torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "for part in (AutoModelForCausalLM, AutoTokenizer):\n"
-        "    part.from_pretrained(sys.argv[1]).push_to_hub('user/llm')\n"
-    )
-    client.succeed(program, tmp_path / "llm")
+    client.succeed(PUSH_LLM, tmp_path / "llm")
     commit = client.hub.repositories["user/llm"].branches["main"]
     options = ["--model", folder, "--repo_id", "user/ilora", "--dataset_name", "Data", "--license", "mit"]
     refused = client.fail(RECIPE, PUSH_RECIPE, *options)
@@ -361,33 +340,20 @@ def test_adapter_and_its_language_model_come_from_the_hub(client, tmp_path):
 @pytest.mark.slow
 def test_the_lines_on_an_adapters_card_run_in_a_fresh_process(client, tmp_path):
     folder = save_ilora_run(tmp_path / "ilora")
-    program = (
-        "import sys\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "for part in (AutoModelForCausalLM, AutoTokenizer):\n"
-        "    part.from_pretrained(sys.argv[1]).push_to_hub('user/llm')\n"
-    )
-    client.succeed(program, tmp_path / "llm")
+    client.succeed(PUSH_LLM, tmp_path / "llm")
     options = ["--model", folder, "--repo_id", "user/ilora", "--dataset_name", "Data", "--license", "mit"]
     client.succeed(RECIPE, PUSH_RECIPE, *options, "--llm_name", "user/llm")
-    hub = {"HF_ENDPOINT": client.hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    hub |= {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
-    printed = run_without([], USE_CARD, "user/ilora", home=tmp_path, **hub)
+    printed = run_without([], USE_CARD, "user/ilora", home=tmp_path, **client.environment)
     llm, _, _ = load_language_model(tmp_path / "llm")
     model = ILoraForRecommendation.from_pretrained(folder, llm=llm)
     assert last_line(printed) == str(model.catalogue.titles(model.recommend([[1, 2]], top_k=10)[0][0]))
 
 
-def test_adapter_object_takes_tokenizer_and_catalogue_along(client, tmp_path):
+def test_a_pushed_adapter_object_includes_tokenizer_and_catalogue(client, tmp_path):
     folder = save_ilora_run(tmp_path / "ilora")
-    program = (
-        "import sys\nfrom hf_ilora import ILoraForRecommendation\n"
-        "model = ILoraForRecommendation.from_pretrained(sys.argv[1])\n"
-        "model.config.llm_name_or_path = sys.argv[2]\n"
-        "model.push_to_hub('user/adapter')\n"
-    )
-    assert "only this machine has" in client.fail(program, folder, tmp_path / "llm")
+    assert "only this machine has" in client.fail(PUSH_ILORA, folder, tmp_path / "llm")
     assert not client.hub.repositories
-    client.succeed(program, folder, "user/llm")
+    client.succeed(PUSH_ILORA, folder, "user/llm")
     files = client.hub.repositories["user/adapter"].commit("main").files
     assert {*MODEL_FILES, "tokenizer.json", "tokenizer_config.json"} <= set(files)
     assert not any(str(tmp_path).encode() in content for content in files.values())

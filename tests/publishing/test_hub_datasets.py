@@ -1,4 +1,4 @@
-"""Data sets go to a Hub and come back, with the real clients and a server that has the faults of real ones."""
+"""Data sets are pushed to a Hub and loaded again, with the real clients and a server with realistic faults."""
 
 import json
 
@@ -10,6 +10,7 @@ from tests.data.test_storage import small_sequences
 from tests.distillation.known_teacher import KnownTeacher, label_all
 from tests.hub_server import READER, STRANGER, sha256
 from tests.paths import RECIPES
+from tests.publishing.hub_programs import RECIPE, last_line
 
 FILES = {"README.md", "items.parquet", "sequences.json", "test.parquet", "train.parquet", "validation.parquet"}
 
@@ -25,7 +26,7 @@ from hf_ilora import SequenceDatasets
 sequences = SequenceDatasets.load(sys.argv[1], **eval(sys.argv[2]))
 print(sequences.fingerprint, sequences.catalogue.titles([1, 6]))
 """
-LOAD_WITHOUT_US = """
+LOAD_WITHOUT_PACKAGE = """
 import json, sys
 from datasets import load_dataset
 arguments = eval(sys.argv[2])
@@ -33,7 +34,7 @@ splits = load_dataset(sys.argv[1], "sequences", **arguments)
 items = load_dataset(sys.argv[1], "catalogue", split="train", **arguments)
 print(json.dumps([{name: split.to_list() for name, split in splits.items()}, items["title"][:]]))
 """
-USE_CARD = """
+USE_DATA_CARD = """
 import sys
 from huggingface_hub import DatasetCard
 for code in DatasetCard.load(sys.argv[1]).text.split("```python")[1:]:
@@ -50,16 +51,12 @@ def saved(tmp_path):
     return tmp_path / "saved", sequences
 
 
-def last_line(printed: str) -> str:
-    return printed.strip().splitlines()[-1]
-
-
 def repository(client, name: str = "user/data"):
     return client.hub.repositories[f"datasets/{name}"]
 
 
 def replace_file(client, name: str, path: str, content: bytes | None) -> None:
-    """Somebody's commit with another content of a file, or without the file."""
+    """Commit another content of a file, or delete the file."""
     files = dict(repository(client, name).commit("main").files)
     del files[path]
     if content is not None:
@@ -71,17 +68,19 @@ def cache(tmp_path, name: str = "cache") -> dict:
     return {"cache_dir": str(tmp_path / name)}
 
 
-def test_data_set_comes_back_with_us_and_without_us(client, saved, tmp_path):
+def test_a_pushed_data_set_loads_with_the_package_and_without_it(client, saved, tmp_path):
     folder, sequences = saved
     client.succeed(PUSH, folder, "user/data", {})
     assert set(repository(client).commit("main").files) == FILES | {".gitattributes"}
     loaded = client.succeed(LOAD, "user/data", {}, token=None)
     assert last_line(loaded) == f"{sequences.fingerprint} {sequences.catalogue.titles([1, 6])}"
-    splits, titles = json.loads(last_line(client.succeed(LOAD_WITHOUT_US, "user/data", cache(tmp_path), token=None)))
+    splits, titles = json.loads(
+        last_line(client.succeed(LOAD_WITHOUT_PACKAGE, "user/data", cache(tmp_path), token=None))
+    )
     assert titles == sequences.catalogue.titles(range(1, 7))
     assert splits["test"] == sequences["test"].to_list()
     assert splits["train"] == [row | {"candidates": []} for row in sequences["train"].to_list()]
-    assert last_line(client.succeed(USE_CARD, "user/data", token=None)) == "['test', 'train', 'validation'] 6"
+    assert last_line(client.succeed(USE_DATA_CARD, "user/data", token=None)) == "['test', 'train', 'validation'] 6"
 
 
 def test_data_set_is_sent_once_and_a_card_edited_on_the_hub_stays(client, saved):
@@ -135,7 +134,7 @@ def test_private_data_set_is_for_its_owner(client, saved, tmp_path):
     assert "is public: expected a private" in client.fail(PUSH, folder, "user/public", {"private": True})
 
 
-def test_movielens_is_sent_with_an_explicit_word_only(client, saved):
+def test_movielens_is_sent_only_with_explicit_permission(client, saved):
     folder, sequences = saved
     sequences.source = SOURCES["ml-100k"]
     sequences.save(folder)
@@ -150,14 +149,14 @@ def test_movielens_is_sent_with_an_explicit_word_only(client, saved):
 
 
 @pytest.mark.parametrize("token", [None, "hf_unknown", READER, STRANGER])
-def test_tokens_that_may_not_write_are_told_so(client, saved, token):
+def test_tokens_that_may_not_write_are_refused(client, saved, token):
     error = client.fail(PUSH, saved[0], "user/refused", {}, token=token)
     assert "PermissionError: the Hub does not let this token write to user/refused" in error
     assert token is None or token not in error
     assert not client.hub.repositories
 
 
-def test_wrong_token_is_told_when_loading(client, saved, tmp_path):
+def test_a_wrong_token_is_refused_when_loading(client, saved, tmp_path):
     client.succeed(PUSH, saved[0], "user/data", {})
     refused = client.fail(LOAD, "user/data", cache(tmp_path), token="hf_unknown")
     assert "PermissionError: the Hub does not let this token read user/data" in refused
@@ -180,8 +179,8 @@ def test_a_fault_or_a_rate_limit_neither_loses_nor_doubles_the_commit(client, sa
     assert [commit.oid for commit in repository(client).history()][:1] == [oid] and len(repository(client).commits) == 2
 
 
-def test_interrupted_upload_leaves_no_part_and_goes_on(client, saved):
-    """The commit comes last: until then nobody sees files, and what has arrived is not sent again."""
+def test_an_interrupted_upload_leaves_no_part_and_resumes(client, saved):
+    """The commit comes last: until then no file is visible, and files that have arrived are not sent again."""
     folder, sequences = saved
     client.hub.faults += [("POST", "/commit/", "drop")] * 4
     error = client.fail(PUSH, folder, "user/data", {})
@@ -194,13 +193,13 @@ def test_interrupted_upload_leaves_no_part_and_goes_on(client, saved):
     assert last_line(client.succeed(LOAD, "user/data", {})).startswith(sequences.fingerprint)
 
 
-def test_rate_limit_that_stays_is_told(client, saved):
+def test_a_lasting_rate_limit_is_reported(client, saved):
     client.hub.faults += [("POST", "/commit/", 429)] * 4
     error = client.fail(PUSH, saved[0], "user/data", {})
     assert "OSError: user/data could not be sent" in error and "429" in error and "push again" in error
 
 
-def test_download_that_breaks_off_goes_on(client, saved, tmp_path):
+def test_a_download_that_breaks_off_resumes(client, saved, tmp_path):
     folder, sequences = saved
     client.succeed(PUSH, folder, "user/data", {})
     client.hub.faults.append(("GET", "/large_files/", "cut"))
@@ -208,7 +207,7 @@ def test_download_that_breaks_off_goes_on(client, saved, tmp_path):
     assert not client.hub.faults
 
 
-def test_tampered_file_is_told_and_the_revision_before_loads(client, saved, tmp_path):
+def test_a_tampered_file_is_reported_and_the_revision_before_loads(client, saved, tmp_path):
     folder, sequences = saved
     sound = last_line(client.succeed(PUSH, folder, "user/data", {}))
     small_sequences(seed=1).save(tmp_path / "other")
@@ -219,14 +218,14 @@ def test_tampered_file_is_told_and_the_revision_before_loads(client, saved, tmp_
     assert last_line(client.succeed(LOAD, "user/data", {"revision": sound})).startswith(sequences.fingerprint)
 
 
-def test_data_set_without_its_catalogue_is_told(client, saved):
+def test_a_data_set_without_its_catalogue_is_refused(client, saved):
     client.succeed(PUSH, saved[0], "user/data", {})
     replace_file(client, "user/data", "items.parquet", None)
     refused = client.fail(LOAD, "user/data", {})
     assert "FileNotFoundError: user/data on the Hub: " in refused and "has no items.parquet" in refused
 
 
-def test_other_repositories_are_told(client, saved):
+def test_other_repositories_are_refused(client, saved):
     assert "the Hub has no such data set" in client.fail(LOAD, "user/nothing", {})
     client.succeed("from huggingface_hub import create_repo; create_repo('user/model')")
     assert "the Hub has no such data set" in client.fail(LOAD, "user/model", {})
@@ -237,7 +236,7 @@ def test_renamed_data_set_is_found_by_its_old_name(client, saved, tmp_path):
     client.succeed(PUSH, folder, "user/data", {})
     client.hub.rename("datasets/user/data", "datasets/user/newer")
     assert last_line(client.succeed(LOAD, "user/data", cache(tmp_path))).startswith(sequences.fingerprint)
-    client.succeed(LOAD_WITHOUT_US, "user/data", cache(tmp_path, "other"))
+    client.succeed(LOAD_WITHOUT_PACKAGE, "user/data", cache(tmp_path, "other"))
 
 
 def test_folder_wins_over_a_name_on_the_hub(client, saved, tmp_path):
@@ -300,7 +299,7 @@ def test_labels_come_back_and_name_no_folder_of_this_machine(client, saved, labe
     assert last_line(client.succeed(PUSH_LABELS, folder, "user/labels", settings, sequences.fingerprint)) == first
 
 
-def test_tampered_labels_and_labels_of_other_data_are_told(client, saved, labels):
+def test_tampered_labels_and_labels_of_other_data_are_refused(client, saved, labels):
     (_, sequences), (folder, _) = saved, labels
     sound = last_line(client.succeed(PUSH_LABELS, folder, "user/labels", {}, sequences.fingerprint))
     refused = client.fail(LOAD_LABELS, "user/labels", "0" * 64, {})
@@ -316,7 +315,6 @@ def test_tampered_labels_and_labels_of_other_data_are_told(client, saved, labels
 # --- the command ---
 
 PUSH_RECIPE = RECIPES / "push_data_to_hub.py"
-RECIPE = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 
 
 @pytest.mark.slow

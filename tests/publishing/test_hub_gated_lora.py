@@ -1,8 +1,9 @@
-"""The adapter of a gated LoRA goes to a Hub and comes back."""
+"""The adapter of a gated LoRA is pushed to a Hub and loaded again."""
 
 import pytest
 
 from tests.hub_server import STRANGER
+from tests.publishing.hub_programs import last_line
 
 PUSH = """
 import sys
@@ -22,11 +23,7 @@ print(model.base_model[0].lora_B[0, 0].item())
 """
 
 
-def last_line(printed: str) -> str:
-    return printed.strip().splitlines()[-1]
-
-
-def test_an_adapter_comes_back_by_revision_and_offline(client, tmp_path):
+def test_an_adapter_loads_by_revision_and_offline(client, tmp_path):
     first = last_line(client.succeed(PUSH, "user/adapter", "user/llm", 1))
     files = client.hub.repositories["user/adapter"].commit("main").files
     assert set(files) == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -50,7 +47,7 @@ def test_a_base_model_of_this_machine_is_not_published(client, base_model):
     assert "was trained on" not in client.succeed(LOAD, "user/adapter", {})
 
 
-def test_what_is_no_adapter_and_a_private_one_are_refused(client, tmp_path):
+def test_incomplete_and_private_adapters_are_refused(client, tmp_path):
     client.succeed(PUSH, "user/adapter", "", 1)
     cache = {"cache_dir": str(tmp_path)}
     assert "user/adapter" in client.fail(LOAD, "user/adapter", cache, token=STRANGER)

@@ -132,7 +132,7 @@ def test_the_card_states_the_bias_towards_popular_items_and_the_number_of_unseen
     assert "Training has never seen 2 of the items." in text
 
 
-def test_the_plot_of_the_results_goes_with_the_card(sasrec_run, tmp_path):
+def test_the_plot_of_the_results_is_published_with_the_card(sasrec_run, tmp_path):
     results = write_results(tmp_path / "evaluation")
     results.with_suffix(".png").write_bytes(b"a plot")
     text = write_card(sasrec_run, "user/sasrec", results=[results], row="SASRec", **NAMES).read_text()
@@ -141,7 +141,7 @@ def test_the_plot_of_the_results_goes_with_the_card(sasrec_run, tmp_path):
     assert files["results-1.png"].read_bytes() == b"a plot"
 
 
-def test_the_card_shows_the_command_and_no_place_of_the_machine_that_ran_it(sasrec_run, tmp_path):
+def test_the_card_shows_the_command_without_paths_of_the_machine_that_ran_it(sasrec_run, tmp_path):
     command = ["hf-ilora", "train-sasrec", "ml-100k/sasrec", "--seed", "1", "--data_dir", "/home/alice/my data"]
     write_run(sasrec_run, command=[*command, "--report_url=https://example.org/?signature=secret"])
     results = write_results(tmp_path / "evaluation")
@@ -200,7 +200,7 @@ def test_card_for_another_folder_leaves_the_models_folder_as_it_is(sasrec_run, t
     path = write_card(sasrec_run, "user/sasrec", output_dir=tmp_path / "out", **NAMES)
     assert path == tmp_path / "out" / "README.md" and "user/sasrec" in path.read_text()
     assert sorted(sasrec_run.iterdir()) == before
-    for edited in (path, sasrec_run / "README.md"):  # neither what would be overwritten nor what would be passed over
+    for edited in (path, sasrec_run / "README.md"):  # one would be overwritten, the other ignored
         edited.write_text("mine")
         with pytest.raises(ValueError, match="written or edited by hand"):
             write_card(sasrec_run, "user/sasrec", output_dir=tmp_path / "out", **NAMES)

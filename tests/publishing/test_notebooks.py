@@ -8,7 +8,7 @@ import pytest
 from tests.paths import PROJECT
 
 NOTEBOOKS = PROJECT / "docs" / "notebooks"
-# What comes before the cells: a small data set in place of MovieLens, whose titles share words as those of films do.
+# Runs before the cells: a small data set instead of MovieLens, whose titles share words as film titles do.
 PRELUDE = f"""
 import os, sys
 sys.path.insert(0, {str(PROJECT)!r})

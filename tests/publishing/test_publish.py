@@ -1,4 +1,4 @@
-"""What is published is whole: files that are missing, broken or of another model are found before anything is sent."""
+"""Missing and broken files, and files of another model, are found before anything is published."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def test_run_must_be_finished(sasrec_run, tmp_path):
     assert check_folder(sasrec_run, run_file=tmp_path / "run.json").run["seed"] == 7
 
 
-def test_the_published_record_names_no_place_of_the_machine(sasrec_run):
+def test_the_published_record_contains_no_paths_of_this_machine(sasrec_run):
     settings = {"SASRecModelArguments": {"data_dir": str(sasrec_run / "data"), "output_dir": "outputs/sasrec"}}
     write_run(sasrec_run, configuration=settings, command=["hf-ilora", "--data_dir=/home/alice/films"])
     checked = check_folder(sasrec_run)

@@ -7,8 +7,8 @@ from transformers import pipeline
 
 from tests.hidden_package import run_without_hf_ilora
 from tests.hub_server import sha256
+from tests.publishing.hub_programs import PUSH_ILORA, PUSH_LLM, PUSH_MODEL, last_line
 from tests.publishing.published_folders import sasrec, save_ilora_run
-from tests.publishing.test_hub import PUSH_MODEL, last_line
 
 HISTORY = ["raw-3", "Title 1"]
 
@@ -39,7 +39,7 @@ def test_commits_and_branches_recommend_by_their_own_weights(client, sasrec_run,
     assert "v3 is not a valid git identifier" in client.fail(PIPELINE, "user/revisions", {"revision": "v3"})
 
 
-def test_a_commit_from_before_there_was_a_pipeline_has_one_by_the_package(client, sasrec_run):
+def test_the_package_provides_the_pipeline_of_commits_that_lack_its_code(client, sasrec_run):
     client.succeed(PUSH_MODEL, sasrec_run, "user/old", {})
     repository = client.hub.repositories["user/old"]
     files = dict(repository.commit("main").files)
@@ -49,7 +49,7 @@ def test_a_commit_from_before_there_was_a_pipeline_has_one_by_the_package(client
     assert loaded(client, "user/old") == answers()
 
 
-def test_a_subfolder_and_the_cache_alone_are_enough(client, sasrec_run):
+def test_a_model_in_a_subfolder_loads_and_then_loads_from_the_cache_alone(client, sasrec_run):
     client.succeed(PUSH_MODEL, sasrec_run, "user/folders", {})
     repository = client.hub.repositories["user/folders"]
     files = {f"models/first/{name}": content for name, content in repository.commit("main").files.items()}
@@ -69,7 +69,7 @@ def test_a_renamed_repository_is_found_by_its_old_name(client, sasrec_run):
         assert loaded(client, name) == answers()
 
 
-def test_corrupt_weights_on_the_hub_are_told(client, sasrec_run):
+def test_corrupt_weights_on_the_hub_are_reported(client, sasrec_run):
     client.succeed(PUSH_MODEL, sasrec_run, "user/corrupt", {})
     repository = client.hub.repositories["user/corrupt"]
     files = dict(repository.commit("main").files)
@@ -81,16 +81,8 @@ def test_corrupt_weights_on_the_hub_are_told(client, sasrec_run):
 
 def test_an_adapter_from_the_hub_has_a_pipeline(client, tmp_path):
     folder = save_ilora_run(tmp_path / "ilora")
-    program = (
-        "import sys\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "from hf_ilora import ILoraForRecommendation\n"
-        "for part in (AutoModelForCausalLM, AutoTokenizer):\n"
-        "    part.from_pretrained(sys.argv[2]).push_to_hub('user/llm')\n"
-        "model = ILoraForRecommendation.from_pretrained(sys.argv[1])\n"
-        "model.config.llm_name_or_path = 'user/llm'\n"
-        "model.push_to_hub('user/adapter')\n"
-    )
-    client.succeed(program, folder, tmp_path / "llm")
+    client.succeed(PUSH_LLM, tmp_path / "llm")
+    client.succeed(PUSH_ILORA, folder, "user/llm")
     found = loaded(client, "user/adapter")
     expected = pipeline("sequential-recommendation", model=str(folder), device="cpu")(HISTORY, top_k=3)
     assert [each["title"] for each in found] == [each["title"] for each in expected]
@@ -146,9 +138,7 @@ print(json.dumps([found, errors]))
 def test_a_repository_alone_recommends_by_pipeline_and_endpoint(client, sasrec_run, tmp_path):
     client.succeed(PUSH_MODEL, sasrec_run, "user/alone", {})
     ilora = save_ilora_run(tmp_path / "ilora")
-    hub = {"HF_ENDPOINT": client.hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    hub |= {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
-    found, errors = json.loads(run_without_hf_ilora(ALONE, ilora, home=tmp_path, **hub).splitlines()[-1])
+    found, errors = json.loads(run_without_hf_ilora(ALONE, ilora, home=tmp_path, **client.environment).splitlines()[-1])
     expected = answers()
     for recommended in found:
         assert [each | {"score": None} for each in recommended] == [each | {"score": None} for each in expected]

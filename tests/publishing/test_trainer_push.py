@@ -5,6 +5,7 @@ import torch
 
 from hf_ilora import SASRecForNextItem
 from tests.paths import PROJECT
+from tests.publishing.hub_programs import USE_CARD, last_line
 
 TRAIN = f"""
 import sys
@@ -30,11 +31,6 @@ from transformers import AutoModel
 import hf_ilora
 model = AutoModel.from_pretrained(sys.argv[1])
 print(model.catalogue.titles(model.recommend([[1, 2, 3]], top_k=3)[0][0]))
-"""
-USE_CARD = """
-import sys
-from huggingface_hub import ModelCard
-exec(ModelCard.load(sys.argv[1]).text.split("```python")[1].split("```")[0])
 """
 PUSH_MEASURED = f"""
 {TRAIN.rpartition("print")[0]}
@@ -67,20 +63,20 @@ def test_a_finished_model_arrives_with_catalogue_code_and_card_and_nothing_else(
     folder = tmp_path / "cycle"
     printed = client.succeed(TRAIN, folder, {"hub_model_id": "user/cycle"})
     newest = client.hub.repositories["user/cycle"].history()[0]
-    assert printed.strip().splitlines()[-1] == newest.oid
+    assert last_line(printed) == newest.oid
     assert files_of(newest) >= MODEL_FILES
     assert not [name for name in files_of(newest) if name.startswith("checkpoint") or name.endswith((".bin", ".pt"))]
     card = newest.files["README.md"].decode()
     assert "license: mit" in card and "Validation split, 64 users:" in card
     model = SASRecForNextItem.from_pretrained(folder)
     shown = model.catalogue.titles(model.recommend([[1, 2]], top_k=10)[0][0])
-    assert client.succeed(USE_CARD, "user/cycle", token=None).strip().splitlines()[-1] == str(shown)
-    titles = client.succeed(USE, "user/cycle", token=None).strip().splitlines()[-1]
+    assert last_line(client.succeed(USE_CARD, "user/cycle", token=None)) == str(shown)
+    titles = last_line(client.succeed(USE, "user/cycle", token=None))
     assert titles == str(model.catalogue.titles(model.recommend(torch.tensor([[1, 2, 3]]), top_k=3)[0][0]))
 
 
-def test_a_measured_card_stays_with_the_weights_that_it_is_of(client, tmp_path):
-    """A push of the Trainer must neither lose an evaluation nor show that of other weights."""
+def test_a_card_with_measurements_is_kept_only_for_the_measured_weights(client, tmp_path):
+    """A Trainer's push must neither lose an evaluation nor show one of other weights."""
     printed = client.succeed(PUSH_MEASURED, tmp_path / "cycle", {"hub_model_id": "user/cycle"})
     commits = {commit.title: commit.files for commit in client.hub.repositories["user/cycle"].history()}
     cards = {title: files["README.md"].decode() for title, files in commits.items() if "README.md" in files}
@@ -90,7 +86,7 @@ def test_a_measured_card_stays_with_the_weights_that_it_is_of(client, tmp_path):
     assert "Validation split, 64 users:" in cards["trained further"] and "license: mit" in cards["trained further"]
     assert printed.count("README.md has the results of other weights, and is replaced: `hf-ilora evaluate`") == 1
     edited = client.hub.repositories["user/cycle"].commit("main").files["README.md"].decode()
-    assert edited == cards["trained further"] + "Mine."  # which is newer than what the Trainer has to say
+    assert edited == cards["trained further"] + "Mine."  # a card that was edited on the Hub wins
     for files in commits.values():
         assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
     assert b'"data"' in commits["measured"]["run.json"]
@@ -108,7 +104,7 @@ def test_every_save_of_a_training_arrives_as_a_whole_model(client, tmp_path):
 
 
 @pytest.mark.slow
-def test_checkpoints_are_sent_when_they_are_asked_for(client, tmp_path):
+def test_checkpoints_are_pushed_on_request(client, tmp_path):
     settings = {"push_to_hub": True, "hub_model_id": "user/cycle", "hub_strategy": "all_checkpoints"}
     client.succeed(TRAIN, tmp_path / "cycle", settings | {"hub_always_push": True})
     newest = client.hub.repositories["user/cycle"].history()[0]
@@ -117,6 +113,6 @@ def test_checkpoints_are_sent_when_they_are_asked_for(client, tmp_path):
     assert not [name for name, content in newest.files.items() if str(tmp_path).encode() in content]
 
 
-def test_a_push_that_fails_is_told(client, tmp_path):
+def test_a_push_without_permission_fails(client, tmp_path):
     refused = client.fail(TRAIN, tmp_path / "cycle", {"hub_model_id": "user/cycle"}, token="wrong")
     assert "PermissionError" in refused or "401" in refused
