@@ -1,4 +1,4 @@
-"""What a picture says."""
+"""Reads the texts of a plot."""
 
 from collections.abc import Callable
 from unittest import mock

@@ -1,4 +1,4 @@
-"""Metrics of lists against the numbers of RecTools, against naive loops, and with intervals that cover the truth."""
+"""Metrics of lists equal the numbers of RecTools and of naive loops, and their intervals cover the truth."""
 
 import importlib.metadata
 import math
@@ -258,6 +258,6 @@ def test_novelty_of_an_unseen_item_is_that_of_one_user():
         ([[1, 2], [3, 3]], [1, 1], "recommended has an item twice in a list"),
     ],
 )
-def test_lists_that_are_none_are_refused(recommended, relevant, message):
+def test_invalid_lists_are_refused(recommended, relevant, message):
     with pytest.raises(ValueError, match=message):
         beyond_accuracy(np.array(recommended), facts(), np.array(relevant))

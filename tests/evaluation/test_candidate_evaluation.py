@@ -1,4 +1,4 @@
-"""The table of choosing models, measured with a tiny language model against the functions it is made of."""
+"""The candidate table has the numbers of the functions it calls, measured with a tiny language model."""
 
 import csv
 import json
@@ -66,7 +66,7 @@ def context_of(sequences, split, generate="none"):
     return CandidateContext("data", sequences.fingerprint, "test", len(split), 30, 5, 10, 200, 0, generate=generate)
 
 
-def test_a_model_that_learnt_no_titles_has_no_choice_by_titles(sequences):
+def test_a_model_trained_without_titles_has_no_ranking_by_titles(sequences):
     split = sequences["test"].select(range(5))
     settings = {"item_head": "residual", "item_loss_weight": 1.0, "language_loss_weight": 0.0}
     evaluation = CandidateEvaluation(context_of(sequences, split), split)
@@ -74,7 +74,7 @@ def test_a_model_that_learnt_no_titles_has_no_choice_by_titles(sequences):
     assert [row.name for row in evaluation.reports()] == ["SASRec", "iLoRA, item head"]
 
 
-def test_rows_are_what_their_functions_give(sequences, tmp_path):
+def test_rows_have_the_numbers_of_the_functions_that_measure_them(sequences, tmp_path):
     split = sequences["test"].select(range(10))
     model, other = ilora(sequences, item_head="residual"), ilora(sequences, seed=1, num_experts=1)
     context = context_of(sequences, split, "free")
@@ -124,7 +124,7 @@ def test_rows_are_what_their_functions_give(sequences, tmp_path):
     assert [row["target"] for row in written] == [f"Title {100 + item - 1}" for item in split["target"]]
 
 
-def test_models_with_other_sasrecs_are_compared_with_their_own(sequences):
+def test_models_with_different_sasrecs_are_each_compared_with_their_own(sequences):
     split = sequences["test"].select(range(8))
     evaluation = CandidateEvaluation(context_of(sequences, split), split)
     models = [ilora(sequences, recommender_seed=seed) for seed in (0, 1, 0)]

@@ -1,4 +1,4 @@
-"""Choice among candidates against one row at a time, and the item head through the ranking of all items."""
+"""Ranks among candidates equal those of one row at a time, and generated answers are judged by LLaRA's rule."""
 
 import json
 from dataclasses import replace

@@ -1,10 +1,10 @@
-"""Metrics in words, as cards tell them."""
+"""Metrics in the words of a model card."""
 
 from hf_ilora.evaluation.card_metrics import eval_results, quality_in_words
 from hf_ilora.evaluation.statistics import Interval
 
 
-def test_each_ranking_is_told_in_one_line_with_shares_in_per_cent_and_intervals():
+def test_each_ranking_has_one_line_with_shares_in_per_cent_and_intervals():
     quality = {
         "masked/mrr": Interval(0.09, 0.08, 0.1),
         "masked/ndcg@10": Interval(0.1155, 0.1, 0.13),
@@ -25,7 +25,7 @@ def test_each_ranking_is_told_in_one_line_with_shares_in_per_cent_and_intervals(
     ]
 
 
-def test_users_with_several_held_out_items_and_means_without_intervals():
+def test_several_held_out_items_have_words_of_their_own_and_intervals_are_optional():
     quality = {"relevant/recall@20": 0.25, "relevant/ndcg@10": 0.1, "unmasked/hit_ratio@10": 0.125}
     assert quality_in_words(quality, 30).splitlines() == [
         "- Several held-out items of a user, among all 30 items without those of the history: 25.0% of a user's are "

@@ -1,4 +1,4 @@
-"""Numbers of expert usage by hand, and what counts as collapsed."""
+"""Expert usage equals numbers worked out by hand, and collapsed routers are recognised."""
 
 import math
 
@@ -17,7 +17,7 @@ from tests.evaluation.drawn_texts import texts_of
 from tests.evaluation.ranking_model import ChoosingModel
 
 
-def test_values_by_hand():
+def test_usage_equals_numbers_worked_out_by_hand():
     usage = expert_usage(torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [0.5, 0.5]]))
     assert usage.num_users == 4
     assert usage.mean_gate == (0.5, 0.5)
@@ -30,7 +30,7 @@ def test_values_by_hand():
     assert skewed.entropy_of_mean == pytest.approx(entropy) == pytest.approx(skewed.mean_entropy)
 
 
-def test_collapsed_is_one_expert_for_all_or_one_mixture_for_all():
+def test_a_router_has_collapsed_if_all_users_get_one_expert_or_one_mixture():
     different = torch.eye(4).repeat(5, 1)
     assert not expert_usage(different).is_collapsed
     assert expert_usage(torch.tensor([[0.95, 0.05], [0.9, 0.1]])).is_collapsed  # one expert has more than 0.9

@@ -1,4 +1,4 @@
-"""Metrics of lists as `evaluate.Metric`: the numbers of `beyond_accuracy`, from lists of any form."""
+"""Metrics of lists as `evaluate.Metric` give the numbers of `beyond_accuracy`, for lists of any form."""
 
 import numpy as np
 import pytest
@@ -62,6 +62,6 @@ def test_parts_of_the_users_add_up_and_lists_may_differ_in_length():
         (lambda: Diversity([0, 1]), [[1]], r"vectors have shape \(2,\).*expected numbers \(num_items \+ 1, size\)"),
     ],
 )
-def test_wrong_lists_and_facts_are_told(metric, inputs, message):
+def test_wrong_lists_and_statistics_are_refused(metric, inputs, message):
     with pytest.raises(ValueError, match=message):
         metric().compute(predictions=inputs)

@@ -1,4 +1,4 @@
-"""Metrics as folders: `evaluate` loads them without hf_ilora and without a network, and they compute what ours do."""
+"""`evaluate` loads metric folders without hf_ilora and without a network, and they compute the same numbers."""
 
 import ast
 import json
@@ -88,7 +88,7 @@ def test_a_folder_computes_what_the_metric_of_the_package_does(tmp_path, modules
         loaded.compute(predictions=[1, 1.5])
 
 
-def test_folders_combine(tmp_path, modules_cache):
+def test_metrics_from_folders_combine_in_one_call(tmp_path, modules_cache):
     combined = evaluate.combine([metric_folder(name, tmp_path) for name in ("ndcg", "hit_ratio", "mrr")])
     expected = {"ndcg@10": 0.5, "hit_ratio@10": 2 / 3, "mrr": (1 + 1 / 3 + 1 / 11) / 3}
     assert combined.compute(predictions=[1, 3, 11]) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""The metrics as `evaluate.Metric`: no Hub, one call or many batches, honest about bad input."""
+"""The ranking metrics as `evaluate.Metric`: no Hub, one call or many batches, and no wrong input passes."""
 
 import math
 
@@ -25,7 +25,7 @@ RANKS = [1, 3, 11, 2]
         (MRR(k=2), "mrr@2", (1 + 1 / 2) / 4),
     ],
 )
-def test_values_by_hand(metric, key, expected):
+def test_metrics_equal_values_worked_out_by_hand(metric, key, expected):
     for ranks in (RANKS, np.array(RANKS), torch.tensor(RANKS)):
         assert metric.compute(predictions=ranks) == {key: pytest.approx(expected)}
 
@@ -57,7 +57,7 @@ def test_batches_give_what_one_call_gives():
     assert metric.compute() == metric.compute(predictions=RANKS)
 
 
-def test_metrics_combine():
+def test_metrics_combine_in_one_call():
     combined = evaluate.combine([NDCG(k=10), HitRatio(k=2)])
     assert combined.compute(predictions=[1, 3]) == {"ndcg@10": pytest.approx(0.75), "hit_ratio@2": 0.5}
 

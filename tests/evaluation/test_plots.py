@@ -1,4 +1,4 @@
-"""Pictures: names without folders, labels that do not overlap, plain numbers, and every seed."""
+"""Plots show names without folders, labels that do not overlap, plain numbers, and every seed."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_labels_keep_their_distance_and_their_order():
     assert places[4] == pytest.approx(0.0)
 
 
-def test_names_are_as_short_as_tells_them_apart():
+def test_names_are_shortened_as_long_as_they_differ():
     assert short_names(["outputs/a/sasrec", "outputs/b/counts"]) == ["sasrec", "counts"]
     assert short_names(["outputs/a/sasrec", "outputs/b/sasrec"]) == ["a/sasrec", "b/sasrec"]
     assert short_names(["outputs/a/sasrec", "outputs/a/sasrec"]) == ["sasrec", "sasrec"]
@@ -91,7 +91,7 @@ def test_every_model_has_a_label_and_every_seed_a_mark(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_what_cannot_be_drawn_is_refused(tmp_path):
+def test_no_models_and_costs_of_zero_are_refused(tmp_path):
     for points, message in (([], "no models to draw"), ([CostPoint("a", "ids", 0, [1.0])], "the cost of a is 0")):
         with pytest.raises(ValueError, match=message):
             plot_quality_against_cost(points, tmp_path / "plot.png", cost="", quality="")

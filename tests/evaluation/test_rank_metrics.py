@@ -1,4 +1,4 @@
-"""Metrics of ranks, by hand; those of several relevant items are compared with RecTools in test_beyond_accuracy.py."""
+"""Metrics of ranks equal values worked out by hand; test_beyond_accuracy.py compares them with RecTools."""
 
 import math
 
@@ -19,7 +19,7 @@ from hf_ilora.evaluation.rank_metrics import (
 RANKS = torch.tensor([1, 2, 3, 10, 11])
 
 
-def test_values_by_hand():
+def test_metrics_of_one_relevant_item_equal_values_worked_out_by_hand():
     assert hit_at(RANKS, 3).tolist() == [1, 1, 1, 0, 0]
     expected = [1, 1 / math.log2(3), 0.5, 1 / math.log2(11), 0]
     assert ndcg_at(RANKS, 10).tolist() == pytest.approx(expected)
@@ -44,7 +44,7 @@ def test_shape_is_kept_and_precision_is_double():
         ("precision@10", hit_at(RANKS, 10) / 10),
     ],
 )
-def test_names_spell_metrics(name, expected):
+def test_a_metric_is_chosen_by_its_name_and_cut_off(name, expected):
     assert metric_per_user(name, RANKS).tolist() == pytest.approx(expected.tolist())
     padded = torch.stack([torch.zeros_like(RANKS), RANKS.int()], dim=1)
     assert torch.equal(metric_per_user(name, padded), metric_per_user(name, RANKS))
@@ -69,7 +69,7 @@ def test_bad_input_is_refused(metric):
 SEVERAL = torch.tensor([[5, 1, 0], [2, 0, 0], [30, 4, 3]])
 
 
-def test_several_relevant_items_by_hand():
+def test_metrics_of_several_relevant_items_equal_values_worked_out_by_hand():
     assert precision_at(SEVERAL, 4).tolist() == [1 / 4, 1 / 4, 2 / 4]
     assert recall_at(SEVERAL, 4).tolist() == pytest.approx([1 / 2, 1, 2 / 3])
     assert average_precision_at(SEVERAL, 5).tolist() == pytest.approx([(1 + 2 / 5) / 2, 1 / 2, (1 / 3 + 2 / 4) / 3])

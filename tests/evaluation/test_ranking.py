@@ -1,4 +1,4 @@
-"""Ranks against a full sort written as loops, and memory that does not grow with users x items."""
+"""Ranks equal those of a full sort written as loops, and memory does not grow with users x items."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ INFINITY = float("inf")
 
 
 def naive_rank(scores, target, eligible):
-    """Position of the target when equal scores stand before it."""
+    """Position of the target if items with equal scores come before it."""
     others = [item for item in eligible if item != target]
     ordered = sorted([*others, target], key=lambda item: (-float(scores[item]), item == target))
     return ordered.index(target) + 1
@@ -58,7 +58,7 @@ def test_ranks_equal_a_full_sort(levels, dtype):
     assert (masked < unmasked).any()
 
 
-def test_ranks_by_hand():
+def test_ranks_equal_those_worked_out_by_hand():
     scores = torch.tensor([[9.0, 0.1, 0.4, 0.3, 0.2]])  # order of items: 2, 3, 4, 1; padding never counts
     ranks = [int(target_ranks(scores, torch.tensor([target]))) for target in (2, 3, 4, 1)]
     assert ranks == [1, 2, 3, 4]
@@ -300,7 +300,7 @@ def test_memory_does_not_grow_with_users_times_items():
 
 
 def evaluation_batch(rows):
-    """What an evaluation collator gives the Trainer: -100 but for the target at the last real position."""
+    """A batch as the evaluation collator makes it: labels are -100 except for the target at the last real position."""
     length = 6
     batch = {"input_ids": torch.zeros(len(rows), length, dtype=torch.int64)}
     batch["labels"] = torch.full((len(rows), length), -100)
@@ -352,7 +352,7 @@ def test_ranking_metrics_over_batches_are_means_over_users():
         )
 
 
-def test_ranking_metrics_refuse_what_was_not_reduced_to_ranks():
+def test_ranking_metrics_refuse_predictions_that_are_not_ranks():
     with pytest.raises(ValueError, match="preprocess_logits_for_metrics=ranks_from_logits"):
         RankingMetrics()(SimpleNamespace(predictions=torch.randn(4, 100)))
     with pytest.raises(ValueError, match="k is 0"):

@@ -1,16 +1,15 @@
-"""Intervals and paired comparison against resampling written as loops, and controls that must find nothing."""
+"""Intervals and paired comparisons equal naive resampling, and controls without a difference find none."""
 
 import dataclasses
 import itertools
 import math
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from hf_ilora import compare_runs
 from hf_ilora.evaluation.ranking import SplitRanks
-from hf_ilora.evaluation.saved_ranks import RanksSource, SavedRanks
+from hf_ilora.evaluation.saved_ranks import SavedRanks
 from hf_ilora.evaluation.statistics import (
     COUNT_GROUPS,
     LENGTH_GROUPS,
@@ -20,7 +19,9 @@ from hf_ilora.evaluation.statistics import (
     summarize_by_length,
     summarize_ranks,
     users_by_group,
+    wilson_interval,
 )
+from tests.evaluation.small_ranks import OTHER_RANKS, RANKS, saved
 
 
 def metric_values(seed=0, num_users=400):
@@ -88,6 +89,29 @@ def test_p_values_of_exchangeable_runs_are_uniform():
     assert 0.4 < np.mean(p_values) < 0.65
 
 
+def test_wilson_interval_is_that_of_the_literature_and_has_a_width_at_the_ends():
+    # Newcombe (Statistics in Medicine 1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
+    published = {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }
+    for (successes, trials), ends in published.items():
+        interval = wilson_interval(successes, trials)
+        assert (interval.low, interval.high) == pytest.approx(ends, abs=5e-5)
+        assert interval.mean == successes / trials
+    everyone = wilson_interval(95, 95)
+    assert everyone.high == 1 and everyone.low < 0.97
+    resampled = bootstrap_interval(np.ones(95))
+    assert resampled.low == resampled.high  # what Wilson's avoids
+    for wrong in ((3, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="expected 0 <= successes <= trials"):
+            wilson_interval(*wrong)
+    with pytest.raises(ValueError, match="confidence is 1"):
+        wilson_interval(1, 2, confidence=1)
+
+
 def test_a_better_run_is_found_and_the_same_run_is_not():
     a = metric_values()
     same = compare_runs(a, a)
@@ -101,7 +125,7 @@ def test_a_better_run_is_found_and_the_same_run_is_not():
     assert better.p_value == pytest.approx(1 / 10_001)
     assert better.num_users == len(a)
     assert compare_runs(b, a).difference.mean == pytest.approx(-better.difference.mean)
-    # Negative control: the same values with users mixed up differ by nothing that could be told from chance.
+    # Negative control: the same values with users mixed up differ no more than by chance.
     assert compare_runs(a, np.random.default_rng(1).permutation(a)).p_value > 0.05
 
 
@@ -131,26 +155,6 @@ def test_bad_input_is_refused():
         sign_flip_p_value([1, 2], num_resamples=0)
 
 
-RANKS = SplitRanks(np.array([1, 2, 30]), np.array([2, 4, 40]), np.array([1, 1, 5]))
-OTHER_RANKS = SplitRanks(np.array([3, 2, 1]), np.array([1, 1, 1]), np.array([2, 2, 2]))
-
-
-def saved(path, ranks=RANKS, user_ids=("u", "v", "w"), model="m", fingerprint="f", split="test"):
-    SavedRanks.from_ranks(pa.array(user_ids), ranks, RanksSource(model, fingerprint, split)).save(path)
-    return path
-
-
-def test_saved_ranks_come_back_whole(tmp_path):
-    loaded = SavedRanks.load(saved(tmp_path / "new folder" / "m.parquet"))
-    assert loaded.source == RanksSource("m", "f", "test")
-    assert loaded.table["user_id"].to_pylist() == ["u", "v", "w"]
-    assert loaded.ranks("masked").tolist() == [1, 2, 30]
-    assert loaded.ranks("unmasked").tolist() == [2, 4, 40]
-    assert loaded.ranks("candidates").tolist() == [1, 1, 5]
-    with pytest.raises(ValueError, match="ranking is 'full'"):
-        loaded.ranks("full")
-
-
 def test_saved_runs_compare_by_metric_and_ranking(tmp_path):
     a, b = saved(tmp_path / "a.parquet"), saved(tmp_path / "b.parquet", OTHER_RANKS)
     comparison = compare_runs(a, str(b), metric="hit_ratio@1")
@@ -175,34 +179,6 @@ def test_saved_runs_of_other_users_do_not_compare(tmp_path, change, message):
     a, b = saved(tmp_path / "a.parquet"), saved(tmp_path / "b.parquet", model="other", **change)
     with pytest.raises(ValueError, match=message):
         compare_runs(a, b)
-
-
-def test_files_that_are_no_saved_ranks_are_refused(tmp_path):
-    path = saved(tmp_path / "a.parquet")
-    with pytest.raises(FileNotFoundError, match="no saved ranks at"):
-        compare_runs(path, tmp_path / "missing.parquet")
-    truncated = tmp_path / "truncated.parquet"
-    truncated.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="not a whole parquet file"):
-        SavedRanks.load(truncated)
-    foreign = tmp_path / "foreign.parquet"
-    pa.parquet.write_table(pa.table({"rank": [1]}), foreign)
-    with pytest.raises(ValueError, match="has the columns rank: expected saved ranks"):
-        SavedRanks.load(foreign)
-
-
-def test_a_write_that_fails_leaves_the_earlier_file_whole(tmp_path, monkeypatch):
-    path = saved(tmp_path / "a.parquet")
-
-    def fail(table, where):
-        where.write_bytes(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setattr("pyarrow.parquet.write_table", fail)
-    with pytest.raises(OSError, match="no space left"):
-        saved(path, OTHER_RANKS)
-    assert SavedRanks.load(path).ranks("masked").tolist() == [1, 2, 30]
-    assert [found.name for found in tmp_path.iterdir()] == ["a.parquet"]
 
 
 def test_ranks_among_new_items_are_saved_and_compare_the_users_who_have_them(tmp_path):

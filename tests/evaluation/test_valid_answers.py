@@ -1,11 +1,10 @@
-"""The published rule for generated answers, by hand, and its intervals."""
+"""Generated answers are judged by LLaRA's rule, with counts worked out by hand."""
 
-import numpy as np
 import pytest
 
 from hf_ilora.evaluation.answer_metrics import ValidRatio
 from hf_ilora.evaluation.named_candidates import is_valid, named_candidates
-from hf_ilora.evaluation.statistics import bootstrap_interval, wilson_interval
+from hf_ilora.evaluation.statistics import wilson_interval
 from hf_ilora.evaluation.valid_answers import judge_answers, judge_items
 
 TITLES = ["Heat", "Alien", "Aliens", "Big"]
@@ -46,24 +45,20 @@ def test_the_first_line_alone_counts_if_asked(answer, named):
 
 
 def test_lines_after_the_first_change_the_quality():
-    answers, titles, targets = ["Heat\nBig", "so:\nBig", "Big"], [TITLES] * 3, ["Heat", "Big", "Heat"]
+    answers, titles, targets = ["Heat\nBig", "so:\nBig", "Alien\nHeat"], [TITLES] * 3, ["Heat", "Heat", "Big"]
     whole, first = (judge_answers(answers, titles, targets, first_line_only=only) for only in (False, True))
-    assert (whole.num_valid, whole.num_correct) == (2, 1)
-    assert (first.num_valid, first.num_correct) == (2, 1)
-    assert judge_answers(answers[:1], titles[:1], targets[:1]).num_valid == 0
-    assert judge_answers(answers[:1], titles[:1], targets[:1], first_line_only=True).num_correct == 1
+    assert (whole.num_valid, whole.num_correct) == (1, 0)  # "so:\nBig"
+    assert (first.num_valid, first.num_correct) == (2, 1)  # "Heat" and "Alien"
     metrics = (ValidRatio(), ValidRatio(first_line_only=True))
-    assert [metric.compute(predictions=answers[:1], references=titles[:1])["valid_ratio"] for metric in metrics] == [
-        0,
-        1,
-    ]
+    ratios = [metric.compute(predictions=answers, references=titles)["valid_ratio"] for metric in metrics]
+    assert ratios == pytest.approx([1 / 3, 2 / 3])
 
 
 def test_equal_titles_are_named_together():
     assert not is_valid("Heat", ["Heat", "Heat"])
 
 
-def test_both_definitions_of_hit_ratio_by_hand():
+def test_hit_ratio_divides_by_the_valid_and_by_all_answers():
     answers = ["Heat", "big", "Alien", "no idea", "heat, big"]
     quality = judge_answers(answers, [TITLES] * 5, ["Heat", "Alien", "Alien", "Heat", "Heat"])
     assert (quality.num_answers, quality.num_valid, quality.num_correct) == (5, 3, 2)
@@ -89,7 +84,7 @@ def test_without_a_valid_answer_there_is_no_share_of_the_valid():
     assert quality.hit_ratio_of_all.mean == quality.valid_ratio.mean == 0
 
 
-def test_bad_answers_are_refused():
+def test_mismatched_and_blank_inputs_are_refused():
     with pytest.raises(ValueError, match="2 answers, 1 lists of candidates and 2 targets"):
         judge_answers(["a", "b"], [TITLES], ["Heat", "Heat"])
     with pytest.raises(ValueError, match="no answers"):
@@ -102,7 +97,7 @@ def test_bad_answers_are_refused():
         is_valid("a", [])
 
 
-def test_valid_ratio_as_a_metric():
+def test_the_metric_is_the_share_of_valid_answers_in_one_call_or_in_batches():
     metric = ValidRatio()
     answers, titles = ["Heat", "I like films", "big heat"], [TITLES, TITLES[:2], TITLES]
     assert metric.compute(predictions=answers, references=titles) == {"valid_ratio": pytest.approx(1 / 3)}
@@ -111,26 +106,3 @@ def test_valid_ratio_as_a_metric():
     assert metric.compute() == {"valid_ratio": pytest.approx(1 / 3)}
     with pytest.raises(ValueError, match="of no answers"):
         metric.compute(predictions=[], references=[])
-
-
-def test_wilson_interval_is_that_of_the_literature_and_has_a_width_at_the_ends():
-    # Newcombe (Statistics in Medicine 1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
-    published = {
-        (81, 263): (0.2553, 0.3662),
-        (15, 148): (0.0624, 0.1605),
-        (0, 20): (0, 0.1611),
-        (1, 29): (0.0061, 0.1718),
-    }
-    for (successes, trials), ends in published.items():
-        interval = wilson_interval(successes, trials)
-        assert (interval.low, interval.high) == pytest.approx(ends, abs=5e-5)
-        assert interval.mean == successes / trials
-    everyone = wilson_interval(95, 95)
-    assert everyone.high == 1 and everyone.low < 0.97
-    resampled = bootstrap_interval(np.ones(95))
-    assert resampled.low == resampled.high  # what Wilson's avoids
-    for wrong in ((3, 2), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match="expected 0 <= successes <= trials"):
-            wilson_interval(*wrong)
-    with pytest.raises(ValueError, match="confidence is 1"):
-        wilson_interval(1, 2, confidence=1)
