@@ -12,27 +12,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, Features, List, Value
 
 from hf_ilora import build_sequences
 from hf_ilora.data import candidates as candidates_module
 from hf_ilora.data.candidates import sample_candidates
 from hf_ilora.data.histories import Histories
 from hf_ilora.data.protocols import Rows
-
-
-def items_table(raw_ids) -> Dataset:
-    raw_ids = list(raw_ids)
-    raw_type = "string" if isinstance(raw_ids[0], str) else "int64"
-    columns = {"item_id": raw_ids, "title": [str(raw_id) for raw_id in raw_ids]}
-    columns |= {"year": [None] * len(raw_ids), "genres": [[]] * len(raw_ids)}
-    types = {"item_id": Value(raw_type), "title": Value("string"), "year": Value("int32")}
-    return Dataset.from_dict(columns, features=Features({**types, "genres": List(Value("string"))}))
-
-
-def interactions_table(rows: list[tuple]) -> Dataset:
-    names = ("user_id", "item_id", "timestamp")
-    return Dataset.from_dict({name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)})
+from tests.data.naive_sequences import interactions_table, items_table
 
 
 def histories_of(*sequences: list[int], num_items: int, user_ids: list | None = None) -> Histories:

@@ -7,7 +7,7 @@ import pytest
 from hf_ilora import SequenceDatasets, build_sequences
 from hf_ilora.data.protocol_settings import LEAKS
 from hf_ilora.data.public_datasets import PUBLIC_DATASETS
-from tests.data.test_sequences import contents, in_raw_ids, interactions_table, items_table, naive_histories
+from tests.data.naive_sequences import contents, in_raw_ids, interactions_table, items_table, naive_histories
 from tests.paths import PROJECT
 
 

@@ -119,7 +119,7 @@ def sort_chronologically(coded: CodedInteractions, workspace: Workspace) -> None
 
 
 def _order_of_block(users: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """What `np.lexsort((times, users))` returns."""
+    """As `np.lexsort((times, users))`, and faster unless times are fractions or far apart."""
     if len(users) == 0:
         return np.empty(0, dtype=np.int64)
     lowest_user, lowest_time = int(users.min()), times.min()

@@ -171,24 +171,24 @@ def _load_whole(
 ) -> tuple[Dataset, pa.Array, pa.ChunkedArray | None, pa.Array | None]:
     """The interactions, their distinct item ids, the ids of the table of items in the same type, and the titles in the
     table of interactions."""
-    plays = _Columns.read(source, names, limit, separator, column_names)
-    user_ids, item_ids, known_ids = plays.ids("user_id"), plays.ids("item_id"), None
+    interactions = _Columns.read(source, names, limit, separator, column_names)
+    user_ids, item_ids, known_ids = interactions.ids("user_id"), interactions.ids("item_id"), None
     if known is not None:
-        item_ids, known_ids = _of_one_type(item_ids, known.ids("item_id"), plays, known)
-    elif plays.are_numbers("item_id"):
+        item_ids, known_ids = _of_one_type(item_ids, known.ids("item_id"), interactions, known)
+    elif interactions.are_numbers("item_id"):
         item_ids = item_ids.cast(pa.int64())
-    if plays.are_numbers("user_id"):
+    if interactions.are_numbers("user_id"):
         user_ids = user_ids.cast(pa.int64())
     columns = {"user_id": user_ids, "item_id": item_ids}
     if names["time"] is None:
         columns["timestamp"] = pa.chunked_array([np.arange(len(item_ids))])
     else:
-        columns["timestamp"] = clean_seconds(plays.table["time"], plays.where["time"])
+        columns["timestamp"] = clean_seconds(interactions.table["time"], interactions.where["time"])
     if names["rating"] is not None:
-        columns["rating"] = clean_ratings(plays.table["rating"], plays.where["rating"])
+        columns["rating"] = clean_ratings(interactions.table["rating"], interactions.where["rating"])
     ids, titles = pc.unique(item_ids), None
     if names["title"] is not None:
-        titles = _agreed_titles(ids, item_ids, plays.titles())
+        titles = _agreed_titles(ids, item_ids, interactions.titles())
         if limit != -1 and titles.null_count:  # a later row may have the title
             roles = {"item_id": names["item_id"], "title": names["title"]}
             whole = _Columns.read(source, roles, separator=separator, column_names=column_names)
@@ -322,20 +322,20 @@ class _Columns:
 
 
 def _of_one_type(
-    item_ids: pa.ChunkedArray, known_ids: pa.ChunkedArray, plays: _Columns, known: _Columns
+    item_ids: pa.ChunkedArray, known_ids: pa.ChunkedArray, interactions: _Columns, known: _Columns
 ) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
     """The clean item ids of both tables: int64 if all of them are numbers, text otherwise.
 
     Raises:
         ValueError: one table has numbers and the other text, and neither is a text file, whose ids have no type.
     """
-    if plays.whole_numbers is None and known.whole_numbers is None and item_ids.type != known_ids.type:
+    if interactions.whole_numbers is None and known.whole_numbers is None and item_ids.type != known_ids.type:
         raise ValueError(
             f"{known.where['item_id']} has ids of type {known_ids.type}, the interactions have item ids of type "
             f"{item_ids.type}; expected the same: cast one of them, or convert one table to CSV, whose ids take the "
             "type of the other's"
         )
-    tables = ((plays, item_ids), (known, known_ids))
+    tables = ((interactions, item_ids), (known, known_ids))
     are_numbers = all(pa.types.is_integer(ids.type) or table.are_numbers("item_id") for table, ids in tables)
     id_type = pa.int64() if are_numbers else pa.string()
     return item_ids.cast(id_type), known_ids.cast(id_type)

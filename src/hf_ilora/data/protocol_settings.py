@@ -48,7 +48,7 @@ Moment = str | int | float | datetime.datetime | datetime.date
 
 
 def checked_protocol(protocol: str, **settings) -> dict:
-    """Check the settings of `build_sequences` and replace None by the protocol's defaults; the result is what is saved.
+    """Check the settings of `build_sequences` replacing None with the protocol's defaults; data sets save the result.
 
     Raises:
         TypeError, ValueError: as `build_sequences`, for settings that are wrong whatever the data.

@@ -293,7 +293,10 @@ def _read_literals(
                 f"({error}); download the file again"
             ) from error
         if not isinstance(row, dict):
-            raise ValueError(f"line {number} of {path} is a {type(row).__name__}: expected an object with keys")
+            raise ValueError(
+                f"line {number} of {path} is a {type(row).__name__}: expected an object with keys; download the file "
+                "again"
+            )
         return row
 
     def rows() -> Iterator[dict]:

@@ -201,7 +201,7 @@ def reference_catalogue(items_path: str | os.PathLike, num_items: int) -> Catalo
     try:
         items = pq.read_table(items_path)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{items_path} is not a whole parquet file ({error})") from error
+        raise ValueError(f"{items_path} is not a whole parquet file ({error}): write the table again") from error
     if "item_id" not in items.column_names or not pa.types.is_integer(items.schema.field("item_id").type):
         raise ValueError(f"{items_path} has the columns {items.column_names}: expected an integer column item_id")
     item_ids = items["item_id"].to_numpy()
@@ -234,7 +234,7 @@ def load_reference_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): download it again") from error
 
 
 def _is_horizontal(name: str) -> bool:

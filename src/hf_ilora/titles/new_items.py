@@ -114,7 +114,7 @@ def _raw_ids(column: pa.ChunkedArray, expected: pa.DataType) -> pa.Array:
     if is_text != is_string(expected) or not (is_text or pa.types.is_integer(column.type)):
         raise ValueError(
             f"the raw ids of the new items are {column.type} (the first is {column[0].as_py()!r}): expected "
-            f"{expected}, as in the catalogue of the model"
+            f"{expected}, as in the catalogue of the model; cast them"
         )
     return column.cast(expected).combine_chunks()
 
