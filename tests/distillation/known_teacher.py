@@ -1,4 +1,4 @@
-"""A teacher whose answers can be written down by hand, and the folder of labels that it gives."""
+"""A teacher whose answers can be computed by hand, and the folder of its labels."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ DATA_FINGERPRINT = "d" * 64
 
 
 class KnownTeacher:
-    """Says that the items behind the newest one in the catalogue come next, and is less sure of later histories."""
+    """Answers with the items that follow the newest one in the catalogue; distances grow with the history id."""
 
     source = "known teacher"
     fingerprint = "f" * 64

@@ -9,7 +9,7 @@ import torch
 from hf_ilora.distillation import acquisition
 from hf_ilora.distillation.acquisition import acquire
 
-# Row 0 is sure, row 1 flat, row 2 torn between two of its items, row 3 between the best two less closely.
+# Row 0 is certain, row 1 nearly flat, row 2 has two equally good items, row 3 two best items one apart.
 SCORES = np.array([[9.0, 0, 0, 0], [0.1, 0, 0, 0], [6.0, 6, 0, 0], [3.0, 2, 1, 0]], np.float32)
 NEEDED = {
     "random": {"num_rows": 40},

@@ -1,4 +1,4 @@
-"""Labelling: what is asked, in which shards it is written, and what a kill leaves."""
+"""Labelling: the requests, the shards of answers, and the state after a crash."""
 
 import logging
 from pathlib import Path
@@ -45,7 +45,7 @@ def labels_in(path):
     return TeacherLabels.load(path, DATA_FINGERPRINT).table
 
 
-# --- what is asked ---
+# --- requests ---
 
 
 def test_labelling_last_positions_asks_for_the_target_after_the_whole_history(train):
@@ -118,7 +118,7 @@ def test_policies_choose_different_requests_of_the_split(train, recommender, pol
     assert chosen.history_ids.tolist() == again.history_ids.tolist()
 
 
-def test_policy_without_what_it_looks_at_is_refused(train):
+def test_policy_without_its_input_is_refused(train):
     requests = LabelRequests.of_split(train)
     with pytest.raises(ValueError, match="policy entropy reads a recommender's outputs: expected a recommender"):
         acquire_requests(requests, "entropy", 3)
@@ -191,7 +191,7 @@ def test_run_resumes_with_another_number_of_processes(train, undisturbed, tmp_pa
     assert labels_in(tmp_path).equals(undisturbed)
 
 
-def test_finished_folder_is_checked_and_asked_nothing(train, undisturbed, tmp_path):
+def test_finished_folder_is_checked_without_asking_the_teacher(train, undisturbed, tmp_path):
     label_all(tmp_path, train, KnownTeacher(NUM_ITEMS))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     teacher = KnownTeacher(NUM_ITEMS)
@@ -227,7 +227,7 @@ def test_finished_folder_whose_files_were_changed_is_not_described_anew(train, t
     assert (tmp_path / "teacher_labels.json").read_bytes() == before
 
 
-def test_what_was_chosen_first_stays_chosen(train, tmp_path):
+def test_the_requests_of_the_first_start_are_kept(train, tmp_path):
     everything = LabelRequests.of_split(train)
     folder = LabelFolder(tmp_path, label_settings(NUM_ITEMS))
     for indices in ([4, 2, 9], [1, 3]):
@@ -267,7 +267,7 @@ def test_shard_that_answers_something_else_is_refused(train, tmp_path):
         (lambda items, distances: (items[:, :2], distances), r"items \(16, 2\) and distances \(16, 3\): expected"),
     ],
 )
-def test_answers_that_are_none_are_refused_before_they_are_written(train, tmp_path, answer, message):
+def test_invalid_answers_are_refused_before_they_are_written(train, tmp_path, answer, message):
     teacher = KnownTeacher(NUM_ITEMS)
     rank = teacher.rank
     teacher.rank = lambda *arguments: answer(*rank(*arguments))
@@ -331,7 +331,7 @@ def test_any_object_that_ranks_items_labels_a_data_set(train, tmp_path):
     assert folder.requests(everything).costs(teacher).tolist() == everything.prefix_lengths.clip(max=3).tolist()
 
 
-def test_a_process_that_hangs_is_not_waited_for_without_end(tmp_path, train):
+def test_waiting_for_a_process_that_hangs_times_out(tmp_path, train):
     teacher = KnownTeacher(NUM_ITEMS)
     folder = LabelFolder(tmp_path / "labels", label_settings(NUM_ITEMS))
     folder.start(lambda: LabelRequests.of_split(train))

@@ -185,7 +185,7 @@ def test_dro_of_several_targets_equals_one_at_a_time():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("beta", [0.5, 1.0])
 def test_dro_is_exact_where_its_exponentials_overflow(dtype, beta):
-    """Scores of 50 give exponents of up to 5000, of which float32 holds the exponentials up to 88."""
+    """Scores of 50 give exponents of up to 5000, but float32 can represent exponentials of up to 88 only."""
     scores, target, _, _, _ = random_problem(size=25.0, dtype=dtype)
     with torch.no_grad():
         scores.clamp_(-50, 50)
@@ -302,7 +302,7 @@ def test_missing_labels_weigh_nothing_and_the_others_share():
     scores, _, _, items, distances = random_problem()
     few, few_distances = items.clone(), distances.clone()
     few[0, 2:], few[1] = -1, -1
-    few_distances[0, 2:], few_distances[1] = 7.0, 0.0  # whatever stands there
+    few_distances[0, 2:], few_distances[1] = 7.0, 0.0  # ignored
     weights = ranking_distillation_weights(scores, few, few_distances, 0.3, 0.5, 0.0)
     pair = ranking_distillation_weights(scores[:1], items[:1, :2], distances[:1, :2], 0.3, 0.5, 0.0)
     torch.testing.assert_close(weights[:1], torch.cat([pair, torch.zeros(1, 2)], dim=1))
@@ -398,7 +398,7 @@ def test_base_losses_by_the_naive_formula(base_loss):
         if base_loss == "cross_entropy":
             expected = row_scores.logsumexp(0) - truth
         elif base_loss == "sampled_softmax":
-            # three draws from 101 items: each stands for 101 / 3 of them
+            # three draws from 101 items: each represents 101 / 3 of them
             expected = torch.cat([truth.view(1), others + math.log(101 / 3)]).logsumexp(0) - truth
         else:
             rate = 3 / 100

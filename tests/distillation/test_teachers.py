@@ -103,7 +103,7 @@ def test_fingerprint_is_of_weights_configuration_and_catalogue_and_not_of_the_fo
 
 
 class Ranker:
-    """Gives back what it was told to, and keeps what it was asked."""
+    """Returns a given answer, and keeps the arguments of the last call."""
 
     def __init__(self, item_ids, distances):
         self.answer = item_ids, distances
@@ -231,7 +231,7 @@ def test_an_answer_about_more_items_than_a_row_has_is_refused(tmp_path):
         ScoreTableTeacher(path, ROWS, ITEMS).check_requests(requests_of([0], [2]))
 
 
-# --- whatever lies there ---
+# --- loading ---
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def published(tmp_path):
     return tmp_path
 
 
-def test_teacher_is_recognised_by_what_lies_there(published, score_table, tmp_path):
+def test_teacher_is_recognised_by_its_files(published, score_table, tmp_path):
     recommender().save_pretrained(tmp_path / "sasrec")
     assert isinstance(load_teacher(str(published), ROWS, ITEMS), DLLM2RecFilesTeacher)
     assert isinstance(load_teacher(str(score_table[0]), ROWS, ITEMS), ScoreTableTeacher)

@@ -7,10 +7,10 @@ import torch
 
 ACQUISITION_POLICIES = ("random", "entropy", "margin", "loss", "k_center")
 
-Scores = np.ndarray | torch.Tensor | Iterable  # whole, or chunks of rows
+Scores = np.ndarray | torch.Tensor | Iterable  # all rows, or chunks of them
 Targets = np.ndarray | torch.Tensor
 
-# Rows whose probabilities are computed at once.
+# Number of rows whose probabilities are computed at once.
 CHUNK_ROWS = 1024
 
 
@@ -142,7 +142,7 @@ _MEASURES: dict[str, Callable] = {"entropy": _entropy, "margin": _margin, "loss"
 def _k_center(embeddings: torch.Tensor, budget: int, seed: int) -> np.ndarray:
     """(budget,) rows: a random one, then repeatedly the row farthest from all selected ones.
 
-    It needs a few numbers per row beside the embeddings, and budget x rows x hidden multiplications.
+    It needs a few numbers per row in addition to the embeddings, and budget x rows x hidden multiplications.
     """
     if embeddings.dim() != 2:
         raise ValueError(f"user_embeddings have shape {tuple(embeddings.shape)}: expected (rows, hidden)")
@@ -160,6 +160,6 @@ def _k_center(embeddings: torch.Tensor, budget: int, seed: int) -> np.ndarray:
         centre = chosen[place - 1]
         distance = lengths + lengths[centre] - 2 * (embeddings @ embeddings[centre])  # (rows,)
         nearest = torch.minimum(nearest, distance.clamp_(min=0))
-        nearest[centre] = -1  # stays: rows equal to a selected one are preferred to it
+        nearest[centre] = -1  # below all others for good, so that no row is selected twice
         chosen[place] = int(nearest.argmax())
     return chosen

@@ -42,20 +42,20 @@ class EnsembleTeacher(nn.Module):
         members: saved or trained recommenders (SASRec, GRU4Rec: their scores; transition counts and popularity: the
             logarithm of their scores, see `LogCounts`), `TitleSimilarity`, and `TeacherLabels` of teachers that are too
             slow to be asked.
-        weights: one number for each member, at least 0.
+        weights: one number per member, at least 0.
         temperature: divides the sum.
 
     Raises:
-        ValueError: for members of other catalogues, weights that are negative or none for each member, and a
-            temperature that is not positive.
+        ValueError: for members with catalogues of different sizes, weights that are negative or not one per member, and
+            a temperature that is not positive.
     """
 
     def __init__(self, members: Sequence[AskedMember], weights: Sequence[float], temperature: float = 1.0):
         super().__init__()
         if not members or len(members) != len(weights):
             raise ValueError(
-                f"{len(members)} members and {len(weights)} weights: expected at least one member, and a weight for "
-                "each"
+                f"there are {len(members)} members and {len(weights)} weights: expected at least one member, and a "
+                "weight for each; pass equally long lists"
             )
         for weight in weights:
             if not 0 <= weight < math.inf:
@@ -69,7 +69,7 @@ class EnsembleTeacher(nn.Module):
         sizes = {member.num_items for member in asked}
         if len(sizes) > 1:
             raise ValueError(
-                f"the members are about catalogues of {' and '.join(map(str, sorted(sizes)))} items: expected the same "
+                f"the members have catalogues of {' and '.join(map(str, sorted(sizes)))} items: expected the same "
                 "catalogue; train or fit all of them on the same data set"
             )
         self.num_items = sizes.pop()
@@ -88,7 +88,7 @@ class EnsembleTeacher(nn.Module):
 
     @property
     def catalogue(self) -> Catalogue | None:
-        """That of the first member that has one."""
+        """The catalogue of the first member that has one."""
         models = [member.model for member in self._members() if isinstance(member, RecommenderScores | LogCounts)]
         return next((model.catalogue for model in models if model.catalogue is not None), None)
 
@@ -112,13 +112,13 @@ class EnsembleTeacher(nn.Module):
     def soft_target(
         self, positions: Positions, targets: torch.Tensor, items: torch.Tensor | None, weight: float
     ) -> SoftTarget:
-        """The ensemble's distribution at some positions, over the items that a loss scores there.
+        """The ensemble's distribution at each position, over the items that a loss scores there.
 
         Args:
-            positions: what it is asked about.
-            targets: (positions,) item ids, which compete beside `items`.
+            positions: the positions to ask the members about.
+            targets: (positions,) item ids, which compete in addition to `items`.
             items: (items,) item ids; None for the whole catalogue, targets included.
-            weight: of the divergence from it.
+            weight: weight of the divergence from this distribution in the loss.
         """
         opinions = [
             (member.at(positions), factor / self.temperature)
@@ -153,8 +153,8 @@ class EnsembleTeacher(nn.Module):
         length = input_ids.shape[1]
         if self.max_length is not None and length > self.max_length:
             raise ValueError(
-                f"input_ids have {length} columns: expected at most {self.max_length}, the items that every member "
-                "reads; keep the newest, as `recommend` does"
+                f"input_ids have {length} columns: expected at most {self.max_length}, the number of items that every "
+                "member can read; keep the newest, as `recommend` does"
             )
         positions = Positions.last_of_batch(input_ids)
         scores, _ = self.soft_target(positions, input_ids[:, 0], None, 1.0).scores(slice(0, len(input_ids)))
@@ -169,7 +169,7 @@ class EnsembleTeacher(nn.Module):
         allowed_items: ItemFilter = None,
         excluded_items: ItemFilter = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `recommend` of every recommender: item_ids and log-probabilities, (batch, top_k) each."""
+        """Recommend as every recommender does: item_ids and log-probabilities, (batch, top_k) each."""
         histories = padded_histories(histories, self.num_items, self.device)
         seen = histories if exclude_seen else None
         masks = item_masks(len(histories), self.num_items, self.device, seen, allowed_items, excluded_items)
@@ -196,7 +196,7 @@ class EnsembleTeacher(nn.Module):
 
 
 def as_member(member: AskedMember) -> Member:
-    """A member of an ensemble, of a recommender or labels; members stay as they are."""
+    """Wrap a recommender or labels as a member of an ensemble; a member is returned unchanged."""
     if isinstance(member, Member):
         return member
     if isinstance(member, TransitionCountsForNextItem | PopularityForNextItem):

@@ -1,12 +1,12 @@
-"""The members of an ensemble of teachers: what each says about the next item at every position of a batch.
+"""The members of an ensemble of teachers, each of which scores the next item at every position of a batch.
 
-A member's `at(positions)` returns its opinion of those positions, which has
+A member's `at(positions)` returns its opinion about those positions, an object with two methods:
 
-    about(items, columns)   -> a function of a slice of the positions, returning scores (its positions, items)
+    about(items, columns)   -> a function that takes a slice of the positions and returns their scores (slice, items)
     of_targets(targets)     -> (positions,), the score of one item at each position
 
-where `items` (items,) are item ids, `columns` the `Columns` of the same, and `targets` (positions,) item ids. Scores
-are logits. Nothing has a gradient, and no tensor (positions, items) of the whole batch is ever made.
+`items` (items,) are item ids, `columns` are the `Columns` of these items, and `targets` (positions,) are item ids.
+Scores are logits without gradients. No tensor (positions, items) is ever built for the whole batch.
 """
 
 import math
@@ -25,7 +25,7 @@ from hf_ilora.models.next_item.modeling_counting import PopularityForNextItem, T
 from hf_ilora.models.next_item.next_item_losses import Columns
 from hf_ilora.models.next_item.padding import padding_to_the_end, places_behind_padding
 
-# A history's older items weigh less than this beside its newest one, and are not read.
+# Items of a history that weigh less than this, relative to the newest one, are not read.
 _SMALLEST_DECAY = 1e-3
 
 Labels = tuple[torch.Tensor, torch.Tensor]  # items and distances, (positions, k) each
@@ -37,10 +37,11 @@ class Positions:
 
     Args:
         item_ids: (batch, length), padding last.
-        lengths: (batch,), real items of each row.
-        places: (positions,), indices in the flattened (batch * length) of `item_ids`: a teacher reads the items up to
-            and including this one, and says what follows.
-        labels: of `TeacherLabels`, the items (positions, k), 0 where there is no label, and distances (positions, k).
+        lengths: (batch,), number of real items in each row.
+        places: (positions,), indices into the flattened `item_ids` (batch * length). A teacher reads the items up to
+            and including this one and scores the next one.
+        labels: items (positions, k) and distances (positions, k) from `TeacherLabels`; items are 0 where there is no
+            label.
     """
 
     item_ids: torch.Tensor
@@ -50,13 +51,16 @@ class Positions:
 
     @classmethod
     def of_batch(cls, input_ids: torch.Tensor, indices: torch.Tensor, labels: Labels | None = None) -> "Positions":
-        """Of a batch (batch, length) with padding on either side, and indices in its flattened form."""
+        """The positions at `indices` in the flattened `input_ids` (batch, length), which may be padded on either side.
+
+        `labels` has a row per index.
+        """
         real, order, slots = padding_to_the_end(input_ids, None)
         return cls(input_ids.gather(1, order), real.sum(1), places_behind_padding(slots, indices), labels)
 
     @classmethod
     def last_of_batch(cls, input_ids: torch.Tensor, labels: Labels | None = None) -> "Positions":
-        """The newest item of each row of a batch (batch, length) with padding on either side."""
+        """The position of each row's newest item in `input_ids` (batch, length), which may be padded on either side."""
         positions = cls.of_batch(input_ids, input_ids.new_zeros(0, dtype=torch.int64), labels)
         rows = torch.arange(len(input_ids), device=input_ids.device)
         return replace(positions, places=(positions.lengths - 1).clamp(min=0) + input_ids.shape[1] * rows)
@@ -69,30 +73,30 @@ class Positions:
         return self.item_ids[rows, columns.clamp(min=0)] * (columns >= 0)
 
 
-class _DotProducts:
-    """An opinion that is a product of states and rows of a table, plus a bias of each item.
+class _DotProductOpinion:
+    """Scores items by the dot product of a position's state and the item's vector, plus a bias per item.
 
     Args:
         states: (positions, size).
-        rows_of: item ids (any,) -> their rows (any, size).
+        vectors_of: function from item ids (any,) to their vectors (any, size).
         bias: (num_items + 1,) or None.
-        raised: item ids (positions, length), 0 for padding, and a number that is added to their scores; or None.
+        raised: item ids (positions, length), 0 for padding, and a number to add to their scores; or None.
     """
 
     def __init__(
         self,
         states: torch.Tensor,
-        rows_of: Callable[[torch.Tensor], torch.Tensor],
+        vectors_of: Callable[[torch.Tensor], torch.Tensor],
         bias: torch.Tensor | None = None,
         raised: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
-        self.states, self.rows_of, self.bias, self.raised = states, rows_of, bias, raised
+        self.states, self.vectors_of, self.bias, self.raised = states, vectors_of, bias, raised
 
     def about(self, items: torch.Tensor, columns: Columns) -> Callable[[slice], torch.Tensor]:
-        rows, bias = self.rows_of(items), None if self.bias is None else self.bias[items]
+        vectors, bias = self.vectors_of(items), None if self.bias is None else self.bias[items]
 
         def scores(chunk: slice) -> torch.Tensor:
-            products = F.linear(self.states[chunk], rows, bias)
+            products = F.linear(self.states[chunk], vectors, bias)
             if self.raised is not None:
                 seen, by = self.raised
                 products += columns.filled(seen[chunk], by.to(products).expand(seen[chunk].shape), 0.0)
@@ -101,7 +105,7 @@ class _DotProducts:
         return scores
 
     def of_targets(self, targets: torch.Tensor) -> torch.Tensor:
-        scores = (self.states * self.rows_of(targets)).sum(1)
+        scores = (self.states * self.vectors_of(targets)).sum(1)
         if self.bias is not None:
             scores = scores + self.bias[targets]
         if self.raised is not None:
@@ -117,7 +121,7 @@ class RecommenderScores(nn.Module):
         model: the recommender.
 
     Raises:
-        ValueError: for a model that has no scores at every position.
+        ValueError: for a model that does not score every position.
     """
 
     def __init__(self, model: EncoderForNextItem):
@@ -130,28 +134,29 @@ class RecommenderScores(nn.Module):
             )
         self.model, self.num_items, self.max_length = model, catalogue_size(model.config), model.config.max_length
 
-    def at(self, positions: Positions) -> _DotProducts:
+    def at(self, positions: Positions) -> _DotProductOpinion:
         head, item_ids = self.model.head, positions.item_ids
         hidden_states = self.model.model.encode(item_ids, positions.lengths)
         states, seen = self.model.states_at(hidden_states, item_ids, positions.places)
         raised = None if seen is None or head.repeat_bias is None else (seen, head.repeat_bias)
         offsets = self.model._item_offsets()
-        return _DotProducts(head.scaled(states), lambda items: head.item_rows(items, offsets), head.bias, raised)
+        return _DotProductOpinion(head.scaled(states), lambda items: head.item_rows(items, offsets), head.bias, raised)
 
 
 class TitleSimilarity(nn.Module):
     """How similar an item's title is to the titles of the history: the cosine of whitened title vectors.
 
-    A history is the average of its titles' vectors, scaled to length 1, in which the newest item weighs 1 and the m-th
-    newest decay ** (m - 1).
+    A history's vector is the weighted average of its titles' vectors, scaled to length 1. The newest item weighs 1, the
+    m-th newest decay ** (m - 1).
 
     Args:
-        title_embeddings: (num_items + 1, size), row 0 for padding, whitened (`whitened`); rows are scaled to length 1.
+        title_embeddings: (num_items + 1, size), row 0 for padding, as `whitened` returns them; rows are scaled to
+            length 1.
         decay: weight of an item relative to the next newer one.
 
     Raises:
-        ValueError: for another shape, numbers that are not finite, titles without a difference, or a decay outside
-            [0, 1].
+        ValueError: for another shape, numbers that are not finite, title embeddings that are all zero, or a decay
+            outside [0, 1].
     """
 
     max_length = None
@@ -179,25 +184,25 @@ class TitleSimilarity(nn.Module):
     def rows(self, item_ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(item_ids, self.table)
 
-    def at(self, positions: Positions) -> _DotProducts:
+    def at(self, positions: Positions) -> _DotProductOpinion:
         length = positions.item_ids.shape[1]
         places = torch.arange(length, device=self.table.device)
         age = places.unsqueeze(1) - places  # (length, length)
         weights = (self.decay ** age.clamp(min=0).to(self.table.dtype)).tril()
         averages = weights @ self.rows(positions.item_ids)  # (batch, length, size)
-        return _DotProducts(F.normalize(averages.flatten(0, 1)[positions.places], dim=1), self.rows)
+        return _DotProductOpinion(F.normalize(averages.flatten(0, 1)[positions.places], dim=1), self.rows)
 
-    def neighbours_of(self, targets: torch.Tensor, temperature: float) -> _DotProducts:
-        """The opinion that items whose titles are near that of `targets` (positions,) are as good."""
-        return _DotProducts(self.rows(targets) / temperature, self.rows)
+    def neighbours_of(self, targets: torch.Tensor, temperature: float) -> _DotProductOpinion:
+        """An opinion that scores items by how similar their titles are to those of `targets` (positions,)."""
+        return _DotProductOpinion(self.rows(targets) / temperature, self.rows)
 
 
 class LogCounts(nn.Module):
     """log(score + floor) of transition counts or popularity, whose scores are numbers of occurrences.
 
     Args:
-        model: the fitted model that counts.
-        floor: added to every count; what has never occurred scores log(floor).
+        model: a fitted counting model.
+        floor: added to every score, so that an item that never occurred scores log(floor).
 
     Raises:
         ValueError: for a floor that is not positive.
@@ -217,35 +222,35 @@ class LogCounts(nn.Module):
             self.num_read, popularity = 0, model.item_counts
             sources = targets = torch.zeros(0, dtype=torch.int64)
         else:
-            lasting = config.max_length
+            self.num_read = config.max_length
             if config.history_decay < 1:
-                lasting = math.ceil(math.log(_SMALLEST_DECAY) / math.log(config.history_decay))
-            self.num_read = min(config.max_length, lasting)
-            popularity = model.item_counts * (config.popularity_weight / model.item_counts.max().clamp(min=1))
+                num_heavy = math.ceil(math.log(_SMALLEST_DECAY) / math.log(config.history_decay))
+                self.num_read = min(self.num_read, num_heavy)
+            popularity = model.weighted_popularity()
             lengths = model.transition_starts[1:] - model.transition_starts[:-1]
             sources = torch.arange(len(lengths)).repeat_interleave(lengths.cpu())
             targets = model.transition_targets.cpu().long()
         self.register_buffer("popularity", popularity)
-        # A pair is the number source * (num_items + 1) + target: the model stores them in ascending order.
+        # The number of a pair is source * (num_items + 1) + target. The model stores pairs in ascending order.
         self.register_buffer("pairs", sources * (self.num_items + 1) + targets)
 
-    def at(self, positions: Positions) -> "_LogCountsThere":
-        return _LogCountsThere(self, positions)
+    def at(self, positions: Positions) -> "_LogCountsOpinion":
+        return _LogCountsOpinion(self, positions)
 
     def logarithm(self, scores: torch.Tensor) -> torch.Tensor:
+        """log(scores + floor), in place."""
         return scores.add_(self.floor).log_()
 
 
-class _LogCountsThere:
+class _LogCountsOpinion:
     def __init__(self, member: LogCounts, positions: Positions):
         self.member, self.model, self.places = member, member.model, positions.places
         if not member.num_read:
             return
         self.read = positions.newest(member.num_read)  # (positions, read)
-        ages = torch.arange(member.num_read, device=self.read.device)
-        self.weights = (self.model.config.history_decay ** ages.float()).repeat(
-            len(self.read), 1
-        )  # padding adds nothing
+        ages = torch.arange(member.num_read, device=self.read.device)  # (read,)
+        weights = self.model.config.history_decay ** ages.float()
+        self.weights = weights.repeat(len(self.read), 1)  # (positions, read); padding has no transitions to weigh
 
     def about(self, items: torch.Tensor, columns: Columns) -> Callable[[slice], torch.Tensor]:
         member, popularity = self.member, self.member.popularity[items]
@@ -262,14 +267,9 @@ class _LogCountsThere:
 
     def _dense(self, sources: torch.Tensor, columns: Columns) -> torch.Tensor:
         """(sources, items), the weights of the transitions from `sources` to the items of the columns."""
-        starts = self.model.transition_starts[sources]
-        lengths = self.model.transition_starts[sources + 1] - starts
-        row = torch.arange(len(sources), device=sources.device).repeat_interleave(lengths)  # (transitions,)
-        begins = lengths.cumsum(0) - lengths
-        stored = torch.arange(len(row), device=sources.device) + (starts - begins)[row]
-        return columns.dense(
-            row, self.model.transition_targets[stored].long(), self.model.transition_weights[stored], len(sources)
-        )
+        rows, stored = self.model.stored_transitions(sources)  # (pairs,) each
+        targets, weights = self.model.transition_targets[stored].long(), self.model.transition_weights[stored]
+        return columns.dense(rows, targets, weights, len(sources))
 
     def of_targets(self, targets: torch.Tensor) -> torch.Tensor:
         scores = self.member.popularity[targets]
@@ -282,12 +282,13 @@ class _LogCountsThere:
 
 
 class LabelScores(nn.Module):
-    """Stored labels of a teacher that is too slow to be asked: log p of its best items, the rest of the mass elsewhere.
+    """Stored labels of a teacher that is too slow to be asked online.
 
-    Positions without a label get no opinion.
+    The teacher's best items score log p. All other items share the rest of the probability equally. At positions
+    without a label, all items score 0.
 
     Args:
-        labels: the teacher's answers about the split that is trained on.
+        labels: the teacher's answers about the training split.
     """
 
     max_length = None
@@ -296,23 +297,23 @@ class LabelScores(nn.Module):
         super().__init__()
         self.labels, self.num_items = labels, labels.num_items
 
-    def at(self, positions: Positions) -> "_LabelsThere":
+    def at(self, positions: Positions) -> "_LabelOpinion":
         if positions.labels is None:
             raise ValueError(
-                "stored labels were asked about a batch without them: expected batches of DistillationTrainer, since "
-                "labels are about the training rows only"
+                "an ensemble with stored labels was given a batch without labels: expected batches of "
+                "DistillationTrainer, since labels are about the training rows only"
             )
-        return _LabelsThere(self, *positions.labels)
+        return _LabelOpinion(self, *positions.labels)
 
 
-class _LabelsThere:
+class _LabelOpinion:
     def __init__(self, member: LabelScores, items: torch.Tensor, distances: torch.Tensor):
         self.items, self.is_item = items, items.ne(PADDING_ITEM_ID)
         self.scores = -distances.float()  # (positions, k)
         mass = (self.scores.exp() * self.is_item).sum(1, keepdim=True)  # (positions, 1)
         others = (member.num_items - self.is_item.sum(1, keepdim=True)).clamp(min=1)
         rest = ((1 - mass).clamp(min=1e-6) / others).log()
-        # Distances of other programs are no -log p: what a teacher does not name is never above what it names.
+        # Other programs' distances may not be -log p. Items without a label never score above those with one.
         lowest = self.scores.masked_fill(~self.is_item, math.inf).amin(1, keepdim=True)
         self.rest = torch.minimum(rest, lowest).masked_fill(~self.is_item.any(1, keepdim=True), 0.0)
 

@@ -1,8 +1,9 @@
 """Asks a teacher about prefixes of the train split and writes its answers shard by shard, so a crash loses little work.
 
-`requests.parquet` is written first: what to ask, in which order, with which settings. Shard n contains the answers to a
-fixed slice of it and is written whole or not at all. The existing shards are therefore the whole state of the run: no
-row can be lost or duplicated, and the run can resume with another number of processes.
+`requests.parquet` is written first. It lists the requests, in the order in which the teacher is asked, and the
+settings. Shard n contains the answers to a fixed slice of it and is written whole or not at all. The existing shards
+are therefore the whole state of the run: no row can be lost or duplicated, and the run can resume with another number
+of processes.
 """
 
 import json
@@ -61,7 +62,7 @@ class LabelRequests:
 
     Args:
         items: (total,) item ids: the sequences (history and target of each training row), concatenated.
-        boundaries: (rows + 1,) where each sequence begins.
+        boundaries: (rows + 1,) index in `items` at which each sequence begins, and the total at the end.
         history_ids: (requests,) int64, rows of the train split.
         prefix_lengths: (requests,) int32, number of items that the teacher sees.
     """
@@ -130,7 +131,7 @@ class LabelRequests:
 
 def acquire_requests(
     requests: LabelRequests,
-    policy: str,
+    policy_name: str,
     budget: int,
     recommender: NextItemPreTrainedModel | None = None,
     seed: int = 0,
@@ -139,36 +140,38 @@ def acquire_requests(
     """Select `budget` requests with a policy of `acquire`.
 
     Args:
-        requests: to select from.
-        policy: as in `acquire`.
-        budget: number of requests.
-        recommender: of this catalogue; the policy reads its scores or user embeddings. "random" needs none.
+        requests: the requests to select from.
+        policy_name: as in `acquire`.
+        budget: number of requests to select.
+        recommender: a recommender with this catalogue; the policy reads its scores or user embeddings. "random" needs
+            none.
         seed: random seed of the policy.
-        batch_size: requests that the recommender scores at a time.
+        batch_size: number of requests that the recommender scores at a time.
 
     Raises:
         ValueError: as `acquire`, when the policy needs a recommender or user embeddings and there are none, and for a
             `batch_size` below 1.
     """
     check_batch_size(batch_size)
-    if policy == "random":
-        return requests.select(acquire(policy, budget, num_rows=len(requests), seed=seed))
+    if policy_name == "random":
+        return requests.select(acquire(policy_name, budget, num_rows=len(requests), seed=seed))
     if recommender is None:
         raise ValueError(
-            f"policy {policy} reads a recommender's outputs: expected a recommender; pass one, or use random"
+            f"policy {policy_name} reads a recommender's outputs: expected a recommender; pass one, or use random"
         )
-    if policy == "k_center":
+    if policy_name == "k_center":
         embeddings = [output.user_embedding for output in _outputs(recommender, requests, batch_size)]
         if embeddings[0] is None:
             raise ValueError(
                 f"{type(recommender).__name__} has no user embeddings, which k_center compares: expected a recommender "
                 "that has, such as SASRec; or use another policy"
             )
-        return requests.select(acquire(policy, budget, user_embeddings=torch.cat(embeddings).cpu(), seed=seed))
+        user_embeddings = torch.cat(embeddings).cpu()  # (requests, hidden)
+        return requests.select(acquire(policy_name, budget, user_embeddings=user_embeddings, seed=seed))
     # Without the padding column, so that an item's column is its id - 1, as in the targets.
     scores = (output.logits[:, 1:] for output in _outputs(recommender, requests, batch_size))
     targets = requests.targets().astype(np.int64) - 1
-    return requests.select(acquire(policy, budget, scores=scores, targets=targets, seed=seed))
+    return requests.select(acquire(policy_name, budget, scores=scores, targets=targets, seed=seed))
 
 
 def _outputs(recommender: NextItemPreTrainedModel, requests: LabelRequests, batch_size: int) -> Iterator:
@@ -184,7 +187,7 @@ class LabelFolder:
 
     Args:
         folder: created if it does not exist.
-        settings: everything that determines the labels, in JSON types. It contains "top_k", "num_items", "shard_rows",
+        settings: everything that determines the labels, in JSON types, among it "top_k", "num_items", "shard_rows",
             "data_fingerprint" and "teacher_fingerprint".
     """
 
@@ -196,13 +199,13 @@ class LabelFolder:
     def start(self, choose: Callable[[], LabelRequests]) -> None:
         """Write the requests, unless an earlier run did, and delete unfinished files of a crashed run.
 
-        Only one process calls it, before any process labels.
+        Call it in one process only, before any process labels.
 
         Args:
-            choose: returns the requests in the order in which to ask them.
+            choose: function that returns the requests in the order in which to ask them.
 
         Raises:
-            ValueError: when the folder contains labels of a run with other settings, or of unknown origin.
+            ValueError: when the folder contains labels of a run with other settings, or labels without requests.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.folder)
@@ -248,7 +251,7 @@ class LabelFolder:
     def num_shards(self, requests: LabelRequests) -> int:
         return -(-len(requests) // self.shard_rows)
 
-    def open_shards(self, requests: LabelRequests, process: int, num_processes: int) -> list[int]:
+    def missing_shards(self, requests: LabelRequests, process: int, num_processes: int) -> list[int]:
         """The shards that one process still has to write.
 
         Raises:
@@ -308,9 +311,8 @@ class LabelFolder:
     def finish(self, requests: LabelRequests, teacher: Teacher) -> dict:
         """Write the item embeddings, the card unless there is one, and then the description.
 
-        Only one process calls it, when all shards exist.
-
-        If the folder has a description already, the files are checked against it and nothing is written.
+        Call it in one process only, once all shards exist. If the folder already has a description, the files are
+        checked against it and nothing is written.
 
         Returns:
             The description.
@@ -352,12 +354,12 @@ class LabelFolder:
     def _write_embeddings(self, teacher: Teacher) -> dict:
         """Write the teacher's item embeddings unless they exist; return their part of the description.
 
-        A student learns from them, and none learns from labels of another split than train.
+        Students learn from labels of the train split only, so other splits get no embeddings.
         """
         path = self.folder / EMBEDDINGS_FILE
         if not path.exists():
-            is_learnt_from = self.settings.get("split", "train") == "train"
-            embeddings = teacher.item_embeddings() if is_learnt_from else None
+            is_for_training = self.settings.get("split", "train") == "train"
+            embeddings = teacher.item_embeddings() if is_for_training else None
             if embeddings is None:
                 return {"embedding_size": None, "embeddings_fingerprint": None}
             with written_whole(path) as unfinished:
@@ -368,11 +370,11 @@ class LabelFolder:
 
 @dataclass(frozen=True)
 class LabelSpeed:
-    """What one process labelled, and how long it took.
+    """The work of one process and the time that it took.
 
     Args:
-        rows: rows labelled.
-        tokens: tokens that the teacher read for them, as `LabelRequests.costs` counts them.
+        rows: number of rows labelled.
+        tokens: number of tokens that the teacher read for them, as `LabelRequests.costs` counts them.
         seconds: time taken.
     """
 
@@ -394,11 +396,11 @@ def label_shards(
     """Write the shards that one process still has to write, and log the progress and the time left.
 
     Args:
-        folder: on which `start` was called.
-        requests: of the folder.
-        teacher: to ask.
+        folder: the folder of labels, after `start`.
+        requests: all requests of the folder, as `folder.requests` returns them.
+        teacher: the teacher to ask.
         exclude_seen: exclude the items of the history from the answers.
-        batch_size: histories per call of the teacher.
+        batch_size: number of histories per call of the teacher.
         process: index of this process. Shard n belongs to process n % num_processes.
         num_processes: number of processes.
 
@@ -406,7 +408,7 @@ def label_shards(
         ValueError: for a `batch_size` below 1.
     """
     check_batch_size(batch_size)
-    shards = folder.open_shards(requests, process, num_processes)
+    shards = folder.missing_shards(requests, process, num_processes)
     costs = requests.costs(teacher)  # (requests,) tokens
     parts = [folder.shard(requests, shard) for shard in shards]
     total_rows = sum(map(len, parts))
@@ -440,8 +442,8 @@ def wait_for_shards(folder: LabelFolder, requests: LabelRequests, timeout_second
     """Wait until all processes have written their shards, as long as any of them makes progress.
 
     Args:
-        folder: into which all processes label.
-        requests: of the folder.
+        folder: the folder of labels, shared by all processes.
+        requests: all requests of the folder.
         timeout_seconds: time without a new shard after which a process counts as hanging.
 
     Raises:

@@ -15,8 +15,8 @@ def labels_card(name: str, description: dict, license: str | None = None, datase
     Args:
         name: "user/name" on the Hub, or the name of the folder.
         description: content of teacher_labels.json.
-        license: of the labels, by its name on the Hub; None if none is stated.
-        dataset: name on the Hub of the data set that they are about; None if it is not there.
+        license: the Hub's name of the labels' licence; None states none.
+        dataset: name on the Hub of the data set that the labels are about; None if it is not there.
     """
     split, top_k = description.get("split", "train"), description["top_k"]
     configs = [{"config_name": "labels", "default": True, "data_files": [{"split": split, "path": "labels-*.parquet"}]}]
@@ -24,7 +24,7 @@ def labels_card(name: str, description: dict, license: str | None = None, datase
     facts = {
         "teacher": named_teacher(description["teacher"]),
         "teacher fingerprint": description["teacher_fingerprint"],
-        "budget": "none: all were asked for" if budget is None else f"{budget:,} labels",
+        "budget": "none: every label was requested" if budget is None else f"{budget:,} labels",
         "policy that spends the budget": None if budget is None else description.get("acquire"),
         "recommender that the policy reads, fingerprint": recommender,
         "random seed of the policy": None if budget is None else description.get("seed"),
@@ -53,32 +53,32 @@ def labels_card(name: str, description: dict, license: str | None = None, datase
     code.append(f"labels = TeacherLabels.load({json.dumps(name)}, {data}{about})")
     sections = [
         f"The {top_k} items that a teacher, {in_markdown(facts['teacher'])}, expects next after histories of the "
-        f"{in_markdown(split)} split of a data set of sequences: what a smaller recommender learns from, made with the "
-        "Python package hf_ilora.",
+        f"{in_markdown(split)} split of a data set of sequences. A smaller recommender learns from these labels. They "
+        "were made with the Python package hf_ilora.",
         "## How to use it",
         "```python\n" + "\n".join(code) + "\n```",
-        f'Without hf_ilora: `load_dataset({code_safe(name)}, "labels")` of `datasets`. A row is an answer: '
+        f'Without hf_ilora: `load_dataset({_quoted(name)}, "labels")` of `datasets`. A row is an answer: '
         "`history_id` is the row of the split, `prefix_length` the number of items of its history and target that the "
-        "teacher saw, `teacher_items` the item ids, best first, and `teacher_distances` their distances, of which "
-        "smaller is more confident.",
+        "teacher saw, `teacher_items` the item ids, best first, and `teacher_distances` their distances, which are "
+        "smaller where the teacher is more confident.",
         "## Teacher, budget and data",
         markdown_table(("", ""), {key: value for key, value in facts.items() if value is not None}),
         "## Licence",
         f"{'No licence is stated.' if license is None else f'Labels: {code_in_markdown(license)}.'} The terms of the "
-        "teacher and of the data apply besides. Labels contain row numbers and item ids, but no histories, users or "
+        "teacher and of the data apply as well. Labels contain row numbers and item ids, but no histories, users or "
         "titles.",
     ]
     metadata = {} if dataset is None else {"source_datasets": [dataset]}
     return card(name, sections, configs, DataSource(license=license), **metadata)
 
 
-def code_safe(name: str) -> str:
-    """The name in quotes for code inside of a sentence."""
+def _quoted(name: str) -> str:
+    """The name in quotes, for inline code in Markdown."""
     return json.dumps(name).replace("`", "'")
 
 
 def named_teacher(source: str) -> str:
-    """A teacher for others: its name on the Hub, or the last part of a path on this machine."""
+    """A name of a teacher that can be published: its name on the Hub, or the last part of a path on this machine."""
     return source if is_hub_name(source) else Path(source).name or source
 
 

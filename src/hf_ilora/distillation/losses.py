@@ -1,7 +1,7 @@
 """Losses of DLLM2Rec and of plain distillation: pure functions of scores, and `DLLM2RecLoss`, which combines them.
 
 Items are given as columns of the score matrix, counted from 0. The scores may cover the whole catalogue or any sample
-of it, and have no column for padding. Everything is computed in float32, whatever the dtype of the scores.
+of it, and have no column for padding. Everything is computed in float32, regardless of the dtype of the scores.
 
 Source: DLLM2Rec (arXiv 2405.00338, RecSys 2024); the DROS term is that of DROS (SIGIR 2023).
 """
@@ -51,9 +51,9 @@ def propensity_scores(item_counts: torch.Tensor, power: float = 0.05) -> torch.T
 
 
 def dro_loss(scores: torch.Tensor, target: torch.Tensor, propensity: torch.Tensor, beta: float) -> torch.Tensor:
-    """The distributionally robust term of each target: log of sum over i of exp(ps_i (s_i - y_i)^2 / beta).
+    """The distributionally robust term of each target: log of the sum over items i of exp(ps_i (s_i - y_i)^2 / beta).
 
-    y is 1 for the target and 0 for all other items.
+    ps is the propensity, s the score, and y is 1 for the target and 0 for all other items.
 
     Args:
         scores: (batch, items), at least two items.
@@ -68,7 +68,7 @@ def dro_loss(scores: torch.Tensor, target: torch.Tensor, propensity: torch.Tenso
         ValueError: for shapes that do not fit, targets that are no columns, and a beta that is not positive.
 
     Source: DROS (SIGIR 2023) as in DLLM2Rec's program, which adds 1e-24 inside the logarithm. Every exponent is at
-    least 0, so the sum is at least 1 and rounding removes the addition.
+    least 0, so the sum is at least 1, and adding 1e-24 to it changes nothing in float32.
     """
     _check_columns("target", target, scores)
     _check_dro(scores, propensity, beta)
@@ -81,8 +81,8 @@ def _dro_terms(
     scores: torch.Tensor, target_scores: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
     """DROS terms (batch, targets) of scores (batch, items), where scale is propensity / beta."""
-    # Subtracting the target's exponential from the sum of all is accurate unless it is most of the sum. Only the
-    # largest can be more than half of it, so the sum without the largest is computed directly.
+    # Subtracting the target's exponential from the sum of all is accurate unless it makes up most of the sum. Only the
+    # largest can make up more than half of it, so the sum without the largest is computed directly.
     without_largest, largest_exponent, largest = _LogSumExpAndLargest.apply(scores, scale)  # (batch, 1) each
     of_all = torch.logaddexp(without_largest, largest_exponent)  # (batch, 1)
     target_scale = scale.expand_as(scores).gather(1, targets)  # (batch, targets)
@@ -94,9 +94,9 @@ def _dro_terms(
 
 
 class _LogSumExpAndLargest(torch.autograd.Function):
-    """The largest of the exponents scale s^2 of each row, and the log of the sum of the others' exponentials.
+    """The largest exponent scale * s^2 of each row, and the log of the sum of the other items' exponentials.
 
-    A function of its own because autograd's gradient would make several passes over (batch, items).
+    It has its own backward because autograd's would make several passes over (batch, items).
     """
 
     @staticmethod
@@ -146,7 +146,7 @@ def ranking_distillation_weights(
 
     Source: DLLM2Rec, importance-aware ranking distillation.
     """
-    _check_columns("teacher_items", teacher_items, student_scores, lowest=NO_LABEL, shape="(batch, k)")
+    _check_columns("teacher_items", teacher_items, student_scores, lowest=NO_LABEL, dimensions=(2,))
     if teacher_distances.shape != teacher_items.shape:
         raise ValueError(
             f"teacher_distances have shape {tuple(teacher_distances.shape)}: expected {tuple(teacher_items.shape)}, "
@@ -171,13 +171,14 @@ def label_weights(
     gamma_confidence: float,
     gamma_consistency: float,
 ) -> torch.Tensor:
-    """As `ranking_distillation_weights`, from the best items of the student instead of its scores.
+    """Compute `ranking_distillation_weights` from the student's best items instead of its scores.
 
     Args:
-        teacher_items: (batch, k) ids of any kind, best first; -1 where there are fewer labels.
+        teacher_items: (batch, k) item ids or columns, best first; -1 where there are fewer labels.
         teacher_distances: (batch, k).
-        student_items: (batch, k) ids of the same kind; None if gamma_consistency is 0.
-        gamma_position, gamma_confidence, gamma_consistency: as there.
+        student_items: (batch, k) the student's best items, as ids or columns like `teacher_items`; None if
+            gamma_consistency is 0.
+        gamma_position, gamma_confidence, gamma_consistency: as in `ranking_distillation_weights`.
     """
     labelled = (teacher_items != NO_LABEL).float()  # (batch, k)
     num_labels = teacher_items.shape[1]
@@ -187,9 +188,8 @@ def label_weights(
     if gamma_consistency:
         assert student_items is not None
         agreed = (teacher_items.unsqueeze(2) == student_items.unsqueeze(1)).any(2)  # (batch, k)
-        weights += (
-            gamma_consistency * (agreed.float() + WEIGHT_FLOOR) * labelled
-        )  # not normalised, as in DLLM2Rec's program
+        # Not normalised, as in DLLM2Rec's program.
+        weights += gamma_consistency * (agreed.float() + WEIGHT_FLOOR) * labelled
     return _normalised(weights)
 
 
@@ -207,7 +207,7 @@ def base_losses(
     num_items: int | None = None,
     gbce_calibration: float = 0.75,
 ) -> torch.Tensor:
-    """The base loss of each row: that of its target, without a teacher.
+    """The loss of each row's target, which needs no teacher.
 
     Args:
         student_scores: (batch, items).
@@ -227,7 +227,7 @@ def base_losses(
         ValueError: for shapes that do not fit, ids that are no columns, missing negatives and an unknown base_loss.
     """
     _check_choice("base_loss", base_loss, BASE_LOSSES)
-    _check_columns("target", target, student_scores, shape="(batch,)")
+    _check_columns("target", target, student_scores, dimensions=(1,))
     if base_loss == "cross_entropy":
         return F.cross_entropy(student_scores.float(), target, reduction="none")
     if negative is None:
@@ -249,7 +249,7 @@ def _sampled_losses(
     calibration: float,
 ) -> torch.Tensor:
     """(batch,) losses of target scores (batch, 1), negative scores and collisions (batch, negatives)."""
-    # The losses of `models` sum over positions; vmap gives them one row at a time.
+    # The losses of the next-item models sum over positions; vmap gives them one row at a time.
     rows = (target_scores, negative_scores.unsqueeze(1), collisions.unsqueeze(1))
     if base_loss == "sampled_softmax":
         return torch.vmap(sampled_softmax_loss, in_dims=(0, 0, 0, None))(*rows, -math.log(num_items))
@@ -276,14 +276,14 @@ class DLLM2RecLoss(nn.Module):
         gamma_position, gamma_confidence, gamma_consistency: see `ranking_distillation_weights`.
         top_k: number of the teacher's items to learn from, the best ones.
         propensity: (items,) from `propensity_scores`, one for each column of the scores; needed with alpha.
-        form: "corrected" or "reference". The published program ("reference") has sigmoid(1 - s) for negatives, where
-            the logistic loss ("corrected") has sigmoid(-s), and multiplies the batch's mean weight of an item by the
-            batch's mean DROS term of it, where the paper ("corrected") weights each row's own term. It also includes
-            negatives that equal the target or one of the teacher's items.
-        base_loss: "bce" (DLLM2Rec's), "cross_entropy", "sampled_softmax" or "gbce", see `base_losses`; "student"
-            where the student computes a loss of its own, which is not part of the output.
-        num_items: size of the catalogue, from which the negatives are drawn uniformly; None if the scores cover all of
-            it.
+        form: "corrected" or "reference", the published program. For negatives, the reference has sigmoid(1 - s), the
+            corrected form the logistic sigmoid(-s). The reference multiplies the batch's mean weight of a label by the
+            batch's mean DROS term, the corrected form weights each row's own term, as the paper does. The reference
+            also includes negatives that equal the target or one of the teacher's items.
+        base_loss: "bce" (DLLM2Rec's), "cross_entropy", "sampled_softmax" or "gbce", see `base_losses`; "student" if the
+            student computes its own loss, which is not part of the output.
+        num_items: size of the catalogue, from which the negatives are drawn uniformly; None if the scores cover the
+            whole catalogue.
         gbce_calibration: t of gBCE.
 
     Raises:
@@ -339,7 +339,7 @@ class DLLM2RecLoss(nn.Module):
         sample_weights: torch.Tensor | None = None,
         propensity: torch.Tensor | None = None,
     ) -> DLLM2RecOutput:
-        """The loss of a batch. All parts are means over its rows.
+        """Compute the loss of a batch; all parts are means over its rows.
 
         Args:
             student_scores: (batch, items), of the whole catalogue or a sample of it.
@@ -348,10 +348,10 @@ class DLLM2RecLoss(nn.Module):
                 "student").
             teacher_items: (batch, labels) columns, best first, at least `top_k` of them; -1 where there are fewer.
             teacher_distances: (batch, labels), smaller is more confident.
-            sample_weights: (batch,) weight of each row's ranking distillation, or None for 1; 0 for rows without
-                labels. The mean is always over all rows, so a labelled row has the same weight whatever the fraction
-                of labelled rows.
-            propensity: (items,) or (batch, items) of these columns, if they are not those of the constructor.
+            sample_weights: (batch,) weight of each row's ranking distillation, 0 for rows without labels; None for 1.
+                The mean is always over all rows, so a labelled row's weight does not depend on the fraction of labelled
+                rows.
+            propensity: (items,) or (batch, items) of these columns; None takes the constructor's.
 
         Raises:
             ValueError: for a missing input, shapes that do not fit, and ids that are no columns.
@@ -409,9 +409,9 @@ class DLLM2RecLoss(nn.Module):
 
         Args:
             negative_scores, label_scores: (batch, negatives) and (batch, k) scores of the student.
-            negative, target, labels: (batch, negatives), (batch, 1) and (batch, k), the ids of these items; -1 where
+            negative, target, labels: (batch, negatives), (batch, 1) and (batch, k) columns of these items; -1 where
                 there are fewer labels.
-            weights: (batch, k) of the labels, 0 where there are fewer.
+            weights: (batch, k) weights of the labels, 0 where there are fewer.
         """
         # The reference has sigmoid(1 - s): a negative is pushed below 1, not below 0.
         margin = 1.0 if self.form == "reference" else 0.0
@@ -433,8 +433,8 @@ class DLLM2RecLoss(nn.Module):
         """The weighted mean of the labels' DROS terms, (batch, k): a scalar."""
         if self.form == "corrected":
             return (weights * terms).sum(1).mean()
-        # The second mean excludes rows without labels: the result is the published product of the labelled rows, times
-        # their fraction of the batch.
+        # The second mean excludes rows without labels, so the result is the published product over the labelled rows,
+        # times their fraction of the batch.
         counts = (labels != NO_LABEL).float()  # (batch, k)
         if sample_weights is not None:
             counts = counts * sample_weights.float().unsqueeze(1)
@@ -452,7 +452,7 @@ class DLLM2RecLoss(nn.Module):
         sample_weights: torch.Tensor | None,
         propensity: torch.Tensor | None,
     ) -> None:
-        _check_columns("target", target, student_scores, shape="(batch,)")
+        _check_columns("target", target, student_scores, dimensions=(1,))
         if negative is not None:
             _check_columns("negative", negative, student_scores)
         elif self.lam or self.base_loss not in ("cross_entropy", STUDENT_LOSS):
@@ -491,7 +491,7 @@ def distribution_loss(
         student_scores: (batch, items).
         teacher_scores: (batch, items), logits or log-probabilities.
         temperature: divides both; the loss is multiplied by its square, so that gradients keep their scale.
-        direction: "forward" is KL(teacher || student), "reverse" KL(student || teacher).
+        direction: "forward" is KL(teacher || student), "reverse" is KL(student || teacher).
 
     Returns:
         (batch,) float32.
@@ -564,13 +564,13 @@ def _check_dro(scores: torch.Tensor, propensity: torch.Tensor, beta: float) -> N
 
 
 def _check_columns(
-    name: str, columns: torch.Tensor, scores: torch.Tensor, lowest: int = 0, shape: str = "(batch,) or (batch, any)"
+    name: str, columns: torch.Tensor, scores: torch.Tensor, lowest: int = 0, dimensions: tuple[int, ...] = (1, 2)
 ) -> None:
-    dimensions = {"(batch,)": (1,), "(batch, k)": (2,)}.get(shape, (1, 2))
     if scores.dim() != 2 or columns.dim() not in dimensions or len(columns) != len(scores):
+        shapes = " or ".join({1: "(batch,)", 2: "(batch, any)"}[number] for number in dimensions)
         raise ValueError(
             f"scores have shape {tuple(scores.shape)} and {name} {tuple(columns.shape)}: expected (batch, items) and "
-            f"{shape}"
+            f"{shapes}"
         )
     found = lowest_and_highest(columns)
     if found is None:

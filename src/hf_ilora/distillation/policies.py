@@ -1,4 +1,4 @@
-"""Which rows of a batch to distil, and how much each counts.
+"""Policies that select which rows of a batch to distil, and weights of the rows.
 
 A policy's `select` takes the scores of student and teacher, (batch, items), and the targets, (batch,), as columns of
 both. It returns a bool mask (batch,) to pass to `DLLM2RecLoss` as `sample_weights`, alone or times `rank_gap_weights`.
@@ -28,7 +28,7 @@ class GroundTruthErrorPolicy:
     """Distil the rows whose target the student scores below a threshold. The teacher's scores are not read.
 
     Args:
-        threshold: in the units of the student's scores.
+        threshold: limit of the target's score, in the units of the student's scores.
     """
 
     threshold: float
@@ -45,7 +45,7 @@ class KLDivergencePolicy:
     """Distil the rows in which the student diverges from the teacher.
 
     Args:
-        threshold: of KL(teacher || student), in nats.
+        threshold: limit of KL(teacher || student), in nats.
         temperature: divides both scores.
 
     Raises:
@@ -90,14 +90,14 @@ SAMPLE_POLICIES = {
 
 
 def sample_policy(name: str, threshold: float = 0.0) -> SamplePolicy:
-    """The policy of that name.
+    """Create a policy by its name.
 
     Args:
         name: "all", "ground_truth_error" or "kl_divergence".
-        threshold: of the policy, see its class; "all" has none and ignores it.
+        threshold: the policy's threshold, see its class; ignored by "all".
 
     Raises:
-        ValueError: for another name, and as the policy's class.
+        ValueError: for another name, and for a threshold that the policy's class rejects.
     """
     if name not in SAMPLE_POLICIES:
         raise ValueError(f"policy is {name!r}: expected one of {', '.join(SAMPLE_POLICIES)}")
@@ -112,7 +112,8 @@ def rank_gap_weights(
     Args:
         student_ranks: (batch,) ranks of the target; 1 is the best.
         teacher_ranks: (batch,); if the target is not among the teacher's items, one more than their number.
-        sharpness: per rank of difference; at 0.1, a difference of 10 ranks gives a weight of 0.76, one of 30 nearly 1.
+        sharpness: how fast the weight grows per rank of difference. At 0.1, a difference of 10 ranks gives a weight of
+            0.76, a difference of 30 nearly 1.
         floor: weight of the rows in which the student ranks the target at least as high as the teacher does.
 
     Returns:

@@ -30,8 +30,8 @@ PUBLISHED_FILES = (DESCRIPTION_FILE, EMBEDDINGS_FILE, "labels-*.parquet")
 FORMAT_VERSION = 2
 REMEDY = "label again with `hf-ilora label`, or restore the file"
 DESCRIPTION_REMEDY = (
-    "restore it, or delete it and run the same command of `hf-ilora label` again, which describes the "
-    "files as they are and does not ask the teacher"
+    "restore it, or delete it and run the same `hf-ilora label` command again, which describes the files as they are "
+    "without asking the teacher"
 )
 
 SCHEMA = pa.schema(
@@ -42,6 +42,12 @@ SCHEMA = pa.schema(
         "teacher_distances": pa.list_(pa.float32()),
     }
 )
+
+
+# The keys that every teacher_labels.json has.
+_COUNTS = ("top_k", "num_items", "num_rows", "num_shards")
+_FINGERPRINTS = ("data_fingerprint", "teacher_fingerprint", "labels_fingerprint", "embeddings_fingerprint")
+_NEEDED = {*_COUNTS, *_FINGERPRINTS, "teacher", "embedding_size"}
 
 
 def shard_name(shard: int) -> str:
@@ -90,12 +96,12 @@ class TeacherLabels:
 
         Args:
             source: folder with teacher_labels.json and its shards, or the name of labels on the Hub, "user/name".
-            data_fingerprint: `SequenceDatasets.fingerprint` of the data set that the labels are to be used with.
-            teacher_fingerprint: of the teacher that must have answered; None accepts any teacher.
-            split: whose rows the labels must be about.
-            revision: of labels on the Hub: branch, tag or commit; None for main.
-            token: None uses HF_TOKEN or the token of `hf auth login`.
-            cache_dir: where files of the Hub are kept; None uses its cache.
+            data_fingerprint: `SequenceDatasets.fingerprint` of the data set to use the labels with.
+            teacher_fingerprint: fingerprint that the teacher must have; None accepts any teacher.
+            split: the split that the labels must be about.
+            revision: branch, tag or commit on the Hub; None means main.
+            token: token for the Hub; None uses HF_TOKEN or the token of `hf auth login`.
+            cache_dir: folder for files from the Hub; None uses the Hub's cache.
             local_files_only: read that cache without asking the Hub, as with HF_HUB_OFFLINE=1.
 
         Raises:
@@ -165,7 +171,7 @@ class TeacherLabels:
 
         Args:
             repo_id: "user/name", or "name" of the token's user; made when it does not exist.
-            license: of the labels, by its name on the Hub, such as "cc-by-4.0"; None states none.
+            license: the Hub's name of the labels' licence, such as "cc-by-4.0"; None states none.
             dataset: name on the Hub of the data set that the labels are about, for the card.
             commit_message, commit_description, private, token, revision, create_pr, parent_commit: as in
                 `SequenceDatasets.push_to_hub`.
@@ -209,7 +215,7 @@ class TeacherLabels:
 
         Args:
             history_ids: rows of the train split: a tensor, array or list of any shape, such as (batch,).
-            prefix_lengths: of the same shape: the number of items of each row that the teacher saw.
+            prefix_lengths: the number of items of each row that the teacher saw, in the same shape.
 
         Returns:
             teacher_items, (..., top_k) int64 in 1..num_items, or 0 where there is no label, and teacher_distances,
@@ -243,7 +249,7 @@ class TeacherLabels:
 
     @property
     def embedding_size(self) -> int:
-        """Numbers of an item embedding of the teacher.
+        """Size of the teacher's item embeddings.
 
         Raises:
             ValueError: when the teacher has no item embeddings.
@@ -256,8 +262,9 @@ class TeacherLabels:
         return self.description["embedding_size"]
 
     def item_embeddings(self) -> torch.Tensor:
-        """The teacher's item embeddings, (num_items + 1, teacher size) float32, zero for padding: the same tensor at
-        every call, read and checked at the first one.
+        """The teacher's item embeddings, (num_items + 1, teacher size) float32, zero for padding.
+
+        The first call reads and checks them; every call returns the same tensor.
 
         Raises:
             ValueError: when the teacher has none, or the file is damaged or changed.
@@ -278,7 +285,7 @@ class TeacherLabels:
 
 
 def keys(history_ids: np.ndarray, prefix_lengths: np.ndarray) -> np.ndarray:
-    """One int64 for each pair, in the order of the history and then of the prefix length."""
+    """One int64 per pair, which sorts by history id and then by prefix length."""
     return (history_ids.astype(np.int64) << 32) | prefix_lengths.astype(np.int64)
 
 
@@ -292,9 +299,9 @@ def read_shards(folder: Path, num_shards: int, num_rows: int | None = None) -> p
     """All shards, concatenated.
 
     Args:
-        folder: of the labels.
+        folder: the folder of labels.
         num_shards: number of shards.
-        num_rows: number of rows of all shards, checked before they are read; None accepts any.
+        num_rows: total number of rows, checked before the shards are read; None accepts any.
 
     Raises:
         ValueError: when a shard is missing or damaged, or does not contain labels.
@@ -378,12 +385,10 @@ def read_description(folder: Path) -> dict:
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format_version {version}: expected {FORMAT_VERSION}; {DESCRIPTION_REMEDY}")
-    needed = {"data_fingerprint", "teacher_fingerprint", "teacher", "labels_fingerprint", "embedding_size"}
-    missing = needed | {"embeddings_fingerprint", "top_k", "num_items", "num_rows", "num_shards"}
-    missing -= description.keys()
+    missing = sorted(_NEEDED - description.keys())
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: {DESCRIPTION_REMEDY}")
-    numbers = {name: description[name] for name in ("top_k", "num_items", "num_rows", "num_shards")}
+        raise ValueError(f"{path} lacks {', '.join(missing)}: {DESCRIPTION_REMEDY}")
+    numbers = {name: description[name] for name in _COUNTS}
     if description["embedding_size"] is not None:
         numbers["embedding_size"] = description["embedding_size"]
     for name, number in numbers.items():
@@ -391,8 +396,8 @@ def read_description(folder: Path) -> dict:
             raise ValueError(f"{path} has {name}={number!r}: expected an integer of at least 1; {DESCRIPTION_REMEDY}")
     if description["top_k"] > description["num_items"]:
         raise ValueError(
-            f"{path} has top_k={description['top_k']} and num_items={description['num_items']}: expected no more items "
-            f"per answer than there are; {DESCRIPTION_REMEDY}"
+            f"{path} has top_k={description['top_k']} and num_items={description['num_items']}: expected top_k of at "
+            f"most num_items; {DESCRIPTION_REMEDY}"
         )
     return description
 

@@ -7,8 +7,8 @@ A teacher is any object with these attributes
     num_items           size of the catalogue
     max_history         number of newest items that it reads, None for all
     answers_prefixes    False if it only has answers about the targets of the training rows
-    tokens_per_item     (num_items + 1,) int64, tokens it reads for each item
-    tokens_per_history  int, tokens it reads for each history in addition
+    tokens_per_item     (num_items + 1,) int64, number of tokens that it reads per item
+    tokens_per_history  int, number of tokens that it reads per history in addition
 
 and these methods
 
@@ -47,10 +47,9 @@ from hf_ilora.reference.dllm2rec_files import RANKS_FILE, DLLM2RecFilesTeacher
 SCORES_KEY = "scores"
 POSITION_KEYS = ("history_ids", "prefix_lengths")  # of tables whose answers are about positions, not rows
 
-# Entries of a configuration that say where it was loaded from and with which software: they determine no answer.
+# Entries of a configuration that record where it was loaded from and with which software. They affect no answer.
 _ORIGINS = {"_name_or_path", "name_or_path", "llm_name_or_path", "llm_revision", "llm_gguf_file"}
 _ORIGINS |= {"_commit_hash", "transformers_version", "architectures", "auto_map", "custom_pipelines"}
-
 
 Recommender = ILoraForRecommendation | NextItemPreTrainedModel
 
@@ -59,7 +58,7 @@ class ModelTeacher:
     """A recommender of this package: an iLoRA model with an item head, SASRec, or a model that counts.
 
     Args:
-        model: the model, on the device it is to run on.
+        model: the model, on the device that it shall run on.
         source: its folder or Hub name.
 
     Raises:
@@ -102,10 +101,10 @@ class RankItemsTeacher:
             integers in 1..num_items, best first; distances, (batch, top_k), are smaller for more confident answers.
             Both may be tensors, arrays or lists.
         num_items: size of the catalogue.
-        fingerprint: identifies everything that determines the answers, such as the sha256 of a file of weights. Labels
-            with another fingerprint are those of another teacher.
+        fingerprint: identifies everything that determines the answers, such as the sha256 of a weights file. Labels
+            with another fingerprint count as those of another teacher.
         source: name of the teacher in the description of its labels.
-        max_history: number of newest items that `ranker` reads, None for all. It only serves to estimate costs:
+        max_history: number of newest items that `ranker` reads, None for all. It is only used to estimate costs:
             `ranker` receives whole histories.
 
     Raises:
@@ -136,17 +135,17 @@ class ScoreTableTeacher:
 
     Args:
         path: safetensors file with `scores`, floating-point (answers, num_items + 1); column 0 is ignored. Distances
-            are -log softmax of the scores, so log-probabilities only change sign. Without more, the answers are about
-            the targets of the training rows, in their order. With the integers `history_ids` and `prefix_lengths`,
-            (answers,) each, an answer is about the item that follows the first `prefix_lengths` items of the row
-            `history_ids` (0 is the first row) of [history + target].
+            are -log softmax of the scores, so log-probabilities only change sign. If the file has no other tensors, the
+            answers are about the targets of the training rows, in their order. If it also has the integers
+            `history_ids` and `prefix_lengths`, (answers,) each, an answer is about the item that follows the first
+            `prefix_lengths` items of [history + target] in row `history_ids` (0 is the first row).
         num_rows: rows of the train split.
         num_items: size of the catalogue.
 
     Raises:
         ValueError: when the file is truncated or has other shapes, and for a row or prefix that does not exist or has
-            two answers; from `check_requests`, for requests without an answer and answers
-            about more items than a row has.
+            two answers; from `check_requests`, for requests without an answer and answers about more items than a row
+            has.
     """
 
     max_history = None
@@ -178,7 +177,7 @@ class ScoreTableTeacher:
         self.tokens_per_item = _one_per_item(num_items)
 
     def check_requests(self, requests) -> None:
-        """Raise a ValueError unless all `LabelRequests` have an answer, and all answers are about items of the rows."""
+        """Raise a ValueError unless every request has an answer and every answer is about items of its row."""
         if self._keys is None:
             return
         history_ids, prefix_lengths = self._keys >> 32, self._keys & 0xFFFFFFFF  # (answers,) each
@@ -201,8 +200,8 @@ class ScoreTableTeacher:
             first = int(missing.argmax())
             raise ValueError(
                 f"{self.source} lacks {int(missing.sum())} of {len(missing)} answers, such as the one about row "
-                f"{history_ids[first]} after {prefix_lengths[first]} of its items: expected one for each label that is "
-                "asked for; add them, or ask for fewer (labelled_positions last)"
+                f"{history_ids[first]} after {prefix_lengths[first]} of its items: expected one for each requested "
+                "label; add them, or request fewer (labelled_positions last)"
             )
         return self._order[places]
 
@@ -230,12 +229,12 @@ def load_teacher(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> Teacher:
-    """The teacher at `source`.
+    """Load the teacher at `source`.
 
     Args:
         source: a model, the folder or Hub name of one, a .safetensors file of scores (`ScoreTableTeacher`), or a folder
             of DLLM2Rec's text files.
-        num_rows: rows of the train split, which files of answers must cover.
+        num_rows: number of rows of the train split, which files of answers must cover.
         num_items: size of the catalogue.
         dtype: data type of the language model, such as "bfloat16"; only for iLoRA models that are loaded here.
         device: device of the model.
@@ -279,15 +278,15 @@ def labels_of_teacher(
     trust_remote_code: bool = False,
     split: str = "train",
 ) -> TeacherLabels:
-    """Labels of a data set, from the teacher that is expected.
+    """Load labels of a data set and check that the expected teacher made them.
 
     Args:
-        folder: written by `hf-ilora label`, or the name of labels on the Hub.
+        folder: folder that `hf-ilora label` wrote, or the name of labels on the Hub.
         sequences: the data set that the labels are about.
-        teacher: as `load_teacher` takes it; it is loaded in the dtype in which it answered, and its fingerprint
-            compared. None takes the labels of any teacher.
+        teacher: the expected teacher, as `load_teacher` takes it. It is loaded in the dtype in which it answered, to
+            compare its fingerprint. None accepts any teacher.
         trust_remote_code: as in `load_teacher`.
-        split: whose rows the labels must be about.
+        split: the split that the labels must be about.
 
     Raises:
         FileNotFoundError, ValueError: as `TeacherLabels.load`; for a teacher that cannot be loaded; and under ZeRO-3,
@@ -330,7 +329,7 @@ def model_fingerprint(model: Recommender) -> str:
 
 
 def _positions_of_answers(path, positions: list, num_answers: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keys of the answers of a table, ascending, and the answer that each belongs to: (answers,) each."""
+    """Keys of the answers of a table, ascending, and the row of the table that each belongs to: (answers,) each."""
     for name, values in zip(POSITION_KEYS, positions, strict=True):
         if values is None or tuple(values.shape) != (num_answers,) or values.is_floating_point():
             found = "missing" if values is None else f"of shape {tuple(values.shape)} and type {values.dtype}"

@@ -1,4 +1,4 @@
-"""Recommenders that only count, with the interface of SASRec: the baselines that cost nothing to train."""
+"""Recommenders that only count, with the interface of SASRec: baselines that need no training."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ from .top_k import columns_in_chunk
 
 
 class CountingPreTrainedModel(NextItemPreTrainedModel):
-    """A recommender without parameters: its counts are buffers, and say where and in which type it computes."""
+    """A recommender without parameters: its counts are buffers, which define its device and dtype."""
 
     def __init__(self, config: PopularityConfig | TransitionCountsConfig):
         check_config(config, self.config_class)
@@ -51,7 +51,7 @@ class PopularityForNextItem(CountingPreTrainedModel):
     """Scores every item by its number of occurrences in the training rows.
 
     Args:
-        config: size of the catalogue. Build one that knows something with `fit`.
+        config: size of the catalogue. All counts are 0; `fit` builds a model with counts.
     """
 
     config: PopularityConfig
@@ -91,10 +91,10 @@ class PopularityForNextItem(CountingPreTrainedModel):
         Args:
             input_ids: (batch, length) item ids, 0 for padding on either side; any length.
             attention_mask: (batch, length); ignored.
-            labels: (batch, length); not read, there is nothing to train and no loss.
+            labels: (batch, length); ignored, since there is nothing to train.
 
         Returns:
-            logits: (batch, num_items + 1), -inf for padding; one row in memory, seen by the whole batch.
+            logits: (batch, num_items + 1), -inf for padding; a view of one row, expanded to the batch.
 
         Raises:
             ValueError: on a CPU, for ids outside the catalogue.
@@ -120,7 +120,7 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
     and W[i, j] of item i at positions `transition_starts[i]` to `transition_starts[i + 1]`.
 
     Args:
-        config: hyper-parameters and sizes. Build one that knows something with `fit`.
+        config: hyper-parameters and sizes. All counts are 0; `fit` builds a model with counts.
     """
 
     config: TransitionCountsConfig
@@ -140,9 +140,9 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
 
         Args:
             sequences: one per training row, oldest item first, the row's target last.
-            config: hyper-parameters; `num_transitions` of the fitted model's own copy is set to what was found.
+            config: hyper-parameters. The model gets a copy with `num_transitions` set to the number of pairs found.
             targets_only: count only pairs whose later item is the last of its row, for data whose rows are all
-                prefixes of a history; there all other pairs occur in several rows.
+                prefixes of a history, in which all other pairs occur several times.
 
         Raises:
             ValueError: for an empty row, no rows at all, or ids outside 1..num_items.
@@ -172,7 +172,7 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         Args:
             input_ids: (batch, length) item ids, 0 for padding on either side; any length.
             attention_mask: (batch, length), 0 at padding; None means `input_ids != 0`.
-            labels: (batch, length); not read, there is nothing to train and no loss.
+            labels: (batch, length); ignored, since there is nothing to train.
 
         Returns:
             logits: (batch, num_items + 1), -inf for padding.
@@ -187,24 +187,25 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
 
     def next_item_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The logits of `forward`, (batch, num_items + 1), without a check of the ids."""
-        popularity = self.item_counts * (self.config.popularity_weight / self.item_counts.max().clamp(min=1))
-        scores = popularity.repeat(input_ids.shape[0], 1)  # (batch, num_items + 1)
+        scores = self.weighted_popularity().repeat(input_ids.shape[0], 1)  # (batch, num_items + 1)
         if torch.compiler.is_compiling():
             scores = scores + self._dense_transition_scores(input_ids)
-            scores[:, PADDING_ITEM_ID] = float("-inf")
-            return scores
-        users, items, item_weights = self._newest_real_items(input_ids)  # (sources,) each
-        self._add_transitions(scores, users, items, item_weights)
+        else:
+            self._add_transitions(scores, *self._newest_real_items(input_ids))
         scores[:, PADDING_ITEM_ID] = float("-inf")
         return scores
 
+    def weighted_popularity(self) -> torch.Tensor:
+        """(num_items + 1,) popularity_weight * popularity / largest popularity."""
+        return self.item_counts * (self.config.popularity_weight / self.item_counts.max().clamp(min=1))
+
     def _similarities(self, asked: torch.Tensor) -> Callable[[slice, slice, torch.Tensor], None]:
-        # Items that never followed have no weight. Far below any, their popularity orders them.
+        # Items that never followed have no weight. Popularity orders them, scaled far below any weight.
         smallest = (self.item_counts * (1e-30 / self.item_counts.max().clamp(min=1))).float()
 
         def score_items(rows: slice, items: slice, scores: torch.Tensor) -> None:
             scores.copy_(smallest[items].expand_as(scores))
-            source, stored = self._stored_transitions(asked[rows])  # (pairs,) each
+            source, stored = self.stored_transitions(asked[rows])  # (pairs,) each
             columns, inside = columns_in_chunk(self.transition_targets[stored], items)
             weights = self.transition_weights[stored].to(scores) * inside
             scores.index_put_((source, columns), weights, accumulate=True)
@@ -214,14 +215,19 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
     def _add_transitions(
         self, scores: torch.Tensor, rows: torch.Tensor, items: torch.Tensor, item_weights: torch.Tensor
     ) -> None:
-        """Add the transitions of `items` (sources,), times their weights, to the given rows of scores, in place."""
-        source, stored = self._stored_transitions(items)  # (pairs,) each
+        """Add the transitions of `items` (sources,), times `item_weights`, to `rows` (sources,) of scores, in place."""
+        source, stored = self.stored_transitions(items)  # (pairs,) each
         columns = self.transition_targets[stored] + (rows * scores.shape[1])[source]
         weights = self.transition_weights[stored] * item_weights[source]
         scores.view(-1).index_add_(0, columns, weights.to(scores))
 
-    def _stored_transitions(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The transitions of `items` (sources,): the index of each in `items`, and its place in the store; (pairs,)."""
+    def stored_transitions(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the stored transitions that start at `items` (sources,).
+
+        Returns:
+            For each transition the index of its source in `items`, and its index in `transition_targets`: (pairs,)
+            each.
+        """
         starts = self.transition_starts[items]
         lengths = self.transition_starts[items + 1] - starts  # (sources,)
         source = torch.arange(len(items), device=items.device).repeat_interleave(lengths)  # (pairs,)
@@ -230,7 +236,7 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         return source, torch.arange(len(source), device=items.device) + (starts - begins)[source]
 
     def _dense_transition_scores(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(batch, num_items + 1) by all stored transitions: more work, but of shapes that a graph knows beforehand."""
+        """(batch, num_items + 1) from all stored transitions: slower, but in the static shapes that a graph needs."""
         is_read, age = self._newest(input_ids)
         weights = is_read * self.config.history_decay ** age.to(self.dtype)  # (batch, length)
         per_item = weights.new_zeros(input_ids.shape[0], len(self.item_counts))
@@ -242,13 +248,13 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
         return torch.zeros_like(per_item).index_add(1, self.transition_targets, stored)
 
     def _newest(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where items are that scores are read from, bool, and their age, 0 for the newest: (batch, length) each."""
+        """Whether each item is among the newest `max_length`, and its age, 0 for the newest: (batch, length) each."""
         real = input_ids.ne(PADDING_ITEM_ID)
         age = real.flip(1).cumsum(1).flip(1) - 1
         return real & (age < self.config.max_length), age
 
     def _newest_real_items(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Row, item id and weight of the items that scores are read from: (sources,) each."""
+        """Row, item id and weight of each row's newest `max_length` items: (sources,) each."""
         is_read, age = self._newest(input_ids)
         users, positions = is_read.nonzero(as_tuple=True)
         weights = self.config.history_decay ** age[users, positions].to(self.dtype)
@@ -256,12 +262,12 @@ class TransitionCountsForNextItem(CountingPreTrainedModel):
 
 
 def _flatten(sequences: Iterable[Sequence[int]], num_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """All rows one after the other, (total,), and the position after each row's end, (rows,)."""
+    """Concatenate the rows: items (total,), and the index after each row's last item (rows,)."""
     try:
         rows = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"the training rows are no rows of item ids ({error}): expected one per history, such as [[3, 1], [7, 4]]"
+            f"the training rows are not rows of item ids ({error}): expected one per history, such as [[3, 1], [7, 4]]"
         ) from error
     if not rows:
         raise ValueError("there are no training rows: expected at least one history with its target")
@@ -291,7 +297,7 @@ def _item_counts(items: np.ndarray, row_ends: np.ndarray, num_items: int, target
 def _count_transitions(
     items: np.ndarray, row_ends: np.ndarray, config: TransitionCountsConfig, targets_only: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """C as sources, targets and counts of the pairs that occur, ordered by source, then target: (pairs,) each."""
+    """C as sources, targets and counts of the pairs that occur, sorted by source, then target: (pairs,) each."""
     rows = np.repeat(np.arange(len(row_ends)), np.diff(row_ends, prepend=0))  # (total,)
     is_last = np.zeros(len(items), dtype=bool)
     is_last[row_ends - 1] = True
@@ -302,7 +308,7 @@ def _count_transitions(
         if targets_only:
             counted &= is_last[gap:]
         found = items[:-gap][counted] * base + items[gap:][counted]
-        # One distance at a time, so that memory follows the pairs that differ rather than all that occur.
+        # One gap at a time, so that memory grows with the number of distinct pairs, not of all occurrences.
         pairs, counts = _sum_by_pair(pairs, counts, found, np.full(len(found), config.gap_decay ** (gap - 1)))
     if config.backward_weight:
         reversed_pairs = pairs % base * base + pairs // base
@@ -331,7 +337,7 @@ def _normalised(
 ) -> np.ndarray:
     """W of the pairs, (pairs,) float32."""
     source_totals = np.bincount(sources, weights=counts, minlength=len(item_counts))
-    # With `targets_only`, an item of a pair may never be a target: it counts as if it had been one once.
+    # With `targets_only`, an item of a pair may never be a target; it then counts as a target once.
     popularity = np.maximum(item_counts.astype(np.float64), 1)
     weights = counts / source_totals[sources] ** config.source_power / popularity[targets] ** config.target_power
     return weights.astype(np.float32)
