@@ -1,4 +1,4 @@
-"""What is no whole recommender, or means other items, is refused before anything is measured."""
+"""Folders without a whole recommender, and recommenders of other items, are refused before anything is measured."""
 
 import json
 
@@ -44,12 +44,12 @@ def test_a_saved_recommender_is_loaded_ready_to_score(folder):
 
 
 def test_what_is_no_model_folder_is_refused(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no folder here and could not be fetched"):
+    with pytest.raises(FileNotFoundError, match="is not a folder and could not be downloaded"):
         model_folder(str(tmp_path / "missing"))
-    with pytest.raises(FileNotFoundError, match="is no folder here and could not be fetched"):
+    with pytest.raises(FileNotFoundError, match="is not a folder and could not be downloaded"):
         model_folder("someone/something")  # tests are offline
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"holds nothing: expected config.json and \*.safetensors"):
+    with pytest.raises(ValueError, match=r"contains nothing: expected config.json and \*.safetensors"):
         model_folder(str(tmp_path / "empty"))
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"expected config\.json and"):
@@ -59,7 +59,7 @@ def test_what_is_no_model_folder_is_refused(folder, tmp_path):
 def test_a_model_of_another_kind_is_refused(tmp_path):
     config = BertConfig(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
     BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"holds a BertModel \(model_type bert\): expected a recommender"):
+    with pytest.raises(ValueError, match=r"contains a BertModel \(model_type bert\): expected a recommender"):
         load_recommender(tmp_path)
 
 
@@ -96,7 +96,9 @@ def test_catalogues_that_differ_are_refused():
         check_catalogue(model, "mine", 7, RAW_IDS[:7])
     other = RAW_IDS.copy()
     other[2] = 999
-    with pytest.raises(ValueError, match=r"1 of 8 items of mine have other raw ids .*item 3 is 103 there and 999 here"):
+    with pytest.raises(
+        ValueError, match=r"1 of 8 items of mine have other raw ids .*item 3 is 103 in mine and 999 in the data set"
+    ):
         check_catalogue(model, "mine", 8, other)
     with pytest.raises(ValueError, match="raw ids of type int64 and the data set of type object"):
         check_catalogue(model, "mine", 8, RAW_IDS.astype(str).astype(object))
@@ -135,5 +137,5 @@ def test_an_ilora_with_an_item_head_is_a_recommender_like_others(tmp_path):
 
 
 def test_an_ilora_without_item_head_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="without item head, which ranks no catalogue"):
+    with pytest.raises(ValueError, match="without item head, which cannot rank the catalogue"):
         load_recommender(save_ilora(tmp_path, "none"))

@@ -230,7 +230,7 @@ def test_a_hub_that_stays_down_is_an_error_and_pushing_again_completes(client, s
 
 def test_a_concurrent_commit_is_not_overwritten(client, sasrec_run):
     client.hub.faults.append(("POST", "/commit/", "overtaken"))
-    assert "somebody else has committed" in client.fail(PUSH_FOLDER, sasrec_run, "user/shared", {})
+    assert "somebody else committed" in client.fail(PUSH_FOLDER, sasrec_run, "user/shared", {})
     repository = client.hub.repositories["user/shared"]
     assert repository.commit("main").title == "somebody else"
     stale = repository.history()[1].oid

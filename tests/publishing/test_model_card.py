@@ -277,7 +277,7 @@ def test_tags_and_names_of_an_upload_are_checked_before_anything_is_saved(tmp_pa
     for arguments, message in (
         ({"tags": ["films", 7]}, "tags contain 7"),
         ({"tags": [" "]}, "tags contain ' '"),
-        ({"repo_id": "推荐"}, "repo_id is '推荐', which is no name on the Hub"),
+        ({"repo_id": "推荐"}, "repo_id is '推荐', which is not a valid name on the Hub"),
     ):
         with pytest.raises(ValueError, match=message):
             model.save_pretrained(tmp_path / "model", push_to_hub=True, **arguments)

@@ -217,7 +217,7 @@ def test_a_model_of_other_items_is_an_error_before_anything_runs(evaluate, model
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="knows 7 items and the data set has 30"):
         evaluate(models=[*models, tmp_path / "other"])
-    with pytest.raises(FileNotFoundError, match="missing is no folder here"):
+    with pytest.raises(FileNotFoundError, match="missing is not a folder"):
         evaluate(models=[*models, tmp_path / "missing"])
     assert not (tmp_path / "evaluation").exists()
 

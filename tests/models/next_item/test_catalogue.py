@@ -275,13 +275,16 @@ def test_another_price_does_not_make_other_items():
             {"price": [1, 2]},
             "the columns price have 2 values each: expected 3, one per item in the order of the item ids",
         ),
-        ({"price": [1, 2, 3], "url": ["a"]}, "the columns are no table .*: expected 3 values in each"),
-        ({"title": ["a", "b", "c"]}, "column title is one of the catalogue itself: expected others"),
+        ({"price": [1, 2, 3], "url": ["a"]}, "the columns are not a table .*: expected 3 values in each"),
+        ({"title": ["a", "b", "c"]}, "column title is one of the catalogue's own: expected others"),
         ({"raw_id": ["B07", "B07"], "price": [1, 2]}, "raw id 'B07' occurs more than once in the table"),
         ({"raw_id": [1, 2], "price": [1, 2]}, "column raw_id of the table has type int64: expected string"),
-        ({"raw_id": ["x"], "price": [1]}, "no raw id of the table is in the catalogue .the first is 'x', there 'B07'."),
+        (
+            {"raw_id": ["x"], "price": [1]},
+            "no raw id of the table is in the catalogue .the table's first is 'x', the catalogue's 'B07'.",
+        ),
         ({"image": [b"a", b"b", b"c"]}, "column image has type binary"),
-        ("price", "the columns are no table"),
+        ("price", "the columns are not a table"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused(columns, message):

@@ -1,4 +1,4 @@
-"""Every model is one graph: for `torch.compile` and for `torch.export`, whatever the batch and the length."""
+"""Every model is one graph, for `torch.compile` and `torch.export`, for every batch size and length."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Histories come as people have them; what a model reads is one tensor, and what is wrong is named with its row."""
+"""Histories in every usual form become one tensor; errors name the row."""
 
 import numpy as np
 import pandas as pd
@@ -42,13 +42,13 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_holds_the_same_histories(form):
+def test_every_form_gives_the_same_histories(form):
     histories = padded_histories(FORMS[form], NUM_ITEMS)
     assert histories.dtype == torch.int64 and histories.shape == (3, 5)
     assert [[item for item in row if item] for row in histories.tolist()] == ROWS
 
 
-def test_what_is_read_stays_as_it_was():
+def test_the_given_array_is_not_changed():
     given = np.array(PADDED, dtype=np.int64)
     given.flags.writeable = False  # as columns of Arrow are
     histories = padded_histories(given, NUM_ITEMS)
@@ -95,9 +95,9 @@ def test_every_model_reads_ragged_rows_as_it_reads_them_alone(model):
         (np.ones((2, 2, 2), dtype=np.int64), r"shape \(2, 2, 2\): expected \(batch, length\)"),
         ([1, 2], r"history 0 is 1, of shape \(\): expected a row of item ids per user"),
         ([[1], [[1, 2]]], r"history 1 is \[\[1, 2\]\], of shape \(1, 2\)"),
-        ([[1], ["B07"]], r"history 1 is \['B07'\], which is no row of item ids .*map raw ids with model.catalogue"),
+        ([[1], ["B07"]], r"history 1 is \['B07'\], which is not a row of item ids .*map raw ids with model.catalogue"),
         ("B07", "histories are the string 'B07': expected a row of item ids per user.*map raw ids"),
-        ([[1], [None]], r"history 1 is \[None\], which is no row of item ids"),
+        ([[1], [None]], r"history 1 is \[None\], which is not a row of item ids"),
         (7, "histories are of type int: expected a row of item ids per user"),
         (None, "histories are of type NoneType"),
         (torch.tensor([[1.0, 2.0]]), r"histories are torch\.float32: expected item ids as int64"),
@@ -169,7 +169,7 @@ def test_models_that_count_know_what_is_popular_without_a_catalogue(popularity_w
         assert model.rank_items([[]], top_k=2)[1][0, 0].item() == pytest.approx(-np.log(3 / 11))
 
 
-def test_it_is_an_error_where_nobody_knows_what_is_popular():
+def test_an_empty_history_is_refused_without_counts():
     for model in (sasrec(NUM_ITEMS), with_counts(sasrec(NUM_ITEMS), None)):
         with pytest.raises(ValueError, match=r"history 1 is empty: .*A model whose catalogue has the column count"):
             model.recommend([[1], []])

@@ -88,7 +88,7 @@ def test_every_recommender_chooses_among_what_the_filters_leave(kind, exclude_se
     ],
     ids=lambda form: type(form).__name__,
 )
-def test_every_form_of_a_filter_says_the_same(form):
+def test_every_form_of_a_filter_gives_the_same_items(form):
     model = model_of("sasrec")
     item_ids, scores = model.recommend(ROWS, 4, allowed_items=ALLOWED)
     for found, expected_values in zip(model.recommend(ROWS, 4, allowed_items=form), (item_ids, scores), strict=True):
@@ -120,7 +120,7 @@ def test_users_without_history_are_filtered_too():
         (torch.ones(2, 4, dtype=torch.long), "X have 2 rows for 3 histories"),
         (["B07", "B08"], "X contain 'B07': expected item ids; map raw ids with model.catalogue.item_ids"),
         ("B07", "X are the string 'B07': expected item ids, such as .*map raw ids"),
-        ([["B07"], [1], [2]], r"row 0 of X is \['B07'\], which is no row of item ids"),
+        ([["B07"], [1], [2]], r"row 0 of X is \['B07'\], which is not a row of item ids"),
         ([1.5, 2.5], r"row 0 of X is 1.5, of shape \(\)"),
         (np.array([1.5]), r"X have shape \(1,\) and type torch.float64: expected item ids as integers"),
         (torch.ones(1, 1, 1, dtype=torch.long), r"X have shape \(1, 1, 1\)"),

@@ -1,4 +1,4 @@
-"""Raw ids and titles become items; what is unknown or means several is an error, unless a close title is asked for."""
+"""Raw ids and titles become items; unknown and ambiguous names are errors, unless `fuzzy` takes the closest title."""
 
 import logging
 
@@ -42,7 +42,7 @@ def test_raw_ids_and_titles_are_found_in_every_form():
         (["Heat (1995)", 11, "zzz"], "2 of the 3 items are unknown: 11 is neither a raw id nor a title of the 7 items"),
         ([11, 12], "none of the 2 items is known: 11 is neither"),
         (["30"], "whose raw ids are numbers: expected 10 or 'Toy Story"),
-        (["zzz"], "'zzz' is neither .*: expected such as 10 or 'Toy Story"),
+        (["zzz"], "'zzz' is neither .*: expected names such as 10 or 'Toy Story"),
         ([" "], "' ' is neither"),
         (["Alien"], "'Alien' is the title of 2 items: expected the raw id of one, such as 50, 60"),
         ([{"title": "Alien"}], "is the title of 2 items"),
@@ -57,7 +57,7 @@ def test_raw_ids_and_titles_are_found_in_every_form():
         (10, "found 10: expected a list"),
     ],
 )
-def test_what_is_no_item_is_told(given, error):
+def test_what_is_no_item_is_refused(given, error):
     with pytest.raises(ValueError, match=error):
         names().item_ids(given)
 

@@ -135,7 +135,7 @@ def test_the_default_block_has_filters_of_every_height_and_an_older_configuratio
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValueError, match=message):
         CaserConfig(num_items=3, **settings)
 
 
@@ -205,7 +205,7 @@ def test_save_and_load_give_equal_scores_and_other_weights_others(tmp_path, sett
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match=r"CaserConfig\.num_items is None"):
         CaserForNextItem(CaserConfig())
-    with pytest.raises(Exception, match="num_vertical_filters is 0"):
+    with pytest.raises(ValueError, match="num_vertical_filters is 0"):
         CaserConfig(num_items=3, num_vertical_filters=0)
     with pytest.raises(ValueError, match="max_length"):
         small_model()(torch.ones(1, 7, dtype=torch.long))

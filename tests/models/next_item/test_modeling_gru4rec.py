@@ -84,7 +84,7 @@ def test_loss_by_definition_at_every_labelled_position():
 
 @pytest.mark.parametrize("loss_type", ["cross_entropy", "sampled_softmax", "gbce", "bce"])
 def test_every_loss_learns_a_cycle(loss_type):
-    """Item i is always followed by i + 1: after some steps the model must say so, whatever the loss."""
+    """Item i is always followed by i + 1: after some steps the model must predict it, with every loss."""
     model = small_model(
         loss_type=loss_type, num_negatives=20, hidden_dropout=0.0, hidden_size=16, head_bias=True
     ).train()
@@ -136,6 +136,6 @@ def test_bad_input_is_refused():
         model(RIGHT, labels=RIGHT.masked_fill(RIGHT == 9, 31).masked_fill(RIGHT == 0, -100))
     with pytest.raises(ValueError, match=r"GRU4RecConfig\.num_items is None"):
         GRU4RecForNextItem(GRU4RecConfig())
-    with pytest.raises(Exception, match="num_hidden_layers is 0"):
+    with pytest.raises(ValueError, match="num_hidden_layers is 0"):
         GRU4RecConfig(num_items=3, num_hidden_layers=0)
     assert model.recommend(torch.arange(1, 13).unsqueeze(0), top_k=5)[0].shape == (1, 5)  # longer: the newest are read

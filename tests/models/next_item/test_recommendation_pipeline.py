@@ -56,7 +56,7 @@ def pipe():
     return pipeline(TASK, model=sasrec(), device="cpu")
 
 
-def told(answers: list[dict]) -> tuple[list[int], list[float]]:
+def ids_and_scores(answers: list[dict]) -> tuple[list[int], list[float]]:
     return [each["item_id"] for each in answers], [each["score"] for each in answers]
 
 
@@ -73,7 +73,7 @@ def by_hand(model, history, top_k: int, allowed=range(1, NUM_ITEMS + 1), exclude
 
 
 def check(answers: list[dict], expected: list[tuple[int, float]]) -> None:
-    item_ids, scores = told(answers)
+    item_ids, scores = ids_and_scores(answers)
     assert item_ids == [item for item, _ in expected]
     assert scores == pytest.approx([score for _, score in expected], abs=1e-5)
 
@@ -114,7 +114,7 @@ def test_every_form_of_several_users_gives_what_each_user_gets_alone(pipe, batch
             assert [(each["title"], each["raw_id"]) for each in answers] == [
                 (each["title"], each["raw_id"]) for each in expected
             ], name
-            assert told(answers)[1] == pytest.approx(told(expected)[1], abs=1e-5)
+            assert ids_and_scores(answers)[1] == pytest.approx(ids_and_scores(expected)[1], abs=1e-5)
 
 
 def test_one_user_may_be_an_array_a_tensor_or_a_tuple(pipe):
@@ -129,7 +129,7 @@ def test_recommendations_can_be_a_history(pipe):
     assert pipe(answers) == pipe([each["raw_id"] for each in answers])
 
 
-def test_a_stream_is_read_as_it_is_asked(pipe):
+def test_a_stream_is_read_lazily(pipe):
     asked = []
 
     def users():
@@ -198,15 +198,17 @@ def test_an_empty_list_is_a_user_without_history():
     counts = [0, 5, 1, 0, 0, 2] + [0] * 14
     pipe = pipeline(TASK, model=popularity(), device="cpu")
     pipe.model.catalogue = catalogue(count=counts)
-    assert told(pipe([], top_k=2))[0] == told(pipe({"history": []}, top_k=2))[0] == [2, 1]  # as in training
+    assert (
+        ids_and_scores(pipe([], top_k=2))[0] == ids_and_scores(pipe({"history": []}, top_k=2))[0] == [2, 1]
+    )  # as in training
     model = sasrec()
     model.catalogue = catalogue(count=counts)
     pipe = pipeline(TASK, model=model, device="cpu")
-    assert told(pipe([], top_k=3))[0] == [2, 6, 3]
-    assert told(pipe([[], [10]], top_k=3, batch_size=2)[0])[0] == [2, 6, 3]
+    assert ids_and_scores(pipe([], top_k=3))[0] == [2, 6, 3]
+    assert ids_and_scores(pipe([[], [10]], top_k=3, batch_size=2)[0])[0] == [2, 6, 3]
 
 
-def test_what_the_catalogue_tells_comes_along_and_changes_with_it():
+def test_answers_have_the_columns_of_the_current_catalogue():
     prices = [float(number) for number in range(NUM_ITEMS)]
     pipe = pipeline(TASK, model=popularity(price=prices, genres=[["Drama"]] * NUM_ITEMS), device="cpu")
     (best,) = pipe([10], top_k=1)
@@ -251,12 +253,12 @@ def test_what_the_catalogue_tells_comes_along_and_changes_with_it():
         ([10], {"fuzzy": 1}, "fuzzy is 1"),
     ],
 )
-def test_bad_input_is_told(pipe, inputs, parameters, error):
+def test_bad_input_is_refused(pipe, inputs, parameters, error):
     with pytest.raises(ValueError, match=error):
         pipe(inputs, **parameters)
 
 
-def test_unknown_parameters_are_told(pipe):
+def test_unknown_parameters_are_refused(pipe):
     with pytest.raises(TypeError, match="unknown parameter 'topk': expected some of top_k, exclude_seen"):
         pipe([10], topk=3)
     with pytest.raises(TypeError, match="unknown parameter 'topk'"):
@@ -285,7 +287,7 @@ def test_a_model_without_catalogue_or_of_another_kind_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "values"])
-def test_corrupt_weights_are_told(tmp_path, damage):
+def test_corrupt_weights_are_refused(tmp_path, damage):
     sasrec().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     content = file.read_bytes()

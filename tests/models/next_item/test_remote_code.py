@@ -127,7 +127,7 @@ def test_the_installed_classes_come_before_the_code_in_the_folder(saved, trust):
         assert answer(model) == expected[name]
 
 
-def test_a_folder_holds_the_code_of_its_model_and_no_other(saved):
+def test_a_folder_contains_the_code_of_its_model_and_no_other(saved):
     folder, expected = saved
     sources = {path.name: path.read_text() for path in Path(next_item.__path__[0]).glob("*.py")}
     kinds = {"sasrec": "sasrec", "gru4rec": "gru4rec", "caser": "caser"}
@@ -150,7 +150,7 @@ def test_a_folder_saved_twice_is_as_saved_once(saved, tmp_path):
     assert answer(AutoModel.from_pretrained(tmp_path)) == expected["sasrec"]
 
 
-def test_checkpoints_of_a_trainer_hold_the_code_and_the_catalogue(saved, tmp_path):
+def test_checkpoints_of_a_trainer_contain_the_code_and_the_catalogue(saved, tmp_path):
     folder, expected = saved
     model = AutoModel.from_pretrained(folder / "sasrec")
     trainer = Trainer(model, TrainingArguments(tmp_path, use_cpu=True), processing_class=model.catalogue)

@@ -52,7 +52,7 @@ def test_similar_items_have_the_largest_cosine_in_the_table_that_scores(model, a
     assert set(chosen[0].tolist()) <= {1, 2, 5} and set(chosen[2].tolist()) <= {2, 4, 5}
 
 
-def test_models_that_count_say_what_followed_and_then_what_is_popular():
+def test_counting_models_rank_followers_first_and_then_popular_items():
     config = TransitionCountsConfig(num_items=5, max_gap=1, backward_weight=0, source_power=0, target_power=0)
     model = TransitionCountsForNextItem.fit([[1, 2], [1, 2], [1, 3], [3, 4], [4, 4]], config)
     item_ids, scores = model.similar_items(torch.tensor([1, 3]), top_k=4)

@@ -1,4 +1,4 @@
-"""The card of a model: metadata that the Hub reads, and the one template with what is known about the model."""
+"""The card of a model: metadata for the Hub, and the one template, filled in with the facts about the model."""
 
 import hashlib
 import json
@@ -29,19 +29,19 @@ def model_card(
 ) -> ModelCard:
     """Fill in the template.
 
-    Texts are Markdown: names and titles of others must be escaped before.
+    Texts are Markdown: the caller escapes names and titles that come from elsewhere.
 
     Args:
-        config: of the saved model; `architectures` names its class.
+        config: configuration of the saved model; `architectures` names its class.
         catalogue: gives raw ids for the example, and the number of items that training has never seen.
-        repo_id: where the model is, or will be.
+        repo_id: repository that the model is in, or will be.
         revision: branch or tag; None means main.
-        title: of the page; None takes the name in `repo_id`.
-        dataset_name: name of the data; None leaves it out.
-        metadata: of `ModelCardData`, beside those that follow from the configuration: license, datasets, language,
-            eval_results with model_name, and further tags.
-        measured_weights: `weights_fingerprint` of what was evaluated. The Trainer keeps such a card for as long as it
-            pushes the same weights. None where the Trainer may write its own card instead.
+        title: title of the page; None takes the name in `repo_id`.
+        dataset_name: name of the data; None omits it.
+        metadata: fields of `ModelCardData` in addition to those that follow from the configuration: license, datasets,
+            language, eval_results with model_name, and further tags.
+        measured_weights: `weights_fingerprint` of the evaluated model. The Trainer keeps such a card for as long as it
+            pushes the same weights. None lets the Trainer replace the card with its own.
         sections: `measurements`, `pictures` (with `text` and `file`), `popularity`, `command`, `training` and
             `licence`. Without `measurements`, the card says that nothing was measured.
 
@@ -73,14 +73,14 @@ def model_card(
 def usage_example(
     config: PreTrainedConfig, catalogue: Catalogue | None, repo_id: str, revision: str | None = None
 ) -> str:
-    """Python that loads a model from the Hub and prints recommended titles: at most five lines, imports included.
+    """Python code that loads a model from the Hub and prints recommended titles: at most five lines, with imports.
 
-    A next-item model loads by the code in its repository, so that the lines work without hf_ilora too.
+    The code loads a next-item model with the code in its repository, so that it works without hf_ilora too.
 
     Args:
-        config: of the saved model; `architectures` names its class.
+        config: configuration of the saved model; `architectures` names its class.
         catalogue: gives raw ids for the example; None shows item ids.
-        repo_id: where the model is.
+        repo_id: repository of the model.
         revision: branch or tag; None means main.
     """
     source = json.dumps(repo_id) if revision is None else f"{json.dumps(repo_id)}, revision={json.dumps(revision)}"
@@ -101,14 +101,14 @@ def usage_example(
 
 
 def signed(text: str, measured_weights: str | None = None) -> str:
-    """The text of a card with a last line by which `is_untouched` and `measured_weights` know it."""
+    """Add the last line from which `is_untouched` and `measured_weights` recognise a card."""
     text = _SIGNATURE.sub("", text).rstrip() + "\n\n"
     measured = "" if measured_weights is None else f", measured with weights {measured_weights}"
     return f"{text}<!-- card of hf_ilora, {_digest(text)}{measured} -->\n"
 
 
 def is_untouched(text: str) -> bool:
-    """Whether a card is one of this package that nobody has edited since, so that a new one may replace it."""
+    """Whether this package wrote the card and nobody has edited it since, so that a new one may replace it."""
     signature = _SIGNATURE.search(text)
     return signature is not None and signature[1] == _digest(text[: signature.start()])
 
@@ -119,18 +119,20 @@ def measured_weights(text: str) -> str | None:
 
 
 def is_edited(text: str) -> bool:
-    """Whether a person wrote or edited a card. Metadata alone, which the Hub writes into a new repository, are none."""
+    """Whether a person wrote or edited a card. The Hub writes metadata alone into new repositories; that is no card."""
     return not is_untouched(text) and bool(ModelCard(text).text.strip())
 
 
 def newest_card(new: str, existing: str | None, weights: str | None) -> str:
-    """The card of a model that is saved or pushed again: the existing one if it was edited by hand, or has the results
-    of an evaluation of the same weights, which the new one lacks.
+    """Choose the card of a model that is saved or pushed again.
+
+    The existing card stays if it was edited by hand, or if it has evaluation results of the same weights, which the new
+    one lacks. A new card that was edited by hand always replaces it. A new card without a licence takes over the
+    existing one's.
 
     Args:
-        new: the card to publish; if it was edited by hand, it is the newest.
-        existing: the card that is in its place, of which a new one without licence keeps the licence; None if there is
-            none.
+        new: the card to publish.
+        existing: the card in its place; None if there is none.
         weights: `weights_fingerprint` of the model.
     """
     if existing is None or not is_untouched(new):
@@ -143,8 +145,10 @@ def newest_card(new: str, existing: str | None, weights: str | None) -> str:
 
 
 def with_metadata(text: str, **metadata: object) -> str:
-    """The card with metadata set, but for those that are None; `tags` are added to its own. An unedited card counts as
-    unedited afterwards."""
+    """Set metadata of a card, except those that are None; `tags` are added to the card's own.
+
+    An unedited card still counts as unedited afterwards.
+    """
     card = ModelCard(text)
     tags = [*(card.data.tags or []), *(metadata.pop("tags", None) or [])]
     for name, value in (metadata | {"tags": list(dict.fromkeys(tags)) or None}).items():

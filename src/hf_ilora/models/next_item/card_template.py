@@ -1,7 +1,7 @@
 """The one template of every model card, in the Jinja that `ModelCard.from_template` reads.
 
-It is a Python module because the code that a published model brings along consists of such modules alone. Values are
-filled in as they are: whoever passes one has escaped it for Markdown.
+It is a Python module because a published model brings only Python modules along. Values are filled in unchanged: the
+caller escapes them for Markdown.
 """
 
 CARD_TEMPLATE = r"""---

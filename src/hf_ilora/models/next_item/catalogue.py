@@ -20,22 +20,22 @@ CATALOGUE_FILE = "items.parquet"
 _REMEDY = "write the catalogue again with Catalogue.to_parquet"
 _REQUIRED_COLUMNS = ("item_id", "raw_id", "title")
 _OPTIONAL_COLUMNS = {"year": pa.int32(), "genres": pa.list_(pa.string()), "count": pa.int64()}
-# Close matches compare the unknown raw id with every other one, which takes about half a second per 100,000.
+# Finding close matches compares the unknown raw id with every other one, which takes about 0.5 s per 100,000.
 _MAX_RAW_IDS_TO_COMPARE = 100_000
-# A value that many rows share takes next to no bytes: a file of 1 MB can fill memory. Real tables stay far below the
-# ratio, and small ones may have any.
+# A value that many rows share takes almost no bytes, so a file of 1 MB can fill memory. Real tables stay far below this
+# ratio; small tables may exceed it.
 _MAX_BYTES_PER_BYTE = 100
 _ALWAYS_ALLOWED_BYTES = 1 << 28
 
 
 class Catalogue:
-    """Titles and raw ids of the items 1..num_items, and whatever else recommendations shall tell of them.
+    """Titles and raw ids of the items 1..num_items, and further columns that recommendations show.
 
     Args:
         table: columns `item_id` (1..num_items, each once, in any order), `raw_id` (integer or string, unique), `title`
             (string) and optionally `year` (integer), `genres` (list of strings) and `count` (integer, the occurrences
             of the item in training, 0 for one that training has never seen). Further columns, such as price, url or
-            image, travel along: numbers, text, times or lists of them, which may be null.
+            image, are kept: numbers, text, times or lists of them, which may be null.
 
     Attributes:
         table: the same as a `pyarrow.Table` in the order of item_id, with the types int64, int64 or string, string,
@@ -68,7 +68,7 @@ class Catalogue:
 
     @cached_property
     def counts(self) -> np.ndarray | None:
-        """(num_items + 1,) int64, how often each item occurs in training, 0 for padding; None where it is unknown."""
+        """(num_items + 1,) int64, how often each item occurs in training, 0 for padding; None if this is unknown."""
         if "count" not in self.table.column_names:
             return None
         return np.concatenate([[0], self.table["count"].to_numpy()])
@@ -79,7 +79,7 @@ class Catalogue:
         return self.table.column_names[len(_known_columns(self.table)) :]
 
     def has_items_of(self, other: "Catalogue | None") -> bool:
-        """Whether the other catalogue has the same items, whatever the counts and further columns of both."""
+        """Whether the other catalogue has the same items; counts and further columns may differ."""
         return other is not None and self._items().equals(other._items())
 
     def _items(self) -> pa.Table:
@@ -95,18 +95,19 @@ class Catalogue:
 
         Args:
             columns: a dictionary of (num_items,) values for each column, in the order of the item ids; or a table (of
-                pyarrow, pandas or polars), in the same order, or in any order with the column `raw_id`, by which its
-                rows find their items. Items without a row get null, and rows without an item are ignored.
+                pyarrow, pandas or polars). The rows of a table are matched to items by its column `raw_id` if it has
+                one, and are otherwise in the order of the item ids. Items without a row get null, and rows without an
+                item are ignored.
 
         Raises:
-            ValueError: for columns of another length, of a type that cannot travel along, or named like one of the
-                catalogue itself, and for a table whose raw ids are repeated or of no item.
+            ValueError: for columns of another length, of an unsupported type, or named like one of the catalogue's own,
+                and for a table whose raw ids are repeated or all unknown.
         """
         try:
             table = pa.table(columns)
         except (pa.ArrowException, TypeError, ValueError) as error:
             raise ValueError(
-                f"the columns are no table ({error}): expected {len(self)} values in each, one per item, or a table "
+                f"the columns are not a table ({error}): expected {len(self)} values in each, one per item, or a table "
                 "with raw_id"
             ) from error
         if "raw_id" in table.column_names:
@@ -119,7 +120,7 @@ class Catalogue:
         own = [name for name in table.column_names if name in (*_REQUIRED_COLUMNS, *_OPTIONAL_COLUMNS)]
         if own:
             raise ValueError(
-                f"column {own[0]} is one of the catalogue itself: expected others, such as price; make a new "
+                f"column {own[0]} is one of the catalogue's own: expected others, such as price; make a new "
                 "Catalogue(table) to change it"
             )
         kept = self.table.select([name for name in self.table.column_names if name not in table.column_names])
@@ -150,14 +151,19 @@ class Catalogue:
         if places.null_count == len(places):
             first = raw_ids[0].as_py() if len(raw_ids) else None
             raise ValueError(
-                f"no raw id of the table is in the catalogue (the first is {first!r}, there {known[0].as_py()!r}): "
-                "expected the ids of its items"
+                f"no raw id of the table is in the catalogue (the table's first is {first!r}, the catalogue's "
+                f"{known[0].as_py()!r}): expected the raw ids of its items"
             )
         return table.drop_columns("raw_id").take(places)
 
     def grown_by(self, table: pa.Table) -> "Catalogue":
-        """The catalogue with further items, which are trusted: columns and types as here, item ids that follow those
-        here, and other raw ids. Checking all items would take most of the time that adding one takes."""
+        """The catalogue with further items, which are not checked.
+
+        Checking all items would take most of the time of adding one.
+
+        Args:
+            table: the further items, with this catalogue's columns and types, the next item ids, and new raw ids.
+        """
         grown = object.__new__(Catalogue)
         grown.table = pa.concat_tables([self.table, table]).combine_chunks()
         return grown
@@ -179,12 +185,11 @@ class Catalogue:
         return self._take("raw_id", item_ids)
 
     def take(self, item_ids: ArrayLike, columns: Sequence[str] | None = None) -> pa.Table:
-        """What the catalogue tells of some items.
+        """The catalogue's rows of some items.
 
         Args:
             item_ids: (items,) in a list, array or tensor.
-            columns: of the catalogue; None takes `raw_id`, `title`, `year` and `genres` as far as they are known, and
-                the further ones.
+            columns: names of columns; None takes all but `item_id` and `count`.
 
         Returns:
             A table with these columns and a row for each of `item_ids`, in their order.
@@ -232,7 +237,7 @@ class Catalogue:
 
         Raises:
             FileNotFoundError: when there is no file at `path`.
-            ValueError: when it is not a whole parquet file, or its content is no catalogue.
+            ValueError: when it is not a whole parquet file, or its content is not a catalogue.
         """
         try:
             with open_parquet(path, _REMEDY) as file:
@@ -256,11 +261,11 @@ class Catalogue:
         finally:
             unfinished.unlink(missing_ok=True)
 
-    # The Trainer, whose processing class a catalogue may be, groups rows by the length of this column.
+    # A catalogue may be the Trainer's processing class, which groups rows by the length of this column.
     model_input_names = ("input_ids",)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write `items.parquet` to a folder, made if it does not exist; the Trainer calls this for each checkpoint."""
+        """Write `items.parquet` to a folder, created if needed; the Trainer calls this at each checkpoint."""
         os.makedirs(save_directory, exist_ok=True)
         self.to_parquet(os.path.join(save_directory, CATALOGUE_FILE))
 
@@ -272,8 +277,8 @@ class Catalogue:
     def _take(self, column: str, item_ids: ArrayLike) -> list:
         return self.table[column].take(pa.array(self._places(item_ids, column), pa.int64())).to_pylist()
 
-    def _places(self, item_ids: ArrayLike, what: str) -> np.ndarray:
-        """The rows of the table that some items have; `what` is asked of them, for messages."""
+    def _places(self, item_ids: ArrayLike, wanted: str) -> np.ndarray:
+        """The table's row numbers of some items; messages say that padding has no `wanted`."""
         ids = np.asarray(item_ids)
         if ids.size == 0:
             return np.zeros(0, dtype=np.int64)
@@ -282,7 +287,7 @@ class Catalogue:
                 f"item_ids have shape {ids.shape} and type {ids.dtype}: expected integers of shape (items,)"
             )
         if (ids == 0).any():
-            raise ValueError(f"item id 0 is padding and has no {what}: leave padding out")
+            raise ValueError(f"item id 0 is padding and has no {wanted}: leave padding out")
         if ids.min() < 0 or ids.max() > len(self):
             wrong = ids.min() if ids.min() < 0 else ids.max()
             raise ValueError(
@@ -306,7 +311,7 @@ class Catalogue:
 
 
 def open_parquet(path: str | os.PathLike, remedy: str) -> pq.ParquetFile:
-    """Open a file for reading; nothing but its footer is read.
+    """Open a parquet file, reading only its footer.
 
     Args:
         path: the file.
@@ -314,12 +319,12 @@ def open_parquet(path: str | os.PathLike, remedy: str) -> pq.ParquetFile:
 
     Raises:
         FileNotFoundError: when there is nothing at `path`.
-        ValueError: for a folder, a file that is not whole, and one that says that it holds much more than its size.
+        ValueError: for a folder, a file that is not whole, and one that claims to contain much more than its size.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: expected a parquet file; {remedy}")
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+    if path.exists() and not path.is_file():  # reading a pipe would wait forever
         raise ValueError(f"{path} is a pipe or a device: expected a parquet file; {remedy}")
     try:
         file = pq.ParquetFile(path)
@@ -334,7 +339,7 @@ def open_parquet(path: str | os.PathLike, remedy: str) -> pq.ParquetFile:
     if in_memory > max(_ALWAYS_ALLOWED_BYTES, _MAX_BYTES_PER_BYTE * size):
         file.close()
         raise ValueError(
-            f"{path} has {size:,} bytes and says that it holds {file.metadata.num_rows:,} rows, about {in_memory:,} "
+            f"{path} has {size:,} bytes and claims to contain {file.metadata.num_rows:,} rows, about {in_memory:,} "
             f"bytes in memory: expected at most {_MAX_BYTES_PER_BYTE} times its size; {remedy}"
         )
     return file
@@ -389,10 +394,10 @@ def _known_columns(table: pa.Table) -> list[str]:
 
 
 def _metadata_type(field: pa.Field) -> pa.DataType:
-    """The type in which a further column travels along.
+    """The type in which a further column is stored.
 
     Raises:
-        ValueError: for a type that JSON has no words for.
+        ValueError: for a type that JSON cannot express.
     """
     column_type = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     values = column_type.value_type if pa.types.is_list(column_type) else column_type
@@ -403,8 +408,8 @@ def _metadata_type(field: pa.Field) -> pa.DataType:
     if pa.types.is_primitive(values) or pa.types.is_decimal(values) or pa.types.is_string(values):
         return column_type if values is column_type else pa.list_(values)
     raise ValueError(
-        f"column {field.name} has type {field.type}: expected numbers, text, times or lists of them; of pictures and "
-        "files, keep the address"
+        f"column {field.name} has type {field.type}: expected numbers, text, times or lists of them; store the "
+        "addresses of pictures and files, not their content"
     )
 
 

@@ -12,8 +12,8 @@ class CaserConfig(NextItemConfig):
     r"""Architecture and training loss of a Caser model; the fields of `NextItemConfig` come first.
 
     `max_length` is the L of the paper: there are filters of every height up to it, so its default is short.
-    `hidden_dropout` applies to the output of the filters, as in the paper. The paper scores with a table and biases of
-    their own: `tie_word_embeddings=False, head_bias=True`.
+    `hidden_dropout` applies to the output of the filters, as in the paper. The paper scores with a separate item table
+    and biases: `tie_word_embeddings=False, head_bias=True`.
 
     Args:
         block_type: "paper" (a layer projects the output of the filters to `hidden_size`) or "reference" (the Caser of
@@ -22,8 +22,8 @@ class CaserConfig(NextItemConfig):
         filter_heights: heights of the horizontal filters, in items; `None` means 1 to `max_length` ("paper") or 2, 3
             and 4 ("reference").
         num_horizontal_filters: filters of each height, which see whole items.
-        num_vertical_filters: filters that weigh the positions, the same for each number of the embeddings; `None` means
-            4 ("paper") or 1 ("reference", which has no more).
+        num_vertical_filters: filters that weigh the positions, with the same weights for every embedding dimension;
+            `None` means 4 ("paper") or 1 ("reference", which accepts no other number).
 
     Source: Caser (WSDM 2018); "reference": the published programs of LLaRA and DLLM2Rec.
     """
@@ -52,7 +52,7 @@ class CaserConfig(NextItemConfig):
 
     @property
     def num_filter_outputs(self) -> int:
-        """Numbers that all filters give for one history."""
+        """Size of the concatenated outputs of all filters for one history."""
         horizontal = len(self.horizontal_heights) * self.num_horizontal_filters
         return horizontal + self.vertical_filters * self.hidden_size
 
@@ -73,9 +73,7 @@ class CaserConfig(NextItemConfig):
         if self.num_vertical_filters is not None:
             self.check_at_least_one("num_vertical_filters")
         heights = self.horizontal_heights
-        if isinstance(heights, range):
-            pass  # right by construction, however long
-        elif not heights or min(heights) < 1 or max(heights) > self.max_length or len({*heights}) < len(heights):
+        if not isinstance(heights, range) and not self._are_heights(heights):  # a range is valid by construction
             raise ValueError(
                 f"filter_heights are {heights}: expected different heights from 1 to max_length, {self.max_length}"
             )
@@ -87,6 +85,10 @@ class CaserConfig(NextItemConfig):
                     "tie_word_embeddings is True with the reference block, whose user embedding has "
                     f"{self.user_embedding_size} numbers and an item {self.hidden_size}: pass tie_word_embeddings=False"
                 )
+
+    def _are_heights(self, heights: Sequence[int]) -> bool:
+        in_range = all(1 <= height <= self.max_length for height in heights)
+        return len(heights) > 0 and in_range and len(set(heights)) == len(heights)
 
 
 CaserConfig.register_for_auto_class()

@@ -7,11 +7,11 @@ from .configuration_next_item import PADDING_ITEM_ID, check_finite, strict_confi
 
 @strict_config
 class PopularityConfig(PreTrainedConfig):
-    r"""Recommends the items that occur most often in the training rows, whatever the history.
+    r"""Recommends the items that occur most often in the training rows, regardless of the history.
 
     Args:
         num_items: size of the catalogue; item ids run 1..num_items and 0 is padding.
-        max_length: number of newest items that the model is given; it ignores them.
+        max_length: number of newest items that are passed to the model, which ignores them.
     """
 
     model_type = "popularity"
@@ -39,13 +39,13 @@ class TransitionCountsConfig(PreTrainedConfig):
         num_transitions: number of item pairs that the model stores; `fit` sets it.
         max_gap: largest distance, in steps, of two items of a training row that count as a pair.
         gap_decay: a pair at distance g counts gap_decay ** (g - 1).
-        backward_weight: how much a pair counts in reverse order too: 0 keeps the order of time, 1 forgets it.
+        backward_weight: how much a pair also counts in reverse order: 0 keeps the order of time, 1 ignores it.
         source_power: counts are divided by the total count of the earlier item ** source_power.
         target_power: counts are divided by the popularity of the later item ** target_power.
         max_length: number of newest items of a history that the scores are read from.
         history_decay: the newest item weighs 1, the m-th newest history_decay ** (m - 1).
-        popularity_weight: weight of popularity, scaled to at most 1, beside the transitions: it orders the items that
-            no transition reaches.
+        popularity_weight: weight of popularity, scaled to at most 1, which is added to the transition scores. It orders
+            the items that no transition reaches.
     """
 
     model_type = "transition_counts"

@@ -8,9 +8,9 @@ class GRU4RecConfig(NextItemConfig):
     r"""Architecture and training loss of a GRU4Rec model; the fields of `NextItemConfig` come first.
 
     `hidden_dropout` applies to the embeddings, between the layers and to their output. The paper and the programs of
-    LLaRA and DLLM2Rec score with a table and biases of their own: `tie_word_embeddings=False, head_bias=True`. These
-    programs have no dropout (`hidden_dropout=0`) and PyTorch's initial weights (`initialization="reference"`,
-    `initializer_range=0.01`); by default the gates start as in the paper's program.
+    LLaRA and DLLM2Rec score with a separate item table and biases: `tie_word_embeddings=False, head_bias=True`. The
+    programs of LLaRA and DLLM2Rec have no dropout (`hidden_dropout=0`) and PyTorch's initial weights
+    (`initialization="reference"`, `initializer_range=0.01`). By default, the gates start as in the paper's program.
 
     Args:
         num_hidden_layers: layers of the GRU.

@@ -12,7 +12,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 TASK = "sequential-recommendation"
 PADDING_ITEM_ID = 0
 IGNORED_LABEL = -100  # the label that cross-entropy ignores
-# The fields about a language model's item embeddings, which exist until these are folded in.
+# The fields about a language model's item embeddings, which are removed when the embeddings are folded in.
 TEACHER_FIELDS = ("teacher_embedding_size", "ed_weight", "teacher_embedding_use")
 
 _CHOICES = {
@@ -26,8 +26,8 @@ _CHOICES = {
 class _RegisteredPipelines(dict):
     """The `custom_pipelines` of a configuration whose pipeline hf_ilora has registered.
 
-    transformers infers the task of `pipeline(model=...)` from the only key. Finding the task itself among the keys, it
-    would ask to trust the code in the model's folder.
+    transformers infers the task of `pipeline(model=...)` from the only key. If it found the task among the keys, it
+    would ask to trust the code in the model's folder, so `in` always answers False.
     """
 
     def __contains__(self, task: object) -> bool:
@@ -35,9 +35,9 @@ class _RegisteredPipelines(dict):
 
 
 def strict_config(config_class: type) -> type:
-    """Apply `@strict`, so that wrong values raise a ValueError with the message of the check, instead of a wrapper.
+    """Apply `@strict`, and raise wrong values as a ValueError with the message of the check instead of a wrapper error.
 
-    The values that replace saved ones in `from_dict` and `from_pretrained` are checked as those of a new configuration.
+    Values that replace saved ones in `from_dict` and `from_pretrained` are checked like those of a new configuration.
     """
     config_class = strict(config_class)
     for name in ("__init__", "__setattr__", "validate"):
@@ -53,7 +53,7 @@ def strict_config(config_class: type) -> type:
             config_dict = {name: value for name, value in config_dict.items() if name != "custom_pipelines"}
         made = super(config_class, cls).from_dict(config_dict, **kwargs)
         config = made[0] if isinstance(made, tuple) else made  # a tuple with return_unused_kwargs
-        config.validate()  # transformers only sets what replaces saved values
+        config.validate()  # transformers sets the replaced values without checking them
         return made
 
     config_class.from_dict = classmethod(from_dict)
@@ -68,14 +68,14 @@ def _raising_value_errors(method: Callable) -> Callable:
         except StrictDataclassError as error:
             raise ValueError(str(error.__cause__ or error)) from error
         except (AttributeError, TypeError) as error:  # from fields of transformers such as dtype or id2label
-            raise ValueError(f"{type(self).__name__} was given a value of a wrong kind: {error}") from error
+            raise ValueError(f"{type(self).__name__} was given a value of a wrong type: {error}") from error
 
     return checked
 
 
 def check_config(config: PreTrainedConfig, config_class: type) -> None:
-    """Raise a ValueError unless a model of `config_class` can be built from a configuration, which may have changed."""
-    # Not the class: code that comes with a model has one of its own.
+    """Raise a ValueError unless a model of `config_class` can be built from a configuration, even a modified one."""
+    # Compares the model type, not the class: code that comes with a model defines its own class.
     if not isinstance(config, PreTrainedConfig) or config.model_type != config_class.model_type:
         raise ValueError(f"the configuration is a {type(config).__name__}: expected a {config_class.__name__}")
     config.validate()
@@ -112,20 +112,20 @@ class NextItemConfig(PreTrainedConfig):
             programs of LLaRA, iLoRA and DLLM2Rec: a normal item table, every other layer as PyTorch initialises it).
         tie_word_embeddings: score items with the input embedding table instead of a separate one.
         head_bias: add a learned bias per item to the scores.
-        repeat_bias: learn one number that is added to the scores of the items among the last `max_length`, so that the
-            model need not spend its hidden states on whether users come back to an item (needs "cross_entropy", or
-            "sampled_softmax" with negatives that the batch shares, among which the seen items then compete too).
+        repeat_bias: learn one number that is added to the scores of the last `max_length` items, so that the hidden
+            states need not learn whether users come back to an item. It needs "cross_entropy", or "sampled_softmax"
+            with negatives that the batch shares; the seen items then compete with these negatives.
         score_temperature: `None` scores by dot product; a number scores by cosine similarity divided by it.
         loss_type: "cross_entropy" (the whole catalogue), "sampled_softmax", "gbce" or "bce".
         num_negatives: negatives drawn per training step ("batch") or per position ("position").
         negative_sharing: whether one draw of negatives serves the whole batch or each position has its own.
         popularity_power: negatives are drawn in proportion to item count ** power; 0 draws uniformly.
-        logq_correction: subtract log(num_negatives x q) from the scores of the negatives of the sampled softmax, where
-            q is the probability of drawing them, so that its gradient approaches that of the whole softmax the more
-            negatives there are; the other losses do not read it.
+        logq_correction: subtract log(num_negatives x q) from the scores of the sampled softmax's negatives, where q is
+            the probability of drawing them. Its gradient then approaches that of the full softmax as the number of
+            negatives grows. Other losses ignore it.
         gbce_calibration: t of gBCE (gSASRec, RecSys 2023, eq. 15): 0 is plain BCE, 1 is fully calibrated.
-        teacher_embedding_size: numbers per item of a language model's item embeddings that are added to the item
-            embeddings through a projection, until `fold_teacher_embeddings`; `None` adds nothing.
+        teacher_embedding_size: size of a language model's item embeddings, which are added to the item embeddings
+            through a projection, until `fold_teacher_embeddings`; `None` adds nothing.
         ed_weight: weight of the projected teacher embeddings (DLLM2Rec, section 4.3).
         teacher_embedding_use: "input" adds them to the embeddings that the model reads (as in DLLM2Rec),
             "input_and_head" also to the tied table that scores.
@@ -195,7 +195,9 @@ class NextItemConfig(PreTrainedConfig):
                     "expected a tied head, or 'input'"
                 )
         if self.pad_token_id != PADDING_ITEM_ID:
-            raise ValueError(f"pad_token_id is {self.pad_token_id}: expected {PADDING_ITEM_ID}, item ids start at 1")
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}: expected {PADDING_ITEM_ID}, since item ids start at 1"
+            )
 
     def check_at_least_one(self, *names: str) -> None:
         for name in names:

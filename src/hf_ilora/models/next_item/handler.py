@@ -1,4 +1,4 @@
-"""Answers the requests of a Hugging Face Inference Endpoint; works by itself, in the folder of a saved model."""
+"""Answers the requests of a Hugging Face Inference Endpoint; a stand-alone file in the folder of a saved model."""
 
 import importlib
 import json
@@ -50,10 +50,10 @@ class EndpointHandler:
                 `top_k`, `exclude_seen`, `allowed_items`, `excluded_items`, `candidates` and `fuzzy`.
 
         Returns:
-            A list of recommended items, or one list for each user, of nothing but what JSON has.
+            A list of recommended items, or one list per user, in JSON types only.
 
         Raises:
-            ValueError: for a wrong request; an endpoint answers with the message and status 400.
+            ValueError: for an invalid request; an endpoint answers with the message and status 400.
         """
         if not isinstance(data, dict) or "inputs" not in data or data.keys() - {"inputs", "parameters"}:
             found = f"the keys {', '.join(map(str, data)) or 'none'}" if isinstance(data, dict) else type(data).__name__
@@ -64,5 +64,5 @@ class EndpointHandler:
         if not isinstance(parameters, dict) or parameters.keys() - set(PARAMETERS):
             raise ValueError(f"parameters are {parameters!r}: expected a dictionary of {', '.join(PARAMETERS)}")
         answers = self.pipeline(inputs, **parameters)
-        # Dates become texts, and numbers that JSON lacks become null.
+        # Dates become text, and NaN and infinity, which JSON lacks, become null.
         return json.loads(json.dumps(answers, default=str), parse_constant=lambda number: None)

@@ -24,8 +24,8 @@ def padded_histories(
         histories: a row of item ids per user, oldest first: lists, arrays or tensors, of different lengths or padded
             with 0 on either side.
         num_items: size of the catalogue.
-        device: of the result.
-        may_be_empty: take rows without items, which become nothing but padding.
+        device: device of the result.
+        may_be_empty: accept rows without items, which become padding only.
 
     Returns:
         (batch, length) int64, 0 for padding.
@@ -35,8 +35,8 @@ def padded_histories(
     """
     if isinstance(histories, str):
         raise ValueError(
-            f"histories are the string {_shown(histories)}: expected a row of item ids per user, {_EXAMPLE}; map raw "
-            "ids with model.catalogue.item_ids"
+            f"histories are the string {shortened(histories)}: expected a row of item ids per user, {_EXAMPLE}; map "
+            "raw ids with model.catalogue.item_ids"
         )
     if isinstance(histories, np.ndarray) and histories.dtype != object:
         histories = torch.tensor(histories)
@@ -73,12 +73,12 @@ def padded_histories(
 
 
 def single_items(items: ItemIds, num_items: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Items of their own, not of a history.
+    """Convert item ids that form no history to a tensor, and check them.
 
     Args:
         items: (items,) item ids, in a list, array or tensor.
         num_items: size of the catalogue.
-        device: of the result.
+        device: device of the result.
 
     Returns:
         (items,) int64.
@@ -106,13 +106,15 @@ def single_items(items: ItemIds, num_items: int, device: torch.device | str = "c
     return ids.to(device, torch.int64)
 
 
-def padded_rows(rows: Sequence, may_be_empty: bool, called: Callable[[int], str] = "history {}".format) -> torch.Tensor:
-    """Rows of item ids of any lengths, at least one -> (batch, longest) on the CPU, padded on the right.
+def padded_rows(
+    rows: Sequence, may_be_empty: bool, row_name: Callable[[int], str] = "history {}".format
+) -> torch.Tensor:
+    """Pad rows of item ids on the right: (batch, longest) on the CPU.
 
     Args:
-        rows: lists, arrays or tensors.
-        may_be_empty: take rows without items, which become nothing but padding.
-        called: what messages call a row, by its number.
+        rows: at least one list, array or tensor, of any lengths.
+        may_be_empty: accept rows without items, which become padding only.
+        row_name: function from a row's number to its name in messages.
 
     Raises:
         ValueError: for a row of something else.
@@ -123,20 +125,20 @@ def padded_rows(rows: Sequence, may_be_empty: bool, called: Callable[[int], str]
             items = row.cpu() if isinstance(row, torch.Tensor) else torch.tensor(row)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{called(number)} is {_shown(row)}, which is no row of item ids ({error}): expected rows of integers, "
-                f"{_EXAMPLE}; map raw ids with model.catalogue.item_ids"
+                f"{row_name(number)} is {shortened(row)}, which is not a row of item ids ({error}): expected rows of "
+                f"integers, {_EXAMPLE}; map raw ids with model.catalogue.item_ids"
             ) from error
         if items.dim() != 1:
             raise ValueError(
-                f"{called(number)} is {_shown(row)}, of shape {tuple(items.shape)}: expected a row of item ids per "
-                f"user, {_EXAMPLE}"
+                f"{row_name(number)} is {shortened(row)}, of shape {tuple(items.shape)}: expected a row of item ids "
+                f"per user, {_EXAMPLE}"
             )
         if not len(items):
             if not may_be_empty:
                 raise ValueError(_empty(number))
             items = torch.tensor([PADDING_ITEM_ID])
         if not is_integer(items.dtype):
-            raise ValueError(f"{called(number)} is {items.dtype}: expected item ids as int64 or another integer type")
+            raise ValueError(f"{row_name(number)} is {items.dtype}: expected item ids as int64 or another integer type")
         padded.append(items)
     return pad_sequence(padded, batch_first=True, padding_value=PADDING_ITEM_ID)
 
@@ -148,20 +150,21 @@ def check_batch_size(batch_size: int) -> None:
 
 
 def is_integer(dtype: torch.dtype) -> bool:
-    """Whether a type holds item ids."""
+    """Whether item ids can have this type."""
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _empty(row: int) -> str:
     return (
         f"history {row} is empty: expected at least one item; leave the row out. A model whose catalogue has the "
-        "column count recommends popular items instead, as models do that are trained on what build_sequences returns"
+        "column count, as build_sequences makes it, recommends popular items instead"
     )
 
 
-def _shown(row: object) -> str:
-    text = repr(row)
+def shortened(value: object) -> str:
+    """The `repr` of a value for messages, cut after 60 characters."""
+    text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-__all__ = ["check_batch_size", "is_integer", "padded_histories", "padded_rows", "single_items"]
+__all__ = ["check_batch_size", "is_integer", "padded_histories", "padded_rows", "shortened", "single_items"]

@@ -26,6 +26,8 @@ RUN_FILE = "run.json"
 EVALUATE_AGAIN = "`hf-ilora evaluate` and `hf-ilora push` write a card with those of the new ones"
 WAITS_SECONDS = (1.0, 3.0, 9.0)  # between attempts
 
+_PUSH_AGAIN = "check the connection and push again; files that have arrived are not sent twice"
+_CLIENT_LOGGER = logging.getLogger("huggingface_hub.utils._http")
 _Result = TypeVar("_Result")
 _UPLOAD_ARGUMENTS = ("commit_message", "commit_description", "private", "revision", "create_pr", "parent_commit")
 
@@ -53,15 +55,15 @@ class HubUploads:
         `hf_ilora.publishing`.
 
         Args:
-            repo_id: "user/name"; made when it does not exist.
-            commit_message, commit_description: of the commit.
-            private: make a new repository private; None leaves it to the Hub's setting.
-            token: None takes HF_TOKEN or that of `hf auth login`.
-            revision: branch; made from main when it does not exist.
+            repo_id: "user/name"; created if it does not exist.
+            commit_message, commit_description: title and body of the commit message.
+            private: make a new repository private; None uses the Hub's setting.
+            token: token for the Hub; None uses HF_TOKEN or the token of `hf auth login`.
+            revision: branch; created from main if it does not exist.
             create_pr: propose the commit as a pull request.
             parent_commit: fail unless this is the latest commit of the branch.
             max_shard_size: as in transformers.
-            tags: to add to the card.
+            tags: tags to add to the card.
 
         Returns:
             The commit, or the latest one when nothing has changed.
@@ -93,8 +95,8 @@ class UploadOfSaved:
     """Uploads the files that `save_pretrained` writes after this object is created.
 
     Args:
-        save_directory: where `save_pretrained` writes.
-        arguments: its keyword arguments; those for the Hub are removed from it.
+        save_directory: folder that `save_pretrained` writes to.
+        arguments: keyword arguments of `save_pretrained`; those for the Hub are removed from this dictionary.
     """
 
     def __init__(self, save_directory: str | os.PathLike, arguments: dict):
@@ -108,12 +110,12 @@ class UploadOfSaved:
         self.before = self._states()
 
     def send(self, model, further_files: Mapping[str, bytes] | None = None) -> CommitInfo | None:
-        """Upload the files written since then, with README.md if the folder has it.
+        """Upload the files written since this object was created, with README.md if the folder has it.
 
         A card on the Hub stays if it was edited by hand, or has the results of an evaluation of the same weights.
 
         Args:
-            model: with a `config`, a `catalogue` and `model_tags`.
+            model: a model with a `config`, a `catalogue` and `model_tags`.
             further_files: contents by path in the repository.
 
         Returns:
@@ -167,10 +169,10 @@ def upload(
 
     Args:
         files: path in the repository -> local path or content.
-        repo_id: "user/name", or "name" of the token's user; made when it does not exist.
+        repo_id: "user/name", or "name" of the token's user; created if it does not exist.
         repo_type: "model" or "dataset".
-        card: makes README.md, from the full repo_id and the card that the repository has (or None); None takes that of
-            `files`.
+        card: function that makes README.md from the full repo_id and the repository's card (or None); None uploads the
+            README.md in `files`, if any.
         commit_message, commit_description, private, token, revision, create_pr, parent_commit: as in
             `HubUploads.push_to_hub`.
 
@@ -182,7 +184,7 @@ def upload(
     """
     check_repo_id(repo_id)
     api, repository = HfApi(token=token), {"repo_type": repo_type}
-    unsigned = _UnsignedAddresses()
+    unsigned = _UnsignedUrls()
     _CLIENT_LOGGER.addFilter(unsigned)
     try:
         repo_id = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True, **repository)).repo_id
@@ -204,8 +206,8 @@ def upload(
             files[CARD_FILE] = card(repo_id, _existing_card(api, repo_id, head, repo_type)).encode()
 
         def commit() -> CommitInfo:
-            # A commit may have landed although its answer was lost: the client leaves out files that the branch has,
-            # and returns the latest commit when none is left.
+            # A commit may have succeeded although its answer was lost. The client omits files that the branch already
+            # has, and returns the latest commit if no file is left.
             operations = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")  # the catalogue
@@ -220,37 +222,36 @@ def upload(
                     **repository,
                 )
 
-        # A pull request leaves its branch where it is: whether it has landed cannot be seen there.
+        # A pull request does not change the branch, from which one could see that the commit has succeeded.
         return commit() if create_pr else retried(commit)
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status == 412:
             raise ValueError(
-                f"somebody else has committed to {repo_id} during the upload: expected no other commit; check it and "
-                "push again"
+                f"somebody else committed to {repo_id} during the upload: expected no other commit; check it and push "
+                "again"
             ) from error
         if status in (401, 403):
             raise PermissionError(
-                f"the Hub does not let this token write to {repo_id} ({told(error)}): expected a token with write "
-                "access; log in with `hf auth login`, set HF_TOKEN, or pass token="
+                f"the Hub does not let this token write to {repo_id} ({told(error)}): expected a token with "
+                "write access; log in with `hf auth login`, set HF_TOKEN, or pass token="
             ) from error
-        raise OSError(f"{repo_id} could not be sent ({told(error)}): {_AGAIN}") from error
+        raise OSError(f"{repo_id} could not be sent ({told(error)}): {_PUSH_AGAIN}") from error
     except httpx2.TransportError as error:
-        raise OSError(f"the connection to the Hub failed while sending {repo_id} ({told(error)}): {_AGAIN}") from error
-    except RuntimeError as error:  # what the client makes of an error while it sends a large file
+        raise OSError(
+            f"the connection to the Hub failed while sending {repo_id} ({told(error)}): {_PUSH_AGAIN}"
+        ) from error
+    except RuntimeError as error:  # the client's wrapper of an error while it sends a large file
         both = f"{told(error)} {told(error.__cause__ or error)}"
-        raise OSError(f"{repo_id} could not be sent ({both}): {_AGAIN}") from error
+        raise OSError(f"{repo_id} could not be sent ({both}): {_PUSH_AGAIN}") from error
     finally:
         _CLIENT_LOGGER.removeFilter(unsigned)
-
-
-_AGAIN = "check the connection and push again; files that have arrived are not sent twice"
 
 
 def retried(call: Callable[[], _Result]) -> _Result:
     """Call `call`, retrying when the Hub or the connection fails temporarily, and return its result.
 
-    For `create_repo` and `create_commit`, which the client does not repeat by itself.
+    `create_repo` and `create_commit` need this, since the client does not retry them itself.
     """
     for wait in WAITS_SECONDS:
         try:
@@ -273,27 +274,24 @@ def _existing_card(api: HfApi, repo_id: str, commit: str, repo_type: str) -> str
 
 
 def told(error: Exception) -> str:
-    """The client's message of an error, in one line and without the signatures of addresses."""
+    """The message of a client's error, in one line and without the signatures of URLs."""
     return _unsigned(" ".join(str(error).split()))
 
 
 def _unsigned(text: str) -> str:
-    """The text with the queries of its addresses removed: for large files, they contain a signature."""
+    """Remove the queries of the URLs in a text: for large files, they contain a signature."""
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
 
 
-class _UnsignedAddresses(logging.Filter):
-    """Takes the signatures out of what the client logs."""
+class _UnsignedUrls(logging.Filter):
+    """Removes signatures of URLs from the client's log messages."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = _unsigned(record.getMessage()), ()
         return True
 
 
-_CLIENT_LOGGER = logging.getLogger("huggingface_hub.utils._http")
-
-
-# --- what the Hub accepts ---
+# --- checks of arguments ---
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -302,8 +300,8 @@ def check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(
-            f"repo_id is {repo_id!r}, which is no name on the Hub ({error}): expected user/name, or name, of the "
-            "letters a to z, digits, '-', '_' and '.'"
+            f"repo_id is {repo_id!r}, which is not a valid name on the Hub ({error}): expected user/name or name, made "
+            "of the letters a to z, digits, '-', '_' and '.'"
         ) from error
 
 
@@ -311,7 +309,7 @@ def checked_tags(tags: list[str] | str | None) -> list[str]:
     """The tags of a card as a list.
 
     Raises:
-        ValueError: unless all are strings that are not blank, since the Hub refuses the card otherwise.
+        ValueError: for a tag that is blank or not a string, since the Hub rejects such a card.
     """
     tags = [tags] if isinstance(tags, str) else list(tags or [])
     wrong = [tag for tag in tags if not isinstance(tag, str) or not tag.strip()]

@@ -1,4 +1,4 @@
-"""The items that recommendations are chosen from, or leave out: one set for all users, or one per user."""
+"""Filters of recommendations: the items to choose from, or to leave out, for all users or per user."""
 
 from collections.abc import Iterable
 from numbers import Integral
@@ -25,12 +25,12 @@ def item_masks(
     allowed_items: ItemFilter = None,
     excluded_items: ItemFilter = None,
 ) -> ItemMasks:
-    """The masks of filters as users of `recommend` give them.
+    """Convert the filters of `recommend` to masks.
 
     Args:
         num_rows: number of users.
         num_items: size of the catalogue.
-        device: of the scores.
+        device: device of the scores.
         seen: (users, any) ids to leave out, padded with 0, or None.
         allowed_items, excluded_items: as in `item_filter`.
 
@@ -48,15 +48,15 @@ def item_filter(
     """Turn the items of a filter into one tensor.
 
     Args:
-        name: of the argument, for messages.
+        name: name of the argument, for messages.
         given: item ids for all users, a list, set, array or tensor (items,); or a row of them per user, of different
             lengths or padded with 0; or None.
         num_rows: number of users.
         num_items: size of the catalogue.
-        device: of the result.
+        device: device of the result.
 
     Returns:
-        Different ids (items,) for all users, or (batch, any), different in each row and padded with 0; None for None.
+        Ids (items,) for all users, or (batch, any) padded with 0, without repetitions; None if `given` is None.
 
     Raises:
         ValueError: for anything else, another number of rows, and ids outside the catalogue.

@@ -1,4 +1,4 @@
-"""Finds items by what people call them: raw ids and titles, with close matches for titles that are unknown."""
+"""Finds items by their raw ids or titles, with close matches for unknown titles."""
 
 import difflib
 import logging
@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from .catalogue import Catalogue
+from .histories import shortened
 
 logger = logging.getLogger(__name__)
 
-# Similar titles are found by comparing with every title, which takes about half a second per 100,000.
+# Finding similar titles compares with every title, which takes about 0.5 s per 100,000.
 _MAX_TITLES_TO_COMPARE = 100_000
 _CLOSE_MATCHES = 3
 
@@ -22,7 +23,7 @@ class ItemNames:
     """Maps raw ids and titles to item ids.
 
     Args:
-        catalogue: of the model.
+        catalogue: catalogue of the model.
     """
 
     def __init__(self, catalogue: Catalogue):
@@ -32,17 +33,18 @@ class ItemNames:
         """The item ids, 1..num_items, of `names`.
 
         Args:
-            names: raw ids or titles, or dictionaries with `raw_id` or `title`, where a text could be either.
-            fuzzy: take the item with the closest title for a text that is neither, and log which one.
+            names: raw ids or titles, or dictionaries with `raw_id` or `title` for text that could be either.
+            fuzzy: for a text that is neither, take the item with the closest title, and log a warning that names it.
 
         Raises:
-            ValueError: for an unknown name, with the titles that are closest; a text that means several items; and
-                anything that is no name.
+            ValueError: for an unknown name, with the closest titles; a text that names several items; and anything that
+                is not a name.
         """
         if isinstance(names, torch.Tensor | np.ndarray):
             names = names.tolist()
         if isinstance(names, str | bytes | Mapping) or not isinstance(names, Iterable):
-            raise ValueError(f"found {_shown(names)}: expected a list of raw ids or titles, such as {self._example()}")
+            found = shortened(names)
+            raise ValueError(f"found {found}: expected a list of raw ids or titles, such as {self._example()}")
         names = list(names)
         item_ids = [self._known(name) for name in names]
         if fuzzy:
@@ -56,7 +58,7 @@ class ItemNames:
         return item_ids
 
     def closest(self, title: str, count: int = _CLOSE_MATCHES) -> list[int]:
-        """The items whose titles are closest to a text, at most `count`; those that begin with it come first."""
+        """The items whose titles are closest to a text, at most `count`; titles that begin with the text come first."""
         folded = _folded(title)
         if not folded:
             return []
@@ -69,8 +71,8 @@ class ItemNames:
         return [item_id for each in dict.fromkeys(close) for item_id in self._items_of_folded[each]][:count]
 
     def _known(self, name) -> int | None:
-        """The item that a name means, or None for an unknown one."""
-        if type(name) not in (int, str):  # nearly all are, and spared the slow checks
+        """The item with this name, or None for an unknown name."""
+        if type(name) not in (int, str):  # nearly all names are, and skip the slow checks
             if isinstance(name, Mapping):
                 if "raw_id" in name:
                     return self._with_raw_id(name["raw_id"])
@@ -78,7 +80,8 @@ class ItemNames:
                     return self._with_title(name["title"])
             if isinstance(name, bool) or not isinstance(name, str | Integral):
                 raise ValueError(
-                    f"found {_shown(name)} in place of an item: expected a raw id or a title, such as {self._example()}"
+                    f"found {shortened(name)} in place of an item: expected a raw id or a title, such as "
+                    f"{self._example()}"
                 )
         by_raw_id = self.catalogue.item_id_of.get(name)
         if not isinstance(name, str):
@@ -94,7 +97,7 @@ class ItemNames:
 
     def _with_raw_id(self, raw_id) -> int | None:
         if isinstance(raw_id, bool) or not isinstance(raw_id, str | Integral):
-            raise ValueError(f"found {_shown(raw_id)} as a raw id: expected integers or strings as in the catalogue")
+            raise ValueError(f"found {shortened(raw_id)} as a raw id: expected integers or strings as in the catalogue")
         return self.catalogue.item_id_of.get(raw_id)
 
     def _with_title(self, title: str) -> int | None:
@@ -139,7 +142,7 @@ class ItemNames:
             raw_ids = difflib.get_close_matches(title, self.catalogue.item_id_of, _CLOSE_MATCHES)
             if raw_ids:
                 return f"{message}: the closest raw ids are {', '.join(map(repr, raw_ids))}"
-        return f"{message}: expected such as {self._example()}; leave out what the model does not know"
+        return f"{message}: expected names such as {self._example()}; leave out unknown items"
 
     def _example(self) -> str:
         (raw_id,), (title,) = self.catalogue.raw_ids([1]), self.catalogue.titles([1])
@@ -154,7 +157,7 @@ class ItemNames:
 
     @cached_property
     def _items_of_folded(self) -> dict[str, list[int]]:
-        """The items of each title, without regard to case and blanks."""
+        """The items of each title, ignoring case and white space."""
         items = {}
         for title, item_ids in self._items_of_title.items():
             items.setdefault(_folded(title), []).extend(item_ids)
@@ -163,11 +166,6 @@ class ItemNames:
 
 def _folded(title: str) -> str:
     return " ".join(title.casefold().split())
-
-
-def _shown(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 __all__ = ["ItemNames"]

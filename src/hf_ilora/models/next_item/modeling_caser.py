@@ -16,10 +16,10 @@ from .teacher_embeddings import ItemEmbedding
 
 
 class CaserEncoder(nn.Module):
-    """The newest `max_length` items in, one hidden state out.
+    """Computes one hidden state from the newest `max_length` items.
 
-        horizontal: for each height h = 1..max_length, filters over h items in a row; ReLU, the largest over time
-        vertical:   weighted sums over the positions, the same weights for each number of the embeddings
+        horizontal: for each height h = 1..max_length, filters over h consecutive items; ReLU, maximum over positions
+        vertical:   weighted sums over the positions, with the same weights for every embedding dimension
         state     = ReLU(W [horizontal, vertical] + b)
 
     The reference block departs from the paper: state = [horizontal, ReLU(vertical)], and histories shorter than
@@ -60,12 +60,12 @@ class CaserEncoder(nn.Module):
             table: the item table as `table_for_lookups` returns it, or None.
 
         Returns:
-            (batch, length, user embedding), zero but at the last real position; or (batch, 1, user embedding) with
+            (batch, length, user embedding), zero except at the last real position; or (batch, 1, user embedding) with
             `only_last`.
         """
         window = self._window(item_ids, lengths)  # (batch, max_length)
         embeddings = self.item_embedding(window, teacher_embeddings, table)  # (batch, max_length, hidden)
-        # Teacher embeddings of padding would reach the filters, unlike in models that read padding last.
+        # Teacher embeddings of padding are not zero and would reach the filters, unlike in models that read it last.
         embeddings = (embeddings * window.ne(PADDING_ITEM_ID).unsqueeze(-1)).transpose(1, 2)
         horizontal = [filters(embeddings).relu().amax(-1) for filters in self.horizontal_filters]  # (batch, filters)
         vertical = self.vertical_filters(embeddings).transpose(1, 2).flatten(1)  # (batch, filters * hidden)
@@ -93,11 +93,11 @@ class CaserEncoder(nn.Module):
 class CaserForNextItem(EncoderForNextItem):
     """Caser with a head that scores the whole catalogue; the interface is that of `SASRecForNextItem`.
 
-    It sees a history as one picture and predicts after its last item only: labels and scored positions elsewhere are
+    It reads a history as one picture and predicts after its last item only. Labels and scored positions elsewhere are
     refused (train with `labelled_positions="last"`), and `last_hidden_state` is zero there. It departs from the paper
-    in three ways: no embedding of the user, since it must recommend to users that training never saw; one target per
-    window; and losses and defaults of the other models here. With `block_type="reference"` it is the Caser of LLaRA and
-    DLLM2Rec.
+    in three ways: it has no user embedding of its own, since it must recommend to users that training never saw; it has
+    one target per window; and it has the losses and defaults of the other models here. With `block_type="reference"` it
+    is the Caser of LLaRA and DLLM2Rec.
 
     Args:
         config: the architecture and the training loss.

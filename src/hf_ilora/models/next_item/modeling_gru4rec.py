@@ -16,12 +16,12 @@ from .teacher_embeddings import ItemEmbedding
 
 
 class GRU(nn.RNNBase):
-    """`nn.GRU` of one width that can be captured in a graph: `torch.compile` breaks its graph at any `nn.GRU`.
+    """An `nn.GRU` with equal input and state sizes that a graph can capture; `torch.compile` breaks at any `nn.GRU`.
 
     Args:
         hidden_size: width of inputs and states.
         num_layers: number of layers.
-        dropout: between the layers.
+        dropout: dropout probability between the layers.
     """
 
     def __init__(self, hidden_size: int, num_layers: int, dropout: float):
@@ -40,7 +40,7 @@ class GRU(nn.RNNBase):
         return torch.gru(inputs, state, weights, *settings)[0]
 
     def _scan(self, inputs: torch.Tensor, layer: int) -> torch.Tensor:
-        """One layer as a loop over the positions, of any number."""
+        """Run one layer as a loop over any number of positions."""
         hidden_weight, hidden_bias = getattr(self, f"weight_hh_l{layer}"), getattr(self, f"bias_hh_l{layer}")
         read = F.linear(inputs, getattr(self, f"weight_ih_l{layer}"), getattr(self, f"bias_ih_l{layer}"))
 
@@ -59,7 +59,7 @@ class GRU(nn.RNNBase):
 
 
 class GRU4RecEncoder(nn.Module):
-    """Item ids in, one state of the GRU per position out."""
+    """Computes one state of the GRU per position from item ids."""
 
     def __init__(self, config: GRU4RecConfig):
         super().__init__()
@@ -98,8 +98,8 @@ class GRU4RecEncoder(nn.Module):
 class GRU4RecForNextItem(EncoderForNextItem):
     """GRU4Rec with a head that scores the whole catalogue; interface and losses are those of `SASRecForNextItem`.
 
-    It departs from the paper in its default loss (cross-entropy over the catalogue at every position, where the paper
-    draws the negatives of a ranking loss from the batch) and in starting every history from a state of zeros.
+    It departs from the paper in two ways: its default loss is the cross-entropy over the catalogue at every position,
+    where the paper has a ranking loss with negatives from the batch; and every history starts from a state of zeros.
 
     Args:
         config: the architecture and the training loss.

@@ -30,7 +30,7 @@ from .whole_saves import saved_whole
 
 logger = logging.getLogger(__name__)
 
-# Where the weights come from also says where the catalogue comes from.
+# Arguments that locate the weights, and with them the catalogue.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -42,13 +42,13 @@ def newest_items(input_ids: torch.Tensor, max_length: int) -> torch.Tensor:
 
 
 class evaluation_mode:
-    """Evaluation mode inside, the former mode of every module afterwards.
+    """Context with a model in evaluation mode; at its end, every module gets its former mode back.
 
-    Several threads may be inside for one model: the first one switches the mode, the last one restores it.
+    Several threads may enter it for one model: the first one switches the mode, the last one restores it.
     """
 
     _lock = threading.Lock()
-    # For each model that was in training mode: the number of calls inside, and the modules to put back.
+    # For each model that was in training mode: the number of open contexts, and the modules to restore.
     _inside: WeakKeyDictionary[PreTrainedModel, tuple[int, list[torch.nn.Module]]] = WeakKeyDictionary()
 
     def __init__(self, model: PreTrainedModel):
@@ -151,11 +151,11 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
 
         Returns:
             item_ids (batch, top_k) int64, best first, the lower id first among equal scores, and scores (batch, top_k)
-            float32: log p over the whole catalogue, items that are left out included.
+            float32: log p, normalised over the whole catalogue, excluded items included.
 
         Raises:
-            ValueError: for ids outside the catalogue, an empty history while it is unknown what is popular, or `top_k`
-                larger than what is left.
+            ValueError: for ids outside the catalogue, an empty history if the catalogue has no counts, or `top_k`
+                larger than the number of items left.
         """
         with evaluation_mode(self), torch.inference_mode():
             histories = padded_histories(histories, self.config.num_items, self.device, self.knows_popular_items)
@@ -163,7 +163,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             sizes = (len(histories), self.config.num_items, self.device)
             masks = item_masks(*sizes, seen, allowed_items, excluded_items)
             item_ids, log_probabilities = self.best_items(histories, top_k, masks)
-        return item_ids.clone(), log_probabilities.clone()  # tensors that may be used where gradients flow
+        return item_ids.clone(), log_probabilities.clone()  # inference tensors cannot be used where gradients flow
 
     def best_items(self, histories: torch.Tensor, top_k: int, masks: ItemMasks) -> tuple[torch.Tensor, torch.Tensor]:
         """The best items of histories (batch, length) and their log-probabilities, (batch, top_k) each."""
@@ -179,7 +179,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         allowed_items: ItemFilter = None,
         excluded_items: ItemFilter = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The items of `recommend` with distances instead of scores, as distillation reads them.
+        """Recommend as `recommend` does, but return distances instead of scores, as distillation needs them.
 
         Args:
             histories, top_k, exclude_seen, allowed_items, excluded_items: as in `recommend`.
@@ -197,19 +197,19 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
     def similar_items(
         self, items: ItemIds, top_k: int = 10, allowed_items: ItemFilter = None, excluded_items: ItemFilter = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The items that are most like each of some items, the item itself left out.
+        """Find the items that are most similar to each of some items, without the item itself.
 
         Args:
             items: (items,) ids, in a list, array or tensor.
-            top_k: similar items per item.
+            top_k: number of similar items per item.
             allowed_items, excluded_items: as in `recommend`, for all items or a row for each.
 
         Returns:
-            item_ids (items, top_k) int64, most similar first, and scores (items, top_k) float32: the cosine of the rows
-            of the item table that scores, or the weight of the transition for a model that counts transitions.
+            item_ids (items, top_k) int64, most similar first, and scores (items, top_k) float32: the cosine of the
+            items' rows in the head's table or, for transition counts, the weight of the transition.
 
         Raises:
-            ValueError: for no items, ids outside the catalogue, and `top_k` larger than what is left.
+            ValueError: for no items, ids outside the catalogue, and `top_k` larger than the number of items left.
         """
         with evaluation_mode(self), torch.inference_mode():
             items = single_items(items, self.config.num_items, self.device)  # (items,)
@@ -222,7 +222,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
         return item_ids.clone(), scores.clone()
 
     def _similarities(self, asked: torch.Tensor) -> Callable[[slice, slice, torch.Tensor], None]:
-        """A `score_items` of `top_k_in_chunks`: how similar the items (asked,) are with those of the catalogue."""
+        """A `score_items` for `top_k_in_chunks`: the similarity of the items (asked,) to those of the catalogue."""
         raise ValueError(
             f"{type(self).__name__} does not know which items are alike: expected a SASRec, GRU4Rec, Caser or "
             "transition counts"
@@ -230,11 +230,11 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
 
     @property
     def knows_popular_items(self) -> bool:
-        """Whether `popular_scores` exist."""
+        """Whether the catalogue has the counts that `popular_scores` needs."""
         return self._catalogue is not None and self._catalogue.counts is not None
 
     def popular_scores(self) -> torch.Tensor:
-        """(num_items + 1,) scores for users without history, of the kind that `next_item_scores` gives."""
+        """(num_items + 1,) scores for users without a history, on the scale of `next_item_scores`."""
         assert self._catalogue is not None and self._catalogue.counts is not None  # see `knows_popular_items`
         return popular_scores(self._catalogue.counts, self.device)
 
@@ -293,14 +293,14 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> CommitInfo | None:
-        """As in transformers; also writes the catalogue, and the code of the model, its pipeline and its handler.
+        """Save as in transformers, with the catalogue and the code of the model, its pipeline and its handler.
 
         An earlier model in the folder stays whole until all files are written, see `saved_whole`.
 
         Args:
             save_directory: created if it does not exist.
-            push_to_hub: upload the files in one commit, to `repo_id` or else a repository named like the folder;
-                further keyword arguments are those of the method `push_to_hub`.
+            push_to_hub: upload the files in one commit. The repository is `repo_id`, by default the name of the folder;
+                `kwargs` may include the other arguments of the method `push_to_hub`.
             kwargs: as in transformers.
 
         Returns:
@@ -315,23 +315,23 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
                 if self.catalogue is not None:
                     self.catalogue.save_pretrained(unfinished)
         else:
-            super().save_pretrained(save_directory, **kwargs)  # takes part where weights are gathered
+            super().save_pretrained(save_directory, **kwargs)  # takes part in gathering weights
         return None if upload is None else upload.send(self)
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any
     ) -> Self:  # a tuple with output_loading_info, as in transformers
-        """As in transformers; also reads the catalogue, if there is one.
+        """Load as in transformers, with the catalogue if there is one.
 
         With `ignore_mismatched_sizes=True`, tensors of other sizes than the configuration's are initialised at random,
-        and a catalogue of another size is left out: `from_pretrained(folder, ignore_mismatched_sizes=True,
-        num_items=5000)` starts from the layers of a model of other items.
+        and a catalogue of another size is ignored: `from_pretrained(folder, ignore_mismatched_sizes=True,
+        num_items=5000)` starts from the layers of a model that was trained on other items.
 
         Raises:
-            ValueError: when a download is damaged, when config.json has wrong values or sizes, when parameters are
-                missing or unknown, where transformers would only warn and initialise them at random, when a
-                `device_map` leaves some on disk, and when the catalogue does not fit `num_items`.
+            ValueError: when a download is damaged, config.json has wrong values or sizes, a `device_map` leaves weights
+                on disk, or the catalogue does not fit `num_items`; and when parameters are missing or unknown, where
+                transformers would only warn and initialise them at random.
         """
         path = pretrained_model_name_or_path
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
@@ -368,7 +368,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
                 model.catalogue = Catalogue.from_parquet(file)
             elif takes_other_sizes:
                 logger.warning(
-                    "the catalogue in %s has %d items and the model %d: it is left out; assign model.catalogue",
+                    "the catalogue in %s has %d items and the model %d: it is ignored; assign model.catalogue",
                     path, num_items, config.num_items,
                 )  # fmt: skip
             else:

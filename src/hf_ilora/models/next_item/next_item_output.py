@@ -1,4 +1,4 @@
-"""The output of next-item models, and how scores become recommendations."""
+"""The output of next-item models, and functions that turn scores into recommendations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class NextItemOutput(ModelOutput):
         user_embedding: (batch, hidden), the hidden state at the last real item.
         loss_parts: (1 + soft targets,) without gradient: the loss of the labels, and the divergence from each soft
             target without its weight.
-        best_items: (labels, k) int64, the best items at each label, where the model was asked for them.
+        best_items: (labels, k) int64, the best items at each label, if they were requested.
     """
 
     loss: torch.Tensor | None = None
@@ -42,11 +42,11 @@ def popular_scores(counts: np.ndarray, device: torch.device) -> torch.Tensor:
 def scores_or_popular(
     score: Callable[[torch.Tensor], torch.Tensor], popular: Callable[[], torch.Tensor], histories: torch.Tensor
 ) -> torch.Tensor:
-    """Score histories; those without items all get the same scores.
+    """Score histories; all histories without items get the same scores.
 
     Args:
         score: histories (any, length) -> scores (any, num_items + 1).
-        popular: returns the scores for histories without items, (num_items + 1,).
+        popular: function that returns the scores for histories without items, (num_items + 1,).
         histories: (batch, length) item ids, 0 for padding on either side.
 
     Returns:
@@ -67,7 +67,7 @@ def top_k_items(
     top_k: int,
     exclude_seen: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `top_k` best items of each user, best first, the lower id first among equal scores; never padding.
+    """Find the `top_k` best items of each user, best first, the lower id first among equal scores; never padding.
 
     Args:
         logits: (batch, num_items + 1); column 0 is padding. Left unchanged.

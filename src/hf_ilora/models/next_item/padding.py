@@ -1,4 +1,4 @@
-"""Moves the padding of histories behind the real items, and back; looks at ids only where that is free."""
+"""Moves the padding of histories after the real items, and back; reads ids in Python only where that costs nothing."""
 
 import torch
 
@@ -6,12 +6,12 @@ from .configuration_next_item import PADDING_ITEM_ID
 
 
 def can_look(ids: torch.Tensor) -> bool:
-    """Whether values may be read in Python: not while a graph is captured, nor where it would wait for a device."""
+    """Whether Python may read values: not while a graph is captured, nor if reading would wait for a device."""
     return ids.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def lowest_and_highest(ids: torch.Tensor) -> tuple[int, int] | None:
-    """The range of some ids; None where there are none, or where looking is not free."""
+    """The range of some ids; None if there are none, or if Python may not read them (`can_look`)."""
     if not ids.numel() or not can_look(ids):
         return None
     values = ids.detach().numpy()
@@ -19,14 +19,14 @@ def lowest_and_highest(ids: torch.Tensor) -> tuple[int, int] | None:
 
 
 def at_position(states: torch.Tensor, position: torch.Tensor | int) -> torch.Tensor:
-    """(batch, length, hidden) and one position, or one per row (batch,), -> (batch, 1, hidden)."""
+    """Select one position, or one per row (batch,), of states (batch, length, hidden): (batch, 1, hidden)."""
     if not isinstance(position, torch.Tensor):
         return states[:, position : position + 1]
     return states.gather(1, position.view(-1, 1, 1).expand(-1, 1, states.shape[-1]))
 
 
 def last_positions(lengths: torch.Tensor | None, length: int) -> torch.Tensor | int:
-    """Places of the newest items in right-padded rows of width `length`; `lengths` (batch,), None without padding."""
+    """The newest items' positions in right-padded rows of width `length`; `lengths` (batch,), None without padding."""
     return length - 1 if lengths is None else (lengths - 1).clamp(min=0)
 
 
@@ -51,10 +51,10 @@ def padding_to_the_front(input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def places_behind_padding(slots: torch.Tensor, indices: torch.Tensor | None) -> torch.Tensor:
-    """Where positions of an input are in the flattened (batch * length) whose rows have their padding last.
+    """Map positions of an input to the flattened (batch * length) whose rows have their padding last.
 
     Args:
-        slots: (batch, length), of `padding_to_the_end`.
+        slots: (batch, length), from `padding_to_the_end`.
         indices: (positions,) in the flattened input; None means all positions.
 
     Returns:

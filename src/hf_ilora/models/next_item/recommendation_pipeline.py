@@ -24,13 +24,13 @@ from .top_k import ordered_top_k
 _FILTERS = ("allowed_items", "excluded_items", "candidates")
 _PARAMETERS = ("top_k", "exclude_seen", *_FILTERS, "fuzzy")
 _USER_KEYS = ("history", *_FILTERS)
-# transformers batches with what it asks of a tokenizer. Item ids are padded on the right, with 0.
+# transformers reads these attributes of a tokenizer to batch inputs. Item ids are padded on the right, with 0.
 _PADDING = SimpleNamespace(pad_token_id=PADDING_ITEM_ID, padding_side="right")
 
 
 @runtime_checkable
 class Recommender(Protocol):
-    """What the pipeline asks of a model: those of this folder and iLoRA."""
+    """The part of a model that the pipeline uses; the models of this folder and iLoRA have it."""
 
     catalogue: Catalogue | None
     knows_popular_items: bool
@@ -47,7 +47,7 @@ class Recommender(Protocol):
 
 @dataclass(frozen=True)
 class _User:
-    """A user with item ids in place of names; (any,) int64 for each filter, or None for that of the call."""
+    """A user with item ids instead of names; each filter is (any,) int64, or None to use the call's filter."""
 
     history: list[int]
     allowed_items: np.ndarray | None = None
@@ -58,15 +58,15 @@ class _User:
 class SequentialRecommendationPipeline(Pipeline):
     """Recommends items to users, `pipeline("sequential-recommendation", model=...)`.
 
-    Items are named by their raw ids or titles, or by dictionaries with `raw_id` or `title` where a text could be
-    either.
+    Items are named by their raw ids or titles, or by dictionaries with `raw_id` or `title` if a text could be either.
 
     Args:
-        model: a recommender with a catalogue: SASRec, GRU4Rec, Caser, a model that counts, or an iLoRA.
-        kwargs: as in transformers' `Pipeline`, and the parameters of a call, which then are its defaults.
+        model: a recommender with a catalogue: SASRec, GRU4Rec, Caser, a counting model, or an iLoRA.
+        kwargs: arguments of transformers' `Pipeline`, and parameters of a call, for which they become the defaults.
 
     Raises:
-        ValueError: for a model of another kind, one without catalogue, and a catalogue with a column `score`.
+        ValueError: for a model that is no recommender, a model without a catalogue, and a catalogue with a column
+            `score`.
     """
 
     # The catalogue, which comes with the model, maps names to ids; an iLoRA brings its own tokenizer.
@@ -88,8 +88,8 @@ class SequentialRecommendationPipeline(Pipeline):
                 "model.catalogue = sequences.catalogue and save the model again, or call model.recommend with item ids"
             )
         if "score" in model.catalogue.table.column_names:
-            raise ValueError("the catalogue has a column score, as the answers have: rename the column")
-        kwargs.pop("local_files_only", None)  # `pipeline` has used it, and passes it on
+            raise ValueError("the catalogue has a column score, which the answers need themselves: rename the column")
+        kwargs.pop("local_files_only", None)  # `pipeline` has used it, but passes it on
         self._names = ItemNames(model.catalogue)
         self._preprocess_params: dict[str, Any] = {}
         super().__init__(model, tokenizer=_PADDING, **kwargs)
@@ -98,29 +98,30 @@ class SequentialRecommendationPipeline(Pipeline):
         """Recommend items to one user or to several.
 
         Args:
-            inputs: one user: a history, which is a list of names, oldest first, or a dictionary with `history` and
-                optionally `allowed_items`, `excluded_items` and `candidates`, which replace those of the call. Several
-                users: a list of such, or a generator, another iterable or a torch Dataset, such as transformers'
-                KeyDataset. An empty list is one user without history.
+            inputs: one user or several. One user is a history, a list of names, oldest first; or a dictionary with
+                `history` and optionally `allowed_items`, `excluded_items` and `candidates`, which replace those of the
+                call. Several users are a list of these, a generator, another iterable or a torch Dataset, such as
+                transformers' KeyDataset. An empty list is one user without a history.
             top_k: number of items per user, by default 10.
-            exclude_seen: leave out the items of the history, which is the default.
+            exclude_seen: leave out the items of the history, by default True.
             allowed_items: names of the only items to choose from.
             excluded_items: names of items to leave out.
             candidates: names of the items to rank instead of the catalogue. An iLoRA scores them by the
-                log-likelihoods of their titles, as in `score_candidates`. All that the filters leave are ranked if they
-                are fewer than `top_k`.
-            fuzzy: take the closest title of the catalogue for one that is unknown, with a warning in the log.
+                log-likelihoods of their titles, as in `score_candidates`. If the filters leave fewer than `top_k`
+                candidates, all of these are ranked.
+            fuzzy: for an unknown title, take the closest one of the catalogue and log a warning.
             batch_size, num_workers: as in transformers.
 
         Returns:
             For one user a list of dictionaries, best item first: `title`, `raw_id`, `item_id`, `score` (log p over the
-            whole catalogue), and what else the catalogue tells. For a list a list of these, and otherwise an iterator.
+            whole catalogue), and the catalogue's other columns. For a list of users a list of these lists, otherwise an
+            iterator over them.
 
         Raises:
             TypeError: for an unknown parameter.
-            ValueError: for names that are unknown or ambiguous, an empty history while it is unknown what is popular,
-                filters that leave too few items, and an iLoRA without item head that is asked without candidates. The
-                users of a list are checked before anything is computed.
+            ValueError: for names that are unknown or ambiguous, an empty history if the catalogue has no counts,
+                filters that leave too few items, and an iLoRA without an item head that gets no candidates. The users
+                of a list are checked before anything is computed.
         """
         if isinstance(inputs, torch.Tensor | np.ndarray):
             inputs = inputs.tolist()
@@ -137,15 +138,15 @@ class SequentialRecommendationPipeline(Pipeline):
                 "several of these"
             )
         elif not isinstance(inputs, Dataset):
-            inputs = (user for user in inputs)  # transformers streams what is a generator
+            inputs = (user for user in inputs)  # transformers streams generators
         return super().__call__(inputs, **parameters)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> CommitInfo | None:
-        """Save the model, which brings this pipeline along."""
+        """Save the model, whose folder includes this pipeline."""
         return self.model.save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
-        """Upload the model, which brings this pipeline along; arguments as in the model's `push_to_hub`."""
+        """Upload the model, whose repository includes this pipeline; arguments as in the model's `push_to_hub`."""
         return self.model.push_to_hub(repo_id, **kwargs)
 
     def _sanitize_parameters(self, **given: Any) -> tuple[dict, dict, dict]:
@@ -172,7 +173,7 @@ class SequentialRecommendationPipeline(Pipeline):
         excluded_items: np.ndarray | None = None,
         candidates: np.ndarray | None = None,
     ) -> dict:
-        """The history of a user as a tensor (1, length), and the user's filters; those here are of the call."""
+        """The history of a user as a tensor (1, length), and the user's filters; the arguments are the call's."""
         user = inputs if isinstance(inputs, _User) else self._user(inputs, fuzzy)
         candidates = candidates if user.candidates is None else user.candidates
         if candidates is None:
@@ -207,7 +208,7 @@ class SequentialRecommendationPipeline(Pipeline):
     ) -> dict[str, torch.Tensor]:
         """The best items of each user, and their scores: (users, top_k) each, padded with 0."""
         histories = model_inputs["histories"]  # (users, length)
-        # A list of each user's filters, or the filter of one user who comes alone.
+        # A batch has a list with each user's filter; a single user has just the filter.
         candidates, allowed, excluded = (
             given if isinstance(given, list) else [given]
             for given in (model_inputs[name] for name in ("candidates", "allowed_items", "excluded_items"))
@@ -235,15 +236,15 @@ class SequentialRecommendationPipeline(Pipeline):
         return {"item_ids": item_ids, "scores": scores}
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict]:
-        """What is told of the items of a user, (1, top_k)."""
+        """The answer for one user, from its items and scores (1, top_k)."""
         item_ids, scores = model_outputs["item_ids"][0], model_outputs["scores"][0]
-        is_item = item_ids != PADDING_ITEM_ID
+        is_item = item_ids != PADDING_ITEM_ID  # (top_k,)
         recommended = item_ids[is_item].tolist()
         answers = []
-        told_of = self.model.catalogue.take(recommended).to_pylist()
-        for item_id, score, told in zip(recommended, scores[is_item].tolist(), told_of, strict=True):
-            answer = {"title": told.pop("title"), "raw_id": told.pop("raw_id"), "item_id": item_id, "score": score}
-            answers.append(answer | told)
+        rows = self.model.catalogue.take(recommended).to_pylist()
+        for item_id, score, row in zip(recommended, scores[is_item].tolist(), rows, strict=True):
+            answer = {"title": row.pop("title"), "raw_id": row.pop("raw_id"), "item_id": item_id, "score": score}
+            answers.append(answer | row)
         return answers
 
     def _best_candidates(
@@ -264,8 +265,8 @@ class SequentialRecommendationPipeline(Pipeline):
             raise ValueError(f"user {number} of the list: {error}") from error
 
     def _user(self, given: Any, fuzzy: bool) -> _User:
-        """A user with item ids in place of names."""
-        if self._names.catalogue is not self.model.catalogue:  # items were added, or columns
+        """Replace the names in a user's history and filters by item ids."""
+        if self._names.catalogue is not self.model.catalogue:  # items or columns were added
             self._names = ItemNames(self.model.catalogue)
         if not isinstance(given, Mapping):
             given = {"history": given}
@@ -281,8 +282,8 @@ class SequentialRecommendationPipeline(Pipeline):
             raise ValueError(f"history: {error}") from error
         if not history and not self.model.knows_popular_items:
             raise ValueError(
-                "the history is empty: expected at least one item, as the catalogue has no column count, which tells "
-                "what is popular (model.catalogue.with_counts)"
+                "the history is empty: expected at least one item; to recommend popular items instead, give the "
+                "catalogue the column count (model.catalogue.with_counts)"
             )
         filters = {name: self._filter(name, given.get(name), fuzzy) for name in _FILTERS}
         return _User(history, **filters)
@@ -306,13 +307,13 @@ class SequentialRecommendationPipeline(Pipeline):
 
 
 def _is_user(given: Any) -> bool:
-    """Whether an element of a list is a user of their own, and not an item of a history."""
+    """Whether an element of a list is a user, not an item of a history."""
     if isinstance(given, Mapping):
         return not {"raw_id", "title"} & given.keys()
     return isinstance(given, Iterable) and not isinstance(given, str | bytes)
 
 
-# What config.json says, so that transformers finds the pipeline in the folder of a model.
+# The entry in config.json by which transformers finds the pipeline in the folder of a model.
 CUSTOM_PIPELINES = {
     TASK: {"impl": f"recommendation_pipeline.{SequentialRecommendationPipeline.__name__}", "pt": ["AutoModel"]}
 }

@@ -9,11 +9,11 @@ from .teacher_embeddings import ItemEmbedding
 
 
 def initialize_as_reference(module: nn.Module) -> None:
-    """Initialise one module as PyTorch does, except an item table and normalisations, which are left alone."""
+    """Initialise one module as PyTorch does; item tables and normalisations stay unchanged."""
     if isinstance(module, nn.Embedding) and not isinstance(module, ItemEmbedding):
         init.normal_(module.weight)
     elif isinstance(module, nn.Linear | nn.Conv1d):
-        bound = 1 / math.sqrt(module.weight.shape[1:].numel())  # of the inputs of one output
+        bound = 1 / math.sqrt(module.weight.shape[1:].numel())  # number of inputs of one output
         init.uniform_(module.weight, -bound, bound)
         if module.bias is not None:
             init.uniform_(module.bias, -bound, bound)

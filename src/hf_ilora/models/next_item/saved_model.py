@@ -1,4 +1,4 @@
-"""Checks a saved model by its configuration and the header of its weights, before anything is built or read."""
+"""Checks a saved model by its configuration and the headers of its weights, before building or reading anything."""
 
 import copy
 import hashlib
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-# What a configuration of unexpected types makes transformers and torch raise.
+# Errors that transformers and torch raise for a configuration with values of unexpected types.
 WRONG_TYPES = (AttributeError, KeyError, OverflowError, RecursionError, TypeError)
 
 Shape = tuple[int, ...]
@@ -24,21 +24,21 @@ def read_config(
     """Read config.json.
 
     Args:
-        config_class: the class that is expected.
+        config_class: the expected class.
         path: folder, or name on the Hub.
-        hub_arguments: where on the Hub, as `from_pretrained` takes it.
+        hub_arguments: revision, token and other arguments of `from_pretrained` about the Hub.
         changes: values that replace saved ones.
 
     Raises:
         OSError: when there is no such folder or repository.
-        ValueError: when there is none, or it is of another class or its values are none that the class accepts.
+        ValueError: when config.json is missing, is of another class, or has values that the class rejects.
     """
     remedy = "restore the folder that save_pretrained wrote"
     try:
         saved, _ = PreTrainedConfig.get_config_dict(path, **hub_arguments)
         model_type = saved.get("model_type")
     except WRONG_TYPES as error:
-        raise ValueError(f"{CONFIG_NAME} of {path} is no configuration ({error!r}): {remedy}") from error
+        raise ValueError(f"{CONFIG_NAME} of {path} is not a configuration ({error!r}): {remedy}") from error
     if not saved:
         raise ValueError(f"{path} has no {CONFIG_NAME}, or an empty one: expected what save_pretrained wrote")
     if model_type != config_class.model_type:
@@ -51,7 +51,7 @@ def read_config(
     except (ValueError, *WRONG_TYPES) as error:
         if changes:
             given = ", ".join(f"{name}={value!r}" for name, value in changes.items())
-            raise ValueError(f"{path} with {given} has a wrong value ({error}): correct what is passed") from error
+            raise ValueError(f"{path} with {given} has a wrong value ({error}): correct the argument") from error
         raise ValueError(f"{CONFIG_NAME} of {path} has a wrong value ({error}): {remedy}") from error
 
 
@@ -59,7 +59,7 @@ def saved_weights(path: str | os.PathLike, hub_arguments: dict) -> list[str]:
     """The safetensors files of a saved model: one, or its shards; empty if there are none.
 
     Raises:
-        ValueError: when the list of the shards is damaged, or one is missing.
+        ValueError: when the index of the shards is damaged, or a shard is missing.
     """
     if (file := saved_file(path, SAFE_WEIGHTS_NAME, hub_arguments)) is not None:
         return [file]
@@ -94,17 +94,17 @@ def weights_fingerprint(folder: str | os.PathLike) -> str | None:
 
 
 def check_download(file: str, path: str | os.PathLike) -> None:
-    """Compare a file with the sha256 that the Hub has of it, where it comes from there.
+    """Compare a file from the Hub with the sha256 that the Hub states.
 
-    The cache of the Hub names a large file by its sha256, but the client compares sizes alone when it downloads one.
-    Folders have no such digest, nor do caches on disks without symbolic links: their files pass unseen.
+    The Hub's cache names a large file by its sha256, but the client only compares sizes when it downloads one. Files in
+    other folders and in caches on disks without symbolic links have no such name, and are not checked.
 
     Args:
-        file: as `saved_file` found it.
-        path: of the model, for the error.
+        file: path that `saved_file` returned.
+        path: folder or Hub name of the model, for messages.
 
     Raises:
-        ValueError: when it has other content.
+        ValueError: when the file has other content.
     """
     blob = Path(file).resolve()
     if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{64}", blob.name):
@@ -125,11 +125,11 @@ def saved_shapes(
 
     Args:
         path: folder, or name on the Hub.
-        hub_arguments: where on the Hub, as `from_pretrained` takes it.
-        compare_downloads: `check_download` of the files, which reads them whole: 0.6 s per GB.
+        hub_arguments: revision, token and other arguments of `from_pretrained` about the Hub.
+        compare_downloads: also call `check_download`, which reads the files whole: 0.6 s per GB.
 
     Raises:
-        ValueError: when a header is damaged, or does not fit the size of its file; as `check_download`.
+        ValueError: when a header is damaged, or does not fit the size of its file; and as `check_download`.
     """
     files = saved_weights(path, hub_arguments)
     shapes = {}
@@ -157,19 +157,19 @@ def check_sizes(
     path: str | os.PathLike,
     prefix: str = "",
 ) -> None:
-    """Compare the sizes that a configuration gives with those of the weights, at the cost of the latter.
+    """Compare the sizes in a configuration with those of the weights, in time that only the weights determine.
 
     Args:
-        model_class: of the model.
+        model_class: class of the model.
         config: its configuration.
         shapes: shape of each saved tensor.
-        path: where the model was saved, for errors.
-        prefix: of the tensors' names in the file, for errors.
+        path: folder or Hub name of the model, for messages.
+        prefix: prefix of the tensors' names in the file, for messages.
 
     Raises:
         ValueError: when a tensor is missing or has another shape.
     """
-    # Models are built layer by layer, and Caser has filters of each height up to its length.
+    # A model is built layer by layer, and Caser has filters of each height up to its length: large numbers take long.
     limits = {"num_hidden_layers": len(shapes)}
     if config.model_type == "caser" and isinstance(config.horizontal_heights, range):
         limits["max_length"] = max(len(shapes), 1000)
@@ -190,14 +190,14 @@ def check_sizes(
     base = f"{model.base_model_prefix}."
     missing = []
     for name, tensor in model.state_dict().items():
-        # An encoder may be saved with its head, whose names have a prefix, and the other way round.
+        # A model may be saved with its head, which adds a prefix to the encoder's names, or without it.
         found = [shapes[each] for each in (name, f"{base}{name}", name.removeprefix(base)) if each in shapes]
         if not found and name not in tied:
             missing.append(f"{prefix}{name}")
         elif found and found[0] != tuple(tensor.shape):
             raise ValueError(
                 f"{prefix}{name} in the weights of {path} has shape {found[0]}: expected {tuple(tensor.shape)}, as "
-                f"{CONFIG_NAME} says; one of them is mismatched: restore the folder that save_pretrained wrote"
+                f"{CONFIG_NAME} says; the two are mismatched: restore the folder that save_pretrained wrote"
             )
     if missing:
         raise ValueError(
@@ -207,10 +207,10 @@ def check_sizes(
 
 
 def saved_file(path: str | os.PathLike, name: str, hub_arguments: dict) -> str | None:
-    """Where a file of a saved model is, in its folder or the cache of the Hub; None if it has none.
+    """The path of a model's file, in its folder or in the Hub's cache; None if the model has no such file.
 
     Raises:
-        ValueError: when there is something else of that name, which transformers would pass over.
+        ValueError: when the name belongs to something other than a file, which transformers would ignore.
     """
     here = os.path.join(path, hub_arguments.get("subfolder", ""), name)
     if os.path.lexists(here) and not os.path.isfile(here):

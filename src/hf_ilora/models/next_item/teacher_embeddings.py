@@ -15,7 +15,7 @@ class TeacherEmbedding(nn.Module):
     score without the label data set. It starts as zeros, and using it before `set_table` raises an error.
 
     Args:
-        config: of the recommender.
+        config: configuration of the recommender.
 
     Source: DLLM2Rec (RecSys 2024), section 4.3, and its published program (a projection with bias).
     """
@@ -64,7 +64,7 @@ class TeacherEmbedding(nn.Module):
             self._check_table()
             table = self.table
         table = table.to(self.projection.weight)
-        # Whichever projects fewer rows: the items of the batch, or all that there are. A graph is for any batch.
+        # Projects the items of the batch or the whole table, whichever has fewer rows; a graph must fit any batch.
         if item_ids is None or (not torch.compiler.is_compiling() and item_ids.numel() >= len(table)):
             projected = self.projection(table)  # (num_items + 1, hidden)
             projected = projected if item_ids is None else F.embedding(item_ids, projected)

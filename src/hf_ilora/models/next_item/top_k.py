@@ -1,4 +1,4 @@
-"""The best items of each user, exactly, without ever holding the scores of the whole catalogue."""
+"""Finds the best items of each user exactly, without keeping the scores of the whole catalogue in memory."""
 
 import math
 from collections.abc import Callable
@@ -8,15 +8,15 @@ import torch
 
 from .configuration_next_item import PADDING_ITEM_ID
 
-# Scores in memory at once. On a CPU they stay in its cache; a GPU needs more work for each launch.
+# Number of scores in memory at once. On a CPU they stay in its cache; a GPU needs more work per launch.
 _SCORES_AT_ONCE = {"cpu": 2**20, "other": 2**24}
 _USERS_AT_ONCE = {"cpu": 256, "other": 2048}
-_FEW_SCORES = 2**14  # which need no chunks: fewer steps take less time, which counts when one user waits
-_BLOCK = 64  # items whose highest score is looked at before their own; rows of scores have a block as margin
+_FEW_SCORES = 2**14  # up to which there are no chunks: fewer steps take less time, which matters for a single user
+_BLOCK = 64  # items whose maximum is compared before their scores; rows of scores have a block as margin
 # Up to this many columns `torch.topk` beats a search through blocks.
 _PLAIN_COLUMNS = 2**14
 _SORTED_COLUMNS = 256
-_SCORES_PER_CANDIDATE = 64  # that `torch.topk` reads in the time in which a candidate is sorted
+_SCORES_PER_CANDIDATE = 64  # number of scores that `torch.topk` reads in the time that sorting one candidate takes
 _LOG2_E = math.log2(math.e)
 
 # What to ask for instead, where too few items are left for a user, or to be similar to an item.
@@ -30,8 +30,8 @@ class ItemMasks:
 
     Args:
         hidden: (users, any) ids that the user does not get, such as those of the history, or None.
-        allowed: (users, any) ids, nothing else of which the user gets, or None.
-        available: (num_items + 1,) bool, the items that anybody may get, or None for all.
+        allowed: (users, any) the only ids that the user may get, or None for all.
+        available: (num_items + 1,) bool, the items that any user may get, or None for all.
     """
 
     hidden: torch.Tensor | None = None
@@ -46,7 +46,7 @@ class ItemMasks:
         allowed_items: torch.Tensor | None = None,
         excluded_items: torch.Tensor | None = None,
     ) -> "ItemMasks":
-        """The masks of filters as `item_filter` returns them: ids (items,) for all users, or (users, any).
+        """Make masks from filters as `item_filter` returns them: ids (items,) for all users, or (users, any).
 
         Args:
             num_items: size of the catalogue.
@@ -90,7 +90,7 @@ class ItemMasks:
             columns = (self.allowed.long() - first).clamp_(0, last_column)
             scores.add_(torch.full_like(scores, float("-inf")).scatter_(1, columns, 0.0))
         if self.hidden is not None:
-            # To write ids that are outside to the outer columns takes less time than to find them.
+            # Writing ids outside the columns to the first and last column takes less time than finding such ids.
             columns = (self.hidden.long() - first).clamp_(0, last_column)
             scores.scatter_(1, columns, float("-inf"))
         if first <= PADDING_ITEM_ID <= first + last_column:
@@ -108,7 +108,7 @@ def columns_in_chunk(item_ids: torch.Tensor, items: slice) -> tuple[torch.Tensor
 def ordered_top_k(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The best scores of each row, best first, and their columns; among equal scores the lower column comes first.
 
-    `torch.topk` leaves the order of equal scores open, so that it would depend on the device and on the chunks.
+    `torch.topk` does not define the order of equal scores, which would depend on the device and on the chunks.
 
     Args:
         scores: (rows, columns), at least `top_k` columns.
@@ -118,7 +118,7 @@ def ordered_top_k(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch
         (rows, top_k) scores, and (rows, top_k) int64 columns.
     """
     width = scores.shape[1]
-    if scores.device.type != "cpu" or width > _PLAIN_COLUMNS:  # a look at the scores would wait for a GPU
+    if scores.device.type != "cpu" or width > _PLAIN_COLUMNS:  # reading `tied` below would wait for a GPU
         return _top_k_of_blocks(scores, top_k)
     best, columns = scores.topk(min(top_k + 1, width), dim=1)
     tied = best[:, :-1].eq(best[:, 1:])
@@ -129,9 +129,9 @@ def ordered_top_k(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch
 
 
 def _top_k_of_blocks(scores: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `ordered_top_k`: whoever is among the best is in one of the `top_k` blocks with the highest maxima.
+    """Compute `ordered_top_k` through blocks: the best scores are all in the `top_k` blocks with the highest maxima.
 
-    Among blocks with the same maximum the first ones count, as the lower columns are in them.
+    Among blocks with equal maxima the first ones are chosen, since they have the lower columns.
     """
     rows, width = scores.shape
     size = math.isqrt(width // top_k)  # as many maxima as candidates
@@ -161,15 +161,15 @@ def check_top_k(top_k: int, num_items: int) -> None:
 
 
 def check_best_scores(scores: torch.Tensor, num_items: int, remedy: str = FOR_USERS) -> None:
-    """Raise a ValueError if any of the best scores (users, top_k) is not finite; `remedy` says what else to ask for."""
-    # One test for all that can go wrong: -inf is picked only when nothing else is left, NaN sorts above everything, and
-    # amax passes it on. (torch.isfinite takes twice as long, which counts when one user waits.)
+    """Raise a ValueError if any of the best scores (users, top_k) is not finite."""
+    # One test finds every error: -inf is among the best only if nothing else is left, NaN sorts above everything, and
+    # amax propagates it. (torch.isfinite takes twice as long, which matters for a single user.)
     if scores.abs().amax() < torch.inf:
         return
     row = int((~torch.isfinite(scores)).any(dim=-1).nonzero()[0])
     if torch.isnan(scores[row]).any() or torch.isposinf(scores[row]).any():
         raise ValueError(
-            f"the scores of row {row} contain NaN or +inf: expected finite numbers; check the weights that were loaded"
+            f"the scores of row {row} contain NaN or +inf: expected finite numbers; check the loaded weights"
         )
     available = int(torch.isfinite(scores[row]).sum())
     raise ValueError(
@@ -178,7 +178,7 @@ def check_best_scores(scores: torch.Tensor, num_items: int, remedy: str = FOR_US
 
 
 def masked_top_k(scores: torch.Tensor, top_k: int, masks: ItemMasks) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best items of each user, of scores of the whole catalogue.
+    """Find the best items of each user among scores of the whole catalogue.
 
     Args:
         scores: (users, num_items + 1); column 0 is padding. Left unchanged.
@@ -207,17 +207,17 @@ def top_k_in_chunks(
     device: torch.device,
     remedy: str = FOR_USERS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best items of each user, while only some users' scores of some items are in memory.
+    """Find the best items of each user while only some users' scores of some items are in memory.
 
     Args:
         score_items: called with a slice of users, a slice of item ids and a tensor (users, items), float32, which it
             fills with their scores; the score of padding is ignored.
-        num_users: users that are scored.
-        num_items: items of the catalogue, whose ids are 1..num_items.
+        num_users: number of users to score.
+        num_items: size of the catalogue.
         top_k: items per user.
         masks: which items the users may get.
-        device: where the scores are computed.
-        remedy: for the message where a user may get fewer than `top_k` items.
+        device: device on which the scores are computed.
+        remedy: end of the error message for a user who may get fewer than `top_k` items.
 
     Returns:
         item_ids (num_users, top_k) int64, best first, the lower id first among equal scores; their scores
@@ -271,7 +271,7 @@ class _Best:
         self.top_k = top_k
         self.scores = self.item_ids = None  # (users, top_k)
         self.reference = self.sum = None  # (users,), the sum of exp(score) x 2 ** -reference
-        # The users, scores and item ids, (any,) each, that `merge` has to look at.
+        # Users, scores and item ids, (any,) each, that `merge` has to compare.
         self.candidates, self.num_candidates = [], 0
 
     def log_sum_exp(self) -> torch.Tensor:
@@ -282,27 +282,27 @@ class _Best:
         reference = scores.amax(1).mul_(_LOG2_E).clamp_(min=torch.finfo(torch.float32).min)  # (users,)
         if self.reference is not None:
             reference = torch.maximum(self.reference, reference)
-        # exp2 takes half the time of exp, and one pass subtracts and multiplies.
+        # exp2 takes half the time of exp; the subtraction and the multiplication share one pass.
         torch.add(-reference.unsqueeze(1), scores, alpha=_LOG2_E, out=exponentials).exp2_()
         added = exponentials.sum(1)
         self.sum = added if self.sum is None else self.sum * (self.reference - reference).exp2_() + added
         self.reference = reference
 
     def rank(self, scores: torch.Tensor, first: int) -> None:
-        """Take in the scores (users, items) of the next item ids, `first` and those after it."""
+        """Update the best items with the scores (users, items) of the next item ids, which start at `first`."""
         if self.scores is None:
             self.scores, columns = ordered_top_k(scores, self.top_k)
             self.item_ids = columns + first
-        # To look for the few scores above the worst of the best would wait for a GPU.
+        # Looking for the few scores above the worst of the best would wait for a GPU.
         elif scores.device.type != "cpu" or not self._add_candidates(scores, first):
             best, columns = ordered_top_k(scores, min(self.top_k, scores.shape[1]))
             self.candidates.append(_flat(best, columns + first))
             self.merge()
 
     def _add_candidates(self, scores: torch.Tensor, first: int) -> bool:
-        """Keep the scores that change the best, unless they are so many that a search through all takes less time.
+        """Keep the scores that change the best, unless there are so many that `ordered_top_k` takes less time.
 
-        Later items have higher ids, so that equal scores change nothing. NaN is kept, to be found in the end.
+        Later items have higher ids, so equal scores change nothing. NaN is kept, so that the final check finds it.
         """
         worst = self.scores[:, -1]  # (users,)
         blocks = scores.unflatten(1, (-1, _BLOCK))  # (users, blocks, block)
@@ -327,7 +327,7 @@ class _Best:
         everybody = torch.arange(len(self.scores), device=self.scores.device)
         best = _flat(self.scores, self.item_ids)
         users, scores, item_ids = map(torch.cat, zip(best, *self.candidates, strict=True))  # (any,)
-        # Lower ids come first, and stay there among equal scores, since the sorts are stable.
+        # Lower ids come first, and stay first among equal scores, since the sorts are stable.
         scores, order = scores.sort(descending=True, stable=True)
         users, by_user = users[order].sort(stable=True)
         first = torch.searchsorted(users, everybody)  # (users,)

@@ -19,15 +19,15 @@ from .catalogue import CATALOGUE_FILE
 def saved_whole(save_directory: str | os.PathLike, variant: str | None = None) -> Iterator[Path]:
     """Yield a new folder inside `save_directory`. When the block ends, its files replace those of an earlier save.
 
-    An error in the block, or a kill, leaves the earlier model as it was. The files are then renamed one after the
-    other, config.json last. If more than one of them is new, config.json is deleted before the first rename: a process
-    that is killed between two renames leaves a folder that no class loads, but never the weights of one model with the
-    configuration of another. Weights and a catalogue of the earlier save that the new one does not replace, such as
-    further shards, are deleted. The next save deletes what a killed process has left, `.model.<number>.unfinished`.
+    An error or a crash in the block leaves the earlier model unchanged. After the block, the files are renamed one by
+    one, config.json last. If more than one file has changed, config.json is deleted before the first rename: a crash
+    between two renames leaves a folder that no class loads, but never the weights of one model with the configuration
+    of another. Weights and a catalogue of the earlier save that the new one does not replace, such as further shards,
+    are deleted. The next save deletes the folder `.model.<number>.unfinished` of a crashed process.
 
     Args:
         save_directory: created if it does not exist.
-        variant: as in transformers, part of the names of the weights.
+        variant: part of the weights' file names, as in transformers.
 
     Raises:
         ValueError: when `save_directory` is a file.
@@ -39,9 +39,10 @@ def saved_whole(save_directory: str | os.PathLike, variant: str | None = None) -
     folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     unfinished = folder / f".model.{os.getpid()}-{secrets.token_hex(4)}.unfinished"
-    # The operating system frees the lock with the process: whoever gets it knows that the writer is gone.
+    # The operating system frees the lock when the process ends: another process that gets it knows that the writer is
+    # gone.
     lock = FileLock(unfinished.with_suffix(".writer"))
-    with suppress(OSError):  # a disk without locks, where nobody deletes what a killed process has left
+    with suppress(OSError):  # a disk without locks, on which folders of crashed processes stay
         lock.acquire()
     try:
         unfinished.mkdir()
@@ -53,13 +54,13 @@ def saved_whole(save_directory: str | os.PathLike, variant: str | None = None) -
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
         if is_new:
-            with suppress(OSError):  # it has files, as it should
+            with suppress(OSError):  # the folder has files unless the save failed
                 folder.rmdir()
 
 
 def _apply_umask(unfinished: Path) -> None:
-    """Let those read the weights whom the umask lets: safetensors writes files that only their owner can read."""
-    mode = (unfinished / CONFIG_NAME).stat().st_mode  # of a file that was opened to be written, as most are
+    """Give the weights the permissions of the umask: safetensors writes files that only their owner can read."""
+    mode = (unfinished / CONFIG_NAME).stat().st_mode  # this file was created in the usual way, with the umask
     for weights in unfinished.glob("model*.safetensors"):
         weights.chmod(mode)
 
