@@ -14,7 +14,7 @@ def recommender() -> SASRecForNextItem:
     return model
 
 
-def test_candidates_stand_in_descending_order_of_score_with_padding_last():
+def test_candidates_are_sorted_by_descending_score_with_padding_last():
     model = recommender()
     histories = torch.tensor([[0, 3, 5, 7, 9, 11], [1, 2, 3, 0, 0, 0]])  # the first is longer than the model reads
     candidates = torch.tensor([[4, 20, 0, 8, 30], [12, 13, 14, 15, 16]])

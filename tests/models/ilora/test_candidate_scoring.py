@@ -274,6 +274,6 @@ def test_the_candidate_loss_is_that_of_the_pool_and_the_language_loss_is_not():
     model.config.recommender_weight = 0.0
     by_title = model.score_candidates(HISTORIES, CANDIDATES)[:, 1]
     torch.testing.assert_close(output.language_loss, -by_title.mean(), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="expected histories, not expert_gates"):
+    with pytest.raises(ValueError, match="expected histories; pass them besides expert_gates"):
         model.config.recommender_weight = 0.75
         model(expert_gates=model.expert_gates(HISTORIES), **batch)

@@ -64,7 +64,7 @@ def test_the_model_is_converted_once_to_a_folder_that_loads_as_any_other(fetched
     assert not list(folder.rglob("*.gguf"))
 
 
-def test_a_folder_from_which_files_have_vanished_is_made_anew(fetched, tmp_path, caplog):
+def test_a_folder_with_missing_files_is_created_again(fetched, tmp_path, caplog):
     folder = embedded_llm_folder(tmp_path / "cache")
     before = names(folder)
     for name in ("model.safetensors", "tokenizer.json"):
@@ -80,7 +80,7 @@ def test_the_cache_of_the_environment_is_the_default(fetched, tmp_path, monkeypa
     assert embedded_llm_folder().parent == tmp_path / "cache" / "language_models"
 
 
-def test_an_interrupted_conversion_leaves_nothing_half_and_is_made_up_for(fetched, tmp_path, monkeypatch):
+def test_an_interrupted_conversion_leaves_no_half_folder_and_is_repeated(fetched, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
 
         def interrupt(*arguments, **settings):
@@ -94,7 +94,7 @@ def test_an_interrupted_conversion_leaves_nothing_half_and_is_made_up_for(fetche
     assert names(folder.parent) == {folder.name}
 
 
-def test_what_a_killed_process_left_is_no_part_of_the_model(fetched, tmp_path):
+def test_files_of_a_killed_process_are_no_part_of_the_model(fetched, tmp_path):
     unfinished = tmp_path / "cache" / "language_models" / ".SmolLM2-135M-Instruct-Q4_1.1.unfinished"
     unfinished.mkdir(parents=True)
     (unfinished / "model-00001-of-00002.safetensors").write_bytes(b"half")
@@ -136,7 +136,7 @@ def test_a_wheel_other_than_the_known_one_is_refused(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def real_folder(tmp_path_factory):
-    """Converted anew: a cache could hold what an earlier version of the code converted."""
+    """Converted again: a cache could contain a model that an earlier version of the code converted."""
     return embedded_llm_folder(tmp_path_factory.mktemp("cache"))
 
 

@@ -154,7 +154,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_holds_the_output_of_each_expert():
+def test_no_tensor_contains_the_output_of_each_expert():
     batch, tokens, inputs, outputs = 3, 50, 8, 16
     x, weight, a, b, gates = random_case(batch=batch, tokens=tokens, inputs=inputs, outputs=outputs)
     x.requires_grad_()
@@ -163,7 +163,7 @@ def test_no_tensor_holds_the_output_of_each_expert():
         layer(x, gates.requires_grad_()).sum().backward()
     assert ours.numbers == batch * tokens * outputs
 
-    with LargestTensor() as published:  # the control: what the published program does is seen
+    with LargestTensor() as published:  # the control: the published program makes such a tensor
         rank_states = (x @ a.t()).unflatten(2, (EXPERTS, -1))  # (batch, tokens, experts, rank / experts)
         expert_outputs = torch.einsum("bter,oer->bteo", rank_states, b.unflatten(1, (EXPERTS, -1)))
         (gates[:, None, :, None] * expert_outputs).sum(2)
@@ -171,7 +171,7 @@ def test_no_tensor_holds_the_output_of_each_expert():
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
-def test_quantised_base_layer():
+def test_a_quantised_base_layer_gets_the_same_lora():
     x, weight, a, b, gates = random_case()
     layer = layer_of(weight, a, b, EXPERTS, 12.0)
     quantised = quantize_dynamic(nn.Sequential(copy.deepcopy(layer.base_layer)), {nn.Linear}, dtype=torch.qint8)[0]
@@ -392,7 +392,7 @@ def test_decoding_with_a_cache_equals_one_forward(architecture):
 
 
 def test_a_copy_made_after_a_forward_has_gates_of_its_own():
-    """A gate left on a layer holds the graph of its router and cannot be copied."""
+    """A gate left on a layer keeps the graph of its router alive and cannot be copied."""
     llm = gated_model()
     gates = GATES.clone().requires_grad_() * 1.0
     expected = llm(INPUT_IDS, expert_gates=gates).logits

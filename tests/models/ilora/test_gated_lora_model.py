@@ -176,7 +176,7 @@ def test_only_the_adapter_is_trained_and_listed(capsys):
 # --- gates ---
 
 
-def test_gates_of_a_context_hold_inside_of_it_alone():
+def test_gates_of_a_context_apply_inside_it_only():
     model = gated_mlp()
     expected, other = model(FEATURES, expert_gates=GATES), model(FEATURES, expert_gates=OTHER_GATES)
     with model.use_gates(GATES):
@@ -296,7 +296,7 @@ def test_a_checkpoint_of_torch_takes_the_gates_along():
 def test_a_recompute_without_the_gates_of_its_forward_is_refused(in_context):
     model = randomised(get_gated_lora_model(CheckpointedMlp(), config(target_modules="all-linear")))
     loss = model(FEATURES, expert_gates=GATES).square().sum()
-    expected = "mlp.0 is computed again without" if in_context else "no expert_gates for mlp.0"
+    expected = "mlp.0 is recomputed without" if in_context else "no expert_gates for mlp.0"
     with pytest.raises(ValueError, match=f"{expected}.*context_fn=model.checkpoint_contexts"):
         if in_context:
             with model.use_gates(OTHER_GATES):
@@ -308,7 +308,7 @@ def test_a_recompute_without_the_gates_of_its_forward_is_refused(in_context):
 def test_checkpointing_that_loses_gradients_is_refused():
     with pytest.raises(ValueError, match="use_reentrant=True loses the gradients of the gates"):
         gated_llm().activation_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match="Sequential is no model of transformers"):
+    with pytest.raises(ValueError, match="Sequential is not a transformers model"):
         gated_mlp().activation_checkpointing_enable()
 
 
@@ -325,7 +325,7 @@ def test_checkpointing_that_loses_gradients_is_refused():
         ),
         (r".*\.query", "match nothing in LlamaForCausalLM: expected some of down_proj"),
         ("q_proj", "target_modules 'q_proj' match nothing"),  # a string is an expression for whole names
-        ("(", "target_modules is '(', no regular expression"),
+        ("(", "target_modules is '(': expected a valid regular expression"),
         (r".*\.mlp", "model.layers.0.mlp is a LlamaMLP: expected a linear layer"),
         (["norm"], "model.norm is a LlamaRMSNorm: expected a linear layer"),
     ],
@@ -372,7 +372,7 @@ def test_unload_gives_the_model_back():
     assert llm.state_dict().keys() == base_llm().state_dict().keys()
     assert torch.equal(llm(IDS).logits, base_llm()(IDS).logits)
     for stale in (lambda: model(IDS, expert_gates=GATES), lambda: model.save_pretrained("adapter")):
-        with pytest.raises(ValueError, match="the adapter was taken off this LlamaForCausalLM"):
+        with pytest.raises(ValueError, match="the adapter of this LlamaForCausalLM was removed"):
             stale()
 
 
@@ -397,7 +397,7 @@ def test_weights_that_cannot_be_merged_are_refused():
     tied = base_llm(tie_word_embeddings=True)
     tied = get_gated_lora_model(tied, config(target_modules=["q_proj", "lm_head"]))
     before = copy.deepcopy(tied.base_model.state_dict())
-    with pytest.raises(ValueError, match="the weight of lm_head belongs to another module too"):
+    with pytest.raises(ValueError, match="the weight of lm_head is shared with another module"):
         tied.merge_and_unload(GATES[0])
     torch.testing.assert_close(tied.base_model.state_dict(), before, rtol=0, atol=0)
     quantised = gated_mlp()
@@ -505,11 +505,13 @@ def refused(model, folder, message):
 
 def test_an_adapter_of_another_model_is_refused(saved):
     _, folder = saved
-    of = "of a model without name,"
-    refused(base_llm(num_hidden_layers=1), folder, rf"{of} lacks 0 .* has 14 unexpected ones .*of 7 layers of LlamaFor")
+    unnamed = "for an unnamed model"
     refused(
-        base_llm(num_hidden_layers=3), folder, r"lacks 14 tensors .* expected those of 21 layers; *|lacks 14 tensors"
+        base_llm(num_hidden_layers=1),
+        folder,
+        rf"{unnamed} lacks 0 .* has 14 unexpected ones .*of 7 layers of LlamaForCausalLM",
     )
+    refused(base_llm(num_hidden_layers=3), folder, r"lacks 14 tensors .*: expected those of 21 layers of LlamaFor")
     wider = base_llm(intermediate_size=64)
     refused(
         wider,
@@ -531,7 +533,7 @@ def test_broken_files_are_refused(saved, tmp_path):
     weights.write_bytes(whole)
     for text in ("{", "[]", "", "null"):
         settings.write_text(text)
-        refused(base_llm(), folder, "adapter_config.json is no configuration of an adapter .*restore it")
+        refused(base_llm(), folder, "adapter_config.json is not the configuration of an adapter .*restore it")
     changes = {
         "peft_type": ("LORA", "has peft_type 'LORA': expected 'GATED_LORA'; load an adapter of another type with PEFT"),
         "rank": (16, r"has shape \(8, 32\): expected \(16, 32\)"),
@@ -554,7 +556,7 @@ def test_broken_files_are_refused(saved, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["user/llm", "a folder"])
-def test_the_base_model_is_named_and_another_one_is_told(tmp_path, caplog, monkeypatch, name):
+def test_the_base_model_is_recorded_and_another_one_logs_a_warning(tmp_path, caplog, monkeypatch, name):
     (tmp_path / "a folder").mkdir()
     monkeypatch.chdir(tmp_path)
     model, other = base_llm(), base_llm()

@@ -87,7 +87,7 @@ def test_padded_candidates_are_never_answered():
     torch.testing.assert_close(answers.scores, scores, rtol=1e-5, atol=1e-4)
 
 
-def test_generation_settings_of_the_language_model_do_not_bend_likelihoods():
+def test_generation_settings_of_the_language_model_do_not_change_likelihoods():
     llm = base_llm()
     llm.generation_config.update(repetition_penalty=2.0, do_sample=True, temperature=0.1, min_length=5, top_k=3)
     answers = tiny_model(llm=llm).generate_recommendation(HISTORIES, CANDIDATES, top_k=4)
@@ -96,7 +96,7 @@ def test_generation_settings_of_the_language_model_do_not_bend_likelihoods():
 
 
 class Writes(nn.Module):
-    """In place of a language model's head: makes it write the same text whatever it reads."""
+    """Replaces a language model's head, so that it writes the same text after every prompt."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -115,7 +115,7 @@ class Writes(nn.Module):
         (" Brazil", [9, 0, 0]),  # only the first row has it among its candidates
         ("I say: BRAZIL!", [9, 0, 0]),
         (" Heat", [0, 0, 3]),
-        (" Heat 2", [0, 4, 3]),  # "Heat 2" holds "Heat", the third row's only candidate of the two
+        (" Heat 2", [0, 4, 3]),  # "Heat 2" contains "Heat", the third row's only candidate of the two
         (" Toy Story 2", [0, 0, 0]),  # names both of the first rows' candidates
         (" Brazil or Big", [0, 0, 0]),
         (" nothing of all", [0, 0, 0]),
@@ -149,7 +149,7 @@ def test_free_answers_may_name_any_item_of_the_catalogue():
         model = tiny_model()
         model.llm.lm_head = Writes(text)
         answers = model.generate_recommendation(HISTORIES[:1], constrained=False)
-        assert answers.item_ids.tolist() == [[expected]]  # "Zelig" holds "Z", and "Amélie" holds "M"
+        assert answers.item_ids.tolist() == [[expected]]  # "Zelig" contains "Z", and "Amélie" contains "M"
 
 
 def test_free_answers_end_with_the_terminator_or_the_limit():
@@ -213,8 +213,7 @@ def test_a_fresh_residual_head_ranks_as_the_recommender():
     assert not torch.equal(tiny_model(item_head="residual").rank_items(histories, top_k=10)[0], expected)
 
 
-def test_prompts_hold_the_newest_items():
-    model = tiny_model(item_head="plain")
+def test_prompts_show_the_newest_items():
     sasrec = recommender(max_length=4)
     model = tiny_model(sasrec=sasrec, item_head="plain")
     long = torch.tensor([[9, 8, 1, 2, 3, 0], [0, 0, 12, 21, 0, 0]])

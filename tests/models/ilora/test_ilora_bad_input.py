@@ -1,4 +1,4 @@
-"""What iLoRA refuses, and what it says then."""
+"""Bad input to iLoRA is refused with an error that says what to pass."""
 
 import copy
 import re
@@ -51,7 +51,7 @@ def model():
 
 
 def test_a_configuration_alone_makes_no_model():
-    with pytest.raises(ValueError, match="was given a configuration alone: expected its parts as well; use from_base"):
+    with pytest.raises(ValueError, match="was given only a configuration: expected its parts as well; use from_base"):
         ILoraForRecommendation(ilora_config())
 
 
@@ -112,15 +112,16 @@ def test_a_catalogue_of_another_type_is_refused_before_anything_changes(found):
     [
         (["Heat", "  ", *TITLES[2:]], "the title of item 2 is blank"),
         (["Heat", *TITLES[1:]], "items 1 .* and 3 .*have the same title.*duplicate_titles='number'"),
-        (["Heat</s>", *TITLES[1:]], None),
     ],
 )
-def test_titles_that_no_prompt_can_hold_are_refused(titles, message):
-    if message is None:
-        assert build(catalogue=catalogue(titles)).title_tokens.titles[0] == "Heat</s>"
-        return
+def test_blank_and_equal_titles_are_refused(titles, message):
     with pytest.raises(ValueError, match=message):
         build(catalogue=catalogue(titles))
+
+
+def test_a_special_token_in_a_title_is_read_as_text():
+    titles = build(catalogue=catalogue(["Heat</s>", *TITLES[1:]])).title_tokens
+    assert titles.titles[0] == "Heat</s>" and titles.sequence(1).count(titles.terminator_id) == 1
 
 
 def test_equal_titles_may_be_numbered():
@@ -162,7 +163,7 @@ def test_a_tokenizer_without_pad_token_is_fine():
     assert model.score_candidates(HISTORIES, CANDIDATES).isfinite().all()
 
 
-def test_a_tokenizer_that_ends_no_title_is_refused():
+def test_a_tokenizer_without_eos_and_sep_is_refused():
     bare = copy.deepcopy(tokenizer())
     bare.eos_token = None
     with pytest.raises(ValueError, match="neither an eos nor a sep token"):
@@ -170,7 +171,7 @@ def test_a_tokenizer_that_ends_no_title_is_refused():
 
 
 @pytest.mark.parametrize("templates", [["no field"], ["{history} {history}"], ["{history} {other}"], []])
-def test_templates_that_are_none_are_refused(templates):
+def test_invalid_templates_are_refused(templates):
     with pytest.raises(ValueError, match="template"):
         build(config=ilora_config(prompt_templates=templates))
 
@@ -217,7 +218,7 @@ def test_a_configuration_given_to_a_model_stays_as_it_was():
         ([[3.0, 7.0], [1.0, 2.0]], "torch.float32: expected item ids"),
     ],
 )
-def test_histories_that_are_none_are_refused(model, method, histories, message):
+def test_invalid_histories_are_refused(model, method, histories, message):
     with pytest.raises(ValueError, match=message):
         method(model, torch.tensor(histories))
 
@@ -232,13 +233,13 @@ def test_histories_that_are_none_are_refused(model, method, histories, message):
         (lambda model: model.encode_items(batch_size=-2), "batch_size is -2: expected at least 1"),
         (lambda model: model.recommend("B07"), "histories are the string 'B07': expected a row of item ids"),
         (lambda model: model.recommend(7), "histories are of type int: expected a row of item ids"),
-        (lambda model: model.score_candidates([[1]], "B07"), "candidates are no table of item ids"),
+        (lambda model: model.score_candidates([[1]], "B07"), "candidates are not a table of item ids"),
         (lambda model: model.score_candidates([[1]], 7), r"candidates have shape \(\)"),
-        (lambda model: model.materialize_lora("B07"), "history is no row of item ids"),
+        (lambda model: model.materialize_lora("B07"), "history is not a row of item ids"),
         (lambda model: model.materialize_lora(7), r"history has shape \(\): expected one"),
     ],
 )
-def test_a_bare_string_or_number_is_told_what_to_pass(model, ask, message):
+def test_arguments_of_another_kind_are_refused_with_an_example(model, ask, message):
     with pytest.raises(ValueError, match=message):
         ask(model)
 
@@ -256,8 +257,8 @@ def test_a_bare_string_or_number_is_told_what_to_pass(model, ask, message):
         ([[], []], "type torch.float32"),
     ],
 )
-def test_candidates_that_are_none_are_refused(candidates, message, shown):
-    """Also where no template shows them, so that no prompt is built of them."""
+def test_invalid_candidates_are_refused(candidates, message, shown):
+    """Even if no template shows candidates, so that no prompt is built from them."""
     model = tiny_model(prompt_templates=[WITH_CANDIDATES, HISTORY_ALONE] if shown else [HISTORY_ALONE])
     for ask in (model.score_candidates, model.generate_recommendation):
         with pytest.raises(ValueError, match=message):
@@ -265,7 +266,7 @@ def test_candidates_that_are_none_are_refused(candidates, message, shown):
 
 
 def test_rows_of_candidates_of_different_lengths_are_refused(model):
-    with pytest.raises(ValueError, match=r"candidates are no table of item ids .*: expected rows of equal length; pad"):
+    with pytest.raises(ValueError, match=r"candidates are not a table of item ids .*: expected rows of equal length"):
         model.score_candidates(HISTORIES, [[9, 2], [4]])
 
 

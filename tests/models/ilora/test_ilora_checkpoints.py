@@ -1,4 +1,4 @@
-"""Saving and loading iLoRA: small files, nothing lost or made up, and training that goes on where it stopped."""
+"""Saving and loading iLoRA: small files, equal scores after loading, and training that resumes where it stopped."""
 
 import json
 import logging
@@ -72,7 +72,7 @@ def change_weights(folder, change) -> None:
 # --- what is saved ---
 
 
-def test_a_checkpoint_holds_the_adapter_and_the_recommender_only(model, saved):
+def test_a_checkpoint_contains_the_adapter_and_the_recommender_only(model, saved):
     state = load_file(saved / "model.safetensors")
     llm_keys = {name for name in state if name.startswith("llm.")}
     assert len(llm_keys) == 28 and all(name.endswith((".lora_A", ".lora_B")) for name in llm_keys)
@@ -204,7 +204,7 @@ def test_recommender_from_a_folder(tmp_path):
     assert not any(parameter.requires_grad for parameter in model.recommender.parameters())
 
 
-def test_the_language_model_is_asked_for_as_the_adapter_is(llm_folder, tmp_path, monkeypatch):
+def test_hub_arguments_of_the_adapter_apply_to_the_language_model(llm_folder, tmp_path, monkeypatch):
     tiny_model(llm_name_or_path=str(llm_folder)).save_pretrained(tmp_path)
     given = {}
 
@@ -264,7 +264,7 @@ def test_number_of_layers_is_recorded_and_applied(architecture, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
 def test_quantised_language_model_answers_and_its_adapter_comes_back(tmp_path):
-    """Its state dict holds things that are no tensors, and torch's own loading stumbles over those that are absent."""
+    """Its state dict contains objects that are not tensors, and torch's own loading fails where they are missing."""
     llms = [quantize_dynamic(base_llm(), {nn.Linear}, dtype=torch.qint8) for _ in range(2)]
     model = tiny_model(llm=llms[0], **EVERYTHING)
     assert type(model.llm.model.layers[0].mlp.up_proj.base_layer) is not nn.Linear
@@ -515,4 +515,4 @@ def test_the_trainers_model_comes_back(tmp_path):
 def test_a_model_remembers_where_its_language_model_was_loaded_from(llm_folder):
     llm, _, _ = load_language_model(llm_folder)
     assert tiny_model(llm=llm).config.llm_name_or_path == str(llm_folder)
-    assert tiny_model().config.llm_name_or_path is None  # made here, so that nothing could bring it back
+    assert tiny_model().config.llm_name_or_path is None  # created in memory, so there is no name to load it by

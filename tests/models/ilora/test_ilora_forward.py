@@ -110,7 +110,7 @@ def test_prompts_with_candidates_do_not_train_the_item_head():
 
 
 def test_labels_may_be_wider_than_the_titles():
-    """`PromptBuilder` labels whole prompts, the collator cuts what holds no title."""
+    """`PromptBuilder` labels whole prompts, the collator cuts columns without titles."""
     model = tiny_model(**BOTH_LOSSES)
     batch = batch_of(model)
     expected = model(**batch)
@@ -214,7 +214,7 @@ def test_given_gates_replace_those_of_the_histories_and_the_item_head_reads_the_
     assert (model(**batch, expert_gates=gates.roll(1, 0)).item_loss - model(**batch).item_loss).abs() > 1e-3
 
 
-def test_padding_of_a_history_may_stand_on_either_side_and_long_ones_are_cut():
+def test_histories_may_be_padded_on_either_side_and_long_ones_are_cut():
     model = tiny_model()
     expected = model.expert_gates(torch.tensor([[12, 21]]))
     for history in ([0, 0, 12, 21], [12, 21, 0, 0], [0, 12, 21, 0]):
@@ -289,7 +289,7 @@ def test_examples_without_item_embeddings_carry_learned_placeholders():
     assert (plain - expected).abs() > 0.01
     assert model.prompt_embedding.plain.grad.any(1).all()  # of histories and of candidates
     assert not model.prompt_embedding.projector[0].weight.grad.any()
-    with torch.no_grad():  # whatever the items, they are not read
+    with torch.no_grad():  # item embeddings are not read
         model.recommender.model.item_embedding.weight[3] += 1
     gates = model.expert_gates(batch["histories"]).detach()
     other = {name: value for name, value in batch.items() if name != "histories"}
@@ -363,7 +363,7 @@ def test_a_fresh_adapter_changes_nothing():
     torch.testing.assert_close(logits[real], expected[real])
 
 
-def test_padding_has_no_place_in_the_positions():
+def test_padding_does_not_count_in_the_positions():
     """Rotary positions forgive a shift, others would not."""
     model = tiny_model()
     batch = batch_of(model)
@@ -377,7 +377,7 @@ def test_padding_has_no_place_in_the_positions():
         assert places[mask.bool()].tolist() == list(range(int(mask.sum())))
 
 
-def test_logits_to_keep():
+def test_logits_to_keep_gives_the_logits_of_the_last_tokens():
     model = tiny_model()
     batch = batch_of(model)
     batch.pop("labels")
@@ -437,7 +437,7 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(architecture, 
 
 
 @pytest.mark.parametrize("arguments", [{"use_reentrant": True}, {"preserve_rng_state": False}])
-def test_reentrant_checkpointing_is_refused(arguments, tmp_path):
+def test_reentrant_checkpointing_is_refused(arguments):
     model = tiny_model()
     with pytest.raises(ValueError, match="use_reentrant=True loses the gradients of the gates"):
         model.activation_checkpointing_enable(arguments)
@@ -454,7 +454,7 @@ def test_reentrant_checkpointing_is_refused_by_the_trainer(tmp_path):
 def test_training_reads_the_history_that_answers_read():
     """A prompt shows the newest items; gates, item head and the order of candidates come from the whole history."""
     model = tiny_model(item_head="residual", item_loss_weight=1.0, candidate_order="recommender")
-    history = [3, 7, 30, 5, 11, 2]  # the prompt holds 4 of them, the recommender reads 6
+    history = [3, 7, 30, 5, 11, 2]  # the prompt shows 4 of them, the recommender reads 6
     row = {"history": history, "target": 9, "candidates": [9, 2, 11], "uniforms": (0.0, 0.9)}
     batch = PromptCollator(model.prompts, 0.5, PreferredOrder(model.recommender))([row])
     histories = torch.tensor([history])

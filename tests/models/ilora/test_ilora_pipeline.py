@@ -11,7 +11,7 @@ USERS = [["Toy Story 2", "raw 3"], ["raw 7"], {"history": ["Heat", "Big", "Up"]}
 ITEM_IDS = [[2, 3], [7], [3, 11, 6]]
 
 
-def told(answers):
+def ids_and_scores(answers):
     return [each["item_id"] for each in answers], [each["score"] for each in answers]
 
 
@@ -22,7 +22,7 @@ def test_the_item_head_ranks_the_catalogue(batch_size):
     item_ids, scores = model.recommend(ITEM_IDS, top_k=3)
     answers = pipe(USERS, top_k=3, batch_size=batch_size)
     for user, ids, values in zip(answers, item_ids.tolist(), scores.tolist(), strict=True):
-        assert told(user) == (ids, pytest.approx(values, abs=1e-4))
+        assert ids_and_scores(user) == (ids, pytest.approx(values, abs=1e-4))
         assert [each["title"] for each in user] == [TITLES[item_id - 1] for item_id in ids]
 
 
@@ -39,7 +39,10 @@ def test_likelihoods_of_titles_rank_candidates_without_an_item_head(batch_size):
     for user, history, candidates in zip(answers, ITEM_IDS, ([9, 7, 1], [4, 5], [20, 30]), strict=True):
         scores = model.score_candidates(torch.tensor([history]), [candidates])[0].tolist()
         expected = sorted(zip(candidates, scores, strict=True), key=lambda pair: -pair[1])
-        assert told(user) == ([item for item, _ in expected], pytest.approx([score for _, score in expected], abs=1e-3))
-    assert told(pipe(users, top_k=1, candidates=["raw 20"])[1])[0] == told(answers[1])[0][:1]
+        assert ids_and_scores(user) == (
+            [item for item, _ in expected],
+            pytest.approx([score for _, score in expected], abs=1e-3),
+        )
+    assert ids_and_scores(pipe(users, top_k=1, candidates=["raw 20"])[1])[0] == ids_and_scores(answers[1])[0][:1]
     with pytest.raises(ValueError, match="no item head, which ranks the catalogue: pass candidates"):
         pipe(USERS)

@@ -128,7 +128,7 @@ def test_a_folder_without_configuration_is_refused(folder):
 
 
 def test_weights_that_are_not_complete_are_refused(folder):
-    """transformers would fill the fourth layer with random numbers and go on."""
+    """transformers would fill the fourth layer with random numbers and continue."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     with pytest.raises(
@@ -240,7 +240,7 @@ class Hub(ThreadingHTTPServer):
     """Answers for repositories as a Hub does.
 
     Attributes:
-        folder: what the repositories hold.
+        folder: files of the repositories.
         repositories: the names that exist; all are at COMMIT.
         private: repositories that are served to the token "secret" only.
         status: answers everything with this error, if set.
@@ -366,7 +366,7 @@ def test_the_commit_that_the_hub_served_is_recorded_and_comes_back_from_its_cach
         assert outcome["seconds"] < 3  # no question is asked twice
 
 
-def test_the_token_is_passed_on_and_its_lack_is_told(hub, ask):
+def test_the_token_is_passed_on_and_a_missing_one_is_an_error_that_says_so(hub, ask):
     hub.repositories, hub.private = {"user/private"}, {"user/private"}
     outcome = ask(name_or_path="user/private")
     assert outcome["error"] == "ValueError" and "pass token= if it is private or gated" in outcome["message"]
@@ -400,7 +400,7 @@ def test_the_embedded_model_comes_from_a_hub_that_serves_it(hub, ask):
     assert (outcome["source"], outcome["first_weight"]) == (from_hub(EMBEDDED_LLM), ask.hub_weight)
 
 
-def test_unknown_names_and_revisions_are_told(hub, ask):
+def test_unknown_names_and_revisions_are_errors_that_name_them(hub, ask):
     outcome = ask(name_or_path="user/nothing")
     assert outcome["error"] == "ValueError" and "user/nothing (revision main) is not a folder" in outcome["message"]
     outcome = ask(name_or_path="user/llm", revision="v9")

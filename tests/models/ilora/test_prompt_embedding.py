@@ -1,4 +1,4 @@
-"""What stands at the placeholders of a prompt, token by token."""
+"""Embeddings at the placeholders of a prompt, against a loop over tokens."""
 
 import re
 
@@ -53,7 +53,7 @@ def test_the_values_at_placeholders_do_not_count():
     assert torch.equal(embedding(tokens, INPUT_IDS, ITEMS, table[ITEMS]), expected)
 
 
-def test_gradients_reach_what_was_used():
+def test_gradients_reach_the_parts_that_were_used():
     embedding, tokens, table = parts()
     embedding(tokens, INPUT_IDS, ITEMS, table[ITEMS]).sum().backward()
     assert embedding.projector[0].weight.grad.any() and not embedding.plain.grad.any()

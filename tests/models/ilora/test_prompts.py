@@ -79,7 +79,7 @@ def test_a_prompt_is_what_the_tokenizer_makes_of_the_whole_text(tokenizer):
         assert prompts.placeholder_items.shape == (3, 0)
 
 
-def test_bos_stands_first_once(tokenizer):
+def test_bos_comes_first_and_once(tokenizer):
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     templates = ["Seen {history}. Answer:"]
     if bos is not None:
@@ -301,8 +301,8 @@ def test_there_are_templates_for_movies_artists_and_products():
         ({"histories": [[1]], "candidates": [[1, 99]]}, r"candidates contain item 99"),
         ({"histories": [[1]], "candidates": [[1], [2]]}, r"candidates have shape \(2, 1\)"),
         ({"histories": [[1]], "candidates": [[2, 3]], "targets": [4]}, r"candidates of row 0 lack its target 4"),
-        ({"histories": [[1]], "show_candidates": True}, r"row 0 is to show candidates and has none"),
-        ({"histories": [[1]], "candidates": [[0]]}, r"row 0 is to show candidates and has none"),
+        ({"histories": [[1]], "show_candidates": True}, r"row 0 shall show candidates and has none"),
+        ({"histories": [[1]], "candidates": [[0]]}, r"row 0 shall show candidates and has none"),
         (
             {"histories": [[1]], "template_indices": [1]},
             r"template_indices of row 0 is 1: expected 0 to 0, a",

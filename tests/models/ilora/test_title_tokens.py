@@ -34,7 +34,7 @@ def test_titles_read_in_a_prompt_as_the_tokenizer_itself_would_write_them(tokeni
         assert [*before, *titles.sequence(item)[:-1]] == whole
 
 
-def test_a_space_stands_before_a_title_once():
+def test_a_title_has_one_space_before_it():
     """Llama 2 puts a space before every text: tokenising " Heat" by itself would give two."""
     tokenizer = sentencepiece_bpe()
     titles = TitleTokens(tokenizer, ["Toy Story"])

@@ -260,7 +260,7 @@ def stack(tmp_path):
         (None, "expected 4 numbers"),
     ],
 )
-def test_gates_that_are_none_are_refused(stack, gates, message, tmp_path):
+def test_invalid_gates_are_refused(stack, gates, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         user_lora(stack, gates, output_dir=tmp_path / "user")
     assert not (tmp_path / "user").exists()
@@ -271,7 +271,7 @@ def test_folders_that_are_no_stack_are_refused(stack, tmp_path):
     with pytest.raises(ValueError, match=r"gone has no stack of experts that can be read .*stacked_lora"):
         user_lora(tmp_path / "gone", gates)
     user_lora(stack, gates, tmp_path / "user")
-    with pytest.raises(ValueError, match="is the LoRA of one user, or of another program"):
+    with pytest.raises(ValueError, match="is not a stack of experts, but the LoRA of one user or of"):
         user_lora(tmp_path / "user", gates)
     weights = stack / "adapter_model.safetensors"
     whole = weights.read_bytes()

@@ -1,4 +1,4 @@
-"""What a trained iLoRA can be asked: rankings of the catalogue or of candidates, generated titles, embeddings, LoRA."""
+"""The answers of a trained iLoRA: rankings of the catalogue or of candidates, generated titles, embeddings, LoRAs."""
 
 import functools
 import os
@@ -33,7 +33,7 @@ from .user_lora import LORA_FILES, gated_stack, lora_config, stacked_lora, write
 
 
 class ILoraAnswers:
-    """Mixin of `ILoraForRecommendation`: its answers, which leave mode and weights of the model unchanged.
+    """Mixin of `ILoraForRecommendation` with its answers. They leave the mode and weights of the model unchanged.
 
     Every method takes `histories`, a row of item ids per user, oldest first: lists, arrays or tensors, of different
     lengths or padded with 0 on either side. A prompt shows the newest `config.max_history` items; gates and the item
@@ -92,12 +92,12 @@ class ILoraAnswers:
             excluded_items: items to leave out, in the same forms.
 
         Returns:
-            item_ids (batch, top_k) int64, best first, and their log-probabilities (batch, top_k) float32: log p over
-            the whole catalogue, items that are left out included.
+            item_ids (batch, top_k) int64, best first, and their log-probabilities (batch, top_k) float32, which are
+            normalised over the whole catalogue, excluded items included. A row without items gets the most popular
+            ones if the catalogue has counts.
 
         Raises:
-            ValueError: as `item_scores`, and if fewer than `top_k` items are left. A row without items gets the most
-                popular ones instead of an error, if the catalogue has their counts.
+            ValueError: as `item_scores`, and if fewer than `top_k` items are left.
         """
         histories = padded_histories(histories, self._num_items, self.device, self.knows_popular_items)
         seen = histories if exclude_seen else None
@@ -109,11 +109,11 @@ class ILoraAnswers:
 
     @property
     def knows_popular_items(self) -> bool:
-        """Whether `popular_scores` exist."""
+        """Whether the catalogue has the counts that `popular_scores` needs."""
         return self.catalogue.counts is not None
 
     def popular_scores(self) -> torch.Tensor:
-        """(num_items + 1,) scores for users without history."""
+        """(num_items + 1,) scores for users without a history."""
         assert self.catalogue.counts is not None  # see `knows_popular_items`
         return popular_scores(self.catalogue.counts, self.device)
 
@@ -125,7 +125,7 @@ class ILoraAnswers:
         allowed_items: ItemFilter = None,
         excluded_items: ItemFilter = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The items of `recommend` with their distances, which are the negative log-probabilities."""
+        """Recommend as `recommend` does, but return distances, the negative log-probabilities."""
         item_ids, log_probabilities = self.recommend(histories, top_k, exclude_seen, allowed_items, excluded_items)
         return item_ids, -log_probabilities
 
@@ -173,11 +173,11 @@ class ILoraAnswers:
             candidates: (batch, candidates) ids of the items to choose from, 0 for padding; None means the catalogue.
             top_k: number of answers per history.
             constrained: generate titles only, so that every answer is an item. Otherwise the model writes freely, and
-                an answer is valid if it contains exactly one candidate's title, as LLaRA and iLoRA evaluate.
+                an answer is valid if it contains exactly one candidate's title, as in LLaRA's and iLoRA's evaluation.
             max_new_tokens: maximum length of a free answer.
             num_beams: at least `top_k`, and at least 2 if constrained. None means the larger of 4 and `top_k` if
                 constrained, else `top_k`.
-            first_line_only: look for titles in the first line of a free answer alone, as LLaRA and iLoRA do.
+            first_line_only: look for titles only in the first line of a free answer, as LLaRA and iLoRA do.
 
         Returns:
             The answers, best first.
@@ -232,7 +232,7 @@ class ILoraAnswers:
 
     @torch.no_grad()
     def encode_titles(self, titles: Sequence[str], batch_size: int = 64) -> torch.Tensor:
-        """As `encode_items`, for titles of any items.
+        """Embed titles of any items as `encode_items` does.
 
         Args:
             titles: (titles,) strings.
@@ -289,13 +289,13 @@ class ILoraAnswers:
         """Merge the experts into the ordinary LoRA that one user's gates make of them.
 
         It fits the language model as this model uses it: with `config.num_llm_layers`, only its first layers. It does
-        not contain the item embeddings of prompts: with `config.item_placeholders`, pass prompts as the embeddings
-        that `embed_prompts` makes.
+        not contain the item embeddings of prompts: with `config.item_placeholders`, pass prompts as embeddings from
+        `embed_prompts`.
 
         Args:
             history: item ids of one user, (length,) or (1, length): a list, array or tensor.
             output_dir: folder to write the LoRA to, for PEFT and engines that read its format; None writes nothing.
-            base_model: name or folder of the base model in adapter_config.json, such as one that
+            base_model: name or folder to record as the base model in adapter_config.json, such as a folder that
                 `save_language_model` wrote; None takes the language model that the configuration names.
 
         Returns:
@@ -311,7 +311,7 @@ class ILoraAnswers:
         try:
             row = torch.as_tensor(history)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"history is no row of item ids ({error}): expected one, such as [3, 1, 2]") from error
+            raise ValueError(f"history is not a row of item ids ({error}): expected one, such as [3, 1, 2]") from error
         if row.dim() == 1:
             row = row.unsqueeze(0)
         if row.dim() != 2 or len(row) != 1:
@@ -325,10 +325,10 @@ class ILoraAnswers:
     def stacked_lora(
         self, output_dir: str | os.PathLike | None = None, base_model: str | os.PathLike | None = None
     ) -> dict[str, torch.Tensor]:
-        """Collect all experts as one LoRA, of which a user's gates make that user's LoRA.
+        """Collect all experts as one LoRA, from which a user's gates make that user's LoRA.
 
-        A user's LoRA is the stack with each expert's rows of A multiplied by the user's gate. `user_lora` makes it of
-        the written folder, without this model. By itself the stack is no user's LoRA, as all its gates are 1.
+        A user's LoRA is the stack with each expert's rows of A multiplied by the user's gate. `user_lora` makes it from
+        the written folder, without this model. The stack itself is no user's LoRA, since all its gates are 1.
 
         Args:
             output_dir, base_model: as in `materialize_lora`.
@@ -364,7 +364,7 @@ class ILoraAnswers:
         item_ids = None if candidates is None else self._checked_candidates(candidates, len(asked))
         return self._prompts(asked, item_ids)
 
-    # --- steps of the answers, which check histories and candidates once, before the others ---
+    # --- steps of the answers: the checks of histories and candidates come first, and only once ---
 
     def _padded(self, histories: Histories) -> torch.Tensor:
         """(batch, length) int64 on the model's device, checked."""
@@ -380,7 +380,7 @@ class ILoraAnswers:
             candidates = torch.as_tensor(given).cpu()
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"candidates are no table of item ids ({error}): expected rows of equal length; pad them with 0"
+                f"candidates are not a table of item ids ({error}): expected rows of equal length; pad them with 0"
             ) from error
         if candidates.dim() != 2 or len(candidates) != batch_size or candidates.is_floating_point():
             raise ValueError(

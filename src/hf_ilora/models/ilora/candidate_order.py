@@ -1,4 +1,4 @@
-"""Candidates in the order of a recommender's scores, so that the prompt shows the recommender's preference."""
+"""Sorts candidates by a recommender's scores, so that the prompt shows the recommender's preference."""
 
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -24,7 +24,7 @@ def preferred_order(recommender: SASRecForNextItem, histories: torch.Tensor, can
 
 
 class PreferredOrder:
-    """`preferred_order` for the workers that collate batches, with a copy of the recommender on the CPU.
+    """Calls `preferred_order` with a copy of the recommender on the CPU, for the workers that collate batches.
 
     Args:
         recommender: the recommender to copy. Under ZeRO-3 its weights are partitioned over the processes, and every

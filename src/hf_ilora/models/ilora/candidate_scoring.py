@@ -1,4 +1,4 @@
-"""Log-likelihoods of many titles after one prompt, which is read once for all of them."""
+"""Log-likelihoods of many titles after one prompt; the language model reads the prompt only once."""
 
 import math
 
@@ -79,7 +79,7 @@ def _log_likelihoods(
     attention_mask: torch.Tensor,
     expert_gates: torch.Tensor,
 ) -> torch.Tensor:
-    """`candidate_log_likelihoods` of rows that share a forward; values at padding are arbitrary."""
+    """Compute `candidate_log_likelihoods` for rows that share a forward; values at padding are arbitrary."""
     device, num_tokens = inputs_embeds.device, inputs_embeds.shape[1]
     lengths = title_tokens.lengths[items]  # (batch, candidates)
     prompt_positions = token_positions(attention_mask)  # (batch, tokens)
@@ -103,13 +103,12 @@ def _log_likelihoods(
     for chunk in np.array_split(columns, num_chunks) if num_chunks else []:
         titles = _TitleRows(title_tokens, items[:, chunk], device)
         # A token sees the real tokens of the prompt, and its own title up to itself.
-        own_title = titles.candidate.unsqueeze(2) == titles.candidate.unsqueeze(1)  # (batch, longest, longest)
+        own_title = titles.own_title()  # (batch, longest, longest)
         seen_prompt = attention_mask.bool().unsqueeze(1).expand(-1, own_title.shape[1], -1)
-        visible = torch.cat([seen_prompt, own_title.tril()], dim=2)  # (batch, longest, prompt + longest)
-        mask = torch.zeros(visible.shape, dtype=inputs_embeds.dtype, device=device)
+        visible = torch.cat([seen_prompt, own_title], dim=2)  # (batch, longest, prompt + longest)
         logits = llm(
             input_ids=titles.tokens,
-            attention_mask=mask.masked_fill(~visible, torch.finfo(mask.dtype).min).unsqueeze(1),
+            attention_mask=_additive_mask(visible, inputs_embeds.dtype),
             position_ids=prompt_positions[:, -1:] + 1 + titles.position_in_title,
             past_key_values=cache,
             expert_gates=expert_gates,
@@ -131,16 +130,16 @@ def packed_log_likelihoods(
     with_states: bool = False,
     candidates_on_cpu: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`candidate_log_likelihoods` for training: prompt and titles share one forward, through which gradients flow.
+    """Compute `candidate_log_likelihoods` for training, with gradients: prompt and titles share one forward.
 
-    Without a cache, gradient checkpointing works. Nothing is divided into chunks: memory grows with the number of
-    title tokens times the vocabulary.
+    There is no cache, so gradient checkpointing works. There are no chunks, so memory grows with the number of title
+    tokens times the vocabulary.
 
     Args:
         llm, title_tokens, candidates, inputs_embeds, attention_mask, expert_gates: as in `candidate_log_likelihoods`.
         with_states: return the last hidden state of each prompt as well.
-        candidates_on_cpu: the same as `candidates`, whose titles are laid out on the CPU; None copies them, which waits
-            for an accelerator.
+        candidates_on_cpu: the values of `candidates`, from which the CPU lays out the titles; None copies them from the
+            device, which waits for it.
 
     Returns:
         Log-likelihoods (batch, candidates) float32, -inf for padding, and states (batch, llm hidden) or None.
@@ -156,21 +155,19 @@ def packed_log_likelihoods(
     prompt_positions = token_positions(attention_mask)  # (batch, tokens)
     seen_prompt = attention_mask.bool().unsqueeze(1)  # (batch, 1, tokens)
     causal = seen_prompt.expand(-1, num_tokens, -1).tril()  # (batch, tokens, tokens)
-    own_title = (titles.candidate.unsqueeze(2) == titles.candidate.unsqueeze(1)).tril()  # (batch, longest, longest)
     visible = torch.cat(
         [
             F.pad(causal, (0, longest)),
-            torch.cat([seen_prompt.expand(-1, longest, -1), own_title], dim=2),
+            torch.cat([seen_prompt.expand(-1, longest, -1), titles.own_title()], dim=2),
         ],
         dim=1,
     )  # (batch, tokens + longest, tokens + longest)
-    mask = torch.zeros(visible.shape, dtype=inputs_embeds.dtype, device=device)
     title_embeddings = llm.get_input_embeddings()(titles.tokens)  # (batch, longest, llm hidden)
     is_last = torch.arange(num_tokens, device=device).eq(num_tokens - 1).expand(batch, -1)  # (batch, tokens)
     kept = torch.cat([is_last, titles.is_real], dim=1)  # (batch, tokens + longest)
     output = llm(
         inputs_embeds=torch.cat([inputs_embeds, title_embeddings.to(inputs_embeds.dtype)], dim=1),
-        attention_mask=mask.masked_fill(~visible, torch.finfo(mask.dtype).min).unsqueeze(1),
+        attention_mask=_additive_mask(visible, inputs_embeds.dtype),
         position_ids=torch.cat([prompt_positions, prompt_positions[:, -1:] + 1 + titles.position_in_title], dim=1),
         expert_gates=expert_gates,
         use_cache=False,
@@ -178,7 +175,7 @@ def packed_log_likelihoods(
         logits_to_keep=kept,
     )
     logits = output.logits.view(-1, output.logits.shape[-1])  # (kept tokens, vocabulary)
-    # In each row, the end of the prompt comes first among the kept tokens, then those of the titles.
+    # In each row, the kept tokens are the last one of the prompt and then those of the titles.
     title_sizes = title_tokens.lengths[items].sum(1)  # (batch,)
     ends_prompt = np.arange(batch) + title_sizes.cumsum() - title_sizes  # (batch,)
     in_titles = np.arange(title_sizes.sum()) + np.repeat(np.arange(1, batch + 1), title_sizes)  # (real tokens,)
@@ -192,8 +189,14 @@ def packed_log_likelihoods(
 
 
 def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """(batch, tokens): the position of each token among the real ones of its row, from 0; 0 for left padding."""
+    """(batch, tokens): the position of each token among the real tokens of its row, from 0; 0 for left padding."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(batch, queries, keys) bool -> (batch, 1, queries, keys): 0 where visible, else the lowest number."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def _log_p(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -210,8 +213,8 @@ class _TitleRows:
         tokens: (batch, longest) int64, the tokens of the titles.
         candidate: (batch, longest) int64, the column of the candidate that a token belongs to; -1 for padding.
         position_in_title: (batch, longest) int64.
-        next_tokens: (real tokens,) int64, the token after each one: the terminator after the last of a title.
-        title: (real tokens,) int64, the index in the flattened (batch, candidates) of the title of each token.
+        next_tokens: (real tokens,) int64, the token that follows each one; the terminator follows the last of a title.
+        title: (real tokens,) int64, the index of each token's title in the flattened (batch, candidates).
         shape: (batch, candidates).
     """
 
@@ -240,6 +243,10 @@ class _TitleRows:
         )
         self.title, self.shape = torch.from_numpy(title).to(device, non_blocking=True), items.shape
 
+    def own_title(self) -> torch.Tensor:
+        """(batch, longest, longest) bool: whether a token sees another one, of its own title and not after it."""
+        return (self.candidate.unsqueeze(2) == self.candidate.unsqueeze(1)).tril()
+
     def sums(self, values: torch.Tensor) -> torch.Tensor:
         """Sum values of tokens per title: (real tokens,) -> (batch, candidates)."""
         sums = torch.zeros(self.shape, device=values.device)
@@ -267,7 +274,7 @@ def _check_attention(llm: PreTrainedModel, num_tokens: int) -> None:
 
 
 def check_context(llm: PreTrainedModel, num_tokens: int) -> None:
-    """Raise a ValueError if `num_tokens`, those of the longest prompt and answer, do not fit into the context."""
+    """Raise a ValueError if a prompt and answer of `num_tokens` do not fit into the language model's context."""
     _check_length(num_tokens, llm.config.get_text_config().max_position_embeddings, "context")
 
 

@@ -1,4 +1,4 @@
-"""Saving and loading iLoRA: a checkpoint contains the adapter and the name of its language model."""
+"""Saves and loads iLoRA; a checkpoint contains the adapter and the name of its language model."""
 
 import copy
 import os
@@ -58,8 +58,8 @@ class ILoraCheckpoint:
             save_directory: created if it does not exist.
             state_dict: state dict of the whole model, for weights that are partitioned over processes (ZeRO-3); None
                 takes the model's own.
-            push_to_hub: upload the saved files, in one commit, to `repo_id` or, by default, the name of the folder;
-                `kwargs` then include the arguments of `push_to_hub`.
+            push_to_hub: upload the saved files in one commit. The repository is `repo_id`, by default the name of the
+                folder; `kwargs` may include the other arguments of `push_to_hub`.
             kwargs: as in transformers.
 
         Returns:
@@ -89,8 +89,8 @@ class ILoraCheckpoint:
     def save_language_model(self, save_directory: str | os.PathLike) -> None:
         """Save the language model and its tokenizer, without the adapter: the base model of `materialize_lora`.
 
-        Needed where the language model has no name that others can load it by, or is used in part
-        (`config.num_llm_layers`). An earlier model in the folder stays whole until all files are written.
+        Others need this folder if they cannot load the language model by its name, or if this model uses only some of
+        its layers (`config.num_llm_layers`). An earlier model in the folder stays whole until all files are written.
 
         Args:
             save_directory: created if it does not exist.
@@ -126,8 +126,8 @@ class ILoraCheckpoint:
             dtype, device_map, quantization_config, attn_implementation: passed on to the language model; the adapter
                 stays float32.
             trust_remote_code: run code that comes with the language model or its tokenizer.
-            hub_arguments: revision, token, cache_dir, local_files_only... for the adapter's repository. The last three
-                also apply to the language model's.
+            hub_arguments: revision, token, cache_dir, local_files_only... for the adapter's repository. token,
+                cache_dir and local_files_only also apply to the language model's.
 
         Returns:
             The `ILoraForRecommendation`, in evaluation mode.
@@ -200,11 +200,11 @@ class ILoraCheckpoint:
 def _check_adapter(
     config: ILoraConfig, catalogue: Catalogue, shapes: dict[str, tuple[int, ...]], path: str | os.PathLike
 ) -> None:
-    """Compare a configuration with its catalogue and weights, before the language model is loaded."""
+    """Check a configuration against its catalogue and weights, before the language model is loaded."""
     if len(catalogue) != config.num_items:
         raise ValueError(
             f"in {path} the recommender knows {config.num_items} items and the catalogue has {len(catalogue)}: "
-            "expected the same; restore the folder that save_pretrained wrote"
+            "expected equal numbers; restore the folder that save_pretrained wrote"
         )
     prefix = "recommender."
     of_recommender = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}

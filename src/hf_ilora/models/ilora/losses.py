@@ -14,7 +14,7 @@ def title_loss(logits: torch.Tensor, title_labels: torch.Tensor, num_examples: t
     """-log p(title | prompt) from the logits of each title's tokens.
 
     Args:
-        logits: (batch, title tokens, vocabulary), each predicting the label in its place.
+        logits: (batch, title tokens, vocabulary), which predict the labels at the same positions.
         title_labels: (batch, title tokens): the target's title with its terminator, -100 elsewhere.
         num_examples: number of examples to average over.
 
@@ -58,7 +58,7 @@ def target_columns(candidates: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 def target_title_loss(
     title_log_likelihoods: torch.Tensor, target_columns: torch.Tensor, num_examples: torch.Tensor | int
 ) -> torch.Tensor:
-    """`title_loss` from the log-likelihoods of all candidates' titles: that of the target, negated.
+    """Compute `title_loss` from the log-likelihoods of all candidates' titles: the target's, negated.
 
     Args:
         title_log_likelihoods: (batch, candidates) log p(title | prompt).
@@ -68,8 +68,8 @@ def target_title_loss(
     Returns:
         Scalar in nats per title, float32.
     """
-    of_targets = title_log_likelihoods.gather(1, target_columns.unsqueeze(1))  # (batch, 1)
-    return -of_targets.sum() / num_examples
+    target_log_likelihoods = title_log_likelihoods.gather(1, target_columns.unsqueeze(1))  # (batch, 1)
+    return -target_log_likelihoods.sum() / num_examples
 
 
 def candidate_loss(
@@ -96,8 +96,8 @@ def opinion_pool(
 ) -> torch.Tensor:
     """Logarithmic opinion pool of language model and recommender: w log p_recommender + (1 - w) log p_language model.
 
-    Up to a constant per row, which neither the ranking nor a softmax over the candidates sees, it is the logarithm of
-    the weighted geometric mean of the two models' probabilities.
+    Up to a constant per row, which changes neither the ranking nor a softmax over the candidates, it is the logarithm
+    of the weighted geometric mean of the two models' probabilities.
 
     Args:
         title_log_likelihoods: (batch, candidates) log p(title | prompt).
@@ -125,8 +125,8 @@ def item_loss(
     Args:
         item_logits: (batch, num_items + 1), -inf for padding.
         labels: (batch,) target items.
-        shows_candidates: (batch,) bool: examples whose prompt shows candidates count as 0, since on them the head
-            would learn to find the target in the prompt. None counts all.
+        shows_candidates: (batch,) bool, examples whose prompt shows candidates. Their loss is 0, since the head would
+            learn from them to find the target in the prompt. None means no example.
         num_examples: number of examples to average over, those with candidates included.
 
     Returns:

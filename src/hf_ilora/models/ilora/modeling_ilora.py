@@ -63,7 +63,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
     """A language model that recommends, with LoRA experts gated by the user embedding of a frozen SASRec.
 
     Create it with `from_base` (a fresh adapter) or `from_pretrained` (a saved one). Only the adapter, the router, the
-    projector and the item head are trained. They are saved with the frozen SASRec; of the language model, its name.
+    projector and the item head are trained. They are saved with the frozen SASRec and the name of the language model.
 
     Attributes:
         llm: the causal language model, frozen, with gated layers.
@@ -93,7 +93,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
     ):
         if llm is None or recommender is None or tokenizer is None or catalogue is None:
             raise ValueError(
-                "ILoraForRecommendation was given a configuration alone: expected its parts as well; use "
+                "ILoraForRecommendation was given only a configuration: expected its parts as well; use "
                 "from_base(llm, recommender, tokenizer, catalogue, config) or from_pretrained"
             )
         check_recommender(recommender, catalogue)
@@ -103,7 +103,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         config.recommender_config = copy.deepcopy(recommender.config)
         if config.num_llm_layers is not None:
             truncate_layers(llm, config.num_llm_layers)
-        # The adapter is put where the language model's weights are, and what is copied to the meta device vanishes.
+        # The adapter goes to the device of the language model's weights; on the meta device it would lose its values.
         for part in (llm, recommender):
             check_has_weights(part)
         config.text_config = copy.deepcopy(llm.config)
@@ -165,23 +165,23 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         *,
         untrained_recommender: bool = False,
     ) -> "ILoraForRecommendation":
-        """Create a model with a fresh adapter, which changes nothing until it is trained.
+        """Create a model with a fresh adapter, which does not change the language model's output until it is trained.
 
         Args:
-            llm: any causal language model of transformers whose decoder layers have a `self_attn`, as loaded: its
-                dtype, devices and quantisation stay. Gated layers are added in place.
+            llm: any causal language model of transformers whose decoder layers have a `self_attn`. Its dtype, devices
+                and quantisation stay as loaded. Gated layers are added in place.
             recommender: a SASRec that was trained and loaded with `from_pretrained`. It is frozen in place.
             tokenizer: tokenizer of the language model.
             catalogue: titles of the items that the recommender knows.
-            config: rank, experts, prompts...; None takes the defaults. Configurations of the parts are read from the
-                parts, as is the language model's name unless `config` gives one.
-            untrained_recommender: accept a recommender that was not loaded. The gates it gives are noise.
+            config: rank, experts, prompts...; None takes the defaults. The parts' configurations are read from the
+                parts; so is the language model's name unless `config` gives one.
+            untrained_recommender: accept a recommender that was not loaded, whose gates are noise.
 
         Raises:
-            TypeError: if `catalogue` is not a `Catalogue`.
-            ValueError: for a recommender that was not loaded or has another catalogue, a language model of which a
-                `device_map` left modules on disk, titles that cannot be tokenised or told apart, and target modules
-                that match no layer.
+            TypeError: if `recommender` is not a SASRec, or `catalogue` is not a `Catalogue`.
+            ValueError: for a recommender that was not loaded or has another catalogue, a language model that a
+                `device_map` left partly on disk, titles that cannot be tokenised or have equal tokens, and target
+                modules that match no layer.
         """
         if not untrained_recommender and not recommender.name_or_path:
             raise ValueError(
@@ -196,7 +196,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         return cls(config, llm, recommender, tokenizer, catalogue)
 
     def train(self, mode: bool = True) -> "ILoraForRecommendation":
-        """As in torch, but the frozen recommender stays in evaluation mode."""
+        """Set the mode as in torch; the frozen recommender always stays in evaluation mode."""
         super().train(mode)
         self.recommender.eval()
         return self
@@ -249,7 +249,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
     def expert_gates(self, histories: Histories) -> torch.Tensor:
         """The gates of each user, (batch, experts), rows that sum to 1; `histories` as in `user_embeddings`.
 
-        They are those of evaluation mode: asking changes no running statistics of the router and draws no noise.
+        The router runs in evaluation mode, so it draws no noise and its running statistics do not change.
         """
         user_embeddings = self.user_embeddings(histories)
         with evaluation_mode(self):
@@ -312,17 +312,17 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
             input_ids: (batch, tokens), left-padded; placeholders are negative.
             attention_mask: (batch, tokens).
             placeholder_items: (batch, placeholders), see `embed_prompts`.
-            histories: (batch, length) item ids, 0 for padding: what gates, item head and recommender read.
+            histories: (batch, length) item ids, 0 for padding, which the router, item head and recommender read.
             title_labels: (batch, title tokens): labels of the last tokens of `input_ids`, which are the target's title
                 and its terminator; -100 elsewhere.
             candidates: (batch, candidates) item ids with the target among them, 0 for padding.
             labels: (batch,) target items.
             shows_candidates: (batch,) bool: prompts that show candidates. They do not train the item head, which would
                 learn to find the target in the prompt.
-            expert_gates: (batch, experts), instead of those computed from `histories`.
+            expert_gates: (batch, experts), used instead of gates computed from `histories`.
             inputs_embeds, position_ids, past_key_values, use_cache, logits_to_keep: as in causal language models.
             num_items_in_batch: number of examples to average over; None means those of this call.
-            candidates_on_cpu: the same as `candidates`, as a batch of the Trainer has them; see
+            candidates_on_cpu: the values of `candidates`, which the Trainer's batches also have on the CPU; see
                 `packed_log_likelihoods`.
             kwargs: passed on to the language model.
 
@@ -330,7 +330,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
             The losses if `labels` are given, else `logits`.
 
         Raises:
-            ValueError: if an argument is missing that this call needs, or candidates lack their target.
+            ValueError: if an argument that this call needs is missing, or candidates lack their target.
         """
         user_embeddings = None
         if histories is not None:
@@ -411,7 +411,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
             language_loss = losses.target_title_loss(log_likelihoods, targets, num_examples)
         else:
             assert title_labels is not None
-            title_labels = title_labels[:, 1 - _num_tokens(llm_inputs) :]  # no token predicts the first one
+            title_labels = title_labels[:, 1 - _num_tokens(llm_inputs) :]  # no token predicts the prompt's first token
             logits, last_states = self._read_titles(llm_inputs, title_labels)
             if logits is not None:
                 language_loss = losses.title_loss(logits, title_labels, num_examples)
@@ -439,10 +439,10 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         scores_candidates = self.config.candidate_loss_weight > 0
         if (candidates if scores_candidates else title_labels) is None:
             missing = "candidates" if scores_candidates else "title_labels"
-            raise ValueError(f"labels were given without {missing}: expected both, as PromptCollator makes them")
+            raise ValueError(f"labels were given without {missing}: expected both, as in PromptCollator's batches")
         reads_recommender = self.config.item_loss_weight or (scores_candidates and self.config.recommender_weight)
         if histories is None and reads_recommender:
-            raise ValueError("this loss reads the recommender: expected histories, not expert_gates alone")
+            raise ValueError("this loss reads the recommender: expected histories; pass them besides expert_gates")
 
     def _read_candidates(
         self, llm_inputs: dict, candidates: torch.Tensor, candidates_on_cpu: np.ndarray | None
@@ -450,8 +450,8 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
         """Run the language model over prompts, each followed by the titles of all its candidates.
 
         Returns:
-            log p(title | prompt) (batch, candidates), and the hidden states (batch, llm hidden) that end the prompts,
-            None without an item loss.
+            log p(title | prompt) (batch, candidates), and the hidden states (batch, llm hidden) of the prompts' last
+            tokens, None without an item loss.
         """
         return packed_log_likelihoods(
             self.llm,
@@ -471,7 +471,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
 
         Returns:
             Logits (batch, title tokens, vocabulary) that predict `title_labels`, None without a language loss, and the
-            hidden states (batch, llm hidden) that end the prompts, None without an item loss.
+            hidden states (batch, llm hidden) of the prompts' last tokens, None without an item loss.
         """
         num_tokens, trains_items = _num_tokens(llm_inputs), self.config.item_loss_weight > 0
         if self.config.language_loss_weight:
@@ -500,7 +500,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
     def _item_logits(
         self, last_states: torch.Tensor, user_embeddings: torch.Tensor, histories: torch.Tensor
     ) -> torch.Tensor:
-        """(batch, num_items + 1) float32 of the item head, from the states (batch, llm hidden) that end the prompts."""
+        """(batch, num_items + 1) float32 of the item head, from the prompts' last hidden states (batch, llm hidden)."""
         assert self.item_head is not None  # the configuration refuses the loss without it
         queries, scale = self.item_head(last_states.to(user_embeddings.device), user_embeddings)
         scores = self.recommender.score_users(queries, self.recommender.newest_items(histories)).float()
@@ -510,7 +510,7 @@ class ILoraForRecommendation(ILoraAnswers, ILoraCheckpoint, HubUploads, PreTrain
     def _pool_with_recommender(
         self, title_log_likelihoods: torch.Tensor, histories: torch.Tensor | None, candidates: torch.Tensor
     ) -> torch.Tensor:
-        """(batch, candidates) scores: the opinion pool with `config.recommender_weight`, if there is one."""
+        """(batch, candidates) scores: the log-likelihoods, pooled with the recommender if it has a weight."""
         if not self.config.recommender_weight:
             return title_log_likelihoods
         assert histories is not None  # who asks has checked

@@ -14,7 +14,7 @@ from hf_ilora.models.next_item.padding import padding_to_the_end
 
 from .title_tokens import TitleTokens, continuation_ids
 
-# Token ids that stand for the embedding of an item. They are negative, so that they clash with no token of the
+# Token ids of placeholders, which item embeddings replace. They are negative, so that they clash with no token of the
 # vocabulary and the embedding table need not grow.
 HISTORY_PLACEHOLDER_ID = -1
 CANDIDATE_PLACEHOLDER_ID = -2
@@ -92,8 +92,9 @@ class PromptBuilder:
 
     Attributes:
         candidate_templates, history_templates: the templates with and without {candidates}.
-        longest_text, longest_mark: tokens of the longest template without titles, and of what follows a title.
-        pad_token_id: the tokenizer's, or else its terminator; padding is masked, so any token will do.
+        longest_text: number of tokens of the longest template without titles.
+        longest_mark: number of tokens that follow a title, placeholder and separator together.
+        pad_token_id: the tokenizer's, or else the terminator; padding is masked, so any token will do.
 
     Raises:
         ValueError: if there are no templates, or one has other braces, lacks {history}, or repeats a field.
@@ -125,11 +126,11 @@ class PromptBuilder:
 
         # One array contains all the tokens that prompts are assembled from: the titles, then the pieces added here.
         pieces = _Pieces(title_tokens.token_ids)
-        comma = continuation_ids(tokenizer, [separator.rstrip(" ")])[0]
-        self._marks, self._last_marks = [], []  # what follows a title: of a history and of candidates
+        separator_ids = continuation_ids(tokenizer, [separator.rstrip(" ")])[0]
+        self._marks, self._last_marks = [], []  # tokens after a title, in a history and among candidates
         for placeholder_id in (HISTORY_PLACEHOLDER_ID, CANDIDATE_PLACEHOLDER_ID):
             mark = [placeholder_id] if placeholders else []
-            self._marks.append(pieces.add([*mark, *comma]))
+            self._marks.append(pieces.add([*mark, *separator_ids]))
             self._last_marks.append(pieces.add(mark))
         self._terminator = pieces.add([terminator])
         texts, candidates_first = [], []
@@ -159,7 +160,7 @@ class PromptBuilder:
             candidates: (batch, num_candidates) item ids in the order in which they are shown, padded with 0.
             template_indices: (batch,) index among the candidate templates or, for rows that show no candidates, among
                 the history templates; 0 by default.
-            show_candidates: bool, one for all rows or (batch,); by default whether there are candidates.
+            show_candidates: bool, one for all rows or (batch,); by default True if `candidates` are given.
             targets: (batch,) item ids, whose titles follow the prompts.
 
         Returns:
@@ -167,8 +168,8 @@ class PromptBuilder:
 
         Raises:
             ValueError: for shapes that do not fit, ids outside the catalogue, an empty history or one longer than
-                `max_history`, candidates that lack the target, a template that does not exist, rows that are to show
-                candidates without any, and prompts longer than `max_tokens`.
+                `max_history`, candidates that lack the target, a template that does not exist, rows that shall show
+                candidates but have none, and prompts longer than `max_tokens`.
         """
         histories = self._item_ids("histories", histories, 2)  # (batch, length)
         self._check_histories(histories)
@@ -188,7 +189,7 @@ class PromptBuilder:
         show_candidates=None,
         targets: np.ndarray | None = None,
     ) -> Prompts:
-        """`build` for arrays of item ids that have been checked."""
+        """Build prompts as `build` does, from arrays of item ids that have been checked."""
         batch = len(histories)
         if show_candidates is None:
             show_candidates = candidates is not None
@@ -390,7 +391,7 @@ def _check_shown(shown: np.ndarray, candidates: np.ndarray) -> None:
     missing = shown & ~(candidates != PADDING_ITEM_ID).any(axis=1)  # (batch,)
     if missing.any():
         raise ValueError(
-            f"row {missing.argmax()} is to show candidates and has none: pass candidates, or show_candidates=False"
+            f"row {missing.argmax()} shall show candidates and has none: pass candidates, or show_candidates=False"
         )
 
 

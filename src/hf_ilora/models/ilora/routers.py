@@ -132,10 +132,9 @@ class MlpRouter(Router):
 class ConvRouter(Router):
     """The reference program's router: a ResNet over the user embedding, read as a signal of one channel.
 
-    In training, batch normalisation makes the gates of a user depend on the other users of the batch. Each of several
-    processes normalises over its own part of the batch, so losses differ from those of one process with the whole
-    batch. Evaluation uses, and checkpoints contain, the running statistics of the first process. Other routers have no
-    such dependence.
+    In training, batch normalisation makes a user's gates depend on the other users of the batch; other routers have no
+    such dependence. With several processes, each normalises over its own part of the batch, so losses differ from those
+    of one process with the whole batch. Evaluation and checkpoints use the running statistics of the first process.
 
     Source: the program of iLoRA (arXiv 2408.10159); the paper leaves the form of the router open.
     """
@@ -225,7 +224,7 @@ def build_router(
     Args:
         router_type: one of `ROUTER_TYPES`.
         gate_size: the recommender's hidden size.
-        num_experts: number of experts; 1 gives `SingleExpert`, whatever the type.
+        num_experts: number of experts; 1 gives `SingleExpert` for every type.
         top_k: number of experts that the top_k router keeps.
         noise_std: standard deviation of the noise of the noisy router.
 

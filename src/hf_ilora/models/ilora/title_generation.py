@@ -1,4 +1,4 @@
-"""Titles that a language model generates: constrained to the catalogue or to candidates, or free."""
+"""Generates titles with a language model: constrained to the catalogue or to candidates, or free."""
 
 from dataclasses import dataclass
 
@@ -44,7 +44,7 @@ def generate_titles(
         prompt: arguments of `generate`: inputs_embeds (batch, tokens, llm hidden), attention_mask (batch, tokens) and
             others that the model needs.
         tokenizer, title_tokens: those of the model.
-        tries: the allowed titles, one tree per row.
+        tries: prefix trees of the allowed titles, one per row.
         top_k: number of answers per row.
         num_beams: at least `top_k`, and at least 2.
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from .configuration_ilora import DUPLICATE_TITLES
 
-# Text is tokenised behind one of these. The second one is for text that would merge with a letter.
+# Texts are tokenised after one of these. The second is for texts that would merge with a letter.
 _ANCHORS = ("a", ":")
-# A tokenizer may drop the number of a numbered title, so that it clashes again, however many rounds follow.
+# A tokenizer may drop the numbers of numbered titles, so that they would clash in every round.
 _MAX_ROUNDS_OF_NUMBERS = 5
 
 
@@ -29,15 +29,15 @@ def check_titles(titles: Sequence[str]) -> None:
 
 
 def continuation_ids(tokenizer, texts: Sequence[str], split_special_tokens: bool = False) -> list[list[int]]:
-    """Tokenise texts as they read in the middle of a prompt, whatever a tokenizer does at the start of a text.
+    """Tokenise texts as they read in the middle of a prompt.
 
-    Some tokenizers insert a space before a text, some turn a leading space into a token, and some drop it. Each text is
-    therefore tokenised behind a short anchor, whose tokens are then cut off.
+    At the start of a text, some tokenizers insert a space, some turn a leading space into a token, and some drop it.
+    Each text is therefore tokenised after a short anchor, whose tokens are then cut off.
 
     Args:
         tokenizer: a tokenizer of transformers.
         texts: (texts,) strings; a leading space is significant.
-        split_special_tokens: read "</s>" in a text as ordinary characters instead of the token.
+        split_special_tokens: read special tokens such as "</s>" in a text as ordinary characters.
 
     Returns:
         A list of token ids for each text, possibly empty.
@@ -65,7 +65,7 @@ def continuation_ids(tokenizer, texts: Sequence[str], split_special_tokens: bool
 
 
 class TitleTokens:
-    """The titles of items 1..num_items and the tokens with which each of them continues a prompt.
+    """The titles of items 1..num_items, and the tokens of each title in the middle of a prompt.
 
     Args:
         tokenizer: a tokenizer of transformers. It is only called here.
@@ -87,7 +87,7 @@ class TitleTokens:
 
     def __init__(self, tokenizer, titles: Sequence[str], duplicate_titles: str = "raise"):
         if duplicate_titles not in DUPLICATE_TITLES:
-            raise ValueError(f"duplicate_titles is {duplicate_titles!r}: expected one of {DUPLICATE_TITLES}")
+            raise ValueError(f"duplicate_titles is {duplicate_titles!r}: expected one of {', '.join(DUPLICATE_TITLES)}")
         if len(titles) == 0:
             raise ValueError("titles are empty: expected one for each item of the catalogue")
         self.terminator_id = terminator_id(tokenizer)
@@ -176,4 +176,4 @@ def number_titles(titles: list[str], indices: list[int]) -> None:
         taken.add(titles[index])
 
 
-__all__ = ["TitleTokens", "continuation_ids"]
+__all__ = ["TitleTokens", "check_titles", "continuation_ids"]

@@ -46,8 +46,8 @@ class TitleTrie:
             prefix: (tokens,) token ids generated so far, without the prompt.
 
         Returns:
-            At least one token id. After a complete title it is the terminator; so it is after tokens that begin no
-            title, with which beam search fills up if there are fewer titles than beams.
+            At least one token id. It is the terminator after a complete title, and after tokens that begin no title:
+            beam search fills spare beams with such tokens if there are fewer titles than beams.
         """
         prefix = _as_list(prefix)
         node = self._root
@@ -65,7 +65,7 @@ class TitleTrie:
         return list(node)
 
     def item_of(self, token_ids: Sequence[int] | torch.Tensor) -> int | None:
-        """The item whose title and terminator `token_ids` begin with, whatever follows; None if there is none."""
+        """The item whose title and terminator are the first of `token_ids`; None if there is none."""
         token_ids = _as_list(token_ids)
         node = self._root
         for token in token_ids:

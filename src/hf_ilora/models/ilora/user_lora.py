@@ -1,4 +1,4 @@
-"""LoRAs in PEFT's format: a user's mix of the experts, and the stack of all experts that it can be made of."""
+"""LoRAs in PEFT's format: one user's mix of the experts, and the stack of all experts that it is made from."""
 
 import json
 import logging
@@ -26,10 +26,10 @@ _SUM_TOLERANCE = 0.02  # for gates that were stored in bfloat16
 
 
 def stacked_lora(llm: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Collect all experts of a language model with gated layers as one LoRA, each expert with a gate of 1.
+    """Collect all experts of a language model with gated layers as one LoRA, each with a gate of 1.
 
     Returns:
-        State dict as PEFT saves it, for `r=rank` and `lora_alpha=lora_alpha`. PEFT scales by lora_alpha / rank and
+        State dict in PEFT's format, for `r=rank` and `lora_alpha=lora_alpha`. PEFT scales by lora_alpha / rank and
         iLoRA by lora_alpha / (rank / num_experts), so A is multiplied by num_experts.
     """
     state = {}
@@ -42,10 +42,10 @@ def stacked_lora(llm: PreTrainedModel) -> dict[str, torch.Tensor]:
 def gated_stack(
     stack: dict[str, torch.Tensor], num_experts: int, expert_gates: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Make one user's LoRA of a stack: each expert's rows of A times its gate.
+    """Make one user's LoRA from a stack, by multiplying each expert's rows of A by its gate.
 
     Args:
-        stack: state dict of `stacked_lora`.
+        stack: state dict from `stacked_lora`.
         num_experts: number of experts in it.
         expert_gates: (experts,).
 
@@ -76,11 +76,11 @@ def gated_stack(
 def user_lora(
     stack_dir: str | os.PathLike, expert_gates: Any, output_dir: str | os.PathLike | None = None
 ) -> dict[str, torch.Tensor]:
-    """Make one user's LoRA of the folder that `ILoraForRecommendation.stacked_lora` wrote, without the model.
+    """Make one user's LoRA from the folder that `ILoraForRecommendation.stacked_lora` wrote, without the model.
 
     Args:
         stack_dir: the folder.
-        expert_gates: (experts,) gates of the user, a row of `ILoraForRecommendation.expert_gates`: a list, array or
+        expert_gates: (experts,) gates of the user, a row from `ILoraForRecommendation.expert_gates`: a list, array or
             tensor.
         output_dir: folder to write the LoRA to, for PEFT and engines that read its format; None writes nothing.
 
@@ -88,8 +88,8 @@ def user_lora(
         State dict in PEFT's format, on the CPU, which fits the stack's adapter_config.json.
 
     Raises:
-        ValueError: if a file of the stack is missing, broken, or the LoRA of one user; if `expert_gates` are no gates
-            of its experts; and if `output_dir` contains other files.
+        ValueError: if a file of the stack is missing, broken, or the LoRA of one user; if `expert_gates` have another
+            shape or do not sum to 1; and if `output_dir` contains other files.
     """
     if output_dir is not None:
         check_replaceable(output_dir, LORA_FILES)
@@ -129,9 +129,9 @@ def lora_config(config: ILoraConfig, base_model: str | os.PathLike | None = None
     """Content of adapter_config.json for the LoRAs of an iLoRA.
 
     Args:
-        config: of the iLoRA.
-        base_model: name or folder of the base model; None takes the language model that `config` names, and warns if
-            that is none, or not what the iLoRA uses.
+        config: configuration of the iLoRA.
+        base_model: name or folder of the base model. None takes the language model that `config` names, and logs a
+            warning if `config` names none, or one that the iLoRA uses only in part or from another file.
     """
     name, revision = base_model, None
     if base_model is None:
@@ -183,7 +183,7 @@ def _read_stack(folder: Path) -> tuple[dict, dict[str, torch.Tensor], int]:
         raise ValueError(f"{folder} has no stack of experts that can be read ({error}): {remedy}") from error
     if _NUM_EXPERTS not in metadata:
         raise ValueError(
-            f"{WEIGHTS_FILE} of {folder} is the LoRA of one user, or of another program, and no stack of experts: "
+            f"{WEIGHTS_FILE} of {folder} is not a stack of experts, but the LoRA of one user or of another program: "
             f"{remedy}"
         )
     return config, stack, int(metadata[_NUM_EXPERTS])
