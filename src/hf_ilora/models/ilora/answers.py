@@ -286,7 +286,7 @@ class ILoraAnswers:
         output_dir: str | os.PathLike | None = None,
         base_model: str | os.PathLike | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Merge the experts into the ordinary LoRA that one user's gates make of them.
+        """Merge the experts into one ordinary LoRA, weighted by one user's gates.
 
         It fits the language model as this model uses it: with `config.num_llm_layers`, only its first layers. It does
         not contain the item embeddings of prompts: with `config.item_placeholders`, pass prompts as embeddings from

@@ -83,7 +83,7 @@ def check_config(config: PreTrainedConfig, config_class: type) -> None:
 
 
 def catalogue_size(config: PreTrainedConfig) -> int:
-    """`num_items` of the configuration of a model, which needs one; a ValueError where it is None."""
+    """Return `num_items` of a configuration; raise a ValueError if it is None, since a model needs it."""
     if config.num_items is None:
         raise ValueError(
             f"{type(config).__name__}.num_items is None: expected the size of the catalogue, as in SequenceDatasets"

@@ -25,7 +25,7 @@ from .padding import lowest_and_highest, padding_to_the_front
 from .recommendation_pipeline import CUSTOM_PIPELINES
 from .reference_initialization import initialize_as_reference
 from .saved_model import check_download, check_sizes, read_config, saved_file, saved_shapes
-from .top_k import FOR_ITEMS, ItemMasks, masked_top_k, top_k_in_chunks
+from .top_k import REMEDY_FOR_ITEMS, ItemMasks, masked_top_k, top_k_in_chunks
 from .whole_saves import saved_whole
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ class NextItemPreTrainedModel(HubUploads, PreTrainedModel):
             masks = item_masks(len(items), num_items, self.device, items.unsqueeze(1), allowed_items, excluded_items)
             similarities = self._similarities(items)
             item_ids, scores, _ = top_k_in_chunks(
-                similarities, len(items), num_items, top_k, masks, self.device, FOR_ITEMS
+                similarities, len(items), num_items, top_k, masks, self.device, REMEDY_FOR_ITEMS
             )
         return item_ids.clone(), scores.clone()
 

@@ -19,9 +19,9 @@ _SORTED_COLUMNS = 256
 _SCORES_PER_CANDIDATE = 64  # number of scores that `torch.topk` reads in the time that sorting one candidate takes
 _LOG2_E = math.log2(math.e)
 
-# What to ask for instead, where too few items are left for a user, or to be similar to an item.
-FOR_USERS = "ask for fewer items, pass exclude_seen=False, or loosen allowed_items and excluded_items"
-FOR_ITEMS = "ask for fewer items, or loosen allowed_items and excluded_items; an item is not similar to itself"
+# Remedies in the message that too few items are left for a user, or similar to an item.
+REMEDY_FOR_USERS = "ask for fewer items, pass exclude_seen=False, or loosen allowed_items and excluded_items"
+REMEDY_FOR_ITEMS = "ask for fewer items, or loosen allowed_items and excluded_items; an item is not similar to itself"
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def check_top_k(top_k: int, num_items: int) -> None:
         raise ValueError(f"top_k is {top_k}: expected 1 to {num_items}, the number of items in the catalogue")
 
 
-def check_best_scores(scores: torch.Tensor, num_items: int, remedy: str = FOR_USERS) -> None:
+def check_best_scores(scores: torch.Tensor, num_items: int, remedy: str = REMEDY_FOR_USERS) -> None:
     """Raise a ValueError if any of the best scores (users, top_k) is not finite."""
     # One test finds every error: -inf is among the best only if nothing else is left, NaN sorts above everything, and
     # amax propagates it. (torch.isfinite takes twice as long, which matters for a single user.)
@@ -205,7 +205,7 @@ def top_k_in_chunks(
     top_k: int,
     masks: ItemMasks,
     device: torch.device,
-    remedy: str = FOR_USERS,
+    remedy: str = REMEDY_FOR_USERS,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Find the best items of each user while only some users' scores of some items are in memory.
 
@@ -348,8 +348,8 @@ def _above(limits: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 __all__ = [
-    "FOR_ITEMS",
-    "FOR_USERS",
+    "REMEDY_FOR_ITEMS",
+    "REMEDY_FOR_USERS",
     "ItemMasks",
     "check_best_scores",
     "check_top_k",
