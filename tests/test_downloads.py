@@ -205,8 +205,9 @@ def test_pips_failure_is_reported_in_its_own_words(wheelhouse, tmp_path):
         download_wheel("missingdata==1.0", tmp_path / "missingdata-1.0-py3-none-any.whl", checksum="sha256:00")
 
 
-def test_a_python_without_pip_is_told_how_to_get_it(tmp_path):
+def test_a_python_without_pip_is_told_how_to_get_it(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     python = str(tmp_path / "bare" / "bin" / "python")
+    monkeypatch.setattr(sys, "executable", python)
     with pytest.raises(DownloadError, match=f"{re.escape(python)} has no module pip.*-m ensurepip.*save the wheel"):
-        download_wheel("tinydata==1.0", tmp_path / "tinydata-1.0-py3-none-any.whl", checksum="sha256:00", python=python)
+        download_wheel("tinydata==1.0", tmp_path / "tinydata-1.0-py3-none-any.whl", checksum="sha256:00")

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _CHUNK_BYTES = 1 << 20
+_SECONDS_TO_CONNECT = 5.0
 _SECONDS_BETWEEN_PROGRESS = 5.0
 
 
@@ -46,7 +47,6 @@ def download_file(
     checksum: str,
     attempts: int = 5,
     backoff_seconds: float = 1.0,
-    connect_timeout: float = 5.0,
     read_timeout: float = 20.0,
 ) -> Path:
     """Download a URL to `destination`, unless the file exists.
@@ -60,7 +60,7 @@ def download_file(
         checksum: "md5:<hex>" or "sha256:<hex>".
         attempts: give up after this many consecutive failures without progress.
         backoff_seconds: pause after the first failure; it doubles with each further one.
-        connect_timeout, read_timeout: seconds to wait for the connection, and for the next bytes.
+        read_timeout: seconds to wait for the next bytes.
 
     Returns:
         `destination`.
@@ -76,7 +76,7 @@ def download_file(
         if destination.is_file():
             return destination
         part = destination.with_name(destination.name + ".part")
-        timeout = httpx2.Timeout(read_timeout, connect=connect_timeout)
+        timeout = httpx2.Timeout(read_timeout, connect=_SECONDS_TO_CONNECT)
         with httpx2.Client(follow_redirects=True, timeout=timeout) as client:
             _fetch(client, url, destination, part, attempts, backoff_seconds)
         _check(part, checksum, url)
@@ -84,7 +84,7 @@ def download_file(
     return destination
 
 
-def download_wheel(requirement: str, destination: Path, *, checksum: str, python: str = sys.executable) -> Path:
+def download_wheel(requirement: str, destination: Path, *, checksum: str) -> Path:
     """Download a wheel with ``pip download``, so that pip's configuration of indexes and proxies applies.
 
     The wheel is not installed, and none of its code runs.
@@ -93,13 +93,12 @@ def download_wheel(requirement: str, destination: Path, *, checksum: str, python
         requirement: an exact requirement, such as "recbole==1.2.1".
         destination: the file to write, with the wheel's own file name; its folder is created.
         checksum: "sha256:<hex>" of the wheel.
-        python: the interpreter whose pip to use.
 
     Returns:
         `destination`.
 
     Raises:
-        DownloadError: `python` has no pip, or pip fails.
+        DownloadError: this Python has no pip, or pip fails.
         ChecksumError: the wheel has another checksum.
     """
     if destination.is_file():
@@ -110,13 +109,13 @@ def download_wheel(requirement: str, destination: Path, *, checksum: str, python
             return destination
         with staged(destination, destination.stem) as folder:
             folder.mkdir()
-            command = [python, "-m", "pip", "download", requirement, "--dest", str(folder), "--no-deps"]
+            command = [sys.executable, "-m", "pip", "download", requirement, "--dest", str(folder), "--no-deps"]
             command += ["--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--quiet"]
             result = subprocess.run(command, capture_output=True, text=True)
             if "No module named pip" in result.stderr:
                 raise DownloadError(
-                    f"{python} has no module pip, which downloads {requirement}: "
-                    f"run `{python} -m ensurepip`, or save the wheel as {destination}"
+                    f"{sys.executable} has no module pip, which downloads {requirement}: "
+                    f"run `{sys.executable} -m ensurepip`, or save the wheel as {destination}"
                 )
             wheel = folder / destination.name
             if result.returncode or not wheel.is_file():

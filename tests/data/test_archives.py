@@ -3,6 +3,7 @@ import zipfile
 
 import pytest
 
+from hf_ilora.data import archives
 from hf_ilora.data.archives import ArchiveError, open_archive
 
 
@@ -53,7 +54,7 @@ def test_an_encrypted_member_is_refused(pack):
         pass
 
 
-def test_a_bomb_is_refused_by_its_declared_size(pack):
+def test_a_bomb_is_refused_by_its_declared_size(pack, monkeypatch):
     path = pack(("zeros", b"\0" * 5_000_000))
     assert path.stat().st_size < 10_000
     with (
@@ -61,15 +62,17 @@ def test_a_bomb_is_refused_by_its_declared_size(pack):
         open_archive(path),
     ):
         pass
-    with open_archive(path, max_ratio=10_000) as root:  # the control: the same file under another limit
+    monkeypatch.setattr(archives, "MAX_COMPRESSION_RATIO", 10_000)  # the control: the same file under another limit
+    with open_archive(path) as root:
         assert len((root / "zeros").read_bytes()) == 5_000_000
 
 
-def test_too_large_an_archive_is_refused(pack):
+def test_too_large_an_archive_is_refused(pack, monkeypatch):
+    monkeypatch.setattr(archives, "MAX_UNPACKED_BYTES", 1000)
     path = pack(("a", "x" * 600), ("b", "y" * 600), compression=zipfile.ZIP_STORED)
     with (
         pytest.raises(ArchiveError, match="declares 1,200 bytes of unpacked files; expected at most 1,000"),
-        open_archive(path, max_unpacked_bytes=1000),
+        open_archive(path),
     ):
         pass
 

@@ -16,15 +16,8 @@ class ArchiveError(ValueError):
 
 
 @contextmanager
-def open_archive(
-    path: Path, *, max_unpacked_bytes: int = MAX_UNPACKED_BYTES, max_ratio: int = MAX_COMPRESSION_RATIO
-) -> Iterator[zipfile.Path]:
+def open_archive(path: Path) -> Iterator[zipfile.Path]:
     """Open a zip archive or a wheel as a folder to read from; nothing is extracted to disk.
-
-    Args:
-        path: the archive.
-        max_unpacked_bytes: limit on the declared size of all members together.
-        max_ratio: limit on that size divided by the size of the archive; up to 1 MiB is always allowed.
 
     Returns:
         The archive's root; valid inside the ``with`` block.
@@ -39,7 +32,7 @@ def open_archive(
             for member in archive.infolist():
                 _check_member(path, member)
             unpacked = sum(member.file_size for member in archive.infolist())
-            allowed = min(max_unpacked_bytes, max(2**20, max_ratio * path.stat().st_size))
+            allowed = min(MAX_UNPACKED_BYTES, max(2**20, MAX_COMPRESSION_RATIO * path.stat().st_size))
             if unpacked > allowed:
                 raise ArchiveError(
                     f"{path} declares {unpacked:,} bytes of unpacked files; expected at most {allowed:,} "

@@ -22,7 +22,7 @@ from hf_ilora.data.tables import (
     read_columns,
     to_dataset,
 )
-from hf_ilora.data.titles import split_titles
+from hf_ilora.data.title_rule import split_titles
 
 
 def load_interactions(

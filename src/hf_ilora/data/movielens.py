@@ -90,7 +90,7 @@ def load_movielens(
     Returns:
         interactions: user_id, item_id, timestamp (int64, seconds), rating (float32), (rows,) in the file's order.
         items: item_id (int64), title, year (int32 or null), genres (list of strings, empty if none are known),
-            (num_items,) in the file's order; titles follow `titles.split_titles`.
+            (num_items,) in the file's order; titles follow `split_titles`.
 
     Raises:
         ValueError: the name is unknown, the limit is invalid, or the files are not those of the release.

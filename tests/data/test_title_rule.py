@@ -1,7 +1,7 @@
 import pyarrow as pa
 import pytest
 
-from hf_ilora.data.titles import split_titles
+from hf_ilora.data.title_rule import split_titles
 
 
 @pytest.mark.parametrize(
