@@ -58,7 +58,7 @@ def killed_in(block: str, path) -> None:
 
 @contextmanager
 def writing(block: str, path):
-    """A process in the middle of `block`, an unfinished write of `path`, which it ends with this block."""
+    """A process in the middle of `block`, an unfinished write of `path`, which it finishes when this block ends."""
     command = [sys.executable, "-c", f"{PROGRAM}{block}print('writing', flush=True); sys.stdin.read()"]
     command += [files.__file__, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -102,7 +102,7 @@ class TestFiles:
             unfinished.write_text("text")
             unfinished.chmod(0o600)
         with written_whole(tmp_path / "weights.safetensors") as unfinished:
-            save_file({"weight": torch.ones(2)}, unfinished)  # which creates its file for the owner alone
+            save_file({"weight": torch.ones(2)}, unfinished)  # which creates files for the owner alone
         for name in ("letter.txt", "weights.safetensors"):
             assert permissions(tmp_path / name) == 0o666 & ~umask
         assert load_file(tmp_path / "weights.safetensors")["weight"].tolist() == [1, 1]
@@ -127,7 +127,7 @@ class TestFiles:
             unfinished.write_text("whole")
         left = {name for name in os.listdir(tmp_path) if not name.startswith(".letter.2.")}
         assert left == {"letter.txt", "[*].txt"}
-        assert len(os.listdir(tmp_path)) == 4  # another file's leftover is the matter of its next write
+        assert len(os.listdir(tmp_path)) == 4  # the leftover of another file stays until that file is written
         remove_unfinished(tmp_path)
         assert set(os.listdir(tmp_path)) == left
 
@@ -143,7 +143,7 @@ class TestFiles:
         assert path.read_text() == "half"  # the process ran to its end
         assert os.listdir(tmp_path) == ["letter.txt"]
 
-    def test_a_disk_without_locks_is_written_and_nothing_on_it_is_taken_for_dead(self, tmp_path, monkeypatch):
+    def test_on_a_disk_without_locks_files_are_written_and_leftovers_stay(self, tmp_path, monkeypatch):
         killed_in(FILE, tmp_path / "letter.txt")
 
         def no_locks(*arguments, **settings):
@@ -190,7 +190,7 @@ class TestFolders:
             assert permissions(path) == 0o777 & ~umask
             assert permissions(path / "weights.safetensors") == 0o666 & ~umask
 
-    def test_nothing_foreign_is_deleted(self, tmp_path):
+    def test_a_folder_with_other_files_is_not_replaced(self, tmp_path):
         folder = tmp_path / "data"
         folder.mkdir()
         for name in ("a.txt", "b.txt", "c.txt", "d.txt", "letter.txt"):
@@ -239,7 +239,7 @@ HOLD = "with held_folder(path):\n    "
 def test_a_folder_has_one_writer_and_the_error_of_a_second_one_names_it(tmp_path):
     with writing(HOLD, tmp_path / "run") as process:
         message = rf"run is in use: process {process.pid} on .* writing there since 20.* choose another output_dir"
-        for _ in range(2):  # being refused takes nothing from the holder
+        for _ in range(2):  # a refused process does not break the lock
             with pytest.raises(ValueError, match=message), held_folder(tmp_path / "run"):
                 pass
         with pytest.raises(ValueError, match=message):
@@ -261,7 +261,7 @@ def test_a_killed_writer_holds_nothing_whatever_its_lock_file_says(tmp_path):
         assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["process"] == process.pid
         with held_folder(tmp_path / "run"):
             pass
-    # the file of a machine that shares the disk, on which our own number is that of another process
+    # the lock file of another machine on the same disk, where our process id is that of another process
     (tmp_path / "run" / LOCK_FILE).write_text(json.dumps({"process": os.getpid(), "since": "x", "machine": "other"}))
     with held_folder(tmp_path / "run"):
         pass

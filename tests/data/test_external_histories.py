@@ -107,7 +107,7 @@ def test_a_missing_folder_is_named(folder):
 
 
 def test_the_example_for_ray_data_gives_what_build_sequences_gives(tmp_path):
-    """Its function, per user, with pandas in the place of Ray."""
+    """Its function, applied per user with pandas instead of Ray."""
     page = (PROJECT / "docs" / "data.md").read_text(encoding="utf-8")
     function = re.search(r"```python\n(def row_of_user.*?)\n\n", page, re.DOTALL)[1]
     exec(function, scope := {"pd": pd})

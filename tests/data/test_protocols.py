@@ -39,7 +39,7 @@ def judged(user, before: list, after: list) -> tuple | None:
 
 
 def assert_splits(sequences: SequenceDatasets, train: list, validation: list, test: list) -> None:
-    """The rows of a data set are these: whole training sequences, and what `judged` returns."""
+    """Assert that a data set has these training sequences, and the rows that `judged` returned."""
     found = in_raw_ids(sequences)
     assert [(user, [*history, target]) for user, history, target in found["train"]] == [
         (user, items) for user, items in train if len(items) > 1
@@ -162,7 +162,7 @@ class TestRandom:
             held = max(1, int(0.2 * size))
             assert len(tested[user]) == len(validated[user]) == held and target == tested[user][0]
             for items in (before, tested[user], validated[user]):
-                assert items == sorted(items)  # item ids are in time
+                assert items == sorted(items)  # item ids ascend with time
             assert sorted(before + tested[user]) == [3 * item for item in range(size)]
             own = next(history for other, history, _ in splits["validation"] if other == user)
             assert sorted(own + validated[user]) == before and trained.get(user, own) == own

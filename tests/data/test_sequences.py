@@ -36,7 +36,7 @@ def small():
 
 @pytest.fixture
 def wide(small):
-    """The same and a user with three items of his own, so that every user left two items unseen."""
+    """As `small`, with a user whose three items nobody else has, so that every user left two items unseen."""
     more = interactions_table([(9, 60, 1), (9, 70, 2), (9, 80, 3), (9, 10, 4)])
     return concatenate_datasets([small[0], more]), items_table(range(90, 0, -10))
 
@@ -433,7 +433,7 @@ class TestArguments:
 
 class TestFingerprint:
     def test_it_is_the_same_on_every_machine(self):
-        """The value is pinned: another one would make every earlier folder unreadable."""
+        """The value is pinned: if it changed, no earlier folder could be loaded."""
         rows = [(user, f"i{(user * place) % 11}", place) for user in range(1, 6) for place in range(6)]
         items = items_table([f"i{item}" for item in range(11)])
         sequences = build_sequences(interactions_table(rows), items, num_candidates=3)
@@ -470,7 +470,7 @@ class TestFingerprint:
         assert build_sequences(interactions, renamed, num_candidates=0).fingerprint != fingerprint
 
     def test_moving_an_item_between_two_histories_changes_it(self, small):
-        """Lengths count too: the same values, cut elsewhere, are other data."""
+        """The fingerprint covers lengths: the same values, cut elsewhere, are other data."""
         sequences = build_sequences(*small, num_candidates=0)
         fingerprint = sequences.fingerprint
         moved = sequences["test"].to_dict()
@@ -517,7 +517,7 @@ class TestSaveAndLoad:
     def test_fingerprint_and_catalogue_file_stay_those_of_folders_prepared_earlier(
         self, tmp_path, string_ids, fingerprint, items_digest
     ):
-        """Runs, labels and results record the fingerprint: another one would make all of them foreign."""
+        """Runs, labels and results record the fingerprint: if it changed, none of them would match their data."""
         rows = random_rows(8, users=30, string_ids=string_ids)
         items = items_table(sorted({item for _, item, *_ in rows}))
         sequences = build_sequences(
@@ -568,7 +568,7 @@ class TestSaveAndLoad:
         sequences.save(tmp_path / "data")
         loaded = SequenceDatasets.load(tmp_path / "data")
         assert loaded.catalogue == sequences.catalogue and loaded.catalogue.has_items_of(plain.catalogue)
-        table = loaded.catalogue.table  # items 10 to 50, which the table of items has backwards
+        table = loaded.catalogue.table  # items 10 to 50, in the reverse order of the table of items
         assert table["price"].to_pylist() == [6.0, 5.0, 4.0, 3.0, None]
         assert table["tags"].to_pylist() == [[], [], ["b", "c"], None, []]
         with pytest.raises(ValueError, match="raw_id and count are columns of the catalogue itself; rename or drop"):

@@ -22,7 +22,7 @@ def test_source_of_public_data_reaches_the_saved_folder_through_changes_of_the_t
     for changed in (interactions.filter(lambda row: row["user_id"] < 3), interactions.select(range(7))):
         build_sequences(changed, items, num_candidates=0).save(tmp_path)
         assert SequenceDatasets.load(tmp_path).source == SOURCES["ml-100k"]
-    plain = Dataset.from_dict(interactions.to_dict())  # whose items still say so
+    plain = Dataset.from_dict(interactions.to_dict())  # the table of items still names its source
     assert build_sequences(plain, items, num_candidates=0).source == SOURCES["ml-100k"]
 
 

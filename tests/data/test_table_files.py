@@ -48,7 +48,7 @@ def test_no_pair_of_stray_quotes_hides_a_row_of_a_tsv(first, last, tmp_path):
     rows = [f"1\t{item}\t{item}\t{title}\n" for item, title in enumerate([first, "Plain", last, "Last"])]
     loaded = titles(write(tmp_path / "t.tsv", "user\titem\ttime\ttitle\n" + "".join(rows)), missing_titles="item_id")
     assert loaded[1:] == ["Plain", last, "Last"]
-    assert loaded[0] in (first, first.strip('"'), "0")  # in a file that a quoting writer may have written, enclosing
+    assert loaded[0] in (first, first.strip('"'), "0")  # quotes may enclose the first title
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_titles_that_pandas_writes_come_back_unchanged(separator, tmp_path):
 def test_quotes_enclose_values_under_the_quick_and_the_thorough_check(tmp_path):
     rows = ['1,1,1,""""', '1,2,2,"a ""b"", c"', '"1","3","3",""', "1,4,4,d"]
     plain = titles(write(tmp_path / "t.csv", "user,item,time,title\n" + "\r\n".join(rows)), missing_titles="item_id")
-    rows.append('1,5,5,"two\nlines"')  # looked at line by line
+    rows.append('1,5,5,"two\nlines"')  # needs the thorough check
     closer = titles(write(tmp_path / "u.csv", "user,item,time,title\n" + "\r\n".join(rows)), missing_titles="item_id")
     assert plain == closer[:4] == ['"', 'a "b", c', "3", "d"]
     path = tmp_path / "t.tsv"
@@ -168,7 +168,7 @@ def test_ids_of_a_text_table_take_the_type_of_the_other_table(tmp_path):
 # JSON lines
 
 
-@pytest.mark.parametrize("half", [[], ["A\ud83d"]])  # of which Arrow refuses the whole file
+@pytest.mark.parametrize("half", [[], ["A\ud83d"]])  # Arrow refuses files with half characters
 def test_only_the_named_columns_of_json_lines_matter(half, tmp_path):
     unread = [12, "12", None, {"a": 1}, {"a": ["b"]}, [1, {}], True, float("nan"), 2**80, *half]
     lines = [

@@ -7,7 +7,7 @@ FILTERS = 3
 
 
 class GRU(nn.Module):
-    """Scores from the state after the last item; no dropout; a head with a table and biases of its own."""
+    """Scores from the state after the last item; no dropout; an untied head with biases."""
 
     def __init__(self, hidden, item_num, state_size, layers=1):
         super().__init__()
@@ -39,7 +39,7 @@ class GRU(nn.Module):
 
 
 class Caser(nn.Module):
-    """Scores from the largest answers of the horizontal filters beside one vertical filter; padding comes last."""
+    """Scores from the maxima of horizontal filters and from one vertical filter; padding is on the right."""
 
     def __init__(self, hidden, item_num, state_size, heights=(2, 3, 4)):
         super().__init__()

@@ -335,7 +335,7 @@ def test_an_archive_of_torchscript_is_refused(tmp_path):
 
 
 class Tensor:
-    """Pickles as a tensor of any claims over a storage of `numel` numbers."""
+    """Pickles as a tensor that claims any shape over a storage of `storage_numel` numbers."""
 
     def __init__(self, storage_numel, offset, shape, stride):
         self.claims = storage_numel, offset, shape, stride

@@ -109,7 +109,7 @@ def test_only_the_encoder_of_an_encoder_decoder_is_used(tmp_path):
 
 @pytest.mark.slow
 def test_an_encoder_may_be_a_name_on_the_hub(bert, tmp_path):
-    """Out of the Hub's cache, as tests have no Hub; which folder that is, its client reads when it is imported."""
+    """From the Hub's cache, because tests have no Hub; in a new process, because its client reads HF_HOME on import."""
     repository = tmp_path / "hub" / "models--user--bert"
     shutil.copytree(bert, repository / "snapshots" / ("a" * 40))
     (repository / "refs").mkdir()

@@ -49,7 +49,7 @@ def group_of(item: int) -> int:
 
 
 def text_vectors(groups, seed=0) -> torch.Tensor:
-    """Unit vectors of titles that say to which group an item belongs, and something of its own."""
+    """Unit vectors of titles: the group of each item, with noise."""
     generator = torch.Generator().manual_seed(seed)
     own = 0.1 * torch.randn(len(groups), SIZE, generator=generator)
     return F.normalize(torch.eye(SIZE)[torch.as_tensor(groups)] + own, dim=1)
@@ -217,7 +217,7 @@ def test_items_that_training_never_saw_get_rows_and_the_others_keep_theirs():
         assert model.head.bias[item] > -1
     assert fill_new_items(planted(), title_embeddings=embeddings_of_catalogue()) == 0
     counts = torch.from_numpy(COUNTS).clone()
-    counts[7] = 0  # of the rows that a model was trained on, which may be fewer than those of the data set
+    counts[7] = 0  # counts of the training rows, which may be fewer than the data set's
     model = planted()
     assert fill_new_items(model, title_embeddings=embeddings_of_catalogue(), item_counts=counts) == 1
 
@@ -349,7 +349,7 @@ def test_the_catalogue_is_encoded_once_for_many_additions(tmp_path, monkeypatch)
     add_items(together, NEW, bert)
     torch.testing.assert_close(together.head.weight, model.head.weight)
     assert together.catalogue == model.catalogue
-    model.catalogue = copy.deepcopy(model.catalogue)  # such as that of a data set: the old vectors may be of others
+    model.catalogue = copy.deepcopy(model.catalogue)  # another object, whose titles may be others
     add_items(model, [("new 6", "Another")], bert)
     assert model.config.num_items == NUM_ITEMS + 3
 
@@ -418,7 +418,7 @@ def test_users_get_recommendations_without_the_items_they_name(described):
         torch.testing.assert_close(scores[row], log_p[0][kept])
     assert COUNTS[item_ids[1].tolist()].tolist() == sorted(COUNTS[item_ids[1].tolist()], reverse=True)
     few, _ = described.recommend(liked, top_k=2, allowed_items=[1, 2, 3, 4, 5], excluded_items=[[3], [3], []])
-    kept = [[1, 4, 5], [1, 2, 4, 5], [1, 3, 4, 5]]  # without what each user named and was denied
+    kept = [[1, 4, 5], [1, 2, 4, 5], [1, 3, 4, 5]]  # without the items that each user named or excluded
     assert [
         [item for item in item_ids_of_all if item in row][:2]
         for item_ids_of_all, row in zip(
