@@ -13,14 +13,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import torch
 
+from hf_ilora.evaluation.plots import save_figure
 from hf_ilora.files import written_whole
 from hf_ilora.runs import RunRecord, set_up_logging, sole_writer
 from hf_ilora_cli.shown_text import shown_lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _Result = TypeVar("_Result")
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -134,22 +138,26 @@ def run_benchmark(
     measure: Callable[[], dict],
     report: Callable[[dict], str],
     data_fingerprint: str | None = None,
+    draw: Callable[[dict], "Figure"] | None = None,
 ) -> None:
-    """Measure, print the report, and write benchmark.json, benchmark.md, run.json and run.log.
+    """Measure, print the report, and write benchmark.json, benchmark.md, run.json, run.log and perhaps benchmark.png.
 
     Args:
         arguments: dataclass of the settings, with `output_dir`; a setting `threads` limits torch's CPU threads.
         measure: returns the results by name.
         report: turns the results, with the settings under "setting", into Markdown.
         data_fingerprint: fingerprint of the data set, for run.json.
+        draw: turns the same results into the figure of benchmark.png; None writes none.
     """
     with sole_writer(arguments.output_dir):
-        _measure_and_report(arguments, measure, report, data_fingerprint)
+        results = _measure_and_report(arguments, measure, report, data_fingerprint)
+        if draw is not None:
+            save_figure(draw(results), Path(arguments.output_dir) / "benchmark.png")
 
 
 def _measure_and_report(
     arguments: object, measure: Callable[[], dict], report: Callable[[dict], str], data_fingerprint: str | None
-) -> None:
+) -> dict:
     set_up_logging(arguments.output_dir)
     settings = {name: value for name, value in asdict(arguments).items() if name != "output_dir"}
     if "threads" in settings:
@@ -165,3 +173,4 @@ def _measure_and_report(
         with written_whole(Path(arguments.output_dir) / name) as path:
             path.write_text(content, encoding="utf-8")
     print(shown_lines(text))
+    return results

@@ -19,6 +19,7 @@ from transformers import set_seed
 
 from benchmarks.measuring import PeakMemory, check_positive, in_own_process, run_benchmark, time_in_turn
 from hf_ilora import DistillationArguments, DistillationTrainer, SASRecConfig, SASRecForNextItem, TeacherLabels
+from hf_ilora.evaluation.plots import logarithmic, new_figure, style
 from hf_ilora.runs import parse_arguments, run_main
 from hf_ilora.training.lazy_adam import LazyAdamW
 
@@ -232,10 +233,29 @@ def report(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(results: dict):
+    """Cost per position against the number of items, and against the length of a window."""
+    figure, panels = new_figure(11, 4, panels=2)
+    for axes, kind, title, unit in (
+        (panels[0], "catalogues", "sampled softmax, 512 negatives", "items of the catalogue"),
+        (panels[1], "lengths", "windows, 10,000 items", "items per window"),
+    ):
+        sizes = []
+        for number, (name, rows) in enumerate(results[kind].items()):
+            sizes, (colour, marker) = [int(size) for size in rows], style(number)
+            costs = [row["microseconds"] for row in rows.values()]
+            axes.plot(sizes, costs, marker=marker, color=colour, label=name)
+        logarithmic(axes.xaxis, min(sizes), max(sizes))
+        axes.set_ylim(bottom=0)
+        axes.set(title=title, xlabel=unit, ylabel="microseconds of CPU time per position")
+        axes.legend(fontsize=8)
+    return figure
+
+
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
     torch.set_num_threads(arguments.threads)
-    run_benchmark(arguments, lambda: measure(arguments), report)
+    run_benchmark(arguments, lambda: measure(arguments), report, draw=draw)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ def test_every_step_is_measured_and_reported(arguments):
     report = training_steps.report(results)
     assert "| sampled softmax, 512 negatives, lazy Adam | 40 items | 30.0 | 1.25 |" in report
     assert "needs 150 MB beside the item table" in report
+    for axes, kind in zip(training_steps.draw(results).axes, ("catalogues", "lengths"), strict=True):
+        drawn = {line.get_label(): line.get_ydata().tolist() for line in axes.get_lines()}
+        assert drawn == {name: [row["microseconds"] for row in rows.values()] for name, rows in results[kind].items()}
 
 
 def test_a_distilled_step_learns_more_than_the_cross_entropy(tmp_path):

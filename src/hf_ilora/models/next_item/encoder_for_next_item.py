@@ -327,6 +327,8 @@ class EncoderForNextItem(NextItemPreTrainedModel):
 
     def best_items(self, histories: torch.Tensor, top_k: int, masks: ItemMasks) -> tuple[torch.Tensor, torch.Tensor]:
         """As in `NextItemPreTrainedModel`; memory does not grow with histories x items."""
+        if can_look(histories) and histories.numpy().any(1).all():  # the common case, without a tensor
+            return self._best_of_newest(histories, top_k, masks)
         has_items = histories.any(1)  # (batch,)
         if has_items.all():
             return self._best_of_newest(histories, top_k, masks)

@@ -1,5 +1,7 @@
 """The head of every trained next-item model: scores of the catalogue, and the training loss."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -209,16 +211,19 @@ class NextItemHead(nn.Linear):
             if bias is not None:
                 scores.add_(bias)
             if self.repeat_bias is not None:
-                columns, inside = columns_in_chunk(repeated_items[positions], items)
-                scores.scatter_add_(1, columns, self.repeat_bias.to(scores) * inside)
+                columns, bias = repeated_items[positions], self.repeat_bias.to(scores)
+                if scores.shape[1] <= self.config.num_items:  # not all items: some columns are elsewhere
+                    columns, inside = columns_in_chunk(columns, items)
+                    bias = bias * inside
+                scores.scatter_add_(1, columns, bias.expand(columns.shape))
 
-        with torch.autocast(hidden_states.device.type, enabled=False):  # as for `_scores`
+        with _without_autocast(hidden_states):  # as for `_scores`
             return top_k_in_chunks(score_items, len(states), self.config.num_items, top_k, masks, states.device)
 
     def _scores_of(self, item_ids, hidden_states, repeated_items, item_offsets):
         """(positions, items) scores of the item ids (positions, items), which are looked up."""
         rows = self.item_rows(item_ids, item_offsets)  # (positions, items, hidden)
-        with torch.autocast(hidden_states.device.type, enabled=False):  # as for `_scores`
+        with _without_autocast(hidden_states):  # as for `_scores`
             scores = torch.einsum("ph,pih->pi", hidden_states.float(), rows.float())
             if self.bias is not None:
                 scores = scores + self.bias[item_ids].float()
@@ -232,7 +237,7 @@ class NextItemHead(nn.Linear):
         if scored_items is not None:
             weight, bias = weight[scored_items], None if bias is None else bias[scored_items]
         # In bfloat16 many items would tie, and ties cost quality: scores are always computed in float32.
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with _without_autocast(hidden_states):
             bias = None if bias is None else bias.float()
             scores = F.linear(hidden_states.float(), weight.float(), bias)  # (positions, items)
         if self.repeat_bias is not None:
@@ -267,6 +272,12 @@ def first_occurrences(item_ids: torch.Tensor) -> torch.Tensor:
     """(batch, length) item ids with every later occurrence of an item replaced by padding."""
     equal = item_ids.unsqueeze(2) == item_ids.unsqueeze(1)  # (batch, length, length)
     return item_ids.masked_fill(equal.tril(-1).any(-1), PADDING_ITEM_ID)
+
+
+def _without_autocast(states: torch.Tensor) -> AbstractContextManager:
+    """Keeps autocast from the scores; costs nothing where it is off, which counts when one user waits."""
+    device_type = states.device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 __all__ = ["NextItemHead", "first_occurrences"]

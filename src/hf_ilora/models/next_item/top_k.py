@@ -70,31 +70,34 @@ class ItemMasks:
         hidden, allowed = (None if ids is None else ids[users] for ids in (self.hidden, self.allowed))
         return ItemMasks(hidden, allowed, self.available)
 
-    def apply_(self, scores: torch.Tensor, first: int = 0) -> torch.Tensor:
+    def apply_(self, scores: torch.Tensor, first: int | None = None) -> torch.Tensor:
         """Set scores to -inf where they are masked.
 
         Args:
-            scores: (users, columns), of the item ids `first`, `first + 1`, ... If these are not all items, the first
-                and the last column are overwritten.
-            first: the item id of the first column.
+            scores: (users, columns), of the item ids `first`, `first + 1`, ..., whose first and last column are
+                overwritten.
+            first: the item id of the first column; None for scores of all items, (users, num_items + 1).
 
         Returns:
             The scores.
         """
-        last_column = scores.shape[1] - 1
+        start, last_column = first or 0, scores.shape[1] - 1
         if self.available is not None:
-            items = slice(max(first, 0), min(first + last_column + 1, len(self.available)))
+            items = slice(max(start, 0), min(start + last_column + 1, len(self.available)))
             unavailable = ~self.available[items]
-            scores[:, items.start - first : items.stop - first].masked_fill_(unavailable, float("-inf"))
-        if self.allowed is not None:
-            columns = (self.allowed.long() - first).clamp_(0, last_column)
-            scores.add_(torch.full_like(scores, float("-inf")).scatter_(1, columns, 0.0))
-        if self.hidden is not None:
+            scores[:, items.start - start : items.stop - start].masked_fill_(unavailable, float("-inf"))
+        hidden, allowed = (None if ids is None else ids.long() for ids in (self.hidden, self.allowed))
+        if first is not None:
             # Writing ids outside the columns to the first and last column takes less time than finding such ids.
-            columns = (self.hidden.long() - first).clamp_(0, last_column)
-            scores.scatter_(1, columns, float("-inf"))
-        if first <= PADDING_ITEM_ID <= first + last_column:
-            scores[:, PADDING_ITEM_ID - first] = float("-inf")
+            hidden, allowed = (
+                None if ids is None else (ids - first).clamp_(0, last_column) for ids in (hidden, allowed)
+            )
+        if allowed is not None:
+            scores.add_(torch.full_like(scores, float("-inf")).scatter_(1, allowed, 0.0))
+        if hidden is not None:
+            scores.scatter_(1, hidden, float("-inf"))
+        if start <= PADDING_ITEM_ID <= start + last_column:
+            scores[:, PADDING_ITEM_ID - start] = float("-inf")
         return scores
 
 
