@@ -14,14 +14,13 @@ from hf_ilora.evaluation.results import (
     interval_text,
     markdown_rows,
     seed_rows,
-    seed_summary,
     write_results,
 )
 from hf_ilora.evaluation.statistics import Interval, RunComparison
 from hf_ilora_cli.shown_text import code_in_markdown, in_figure, in_markdown
 
-# Explains the columns of generated answers below a table.
-GENERATED = {
+# Explains the columns of generated answers, by `CandidateContext.generate`.
+_ABOUT_ANSWERS = {
     "free": "Answers are generated freely. An answer is valid if it names exactly one candidate.",
     "constrained": "Answers are generated under the constraint that they are titles of candidates, so each names one.",
 }
@@ -96,7 +95,7 @@ def write_candidate_table(
         ValueError: for no reports.
     """
     text = candidate_table(reports, context) + appendix
-    write_results(folder, context, reports, [_flat(report) for report in reports], text, seeds=seed_summary(reports))
+    write_results(folder, context, reports, [_flat(report) for report in reports], text)
 
 
 def candidate_table(reports: Sequence[CandidateReport], context: CandidateContext) -> str:
@@ -127,7 +126,7 @@ def candidate_table(reports: Sequence[CandidateReport], context: CandidateContex
         f"bootstrap interval over users ({context.num_resamples:,} resamples, seed {context.seed}); for generated",
         f"answers, Wilson's interval. Difference: HR@1 of {context.num_candidates} minus that of the SASRec that the",
         "model reads, paired over users, with its interval and two-sided sign-flip p-value.",
-        *([GENERATED[context.generate]] if generated else []),
+        *([_ABOUT_ANSWERS[context.generate]] if generated else []),
         *(["Only the first line of an answer counts."] if context.first_line_only else []),
         "",
         *markdown_rows(header + ["s / answer"] * generated, rows),

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_ilora.evaluation.list_properties import (
+    PADDING_ITEM_ID,
     check_item_ids,
     check_lists,
     coverage,
@@ -82,7 +83,7 @@ class ListMetric(evaluate.Metric):
         """
         recommended = _padded("predictions", [row[: self.k] for row in predictions])  # (users, k)
         check_lists(recommended, self.num_items)
-        has_list = (recommended != 0).any(axis=1)
+        has_list = (recommended != PADDING_ITEM_ID).any(axis=1)
         relevant = None
         if references is not None:
             relevant = _padded("references", references)[has_list]  # (users, relevant)

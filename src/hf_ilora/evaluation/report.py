@@ -16,7 +16,6 @@ from hf_ilora.evaluation.results import (
     interval_text,
     markdown_rows,
     seed_rows,
-    seed_summary,
     write_results,
 )
 from hf_ilora.evaluation.statistics import Interval, RunComparison
@@ -105,7 +104,7 @@ def write_table(reports: Sequence[ModelReport], context: ReportContext, folder: 
     """
     tables = (markdown_table, list_table, decile_table, length_table, count_table)
     text = "".join(table(reports, context) for table in tables) if reports else ""
-    write_results(folder, context, reports, [_flat(report) for report in reports], text, seeds=seed_summary(reports))
+    write_results(folder, context, reports, [_flat(report) for report in reports], text)
 
 
 def markdown_table(reports: Sequence[ModelReport], context: ReportContext) -> str:

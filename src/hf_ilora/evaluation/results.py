@@ -46,9 +46,7 @@ class EvaluationContext:
         return {"num_resamples": self.num_resamples, "seed": self.seed}
 
 
-def write_results(
-    folder: Path, context: EvaluationContext, reports: Sequence, rows: Sequence[dict], text: str, **more
-) -> None:
+def write_results(folder: Path, context: EvaluationContext, reports: Sequence, rows: Sequence[dict], text: str) -> None:
     """Write results.md, results.csv and results.json, each whole or not at all.
 
     Args:
@@ -57,14 +55,17 @@ def write_results(
         reports: dataclasses, one per row of the table.
         rows: the same, flat, for the CSV; the columns are those of all rows, in order of appearance.
         text: content of results.md.
-        more: further entries of the JSON.
 
     Raises:
         ValueError: for no reports.
     """
     if not reports:
         raise ValueError("there are no models to report on: expected at least one")
-    content = {"context": asdict(context), "models": [asdict(report) for report in reports], **more}
+    content = {
+        "context": asdict(context),
+        "models": [asdict(report) for report in reports],
+        "seeds": seed_summary(reports),
+    }
     with written_whole(folder / f"{RESULTS_STEM}.json") as path:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     with written_whole(folder / f"{RESULTS_STEM}.csv") as path, path.open("w", newline="", encoding="utf-8") as file:

@@ -82,7 +82,7 @@ class SavedRanks:
             return column.flatten().to_numpy().reshape(len(column), -1)
         return column.to_numpy()
 
-    def ranked_users(self, ranking: str) -> np.ndarray:
+    def ranks_of_ranked_users(self, ranking: str) -> np.ndarray:
         """The ranks of the users whose target was ranked; see `ranks`."""
         ranks = self.ranks(ranking)
         return ranks if ranks.ndim == 2 else ranks[ranks > 0]

@@ -331,7 +331,7 @@ def compare_runs(
             loaded[0][0].check_same_users(run)
         a, b = (
             np.stack([metric_per_user(metric, torch.tensor(ranks)).numpy() for ranks in each])
-            for each in ([run.ranked_users(ranking) for run in runs] for runs in loaded)
+            for each in ([run.ranks_of_ranked_users(ranking) for run in runs] for runs in loaded)
         )
     a, b = _mean_of_runs("a", a), _mean_of_runs("b", b)
     if len(a) != len(b):

@@ -140,10 +140,10 @@ def history_table(
         raise ValueError(f"unknown_items is {unknown_items!r}: expected one of {', '.join(UNKNOWN_ITEMS)}")
     if isinstance(histories, SequenceDatasets):
         table = every_user(histories)
-        return HistoryTable(lambda: iter([table]), None, "the data set", unknown_items)
+        return HistoryTable(partial(iter, [table]), None, "the data set", unknown_items)
     if not is_table(histories):
         table = _rows_table(histories, num_items)
-        return HistoryTable(lambda: iter([table]), None, "the histories", unknown_items, has_raw_ids=False)
+        return HistoryTable(partial(iter, [table]), None, "the histories", unknown_items, has_raw_ids=False)
     if catalogue is None:
         raise ValueError(
             f"{describe(histories)} has raw ids and the model has no catalogue, which maps them: assign "
@@ -151,15 +151,15 @@ def history_table(
         )
     if item_column is not None:
         table = _interactions(histories, user_column, item_column, time_column, separator, catalogue, unknown_items)
-        return HistoryTable(lambda: iter([table]), None, describe(histories), unknown_items)
+        return HistoryTable(partial(iter, [table]), None, describe(histories), unknown_items)
     if time_column is not None:
         raise ValueError(f"time_column is {time_column!r} without item_column: expected both, or a row per user")
     names = {"user_id": user_column, "history": history_column}
     if isinstance(histories, str | Path) and not TableFiles.at(histories, separator).is_delimited_text:
         pieces = partial(TableFiles.at(histories, separator).batches, names)
     else:
-        table = _typed(*read_columns(histories, names, separator=separator))
-        pieces = lambda: iter([table])  # noqa: E731
+        table = _with_integer_users(*read_columns(histories, names, separator=separator))
+        pieces = partial(iter, [table])
     return HistoryTable(pieces, catalogue, describe(histories), unknown_items)
 
 
@@ -207,7 +207,7 @@ def raise_unknown(catalogue: Catalogue, raw_id, where: str) -> None:
         raise ValueError(f"{where}: {error}; unknown_items='skip' leaves such items of histories out") from error
 
 
-def _typed(table: pa.Table, whole_numbers: set[str] | None) -> pa.Table:
+def _with_integer_users(table: pa.Table, whole_numbers: set[str] | None) -> pa.Table:
     """The table, with integer user ids if they were read from a text file and are all whole numbers."""
     if whole_numbers is None or "user_id" not in whole_numbers:
         return table
@@ -230,7 +230,7 @@ def _interactions(
     table, whole_numbers = read_columns(source, names, separator=separator)
     where = {role: f"column {name!r} of {describe(source)}" for role, name in names.items()}
     untyped = whole_numbers is not None
-    users = clean_ids(_typed(table, whole_numbers)["user_id"], where["user_id"], untyped=untyped)
+    users = clean_ids(_with_integer_users(table, whole_numbers)["user_id"], where["user_id"], untyped=untyped)
     raw_ids = clean_ids(table["item_id"], where["item_id"], untyped=untyped)
     items = item_ids_of(catalogue, raw_ids)
     unknown = items == 0

@@ -1,4 +1,4 @@
-"""handler.py in the folder of a model answers the requests of an endpoint: JSON in, JSON out."""
+"""The handler in the folder of a model answers the requests of an endpoint: JSON in, JSON out."""
 
 import datetime
 import json
