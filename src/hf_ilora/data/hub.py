@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_ilora.files import previous_folder
-from hf_ilora.models.next_item.hub_upload import told
+from hf_ilora.models.next_item.hub_upload import client_message
 
 _Data = TypeVar("_Data")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -111,25 +111,27 @@ def download_dataset(
         )
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} is not a folder, the Hub cannot be reached, and its cache lacks the data set ({told(error)}): "
-            f"{expected}; check the path, the network and HF_HUB_OFFLINE"
+            f"{name} is not a folder, the Hub cannot be reached, and its cache lacks the data set "
+            f"({client_message(error)}): {expected}; check the path, the network and HF_HUB_OFFLINE"
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"{name} has no revision {revision!r}: expected a branch, a tag or a commit of it") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} is not a folder, and the Hub has no such data set for this token ({told(error)}): {expected}; "
-            "prepare the data first, check the spelling, or pass token= if it is private or gated"
+            f"{name} is not a folder, and the Hub has no such data set for this token ({client_message(error)}): "
+            f"{expected}; prepare the data first, check the spelling, or pass token= if it is private or gated"
         ) from error
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise PermissionError(
-                f"the Hub does not let this token read {name} ({told(error)}): expected a token with read access; log "
-                "in with `hf auth login`, set HF_TOKEN, or pass token="
+                f"the Hub does not let this token read {name} ({client_message(error)}): expected a token with read "
+                "access; log in with `hf auth login`, set HF_TOKEN, or pass token="
             ) from error
-        raise OSError(f"{name} could not be downloaded ({told(error)}): load it again later") from error
+        raise OSError(f"{name} could not be downloaded ({client_message(error)}): load it again later") from error
     except httpx2.TransportError as error:
-        raise OSError(f"the connection failed while downloading {name} ({told(error)}): load it again") from error
+        raise OSError(
+            f"the connection failed while downloading {name} ({client_message(error)}): load it again"
+        ) from error
     return Path(folder)
 
 

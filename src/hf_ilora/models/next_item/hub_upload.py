@@ -233,16 +233,16 @@ def upload(
             ) from error
         if status in (401, 403):
             raise PermissionError(
-                f"the Hub does not let this token write to {repo_id} ({told(error)}): expected a token with "
+                f"the Hub does not let this token write to {repo_id} ({client_message(error)}): expected a token with "
                 "write access; log in with `hf auth login`, set HF_TOKEN, or pass token="
             ) from error
-        raise OSError(f"{repo_id} could not be sent ({told(error)}): {_PUSH_AGAIN}") from error
+        raise OSError(f"{repo_id} could not be sent ({client_message(error)}): {_PUSH_AGAIN}") from error
     except httpx2.TransportError as error:
         raise OSError(
-            f"the connection to the Hub failed while sending {repo_id} ({told(error)}): {_PUSH_AGAIN}"
+            f"the connection to the Hub failed while sending {repo_id} ({client_message(error)}): {_PUSH_AGAIN}"
         ) from error
     except RuntimeError as error:  # the client's wrapper of an error while it sends a large file
-        both = f"{told(error)} {told(error.__cause__ or error)}"
+        both = f"{client_message(error)} {client_message(error.__cause__ or error)}"
         raise OSError(f"{repo_id} could not be sent ({both}): {_PUSH_AGAIN}") from error
     finally:
         _CLIENT_LOGGER.removeFilter(unsigned)
@@ -260,7 +260,7 @@ def retried(call: Callable[[], _Result]) -> _Result:
             # The client reads some answers as JSON before it looks at their status.
             if isinstance(error, HfHubHTTPError) and error.response.status_code not in (429, 500, 502, 503, 504):
                 raise
-            logger.warning("the request to the Hub failed (%s): retrying in %g s", told(error), wait)
+            logger.warning("the request to the Hub failed (%s): retrying in %g s", client_message(error), wait)
         time.sleep(wait)
     return call()
 
@@ -273,7 +273,7 @@ def _existing_card(api: HfApi, repo_id: str, commit: str, repo_type: str) -> str
         return None
 
 
-def told(error: Exception) -> str:
+def client_message(error: Exception) -> str:
     """The message of a client's error, in one line and without the signatures of URLs."""
     return _unsigned(" ".join(str(error).split()))
 
@@ -319,4 +319,4 @@ def checked_tags(tags: list[str] | str | None) -> list[str]:
 
 
 __all__ = ["CARD_FILE", "EVALUATE_AGAIN", "RUN_FILE", "HubUploads", "UploadOfSaved", "check_repo_id", "checked_tags"]
-__all__ += ["retried", "told", "upload"]
+__all__ += ["client_message", "retried", "upload"]
