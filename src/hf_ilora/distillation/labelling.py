@@ -192,7 +192,7 @@ class LabelFolder:
     """
 
     def __init__(self, folder: str | os.PathLike, settings: dict[str, Any]):
-        self.folder, self.settings = Path(folder), settings
+        self.path, self.settings = Path(folder), settings
         self.top_k, self.num_items = settings["top_k"], settings["num_items"]
         self.shard_rows = settings["shard_rows"]
 
@@ -207,9 +207,9 @@ class LabelFolder:
         Raises:
             ValueError: when the folder contains labels of a run with other settings, or labels without requests.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self.folder)
-        path = self.folder / REQUESTS_FILE
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.path)
+        path = self.path / REQUESTS_FILE
         if path.exists():
             before = self._requests_table().schema.metadata
             before = json.loads(before[_SETTINGS_KEY]) if before and _SETTINGS_KEY in before else {}
@@ -218,19 +218,19 @@ class LabelFolder:
                 for name in sorted(before.keys() | self.settings.keys())
                 if before.get(name) != self.settings.get(name)
             ]
-            if differences and any(self.folder.glob("labels-*.parquet")):
+            if differences and any(self.path.glob("labels-*.parquet")):
                 raise ValueError(
-                    f"{self.folder} contains labels of a run that differs from this one: {'; '.join(differences)}; "
+                    f"{self.path} contains labels of a run that differs from this one: {'; '.join(differences)}; "
                     "choose another output_dir, or delete the folder"
                 )
             if not differences:
                 return
             path.unlink()  # no answer is lost
-        foreign = [path.name for path in self.folder.glob("labels-*.parquet")]
-        foreign += [name for name in (DESCRIPTION_FILE, EMBEDDINGS_FILE) if (self.folder / name).exists()]
+        foreign = [path.name for path in self.path.glob("labels-*.parquet")]
+        foreign += [name for name in (DESCRIPTION_FILE, EMBEDDINGS_FILE) if (self.path / name).exists()]
         if foreign:
             raise ValueError(
-                f"{self.folder} contains {foreign[0]} but no {REQUESTS_FILE}: choose another output_dir, or delete the "
+                f"{self.path} contains {foreign[0]} but no {REQUESTS_FILE}: choose another output_dir, or delete the "
                 "folder"
             )
         requests = choose()
@@ -246,7 +246,7 @@ class LabelFolder:
         return replace(all_requests, history_ids=history_ids, prefix_lengths=prefix_lengths)
 
     def _requests_table(self) -> pa.Table:
-        return read_parquet(self.folder / REQUESTS_FILE)
+        return read_parquet(self.path / REQUESTS_FILE)
 
     def num_shards(self, requests: LabelRequests) -> int:
         return -(-len(requests) // self.shard_rows)
@@ -259,7 +259,7 @@ class LabelFolder:
         """
         missing = []
         for shard in range(process, self.num_shards(requests), num_processes):
-            path = self.folder / shard_name(shard)
+            path = self.path / shard_name(shard)
             if not path.exists():
                 missing.append(shard)
                 continue
@@ -299,7 +299,7 @@ class LabelFolder:
                 f"distances {distances[row].tolist()}: expected ids 1..{self.num_items} and finite distances"
             )
         columns = [asked.history_ids, asked.prefix_lengths, self._lists(item_ids), self._lists(distances)]
-        with written_whole(self.folder / shard_name(shard)) as unfinished:
+        with written_whole(self.path / shard_name(shard)) as unfinished:
             pq.write_table(pa.table([pa.array(column) for column in columns], schema=SCHEMA), unfinished)
 
     def _lists(self, values: np.ndarray) -> pa.ListArray:
@@ -320,7 +320,7 @@ class LabelFolder:
         Raises:
             ValueError: when a shard is missing or damaged, or the files do not match an existing description.
         """
-        table = in_key_order(read_shards(self.folder, self.num_shards(requests)))
+        table = in_key_order(read_shards(self.path, self.num_shards(requests)))
         description = {
             "format_version": FORMAT_VERSION,
             **self.settings,
@@ -330,22 +330,22 @@ class LabelFolder:
             "labels_fingerprint": content_digest(table),
             **self._write_embeddings(teacher),
         }
-        if (self.folder / DESCRIPTION_FILE).exists():
+        if (self.path / DESCRIPTION_FILE).exists():
             return self._check_described(description)
-        if not (self.folder / CARD_FILE).exists():
-            with written_whole(self.folder / CARD_FILE) as unfinished:
-                unfinished.write_text(labels_card(self.folder.resolve().name, description), encoding="utf-8")
-        with written_whole(self.folder / DESCRIPTION_FILE) as unfinished:
+        if not (self.path / CARD_FILE).exists():
+            with written_whole(self.path / CARD_FILE) as unfinished:
+                unfinished.write_text(labels_card(self.path.resolve().name, description), encoding="utf-8")
+        with written_whole(self.path / DESCRIPTION_FILE) as unfinished:
             unfinished.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         return description
 
     def _check_described(self, found: dict) -> dict:
         """The existing description, if it describes the same files as `found`."""
-        description = read_description(self.folder)
+        description = read_description(self.path)
         for name in ("labels_fingerprint", "embeddings_fingerprint"):
             if found[name] != description[name]:
                 raise ValueError(
-                    f"the files in {self.folder} have the {name} {found[name]}: expected {description[name]}, as "
+                    f"the files in {self.path} have the {name} {found[name]}: expected {description[name]}, as "
                     f"{DESCRIPTION_FILE} says; restore the files, or delete {DESCRIPTION_FILE} and run the same "
                     "command again, which describes them as they are"
                 )
@@ -356,7 +356,7 @@ class LabelFolder:
 
         Students learn from labels of the train split only, so other splits get no embeddings.
         """
-        path = self.folder / EMBEDDINGS_FILE
+        path = self.path / EMBEDDINGS_FILE
         if not path.exists():
             is_for_training = self.settings.get("split", "train") == "train"
             embeddings = teacher.item_embeddings() if is_for_training else None
@@ -364,8 +364,8 @@ class LabelFolder:
                 return {"embedding_size": None, "embeddings_fingerprint": None}
             with written_whole(path) as unfinished:
                 save_file({EMBEDDINGS_KEY: embeddings.float().contiguous()}, unfinished)
-        size = read_embeddings(self.folder, self.num_items).shape[1]
-        return {"embedding_size": size, "embeddings_fingerprint": embeddings_digest(self.folder)}
+        size = read_embeddings(self.path, self.num_items).shape[1]
+        return {"embedding_size": size, "embeddings_fingerprint": embeddings_digest(self.path)}
 
 
 @dataclass(frozen=True)
@@ -451,7 +451,7 @@ def wait_for_shards(folder: LabelFolder, requests: LabelRequests, timeout_second
     """
     found, since = -1, time.monotonic()
     while True:
-        missing = [n for n in range(folder.num_shards(requests)) if not (folder.folder / shard_name(n)).exists()]
+        missing = [n for n in range(folder.num_shards(requests)) if not (folder.path / shard_name(n)).exists()]
         written = folder.num_shards(requests) - len(missing)
         if not missing:
             return
@@ -459,7 +459,7 @@ def wait_for_shards(folder: LabelFolder, requests: LabelRequests, timeout_second
             found, since = written, time.monotonic()
         elif time.monotonic() - since > timeout_seconds:
             raise TimeoutError(
-                f"{len(missing)} shards are missing in {folder.folder}, {shard_name(missing[0])} first, and no process "
+                f"{len(missing)} shards are missing in {folder.path}, {shard_name(missing[0])} first, and no process "
                 f"has written one for {timeout_seconds / 60:.3g} minutes: a process hangs; run the same command again, "
                 "which asks for the missing ones only, with a larger timeout_minutes if a shard takes longer"
             )
