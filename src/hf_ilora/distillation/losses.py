@@ -57,7 +57,7 @@ def dro_loss(scores: torch.Tensor, target: torch.Tensor, propensity: torch.Tenso
 
     Args:
         scores: (batch, items), at least two items.
-        target: (batch,) or (batch, targets), columns of `scores`; each is the only target of its own term.
+        target: (batch,) or (batch, targets), columns of `scores`; each gives one term, in which it is the only target.
         propensity: (items,), or (batch, items) when rows score different items.
         beta: temperature, positive.
 
@@ -65,7 +65,7 @@ def dro_loss(scores: torch.Tensor, target: torch.Tensor, propensity: torch.Tenso
         As `target`, float32.
 
     Raises:
-        ValueError: for shapes that do not fit, targets that are no columns, and a beta that is not positive.
+        ValueError: for shapes that do not fit, columns out of range, and a beta that is not positive.
 
     Source: DROS (SIGIR 2023) as in DLLM2Rec's program, which adds 1e-24 inside the logarithm. Every exponent is at
     least 0, so the sum is at least 1, and adding 1e-24 to it changes nothing in float32.
@@ -142,7 +142,7 @@ def ranking_distillation_weights(
         (batch, k) float32 without gradients; a row sums to 1, or to 0 if it has no label.
 
     Raises:
-        ValueError: for shapes that do not fit, items that are no columns, and NaN among the distances.
+        ValueError: for shapes that do not fit, columns out of range, and NaN among the distances.
 
     Source: DLLM2Rec, importance-aware ranking distillation.
     """
@@ -224,7 +224,7 @@ def base_losses(
         (batch,) float32.
 
     Raises:
-        ValueError: for shapes that do not fit, ids that are no columns, missing negatives and an unknown base_loss.
+        ValueError: for shapes that do not fit, columns out of range, missing negatives and an unknown base_loss.
     """
     _check_choice("base_loss", base_loss, BASE_LOSSES)
     _check_columns("target", target, student_scores, dimensions=(1,))
@@ -354,7 +354,7 @@ class DLLM2RecLoss(nn.Module):
             propensity: (items,) or (batch, items) of these columns; None takes the constructor's.
 
         Raises:
-            ValueError: for a missing input, shapes that do not fit, and ids that are no columns.
+            ValueError: for a missing input, shapes that do not fit, and columns out of range.
         """
         propensity = self.propensity if propensity is None else propensity
         self._check_inputs(

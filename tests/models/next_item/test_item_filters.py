@@ -126,7 +126,7 @@ def test_users_without_history_are_filtered_too():
         (torch.ones(1, 1, 1, dtype=torch.long), r"X have shape \(1, 1, 1\)"),
         ([True, False], r"row 0 of X is True, of shape \(\)"),
         (7, "X are of type int: expected item ids, such as"),
-        ([2**70], "X contain an id that is no int64"),
+        ([2**70], "X contain an id beyond int64"),
     ],
 )
 def test_what_is_no_filter_is_refused_by_name(given, message):

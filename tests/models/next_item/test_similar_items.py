@@ -85,9 +85,9 @@ def test_popularity_knows_no_similar_items():
         ([1.5], "type torch.float32: expected at least one"),
         ([0], r"items contain 0: expected ids 1\.\.12"),
         ([1, 13], r"items contain 13: expected ids 1\.\.12 of this model's catalogue"),
-        ("B07", "items are no item ids .* expected integers, such as"),
+        ("B07", "items are not item ids .* expected integers, such as"),
         (7, r"items have shape \(\) .*expected at least one item id, such as"),
-        (["B07"], "items are no item ids .* map raw ids with model.catalogue.item_ids"),
+        (["B07"], "items are not item ids .* map raw ids with model.catalogue.item_ids"),
     ],
 )
 def test_what_is_no_item_is_refused(items, message):

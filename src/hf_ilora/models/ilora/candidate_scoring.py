@@ -32,7 +32,7 @@ def candidate_log_likelihoods(
 ) -> torch.Tensor:
     """log p(title | prompt): the sum of log p(token | prompt, earlier tokens) over a title's tokens and its terminator.
 
-    The titles of all candidates are concatenated behind the prompt into one sequence. A mask lets each token see the
+    The titles of all candidates are concatenated after the prompt into one sequence. A mask lets each token see the
     prompt and its own title only, so the prompt is neither computed nor stored more than once.
 
     Args:

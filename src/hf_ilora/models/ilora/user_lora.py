@@ -53,7 +53,7 @@ def gated_stack(
         State dict like `stack`, which shares its B.
 
     Raises:
-        ValueError: for gates of another shape, and for numbers that are no gates.
+        ValueError: for gates of another shape, and for gates that are negative or do not sum to 1.
     """
     if expert_gates.shape != (num_experts,):
         raise ValueError(
@@ -178,7 +178,7 @@ def _read_stack(folder: Path) -> tuple[dict, dict[str, torch.Tensor], int]:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS_FILE, "pt") as file:
             metadata = file.metadata() or {}
-            stack = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            stack = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} has no stack of experts that can be read ({error}): {remedy}") from error
     if _NUM_EXPERTS not in metadata:

@@ -18,7 +18,7 @@ class CaserConfig(NextItemConfig):
     Args:
         block_type: "paper" (a layer projects the output of the filters to `hidden_size`) or "reference" (the Caser of
             LLaRA and DLLM2Rec: the newest items are padded after the last one, the vertical filter has a ReLU, and the
-            output of the filters is the user embedding, which needs a head with a table of its own).
+            output of the filters is the user embedding, which needs a head with a separate item table).
         filter_heights: heights of the horizontal filters, in items; `None` means 1 to `max_length` ("paper") or 2, 3
             and 4 ("reference").
         num_horizontal_filters: filters of each height, which see whole items.

@@ -90,7 +90,7 @@ def single_items(items: ItemIds, num_items: int, device: torch.device | str = "c
         ids = torch.as_tensor(items)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"items are no item ids ({error}): expected integers, such as [3, 1]; map raw ids with "
+            f"items are not item ids ({error}): expected integers, such as [3, 1]; map raw ids with "
             "model.catalogue.item_ids"
         ) from error
     if ids.dim() != 1 or not len(ids) or not is_integer(ids.dtype):

@@ -110,7 +110,7 @@ def _as_tensor(name: str, given: Any) -> torch.Tensor:
         try:
             return torch.from_numpy(np.array(rows, dtype=np.int64))
         except OverflowError as error:
-            raise ValueError(f"{name} contain an id that is no int64 ({error}): expected item ids, {_FORMS}") from error
+            raise ValueError(f"{name} contain an id beyond int64 ({error}): expected item ids, {_FORMS}") from error
     if any(isinstance(row, str) for row in rows):
         found = next(row for row in rows if isinstance(row, str))
         raise ValueError(f"{name} contain {found!r}: expected item ids; map raw ids with model.catalogue.item_ids")

@@ -22,7 +22,7 @@ class CountingPreTrainedModel(NextItemPreTrainedModel):
         self.register_buffer("item_counts", torch.zeros(catalogue_size(config) + 1))
 
     def log_probabilities(self, best_scores: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """log p as in `NextItemPreTrainedModel`; p is an item's share of all counts, which are no logits.
+        """log p as in `NextItemPreTrainedModel`, where p is an item's share of all scores, since these are not logits.
 
         An item that was never counted gets the smallest normal float32 as p, so that its log is finite.
         """

@@ -33,7 +33,7 @@ def last_positions(lengths: torch.Tensor | None, length: int) -> torch.Tensor | 
 def padding_to_the_end(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Find the padding, and the order that moves it behind the real items.
+    """Find the padding, and the order that moves it after the real items.
 
     Returns:
         real: (batch, length) bool.

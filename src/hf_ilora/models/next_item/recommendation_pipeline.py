@@ -65,7 +65,7 @@ class SequentialRecommendationPipeline(Pipeline):
         kwargs: arguments of transformers' `Pipeline`, and parameters of a call, for which they become the defaults.
 
     Raises:
-        ValueError: for a model that is no recommender, a model without a catalogue, and a catalogue with a column
+        ValueError: for a model that is not a recommender, a model without a catalogue, and a catalogue with a column
             `score`.
     """
 

@@ -73,7 +73,7 @@ class TeacherEmbedding(nn.Module):
         return self.ed_weight * projected
 
     def _check_table(self) -> None:
-        """Raise a ValueError if there is no table; after the first call this waits for no device."""
+        """Raise a ValueError if there is no table; only the first call waits for the device."""
         if self.has_table or torch.compiler.is_compiling():
             return
         if not self.table.any():
