@@ -1,9 +1,10 @@
 """The public names of hf_ilora and the modules that define them: read by `__init__.py`, and by type checkers."""
 
+from hf_ilora.data.building import build_sequences as build_sequences
 from hf_ilora.data.interactions import load_interactions as load_interactions
 from hf_ilora.data.movielens import load_movielens as load_movielens
 from hf_ilora.data.public_datasets import load_public_dataset as load_public_dataset
-from hf_ilora.data.sequences import SequenceDatasets as SequenceDatasets, build_sequences as build_sequences
+from hf_ilora.data.sequences import SequenceDatasets as SequenceDatasets
 from hf_ilora.distillation.acquisition import acquire as acquire
 from hf_ilora.distillation.ensemble import EnsembleTeacher as EnsembleTeacher
 from hf_ilora.distillation.ensemble_members import TitleSimilarity as TitleSimilarity

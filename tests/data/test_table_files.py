@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from hf_ilora.data.building import build_sequences
 from hf_ilora.data.interactions import load_interactions
-from hf_ilora.data.sequences import build_sequences
 
 STRAY = 'user\titem\ttime\ttitle\n1\ta\t1\t"Salem\'s\n1\tb\t2\tPlain\n2\tc\t3\t"Low\n2\td\t4\tLast\n'
 ROWS = {"user": [1, 2], "item": [10, 20], "time": [3, 4]}
