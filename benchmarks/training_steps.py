@@ -240,13 +240,14 @@ def draw(results: dict):
         (panels[0], "catalogues", "sampled softmax, 512 negatives", "items of the catalogue"),
         (panels[1], "lengths", "windows, 10,000 items", "items per window"),
     ):
-        sizes = []
+        sizes, highest = [], 0.0
         for number, (name, rows) in enumerate(results[kind].items()):
             sizes, (colour, marker) = [int(size) for size in rows], style(number)
             costs = [row["microseconds"] for row in rows.values()]
             axes.plot(sizes, costs, marker=marker, color=colour, label=name)
+            highest = max(highest, *costs)
         logarithmic(axes.xaxis, min(sizes), max(sizes))
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * highest)
         axes.set(title=title, xlabel=unit, ylabel="microseconds of CPU time per position")
         axes.legend(fontsize=8)
     return figure
