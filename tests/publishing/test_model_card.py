@@ -20,7 +20,7 @@ from tests.publishing.published_folders import FINGERPRINT, catalogue, sasrec, w
 NAMES = {"dataset_name": "MovieLens-100K", "license": "apache-2.0"}
 
 
-def test_card_holds_the_measured_table_and_the_metadata_of_this_row(sasrec_run, tmp_path):
+def test_the_card_contains_the_measured_table_and_the_metadata_of_this_row(sasrec_run, tmp_path):
     protocol = {"name": "leave_one_out", "num_candidates": 20}
     results = write_results(tmp_path / "evaluation")
     path = write_card(sasrec_run, "user/sasrec", results=[results], row="SASRec", protocol=protocol, **NAMES)
@@ -103,7 +103,7 @@ def test_metadata_name_the_task_the_data_and_what_an_adapter_adapts(sasrec_run):
     assert "the language model `user/llm` (its first 4 layers) at commit `v1`" in card.text
 
 
-def test_the_card_holds_limits_and_the_papers(sasrec_run):
+def test_the_card_states_limits_and_cites_the_papers(sasrec_run):
     text = write_card(sasrec_run, "user/sasrec", **NAMES).read_text()
     for shown in ("**Popularity.**", "**Cold items.**", "**Language of titles.**", "The model reads ids"):
         assert shown in text

@@ -60,7 +60,7 @@ class CandidateEvaluation:
         self._answers: dict[str, GeneratedAnswers] = {}
 
     def add_model(self, model: ILoraForRecommendation, name: str, source: str) -> None:
-        """Evaluate a model: its candidate ranking, experts and item head, and its SASRec unless an equal one was.
+        """Evaluate a model's candidate ranking, experts and item head, and its SASRec unless an equal one is known.
 
         If only the item head was trained, there is no candidate ranking by titles.
 

@@ -191,7 +191,7 @@ class Serendipity(ListMetric):
         super().__init__(len(self.counts) - 1, k, **kwargs)
 
     def values(self, recommended: np.ndarray, relevant: np.ndarray | None) -> dict[str, float]:
-        assert relevant is not None  # `compute` refuses to go without a column
+        assert relevant is not None  # `compute` requires the column
         return {self.key: float(serendipity(recommended, relevant, self.counts).mean())}
 
 

@@ -150,7 +150,7 @@ def export(
         session = onnx_session(unfinished / MODEL_FILE)
         difference = _largest_difference(session, examples)
         largest = MAX_DIFFERENCE if quantize is None else math.inf
-        if not difference <= largest:  # NaN is not
+        if not difference <= largest:  # also true for NaN
             raise ValueError(
                 f"scores of the exported {type(model).__name__} differ from the model's by {difference}: expected at "
                 f"most {largest}; check that the weights are finite numbers"
