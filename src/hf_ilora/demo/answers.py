@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.loading import SavedRecommender
 from hf_ilora.models.next_item.modeling_counting import PopularityForNextItem, TransitionCountsForNextItem
-
-from .shown_models import Recommender
 
 _MAX_CALLS, _MAX_MILLISECONDS = 5, 100  # limits on repeating a call to measure its time
 _NEAREST = 2  # items of the history shown beside a recommendation
@@ -51,7 +50,7 @@ class Answer:
     notes: list[str] = field(default_factory=list)
 
 
-def answer_of(model: Recommender, history: Sequence[int], top_k: int, new_items: Sequence[int] = ()) -> Answer:
+def answer_of(model: SavedRecommender, history: Sequence[int], top_k: int, new_items: Sequence[int] = ()) -> Answer:
     """Ask a model what comes next.
 
     Args:
@@ -94,13 +93,13 @@ def answer_of(model: Recommender, history: Sequence[int], top_k: int, new_items:
     return Answer(recommendations, milliseconds, similarity, gates, notes)
 
 
-def _asked(model: Recommender, history: list[int], top_k: int) -> tuple[list[int], list[float]]:
+def _asked(model: SavedRecommender, history: list[int], top_k: int) -> tuple[list[int], list[float]]:
     """The recommended item ids and their probabilities, best first."""
     item_ids, scores = model.recommend([history], top_k)
     return item_ids[0].tolist(), scores[0].exp().tolist()
 
 
-def _timed(model: Recommender, history: list[int], top_k: int) -> tuple[tuple[list[int], list[float]], float]:
+def _timed(model: SavedRecommender, history: list[int], top_k: int) -> tuple[tuple[list[int], list[float]], float]:
     """The recommendations, and the median milliseconds of a call; slow models are asked once."""
     milliseconds = []
     while len(milliseconds) < _MAX_CALLS and sum(milliseconds) < _MAX_MILLISECONDS:
@@ -111,7 +110,7 @@ def _timed(model: Recommender, history: list[int], top_k: int) -> tuple[tuple[li
 
 
 def _nearest_in_history(
-    model: Recommender, item_ids: list[int], history: list[int]
+    model: SavedRecommender, item_ids: list[int], history: list[int]
 ) -> tuple[dict[int, list[tuple[int, float]]], str | None]:
     """The items of the history that are most similar to each of `item_ids`, and the measure of similarity.
 

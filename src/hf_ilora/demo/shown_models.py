@@ -6,12 +6,9 @@ from pathlib import Path
 
 from hf_ilora.devices import default_device
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
-from hf_ilora.models.loading import check_same_items, load_recommender
+from hf_ilora.models.loading import SavedRecommender, check_same_items, load_recommender
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
-from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora_cli.shown_text import shareable
-
-Recommender = NextItemPreTrainedModel | ILoraForRecommendation
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class ShownModel:
 
     name: str
     source: str
-    model: Recommender
+    model: SavedRecommender
 
     @property
     def kind(self) -> str:
@@ -95,4 +92,4 @@ def _last_parts(sources: Sequence[str]) -> list[str]:
     return names
 
 
-__all__ = ["Recommender", "ShownModel", "load_models"]
+__all__ = ["ShownModel", "load_models"]

@@ -38,7 +38,7 @@ from hf_ilora.data.storage import files_digest
 from hf_ilora.distillation.teacher_labels import DESCRIPTION_FILE, TeacherLabels, keys, read_description
 from hf_ilora.models.ilora.configuration_ilora import ILoraConfig
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
-from hf_ilora.models.loading import saved_config
+from hf_ilora.models.loading import SavedRecommender, saved_config
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.models.next_item.next_item_output import top_k_items
@@ -50,8 +50,6 @@ POSITION_KEYS = ("history_ids", "prefix_lengths")  # of tables whose answers are
 # Entries of a configuration that record where it was loaded from and with which software. They affect no answer.
 _ORIGINS = {"_name_or_path", "name_or_path", "llm_name_or_path", "llm_revision", "llm_gguf_file"}
 _ORIGINS |= {"_commit_hash", "transformers_version", "architectures", "auto_map", "custom_pipelines"}
-
-Recommender = ILoraForRecommendation | NextItemPreTrainedModel
 
 
 class ModelTeacher:
@@ -67,7 +65,7 @@ class ModelTeacher:
 
     answers_prefixes = True
 
-    def __init__(self, model: Recommender, source: str):
+    def __init__(self, model: SavedRecommender, source: str):
         self.model, self.source = model.eval(), source
         self.num_items = model.config.num_items
         self.fingerprint = model_fingerprint(model)
@@ -222,7 +220,7 @@ Teacher = ModelTeacher | RankItemsTeacher | ScoreTableTeacher | DLLM2RecFilesTea
 
 
 def load_teacher(
-    source: str | os.PathLike | Recommender,
+    source: str | os.PathLike | SavedRecommender,
     num_rows: int,
     num_items: int,
     dtype: str | None = None,
@@ -243,7 +241,7 @@ def load_teacher(
     Raises:
         ValueError: when `source` is none of these, or does not fit the data set.
     """
-    if isinstance(source, Recommender):
+    if isinstance(source, SavedRecommender):
         if dtype is not None:
             raise ValueError(f"dtype is {dtype} and the teacher is loaded already: leave dtype out, or pass its folder")
         return ModelTeacher(source.to(device), source.config.name_or_path or type(source).__name__)
@@ -316,7 +314,7 @@ def labels_of_teacher(
     return TeacherLabels.load(folder, sequences.fingerprint, fingerprint, split)
 
 
-def model_fingerprint(model: Recommender) -> str:
+def model_fingerprint(model: SavedRecommender) -> str:
     """sha256, in hex, of all weights in their dtype, the configuration and the catalogue; the same for every copy."""
     digest = hashlib.sha256(type(model).__name__.encode())
     digest.update(json.dumps(_without_origins(model.config.to_dict()), sort_keys=True, default=str).encode())

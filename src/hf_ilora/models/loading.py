@@ -17,6 +17,9 @@ from hf_ilora.models.next_item.configuration_next_item import catalogue_size
 from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 from hf_ilora.models.next_item.saved_model import WRONG_TYPES
 
+# Any recommender of this package that is saved and loaded on its own.
+SavedRecommender = NextItemPreTrainedModel | ILoraForRecommendation
+
 _MODEL_FILES = ("*.json", "*.safetensors", "*.parquet")
 
 
@@ -57,9 +60,7 @@ def saved_config(name_or_path: str | os.PathLike) -> PreTrainedConfig:
         ) from error
 
 
-def load_recommender(
-    name_or_path: str | os.PathLike, *, trust_remote_code: bool = False
-) -> NextItemPreTrainedModel | ILoraForRecommendation:
+def load_recommender(name_or_path: str | os.PathLike, *, trust_remote_code: bool = False) -> SavedRecommender:
     """Load a recommender of this package that ranks the whole catalogue, in evaluation mode.
 
     Args:
@@ -95,9 +96,7 @@ def load_recommender(
     return model.eval()
 
 
-def check_catalogue(
-    model: NextItemPreTrainedModel | ILoraForRecommendation, name: str, num_items: int, raw_ids: np.ndarray
-) -> bool:
+def check_catalogue(model: SavedRecommender, name: str, num_items: int, raw_ids: np.ndarray) -> bool:
     """Check that a model and a data set give the same items the same ids.
 
     Args:

@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike
 from hf_ilora.distillation.ensemble import EnsembleTeacher
 from hf_ilora.distillation.teachers import model_fingerprint
 from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
+from hf_ilora.models.loading import SavedRecommender
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_next_item import catalogue_size
-from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 
 from .exact_item_index import ExactItemIndex
 from .item_index import ItemIndex
@@ -59,9 +59,7 @@ class Recommender(Protocol):
         """
 
 
-AnyRecommender: TypeAlias = (
-    NextItemPreTrainedModel | ILoraForRecommendation | ItemIndex | ExactItemIndex | EnsembleTeacher | Recommender
-)
+AnyRecommender: TypeAlias = SavedRecommender | ItemIndex | ExactItemIndex | EnsembleTeacher | Recommender
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class AskedRecommender:
             ValueError: for an ensemble with stored labels, which cover the training rows only.
         """
         model = recommender.model if isinstance(recommender, ItemIndex | ExactItemIndex) else recommender
-        if isinstance(model, NextItemPreTrainedModel | ILoraForRecommendation):
+        if isinstance(model, SavedRecommender):
             batch_size = 8 if isinstance(model, ILoraForRecommendation) else _batch_size(model.device)
             return cls(
                 recommender, catalogue_size(model.config), model.catalogue, model.knows_popular_items, batch_size
@@ -130,7 +128,7 @@ class AskedRecommender:
             return digest.hexdigest()
         if isinstance(recommender, ExactItemIndex):  # other scores than the model's
             return hashlib.sha256(f"{model_fingerprint(recommender.model)} logits".encode()).hexdigest()
-        if isinstance(recommender, NextItemPreTrainedModel | ILoraForRecommendation):
+        if isinstance(recommender, SavedRecommender):
             return model_fingerprint(recommender)
         return recommender.fingerprint
 

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hf_ilora.models.ilora.modeling_ilora import ILoraForRecommendation
 from hf_ilora.models.ilora.title_tokens import check_titles
+from hf_ilora.models.loading import SavedRecommender
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_next_item import catalogue_size
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.item_filters import ItemFilter, item_filter
-from hf_ilora.models.next_item.next_item_model import NextItemPreTrainedModel
 
 from .embedded_encoder import EMBEDDED_ENCODER
 from .encoders import TF_IDF, Encoder, encode_titles, item_title_embeddings
@@ -26,8 +25,6 @@ _HALF_WEIGHT_COUNT = 10  # occurrences in training at which an item has half of 
 _HELD_OUT = 1000  # known items that decide on the temperature
 _SCORES_AT_ONCE = 1 << 24
 _ROWS_AT_ONCE = 1 << 12
-
-Recommender = NextItemPreTrainedModel | ILoraForRecommendation
 
 
 class ItemTitles:
@@ -62,7 +59,7 @@ class ItemTitles:
 
     def __init__(
         self,
-        model: Recommender,
+        model: SavedRecommender,
         encoder: Encoder = EMBEDDED_ENCODER,
         *,
         title_embeddings: torch.Tensor | None = None,

@@ -15,9 +15,9 @@ from hf_ilora.distillation.ensemble import Member, as_member
 from hf_ilora.distillation.ensemble_members import LabelScores, TitleSimilarity
 from hf_ilora.distillation.labelling import REQUESTS_FILE
 from hf_ilora.distillation.teacher_labels import DESCRIPTION_FILE
-from hf_ilora.distillation.teachers import Recommender, labels_of_teacher, model_fingerprint
+from hf_ilora.distillation.teachers import labels_of_teacher, model_fingerprint
 from hf_ilora.files import written_whole
-from hf_ilora.models.loading import check_catalogue, load_recommender
+from hf_ilora.models.loading import SavedRecommender, check_catalogue, load_recommender
 from hf_ilora.titles.encoder_source import locate_encoder
 from hf_ilora.titles.encoders import TF_IDF
 from hf_ilora.titles.pca import whitened
@@ -58,7 +58,7 @@ def load_members(
     ]
 
 
-def load_online_teacher(name: str, sequences: SequenceDatasets, trust_remote_code: bool = False) -> Recommender:
+def load_online_teacher(name: str, sequences: SequenceDatasets, trust_remote_code: bool = False) -> SavedRecommender:
     """A saved recommender that knows the items of the data set.
 
     Raises:

@@ -8,7 +8,8 @@ import torch
 from hf_ilora.data.sequences import SequenceDatasets
 from hf_ilora.distillation.ensemble import EnsembleTeacher
 from hf_ilora.distillation.teacher_labels import TeacherLabels
-from hf_ilora.distillation.teachers import Recommender, labels_of_teacher, model_fingerprint
+from hf_ilora.distillation.teachers import labels_of_teacher, model_fingerprint
+from hf_ilora.models.loading import SavedRecommender
 
 from .distillation_arguments import DistillationArguments
 from .ensembles import (
@@ -128,7 +129,7 @@ class Teachers:
     """
 
     labels: TeacherLabels | None
-    teacher: EnsembleTeacher | Recommender | None
+    teacher: EnsembleTeacher | SavedRecommender | None
     title_embeddings: torch.Tensor | None
     inputs: dict[str, dict[str, object]]
 
