@@ -21,6 +21,7 @@ from pathlib import Path
 from experiments.recipe_runs import (
     described_origin,
     in_parallel,
+    record_of_run,
     run_recipe,
     threads_per_run,
     write_table,
@@ -31,7 +32,7 @@ from hf_ilora.distillation.teachers import load_teacher, model_fingerprint
 from hf_ilora.evaluation.plots import GREY, label_points, logarithmic, new_figure, save_figure, style
 from hf_ilora.files import written_whole
 from hf_ilora.models.loading import load_recommender
-from hf_ilora.runs import is_finished, parse_arguments, read_record, run_main, set_up_logging, sole_writer
+from hf_ilora.runs import is_finished, parse_arguments, run_main, set_up_logging, sole_writer
 
 logger = logging.getLogger(__name__)
 
@@ -148,16 +149,14 @@ def check_settings(arguments: AcquisitionArguments, output: Path) -> None:
 
 
 def record_of(run: Run, arguments: AcquisitionArguments, output: Path) -> dict:
-    """Train a student unless its run is finished, and return its record."""
+    """Train a student, with its labels, unless its run is finished, and return its record."""
     labels, student = output / f"{run.name}-labels", output / run.name
-    if not is_finished(student):
-        logger.info("%s: begins", run.name)
-        threads = threads_per_run(arguments.parallel)
-        options = [arguments.config_file, "--data_dir", arguments.data_dir, "--output_dir", student]
-        options += ["--seed", run.seed, "--disable_tqdm", "true"]
-        if run.policy is None:
-            run_recipe("train_sasrec", options, threads)
-        else:
+    recipe, threads = "train_sasrec", threads_per_run(arguments.parallel)
+    options = [arguments.config_file, "--data_dir", arguments.data_dir, "--seed", run.seed, "--disable_tqdm", "true"]
+    if run.policy is not None:
+        recipe = "distill_sasrec"
+        options += ["--teacher_labels", labels, "--distilled_positions", "all", "--lam", arguments.lam]
+        if not is_finished(student):
             asked = ["--data_dir", arguments.data_dir, "--teacher", arguments.teacher, "--output_dir", labels]
             asked += ["--labelled_positions", "all", "--budget", run.budget]
             asked += ["--acquire", run.policy, "--seed", run.seed]
@@ -165,9 +164,7 @@ def record_of(run: Run, arguments: AcquisitionArguments, output: Path) -> dict:
             if run.policy != CONTROL:
                 asked += ["--recommender", arguments.recommender]
             run_recipe("label_with_teacher", asked, threads)
-            options += ["--teacher_labels", labels, "--distilled_positions", "all", "--lam", arguments.lam]
-            run_recipe("distill_sasrec", options, threads)
-    content = read_record(student / "run.json")
+    content = record_of_run(recipe, options, student, threads)
     logger.info("%s: validation NDCG@10 %.4f", run.name, value_of(content, "validation"))
     return content
 

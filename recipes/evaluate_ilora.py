@@ -154,7 +154,7 @@ def evaluate(arguments: ILoraEvaluationArguments, state: PartialState) -> None:
     set_up_logging(output)
     num_candidates = len(split[0]["candidates"])
     if "candidates" not in sequences[arguments.split].column_names:
-        logger.info("the data have no candidates: %d are drawn per row, with seed %d", num_candidates, arguments.seed)
+        logger.info("the rows have no candidates: %d are drawn for each, with seed %d", num_candidates, arguments.seed)
     context = CandidateContext(
         data=arguments.data_dir,
         data_fingerprint=sequences.fingerprint,

@@ -1,7 +1,7 @@
 """Escapes foreign text (titles, names, messages) so that it controls neither a terminal nor a document.
 
-A model from the Hub brings its own catalogue: all text that is printed, logged or written to Markdown passes through
-here.
+A model from the Hub brings its own catalogue: its text passes through here before it is printed, logged or written to
+Markdown.
 """
 
 import json
