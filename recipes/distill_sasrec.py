@@ -46,8 +46,9 @@ ARGUMENTS = (TeacherArguments, StudentArguments, SASRecArguments, NewItemArgumen
 
 def main() -> None:
     arguments = parse_arguments(ARGUMENTS)
-    check_teachers(arguments[0], arguments[-1])
-    with sole_writer(arguments[-1].output_dir):
+    teacher, *_, training = arguments
+    check_teachers(teacher, training)
+    with sole_writer(training.output_dir):
         distill(arguments)
 
 

@@ -71,9 +71,9 @@ def train(arguments: tuple) -> None:
     sequences = SequenceDatasets.load(data.data_dir)
     fingerprint = sequences.fingerprint
     config = SASRecConfig(num_items=sequences.num_items, **dataclasses.asdict(model_arguments))
-    asked = (*arguments[:-1], copy.copy(training))  # a resumed run is compared by the settings as given, such as "auto"
+    as_given = (*arguments[:-1], copy.copy(training))  # a resumed run is compared by these, such as "auto"
     decide_initial_items(training, config, sequences)
-    checkpoint = resumable_checkpoint(training.output_dir, asked, fingerprint)
+    checkpoint = resumable_checkpoint(training.output_dir, as_given, fingerprint)
     rows = rows_in_fraction(sequences["train"], data.train_fraction)
     set_seed(training.seed)
     trainer = NextItemTrainer(
@@ -84,7 +84,7 @@ def train(arguments: tuple) -> None:
         processing_class=sequences.catalogue,
     )
     log_to_run(trainer)
-    with RunRecord(training.output_dir, asked, seed=training.seed) as record:
+    with RunRecord(training.output_dir, as_given, seed=training.seed) as record:
         record.add_data(fingerprint)
         record.add_metrics("start", {"initial_items": training.initial_items})
         with record.stage("train"):
