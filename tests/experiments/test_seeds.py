@@ -27,6 +27,7 @@ def test_the_table_of_seeds_has_their_mean_and_no_seed_runs_twice(tmp_path):
 
     first = run()
     assert first.returncode == 0, first.stderr
+    assert first.stderr.count("train_sasrec begins in ") == 2
     runs = [json.loads((tmp_path / "seeds" / f"seed-{seed}" / "run.json").read_text()) for seed in (1, 2)]
     assert [run["seed"] for run in runs] == [1, 2]
     values = [run["metrics"]["test"]["masked/ndcg@10"]["mean"] for run in runs]

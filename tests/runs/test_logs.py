@@ -78,8 +78,10 @@ def test_a_log_on_a_full_disk_is_reported_once_and_the_run_continues(tmp_path, c
 def test_console_shows_our_reports_and_all_warnings_once(tmp_path, capsys):
     set_up_logging(tmp_path / "run")
     log_everything()
+    logging.getLogger("experiments.study").info("from an experiment")
     console = capsys.readouterr().err
     assert console.count(" INFO hf_ilora.data: from ours") == 1
+    assert console.count(" INFO experiments.study: from an experiment") == 1
     assert console.count("a warning from transformers") == 1
     assert "UserWarning: from warnings" in console
     assert ": from transformers" not in console and "from datasets" not in console

@@ -19,6 +19,8 @@ from hf_ilora_cli.shown_text import shown_lines
 logger = logging.getLogger(__name__)
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# The beginnings of the names of our loggers: programs, the package, and the modules that our programs share.
+_OUR_LOGGERS = ("__main__", "hf_ilora", "benchmarks.", "experiments.")
 
 
 class _Formatter(logging.Formatter):
@@ -32,8 +34,7 @@ class _ConsoleHandler(logging.Handler):
     """Writes above the progress bars instead of through them, and omits the libraries' messages below WARNING."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        ours = record.name == "__main__" or record.name.startswith("hf_ilora")
-        return ours or record.levelno > logging.INFO
+        return record.name.startswith(_OUR_LOGGERS) or record.levelno > logging.INFO
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -64,7 +65,7 @@ class _RunFileHandler(logging.FileHandler):
 def set_up_logging(output_dir: str | Path) -> None:
     """Log to the console and to `run.log`.
 
-    The console shows the messages of the recipe and of hf_ilora, and all warnings; the file also has the messages of
+    The console shows the messages of the program and of hf_ilora, and all warnings; the file also has the messages of
     transformers, datasets and other libraries. The main process logs messages from INFO on; the others log warnings, to
     the console only. A second call replaces the first. Call it after `parse_arguments`, which initialises the state
     that the processes share.
