@@ -92,7 +92,7 @@ def test_two_processes_ask_an_ensemble_at_every_position_as_one_does(run_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["multi_cpu.yaml", "zero3_cpu.yaml"])
+@pytest.mark.parametrize("config", ["multi_cpu.yaml", "zero3_cpu.yaml", "fsdp2_cpu.yaml"])
 def test_two_processes_learn_the_labels_that_one_learns(run_of, config):
     one, two = run_of("cpu.yaml", "labels"), run_of(config, "labels")
     for name in ("loss", "base_loss", "ranking_loss", "dro_loss"):

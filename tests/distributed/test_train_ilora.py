@@ -89,6 +89,7 @@ def run_of(train, tmp_path_factory):
         ("fsdp2_cpu.yaml", "titles and items"),
         ("multi_cpu.yaml", "pooled candidates"),
         ("zero3_cpu.yaml", "pooled candidates"),
+        ("fsdp2_cpu.yaml", "pooled candidates"),
     ],
 )
 def test_two_processes_learn_what_one_learns(run_of, parts, config, losses):
