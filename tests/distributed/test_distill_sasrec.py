@@ -1,5 +1,7 @@
 """recipes/distill_sasrec.py under `accelerate launch` with two real processes, against one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tests.synthetic import cyclic_sequences
 from tests.tiny_ilora_parts import known_recommender
 from tests.titles.encoder_folders import save_bert
 
+DRAWS = Path(__file__).with_name("launched_draws.py")  # negatives that do not depend on the number of processes
 # Without dropout two processes with half the batch must compute what one computes with the whole.
 SETTINGS = {
     "hidden_size": 16, "max_length": 8, "hidden_dropout": 0, "attention_dropout": 0, "num_train_epochs": 4,
@@ -24,8 +27,14 @@ KINDS = {
         "title_neighbours": 0.2,
         "num_train_epochs": 2,
     },
-    # So many negatives that their mean hardly depends on the draw; so few labels that a process may meet none.
-    "labels": {"top_k": 3, "num_distillation_negatives": 4000, "distilled_positions": "all", "alpha": 0.1},
+    # So few labels that a process may meet none.
+    "labels": {
+        "top_k": 3,
+        "num_distillation_negatives": 3,
+        "distilled_positions": "all",
+        "alpha": 0.1,
+        "save_total_limit": 2,  # the checkpoint of the last step stays beside the best
+    },
 }
 
 
@@ -59,7 +68,8 @@ def run_of(launch, parts, tmp_path_factory):
             settings["per_device_train_batch_size"] = 32 if config == "cpu.yaml" else 16
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("HF_ILORA_CACHE", str(output_dir.parent / "cache"))
-                launch(config, RECIPES / "distill_sasrec.py", *recipe_words(**settings))
+                program = [DRAWS, "distill_sasrec"] if kind == "labels" else [RECIPES / "distill_sasrec.py"]
+                launch(config, *program, *recipe_words(**settings))
             runs[config, kind] = RecipeRun(output_dir)
         return runs[config, kind]
 
@@ -92,13 +102,13 @@ def test_two_processes_ask_an_ensemble_at_every_position_as_one_does(run_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["multi_cpu.yaml", "zero3_cpu.yaml", "fsdp2_cpu.yaml"])
+@pytest.mark.parametrize("config", ["multi_cpu.yaml", "zero2_cpu.yaml", "zero3_cpu.yaml", "fsdp2_cpu.yaml"])
 def test_two_processes_learn_the_labels_that_one_learns(run_of, config):
     one, two = run_of("cpu.yaml", "labels"), run_of(config, "labels")
     for name in ("loss", "base_loss", "ranking_loss", "dro_loss"):
         values, wanted = two.logged(name), one.logged(name)
         assert len(values) == 16 and sum(value > 0 for value in wanted) > 8, name
-        assert values == pytest.approx(wanted, rel=2e-2, abs=1e-3), name
+        assert values == pytest.approx(wanted, rel=1e-3, abs=1e-5), name
     weights = two.weights
     for name, value in one.weights.items():
-        torch.testing.assert_close(weights[name], value, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)

@@ -23,6 +23,11 @@ SETTINGS = {
     "learning_rate": 5.0e-3, "early_stopping_patience": 0, "optim": "adamw_torch", "disable_tqdm": True,
     "initial_items": "random",
 }  # fmt: skip
+DRAWS = Path(__file__).with_name("launched_draws.py")  # negatives that do not depend on the number of processes
+SAMPLED = {
+    "batch": {"negative_sharing": "batch", "num_negatives": 12, "popularity_power": 0.5},
+    "position": {"negative_sharing": "position", "num_negatives": 5},
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +63,37 @@ def test_two_processes_learn_what_one_learns(train, config):
         torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-4)
     for name, value in one.record["metrics"]["test"].items():
         assert abs(two.record["metrics"]["test"][name]["mean"] - value["mean"]) < 0.01, name
+
+
+@pytest.fixture(scope="module")
+def train_sampled(train, launch, tmp_path_factory):
+    """Runs the recipe with the sampled softmax; a launch configuration and a kind of negatives run once."""
+    runs = {}
+
+    def run(config, sharing) -> RecipeRun:
+        if (config, sharing) not in runs:
+            folder = tmp_path_factory.mktemp("sampled") / "run"
+            changes = {"loss_type": "sampled_softmax", "logging_strategy": "steps", "logging_steps": 1}
+            _, *words = train.words(config, folder, **changes, **SAMPLED[sharing], num_train_epochs=3)
+            launch(config, DRAWS, "train_sasrec", *words)
+            runs[config, sharing] = RecipeRun(folder)
+        return runs[config, sharing]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", SAMPLED)
+@pytest.mark.parametrize("config", ["zero2_cpu.yaml", "zero3_cpu.yaml"])
+def test_two_processes_learn_from_the_negatives_of_one(train_sampled, config, sharing):
+    one, two = train_sampled("cpu.yaml", sharing), train_sampled(config, sharing)
+    assert (one.record["world_size"], two.record["world_size"]) == (1, 2)
+    losses = one.logged("loss")
+    assert len(losses) == 12 and losses[-1] < losses[0]
+    assert two.logged("loss") == pytest.approx(losses, rel=1e-4)
+    weights = two.weights
+    for name, expected in one.weights.items():
+        torch.testing.assert_close(weights[name], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -312,12 +312,7 @@ class DistillationTrainer(NextItemTrainer):
         if not has_student_loss or shares_scores:
             del inputs["labels"], inputs["label_indices"]  # the student would compute its own loss
         targets = labels.flatten()[scored]  # (positions,)
-        negatives = torch.randint(
-            1,
-            self.model.config.num_items + 1,
-            (len(targets), self.args.num_distillation_negatives),
-            device=targets.device,
-        )
+        negatives = self._draw_negatives(targets)
         sample, num_best = self._sampled_items(named_items, negatives), 0  # (items,) or None
         if self._looks_up_scores:
             assert teacher_items is not None
@@ -380,6 +375,11 @@ class DistillationTrainer(NextItemTrainer):
         items, distances = self.teacher.rank_items(inputs["input_ids"], top_k=top_k, exclude_seen=False)
         rows = asked // inputs["labels"].shape[1]
         return asked, items[rows], distances[rows].float()
+
+    def _draw_negatives(self, targets: torch.Tensor) -> torch.Tensor:
+        """(positions, num_distillation_negatives) item ids, of targets (positions,); some may be targets."""
+        shape = (len(targets), self.args.num_distillation_negatives)
+        return torch.randint(1, self.model.config.num_items + 1, shape, device=targets.device)
 
     def _sampled_items(self, named_items: torch.Tensor | None, negatives: torch.Tensor) -> torch.Tensor | None:
         """Ids of the items to score, ascending and different: all that is named, and some drawn; None means all.
