@@ -37,7 +37,7 @@ class PaddingBenchmarkArguments:
     num_candidates: int = field(default=20, metadata={"help": "candidates that these show"})
     threads: int = field(default=1, metadata={"help": "CPU threads of all programs"})
     rounds: int = field(default=3, metadata={"help": "rounds of all programs in turn; medians are reported"})
-    steps: int = field(default=3, metadata={"help": "optimizer steps per round"})
+    steps: int = field(default=2, metadata={"help": "optimizer steps per round"})
     num_layers: int = field(default=2, metadata={"help": "decoder layers of the steps that are timed"})
     rows_per_step: int = field(default=16, metadata={"help": "prompts per optimizer step"})
     batch_size: int = field(default=4, metadata={"help": "prompts per batch that a step accumulates"})
