@@ -11,10 +11,12 @@ killed run from its last complete checkpoint, run the same command again.
 """
 
 import hf_ilora_cli.recipe_start  # isort: skip  # noqa: F401 - answers --help before the slow imports
+import contextlib
 import copy
 import dataclasses
 from dataclasses import dataclass, field
 
+import torch
 from transformers import set_seed
 
 from hf_ilora import NextItemTrainer, SASRecConfig, SASRecForNextItem, SequenceDatasets
@@ -76,8 +78,11 @@ def train(arguments: tuple) -> None:
     checkpoint = resumable_checkpoint(training.output_dir, as_given, fingerprint)
     rows = rows_in_fraction(sequences["train"], data.train_fraction)
     set_seed(training.seed)
+    # The trainer draws the weights of a model on meta, whose whole table no process then makes.
+    with torch.device("meta") if training.item_table == "row_sharded" else contextlib.nullcontext():
+        model = SASRecForNextItem(config)
     trainer = NextItemTrainer(
-        SASRecForNextItem(config),
+        model,
         training,
         train_dataset=rows,
         eval_dataset=sequences["validation"],

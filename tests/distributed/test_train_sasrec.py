@@ -10,6 +10,9 @@ import psutil
 import pytest
 import torch
 
+from hf_ilora import SASRecForNextItem
+from hf_ilora.evaluation.ranking import rank_split
+from hf_ilora.evaluation.statistics import summarize_ranks
 from tests.paths import PROJECT, RECIPES
 from tests.processes import kill_with_children
 from tests.recipe_runs import ENVIRONMENT, RecipeRun, recipe_words, wait_for_checkpoint
@@ -105,6 +108,18 @@ def test_two_processes_start_from_titles_that_are_encoded_once(train, launch, tm
     assert printed.count("INFO hf_ilora.titles.encoders: encoding 30 titles") == 1
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
     assert RecipeRun(tmp_path / "run").record["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_processes_with_a_part_of_the_item_table_each_rank_as_the_saved_model_does(train, launch, tmp_path):
+    settings = {"loss_type": "sampled_softmax", "item_optimizer": "lazy_adam", "item_table": "row_sharded"}
+    launch("multi_cpu.yaml", *train.words("multi_cpu.yaml", tmp_path, **settings, initial_items="auto", max_steps=40))
+    measured = RecipeRun(tmp_path).record["metrics"]["test"]
+    ranks = rank_split(SASRecForNextItem.from_pretrained(tmp_path), cyclic_sequences(num_users=NUM_USERS)["test"])
+    for name, value in summarize_ranks(ranks).items():
+        if not name.startswith("candidates"):  # which are not ranked apart while the table is spread
+            assert measured.pop(name)["mean"] == pytest.approx(value.mean), name
+    assert not measured and ranks.masked.mean() < 8  # of 30 items
 
 
 @pytest.mark.slow

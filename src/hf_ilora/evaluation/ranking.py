@@ -338,15 +338,24 @@ def ranks_from_logits(logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Te
         ValueError: for a row without a label, and as `target_ranks`.
     """
     next_items, seen_items = labels
-    labelled = next_items != IGNORED_LABEL  # (batch, length)
+    target = last_labels(next_items)  # (batch,)
+    unmasked = target_ranks(logits, target)
+    masked = unmasked - _seen_before_target(logits, target, seen_items.clamp(min=PADDING_ITEM_ID))
+    return torch.stack([masked, unmasked], dim=1)
+
+
+def last_labels(labels: torch.Tensor) -> torch.Tensor:
+    """The target of each row, (batch,), of labels (batch, length), -100 except at the last real position.
+
+    Raises:
+        ValueError: for a row without a label.
+    """
+    labelled = labels != IGNORED_LABEL  # (batch, length)
     if not labelled.any(dim=1).all():
         row = int((~labelled.any(dim=1)).nonzero()[0])
         raise ValueError(f"labels of row {row} are all {IGNORED_LABEL}: expected the target at the last real position")
     last = (labelled * torch.arange(1, labelled.shape[1] + 1, device=labelled.device)).argmax(dim=1, keepdim=True)
-    target = next_items.gather(1, last).squeeze(1)  # (batch,)
-    unmasked = target_ranks(logits, target)
-    masked = unmasked - _seen_before_target(logits, target, seen_items.clamp(min=PADDING_ITEM_ID))
-    return torch.stack([masked, unmasked], dim=1)
+    return labels.gather(1, last).squeeze(1)
 
 
 class RankingMetrics:

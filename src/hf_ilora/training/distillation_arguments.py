@@ -159,6 +159,8 @@ class DistillationArguments(NextItemTrainingArguments):
                 f"{self.num_scored_items}: expected at least 1 and 2"
             )
         super().__post_init__()
+        if self.item_table == "row_sharded":
+            raise ValueError("item_table is 'row_sharded' in a distillation: expected 'replicated'")
 
 
 __all__ = ["DistillationArguments"]

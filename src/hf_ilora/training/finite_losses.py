@@ -6,6 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+_ROWS_AT_ONCE = 2**18
+
 
 class FiniteLosses:
     """Checks the loss of every optimizer step, in all processes alike, without making the device wait.
@@ -54,15 +56,30 @@ class FiniteLosses:
             _read(*unread)
 
 
-def check_weights(model: nn.Module, step: int, learning_rate: float) -> None:
-    """Raise a ValueError if a trained weight is NaN or infinite: the last step may have made it so."""
+def check_weights(model: nn.Module, step: int, learning_rate: float, accelerator: Accelerator) -> None:
+    """Raise a ValueError, in all processes, if a trained weight is NaN or infinite: the last step may have made it so.
+
+    Args:
+        model: to check.
+        step, learning_rate: as in `FiniteLosses.end_step`.
+        accelerator: of the Trainer.
+    """
     trained = [value.detach() for value in model.parameters() if value.requires_grad and value.numel()]
-    if trained and not torch.stack([value.isfinite().all().to(trained[0].device) for value in trained]).all():
+    finite = not trained or bool(torch.stack([_is_finite(value).to(trained[0].device) for value in trained]).all())
+    # Processes may have different parts of the weights.
+    if accelerator.reduce(torch.tensor(int(not finite), device=accelerator.device), reduction="sum"):
         raise ValueError(
             f"the loss was finite, but the weights after step {step} are not, at learning rate {learning_rate:g}: "
             "expected finite numbers; nothing of this step is saved; lower learning_rate, or clip gradients with "
             "max_grad_norm"
         )
+
+
+def _is_finite(value: torch.Tensor) -> torch.Tensor:
+    """Whether all numbers are finite, in memory that does not grow with the rows of a table."""
+    if type(value) is torch.Tensor and value.dim():  # FSDP has small pieces already, of a type that it cannot split
+        return torch.stack([rows.isfinite().all() for rows in value.split(_ROWS_AT_ONCE)]).all()
+    return value.isfinite().all()
 
 
 def _read(loss: torch.Tensor, event: torch.Event | None, step: int, learning_rate: float) -> None:

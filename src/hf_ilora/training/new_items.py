@@ -44,10 +44,10 @@ def fill_after_training(trainer: NextItemTrainer, rows: datasets.Dataset, argume
     counts = torch.from_numpy(training_counts(rows, model.config.num_items))
     if wanted is False or (wanted is None and trainer.args.initial_items not in WITH_TITLES) or counts[1:].all():
         return
-    if not model.get_input_embeddings().weight.numel():
+    if not model.get_input_embeddings().weight.numel() or trainer.args.item_table == "row_sharded":
         logger.warning(
-            "the weights are spread over processes (ZeRO-3), so items that never occur in training keep their rows: "
-            "call fill_new_items on the saved model"
+            "the weights are spread over processes (ZeRO-3, or item_table row_sharded), so items that never occur in "
+            "training keep their rows: call fill_new_items on the saved model"
         )
         return
     titles = ItemTitles(model, title_embeddings=trainer.item_title_embeddings(), item_counts=counts)

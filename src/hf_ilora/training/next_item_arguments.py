@@ -13,6 +13,7 @@ from .initial_items import INITIAL_ITEMS
 from .windows import LABELLED_POSITIONS, WINDOWS, check_windows
 
 ITEM_OPTIMIZERS = ("same", "lazy_adam")
+ITEM_TABLES = ("replicated", "row_sharded")
 
 
 @dataclass
@@ -43,6 +44,9 @@ class NextItemTrainingArguments(TrainingArguments):
         item_learning_rate_factor: learning rate of the item embeddings, as a multiple of `learning_rate`.
         item_optimizer: optimizer of the item embeddings: "same" (as `optim` says), or "lazy_adam" (`LazyAdamW`: a step
             updates the rows that it reads, so that its cost does not grow with the catalogue; for the sampled losses).
+        item_table: "replicated" (every process has the item embeddings of all items) or "row_sharded" (`lazy_adam`
+            under `DistributedDataParallel`: each process has a part of them and of their moments, and the model has no
+            whole table until `save_model` writes it; a model that is built under `torch.device("meta")` never has one).
 
     > Parameters that control the end of training
 
@@ -114,6 +118,14 @@ class NextItemTrainingArguments(TrainingArguments):
             "a step reads, so that steps cost the same for any number of items; for sampled losses",
         },
     )
+    item_table: str = field(
+        default="replicated",
+        metadata={
+            "choices": ITEM_TABLES,
+            "help": "item embeddings of several processes: replicated (each has all), or row_sharded (each has a part, "
+            "for catalogues that do not fit; with lazy_adam)",
+        },
+    )
     early_stopping_patience: int = field(
         default=20,
         metadata={"help": "evaluations without a better metric_for_best_model before training stops; 0: never"},
@@ -172,6 +184,8 @@ class NextItemTrainingArguments(TrainingArguments):
             raise ValueError(f"initial_items is {self.initial_items!r}: expected one of {choices}")
         if self.item_optimizer not in ITEM_OPTIMIZERS:
             raise ValueError(f"item_optimizer is {self.item_optimizer!r}: expected {' or '.join(ITEM_OPTIMIZERS)}")
+        if self.item_table not in ITEM_TABLES:
+            raise ValueError(f"item_table is {self.item_table!r}: expected {' or '.join(ITEM_TABLES)}")
         for name in ("item_learning_rate_factor", "initial_mixing"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 0, and finite")

@@ -13,13 +13,15 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from hf_ilora.data.columns import ListColumn, read_column, repeat_share, training_sequences
-from hf_ilora.evaluation.ranking import RankingMetrics, ranks_from_logits
+from hf_ilora.evaluation.ranking import RankingMetrics, last_labels, ranks_from_logits
 from hf_ilora.models.loading import check_catalogue
 from hf_ilora.models.next_item.catalogue import Catalogue
 from hf_ilora.models.next_item.configuration_next_item import catalogue_size
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.modeling_caser import CaserForNextItem
 from hf_ilora.models.next_item.modeling_sasrec import SASRecForNextItem
+from hf_ilora.models.next_item.next_item_head import first_occurrences
+from hf_ilora.models.next_item.next_item_output import NextItemOutput
 
 from .argument_checks import check_best_metric
 from .initial_items import (
@@ -33,6 +35,7 @@ from .initial_items import (
 from .lazy_adam import LazyAdamW, check_lazy_adam
 from .next_item_arguments import NextItemTrainingArguments
 from .recommender_trainer import RecommenderTrainer
+from .row_sharded_table import TABLE_NAMES, RowShardedTable, check_row_sharded, saved_blocks
 from .windows import (
     EpochCallback,
     EvaluationHistories,
@@ -103,6 +106,8 @@ class NextItemTrainer(RecommenderTrainer):
             raise TypeError(
                 f"processing_class is a {type(processing_class).__name__}: expected a Catalogue, sequences.catalogue"
             )
+        self._own_metrics = bool(compute_metrics or preprocess_logits_for_metrics)
+        self._table: RowShardedTable | None = None  # with item_table "row_sharded"
         if compute_metrics is None:
             compute_metrics, preprocess_logits_for_metrics = RankingMetrics(k=METRICS_CUTOFF), ranks_from_logits
             check_best_metric(args, METRICS, eval_dataset)
@@ -115,6 +120,10 @@ class NextItemTrainer(RecommenderTrainer):
         self._is_started = self.is_in_train = False
         if model is not None:
             self._prepare_model(model, args)
+        elif args.item_table == "row_sharded":
+            raise ValueError("item_table is 'row_sharded' with model_init: expected a model, or 'replicated'")
+        if self._table is not None:
+            preprocess_logits_for_metrics = None  # `compute_loss` returns ranks
         if args.item_optimizer == "lazy_adam" and kwargs.keys() & {"optimizers", "optimizer_cls_and_kwargs"}:
             raise ValueError("item_optimizer is 'lazy_adam' beside another optimizer: expected one of them")
         super().__init__(
@@ -203,6 +212,75 @@ class NextItemTrainer(RecommenderTrainer):
             return SequentialSampler(cast(Sized, eval_dataset)) if self.args.world_size <= 1 else None
         return super()._get_eval_sampler(eval_dataset)
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, NextItemOutput]:
+        """As in `Trainer`; with a sharded table, outputs have the ranks of the last targets in place of the logits."""
+        computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._table is None or not return_outputs:
+            return computed
+        loss, outputs = computed
+        seen, repeated = inputs["seen_items"], first_occurrences(inputs["input_ids"])
+        targets = last_labels(inputs["labels"])
+        outputs.logits = self._table.ranks(self.model.head, outputs.user_embedding, targets, seen, repeated)
+        return loss, outputs
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`; call it in all processes: a sharded table comes together in the main process, which needs
+        the memory of the whole one beside its part. A checkpoint has the parts instead."""
+        if self._table is None:
+            return super().save_model(output_dir, _internal_call)
+        others = {name: value for name, value in self.model.state_dict().items() if name not in TABLE_NAMES}
+        if _internal_call and output_dir is not None:  # a checkpoint
+            self._save(output_dir, others)
+            moments = {} if self.args.save_only_model else self.optimizer.state.get(self._table.block, {})
+            self._table.save(output_dir, moments)
+            return
+        table = self._table.whole()
+        if table is not None:
+            name, *ignored = TABLE_NAMES
+            self.model._keys_to_ignore_on_save, kept = ignored, self.model._keys_to_ignore_on_save
+            try:
+                self._save(output_dir, others | {name: table})
+            finally:
+                self.model._keys_to_ignore_on_save = kept
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._table is None:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        moments = self.optimizer.state.pop(self._table.block, None)  # each process has saved its own
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            if moments is not None:
+                self.optimizer.state[self._table.block] = moments
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._table is not None and checkpoint is not None and (moments := self._table.load(checkpoint)):
+            self.optimizer.state[self._table.block] = moments
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._table is not None:
+            self._table.load(resume_from_checkpoint)
+        elif blocks := saved_blocks(resume_from_checkpoint):
+            raise ValueError(
+                f"{resume_from_checkpoint} has its item table in {len(blocks)} files, such as {blocks[0].name}: "
+                "expected item_table 'row_sharded' and as many processes to resume from it"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._table is not None:
+            self._table.load(self.state.best_model_checkpoint)
+
     def optimizer_of(self, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
         _give_sparse_gradients(cast(EncoderForNextItem, model), self.args.item_optimizer == "lazy_adam")
         return next_item_optimizer(model, self.args)
@@ -233,8 +311,15 @@ class NextItemTrainer(RecommenderTrainer):
             raw_ids = self.catalogue.table["raw_id"].to_numpy()
             check_catalogue(model, model.name_or_path or "the model", len(self.catalogue), raw_ids)
             model.catalogue = self.catalogue
+        if args.item_table == "row_sharded":
+            check_row_sharded(model, args, self._own_metrics)
+        elif model.get_input_embeddings().weight.is_meta:
+            raise ValueError("the model is on the device meta with item_table 'replicated': expected one with weights")
         if args.item_optimizer == "lazy_adam":
             check_lazy_adam(model, args)
+        model.check_table_is_whole()
+        if args.item_table == "row_sharded":
+            self._table = RowShardedTable(model, args.seed)
         labelled_positions, num_items = self._labelled_positions(model, args), catalogue_size(model.config)
         if self._train_rows is not None:
             _check_item_ids(self._train_rows, num_items)

@@ -196,7 +196,7 @@ class RecommenderTrainer(Trainer):
             wait = ends_epoch or control.should_log or control.should_evaluate or control.should_save
             self._losses.end_step(step, learning_rate, wait)
             if ends_epoch or control.should_save:
-                check_weights(self.model, step, learning_rate)
+                check_weights(self.model, step, learning_rate, self.accelerator)
         super()._maybe_log_save_evaluate(*args, learning_rate=learning_rate, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):

@@ -62,6 +62,8 @@ def _obstacle(training: SASRecTrainingArguments, config: SASRecConfig, sequences
         checked_item_titles(sequences.catalogue)
     except ValueError:
         return "the data have no titles that tell items apart"
+    if training.item_table == "row_sharded":
+        return "item_table is row_sharded, and a start from titles and co-occurrence makes a whole table"
     if config.block_type != "pre_norm":
         return f"a start from titles and co-occurrence needs block_type pre_norm, and it is {config.block_type}"
     if config.hidden_size >= config.num_items:

@@ -238,8 +238,8 @@ class EncoderForNextItem(NextItemPreTrainedModel):
             loss_parts: (1 + soft targets,) without gradient, when `labels` are given.
             best_items: (labels, num_best) item ids with the highest scores, best first, when asked for.
             logits: (batch, num_items + 1) after the last real item, -inf for padding; None in a training step without
-                `scored_positions`, whose memory must not grow with the catalogue. With `scored_positions`
-                (positions, num_items + 1), with `scored_items` (..., items).
+                `scored_positions`, whose memory must not grow with the catalogue, and while the table is sharded. With
+                `scored_positions` (positions, num_items + 1), with `scored_items` (..., items).
             last_hidden_state: (batch, length, hidden), zero at padding.
             user_embedding: (batch, hidden), the hidden state at the last real item.
 
@@ -263,8 +263,10 @@ class EncoderForNextItem(NextItemPreTrainedModel):
         real, order, slots = padding_to_the_end(input_ids, attention_mask)
         lengths = real.sum(1)  # (batch,)
         item_ids = (input_ids * real).gather(1, order)  # (batch, length), padding last
-        table = None  # where a loss reads all that it needs of the item table by lookups
-        if labels is not None and self.config.loss_type != "cross_entropy":
+        if labels is None or scored_positions is not None:
+            self.check_table_is_whole()
+        table = self.model.item_embedding.sharded  # where a loss reads all that it needs of the item table by lookups
+        if table is None and labels is not None and self.config.loss_type != "cross_entropy":
             table = table_for_lookups(self.model.item_embedding)
         hidden_states = self.model.encode(item_ids, lengths, teacher_embeddings=teacher_embeddings, table=table)
         user_embedding = at_position(hidden_states, last_positions(lengths, item_ids.shape[1])).squeeze(1)
@@ -287,7 +289,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
                 scored_positions = mask.flatten().nonzero().squeeze(1)
             positions, repeated_items = self._select(hidden_states, item_ids, scored_positions, slots)
             logits = self.head(positions, repeated_items, item_offsets=item_offsets, scored_items=scored_items)
-        elif not self.training or labels is None:
+        elif (not self.training and self.model.item_embedding.sharded is None) or labels is None:
             repeated_items = self._repeated_items(item_ids)
             logits = self.head(user_embedding, repeated_items, item_offsets=item_offsets, scored_items=scored_items)
         return NextItemOutput(
@@ -305,6 +307,7 @@ class EncoderForNextItem(NextItemPreTrainedModel):
 
     def user_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The `user_embedding` of `forward`, (batch, hidden), of (batch, length) item ids."""
+        self.check_table_is_whole()
         lengths, item_ids = None, input_ids
         if not can_look(input_ids) or not input_ids.numpy().all():  # with padding, as far as one can know
             real, order, _ = padding_to_the_end(input_ids, None)
@@ -313,9 +316,11 @@ class EncoderForNextItem(NextItemPreTrainedModel):
 
     def score_users(self, user_embeddings: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """(batch, num_items + 1) scores of user embeddings (batch, hidden) whose histories are `input_ids`."""
+        self.check_table_is_whole()
         return self.head(user_embeddings, self._repeated_items(input_ids), item_offsets=self._item_offsets())
 
     def _similarities(self, asked: torch.Tensor) -> Callable[[slice, slice, torch.Tensor], None]:
+        self.check_table_is_whole()
         table, offsets = self.head.weight, self._item_offsets()
 
         def directions(items: slice | torch.Tensor) -> torch.Tensor:
@@ -359,6 +364,24 @@ class EncoderForNextItem(NextItemPreTrainedModel):
             masks=masks,
         )
         return _with_log_probabilities(*answers)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in `NextItemPreTrainedModel`.
+
+        Raises:
+            ValueError: while the item table is sharded, unless `state_dict` is given.
+        """
+        if kwargs.get("state_dict") is None:
+            self.check_table_is_whole()
+        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def check_table_is_whole(self) -> None:
+        """Raise a ValueError while a training spreads the item table over its processes."""
+        if self.model.item_embedding.sharded is not None:
+            raise ValueError(
+                "the item table is spread over processes (item_table 'row_sharded'): expected a model that has it "
+                "whole; write the model by trainer.save_model in all processes, and load it with from_pretrained"
+            )
 
     def check_positions(self, chosen: torch.Tensor, lengths: torch.Tensor, name: str) -> None:
         """Raise a ValueError where `chosen` (batch, length), padding last, has positions without a hidden state."""

@@ -89,7 +89,7 @@ class NextItemHead(nn.Linear):
         if targets is None and scored_items is not None and scored_items.dim() == 2:
             return self._scores_of(scored_items, hidden_states, repeated_items, item_offsets)
         if targets is None or self.config.loss_type == "cross_entropy":
-            weight = self._normalised(self.weight if item_offsets is None else self.weight + item_offsets)
+            weight = self.normalised(self.weight if item_offsets is None else self.weight + item_offsets)
         if targets is None:
             return self._scores(hidden_states, weight, repeated_items, scored_items)
         soft_targets = () if soft_targets is None else soft_targets(targets, negatives)
@@ -147,7 +147,7 @@ class NextItemHead(nn.Linear):
         if self.repeat_bias is not None:
             is_repeat = repeated_items.eq(targets.unsqueeze(1)).any(1)  # (positions,)
             target_bias = target_bias + self.repeat_bias * is_repeat
-            place_of = history_items.new_zeros(len(self.weight))
+            place_of = history_items.new_zeros(self.config.num_items + 1)
             place_of[history_items] = torch.arange(len(history_items), device=history_items.device)
             columns = Columns(negatives, self.config.num_items)
             seen = SeenItems(seen_rows, seen_bias + self.repeat_bias, columns, repeated_items, place_of[repeated_items])
@@ -181,9 +181,10 @@ class NextItemHead(nn.Linear):
         rows = F.embedding(item_ids, self.weight) if table is None else looked_up(table, item_ids)
         if item_offsets is not None:
             rows = rows + F.embedding(item_ids, item_offsets)
-        return self._normalised(rows)
+        return self.normalised(rows)
 
-    def _normalised(self, rows: torch.Tensor) -> torch.Tensor:
+    def normalised(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the table (items, hidden) whose products with `scaled` hidden states are scores, before any bias."""
         return rows if self.score_temperature is None else F.normalize(rows, dim=-1)
 
     @torch.no_grad()
@@ -197,7 +198,7 @@ class NextItemHead(nn.Linear):
             if self.score_temperature is not None and len(scores) < weight.shape[1] and weight.dtype == torch.float32:
                 lengths = torch.linalg.vector_norm(weight, dim=1).clamp_min_(_SHORTEST)  # (items,)
             else:
-                weight = self._normalised(weight).float()  # (items, hidden)
+                weight = self.normalised(weight).float()  # (items, hidden)
             bias = None if self.bias is None else self.bias[items].float()
             if len(scores) == 1 and _numpy_is_faster(weight):
                 _products_by_numpy(weight, states[positions][0], scores[0])

@@ -1,5 +1,6 @@
 """Lookups in an item table that give one gradient: as large as the table once, or of the rows that were looked up."""
 
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -7,6 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_next_item import PADDING_ITEM_ID
+
+
+class ShardedTable(Protocol):
+    """An item table whose rows are spread over processes, so that no process has it whole."""
+
+    def rows(self, item_ids: torch.Tensor) -> torch.Tensor:
+        """(...) item ids -> (..., hidden); gradients flow back to where the rows are."""
 
 
 def table_for_lookups(module: nn.Module) -> torch.Tensor | None:
@@ -28,8 +36,10 @@ def table_for_lookups(module: nn.Module) -> torch.Tensor | None:
     return _OneGradient.apply(module.weight, module)
 
 
-def looked_up(table: torch.Tensor, item_ids: torch.Tensor) -> torch.Tensor:
-    """(...) item ids -> (..., hidden), the rows of what `table_for_lookups` returns."""
+def looked_up(table: torch.Tensor | ShardedTable, item_ids: torch.Tensor) -> torch.Tensor:
+    """(...) item ids -> (..., hidden), the rows of what `table_for_lookups` returns, or of a sharded table."""
+    if not isinstance(table, torch.Tensor):
+        return table.rows(item_ids)
     return F.embedding(item_ids, table, sparse=True)
 
 
@@ -70,4 +80,4 @@ def _zeros(module: nn.Module, size: torch.Size, dtype: torch.dtype) -> torch.Ten
     return kept.detach().zero_()  # a tensor of its own, which becomes `weight.grad` without a copy
 
 
-__all__ = ["looked_up", "table_for_lookups"]
+__all__ = ["ShardedTable", "looked_up", "table_for_lookups"]

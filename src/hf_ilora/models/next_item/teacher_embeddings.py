@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_next_item import PADDING_ITEM_ID, NextItemConfig
-from .table_gradients import looked_up
+from .table_gradients import ShardedTable, looked_up
 
 
 class TeacherEmbedding(nn.Module):
@@ -94,12 +94,13 @@ class ItemEmbedding(nn.Embedding):
     def __init__(self, config: NextItemConfig):
         super().__init__(config.num_items + 1, config.hidden_size, padding_idx=PADDING_ITEM_ID)
         self.teacher = None if config.teacher_embedding_size is None else TeacherEmbedding(config)
+        self.sharded: ShardedTable | None = None  # while a training spreads the rows over its processes
 
     def forward(
         self,
         item_ids: torch.Tensor,
         teacher_embeddings: torch.Tensor | None = None,
-        table: torch.Tensor | None = None,
+        table: torch.Tensor | ShardedTable | None = None,
     ) -> torch.Tensor:
         """(batch, length) item ids -> (batch, length, hidden); `table` is what `table_for_lookups` returns, or None."""
         embeddings = super().forward(item_ids) if table is None else looked_up(table, item_ids)
