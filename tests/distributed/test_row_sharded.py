@@ -91,17 +91,16 @@ def test_a_resumed_run_ends_where_the_whole_run_does(folder):
     for name, value in load_file(whole / "model.safetensors").items():
         assert "item_embedding" not in name and torch.equal(value, load_file(resumed / "model.safetensors")[name])
     for rank in range(2):
-        blocks = [torch.load(path / f"item_table_{rank}_of_2.pt", weights_only=True) for path in (whole, resumed)]
-        assert torch.equal(blocks[0]["rows"], blocks[1]["rows"])
-        assert blocks[0]["moments"].keys() == {"step", "exp_avg", "exp_avg_sq"}
-        for name, value in blocks[0]["moments"].items():
-            assert torch.equal(value, blocks[1]["moments"][name]), name
-    start = torch.load(folder / "sasrec" / "whole" / "checkpoint-3" / "item_table_0_of_2.pt", weights_only=True)
+        blocks = [load_file(path / f"item_table_{rank}_of_2.safetensors") for path in (whole, resumed)]
+        assert blocks[0].keys() == {"rows", "step", "exp_avg", "exp_avg_sq"}
+        for name, value in blocks[0].items():
+            assert torch.equal(value, blocks[1][name]), name
+    start = load_file(folder / "sasrec" / "whole" / "checkpoint-3" / "item_table_0_of_2.safetensors")
     assert not torch.equal(start["rows"], blocks[0]["rows"][: len(start["rows"])])
-    assert not list(whole.glob("*.unfinished"))
+    assert not list(whole.glob("*unfinished*")) and not list(whole.glob(".*"))
 
 
 def test_checkpoints_of_the_other_table_are_refused(folder):
     for messages in of_processes(folder / "sasrec" / "refused"):
-        assert "has its item table in 2 files, such as item_table_0_of_2.pt: expected item_table" in messages[0]
-        assert "has no item_table_*.pt: expected item_table_" in messages[1]
+        assert "has its item table in 2 files, such as item_table_0_of_2.safetensors: expected item_table" in messages[0]
+        assert "has no item_table_*.safetensors: expected item_table_" in messages[1]

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from hf_ilora.files import written_whole
 from hf_ilora.models.next_item.configuration_next_item import PADDING_ITEM_ID, catalogue_size
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 from hf_ilora.models.next_item.next_item_head import NextItemHead
@@ -125,9 +127,8 @@ class RowShardedTable:
         """Write the block of this process, and the optimizer's state of it, into a folder; in all processes at once."""
         path = Path(folder, self._file_name())
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        torch.save({"rows": self.block.detach(), "moments": moments}, unfinished)
-        unfinished.replace(path)
+        with written_whole(path) as unfinished:
+            save_file({"rows": self.block.detach(), **moments}, unfinished)
         dist.barrier(group=self._group)
 
     def load(self, folder: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -141,20 +142,21 @@ class RowShardedTable:
         """
         path = Path(folder, self._file_name())
         if not path.is_file():
-            found = ", ".join(path.name for path in saved_blocks(folder)) or "no item_table_*.pt"
+            found = ", ".join(path.name for path in saved_blocks(folder)) or "no item_table_*.safetensors"
             raise ValueError(
                 f"{folder} has {found}: expected {path.name}, since item_table is 'row_sharded' in "
                 f"{self.num_processes} processes; resume with the item_table and the number of processes that it has"
             )
-        saved = torch.load(path, map_location=self.block.device, weights_only=True, mmap=True)
-        if saved["rows"].shape != self.block.shape:
+        moments = load_file(path, str(self.block.device))
+        rows = moments.pop("rows")
+        if rows.shape != self.block.shape:
             raise ValueError(
-                f"{path} has {len(saved['rows'])} rows of {saved['rows'].shape[1]}: expected {len(self.block)} of "
+                f"{path} has {len(rows)} rows of {rows.shape[1]}: expected {len(self.block)} of "
                 f"{self.block.shape[1]}; resume with the model that it was saved from"
             )
         with torch.no_grad():
-            self.block.copy_(saved["rows"])
-        return {name: value.clone() for name, value in saved["moments"].items()}
+            self.block.copy_(rows)
+        return moments
 
     # --- parts ---
 
@@ -165,7 +167,7 @@ class RowShardedTable:
         return max(1, _BYTES_AT_ONCE // (self.block.shape[1] * self.block.element_size()))
 
     def _file_name(self) -> str:
-        return f"item_table_{self.rank}_of_{self.num_processes}.pt"
+        return f"item_table_{self.rank}_of_{self.num_processes}.safetensors"
 
     def _random_block(self, model: EncoderForNextItem, seed: int) -> torch.Tensor:
         block = torch.empty(self._rows_of(self.rank), model.config.hidden_size, dtype=self._embedding.weight.dtype)
@@ -251,7 +253,7 @@ class _Lookup(torch.autograd.Function):
 
 def saved_blocks(folder: str | os.PathLike) -> list[Path]:
     """What `RowShardedTable.save` has written into a folder."""
-    return sorted(Path(folder).glob("item_table_*_of_*.pt"))
+    return sorted(Path(folder).glob("item_table_*_of_*.safetensors"))
 
 
 def _draw_other_weights(model: EncoderForNextItem) -> None:
