@@ -102,5 +102,7 @@ def test_a_resumed_run_ends_where_the_whole_run_does(folder):
 
 def test_checkpoints_of_the_other_table_are_refused(folder):
     for messages in of_processes(folder / "sasrec" / "refused"):
-        assert "has its item table in 2 files, such as item_table_0_of_2.safetensors: expected item_table" in messages[0]
+        assert (
+            "has its item table in 2 files, such as item_table_0_of_2.safetensors: expected item_table" in messages[0]
+        )
         assert "has no item_table_*.safetensors: expected item_table_" in messages[1]
