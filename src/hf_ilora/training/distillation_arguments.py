@@ -75,7 +75,12 @@ class DistillationArguments(NextItemTrainingArguments):
             "help": "labels that count: all, ground_truth_error or kl_divergence",
         },
     )
-    policy_threshold: float = field(default=0.0, metadata={"help": "threshold of the policy, see its class"})
+    policy_threshold: float = field(
+        default=0.0,
+        metadata={
+            "help": "limit of the target's score for ground_truth_error, of the divergence in nats for kl_divergence"
+        },
+    )
     base_loss: str = field(
         default=STUDENT_LOSS,
         metadata={
