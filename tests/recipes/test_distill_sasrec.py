@@ -288,7 +288,7 @@ def test_a_trained_student_starts_from_its_weights(distill, parts, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "expected either teacher_labels"),
+        ({}, "no teacher is given: expected teacher_labels"),
         ({"teacher_labels": "{parts}/labels", "teacher": "{parts}/teacher"}, "expected either teacher_labels"),
         ({"ensemble": "{parts}", "teacher": "{parts}/teacher"}, "teacher and ensemble are given: expected either"),
         (
@@ -337,7 +337,7 @@ def test_a_trained_student_starts_from_its_weights(distill, parts, tmp_path):
                 "student_type": "gru4rec",
                 "student_settings": '{{"num_heads": 2}}',
             },
-            "student_settings name num_heads: expected GRU4RecConfig",
+            "student_settings name num_heads: expected settings of GRU4RecConfig",
         ),
         ({"teacher_labels": "{parts}/labels", "student": "{parts}/popularity"}, "expected a SASRec, GRU4Rec or Caser"),
     ],

@@ -8,7 +8,7 @@ MISTAKES = {
     "train_sasrec": ({"data_dir": "nowhere", "learning_rte": 1}, "did you mean --learning_rate or"),
     "train_ilora": ({"data_dir": "nowhere"}, "recommender is missing"),
     "label_with_teacher": ({"data_dir": "nowhere", "teacher": "nowhere"}, "nowhere"),
-    "distill_sasrec": ({"data_dir": "nowhere"}, "expected either teacher_labels"),
+    "distill_sasrec": ({"data_dir": "nowhere"}, "no teacher is given: expected teacher_labels"),
     "tune_ensemble": ({"data_dir": "nowhere", "members": "titles"}, "expected at least two different ones"),
     "evaluate_models": ({"data_dir": "nowhere", "models": "nowhere"}, "nowhere"),
     "evaluate_ilora": ({"data_dir": "nowhere", "models": "nowhere"}, "nowhere"),

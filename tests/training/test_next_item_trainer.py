@@ -402,7 +402,11 @@ def gru4rec():
             ValueError,
             "initial_items is 'titles' for block_type 'reference', whose attention has no output projection",
         ),
-        ({"initial_items": "titles"}, ValueError, "there is no catalogue, whose titles are encoded: expected proc"),
+        (
+            {"initial_items": "titles"},
+            ValueError,
+            "there is no catalogue, so there are no titles to encode: expected proc",
+        ),
         ({"initial_items": "titles", "processing_class": named(["Heat"] * 30)}, ValueError, "all 30 titles are 'Heat'"),
         ({"initial_items": "titles", "processing_class": named([" "] * 30)}, ValueError, "title 1 of 30 is ' '"),
         (

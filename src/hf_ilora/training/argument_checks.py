@@ -1,4 +1,4 @@
-"""Checks of training arguments: what cannot work is found before anything is loaded, drawn or written."""
+"""Checks of training arguments, made before anything is loaded, drawn or written."""
 
 import math
 import os
@@ -16,7 +16,7 @@ _AT_LEAST_ZERO = (
     "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "dataloader_num_workers",
     "early_stopping_patience",
 )  # fmt: skip
-# What `Trainer.get_optimizer_cls_and_kwargs` returns for optimizers that are built around a whole model.
+# Settings of `Trainer.get_optimizer_cls_and_kwargs` that only optimizers built around a whole model have.
 _OF_WHOLE_MODELS = {"params", "model", "optimizer_dict"}
 
 
@@ -25,8 +25,8 @@ def check_run_arguments(arguments: TrainingArguments, per_epoch: str) -> None:
 
     Args:
         arguments: before `TrainingArguments.__post_init__`; they have `early_stopping_patience`. `use_cpu`, `bf16` and
-            `fp16` become true where the launch decides so: what is recorded is what is done.
-        per_epoch: what the training data renew in every epoch, for the message.
+            `fp16` are set to true where the launch demands it, so that run.json records the settings in use.
+        per_epoch: the part of the training data that changes each epoch, for the message.
     """
     arguments.use_cpu = arguments.use_cpu or launched_on_cpu()
     launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -73,8 +73,8 @@ def check_best_metric(args: TrainingArguments, metrics: Collection[str], eval_da
 
     Args:
         args: of the trainer.
-        metrics: what an evaluation gives, without the prefix `eval_`.
-        eval_dataset: with several of them, a dictionary, the name of one comes before that of the metric.
+        metrics: names of the metrics of an evaluation, without the prefix `eval_`.
+        eval_dataset: a data set, or a dictionary of them, whose names then precede those of the metrics.
     """
     if args.eval_strategy == "no" or args.metric_for_best_model is None:
         return
@@ -87,7 +87,7 @@ def check_best_metric(args: TrainingArguments, metrics: Collection[str], eval_da
 
 
 def check_optimizer(args: TrainingArguments, model: nn.Module) -> None:
-    """Build the optimizer and the schedule for a single number: a ValueError for what they refuse or need."""
+    """Raise a ValueError for settings that the optimizer or its schedule refuses: both are built for one number."""
     try:
         optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if not _OF_WHOLE_MODELS & settings.keys():

@@ -21,7 +21,7 @@ class CandidateRow(TypedDict):
 
 
 class CandidateRows(TorchDataset):
-    """The rows of a split with candidates: those of the split where it has some, else drawn anew in each epoch.
+    """The rows of a split with candidates: the split's own, or else candidates that are drawn anew each epoch.
 
     Drawn candidates are the target and items that are not in the row's history, all different, uniformly drawn and
     shuffled. They depend on (seed, epoch, row) alone, so that a resumed run repeats them. Where
@@ -33,7 +33,7 @@ class CandidateRows(TorchDataset):
         num_items: size of the catalogue.
         max_history: newest items that a row keeps; candidates keep clear of the whole history all the same.
         num_candidates: drawn per row, the target among them; a split's own candidates keep their number.
-        seed: of all that is random.
+        seed: random seed for all draws.
         target_items: "last", the row's target, for rows that are prefixes of each other (temporal_users); or "random",
             for whole histories (leave_one_out): another item of the row each epoch, with the items before it as
             history. A split's own candidates belong to the last target.
@@ -121,20 +121,20 @@ class CandidateRows(TorchDataset):
         *uniforms, place = generator.random(3)
         taken = self._taken(index)  # (num_items + 1,)
         length = self.boundaries[index + 1] - self.boundaries[index]
-        if 2 * (length + self.num_candidates) > self.num_items:  # most draws would be in vain
+        if 2 * (length + self.num_candidates) > self.num_items:  # most draws would be rejected
             negatives = generator.permutation(np.flatnonzero(~taken)).tolist()
         else:
-            different: dict[int, None] = {}
-            while len(different) < self.num_candidates - 1:
+            distinct: dict[int, None] = {}
+            while len(distinct) < self.num_candidates - 1:
                 items = generator.integers(1, self.num_items + 1, self.num_candidates)
-                different.update(dict.fromkeys(items[~taken[items]].tolist()))
-            negatives = list(different)
-        place = int(place * self.num_candidates)  # the others stand in random order as it is
+                distinct.update(dict.fromkeys(items[~taken[items]].tolist()))
+            negatives = list(distinct)
+        place = int(place * self.num_candidates)  # the negatives are in random order already
         candidates = [*negatives[:place], target, *negatives[place : self.num_candidates - 1]]
         return np.array(candidates, dtype=np.int64), np.array(uniforms)
 
     def _taken(self, index: int) -> np.ndarray:
-        """(num_items + 1,) what may not be drawn for a row: padding, its history and its target."""
+        """(num_items + 1,) bool, the items that may not be drawn for a row: padding, its history and its target."""
         taken = np.zeros(self.num_items + 1, dtype=bool)
         taken[self.items[self.boundaries[index] : self.boundaries[index + 1]]] = True
         taken[self.targets[index]] = taken[0] = True
@@ -172,7 +172,7 @@ def draw_candidates(split: Dataset, num_items: int, num_candidates: int = 20, se
         split: rows with user_id, history and target.
         num_items: size of the catalogue.
         num_candidates: drawn per row as in `CandidateRows`, the target among them.
-        seed: of the draw.
+        seed: random seed for the draw.
 
     Returns:
         The rows with a column `candidates`, each with a user_id of its own ("7, row 3"), as results per user need.

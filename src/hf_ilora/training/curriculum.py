@@ -1,4 +1,4 @@
-"""The reference's curriculum: item embeddings enter the prompts little by little."""
+"""The curriculum of LLaRA and iLoRA: item embeddings enter the prompts gradually."""
 
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback

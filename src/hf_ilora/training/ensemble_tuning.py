@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_CUTOFF = 10  # of NDCG and hit ratio
 _SECONDS_BETWEEN_REPORTS = 10
-# Rows are scored in batches of at most as many scores by each member: 32 MB, ten times that for transition counts.
+# Largest number of scores of one member in a batch: 32 MB, and ten times that for transition counts.
 _SCORES_AT_ONCE = 1 << 23
 
 Weights = tuple[float, ...]
@@ -44,7 +44,7 @@ class MixtureRanking:
     memory does not grow with the number of rows.
 
     Args:
-        members: of an ensemble, on `device`, about the same catalogue. Stored labels are about `split`.
+        members: members of an ensemble, on `device`, with the same catalogue. Stored labels are about `split`.
         split: rows with history and target.
         row_ids: (rows,) the rows of `split` to rank.
         batch_size: rows per step; fewer for large catalogues.
@@ -81,9 +81,7 @@ class MixtureRanking:
             if now - reported > _SECONDS_BETWEEN_REPORTS:
                 reported = now
                 left = (now - begin) / done * (len(order) - done)
-                logger.info(
-                    "%d mixtures: %d of %d rows, %.0f s left", len(candidates), done, len(order), left
-                )  # fmt: skip
+                logger.info("%d mixtures: %d of %d rows, %.0f s left", len(candidates), done, len(order), left)
         means = (sums / len(order)).tolist()
         return [Mixture(tuple(weights), *mean) for weights, mean in zip(candidates, means, strict=True)]
 
@@ -99,7 +97,7 @@ class MixtureRanking:
         return SplitRanks(masked, unmasked)
 
     def _ranks(self, batch: np.ndarray, candidates: Sequence[Weights]):
-        """(rows,) ranks of the targets of some rows without seen items, for each candidate."""
+        """For each candidate, the ranks (rows,) of some rows' targets without their seen items."""
         histories, target = self._read(batch)
         seen = histories.masked_fill(histories == target.unsqueeze(1), PADDING_ITEM_ID)
         for total in self._mixed(self._scores(batch, histories), candidates):
@@ -139,7 +137,7 @@ class MixtureRanking:
 def tune_weights(
     rank: Callable[[Sequence[Weights]], list[Mixture]], num_members: int, grid: Sequence[float], max_rounds: int
 ) -> tuple[Mixture, list[Mixture]]:
-    """Search the weights with the best NDCG, one at a time, until a whole round brings no improvement.
+    """Search the weights with the best NDCG, one weight at a time, until a whole round brings no improvement.
 
     The first member has weight 1. The others begin at 0 and take the value of the grid with the best NDCG, the smallest
     of equally good ones, so a member that does not help ends at 0.

@@ -42,12 +42,12 @@ def load_members(
         names: folders or Hub names of saved recommenders, folders of labels, or "titles".
         sequences: the data set that the teachers are asked about.
         title_embeddings: returns (num_items + 1, size); called for "titles" only, when the others are loaded.
-        title_decay: of "titles", see `TitleSimilarity`.
-        split: that stored labels are about.
+        title_decay: decay of the member "titles", see `TitleSimilarity`.
+        split: the split that stored labels are about.
         trust_remote_code: as in `load_recommender`.
 
     Raises:
-        ValueError: for a name that is none of these, members of other catalogues or that cannot be asked at every
+        ValueError: for a name that is none of these, a member that has another catalogue or cannot answer at every
             position, and under ZeRO-3.
         FileNotFoundError: for labels that are not finished.
     """
@@ -91,11 +91,11 @@ def is_label_folder(name: str) -> bool:
 
 
 def member_origins(members: Sequence[Member], title_encoder: str, title_layer: int | None) -> list[dict[str, object]]:
-    """What each member is known by, in JSON types: equal origins give equal scores.
+    """The origin of each member's scores, in JSON types: members with equal origins give equal scores.
 
     Args:
-        members: of an ensemble.
-        title_encoder, title_layer: that titles were encoded with.
+        members: members of an ensemble.
+        title_encoder, title_layer: the encoder of the titles, and its layer.
     """
     return [_origin(member, title_encoder, title_layer) for member in members]
 
@@ -109,7 +109,7 @@ def _origin(member: Member, title_encoder: str, title_layer: int | None) -> dict
 
 
 def title_origin(encoder: str, layer: int | None) -> dict[str, object]:
-    """What title vectors are known by beside the titles: the content of the encoder, and the layer."""
+    """The origin of title vectors beside the titles: the identity of the encoder, and its layer."""
     return {"encoder": TF_IDF if encoder == TF_IDF else locate_encoder(encoder).identity, "layer": layer}
 
 
@@ -125,14 +125,14 @@ def _loaded_member(name: str, sequences: SequenceDatasets, split: str, trust_rem
 
 @dataclass(frozen=True)
 class TunedEnsemble:
-    """What `hf-ilora tune-ensemble` found: the content of ensemble.json that a distillation reads.
+    """An ensemble that `hf-ilora tune-ensemble` tuned: the entries of ensemble.json that a distillation reads.
 
     Args:
         members: names, as `load_members` takes them; paths count from the working directory.
-        origins: of each member, see `member_origins`.
-        weights: of each member, 0 for those that do not help.
+        origins: origin of each member, see `member_origins`.
+        weights: weight of each member, 0 for those that do not help.
         temperature: divides the weighted sum.
-        title_decay, title_encoder, title_layer: of the member "titles".
+        title_decay, title_encoder, title_layer: settings of the member "titles".
     """
 
     members: list[str]
@@ -147,8 +147,8 @@ class TunedEnsemble:
         """Write ensemble.json.
 
         Args:
-            folder: that exists.
-            evidence: what else to keep, in JSON types: the data, and what was tried with which result.
+            folder: existing folder.
+            evidence: further entries, in JSON types: the data, and the mixtures that were tried with their quality.
         """
         content = {"format_version": FORMAT_VERSION} | asdict(self) | evidence
         with written_whole(Path(folder) / ENSEMBLE_FILE) as unfinished:
@@ -159,8 +159,8 @@ class TunedEnsemble:
         """Read the ensemble.json of a folder; members of weight 0 are left out.
 
         Raises:
-            FileNotFoundError: when there is none.
-            ValueError: for a file that is none of ours or was changed into something else.
+            FileNotFoundError: for a folder without ensemble.json.
+            ValueError: for a file that `save` did not write, or that was edited into something invalid.
         """
         path = Path(folder) / ENSEMBLE_FILE
         if not path.is_file():
@@ -179,7 +179,7 @@ class TunedEnsemble:
         return cls(**asdict(ensemble) | lists)
 
     def _check(self) -> None:
-        """Raise an error unless all values are of their types."""
+        """Raise a ValueError or TypeError unless every value is of its type and in its range."""
         checks = {
             "members": all(isinstance(name, str) for name in self.members),
             "origins": len(self.origins) == len(self.members) and all(isinstance(each, dict) for each in self.origins),

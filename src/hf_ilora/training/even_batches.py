@@ -10,14 +10,14 @@ from torch.utils.data import Dataset as TorchDataset
 
 from hf_ilora.models.next_item.configuration_next_item import IGNORED_LABEL
 
-# The index that stands for no row.
+# The index of a filler.
 _NO_ROW = -1
-# Batches with fillers have here the number of their rows, and that number with the fillers.
+# Key of batches with fillers: (number of real rows, number of rows with the fillers).
 _ROW_COUNTS = "row_counts"
 
 
 class _Filler:
-    """Stands for no row; a batch of nothing else is made of this example, and does not count."""
+    """Takes the place of a row. A batch of fillers alone is collated from `example`, and is ignored."""
 
     def __init__(self, example: object):
         self.example = example
@@ -27,7 +27,7 @@ class RowsWithFiller(TorchDataset):
     """The rows of a data set, and a filler for the batches of `fill_last_step`.
 
     Args:
-        rows: of which there is at least one.
+        rows: a data set with at least one row.
     """
 
     def __init__(self, rows: TorchDataset):
@@ -76,7 +76,7 @@ def fill_last_step(dataloader: DataLoader) -> None:
 
 
 class WithoutFillers:
-    """A collator whose batches are smaller by the fillers.
+    """A collator that leaves the fillers out of its batches.
 
     Args:
         collator: makes a batch of rows.
@@ -99,7 +99,7 @@ def take_row_counts(batch: dict) -> tuple[int, int] | None:
 
 
 def without_fillers_labels(batch: dict) -> dict:
-    """A batch for counting labels: those of the example in a batch of fillers are none."""
+    """A batch whose labels may be counted: a batch of fillers alone gets none."""
     if "labels" not in batch or batch.get(_ROW_COUNTS, (1, 1))[0]:
         return batch
     return batch | {"labels": torch.full_like(batch["labels"], IGNORED_LABEL)}

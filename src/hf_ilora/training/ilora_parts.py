@@ -65,11 +65,10 @@ class ILoraPartArguments:
 def load_ilora_parts(
     arguments: ILoraPartArguments, catalogue: Catalogue
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, LanguageModelSource, SASRecForNextItem]:
-    """The language model, its tokenizer, where it came from, and the recommender.
+    """Load the language model, its tokenizer and its source, and the recommender.
 
     Raises:
-        ValueError: for a recommender of another catalogue; found before the language model is loaded, which may take
-            minutes.
+        ValueError: for a recommender of another catalogue, before the language model is loaded, which may take minutes.
     """
     quantization_config = None
     if arguments.llm_quantization != "none":

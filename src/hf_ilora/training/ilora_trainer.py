@@ -33,7 +33,7 @@ from .sorted_steps import SortedSteps
 from .windows import EpochCallback, rows_are_prefixes
 
 LORA_NAMES = (".lora_A", ".lora_B")
-# Users by whose gates the log says how the router uses its experts.
+# Users whose gates the log averages, to show how the router uses its experts.
 USERS_OF_USAGE = 1000
 
 
@@ -58,8 +58,8 @@ class ILoraTrainer(RecommenderTrainer):
 
     Raises:
         TypeError: for a model, arguments or a catalogue of another kind.
-        ValueError: for an item head that no loss trains, templates that lack what `candidate_fraction` asks for, and
-            data that do not fit the model.
+        ValueError: for an item head that no loss trains, a `candidate_fraction` without templates for it, and data that
+            do not fit the model.
     """
 
     arguments_class = ILoraTrainingArguments
@@ -229,7 +229,7 @@ class ILoraTrainer(RecommenderTrainer):
             )
 
     def _check_prompt_lengths(self, eval_dataset: object) -> None:
-        """Raise a ValueError for a prompt of the training or its evaluations that is longer than the context."""
+        """Raise a ValueError for a prompt of training or of its evaluations that is longer than the context."""
         if not isinstance(self.data_collator, PromptCollator):
             return
         catalogue = self.model.catalogue
@@ -301,7 +301,7 @@ def checked_candidate_fraction(config: ILoraConfig, candidate_fraction: float | 
     """The fraction of prompts that show candidates, by default the one that serves the losses of the configuration.
 
     Raises:
-        ValueError: for an item head that no loss trains, and templates that lack what the fraction asks for.
+        ValueError: for an item head that no loss trains, and a fraction without templates for it.
     """
     if config.item_head != "none" and not config.item_loss_weight:
         raise ValueError(
@@ -321,8 +321,8 @@ def ilora_optimizer(
 ) -> tuple[type[torch.optim.Optimizer], dict[str, object]]:
     """The optimizer that `arguments` name, as `Trainer(optimizer_cls_and_kwargs=...)` takes it, in three groups.
 
-    The router learns more slowly, and the LoRA does not decay. A finished optimizer, `Trainer(optimizers=...)`, would
-    be dropped under DeepSpeed without a word.
+    The router learns more slowly, and the LoRA does not decay. DeepSpeed would silently drop a finished optimizer,
+    `Trainer(optimizers=...)`.
 
     Source: the published settings of iLoRA (weight decay on projector and router, 0.3 x the learning rate for the
     router).

@@ -39,8 +39,8 @@ def initial_item_embeddings(
     Args:
         initial_items: see `NextItemTrainingArguments`.
         rows: the training rows.
-        config: of the model.
-        item_counts: (num_items + 1,), of the labels and their histories.
+        config: configuration of the model.
+        item_counts: (num_items + 1,), occurrences of each item in training, as `windows.item_counts` counts them.
         title_embeddings: (num_items + 1, any), where `initial_items` needs them.
         title_prior: number of occurrences with which titles count as much as co-occurrence.
         targets_only: whether only the last item of a row is a target.
@@ -97,10 +97,10 @@ def check_initial_items(model: EncoderForNextItem, initial_items: str) -> None:
 
 
 def encoded_titles(catalogue: Catalogue | None, args, trust_remote_code: bool = False) -> torch.Tensor:
-    """The titles of a catalogue, as `title_encoder` and `title_layer` encode them; by the main process first.
+    """The titles of a catalogue, encoded by `title_encoder` and `title_layer`; the main process goes first.
 
     Args:
-        catalogue: of the items.
+        catalogue: the items with their titles.
         args: `NextItemTrainingArguments`.
         trust_remote_code: run code that comes with the encoder.
 
@@ -133,8 +133,8 @@ def check_titles(catalogue: Catalogue | None, encoder: str) -> None:
     """Raise a ValueError where the titles of a model cannot be encoded."""
     if catalogue is None:
         raise ValueError(
-            "there is no catalogue, whose titles are encoded: expected processing_class=sequences.catalogue, or "
-            "title_embeddings"
+            "there is no catalogue, so there are no titles to encode: expected "
+            "processing_class=sequences.catalogue, or title_embeddings"
         )
     checked_item_titles(catalogue)
     if encoder != TF_IDF and is_deepspeed_zero3_enabled():
@@ -145,10 +145,10 @@ def check_titles(catalogue: Catalogue | None, encoder: str) -> None:
 
 
 def checked_title_embeddings(table: torch.Tensor, num_items: int) -> torch.Tensor:
-    """Title embeddings (num_items + 1, any) that a user gives, in float32 and with zeros for padding.
+    """Title embeddings (num_items + 1, any) that a user passes, in float32 and with zeros for padding.
 
     Raises:
-        ValueError: for those of other items, and numbers that are not finite.
+        ValueError: for another number of items, and numbers that are not finite.
     """
     table = torch.as_tensor(table).detach().float()
     if table.dim() != 2 or len(table) != num_items + 1:

@@ -1,4 +1,4 @@
-"""Batches of training windows with what the teacher said about their labels."""
+"""Batches of training windows with the teacher's answers about their labels."""
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ class DistillationCollator(NextItemCollator):
     Which of them are distilled is a setting of the Trainer alone (`distilled_positions`).
 
     Args:
-        teacher_labels: of the split that the windows were made of.
+        teacher_labels: answers about the split that the windows were made of.
 
-    Rows are those of `TrainingWindows(with_origins=True)`, or of `EvaluationHistories`, which stay as they are. Batches
-    add, to `input_ids` and `labels`:
+    Rows come from `TrainingWindows(with_origins=True)`, or from `EvaluationHistories`, to which nothing is added.
+    Training batches get, beside `input_ids` and `labels`:
         teacher_items: (batch, length, top_k) int64, best first, 0 where the teacher was not asked.
         teacher_distances: (batch, length, top_k) float32.
 
@@ -48,20 +48,21 @@ class DistillationCollator(NextItemCollator):
 
 
 class TeacherIndices:
-    """Completes batches with where the labels are and where the teacher's answers are distilled.
+    """Adds to batches the indices of the labels and of the teacher's answers that are distilled.
 
     Args:
         distilled_positions: "last" distils the newest label of each window only, as DLLM2Rec does; "all" every label
             that the teacher was asked about.
         top_k: teacher items per label that count.
-        names_items: add `named_items`, for losses over a sample of the catalogue, and whether that loss reads every
-            label ("labels") or those that the teacher was asked about ("answers"); None adds nothing.
+        names_items: adds `named_items` for a loss over a sample of the catalogue: "labels" for a loss that reads every
+            label, "answers" for one that reads only those that the teacher was asked about; None adds nothing.
 
     Batches of `DistillationCollator` get, beside the `label_indices` of `with_label_indices`:
-        teacher_indices: (asked,) int64, ascending, likewise: where the teacher was asked.
-        teacher_items, teacher_distances: (asked, k) there, instead of at all positions.
-        named_items: (any,) int64, the different targets and teacher items.
-    Batches without teacher items, for a teacher that is asked in every step, get the newest labels' `teacher_indices`.
+        teacher_indices: (asked,) int64, ascending, where the teacher was asked, in the flattened (batch * length).
+        teacher_items, teacher_distances: (asked, k) at these positions alone.
+        named_items: (any,) int64, the distinct targets and teacher items.
+    Batches without teacher items, for a teacher that is asked in every step, get `teacher_indices` of the newest
+    labels.
     """
 
     def __init__(self, distilled_positions: str, top_k: int, names_items: str | None = None):
@@ -88,7 +89,7 @@ class TeacherIndices:
 
 
 def newest_only(labelled: torch.Tensor) -> torch.Tensor:
-    """(batch, length) bool -> the same with the last True of each row alone."""
+    """(batch, length) bool -> (batch, length) bool, of each row only the last True."""
     remaining = labelled.flip(1).cumsum(1).flip(1)  # (batch, length), labelled positions from here on
     return labelled & remaining.eq(1)
 

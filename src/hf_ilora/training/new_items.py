@@ -35,9 +35,9 @@ def fill_after_training(trainer: NextItemTrainer, rows: datasets.Dataset, argume
     such an item is never a target and often a negative, which pushes its row away from every user.
 
     Args:
-        trainer: after `train`.
-        rows: those it has trained on.
-        arguments: whether to do so.
+        trainer: the trainer, after `train`.
+        rows: the training rows.
+        arguments: whether to fill the rows.
     """
     model = trainer.model
     wanted = arguments.fill_new_items

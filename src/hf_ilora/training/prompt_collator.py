@@ -24,8 +24,8 @@ class PromptCollator:
             epochs, where worker processes have a copy of the collator.
         order_candidates: puts candidates (batch, num_candidates) in the order in which histories (batch, longest) are
             to see them, such as `PreferredOrder`; None leaves them as they come.
-        scores_candidates: the model scores all candidates' titles (`candidate_loss_weight`): prompts end before the
-            title, and the candidates come along.
+        scores_candidates: whether the model scores all candidates' titles (`candidate_loss_weight`). If so, prompts
+            end before the title, and batches have the candidates.
 
     Raises:
         ValueError: for a fraction outside [0, 1], and when it asks for templates that the builder lacks.
@@ -48,8 +48,8 @@ class PromptCollator:
 
         Returns:
             input_ids, attention_mask (batch, tokens) and placeholder_items (batch, placeholders) as
-            `PromptBuilder.build` gives them; title_labels (batch, title tokens), the last columns of its labels, in
-            which the titles stand, so that only these go through the vocabulary, or candidates (batch, num_candidates);
+            `PromptBuilder.build` gives them; title_labels (batch, title tokens), the last columns of its labels,
+            which contain the titles, so that only these columns are scored, or candidates (batch, num_candidates);
             histories (batch, longest) padded with 0 on the left; labels (batch,), the targets; shows_candidates
             (batch,) bool.
 
@@ -95,7 +95,7 @@ class PromptCollator:
 def check_candidate_fraction(
     candidate_fraction: float, num_candidate_templates: int, num_history_templates: int
 ) -> None:
-    """Raise a ValueError unless the fraction is in [0, 1] and there are templates for both of its sides."""
+    """Raise a ValueError unless the fraction is in [0, 1] and there are templates for the prompts that it asks for."""
     if not 0 <= candidate_fraction <= 1:
         raise ValueError(f"candidate_fraction is {candidate_fraction}: expected a fraction in [0, 1]")
     for kind, is_missing, remedy in (

@@ -1,4 +1,4 @@
-"""Whether every prompt of a training fits into the language model's context, before the first step."""
+"""Checks before the first step that every prompt fits into the language model's context."""
 
 import copy
 import logging
@@ -19,23 +19,24 @@ _ROWS_AT_A_TIME = 256
 def check_prompt_lengths(
     collator: PromptCollator, rows: CandidateRows, epochs: range, catalogue: Catalogue, name: str
 ) -> None:
-    """Build the prompts of all epochs, unless the longest titles together fit, and find one that is too long.
+    """Raise a ValueError for a prompt that is too long, by building the prompts of all epochs.
 
-    What an epoch draws depends on seed, epoch and row alone, so these are the prompts that the training will see.
+    The draws of an epoch depend on seed, epoch and row alone, so these are the prompts that training will see. If even
+    the longest titles together fit, no prompt is built.
 
     Args:
         collator: makes the prompts.
-        rows: of the data set; left in the epoch in which it is.
-        epochs: that the training has.
-        catalogue: names the item.
-        name: of the data set, for the message.
+        rows: the data set; its epoch is restored.
+        epochs: the epochs of the training, from 0.
+        catalogue: title and raw id of the item, for the message.
+        name: name of the data set, for the message.
 
     Raises:
         ValueError: for a prompt that is longer than the context, naming the item with the longest title in it.
     """
     builder = collator.prompt_builder
     title_lengths = builder.title_tokens.lengths  # (num_items + 1,), 0 for padding
-    if builder.max_tokens is None or _bound(builder, rows.num_candidates) <= builder.max_tokens:
+    if builder.max_tokens is None or _most_tokens(builder, rows.num_candidates) <= builder.max_tokens:
         return
     logger.info("measuring the prompts of %s against a context of %d tokens", name, builder.max_tokens)
     measuring = copy.copy(builder)
@@ -49,7 +50,7 @@ def check_prompt_lengths(
                 drawn = [rows[index] for index in range(first, min(first + _ROWS_AT_A_TIME, len(rows)))]
                 batch = measure(drawn)
                 lengths = batch["attention_mask"].sum(1).numpy()  # (rows,)
-                if collator.scores_candidates:  # the title of one candidate after the other follows the prompt
+                if collator.scores_candidates:  # each candidate's title in turn follows the prompt
                     lengths = lengths + title_lengths[batch["candidates"].numpy()].max(axis=1) + 1
                 if lengths.max() <= builder.max_tokens:
                     continue
@@ -69,8 +70,8 @@ def check_prompt_lengths(
         rows.set_epoch(before)
 
 
-def _bound(builder: PromptBuilder, num_candidates: int) -> int:
-    """No prompt has more tokens."""
+def _most_tokens(builder: PromptBuilder, num_candidates: int) -> int:
+    """An upper bound on the number of tokens of a prompt."""
     longest = np.sort(builder.title_tokens.lengths)[::-1]
     titles = longest[: builder.max_history].sum() + longest[:num_candidates].sum() + longest[0] + 1
     return int(builder.longest_text + titles + (builder.max_history + num_candidates) * builder.longest_mark)

@@ -1,4 +1,4 @@
-"""What a student learns from at every position beside the true next item: an ensemble of teachers, title neighbours."""
+"""Soft targets for every position, beside the true next item: from an ensemble of teachers and title neighbours."""
 
 from collections.abc import Callable
 
@@ -17,9 +17,9 @@ class SoftTargets:
     """Makes the soft targets of a batch.
 
     Args:
-        ensemble: the teachers, whose divergence has `args.kl_weight`, or None.
-        similarity: of titles, whose divergence has `args.title_neighbours`, or None.
-        args: of the training.
+        ensemble: the teachers, whose divergence has the weight `args.kl_weight`, or None.
+        similarity: similarity of titles, whose divergence has the weight `args.title_neighbours`, or None.
+        args: arguments of the training.
     """
 
     def __init__(
@@ -28,16 +28,16 @@ class SoftTargets:
         self.ensemble, self.similarity = ensemble, similarity
         self.kl_weight, self.neighbour_weight = args.kl_weight, args.title_neighbours
         self.neighbour_temperature = args.title_neighbour_temperature
-        self.parts = {}  # names of the parts of the loss, in the order of the soft targets, and their weights
+        self.parts: list[str] = []  # names of the parts of the loss, in the order of the soft targets
         if ensemble is not None:
-            self.parts["kl_loss"] = args.kl_weight
+            self.parts.append("kl_loss")
         if similarity is not None:
-            self.parts["title_neighbour_loss"] = args.title_neighbours
+            self.parts.append("title_neighbour_loss")
 
     def of_batch(
         self, input_ids: torch.Tensor, indices: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> Callable[[torch.Tensor, torch.Tensor | None], list[SoftTarget]]:
-        """Of the positions `indices` of a batch, as a student's forward takes them.
+        """The soft targets of some positions of a batch, as a student's forward takes them.
 
         Args:
             input_ids: (batch, length), padding on either side.

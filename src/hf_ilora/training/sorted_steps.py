@@ -19,10 +19,10 @@ class SortedSteps(Sampler[int]):
     depends on (seed, epoch) alone, so that a resumed run repeats it.
 
     Args:
-        rows: the training rows; their epoch is that of the order.
+        rows: the training rows, whose epoch decides the order.
         collator: makes the prompts.
         rows_per_step: rows of all batches and processes of an optimizer step.
-        seed: of the order.
+        seed: random seed for the order.
     """
 
     def __init__(self, rows: CandidateRows, collator: PromptCollator, rows_per_step: int, seed: int):

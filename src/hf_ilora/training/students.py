@@ -68,7 +68,7 @@ class StudentArguments:
         self._check_settings()
 
     def _check_settings(self) -> None:
-        """Raise a ValueError for `student_settings` that are none of the student's configuration."""
+        """Raise a ValueError for `student_settings` that the student's configuration does not have."""
         if self.student_settings is None:
             return
         config_class, _ = STUDENTS[self.student_type]
@@ -83,7 +83,10 @@ class StudentArguments:
             raise ValueError(f"student_settings is {self.student_settings!r}: expected names with values in braces")
         unknown = settings.keys() - {known.name for known in dataclasses.fields(config_class)}
         if unknown:
-            raise ValueError(f"student_settings name {', '.join(sorted(unknown))}: expected {config_class.__name__}'s")
+            raise ValueError(
+                f"student_settings name {', '.join(sorted(unknown))}: expected settings of {config_class.__name__}; "
+                "leave the others out"
+            )
 
 
 def build_student(
@@ -92,10 +95,10 @@ def build_student(
     """The saved model to start from, or a fresh one.
 
     Args:
-        arguments: which of them.
+        arguments: names the saved model, or the architecture of a fresh one.
         sasrec_settings: fields of `SASRecConfig` for a SASRec from scratch.
         num_items: size of the catalogue.
-        labels: of the teacher, whose item embeddings `embedding_use` adds.
+        labels: the teacher's labels, whose item embeddings `embedding_use` adds.
 
     Raises:
         ValueError: for a saved model that gradients do not train, unknown settings, and an `embedding_use` without

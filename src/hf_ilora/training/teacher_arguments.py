@@ -112,20 +112,20 @@ def check_teachers(teachers: TeacherArguments, training: DistillationArguments) 
     has_teacher = teachers.teacher_labels or teachers.teacher or teachers.ensemble
     if not has_teacher and not training.title_neighbours:
         raise ValueError(
-            "expected either teacher_labels (a folder of labels), teacher (models to ask), ensemble (a tuned one), or "
-            "a positive title_neighbours, which needs no teacher: there is none of them"
+            "no teacher is given: expected teacher_labels (a folder of labels), teacher (models to ask), ensemble (a "
+            "tuned one), or a positive title_neighbours, which needs no teacher"
         )
 
 
 @dataclass(frozen=True)
 class Teachers:
-    """What a student learns from.
+    """The teachers that a student learns from, loaded.
 
     Args:
         labels: stored labels, among the members of an ensemble or on their own; None without.
         teacher: asked in every step; None without.
         title_embeddings: (num_items + 1, size), where anything needs them.
-        inputs: what they are known by, as `check_same_inputs` compares it.
+        inputs: origin of each teacher, as `check_same_inputs` compares it.
     """
 
     labels: TeacherLabels | None
@@ -135,7 +135,7 @@ class Teachers:
 
     @property
     def trainer_arguments(self) -> dict[str, object]:
-        """Those of `DistillationTrainer`, which finds labels among the members by itself."""
+        """Arguments of `DistillationTrainer`, which finds labels among the members by itself."""
         labels = self.labels if self.teacher is None else None
         return {"teacher_labels": labels, "teacher": self.teacher, "title_embeddings": self.title_embeddings}
 
@@ -158,7 +158,7 @@ def load_teachers(
         return encoded[0]
 
     def loaded(members: Sequence[str], weights: Sequence[float], temperature: float, decay: float) -> tuple:
-        """The ensemble, and what each member is known by."""
+        """The ensemble, and the origin of each member."""
         found = load_members(members, sequences, title_embeddings, decay, trust_remote_code=arguments.trust_remote_code)
         origins = member_origins(found, training.title_encoder, training.title_layer)
         return EnsembleTeacher(found, weights, temperature), origins

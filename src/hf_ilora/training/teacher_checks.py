@@ -1,4 +1,4 @@
-"""Checks of teachers before a student learns from them: that they fit its settings, its rows and its catalogue."""
+"""Checks that teachers fit the settings, the rows and the catalogue of a student, before it learns from them."""
 
 import os
 
@@ -13,7 +13,7 @@ from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 
 from .distillation_arguments import DistillationArguments
 from .ensembles import check_not_spread
-from .next_item_arguments import INITIAL_ITEMS
+from .initial_items import INITIAL_ITEMS
 
 
 def given_labels(
@@ -22,11 +22,11 @@ def given_labels(
     args: DistillationArguments,
     train_dataset: object,
 ) -> TeacherLabels | None:
-    """The stored labels that a student learns from: those that are passed, or a member of the ensemble.
+    """The stored labels that a student learns from: `teacher_labels`, or the labels that are a member of the ensemble.
 
     Raises:
         TypeError: for the path of labels.
-        ValueError: when there is no teacher or there are two, and for labels with a stream of rows.
+        ValueError: for no teacher or two, and for labels with a stream of rows.
     """
     if isinstance(teacher, EnsembleTeacher) and teacher.labels and teacher_labels is None:
         if len(teacher.labels) > 1:
@@ -55,10 +55,10 @@ def check_teacher(teacher: object | None, labels: TeacherLabels | None, policy, 
     """Raise a ValueError for settings that the kind of teacher does not serve.
 
     Args:
-        teacher: that is asked in every step, or None.
-        labels: of a teacher, or None; with both, the labels are a member of the teacher.
+        teacher: the teacher to ask in every step, or None.
+        labels: stored labels, or None; with both, the labels are a member of the teacher.
         policy: chooses the labels that count.
-        args: of the training.
+        args: arguments of the training.
     """
     if labels is not None and isinstance(policy, KLDivergencePolicy):
         raise ValueError(
@@ -113,7 +113,7 @@ def check_labels_of_rows(labels: TeacherLabels, num_rows: int, num_items: int, a
             f"at most {items_per_label}; lower top_k, or label again with more"
         )
     if args.initial_items == "teacher":
-        labels.item_embeddings()  # raises for a teacher without
+        labels.item_embeddings()  # raises a ValueError if the teacher has none
     last_row = int(labels.table["history_id"].to_numpy().max(initial=-1))
     if last_row >= num_rows:
         raise ValueError(
@@ -128,11 +128,11 @@ def check_labels_of_rows(labels: TeacherLabels, num_rows: int, num_items: int, a
 
 
 def check_teachers_catalogue(teacher: nn.Module, student: EncoderForNextItem, at_all_positions: bool) -> None:
-    """Raise a ValueError for a teacher about other items than the student, or one that cannot read as much.
+    """Raise a ValueError for a teacher that has another catalogue than the student, or reads shorter histories.
 
     Args:
         teacher: a recommender or an ensemble.
-        student: with its catalogue, or without.
+        student: the student, whose raw ids are compared if it has a catalogue.
         at_all_positions: whether an ensemble is asked about every position of the student's batches.
     """
     num_items, length = student.config.num_items, student.config.max_length

@@ -1,4 +1,4 @@
-"""What a trainer knows about its model, for the sections of the model card."""
+"""The sections of the model card that follow from a trainer's run and its evaluations."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from hf_ilora_cli.shown_text import code_in_markdown, in_markdown, shareable, sh
 
 _RANKINGS = {"unmasked_": "unmasked", "candidates_": "candidates", "": "masked"}
 _RANK_METRICS = ("ndcg@", "hit_ratio@", "mrr")
-# What evaluations log beside metrics.
+# Endings of the logged values of an evaluation that are no metrics.
 _NO_METRICS = ("_runtime", "_per_second", "_preparation_time", "_alloc_delta", "_peaked_delta")
 # Settings that say nothing about what was trained, or that name places of the machine.
 _OTHER_SETTINGS = ("output_dir", "seed", "run_name", "disable_tqdm", "use_cpu", "project", "resume_from_checkpoint")
@@ -28,7 +28,7 @@ _OTHER_PREFIXES = ("do_", "hub_", "push_to_hub", "log", "report_", "dataloader_"
 
 @dataclasses.dataclass
 class Evaluation:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Args:
         rows: the evaluated data set.
@@ -65,7 +65,7 @@ class Evaluation:
 
 
 def metrics_of(logs: Mapping[str, object], prefix: str) -> dict[str, float]:
-    """The metrics among what an evaluation logs, without its prefix; the Hub refuses those that are not finite."""
+    """The metrics that an evaluation logs, without its prefix; the Hub refuses those that are not finite."""
     return {
         name.removeprefix(f"{prefix}_"): value
         for name, value in logs.items()
@@ -80,8 +80,8 @@ def evaluations_in_training(state: TrainerState, eval_dataset: object, of_best: 
     """The evaluations during the training that are of the present model.
 
     Args:
-        state: of the trainer.
-        eval_dataset: of the trainer: one data set, or several by name.
+        state: state of the trainer.
+        eval_dataset: the trainer's evaluation data set, or a dictionary of several.
         of_best: whether the present model is that of the best evaluation instead of the last one.
     """
     several = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
@@ -169,5 +169,5 @@ def _settings(args: TrainingArguments) -> str:
 
 
 def _record(path: Path) -> dict:
-    """The record of the recipe that trains; empty where none does."""
+    """The content of run.json, which recipes write; empty without one."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

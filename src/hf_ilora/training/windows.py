@@ -64,7 +64,7 @@ def item_counts(split: Dataset, num_items: int, labelled_positions: str = "all")
 
 
 class TrainingWindows(TorchDataset):
-    """Windows of at most `max_length` inputs over the training sequences, with the next item as label.
+    """Windows of at most `max_length` inputs over the training sequences; the label of an input is the next item.
 
     Args:
         split: rows with `history` (list of item ids, oldest first) and `target`.
@@ -79,7 +79,7 @@ class TrainingWindows(TorchDataset):
         shuffle_distance: how many places, at most, an item moves within the window in an epoch; many histories have
             ties in time, whose order means nothing.
         seed: random seed; draws depend on (seed, epoch, row) alone, so that a resumed run repeats them.
-        with_origins: add where each label comes from, by which teacher labels are looked up.
+        with_origins: adds the origin of each label, by which teacher labels are looked up.
 
     Items are dictionaries of `input_ids` and `labels`, arrays of equal length; with origins also of `history_ids`, the
     row of the split, and `prefix_lengths`, the number of items before the label in that row.
@@ -209,7 +209,7 @@ class StreamedWindows(TorchIterableDataset):
                 yield labelled_window(window, self.labelled_positions)
 
     def _windows(self, length: int, generator: np.random.Generator) -> list[tuple[int, int]]:
-        """Start and end, of the inputs and the last label, of each window of a sequence."""
+        """The start and end of each window of a sequence, its last label included."""
         longest = min(self.max_length, length - 1)  # inputs
         if self.windows == "all":
             ends = range(length, 1, -self.max_length)
@@ -283,7 +283,7 @@ class NextItemCollator:
 def with_label_indices(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A batch with `label_indices` (labels,) int64: where its labels are, in the flattened (batch * length).
 
-    Found on the CPU, before the batch moves: on an accelerator, selecting what is labelled would have to wait for it.
+    They are found on the CPU, before the batch moves: on an accelerator, selecting labels would wait for the device.
     """
     labels = batch["labels"]  # (batch, length)
     return batch | {"label_indices": labels.ne(IGNORED_LABEL).flatten().nonzero().squeeze(1)}

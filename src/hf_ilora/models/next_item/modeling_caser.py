@@ -65,7 +65,7 @@ class CaserEncoder(nn.Module):
         """
         window = self._window(item_ids, lengths)  # (batch, max_length)
         embeddings = self.item_embedding(window, teacher_embeddings, table)  # (batch, max_length, hidden)
-        # Teacher embeddings of padding are not zero and would reach the filters, unlike in models that read it last.
+        # Teacher embeddings of padding are not zero and would reach the filters; elsewhere padding follows the items.
         embeddings = (embeddings * window.ne(PADDING_ITEM_ID).unsqueeze(-1)).transpose(1, 2)
         horizontal = [filters(embeddings).relu().amax(-1) for filters in self.horizontal_filters]  # (batch, filters)
         vertical = self.vertical_filters(embeddings).transpose(1, 2).flatten(1)  # (batch, filters * hidden)
@@ -131,7 +131,10 @@ class CaserForNextItem(EncoderForNextItem):
             return
         elsewhere = chosen & ~_is_last(lengths, chosen.shape[1], chosen.device)  # (batch, length)
         if elsewhere.device.type == "cuda":  # raising here would wait for the device
-            torch._assert_async(~elsewhere.any(), f"{name} choose another position than the last, all that Caser has")
+            torch._assert_async(
+                ~elsewhere.any(),
+                f"{name} choose a position other than the last, the only one that Caser predicts after",
+            )
         elif elsewhere.device.type == "cpu" and elsewhere.numpy().any():
             row, position = elsewhere.nonzero()[0].tolist()
             raise ValueError(

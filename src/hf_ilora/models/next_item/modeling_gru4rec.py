@@ -16,7 +16,7 @@ from .teacher_embeddings import ItemEmbedding
 
 
 class GRU(nn.RNNBase):
-    """An `nn.GRU` with equal input and state sizes that a graph can capture; `torch.compile` breaks at any `nn.GRU`.
+    """An `nn.GRU` with equal input and state sizes that graphs can capture; an `nn.GRU` breaks the graph.
 
     Args:
         hidden_size: width of inputs and states.
@@ -29,7 +29,7 @@ class GRU(nn.RNNBase):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(batch, length, hidden) -> the states of the last layer, (batch, length, hidden)."""
-        # torch.gru takes one graph for each length, and compiled scans may return wrong gradients (torch 2.13).
+        # torch.gru needs a graph for each length, and compiled scans may return wrong gradients (torch 2.13).
         if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and not torch.is_grad_enabled()):
             for layer in range(self.num_layers):
                 inputs = self._scan(inputs, layer)

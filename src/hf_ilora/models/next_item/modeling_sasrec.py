@@ -19,7 +19,7 @@ from .next_item_model import NextItemPreTrainedModel
 from .padding import at_position, last_positions, padding_to_the_end, restore_padding
 from .teacher_embeddings import ItemEmbedding
 
-# A distance, and not infinity, whose gradient with respect to the decay would be NaN.
+# Distance of a key that a query must not see; with infinity the gradient of the decay would be NaN.
 _UNSEEN = 1e30
 
 
@@ -80,7 +80,7 @@ class SASRecAttention(nn.Module):
 
 
 def attention_distances(length: int, device: torch.device) -> torch.Tensor:
-    """(length, length): how many positions each query is behind each key; of later keys so many that none is seen."""
+    """(length, length): how many positions each query is behind each key, and `_UNSEEN` for later keys."""
     places = torch.arange(length, device=device, dtype=torch.float32)
     distances = places.unsqueeze(1) - places
     return distances.masked_fill(distances < 0, _UNSEEN)
@@ -186,12 +186,12 @@ class SASRecModel(SASRecPreTrainedModel):
         self.position_embedding = nn.Embedding(config.max_length, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
         layer_class = SASRecPreNormLayer if config.block_type == "pre_norm" else SASRecReferenceLayer
-        self._no_split_modules = [layer_class.__name__]  # FSDP refuses names of layers that the model has not
+        self._no_split_modules = [layer_class.__name__]  # FSDP refuses names of layers that the model lacks
         self.layers = nn.ModuleList([layer_class(config) for _ in range(config.num_hidden_layers)])
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    # A saved recommender has these besides its encoder.
+    # Weights that a saved recommender has besides its encoder.
     _keys_to_ignore_on_load_unexpected = [r"^head\.", "item_counts"]
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -232,7 +232,8 @@ class SASRecModel(SASRecPreTrainedModel):
         Args:
             item_ids: (batch, length), padding last.
             lengths: (batch,), number of real items; None when there is no padding.
-            only_last: spare the last block all positions but the last real one, which is all that a ranking needs.
+            only_last: return the last real position only, which is all that a ranking needs and spares the last block
+                the others.
             teacher_embeddings: (num_items + 1, teacher_embedding_size) to read instead of the stored ones, or None.
             table: the item table as `table_for_lookups` returns it, or None.
 
@@ -288,8 +289,8 @@ class SASRecForNextItem(EncoderForNextItem, SASRecPreTrainedModel):
             item_counts: (num_items + 1,), the occurrences of each item in training; with `head_bias` the biases
                 start from their logarithms.
             repeat_share: share of the targets in training that their history contains; with `repeat_bias` this bias
-                starts from its logarithm. The items of a history are those that the start recommends: a bias that had
-                to be learnt would come too late to keep what it starts from.
+                starts from its logarithm. Before training, the model recommends the items of a history: a bias
+                that had to be learnt first would come too late to keep the embeddings that training starts from.
 
         Raises:
             ValueError: for another shape, for the reference block, whose attention has no output projection, and for a

@@ -28,10 +28,10 @@ class SoftTarget(NamedTuple):
     """A distribution over the competing items at each position, to learn from beside the true next item.
 
     Args:
-        scores: slice of positions -> finite logits (its positions, items that the loss scores), in their order, which
-            the loss overwrites, and those of the targets (its positions, 1), which only a sampled loss reads; None
-            gives the targets no part in the distribution.
-        weight: of the divergence KL(distribution || model) in the loss.
+        scores: function of a slice of positions. It returns finite logits (its positions, items that the loss scores),
+            which the loss overwrites, and the logits of the targets (its positions, 1), which only a sampled loss
+            reads; None in their place leaves the targets out of the distribution.
+        weight: weight of the divergence KL(distribution || model) in the loss.
         position_weights: (positions,), how much each position counts, or None for 1.
     """
 
@@ -73,7 +73,7 @@ class Columns:
 
 
 def _absent(scores: torch.Tensor) -> float:
-    """The score of an item that does not compete: its probability is 0, and unlike -inf it gives 0 times that."""
+    """The score of an item that does not compete: its probability is 0, and 0 times it is 0, unlike 0 times -inf."""
     return max(torch.finfo(scores.dtype).min, torch.finfo(torch.float32).min)  # losses are computed in float32
 
 
@@ -84,9 +84,9 @@ def _softmax_gradient(scores, target_columns, counts, soft_targets, chunk, soft_
         scores: (chunk, columns), `_absent` where an item does not compete.
         target_columns: (chunk, 1).
         counts: (chunk, 1) bool, the positions that count, or None.
-        soft_targets, chunk: the soft targets, and which of their positions these are.
+        soft_targets, chunk: the soft targets, and the slice of their positions that is the chunk.
         soft_scores: logits (chunk, columns) of each soft target, likewise.
-        needs_gradient: whether to compute it.
+        needs_gradient: whether to compute the gradient.
 
     Returns:
         losses (1 + soft targets,), sums over the positions, and the gradient (chunk, columns), float32, or None.
@@ -251,7 +251,7 @@ class _ChunkedSampledSoftmax(torch.autograd.Function):
 
 
 def _in_columns(logits, of_targets, absent, parts) -> torch.Tensor:
-    """Logits of a soft target in the columns of target, negatives and seen items; the last have no part in it."""
+    """Logits of a soft target in the columns of target, negatives and seen items; it gives seen items no part."""
     if of_targets is None:
         of_targets = logits.new_full((len(logits), 1), _absent(logits))
     columns = [of_targets.to(logits.dtype), logits.masked_fill_(absent, _absent(logits))]
@@ -306,7 +306,7 @@ def chunked_cross_entropy(
         chunk_size: positions per chunk; None takes as many as fit `CHUNK_ELEMENTS` scores.
         counted: (positions,) bool, the positions that count; None counts all.
         soft_targets: `SoftTarget`s with logits of all items; each adds its weighted divergence.
-        best_items: (positions, k) int64, which the ids of the k best items of each position are written to, or None.
+        best_items: (positions, k) int64, into which the ids of each position's k best items are written, or None.
 
     Returns:
         Scalar, summed over positions, float32, and its parts (1 + soft targets,) without gradient: the cross-entropy
@@ -373,7 +373,7 @@ class SeenItems(NamedTuple):
     Args:
         rows: (any, hidden) rows of the table.
         bias: (any,).
-        columns: of the negatives.
+        columns: the columns of the negatives.
         items: (positions, length) different item ids, padded with 0.
         places: (positions, length), the row of each.
     """
@@ -393,9 +393,9 @@ def sampled_softmax_loss(target_scores, negative_scores, collisions, negative_lo
         loss = -s_target + log(exp s_target + sum over negatives j of exp(s_j - log(k q_j)))
 
     so that loss and gradient approach those of the softmax over the catalogue as k grows; their bias shrinks as 1 / k.
-    The target's score stays as it is: the target always takes part, and is no draw. That holds where q is what the
-    negatives were drawn by, with replacement, and every item that competes can be drawn. Without the log probabilities
-    the loss approaches that of no softmax over the catalogue, whatever k is: popular negatives count too much.
+    The target's score stays as it is: the target always takes part, and is no draw. This holds where the
+    negatives were drawn by q, with replacement, and every item that competes can be drawn. Without the log
+    probabilities popular negatives count too much, and the loss approaches that of no softmax, whatever k is.
 
     Args:
         target_scores: (positions,).
