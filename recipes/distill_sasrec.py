@@ -38,7 +38,7 @@ from hf_ilora.runs import (
 )
 from hf_ilora.training.new_items import NewItemArguments, fill_after_training
 from hf_ilora.training.students import StudentArguments, build_student
-from hf_ilora.training.teacher_arguments import TeacherArguments, check_teachers, load_teachers
+from hf_ilora.training.teacher_arguments import TeacherArguments, check_has_teacher, load_teachers
 
 SASRecArguments = config_arguments(SASRecConfig, exclude=("num_items", "pad_token_id", *TEACHER_FIELDS))
 ARGUMENTS = (TeacherArguments, StudentArguments, SASRecArguments, NewItemArguments, DistillationArguments)
@@ -47,7 +47,7 @@ ARGUMENTS = (TeacherArguments, StudentArguments, SASRecArguments, NewItemArgumen
 def main() -> None:
     arguments = parse_arguments(ARGUMENTS)
     teacher, *_, training = arguments
-    check_teachers(teacher, training)
+    check_has_teacher(teacher, training)
     with sole_writer(training.output_dir):
         distill(arguments)
 

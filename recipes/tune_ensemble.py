@@ -30,7 +30,7 @@ from hf_ilora.runs.checks import check_at_least_one
 from hf_ilora.titles.embedded_encoder import EMBEDDED_ENCODER
 from hf_ilora.titles.encoders import item_title_embeddings
 from hf_ilora.training.ensemble_tuning import Mixture, MixtureRanking, tune_weights
-from hf_ilora.training.ensembles import TunedEnsemble, check_weights, load_members, member_origins
+from hf_ilora.training.ensembles import TunedEnsemble, check_member_weights, load_members, member_origins
 from hf_ilora_cli.shown_text import in_markdown
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class TuningArguments:
         if self.validation_users is not None:
             check_at_least_one(self, "validation_users")
         check_seed("seed", self.seed)
-        check_weights([f"grid[{place}]" for place in range(len(self.grid))], self.grid)
+        check_member_weights([f"grid[{place}]" for place in range(len(self.grid))], self.grid)
         if not 0 < self.teacher_temperature < float("inf"):
             raise ValueError(f"teacher_temperature is {self.teacher_temperature}: expected a finite number above 0")
         if not 0 <= self.title_decay <= 1:

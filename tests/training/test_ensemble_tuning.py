@@ -58,14 +58,14 @@ def test_the_ranks_of_a_mixture_are_in_the_order_of_the_rows(members, sequences)
 def test_weights_are_searched_until_a_round_brings_nothing():
     best, asked = (1.0, 2.0, 0.0, 0.5), []
 
-    def rank(candidates):
+    def measure(candidates):
         asked.extend(candidates)
         return [
             Mixture(weights, -sum(abs(a - b) for a, b in zip(weights, best, strict=True)), 0.0)
             for weights in candidates
         ]
 
-    found, tried = tune_weights(rank, 4, [2.0, 1.0, 0.5], max_rounds=5)
+    found, tried = tune_weights(measure, 4, [2.0, 1.0, 0.5], max_rounds=5)
     assert found.weights == best
     assert [mixture.weights for mixture in tried] == asked and len(set(asked)) == len(asked), "nothing is asked twice"
     assert asked[:4] == [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_ilora.training.ensembles import ENSEMBLE_FILE, TunedEnsemble, check_weights
+from hf_ilora.training.ensembles import ENSEMBLE_FILE, TunedEnsemble, check_member_weights
 
 TUNED = TunedEnsemble(
     members=["a", "titles", "b"],
@@ -37,10 +37,10 @@ def test_a_folder_without_an_ensemble_is_named(tmp_path):
     [
         ({"weights": [1.0, -3.0, 0.0]}, "the weight of titles is -3.0: expected a finite number"),
         ({"weights": [1.0, 3.0]}, "there are 2 weights .* for the 3 teachers a, titles, b"),
-        ({"weights": ["1", 3.0, 0.0]}, "is no tuned ensemble"),
+        ({"weights": ["1", 3.0, 0.0]}, "is not a tuned ensemble"),
         ({"members": [1, "titles", "b"]}, "members is"),
         ({"temperature": 0}, "temperature is 0"),
-        ({"temperature": None}, "is no tuned ensemble"),
+        ({"temperature": None}, "is not a tuned ensemble"),
         ({"title_decay": 2}, "title_decay is 2"),
         ({"format_version": 7}, "has format_version 7: expected 1"),
     ],
@@ -54,12 +54,12 @@ def test_a_file_that_was_changed_is_refused(tmp_path, changes, message):
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
 def test_a_file_of_another_kind_is_refused(tmp_path, text):
     (tmp_path / ENSEMBLE_FILE).write_text(text)
-    with pytest.raises(ValueError, match=r"is no tuned ensemble .*: tune again with `hf-ilora tune-ensemble`"):
+    with pytest.raises(ValueError, match=r"is not a tuned ensemble .*: tune again with `hf-ilora tune-ensemble`"):
         TunedEnsemble.load(tmp_path)
 
 
 def test_weights_that_mix_nothing_are_refused():
     with pytest.raises(ValueError, match="the weight of a is nan"):
-        check_weights(["a"], [float("nan")])
+        check_member_weights(["a"], [float("nan")])
     with pytest.raises(ValueError, match="all weights are 0: expected at least one positive"):
-        check_weights(["a", "b"], [0.0, 0.0])
+        check_member_weights(["a", "b"], [0.0, 0.0])

@@ -135,7 +135,7 @@ class MixtureRanking:
 
 
 def tune_weights(
-    rank: Callable[[Sequence[Weights]], list[Mixture]], num_members: int, grid: Sequence[float], max_rounds: int
+    measure: Callable[[Sequence[Weights]], list[Mixture]], num_members: int, grid: Sequence[float], max_rounds: int
 ) -> tuple[Mixture, list[Mixture]]:
     """Search the weights with the best NDCG, one weight at a time, until a whole round brings no improvement.
 
@@ -143,7 +143,7 @@ def tune_weights(
     of equally good ones, so a member that does not help ends at 0.
 
     Args:
-        rank: returns the quality of mixtures, such as a `MixtureRanking`.
+        measure: returns the quality of mixtures, such as a `MixtureRanking`.
         num_members: at least 2.
         grid: weights to try; 0 is tried too.
         max_rounds: largest number of rounds through the members.
@@ -158,7 +158,7 @@ def tune_weights(
     def try_all(candidates: Sequence[Weights]) -> None:
         new = [weights for weights in candidates if weights not in tried]
         if new:
-            tried.update(zip(new, rank(new), strict=True))
+            tried.update(zip(new, measure(new), strict=True))
 
     alone = [tuple(float(member == other) for other in range(num_members)) for member in range(num_members)]
     try_all(alone)

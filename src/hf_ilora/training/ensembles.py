@@ -51,7 +51,7 @@ def load_members(
             position, and under ZeRO-3.
         FileNotFoundError: for labels that are not finished.
     """
-    check_not_spread()
+    check_no_zero3()
     members = [None if name == TITLES else _loaded_member(name, sequences, split, trust_remote_code) for name in names]
     return [
         TitleSimilarity(whitened(title_embeddings()), title_decay) if member is None else member for member in members
@@ -64,7 +64,7 @@ def load_online_teacher(name: str, sequences: SequenceDatasets, trust_remote_cod
     Raises:
         ValueError: for anything else, and under ZeRO-3.
     """
-    check_not_spread()
+    check_no_zero3()
     try:
         model = load_recommender(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -76,8 +76,8 @@ def load_online_teacher(name: str, sequences: SequenceDatasets, trust_remote_cod
     return model
 
 
-def check_not_spread() -> None:
-    """Raise a ValueError under ZeRO-3."""
+def check_no_zero3() -> None:
+    """Raise a ValueError under ZeRO-3, where online teachers cannot be asked."""
     if is_deepspeed_zero3_enabled():
         raise ValueError(
             "ZeRO-3 spreads weights over processes, where online teachers cannot be asked: expected teacher_labels, or "
@@ -171,7 +171,7 @@ class TunedEnsemble:
             ensemble = cls(**{name: content[name] for name in cls.__dataclass_fields__})
             ensemble._check()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no tuned ensemble ({error!r}): {_REMEDY}") from error
+            raise ValueError(f"{path} is not a tuned ensemble ({error!r}): {_REMEDY}") from error
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format_version {version!r}: expected {FORMAT_VERSION}; {_REMEDY}")
         kept = [place for place, weight in enumerate(ensemble.weights) if weight]
@@ -191,10 +191,10 @@ class TunedEnsemble:
         for name, is_right in checks.items():
             if not is_right:
                 raise ValueError(f"{name} is {getattr(self, name)!r}")
-        check_weights(self.members, self.weights)
+        check_member_weights(self.members, self.weights)
 
 
-def check_weights(members: Sequence[str], weights: Sequence[float]) -> None:
+def check_member_weights(members: Sequence[str], weights: Sequence[float]) -> None:
     """Raise a ValueError unless every member has a weight of at least 0, and one of them a positive one."""
     if len(members) != len(weights):
         raise ValueError(
@@ -208,5 +208,15 @@ def check_weights(members: Sequence[str], weights: Sequence[float]) -> None:
         raise ValueError("all weights are 0: expected at least one positive")
 
 
-__all__ = ["ENSEMBLE_FILE", "TITLES", "TunedEnsemble", "check_not_spread", "check_weights", "is_label_folder"]
-__all__ += ["load_members", "load_online_teacher", "member_origins", "title_origin"]
+__all__ = [
+    "ENSEMBLE_FILE",
+    "TITLES",
+    "TunedEnsemble",
+    "check_member_weights",
+    "check_no_zero3",
+    "is_label_folder",
+    "load_members",
+    "load_online_teacher",
+    "member_origins",
+    "title_origin",
+]

@@ -16,7 +16,7 @@ from .ensembles import (
     ENSEMBLE_FILE,
     TITLES,
     TunedEnsemble,
-    check_weights,
+    check_member_weights,
     is_label_folder,
     load_members,
     load_online_teacher,
@@ -94,7 +94,7 @@ class TeacherArguments:
         if len(set(self.teacher)) < len(self.teacher):
             raise ValueError(f"teacher is {self.teacher}: expected different teachers; one may have a larger weight")
         if self.teacher_weights is not None:
-            check_weights(self.teacher, self.teacher_weights)
+            check_member_weights(self.teacher, self.teacher_weights)
         if TITLES not in self.teacher:
             self._check_unused("title_decay")
 
@@ -107,7 +107,7 @@ class TeacherArguments:
                 raise ValueError(f"{name} is {getattr(self, name)} without {of}{has_own}: leave it out")
 
 
-def check_teachers(teachers: TeacherArguments, training: DistillationArguments) -> None:
+def check_has_teacher(teachers: TeacherArguments, training: DistillationArguments) -> None:
     """Raise a ValueError where there is nothing to distil."""
     has_teacher = teachers.teacher_labels or teachers.teacher or teachers.ensemble
     if not has_teacher and not training.title_neighbours:
@@ -246,4 +246,4 @@ def _is_of_labels(origin: dict) -> bool:
     return "teacher_fingerprint" in origin
 
 
-__all__ = ["TeacherArguments", "Teachers", "check_teachers", "load_teachers"]
+__all__ = ["TeacherArguments", "Teachers", "check_has_teacher", "load_teachers"]

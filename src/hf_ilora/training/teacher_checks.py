@@ -6,13 +6,14 @@ from datasets import IterableDataset
 from torch import nn
 
 from hf_ilora.distillation.ensemble import EnsembleTeacher
+from hf_ilora.distillation.ensemble_members import LogCounts, RecommenderScores
 from hf_ilora.distillation.policies import KLDivergencePolicy
 from hf_ilora.distillation.teacher_labels import TeacherLabels
 from hf_ilora.models.loading import check_catalogue
 from hf_ilora.models.next_item.encoder_for_next_item import EncoderForNextItem
 
 from .distillation_arguments import DistillationArguments
-from .ensembles import check_not_spread
+from .ensembles import check_no_zero3
 from .initial_items import INITIAL_ITEMS
 
 
@@ -72,7 +73,7 @@ def check_teacher(teacher: object | None, labels: TeacherLabels | None, policy, 
             raise ValueError(f"weights are {found} without a teacher: expected 0 for all of them, or teacher_labels")
     if teacher is None:
         return
-    check_not_spread()
+    check_no_zero3()
     if labels is not None:
         if args.distilled_positions != "all" or not args.kl_weight:
             raise ValueError(
@@ -138,7 +139,7 @@ def check_teachers_catalogue(teacher: nn.Module, student: EncoderForNextItem, at
     num_items, length = student.config.num_items, student.config.max_length
     models = [teacher]
     if isinstance(teacher, EnsembleTeacher):
-        models = [member.model for member in teacher.members if hasattr(member, "model")]
+        models = [member.model for member in teacher.members if isinstance(member, RecommenderScores | LogCounts)]
         if teacher.num_items != num_items:
             raise ValueError(
                 f"the ensemble is about {teacher.num_items} items and the student about {num_items}: expected the "
