@@ -107,7 +107,7 @@ def distillation_trainer(parts, folder: Path, **changes) -> DistillationTrainer:
 
 
 TRAINERS = {"sasrec": sasrec_trainer, "ilora": ilora_trainer, "distilled": distillation_trainer}
-# What the recipes are given for the same runs.
+# Recipe, paths and settings of the same runs on the command line.
 RECIPES = {
     "sasrec": ("train_sasrec", ("data_dir",), SASREC | NEXT_ITEM | START),
     "ilora": ("train_ilora", ("data_dir", "llm", "recommender", "prompt_file"), ILORA | ILORA_TRAINING),

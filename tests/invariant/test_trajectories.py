@@ -1,7 +1,7 @@
 """Short trainings whose losses and gradient norms are pinned, however they are started and divided.
 
-trajectories.json was computed before training moved from the recipes into the package. A change that moves it changes
-what users train: write it anew only when that is meant, and say why.
+A change that moves trajectories.json changes what users train: write the file anew only when that is meant, and say
+why.
 """
 
 import json
@@ -20,7 +20,7 @@ from tests.paths import RECIPES as RECIPE_FOLDER
 PINNED = json.loads(Path(__file__).with_name("trajectories.json").read_text())
 KINDS = list(TRAINERS)
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-# What is drawn anew for each batch would tell batches of different sizes apart.
+# Without draws for each batch, since these would tell batches of different sizes apart.
 WITHOUT_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 EQUAL_DRAWS = {
     "sasrec": WITHOUT_DROPOUT,
@@ -50,7 +50,7 @@ def assert_same(found: list[dict], expected: list[dict], **tolerance) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradient_norms_are_those_of_before(parts, tmp_path, kind):
+def test_losses_and_gradient_norms_are_the_pinned_ones(parts, tmp_path, kind):
     trainer = TRAINERS[kind](parts, tmp_path)
     trainer.train()
     assert_same(trajectory(trainer.state.log_history), PINNED[kind], rel=1e-4)

@@ -153,22 +153,18 @@ def test_a_row_costs_microseconds():
 def test_random_targets_take_any_item_but_the_first_with_the_items_before_it():
     history = list(range(1, 13))
     rows = CandidateRows(split_of([history], [13]), 100, max_history=4, target_items="random")
-    seen = set()
+    targets = []
     for epoch in range(200):
         rows.set_epoch(epoch)
         row = rows[0]
         target = row["target"]
-        assert row["history"].tolist() == list(
-            range(max(1, target - 4), target)
-        )  # items stand in the order of their ids
+        assert row["history"].tolist() == list(range(max(1, target - 4), target))  # items are in the order of their ids
         assert target in row["candidates"]
         assert set(row["candidates"].tolist()) & set(range(1, 14)) == {target}  # later items are no negatives either
-        seen.add(target)
-    assert seen == set(range(2, 14))
+        targets.append(target)
+    assert set(targets) == set(range(2, 14))
     rows.set_epoch(3)
-    again = rows[0]
-    rows.set_epoch(3)
-    assert again["target"] == rows[0]["target"]
+    assert rows[0]["target"] == targets[3]
 
 
 def test_a_split_with_candidates_keeps_its_target():

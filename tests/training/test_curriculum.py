@@ -38,7 +38,7 @@ def shares_of(folder, num_steps: int, max_steps: int, resume=None) -> list[float
     return shares.seen
 
 
-def test_share_grows_from_nothing_to_all_and_goes_on_after_a_resume(tmp_path):
+def test_share_grows_from_nothing_to_all_and_continues_after_a_resume(tmp_path):
     assert shares_of(tmp_path, num_steps=4, max_steps=6) == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert shares_of(tmp_path / "resumed", 4, 6, resume=str(tmp_path / "checkpoint-2")) == [0.5, 0.75, 1.0, 1.0]
 

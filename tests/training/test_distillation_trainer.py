@@ -69,7 +69,7 @@ def student(seed=0, num_items=NUM_ITEMS, **settings):
     return SASRecForNextItem(SASRecConfig(num_items=num_items, **sizes | settings))
 
 
-def trainer_of(model, rows, folder, labels=None, **settings):
+def trainer_of(model, folder, labels=None, **settings):
     keywords = ("teacher", "policy", "train_dataset", "data_collator", "title_embeddings")
     given = {name: settings.pop(name) for name in keywords if name in settings}
     if isinstance(given.get("policy"), str):
@@ -112,11 +112,11 @@ def test_the_newest_position_or_all_are_distilled(windows):
 
 
 @pytest.mark.parametrize("positions", ["all", "last"])
-def test_one_setting_says_which_positions_are_distilled(windows, tmp_path, positions):
+def test_one_setting_says_which_positions_are_distilled(tmp_path, positions):
     """Whoever makes the batches: the default, or a collator that the caller passes."""
     found = []
     for collator in (None, DistillationCollator(RuleLabels())):
-        trainer = trainer_of(student(), windows, tmp_path, distilled_positions=positions, data_collator=collator)
+        trainer = trainer_of(student(), tmp_path, distilled_positions=positions, data_collator=collator)
         batch = next(iter(trainer.get_train_dataloader()))
         found.append(len(batch["teacher_indices"]))
         trainer.train()
@@ -124,11 +124,11 @@ def test_one_setting_says_which_positions_are_distilled(windows, tmp_path, posit
     assert found == ([len(batch["label_indices"])] * 2 if positions == "all" else [8, 8])
 
 
-def test_a_stream_goes_with_an_online_teacher_and_not_with_labels(windows, tmp_path):
+def test_a_stream_goes_with_an_online_teacher_and_not_with_labels(tmp_path):
     stream = SPLIT.to_iterable_dataset()
     with pytest.raises(ValueError, match="train_dataset is a stream with teacher_labels"):
-        trainer_of(student(), windows, tmp_path, train_dataset=stream)
-    trainer = trainer_of(student(), windows, tmp_path, train_dataset=stream, teacher=student(seed=7).eval())
+        trainer_of(student(), tmp_path, train_dataset=stream)
+    trainer = trainer_of(student(), tmp_path, train_dataset=stream, teacher=student(seed=7).eval())
     trainer.train()
     assert trainer.state.log_history[0]["ranking_loss"] > 0
 
@@ -143,7 +143,7 @@ def test_newest_only_keeps_the_last_of_each_row():
 def test_the_loss_of_a_batch_is_that_of_dllm2rec(windows, tmp_path, form, base_loss):
     model = student()
     settings = {"form": form, "base_loss": base_loss, "alpha": 0.7, "beta": 1.5, "lam": 0.6}
-    trainer = trainer_of(model, windows, tmp_path, distilled_positions="all", **settings)
+    trainer = trainer_of(model, tmp_path, distilled_positions="all", **settings)
     batch = batch_of(windows, trainer.data_collator)
     torch.manual_seed(4)
     loss = trainer.compute_loss(model.train(), dict(batch))
@@ -161,11 +161,11 @@ def test_the_loss_of_a_batch_is_that_of_dllm2rec(windows, tmp_path, form, base_l
 
 def test_the_students_own_loss_is_the_base_by_default(windows, tmp_path):
     model = student(repeat_bias=True)
-    trainer = trainer_of(model, windows, tmp_path, lam=0.0)
+    trainer = trainer_of(model, tmp_path, lam=0.0)
     batch = batch_of(windows, trainer.data_collator)
     own = model.train()(batch["input_ids"], labels=batch["labels"]).loss
     torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), own)
-    with_labels = trainer_of(model, windows, tmp_path, lam=0.5).compute_loss(model, dict(batch))
+    with_labels = trainer_of(model, tmp_path, lam=0.5).compute_loss(model, dict(batch))
     assert with_labels > own
 
 
@@ -185,7 +185,7 @@ def test_ways_that_read_fewer_scores_change_nothing(windows, tmp_path, share, at
     found = []
     for switched_on in (True, False):
         model = student(repeat_bias=True, head_bias=True)
-        trainer = trainer_of(model, windows, tmp_path, some, distilled_positions="all", **settings)
+        trainer = trainer_of(model, tmp_path, some, distilled_positions="all", **settings)
         assert vars(trainer)[attribute]
         setattr(trainer, attribute, switched_on)
         torch.manual_seed(4)
@@ -198,7 +198,7 @@ def test_ways_that_read_fewer_scores_change_nothing(windows, tmp_path, share, at
 def test_a_ranking_is_distilled_without_a_matrix_of_scores(windows, tmp_path):
     batch = batch_of(windows, DistillationCollator(RuleLabels()))
     model = student(repeat_bias=True)
-    trainer = trainer_of(model, windows, tmp_path, distilled_positions="all", alpha=0.0)
+    trainer = trainer_of(model, tmp_path, distilled_positions="all", alpha=0.0)
     _, outputs = trainer.compute_loss(model.train(), dict(batch), return_outputs=True)
     labels = int(batch["labels"].ne(-100).sum())
     assert outputs.logits.shape == (labels, 1 + TOP_K) and outputs.best_items.shape == (labels, TOP_K)
@@ -209,7 +209,7 @@ def test_a_ranking_is_distilled_without_a_matrix_of_scores(windows, tmp_path):
 def test_rows_without_teacher_labels_have_the_students_own_loss(windows, tmp_path):
     nobody = RuleLabels(asked=lambda history_ids, prefix_lengths: prefix_lengths > 1000)
     model = student()
-    trainer = trainer_of(model, windows, tmp_path, labels=nobody)
+    trainer = trainer_of(model, tmp_path, labels=nobody)
     batch = batch_of(windows, trainer.data_collator)
     loss = trainer.compute_loss(model.train(), dict(batch))
     torch.testing.assert_close(loss, model(batch["input_ids"], labels=batch["labels"]).loss)
@@ -218,7 +218,7 @@ def test_rows_without_teacher_labels_have_the_students_own_loss(windows, tmp_pat
 
 
 @pytest.mark.parametrize("base_loss", ["student", "bce"])
-def test_small_batches_accumulate_to_the_big_one(windows, tmp_path, base_loss, monkeypatch):
+def test_small_batches_accumulate_to_the_big_one(tmp_path, base_loss, monkeypatch):
     # negatives are drawn per batch: fixed ones make the two comparable
     monkeypatch.setattr(torch, "randint", lambda low, high, size, device=None: torch.full(size, 5))
     some = RuleLabels(asked=lambda history_ids, prefix_lengths: (history_ids + prefix_lengths) % 3 == 0)
@@ -226,7 +226,7 @@ def test_small_batches_accumulate_to_the_big_one(windows, tmp_path, base_loss, m
     trained = []
     for batch_size, accumulation in ((8, 1), (1, 8)):
         trainer = trainer_of(
-            student(), windows, tmp_path, labels=some, per_device_train_batch_size=batch_size, max_steps=2,
+            student(), tmp_path, labels=some, per_device_train_batch_size=batch_size, max_steps=2,
             gradient_accumulation_steps=accumulation, **settings,
         )  # fmt: skip
         trainer.train()
@@ -240,56 +240,54 @@ def test_small_batches_accumulate_to_the_big_one(windows, tmp_path, base_loss, m
 def test_a_sample_that_holds_every_item_gives_the_whole_catalogues_loss(windows, tmp_path):
     model = student()
     settings = {"base_loss": "bce", "alpha": 0.5}
-    whole, sampled = (
-        trainer_of(model, windows, tmp_path, num_scored_items=number, **settings) for number in (None, 5000)
-    )
+    whole, sampled = (trainer_of(model, tmp_path, num_scored_items=number, **settings) for number in (None, 5000))
     batch = batch_of(windows, whole.data_collator)
     losses = []
     for trainer in (whole, sampled):
         torch.manual_seed(4)  # the negatives are drawn first
         losses.append(trainer.compute_loss(model.train(), dict(batch)))
     torch.testing.assert_close(*losses)
-    few = trainer_of(model, windows, tmp_path, num_scored_items=2, **settings)
+    few = trainer_of(model, tmp_path, num_scored_items=2, **settings)
     few.compute_loss(model.train(), dict(batch)).backward()
 
 
-def test_an_online_teacher_gives_the_loss_of_its_labels(windows, tmp_path):
+def test_an_online_teacher_gives_the_loss_of_its_labels(tmp_path):
     teacher, model = student(seed=7).eval(), student()
-    online = trainer_of(model, windows, tmp_path, teacher=teacher, kl_weight=0.0)
+    online = trainer_of(model, tmp_path, teacher=teacher, kl_weight=0.0)
     batch = plain_batch()
     torch.manual_seed(4)
     loss = online.compute_loss(model.train(), dict(batch))
     items, distances = teacher.rank_items(batch["input_ids"], top_k=TOP_K, exclude_seen=False)
     newest = newest_only(batch["labels"] != -100).unsqueeze(-1)
     labelled = {"teacher_items": items.unsqueeze(1) * newest, "teacher_distances": distances.unsqueeze(1) * newest}
-    from_labels = trainer_of(model, windows, tmp_path)
+    from_labels = trainer_of(model, tmp_path)
     torch.manual_seed(4)
     torch.testing.assert_close(from_labels.compute_loss(model, batch | labelled), loss)
 
 
-def test_an_equal_online_teacher_has_no_divergence(windows, tmp_path):
+def test_an_equal_online_teacher_has_no_divergence(tmp_path):
     model = student()
     batch = plain_batch()
     own = model.train()(batch["input_ids"], labels=batch["labels"]).loss
     settings = {"lam": 0.0, "kl_weight": 2.0}
-    same = trainer_of(model, windows, tmp_path, teacher=copy.deepcopy(model).eval(), **settings)
+    same = trainer_of(model, tmp_path, teacher=copy.deepcopy(model).eval(), **settings)
     torch.testing.assert_close(same.compute_loss(model, dict(batch)), own)
-    other = trainer_of(model, windows, tmp_path, teacher=student(seed=7).eval(), **settings)
+    other = trainer_of(model, tmp_path, teacher=student(seed=7).eval(), **settings)
     assert other.compute_loss(model, dict(batch)) > own + 1e-4
 
 
-def test_an_online_teacher_goes_with_a_base_loss_over_every_label(windows, tmp_path):
+def test_an_online_teacher_goes_with_a_base_loss_over_every_label(tmp_path):
     """Positions about which it was not asked have no divergence, whatever the scores."""
     model, teacher = student(), student(seed=7).eval()
     batch = plain_batch()
     settings = {"lam": 0.0, "base_loss": "cross_entropy", "teacher": teacher}
     alone, taught = (
-        trainer_of(model, windows, tmp_path, kl_weight=weight, **settings).compute_loss(model.train(), dict(batch))
+        trainer_of(model, tmp_path, kl_weight=weight, **settings).compute_loss(model.train(), dict(batch))
         for weight in (0.0, 2.0)
     )
     own = model(batch["input_ids"], labels=batch["labels"]).loss
     torch.testing.assert_close(alone, own)
-    from_newest = trainer_of(model, windows, tmp_path, lam=0.0, kl_weight=2.0, teacher=teacher)
+    from_newest = trainer_of(model, tmp_path, lam=0.0, kl_weight=2.0, teacher=teacher)
     torch.testing.assert_close(taught, from_newest.compute_loss(model, dict(batch)))
 
 
@@ -315,14 +313,14 @@ def test_policies_leave_labels_out(windows, tmp_path):
     batch = batch_of(windows, DistillationCollator(RuleLabels()))
     own = model.train()(batch["input_ids"], labels=batch["labels"]).loss
     none, every = (
-        trainer_of(model, windows, tmp_path, policy=GroundTruthErrorPolicy(threshold)).compute_loss(model, dict(batch))
+        trainer_of(model, tmp_path, policy=GroundTruthErrorPolicy(threshold)).compute_loss(model, dict(batch))
         for threshold in (-1e9, 1e9)
     )
     torch.testing.assert_close(none, own)
     assert every > own
 
 
-def test_the_embedding_loss_pulls_users_to_the_embedding_of_the_target(windows, tmp_path):
+def test_the_embedding_loss_pulls_users_to_the_embedding_of_the_target(tmp_path):
     model = student()
     settings = {
         "embedding_weight": 1.0,
@@ -330,7 +328,7 @@ def test_the_embedding_loss_pulls_users_to_the_embedding_of_the_target(windows, 
         "max_steps": 200,
         "optim": "adamw_torch",
     }
-    trainer = trainer_of(model, windows, tmp_path, learning_rate=0.01, **settings)
+    trainer = trainer_of(model, tmp_path, learning_rate=0.01, **settings)
     trainer.train()
     logged = [entry["embedding_loss"] for entry in trainer.state.log_history if "embedding_loss" in entry]
     assert np.mean(logged[-10:]) < 0.8 * np.mean(logged[:3])
@@ -339,7 +337,7 @@ def test_the_embedding_loss_pulls_users_to_the_embedding_of_the_target(windows, 
 def test_rank_gaps_weigh_the_labels(windows, tmp_path):
     model = student()
     batch = batch_of(windows, DistillationCollator(RuleLabels()))
-    trainer = trainer_of(model, windows, tmp_path, rank_gap_weighting=True, distilled_positions="all")
+    trainer = trainer_of(model, tmp_path, rank_gap_weighting=True, distilled_positions="all")
     torch.manual_seed(4)
     loss = trainer.compute_loss(model.train(), dict(batch))
     asked = batch["teacher_items"][..., 0] != 0
@@ -359,11 +357,11 @@ def test_rank_gaps_weigh_the_labels(windows, tmp_path):
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_the_divergence_from_an_online_teacher_by_hand(windows, tmp_path, direction):
+def test_the_divergence_from_an_online_teacher_by_hand(tmp_path, direction):
     model, teacher = student(), student(seed=7).eval()
     batch = plain_batch()
     settings = {"kl_weight": 2.0, "kl_temperature": 1.5, "kl_direction": direction, "lam": 0.0, "teacher": teacher}
-    trainer = trainer_of(model, windows, tmp_path, **settings)
+    trainer = trainer_of(model, tmp_path, **settings)
     loss = trainer.compute_loss(model.train(), dict(batch))
     newest = newest_only(batch["labels"] != -100)
     output = model(batch["input_ids"], labels=batch["labels"], scored_positions=newest)
@@ -374,7 +372,7 @@ def test_the_divergence_from_an_online_teacher_by_hand(windows, tmp_path, direct
     torch.testing.assert_close(loss, output.loss + 2.0 * share * divergence.mean())
 
 
-def test_rows_without_origins_are_refused(windows):
+def test_rows_without_origins_are_refused():
     collator = DistillationCollator(RuleLabels())
     plain = TrainingWindows(cyclic_sequences(num_users=24)["train"], 6, windows="last")
     with pytest.raises(ValueError, match="expected those of TrainingWindows"):
@@ -382,9 +380,9 @@ def test_rows_without_origins_are_refused(windows):
 
 
 @pytest.mark.parametrize("use", ["input", "input_and_head"])
-def test_item_embeddings_of_the_labels_are_added_and_folded_at_the_end(windows, tmp_path, use):
+def test_item_embeddings_of_the_labels_are_added_and_folded_at_the_end(tmp_path, use):
     model = student(teacher_embedding_size=12, teacher_embedding_use=use)
-    trainer = trainer_of(model, windows, tmp_path, max_steps=2)
+    trainer = trainer_of(model, tmp_path, max_steps=2)
     assert torch.equal(model.model.item_embedding.teacher.table[1:], EMBEDDINGS[1:])
     trainer.train()
     assert model.config.teacher_embedding_size is None and model.model.item_embedding.teacher is None
@@ -392,16 +390,16 @@ def test_item_embeddings_of_the_labels_are_added_and_folded_at_the_end(windows, 
     assert SASRecForNextItem.from_pretrained(tmp_path).num_parameters() == model.num_parameters()
 
 
-def test_a_student_starts_from_the_principal_components_of_the_teachers_items(windows, tmp_path):
-    trainer = trainer_of(student(), windows, tmp_path, initial_items="teacher", learning_rate=0.0)
+def test_a_student_starts_from_the_principal_components_of_the_teachers_items(tmp_path):
+    trainer = trainer_of(student(), tmp_path, initial_items="teacher", learning_rate=0.0)
     trainer.train()
     expected = pca_embeddings(EMBEDDINGS, 8)
     torch.testing.assert_close(trainer.model.model.item_embedding.weight.detach(), expected)
 
 
-def test_a_student_of_an_online_teacher_starts_from_titles_and_cooccurrence(windows, tmp_path):
+def test_a_student_of_an_online_teacher_starts_from_titles_and_cooccurrence(tmp_path):
     settings = {"initial_items": "titles_and_cooccurrence", "title_embeddings": EMBEDDINGS, "learning_rate": 0.0}
-    trainer = trainer_of(student(), SPLIT, tmp_path, teacher=student(seed=1), **settings)
+    trainer = trainer_of(student(), tmp_path, teacher=student(seed=1), **settings)
     trainer.train()
     rows = np.split(*training_sequences(SPLIT))[1:-1]
     cooccurrence = cooccurrence_embeddings(rows, NUM_ITEMS, 8, take_logarithm=False)
@@ -410,24 +408,24 @@ def test_a_student_of_an_online_teacher_starts_from_titles_and_cooccurrence(wind
     torch.testing.assert_close(trainer.model.model.item_embedding.weight.detach(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_teacher_may_be_a_folder(windows, tmp_path):
+def test_a_teacher_may_be_a_folder(tmp_path):
     student(seed=7).save_pretrained(tmp_path / "teacher")
     folder, model = str(tmp_path / "teacher"), student(seed=7)
     losses = [
-        trainer_of(student(), windows, tmp_path / "student", teacher=teacher, max_steps=2).train().training_loss
+        trainer_of(student(), tmp_path / "student", teacher=teacher, max_steps=2).train().training_loss
         for teacher in (folder, model, student(seed=8))
     ]
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_a_run_that_meets_no_label_ends_with_its_first_epoch(windows, tmp_path):
+def test_a_run_that_meets_no_label_ends_with_its_first_epoch(tmp_path):
     nobody = RuleLabels(asked=lambda history_ids, prefix_lengths: prefix_lengths > 1000)
-    trainer = trainer_of(student(), windows, tmp_path, labels=nobody, max_steps=-1, num_train_epochs=5)
+    trainer = trainer_of(student(), tmp_path, labels=nobody, max_steps=-1, num_train_epochs=5)
     with pytest.raises(ValueError, match="no batch of the first epoch had a teacher label"):
         trainer.train()
     assert trainer.state.global_step == 3  # 24 rows in batches of 8
     some = RuleLabels(asked=lambda history_ids, prefix_lengths: history_ids == 5)
-    trainer_of(student(), windows, tmp_path, labels=some, max_steps=-1, num_train_epochs=2).train()
+    trainer_of(student(), tmp_path, labels=some, max_steps=-1, num_train_epochs=2).train()
 
 
 ANY = "any"  # an online teacher
@@ -451,28 +449,28 @@ ANY = "any"  # an online teacher
         ({"kl_weight": -1.0}, "expected a finite number"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(windows, tmp_path, settings, message):
+def test_settings_that_do_not_fit_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        trainer_of(student(), windows, tmp_path, **settings)
+        trainer_of(student(), tmp_path, **settings)
 
 
 @pytest.mark.parametrize("name", ["alpha", "embedding_weight", "kl_weight"])
 def test_title_neighbours_alone_are_no_teacher_of_other_losses(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} 0.5.* without a teacher: expected 0 for all of them"):
-        trainer_of(student(), None, tmp_path, teacher=None, title_neighbours=1.0, **{"alpha": 0.0, name: 0.5})
+        trainer_of(student(), tmp_path, teacher=None, title_neighbours=1.0, **{"alpha": 0.0, name: 0.5})
 
 
 def test_labels_that_the_rows_do_not_meet_are_refused(windows, tmp_path):
     of_last = RuleLabels(positions="last")
     with pytest.raises(ValueError, match="which random windows hardly ever meet: expected windows='last'"):
-        trainer_of(student(), windows, tmp_path, labels=of_last, **{"windows": "random"})
+        trainer_of(student(), tmp_path, labels=of_last, windows="random")
     with pytest.raises(ValueError, match="the labels are about row 29 and train_dataset has 24 rows"):
-        trainer_of(student(), windows, tmp_path, labels=RuleLabels(rows=30))
+        trainer_of(student(), tmp_path, labels=RuleLabels(rows=30))
     with pytest.raises(ValueError, match="the labels are about 30 items and the model has 31"):
-        trainer_of(student(num_items=31), windows, tmp_path)
+        trainer_of(student(num_items=31), tmp_path)
 
 
-def test_one_teacher_is_expected(windows, tmp_path):
+def test_one_teacher_is_expected(tmp_path):
     arguments = DistillationArguments(str(tmp_path), use_cpu=True)
     for given in ({}, {"teacher_labels": RuleLabels(), "teacher": student()}):
         with pytest.raises(ValueError, match=r"expected either teacher_labels=.* or teacher=model"):
@@ -484,14 +482,14 @@ def test_labels_are_loaded_by_the_caller_who_knows_the_data(tmp_path):
         DistillationTrainer(student(), DistillationArguments(str(tmp_path)), teacher_labels=tmp_path)
 
 
-def test_plain_arguments_are_refused(windows, tmp_path):
+def test_plain_arguments_are_refused(tmp_path):
     with pytest.raises(TypeError, match="args is a TrainingArguments: expected DistillationArguments"):
         DistillationTrainer(student(), TrainingArguments(str(tmp_path)), teacher_labels=RuleLabels())
 
 
-def test_batches_without_labels_are_refused(windows, tmp_path):
+def test_batches_without_labels_are_refused(tmp_path):
     model = student()
-    trainer = trainer_of(model, windows, tmp_path)
+    trainer = trainer_of(model, tmp_path)
     with pytest.raises(ValueError, match="the batch has no teacher_items"):
         trainer.compute_loss(model.train(), plain_batch())
 
@@ -500,12 +498,12 @@ SHARED = {"loss_type": "sampled_softmax", "num_negatives": 16, "head_bias": True
 
 
 @pytest.mark.parametrize("settings", [{}, SHARED, SHARED | {"repeat_bias": True}])
-def test_an_online_teacher_is_distilled_at_every_position(windows, tmp_path, settings):
+def test_an_online_teacher_is_distilled_at_every_position(tmp_path, settings):
     """A student that nothing but its teacher teaches comes to score as the teacher does."""
     teacher, model = student(seed=7), student(seed=1, **settings)
     torch.nn.init.normal_(teacher.model.item_embedding.weight)  # far from any untrained student
     trainer = trainer_of(
-        model, windows, tmp_path, teacher=teacher, distilled_positions="all", kl_weight=50.0, lam=0.0, max_steps=150,
+        model, tmp_path, teacher=teacher, distilled_positions="all", kl_weight=50.0, lam=0.0, max_steps=150,
         optim="adamw_torch", learning_rate=0.02,
     )  # fmt: skip
     trainer.train()
@@ -517,10 +515,10 @@ def test_an_online_teacher_is_distilled_at_every_position(windows, tmp_path, set
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
 
 
-def test_the_divergence_at_every_position_is_that_of_whole_distributions(windows, tmp_path):
+def test_the_divergence_at_every_position_is_that_of_whole_distributions(tmp_path):
     teacher, model = student(seed=7), student(seed=1)
     trainer = trainer_of(
-        model, windows, tmp_path, teacher=EnsembleTeacher([teacher], [1.0]), distilled_positions="all", kl_weight=2.0,
+        model, tmp_path, teacher=EnsembleTeacher([teacher], [1.0]), distilled_positions="all", kl_weight=2.0,
         lam=0.0,
     )  # fmt: skip
     batch = plain_batch()
@@ -536,30 +534,28 @@ def test_stored_labels_are_distilled_as_distributions_where_there_are_any(window
     losses = []
     for labels in (asked_about, RuleLabels(asked=lambda history_ids, prefix_lengths: prefix_lengths < 0)):
         model = student(seed=1)
-        trainer = trainer_of(model, windows, tmp_path, labels=labels, distilled_positions="all", kl_weight=2.0, lam=0.0)
+        trainer = trainer_of(model, tmp_path, labels=labels, distilled_positions="all", kl_weight=2.0, lam=0.0)
         batch = batch_of(windows, trainer.data_collator)
         losses.append(trainer.compute_loss(model.train(), dict(batch)).item())
     own = model(batch["input_ids"], labels=batch["labels"]).loss.item()
     assert losses[1] == pytest.approx(own) and losses[0] > own + 0.1
-    trainer = trainer_of(student(seed=1), windows, tmp_path, distilled_positions="all", kl_weight=2.0, lam=0.5)
+    trainer = trainer_of(student(seed=1), tmp_path, distilled_positions="all", kl_weight=2.0, lam=0.5)
     trainer.train()  # rankings and distributions of the same labels
     assert {"ranking_loss", "kl_loss", "base_loss"} <= trainer.state.log_history[0].keys()
 
 
-def test_members_that_are_asked_and_labels_teach_together(windows, tmp_path):
+def test_members_that_are_asked_and_labels_teach_together(tmp_path):
     teacher = EnsembleTeacher([student(seed=7), LabelScores(RuleLabels())], [1.0, 0.5])
-    trainer = trainer_of(
-        student(seed=1), windows, tmp_path, teacher=teacher, distilled_positions="all", kl_weight=1.0, lam=0.0
-    )
+    trainer = trainer_of(student(seed=1), tmp_path, teacher=teacher, distilled_positions="all", kl_weight=1.0, lam=0.0)
     trainer.train()
     assert trainer.state.log_history[0]["kl_loss"] > 0
     with pytest.raises(ValueError, match="an ensemble of online teachers and labels: expected 'all'"):
-        trainer_of(student(seed=1), windows, tmp_path, teacher=teacher, kl_weight=1.0, lam=0.0)
+        trainer_of(student(seed=1), tmp_path, teacher=teacher, kl_weight=1.0, lam=0.0)
     short = student(seed=7, max_length=4)
     with pytest.raises(ValueError, match=r"reads 4 items .* and the student 6: expected at least as many"):
-        trainer_of(student(seed=1), windows, tmp_path, teacher=short, distilled_positions="all", kl_weight=1.0, lam=0.0)
+        trainer_of(student(seed=1), tmp_path, teacher=short, distilled_positions="all", kl_weight=1.0, lam=0.0)
     with pytest.raises(ValueError, match="ensemble is about 31 items and the student about 30"):
         trainer_of(
-            student(seed=1), windows, tmp_path, teacher=EnsembleTeacher([student(num_items=31)], [1.0]),
+            student(seed=1), tmp_path, teacher=EnsembleTeacher([student(num_items=31)], [1.0]),
             distilled_positions="all", kl_weight=1.0, lam=0.0,
         )  # fmt: skip

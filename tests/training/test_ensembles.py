@@ -14,7 +14,7 @@ TUNED = TunedEnsemble(
     title_decay=0.6,
     title_encoder="some/encoder",
     title_layer=None,
-)  # fmt: skip
+)
 
 
 def test_an_ensemble_is_read_as_it_was_saved_without_members_of_weight_zero(tmp_path):

@@ -60,7 +60,7 @@ def test_each_step_reads_the_rows_that_it_reads_in_one_process(num_rows, num_pro
     assert steps != [rows_of(batch) for batch in prepared(num_rows, size, 1, 0)] or num_rows == 1  # of epoch 0
 
 
-def test_a_resumed_epoch_goes_on_in_its_own_order():
+def test_a_resumed_epoch_continues_in_its_own_order():
     whole, resumed = prepared(17, 3, 2, 1), prepared(17, 3, 2, 1)
     whole.set_epoch(4)
     resumed = skip_first_batches(resumed, 2)

@@ -1,4 +1,4 @@
-"""The Trainer of iLoRA on splits as they are, and what it says to those who forget something."""
+"""The Trainer of iLoRA on splits as they are, and its errors for forgotten or unfit settings."""
 
 import math
 from pathlib import Path
@@ -159,6 +159,16 @@ def test_data_without_candidates_get_drawn_ones_for_evaluation(ilora, sequences,
     assert shown == [True] * len(rows) + [False] * len(rows)
 
 
+def test_data_without_candidates_are_learnt_from_and_evaluated(ilora, sequences, tmp_path):
+    rows = {name: sequences[name].remove_columns("candidates") for name in ("validation", "test")}
+    trainer = trainer_of(ilora(), sequences, tmp_path, eval_dataset=rows["validation"], **each_step(1))
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert "eval_loss" in metrics and "eval_candidates_hit_ratio@1" not in metrics
+    with pytest.raises(ValueError, match="no column candidates, among which a model without an item head ranks"):
+        trainer.predict(rows["test"])
+
+
 def test_histories_ask_for_another_item_each_epoch_and_prefixes_for_their_last(ilora, sequences, tmp_path, parts):
     assert trainer_of(ilora(), sequences, tmp_path).train_dataset.target_items == "random"
     assert trainer_of(ilora(), sequences, tmp_path, target_items="last").train_dataset.target_items == "last"
@@ -317,13 +327,3 @@ def test_prompts_of_evaluations_that_do_not_take_place_may_be_too_long(ilora, se
     model.prompts.max_tokens = 20
     settings = {"eval_strategy": "no", "early_stopping_patience": 0, "load_best_model_at_end": False}
     trainer_of(model, sequences, tmp_path, train_dataset=None, eval_dataset=sequences["validation"], **settings)
-
-
-def test_data_without_candidates_are_learnt_from_and_evaluated(ilora, sequences, tmp_path):
-    rows = {name: sequences[name].remove_columns("candidates") for name in ("validation", "test")}
-    trainer = trainer_of(ilora(), sequences, tmp_path, eval_dataset=rows["validation"], **each_step(1))
-    trainer.train()
-    metrics = trainer.evaluate()
-    assert "eval_loss" in metrics and "eval_candidates_hit_ratio@1" not in metrics
-    with pytest.raises(ValueError, match="no column candidates, among which a model without an item head ranks"):
-        trainer.predict(rows["test"])

@@ -1,4 +1,4 @@
-"""What goes wrong in long runs: a clock that is set back, loader processes and their death, memory that grows."""
+"""Long runs survive a clock that is set back and loader processes, and their memory does not grow."""
 
 import gc
 import os

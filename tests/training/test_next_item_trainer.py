@@ -1,4 +1,4 @@
-"""The Trainer of next-item models on splits as they are, and what it says to those who forget something."""
+"""The Trainer of next-item models on splits as they are, and its errors for forgotten or unfit settings."""
 
 import json
 
@@ -463,7 +463,7 @@ def test_a_process_with_several_gpus_is_refused(sequences, tmp_path, monkeypatch
         trainer_of(tmp_path, sequences, sasrec())
 
 
-def test_the_log_has_the_best_epoch_and_its_metric(sequences, tmp_path):
+def test_training_stops_when_no_evaluation_is_better_and_names_the_best_step(sequences, tmp_path):
     settings = {"max_steps": -1, "num_train_epochs": 3, "early_stopping_patience": 1, "learning_rate": 0.0}
     trainer = trainer_of(tmp_path, sequences, sasrec(), **settings)
     trainer.train()

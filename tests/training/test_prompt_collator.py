@@ -1,4 +1,4 @@
-"""What the collator adds to prompts: padding, templates by draw, and whether candidates are shown."""
+"""Batches of prompts: their padding, their templates by draw, and whether they show candidates."""
 
 import pickle
 import time
@@ -104,9 +104,11 @@ def test_prompts_whose_candidates_are_scored_end_before_the_title():
     scored = PromptCollator(builder_of(), scores_candidates=True)(rows)
     assert scored["candidates"].tolist() == [[2, 3], [5, 4]] and "title_labels" not in scored
     titled = PromptCollator(builder_of())(rows)
-    for prompt, whole in zip(scored["input_ids"], titled["input_ids"], strict=True):
-        length = int(scored["attention_mask"][0].sum())
-        assert prompt[-length:].tolist() in [whole[start : start + length].tolist() for start in range(len(whole))]
+    for index, title in enumerate((" Item 2</s>", " Item 4</s>")):
+        prompt, whole = (
+            batch["input_ids"][index][batch["attention_mask"][index].bool()].tolist() for batch in (scored, titled)
+        )
+        assert whole[: len(prompt)] == prompt and byte_level().decode(whole[len(prompt) :]) == title
 
 
 def test_thousands_of_prompts_are_put_together_in_a_second():

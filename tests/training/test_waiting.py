@@ -10,7 +10,7 @@ from hf_ilora import SASRecForNextItem
 from tests.invariant import runs
 from tests.invariant.runs import TRAINERS, save_inputs
 
-# Each of them must know numbers that only the device knows, to go on in Python or to give its result a shape.
+# Each of them needs numbers from the device, to continue in Python or to give its result a shape.
 WAITING = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "equal"}
 
 
@@ -45,7 +45,7 @@ def waits_of_a_step(trainer) -> list[str]:
 
     def watched(model, inputs, num_items_in_batch=None):
         with pytest.MonkeyPatch.context() as patch, Waits() as waits:
-            # On this machine there is nothing to copy, which would show.
+            # On a CPU, `cpu` copies nothing, so that no operation would show it.
             patch.setattr(torch.Tensor, "cpu", lambda tensor: waits.found.append("cpu") or tensor)
             loss = step(trainer, model, inputs, num_items_in_batch)
         found.append(waits.found)
@@ -76,9 +76,9 @@ SASREC_LOSSES = [
     ("settings", "item_optimizer"),
     [(settings, "same") for settings in SASREC_LOSSES] + [(settings, "lazy_adam") for settings in SASREC_LOSSES[1:]],
 )
-def test_sasrec(parts, tmp_path, settings, item_optimizer):
+def test_a_step_of_sasrec_never_waits(parts, tmp_path, settings, item_optimizer):
     trainer = TRAINERS["sasrec"](parts, tmp_path, max_steps=2)
-    settings |= {"attention_decay": True, "position_alignment": "newest"}
+    settings = settings | {"attention_decay": True, "position_alignment": "newest"}
     trainer.model = trainer.model_wrapped = SASRecForNextItem(
         type(trainer.model.config)(**trainer.model.config.to_diff_dict() | settings)
     )
@@ -99,7 +99,7 @@ def test_sasrec(parts, tmp_path, settings, item_optimizer):
         {"num_scored_items": 4, "alpha": 0.0, "distilled_positions": "last"},
     ],
 )
-def test_distillation(parts, tmp_path, settings):
+def test_a_step_of_distillation_never_waits(parts, tmp_path, settings):
     if settings.get("distilled_positions") == "last":
         settings = settings | {"windows": "last"}
     trainer = TRAINERS["distilled"](parts, tmp_path, max_steps=2, **settings)
@@ -114,7 +114,7 @@ def test_distillation(parts, tmp_path, settings):
         ({"candidate_loss_weight": 0.0, "recommender_weight": 0.0}, []),
     ],
 )
-def test_ilora(parts, tmp_path, monkeypatch, settings, expected):
+def test_a_step_of_ilora_waits_for_nothing_of_ours(parts, tmp_path, monkeypatch, settings, expected):
     monkeypatch.setattr(runs, "ILORA", runs.ILORA | settings)
     trainer = TRAINERS["ilora"](parts, tmp_path, max_steps=2)
     assert waits_of_a_step(trainer) == expected

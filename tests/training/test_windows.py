@@ -155,10 +155,11 @@ def test_streamed_random_windows_move_with_the_epoch_and_cover_the_history():
 
 def test_streamed_histories_are_those_of_rows_at_hand():
     at_hand, streamed = EvaluationHistories(SPLIT, 3), StreamedHistories(SPLIT.to_iterable_dataset(), 3)
-    for row, expected in zip(streamed, at_hand, strict=False):
-        assert {name: values.tolist() for name, values in row.items()} == {
-            name: values.tolist() for name, values in expected.items()
-        }
+    found, expected = (
+        [{name: values.tolist() for name, values in row.items()} for row in rows]
+        for rows in (streamed, [at_hand[index] for index in range(len(SPLIT))])
+    )
+    assert found == expected and len(found) == 3
 
 
 def test_evaluation_rows_hold_newest_items_target_and_everything_seen():
