@@ -1,4 +1,4 @@
-"""A Trainer that teaches a next-item model with a teacher's rankings, DLLM2Rec's way and beyond."""
+"""A Trainer that teaches a next-item model with a teacher's answers: DLLM2Rec and further losses."""
 
 import os
 from collections.abc import Callable
@@ -81,7 +81,7 @@ class DistillationTrainer(NextItemTrainer):
 
     Raises:
         TypeError: as `NextItemTrainer`.
-        ValueError: when a setting needs what is missing, and when the first epoch meets no teacher label.
+        ValueError: for settings that do not fit the teacher or the data, and a first epoch that meets no teacher label.
     """
 
     arguments_class = DistillationArguments
@@ -209,7 +209,7 @@ class DistillationTrainer(NextItemTrainer):
             base_loss=args.base_loss,
             num_items=config.num_items,
         ).to(args.device)
-        # Whether nothing is read of the catalogue's scores but those of some items, and which are the best.
+        # Whether the loss reads only the scores of some items, and the ids of the best ones.
         self._looks_up_scores = (
             args.base_loss == STUDENT_LOSS
             and not args.alpha
@@ -271,7 +271,7 @@ class DistillationTrainer(NextItemTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, NextItemOutput]:
         if not model.training:  # the validation loss is the student's own
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if "teacher_indices" not in inputs:  # a batch that somebody else made, which waits for the device
+        if "teacher_indices" not in inputs:  # a batch of another data loader: completing it here waits for the device
             if self.teacher_labels is not None and "teacher_items" not in inputs:
                 raise ValueError(
                     "the batch has no teacher_items: expected a datasets.Dataset as train_dataset, or batches of "
@@ -304,7 +304,7 @@ class DistillationTrainer(NextItemTrainer):
         # catalogue instead of two, at the price of scores for every label.
         shares_scores = self._may_share_scores and 2 * len(asked) > len(labelled)
         scored = asked if has_student_loss else labelled
-        if not has_student_loss:  # the base loss wants every label, whether the teacher was asked about it or not
+        if not has_student_loss:  # the base loss reads every label, whether the teacher was asked about it or not
             assert teacher_items is not None and distances is not None
             places = torch.searchsorted(labelled, asked)  # (asked,), of each in `labelled`
             teacher_items = _spread(len(labelled), places, teacher_items)
@@ -362,7 +362,7 @@ class DistillationTrainer(NextItemTrainer):
         self._logged += torch.stack([parts.get(name, zero).detach().float() for name in self._weights])
 
     def _teacher_answers(self, inputs: dict) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Takes the teacher's part out of a batch, or asks the online teacher.
+        """Take the teacher's answers out of a batch, or ask the online teacher.
 
         Returns:
             asked (asked,), where there are teacher labels in the flattened (batch * length), and the items (asked, k)
@@ -382,7 +382,7 @@ class DistillationTrainer(NextItemTrainer):
         return torch.randint(1, self.model.config.num_items + 1, shape, device=targets.device)
 
     def _sampled_items(self, named_items: torch.Tensor | None, negatives: torch.Tensor) -> torch.Tensor | None:
-        """Ids of the items to score, ascending and different: all that is named, and some drawn; None means all.
+        """Ids of the items to score, ascending and distinct: all named ones, and some drawn; None means all items.
 
         Their number is known beforehand, so that nothing waits for the device: where negatives are named already or
         twice, more items are drawn.
@@ -398,7 +398,7 @@ class DistillationTrainer(NextItemTrainer):
         return keys.topk(size).indices.sort().values
 
     def _looked_up_items(self, negatives: torch.Tensor, teacher_items: torch.Tensor) -> torch.Tensor:
-        """(positions, negatives + k) item ids whose scores the ranking distillation reads; item 1 in place of none."""
+        """(positions, negatives + k) item ids whose scores the ranking distillation reads; item 1 replaces padding."""
         return torch.cat([negatives, teacher_items[:, : self.args.top_k].clamp(min=1)], dim=1)
 
     def _looked_up_parts(
@@ -437,11 +437,11 @@ class DistillationTrainer(NextItemTrainer):
         distances: torch.Tensor | None,
         sample: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        """The parts of the loss on scores but the student's own, scalars, as means over the scored positions."""
+        """The parts of the loss on scores except the student's own: scalars, means over the scored positions."""
         scores = outputs.logits
         assert scores is not None
         if not len(targets):
-            return {"ranking_loss": scores.sum()}  # of no numbers: 0, with a gradient of zeros
+            return {"ranking_loss": scores.sum()}  # the sum of no numbers: 0, with a gradient of zeros
         assert teacher_items is not None and distances is not None
         arguments = self.args
         columns, propensity = [targets, negatives, teacher_items], None
@@ -494,7 +494,7 @@ class DistillationTrainer(NextItemTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._logged_at is not None:
-            # All processes reduce the same parts, also one that met no teacher label.
+            # All processes reduce the same parts, even one that met no teacher label.
             steps = max(1, self.state.global_step - self._logged_at)
             means = self.accelerator.reduce(self._logged, reduction="sum") / steps
             if not self.args.average_tokens_across_devices:  # each process's parts are means of their own

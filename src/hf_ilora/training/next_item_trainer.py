@@ -387,7 +387,7 @@ class NextItemTrainer(RecommenderTrainer):
         return self._evaluation_rows[id(rows)][1]
 
     def _add_first(self, callback: TrainerCallback) -> None:
-        """Before the callbacks of the user, which may read what it changes."""
+        """Add a callback before the user's, which may read the state that it changes."""
         self.callback_handler.callbacks.insert(0, callback)
 
     def _start_items(self, model: SASRecForNextItem) -> None:
@@ -436,7 +436,7 @@ def next_item_optimizer(
 
 
 def _give_sparse_gradients(model: EncoderForNextItem, sparse: bool) -> None:
-    """Whether the tables of a model get gradients of the rows that a step reads, or of all rows."""
+    """Give the tables of a model gradients of the rows that a step reads (sparse), or of all rows."""
     model.get_input_embeddings().sparse = model.head.sparse = sparse
 
 

@@ -1,4 +1,4 @@
-"""What the trainers of this package share."""
+"""The base class of the trainers: their checks, their batches, their model card and their pushes to the Hub."""
 
 import logging
 import math
@@ -38,7 +38,7 @@ from .trainer_card import Evaluation, card_sections, evaluations_in_training, me
 
 logger = logging.getLogger(__name__)
 
-# What the Trainer writes into a checkpoint to resume from it.
+# Files of a checkpoint that only resuming reads.
 _RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", TRAINER_STATE_NAME, TRAINING_ARGS_NAME, "latest")
 
 _SECONDS_OF_A_SET_CLOCK = 1.0
@@ -119,7 +119,7 @@ class RecommenderTrainer(Trainer):
             self.optimizer_cls_and_kwargs = None  # the next model, of a search, has parameters of its own
 
     def batch_completion(self) -> Callable[[dict], dict]:
-        """What adds to a training batch, on the CPU, the values for which a step would have to wait for the device."""
+        """Return a function that adds values to training batches on the CPU, so that no step waits for the device."""
         raise NotImplementedError
 
     def get_train_dataloader(self):
@@ -167,7 +167,7 @@ class RecommenderTrainer(Trainer):
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict, *args, **kwargs):
-        """As in `Trainer`, which gathers as many rows of each process, and leaves out those behind the last one."""
+        """As in `Trainer`, which gathers the same number of rows from each process, and drops those past the last."""
         counts, self._is_predicting = take_row_counts(inputs), True
         try:
             loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
@@ -209,7 +209,7 @@ class RecommenderTrainer(Trainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `Trainer`, which measures by the clock of the day: where that was set meanwhile, durations are mended.
+        """As in `Trainer`, whose durations go by the time of day: they are corrected if that clock was set meanwhile.
 
         Args:
             logs, start_time: as in `Trainer`.
@@ -243,8 +243,8 @@ class RecommenderTrainer(Trainer):
     ) -> None:
         """Write README.md into `output_dir`: the card of `hf_ilora.publishing`, with what the trainer has measured.
 
-        A README.md that was written or edited by hand keeps its text, and gets the given metadata. So does one of
-        `write_card`, as long as the weights in `output_dir` are those that its results are of.
+        A README.md that was written or edited by hand keeps its text, and gets the given metadata. So does a card of
+        `write_card` whose results are of the weights in `output_dir`.
 
         Args:
             language, license, tags, model_name: metadata of the card.
@@ -312,7 +312,7 @@ class RecommenderTrainer(Trainer):
         return str(card)
 
     def _evaluations_of_model(self) -> list[Evaluation]:
-        """Those since the training, or else of the training, that are of the present model."""
+        """The evaluations of the present model: those since training, or else those during it."""
         found = [evaluation for evaluation in self._evaluations.values() if evaluation.metrics]
         of_best = self.args.load_best_model_at_end and not self.is_in_train
         return found or evaluations_in_training(
@@ -439,7 +439,7 @@ class CompletedBatches:
 
 
 def _with_rows(of_rows: torch.Tensor, count: int) -> torch.Tensor:
-    """(rows, ...) -> (count, ...): the last row again behind the others."""
+    """(rows, ...) -> (count, ...): repeats the last row."""
     return of_rows[torch.arange(count, device=of_rows.device).clamp(max=len(of_rows) - 1)]
 
 
