@@ -54,7 +54,9 @@ def test_bad_sizes_are_refused():
 @pytest.mark.slow
 def test_processes_are_launched(tmp_path):
     cyclic_sequences(num_users=32).save(tmp_path / "data")
+    (tmp_path / "small.yaml").write_text("hidden_size: 16\nmax_length: 8\ninitial_items: random\n")
     sizes = {"rounds": 1, "rows": 8, "batches": 2, "batches_per_step": [1]}
+    sizes["config_file"] = str(tmp_path / "small.yaml")
     arguments = two_processes.ProcessBenchmarkArguments(str(tmp_path / "data"), str(tmp_path), **sizes)
     [found] = two_processes.measure(arguments)["batches_per_step"].values()
     assert min(found["rows_per_second"].values()) > 0
