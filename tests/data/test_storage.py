@@ -335,7 +335,7 @@ def test_a_tiny_split_of_many_rows_is_refused_by_its_footer(folder, monkeypatch)
     pq.write_table(pa.Table.from_arrays(columns, schema=schema), path, compression="zstd")
     description = json.loads((folder / "sequences.json").read_text())
     edit_description(folder, counts=description["counts"] | {"train": rows})
-    with pytest.raises(ValueError, match=r"train\.parquet has .* holds 1,000,000 rows"):
+    with pytest.raises(ValueError, match=r"train\.parquet has .* claims to contain 1,000,000 rows"):
         SequenceDatasets.load(folder)
 
 
