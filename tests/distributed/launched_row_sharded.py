@@ -2,7 +2,8 @@
 
 accelerate launch ... launched_row_sharded.py FOLDER
 
-Each case of `CASES` ends in FOLDER/<case>/<item_table>, and what a process saw in FOLDER/<case>/<item_table>-<rank>.pt.
+FOLDER/data-30 and FOLDER/data-31 have data sets of so many items. Each case of `CASES` ends in
+FOLDER/<case>/<item_table>, and what a process saw in FOLDER/<case>/<item_table>-<rank>.pt.
 """
 
 import sys
@@ -21,10 +22,10 @@ from hf_ilora import (
     NextItemTrainingArguments,
     SASRecConfig,
     SASRecForNextItem,
+    SequenceDatasets,
 )
 from hf_ilora.runs import leave_launch
 from hf_ilora.training.row_sharded_table import RowShardedTable
-from tests.synthetic import cyclic_sequences
 
 SASREC = (SASRecForNextItem, SASRecConfig, {"num_hidden_layers": 1, "attention_dropout": 0.0})
 SAMPLED = {"loss_type": "sampled_softmax"}
@@ -52,7 +53,7 @@ def trainer_of(case: str, folder: Path, item_table: str, seed: int = 0, on_meta:
     set_seed(seed)
     with torch.device("meta" if on_meta else "cpu"):
         model = model_class(config_class(**sizes | loss))
-    sequences = cyclic_sequences(num_users=64, num_items=sizes["num_items"] if "num_items" not in loss else 31)
+    sequences = SequenceDatasets.load(Path(sys.argv[1], f"data-{model.config.num_items}"))
     trainer = NextItemTrainer(
         model,
         arguments,

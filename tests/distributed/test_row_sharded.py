@@ -9,6 +9,7 @@ from transformers import AutoModel
 
 from hf_ilora import SASRecForNextItem
 from tests.distributed.launched_row_sharded import CASES
+from tests.synthetic import cyclic_sequences
 
 pytestmark = pytest.mark.slow
 TABLES = ("replicated", "row_sharded")
@@ -18,6 +19,8 @@ BEST_IS_THE_FIRST = ("gbce", "gru4rec", "caser")  # of the two checkpoints
 @pytest.fixture(scope="module")
 def folder(launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tables")
+    for num_items in (30, 31):
+        cyclic_sequences(num_users=64, num_items=num_items).save(folder / f"data-{num_items}")
     launch("multi_cpu.yaml", Path(__file__).with_name("launched_row_sharded.py"), folder)
     return folder
 
