@@ -100,6 +100,7 @@ def _serve() -> None:
         pid = os.fork()
         if pid == 0:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background of a shell ignore
             for standard in (1, 2):
                 os.dup2(write_end, standard)
             _become(recipes, request, changes)
