@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from transformers import set_seed
 
-from benchmarks.measuring import check_positive, run_benchmark, time_in_turn
+from benchmarks.measuring import run_benchmark, time_in_turn
 from hf_ilora import SASRecConfig, SASRecForNextItem
 from hf_ilora.distillation.losses import DLLM2RecLoss, base_losses, propensity_scores, ranking_distillation_weights
 from hf_ilora.runs import parse_arguments, run_main
+from hf_ilora.runs.checks import check_at_least_one
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class DistillationBenchmarkArguments:
     top_k: int = field(default=10, metadata={"help": "teacher items per history"})
 
     def __post_init__(self):
-        check_positive(self, "threads", "rounds", "batch_size", "top_k")
+        check_at_least_one(self, "threads", "rounds", "batch_size", "top_k")
         if self.num_items <= self.top_k:
             raise ValueError(f"num_items is {self.num_items}: expected more than top_k, {self.top_k}")
         if not self.lengths or min(self.lengths) < 1:

@@ -21,11 +21,12 @@ import torch
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, set_seed
 
 from benchmarks.ilora import LORA_ALPHA, TARGET_MODULES, smollm2_config
-from benchmarks.measuring import check_positive, run_benchmark
+from benchmarks.measuring import run_benchmark
 from hf_ilora import SASRecConfig, SASRecForNextItem
 from hf_ilora.evaluation.results import markdown_rows
 from hf_ilora.models.ilora.gated_lora import add_gated_lora
 from hf_ilora.runs import parse_arguments, run_main
+from hf_ilora.runs.checks import check_at_least_one
 from hf_ilora_cli.shipped import RECIPE, shipped_folder
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class GpuBenchmarkArguments:
     rehearse: bool = field(default=False, metadata={"help": "run on the CPU with tiny sizes"})
 
     def __post_init__(self):
-        check_positive(self, "rounds", "num_items")
+        check_at_least_one(self, "rounds", "num_items")
         if unknown := set(self.only or ()) - set(CHECKS):
             raise ValueError(f"only contains {', '.join(sorted(unknown))}: expected some of {', '.join(CHECKS)}")
         if self.rehearse:

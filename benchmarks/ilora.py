@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
-from benchmarks.measuring import PeakMemory, check_positive, in_own_process, run_benchmark, time_in_turn
+from benchmarks.measuring import PeakMemory, in_own_process, run_benchmark, time_in_turn
 from hf_ilora.models.ilora.gated_lora import GatedLoraLinear, add_gated_lora, gated_layers
 from hf_ilora.models.ilora.routers import build_router
 from hf_ilora.runs import parse_arguments, run_main
+from hf_ilora.runs.checks import check_at_least_one
 
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_ALPHA, LORA_DROPOUT, GATE_SIZE = 32, 0.1, 64
@@ -50,7 +51,7 @@ class ILoraBenchmarkArguments:
     num_experts: int = field(default=4, metadata={"help": "experts of the gated programs"})
 
     def __post_init__(self):
-        check_positive(self, "threads", "rounds", "num_layers", "batch_size", "title_tokens", "rank")
+        check_at_least_one(self, "threads", "rounds", "num_layers", "batch_size", "title_tokens", "rank")
         if self.num_experts < 2 or self.rank % self.num_experts:
             raise ValueError(f"num_experts is {self.num_experts}: expected 2 or more, a divisor of rank {self.rank}")
         if self.tokens <= self.title_tokens:

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import set_seed
 
 from benchmarks.ilora import use_published_form
-from benchmarks.measuring import Stopwatch, check_positive, run_benchmark
+from benchmarks.measuring import Stopwatch, run_benchmark
 from hf_ilora import ILoraConfig, ILoraForRecommendation, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.evaluation.evaluation_rows import EvaluationRows
 from hf_ilora.models.ilora.embedded_llm import EMBEDDED_LLM
@@ -31,7 +31,7 @@ from hf_ilora.models.ilora.gated_lora import gated_layers
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.models.ilora.prompts import read_templates
 from hf_ilora.runs import parse_arguments, prompt_path, run_main
-from hf_ilora.runs.checks import DTYPES
+from hf_ilora.runs.checks import DTYPES, check_at_least_one
 from hf_ilora.training.candidate_rows import CandidateRows
 from hf_ilora.training.prompt_collator import PromptCollator
 
@@ -72,7 +72,7 @@ class AnswerBenchmarkArguments:
     def __post_init__(self):
         if set(self.dtypes) - set(DTYPES) or not self.dtypes:
             raise ValueError(f"dtypes is {self.dtypes}: expected some of {', '.join(DTYPES)}")
-        check_positive(self, "threads", "rounds", "batch_size", "answer_tokens", "step_layers")
+        check_at_least_one(self, "threads", "rounds", "batch_size", "answer_tokens", "step_layers")
 
 
 ARGUMENTS = (AnswerBenchmarkArguments,)

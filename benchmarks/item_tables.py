@@ -22,9 +22,10 @@ import torch.multiprocessing
 from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 
-from benchmarks.measuring import check_positive, peak_bytes, run_benchmark
+from benchmarks.measuring import peak_bytes, run_benchmark
 from hf_ilora import NextItemTrainer, NextItemTrainingArguments, SASRecConfig, SASRecForNextItem
 from hf_ilora.runs import parse_arguments, run_main
+from hf_ilora.runs.checks import check_at_least_one
 
 LENGTH = 50  # items per window
 WARM_UP_STEPS = 2
@@ -48,7 +49,7 @@ class TableBenchmarkArguments:
     hidden_size: int = field(default=64, metadata={"help": "width of the item embeddings"})
 
     def __post_init__(self):
-        check_positive(self, "threads", "steps", "batch_size", "hidden_size")
+        check_at_least_one(self, "threads", "steps", "batch_size", "hidden_size")
         if self.processes < 2:
             raise ValueError(f"processes is {self.processes}: expected at least 2")
         for items in (*self.num_items, *self.replicated_items):

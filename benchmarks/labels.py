@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from benchmarks.measuring import check_positive, run_benchmark, time_in_turn
+from benchmarks.measuring import run_benchmark, time_in_turn
 from hf_ilora import ILoraForRecommendation, SequenceDatasets
 from hf_ilora.distillation.labelling import LabelFolder, LabelRequests, label_shards
 from hf_ilora.distillation.teachers import ModelTeacher, load_teacher
 from hf_ilora.models.ilora.language_models import load_language_model, truncate_layers
 from hf_ilora.runs import parse_arguments, run_main
+from hf_ilora.runs.checks import check_at_least_one
 
 
 @dataclass
@@ -37,7 +38,7 @@ class LabelBenchmarkArguments:
     dtype: str | None = field(default=None, metadata={"help": "dtype of the language model, such as bfloat16"})
 
     def __post_init__(self):
-        check_positive(self, "threads", "rounds", "rows", "batch_size", "top_k")
+        check_at_least_one(self, "threads", "rounds", "rows", "batch_size", "top_k")
 
 
 ARGUMENTS = (LabelBenchmarkArguments,)

@@ -126,13 +126,6 @@ class PeakMemory:
         return peak_bytes() - self.before
 
 
-def check_positive(arguments: object, *names: str) -> None:
-    """Raise a ValueError unless all of these settings are at least 1."""
-    for name in names:
-        if vars(arguments)[name] < 1:
-            raise ValueError(f"{name} is {vars(arguments)[name]}: expected at least 1")
-
-
 def run_benchmark(
     arguments: object,
     measure: Callable[[], dict],

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.ilora import GATE_SIZE, ILoraBenchmarkArguments, build_program
-from benchmarks.measuring import check_positive, run_benchmark, time_in_turn
+from benchmarks.measuring import run_benchmark, time_in_turn
 from hf_ilora import SequenceDatasets
 from hf_ilora.models.ilora.language_models import load_language_model
 from hf_ilora.models.ilora.prompts import PromptBuilder, read_templates
 from hf_ilora.models.ilora.title_tokens import TitleTokens
 from hf_ilora.runs import parse_arguments, prompt_path, run_main
+from hf_ilora.runs.checks import check_at_least_one
 from hf_ilora.training.candidate_rows import CandidateRows
 from hf_ilora.training.prompt_collator import PromptCollator
 from hf_ilora.training.sorted_steps import SortedSteps
@@ -43,7 +44,7 @@ class PaddingBenchmarkArguments:
     batch_size: int = field(default=4, metadata={"help": "prompts per batch that a step accumulates"})
 
     def __post_init__(self):
-        check_positive(self, "threads", "rounds", "steps", "num_layers", "rows_per_step", "batch_size")
+        check_at_least_one(self, "threads", "rounds", "steps", "num_layers", "rows_per_step", "batch_size")
 
 
 ARGUMENTS = (PaddingBenchmarkArguments,)

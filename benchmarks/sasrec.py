@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import set_seed
 
-from benchmarks.measuring import Stopwatch, check_positive, in_own_process, peak_bytes, run_benchmark, time_in_turn
+from benchmarks.measuring import Stopwatch, in_own_process, peak_bytes, run_benchmark, time_in_turn
 from hf_ilora import NextItemTrainer, NextItemTrainingArguments, SASRecConfig, SASRecForNextItem, SequenceDatasets
 from hf_ilora.data.columns import training_sequences
 from hf_ilora.evaluation.ranking import EvaluationRows, rank_split
 from hf_ilora.runs import parse_arguments, run_main
+from hf_ilora.runs.checks import check_at_least_one
 from hf_ilora.training.windows import NextItemCollator, TrainingWindows
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class SASRecBenchmarkArguments:
     )
 
     def __post_init__(self):
-        check_positive(self, "threads", "rounds", "epochs", "batch_size", "max_length")
+        check_at_least_one(self, "threads", "rounds", "epochs", "batch_size", "max_length")
 
 
 ARGUMENTS = (SASRecBenchmarkArguments,)

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
-from benchmarks.measuring import PeakMemory, Stopwatch, check_positive, in_own_process, run_benchmark, time_in_turn
+from benchmarks.measuring import PeakMemory, Stopwatch, in_own_process, run_benchmark, time_in_turn
 from hf_ilora import ExactItemIndex, ItemIndex, SASRecConfig, SASRecForNextItem, export, recommend_all
 from hf_ilora.runs import parse_arguments, run_main
+from hf_ilora.runs.checks import check_at_least_one
 from hf_ilora.serving.export import MODEL_FILE, onnx_session
 from hf_ilora.serving.recommendation_graph import RecommendationGraph
 
@@ -65,7 +66,7 @@ class ServingBenchmarkArguments:
     threads: int = field(default=1, metadata={"help": "CPU threads of all programs"})
 
     def __post_init__(self):
-        check_positive(
+        check_at_least_one(
             self, "hidden_size", "history_length", "calls", "rounds", "batch_size", "memory_items", "threads"
         )
         if unknown := [form for form in self.forms if form not in FORMS]:

@@ -17,10 +17,11 @@ import torch
 from datasets import Dataset
 from transformers import set_seed
 
-from benchmarks.measuring import PeakMemory, check_positive, in_own_process, run_benchmark, time_in_turn
+from benchmarks.measuring import PeakMemory, in_own_process, run_benchmark, time_in_turn
 from hf_ilora import DistillationArguments, DistillationTrainer, SASRecConfig, SASRecForNextItem, TeacherLabels
 from hf_ilora.evaluation.plots import logarithmic, new_figure, style
 from hf_ilora.runs import parse_arguments, run_main
+from hf_ilora.runs.checks import check_at_least_one
 from hf_ilora.training.lazy_adam import LazyAdamW
 
 OPTIMIZERS = ("adamw", "lazy_adam")
@@ -46,7 +47,7 @@ class StepBenchmarkArguments:
     )
 
     def __post_init__(self):
-        check_positive(self, "threads", "rounds", "positions", "whole_items")
+        check_at_least_one(self, "threads", "rounds", "positions", "whole_items")
         for name in ("num_items", "lengths", "distilled_items"):
             if not vars(self)[name] or min(vars(self)[name]) < 1:
                 raise ValueError(f"{name} are {vars(self)[name]}: expected at least one, each at least 1")
@@ -255,7 +256,6 @@ def draw(results: dict):
 
 def main() -> None:
     (arguments,) = parse_arguments(ARGUMENTS)
-    torch.set_num_threads(arguments.threads)
     run_benchmark(arguments, lambda: measure(arguments), report, draw=draw)
 
 

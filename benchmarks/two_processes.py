@@ -15,8 +15,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.measuring import check_positive, median_ratio, run_benchmark
+from benchmarks.measuring import median_ratio, run_benchmark
 from hf_ilora.runs import parse_arguments, read_record, run_main
+from hf_ilora.runs.checks import check_at_least_one
 from hf_ilora_cli.shipped import RECIPE, find_file
 
 LAUNCHES = {1: "cpu", 2: "multi_cpu"}
@@ -37,7 +38,7 @@ class ProcessBenchmarkArguments:
     )
 
     def __post_init__(self):
-        check_positive(self, "rounds", "rows", "batches")
+        check_at_least_one(self, "rounds", "rows", "batches")
         if self.rows % 2:
             raise ValueError(f"rows is {self.rows}: expected an even number, for two processes")
         if not self.batches_per_step or any(size < 1 or self.batches % size for size in self.batches_per_step):

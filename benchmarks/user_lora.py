@@ -17,11 +17,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
-from benchmarks.measuring import check_positive, run_benchmark, time_in_turn
+from benchmarks.measuring import run_benchmark, time_in_turn
 from hf_ilora import ILoraConfig, user_lora
 from hf_ilora.models.ilora.gated_lora import add_gated_lora, gated_layers
 from hf_ilora.models.ilora.user_lora import lora_config, stacked_lora, write_lora
 from hf_ilora.runs import parse_arguments, run_main
+from hf_ilora.runs.checks import check_at_least_one
 
 VOCABULARY = 1000
 PROGRAM_TITLES = {"gates": "gates", "peft": "PEFT, `adapter_names`", "base": "no adapters"}
@@ -49,7 +50,7 @@ class UserLoraBenchmarkArguments:
     num_experts: int = field(default=4, metadata={"help": "experts"})
 
     def __post_init__(self):
-        check_positive(self, "threads", "rounds", "users", "num_layers", "num_heads")
+        check_at_least_one(self, "threads", "rounds", "users", "num_layers", "num_heads")
         if self.hidden_size < 1 or self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 f"hidden_size is {self.hidden_size}: expected a multiple of twice num_heads, {2 * self.num_heads}"

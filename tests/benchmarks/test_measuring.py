@@ -12,13 +12,13 @@ import torch
 from benchmarks import measuring
 from benchmarks.measuring import (
     Stopwatch,
-    check_positive,
     in_own_process,
     median_ratio,
     peak_bytes,
     run_benchmark,
     time_in_turn,
 )
+from hf_ilora.runs.checks import check_at_least_one
 
 MEBIBYTE = 2**20
 
@@ -80,9 +80,9 @@ def test_peak_memory_is_that_of_the_process_alone():
 
 
 def test_settings_below_one_are_refused():
-    check_positive(Settings("out"), "rounds")
+    check_at_least_one(Settings("out"), "rounds")
     with pytest.raises(ValueError, match="rounds is 0: expected at least 1"):
-        check_positive(Settings("out", rounds=0), "rounds")
+        check_at_least_one(Settings("out", rounds=0), "rounds")
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 EXTRA = 'pip install "hf_ilora[titles]"'
 SHORT_TITLE = 32  # tokens; batches contain fewer longer titles, to bound their memory
 _TITLES_PER_CALL = 10_000  # titles tokenised at a time
-_MAX_TOKENS = 1 << 20  # for models without a limit, because tokenizers refuse the 10**30 that stands for none
+_MAX_TOKENS = 1 << 20  # for models without a limit: tokenizers refuse 10**30, their own number for it
 _SECONDS_BETWEEN_PROGRESS = 10.0
 _POOLING_MODES = ("mean", "cls", "lasttoken")
 # The names of these modes in sentence-transformers before 5.5.

@@ -50,19 +50,7 @@ class CaserEncoder(nn.Module):
         teacher_embeddings: torch.Tensor | None = None,
         table: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The state after the last item of right-padded sequences.
-
-        Args:
-            item_ids: (batch, length), padding last.
-            lengths: (batch,), number of real items; None when there is no padding.
-            only_last: return the last real position only.
-            teacher_embeddings: (num_items + 1, teacher_embedding_size) to read instead of the stored ones, or None.
-            table: the item table as `table_for_lookups` returns it, or None.
-
-        Returns:
-            (batch, length, user embedding), zero except at the last real position; or (batch, 1, user embedding) with
-            `only_last`.
-        """
+        """As `Encoder.encode`; the states are zero except at the last real position of each row."""
         window = self._window(item_ids, lengths)  # (batch, max_length)
         embeddings = self.item_embedding(window, teacher_embeddings, table)  # (batch, max_length, hidden)
         # Teacher embeddings of padding are not zero and would reach the filters; elsewhere padding follows the items.

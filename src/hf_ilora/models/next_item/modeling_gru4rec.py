@@ -76,18 +76,7 @@ class GRU4RecEncoder(nn.Module):
         teacher_embeddings: torch.Tensor | None = None,
         table: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states of right-padded sequences; padding comes last and needs no mask.
-
-        Args:
-            item_ids: (batch, length), padding last.
-            lengths: (batch,), number of real items; None when there is no padding.
-            only_last: return the last real position only.
-            teacher_embeddings: (num_items + 1, teacher_embedding_size) to read instead of the stored ones, or None.
-            table: the item table as `table_for_lookups` returns it, or None.
-
-        Returns:
-            (batch, length, hidden), or (batch, 1, hidden) with `only_last`.
-        """
+        """As `Encoder.encode`; padding comes last and needs no mask."""
         embeddings = self.dropout(self.item_embedding(item_ids, teacher_embeddings, table))
         hidden_states = self.gru(embeddings)  # (batch, length, hidden)
         if only_last:

@@ -227,19 +227,7 @@ class SASRecModel(SASRecPreTrainedModel):
         teacher_embeddings: torch.Tensor | None = None,
         table: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states of right-padded sequences.
-
-        Args:
-            item_ids: (batch, length), padding last.
-            lengths: (batch,), number of real items; None when there is no padding.
-            only_last: return the last real position only, which is all that a ranking needs and spares the last block
-                the others.
-            teacher_embeddings: (num_items + 1, teacher_embedding_size) to read instead of the stored ones, or None.
-            table: the item table as `table_for_lookups` returns it, or None.
-
-        Returns:
-            (batch, length, hidden), or (batch, 1, hidden) with `only_last`.
-        """
+        """As `Encoder.encode`; with `only_last`, the last block computes no other position."""
         length = item_ids.shape[1]
         first = self.max_length - length if self.counts_from_newest and lengths is None else 0
         positions = torch.arange(first, first + length, device=item_ids.device)  # (length,)
